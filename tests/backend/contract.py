@@ -1,0 +1,193 @@
+"""What every implementation must be, as checks on one function; the tests run them over the table.
+
+They live apart from the tests so that a test can also ask whether a broken implementation fails them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xattn.backend import precompute_freqs
+from xattn.backend.arguments import checked_spec
+from xattn.backend.dispatch import Call, Implementation
+from xattn.backend.spec import AttentionSpec
+
+from . import oracle
+
+# The largest error, over the largest true value, that an implementation may have: the one table of tolerances.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 2.5e-2, "float16": 4e-3}
+
+# Distinct, so that swapped axes show, and primes where they can be (head widths are even, heads come in groups).
+BATCH, HEADS, LENGTH, WIDTH_QK, WIDTH_V = 2, 3, 13, 10, 7
+THETA = 100.0
+
+MASKS = ("default", "causal", "arbitrary", "empty rows", "window", "segments", "everything")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A point of the grid over which the checks run."""
+
+    activation: str
+    pre_activation: str = "none"
+    mask: str = "default"
+    dtype: str = "float32"
+    heads: int = HEADS
+    kv_heads: int = HEADS
+    length: int = LENGTH
+    context_length: int | None = None
+
+    def __str__(self) -> str:
+        swish = "+swish" if self.pre_activation == "swish" else ""
+        kv = f"-{self.heads}/{self.kv_heads}" if self.heads != self.kv_heads else ""
+        return f"{self.activation}{swish}-{self.mask}-{self.dtype}-S{self.length}{kv}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A case's arrays, as the implementation and as the oracle take them."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    g: jax.Array
+    spec: AttentionSpec
+    problem: oracle.Problem
+
+    def call(self) -> Call:
+        return Call.of(self.q, self.k, self.v, self.spec)
+
+
+@cache
+def inputs(case: Case) -> Inputs:
+    """Deterministic arrays, rounded to the case's dtype before either side sees them."""
+    rng = np.random.default_rng(20240904)
+    q, k, v, g = (
+        jnp.asarray(rng.standard_normal((BATCH, heads, case.length, width)), case.dtype)
+        for heads, width in (
+            (case.heads, WIDTH_QK),
+            (case.kv_heads, WIDTH_QK),
+            (case.kv_heads, WIDTH_V),
+            (case.heads, WIDTH_V),
+        )
+    )
+    restrictions = _restrictions(case.mask, case.length, rng)
+    spec = checked_spec(
+        batch=BATCH,
+        num_heads=case.heads,
+        length=case.length,
+        activation_function=case.activation,
+        qk_pre_activation_function=case.pre_activation,
+        theta=THETA,
+        context_length=case.context_length,
+        attention_mask=restrictions.get("mask"),
+        segment_ids=restrictions.get("segments"),
+        window=restrictions.get("window"),
+    )
+    sin, cos = precompute_freqs(WIDTH_QK, case.length, THETA)
+    n = case.context_length or case.length
+    problem = oracle.Problem(
+        q=_f64(q),
+        k=_f64(k),
+        v=_f64(v),
+        activation=case.activation,
+        swish=case.pre_activation == "swish",
+        sin=_f64(sin),
+        cos=_f64(cos),
+        keep=oracle.keep_of(BATCH, case.length, **restrictions),
+        bias=np.full(case.heads, -np.log(n)),
+    )
+    return Inputs(q, k, v, g, spec, problem)
+
+
+def _restrictions(mask: str, length: int, rng: np.random.Generator) -> dict[str, Any]:
+    arbitrary = rng.random((length, length)) < 0.6
+    empty = arbitrary & (np.arange(length) % 3 != 1)[:, None]
+    # Segments that return, and of which one ends within any block: the id decides, not the border.
+    segments = np.stack([(np.arange(length) // 5) % 2, np.arange(length) // 7]).astype(np.int32)
+    return {
+        "default": {},
+        "causal": {"mask": np.tri(length, dtype=bool)},
+        "arbitrary": {"mask": arbitrary},
+        "empty rows": {"mask": empty},
+        "window": {"window": 4},
+        "segments": {"segments": segments},
+        "everything": {"mask": empty, "window": 6, "segments": segments},
+    }[mask]
+
+
+def _f64(x: jax.Array) -> oracle.F64:
+    return np.asarray(x).astype(np.float64)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(function: Any, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, g: jax.Array) -> Any:
+    """(out, gradients of Σ out · g with respect to q, k, v, theta and the bias)."""
+
+    def of_arrays(*arrays: Any) -> jax.Array:
+        q, k, v, theta, bias = arrays
+        return function(q, k, v, replace(spec, theta=theta, bias=bias))
+
+    out, vjp = jax.vjp(of_arrays, q, k, v, spec.theta, spec.bias)
+    return out, vjp(g.astype(out.dtype))
+
+
+def check_values(row: Implementation, case: Case) -> None:
+    """Output and all gradients equal the oracle's, are finite and keep their dtypes."""
+    x = inputs(case)
+    out, (d_q, d_k, d_v, d_theta, d_bias) = _run(row.function, x.q, x.k, x.v, x.spec, x.g)
+    g = _f64(x.g)
+    want_q, want_k, want_v, want_bias = oracle.vjp(x.problem, g)
+    close("out", out, oracle.forward(x.problem), case.dtype)
+    close("gradient of q", d_q, want_q, case.dtype)
+    close("gradient of k", d_k, want_k, case.dtype)
+    close("gradient of v", d_v, want_v, case.dtype)
+    if case.activation == "sigmoid":
+        close("gradient of the bias", d_bias, want_bias, case.dtype, "float32")
+    assert np.isfinite(d_theta), "the gradient of theta is not finite"
+    empty = ~x.problem.keep.any(-1)
+    assert not np.any(np.asarray(out).swapaxes(1, 2)[empty]), "a row that may attend to nothing is not exactly 0"
+
+
+def check_theta_gradient(row: Implementation, case: Case) -> None:
+    """d/dθ against a central difference of the oracle over float64 tables."""
+    x = inputs(case)
+    d_theta = _run(row.function, x.q, x.k, x.v, x.spec, x.g)[1][3]
+    step = 1e-4
+
+    def loss(theta: float) -> float:
+        sin, cos = oracle.tables(case.length, WIDTH_QK, theta)
+        return float(np.sum(oracle.forward(replace(x.problem, sin=sin, cos=cos)) * _f64(x.g)))
+
+    want = (loss(THETA + step) - loss(THETA - step)) / (2 * step)
+    # The terms of the sum are larger than the sum: a looser bound than for a single array, and still no chance hit.
+    assert abs(float(d_theta) - want) < 1e-4 * abs(want) + 1e-6, (float(d_theta), want)
+
+
+def check_causal(row: Implementation, case: Case) -> None:
+    """By default the output at t depends on every s ≤ t, and on no s > t, bit for bit."""
+    x = inputs(case)
+    t = case.length // 2
+
+    def at(k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(row.function(x.q, k, v, x.spec)[:, :, t])
+
+    for gradient in jax.jit(jax.grad(at, argnums=(0, 1)))(x.k, x.v):
+        assert not np.any(np.asarray(gradient)[:, :, t + 1 :]), "the output depends on a later token"
+        assert np.all(np.any(np.asarray(gradient)[:, :, : t + 1] != 0, axis=-1)), "the output ignores an earlier token"
+
+
+def close(what: str, actual: jax.Array, expected: oracle.F64, dtype: str, kept: str | None = None) -> None:
+    """actual is finite, of dtype ``kept`` (``dtype`` by default), and within the tolerance of ``dtype``."""
+    assert actual.dtype == (kept or dtype), f"{what} is {actual.dtype}, not {kept or dtype}"
+    assert actual.shape == expected.shape, f"{what} has shape {actual.shape}, not {expected.shape}"
+    got = _f64(actual)
+    assert np.all(np.isfinite(got)), f"{what} is not finite"
+    error = np.max(np.abs(got - expected)) / max(np.max(np.abs(expected)), 1e-6)
+    assert error <= TOLERANCE[dtype], f"{what} is off by {error:.2e} of its largest value"

@@ -1,0 +1,151 @@
+"""The contract, over every row of the table: each implementation is the formula, on all that it says it supports."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xattn.backend.config import Activation, QKPreActivation
+from xattn.backend.dispatch import TABLE, Implementation
+
+from .contract import BATCH, HEADS, LENGTH, MASKS, Case, check_causal, check_theta_gradient, check_values, inputs
+
+ACTIVATIONS = get_args(Activation)
+
+ROWS = [pytest.param(row, id=row.name) for row in TABLE]
+
+CASES = [
+    # Everything with everything, in float32.
+    *(
+        Case(activation=a, pre_activation=p, mask=m)
+        for a, p, m in itertools.product(ACTIVATIONS, get_args(QKPreActivation), MASKS)
+    ),
+    *(Case(activation=a, pre_activation="swish", mask=m, dtype="bfloat16") for a in ACTIVATIONS for m in MASKS[:4]),
+    *(Case(activation=a, dtype="float16") for a in ACTIVATIONS),
+    # Grouped heads; one token; a context that is not the sequence.
+    *(Case(activation=a, heads=6, kv_heads=2, mask="everything") for a in ACTIVATIONS),
+    *(Case(activation=a, heads=6, kv_heads=2) for a in ACTIVATIONS),
+    *(Case(activation=a, length=1) for a in ACTIVATIONS),
+    Case(activation="sigmoid", context_length=64),
+]
+
+
+def serving(row: Implementation, case: Case) -> Implementation:
+    """The row, or a skip with the reason that it gives itself."""
+    if reason := row.unsupported(inputs(case).call()):
+        pytest.skip(f"{row.name} does not support {reason}")
+    return row
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("row", ROWS)
+def test_output_and_gradients_are_the_formulas(row: Implementation, case: Case) -> None:
+    check_values(serving(row, case), case)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("row", ROWS)
+def test_theta_has_the_right_gradient(row: Implementation, activation: str) -> None:
+    case = Case(activation=activation)
+    check_theta_gradient(serving(row, case), case)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("row", ROWS)
+def test_causal_and_not_more(row: Implementation, activation: str) -> None:
+    case = Case(activation=activation)
+    check_causal(serving(row, case), case)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("row", ROWS)
+def test_vmap_over_batch_and_over_heads_is_the_batched_call(row: Implementation, activation: str) -> None:
+    case = Case(activation=activation)
+    x = inputs(case)
+    function = serving(row, case).function
+    whole = jax.jit(function)(x.q, x.k, x.v, x.spec)
+
+    def one_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        bias = None if x.spec.bias is None else x.spec.bias[:1]
+        return function(q[None, None], k[None, None], v[None, None], replace(x.spec, bias=bias))[0, 0]
+
+    alone = jax.jit(jax.vmap(jax.vmap(one_head)))(x.q, x.k, x.v)
+    assert whole.shape == (BATCH, HEADS, LENGTH, x.v.shape[-1])
+    np.testing.assert_allclose(alone, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("row", ROWS)
+def test_a_pack_of_thetas_is_as_many_single_calls(row: Implementation, activation: str) -> None:
+    """Packed sweeps: theta (and with it the whole spec's numbers) has a leading axis under vmap, q, k, v too."""
+    case = Case(activation=activation)
+    x = inputs(case)
+    function = serving(row, case).function
+    thetas = jnp.array([10.0, 1000.0])
+
+    def loss(theta: jax.Array, q: jax.Array) -> jax.Array:
+        return jnp.sum(function(q, x.k, x.v, replace(x.spec, theta=theta)) * x.g)
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    packed = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1))))(thetas, jnp.stack([x.q, 2 * x.q]))
+    for i, q in enumerate((x.q, 2 * x.q)):
+        for one, many in zip(run(thetas[i], q), packed, strict=True):
+            np.testing.assert_allclose(many[i], one, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(packed[1][0], packed[1][1]), "theta and q changed nothing"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("row", ROWS)
+def test_numbers_do_not_compile_again_and_runs_repeat_bit_for_bit(row: Implementation, activation: str) -> None:
+    case = Case(activation=activation)
+    x = inputs(case)
+    function = serving(row, case).function
+    traces = 0
+
+    @jax.jit
+    def counted(q: jax.Array, theta: jax.Array) -> jax.Array:
+        nonlocal traces
+        traces += 1
+        return function(q, x.k, x.v, replace(x.spec, theta=theta))
+
+    first = counted(x.q, jnp.float32(100.0))
+    again = counted(x.q, jnp.float32(100.0))
+    other = counted(x.q, jnp.float32(9.0))
+    assert traces == 1
+    np.testing.assert_array_equal(first, again)
+    assert np.any(np.asarray(other) != np.asarray(first))
+    # The first token has angle 0: no theta changes it.
+    np.testing.assert_array_equal(other[:, :, 0], first[:, :, 0])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("row", ROWS)
+def test_sharded_is_unsharded(row: Implementation, devices: int, activation: str) -> None:
+    """Heads, or batch and heads, over two and four devices under plain jit."""
+    case = Case(activation=activation, heads=4, kv_heads=4)
+    x = inputs(case)
+    function = serving(row, case).function
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((devices // 2, 2), ("data", "tensor"), axis_types=(auto, auto))
+    by_head = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "tensor"))
+
+    @partial(jax.jit, static_argnums=0)
+    def loss_and_gradients(sharding: jax.sharding.Sharding | None, *arrays: jax.Array) -> tuple:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.sum(function(q, k, v, x.spec) * x.g)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
+
+    alone = loss_and_gradients(None, x.q, x.k, x.v)
+    shared = loss_and_gradients(by_head, *jax.device_put((x.q, x.k, x.v), by_head))
+    assert len(shared[1][0].sharding.device_set) == devices
+    for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,59 @@
+"""The table: auto takes the first row with no reason against it and keeps the reasons; a name serves or says why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from xattn.backend import dispatch
+from xattn.backend.dispatch import Call, Choice, choose
+
+CALL = Call(
+    activation="softmax",
+    dtype="float32",
+    batch=1,
+    num_heads=4,
+    num_kv_heads=4,
+    sequence=256,
+    head_dim_qk=64,
+    head_dim_v=64,
+    platform="cpu",
+)
+
+
+def _row(name: str, unsupported: Any = None, unfavourable: Any = None) -> dispatch.Implementation:
+    return dispatch.Implementation(name, dispatch.reference, lambda _: unsupported, lambda _: unfavourable)
+
+
+def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = (_row("a", "windows"), _row("b", None, "slow here"), _row("c"), _row("d"))
+    monkeypatch.setattr(dispatch, "TABLE", table)
+    choice = choose(CALL)
+    assert choice == Choice("c", {"a": "does not support windows", "b": "slow here"})
+    assert json.loads(json.dumps(asdict(choice))) == asdict(choice)
+
+
+def test_a_name_is_taken_even_where_auto_would_not_or_is_an_error_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "TABLE", (_row("a", "windows"), _row("b", None, "slow here"), _row("c")))
+    assert choose(CALL, "b") == Choice("b", {})
+    with pytest.raises(ValueError, match="'a' does not support windows"):
+        choose(CALL, "a")
+    with pytest.raises(ValueError, match="'z'; choices: auto, a, b, c"):
+        choose(CALL, "z")
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+def test_the_last_row_serves_every_call(activation: Any) -> None:
+    last = dispatch.TABLE[-1]
+    for call in (CALL, replace(CALL, window=3, has_mask=True, has_segment_ids=True, platform="tpu", sequence=1)):
+        assert last.unsupported(replace(call, activation=activation)) is None
+        assert last.unfavourable(replace(call, activation=activation)) is None
+
+
+def test_names_are_unique_and_auto_is_none_of_them() -> None:
+    assert len(set(dispatch.names())) == len(dispatch.TABLE) + 1

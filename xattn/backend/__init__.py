@@ -1,0 +1,36 @@
+"""The attention backend: pure JAX, no Hydra, no files.
+
+The five names below are the public interface. They are loaded when first used, so that importing this package, or
+:mod:`xattn.backend.config`, imports no jax. (No module here may be called ``attention``: as an attribute of the
+package it would hide the function.)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xattn.backend.api import attention as attention
+    from xattn.backend.module import mLSTMBackendAttention as mLSTMBackendAttention
+    from xattn.backend.module import mLSTMBackendAttentionConfig as mLSTMBackendAttentionConfig
+    from xattn.backend.rope import apply_rotary_emb as apply_rotary_emb
+    from xattn.backend.rope import precompute_freqs as precompute_freqs
+
+_HOME = {
+    "apply_rotary_emb": "rope",
+    "attention": "api",
+    "mLSTMBackendAttention": "module",
+    "mLSTMBackendAttentionConfig": "module",
+    "precompute_freqs": "rope",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

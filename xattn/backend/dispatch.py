@@ -1,0 +1,125 @@
+"""Which code computes a call: a table of implementations, each with its reasons for not serving.
+
+A new implementation is one module, one row of ``TABLE`` and nothing else; the contract suite runs over the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+
+from xattn.backend.config import Activation
+from xattn.backend.reference import reference
+from xattn.backend.spec import AttentionSpec
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What is known of a call before anything is compiled; what an implementation's refusal may depend on."""
+
+    activation: Activation
+    dtype: str
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    sequence: int
+    head_dim_qk: int
+    head_dim_v: int
+    window: int | None = None
+    has_mask: bool = False
+    has_segment_ids: bool = False
+    platform: str = field(default_factory=jax.default_backend)
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Call:
+        """The facts of checked arrays (B, NH or NKV, S, ·); they may be traced."""
+        return cls(
+            activation=spec.activation,
+            dtype=q.dtype.name,
+            batch=q.shape[0],
+            num_heads=q.shape[1],
+            num_kv_heads=k.shape[1],
+            sequence=q.shape[2],
+            head_dim_qk=q.shape[3],
+            head_dim_v=v.shape[3],
+            window=spec.window,
+            has_mask=spec.mask is not None,
+            has_segment_ids=spec.segment_ids is not None,
+        )
+
+
+Reason = Callable[[Call], str | None]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A row of the table."""
+
+    name: str
+    function: Callable[[jax.Array, jax.Array, jax.Array, AttentionSpec], jax.Array]
+    """(q, k, v, spec) → out, as :func:`xattn.backend.reference.reference` specifies it."""
+    unsupported: Reason
+    """What of the call it does not support, or None: then it takes the call when named."""
+    unfavourable: Reason
+    """Why ``auto`` should rather pass it over though it could serve, or None."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that serves a call, and why those before it in the table were passed over by ``auto``.
+
+    ``dataclasses.asdict`` of it is plain data, for a log or a JSON file.
+    """
+
+    name: str
+    passed_over: dict[str, str]
+
+
+def _never(call: Call) -> None:
+    """No reason against it."""
+
+
+# In the order in which auto tries them. The last serves every call.
+TABLE: tuple[Implementation, ...] = (Implementation("reference", reference, _never, _never),)
+
+
+def names() -> tuple[str, ...]:
+    """What a person may choose: ``auto`` and the table's rows."""
+    return (AUTO, *(row.name for row in TABLE))
+
+
+def row(name: str) -> Implementation:
+    """The table's row of that name.
+
+    Raises:
+        ValueError: there is none; the message names those there are.
+    """
+    for candidate in TABLE:
+        if candidate.name == name:
+            return candidate
+    raise ValueError(f"unknown attention implementation {name!r}; choices: {', '.join(names())}")
+
+
+def choose(call: Call, implementation: str = AUTO) -> Choice:
+    """The implementation that will serve the call: the named one, or for ``auto`` the first with no reason against it.
+
+    Raises:
+        ValueError: the name is unknown, or the named implementation does not support the call; the message says why.
+    """
+    if implementation != AUTO:
+        if reason := row(implementation).unsupported(call):
+            raise ValueError(f"attention implementation {implementation!r} does not support {reason}")
+        return Choice(implementation, {})
+    passed_over: dict[str, str] = {}
+    for candidate in TABLE:
+        if missing := candidate.unsupported(call):
+            passed_over[candidate.name] = f"does not support {missing}"
+        elif reason := candidate.unfavourable(call):
+            passed_over[candidate.name] = reason
+        else:
+            return Choice(candidate.name, passed_over)
+    raise AssertionError("the last row of the table serves every call")

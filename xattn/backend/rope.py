@@ -1,0 +1,106 @@
+"""Rotary position embedding, interleaved pairs (2i, 2i + 1), in float32 whatever the dtype of the features.
+
+Shape letters: B batch, NH heads, S sequence, DHQK query/key head width.
+Source: Su et al., RoFormer, arXiv 2104.09864, section 3.4.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import jax
+import jax.numpy as jnp
+
+Theta = float | jax.Array
+
+
+def precompute_freqs(feat_dim: int, max_length: int, theta: Theta = 10000.0) -> tuple[jax.Array, jax.Array]:
+    """Sine and cosine of position · theta^(−2i/feat_dim) for the positions 0 … max_length − 1.
+
+    Args:
+        feat_dim: head width DHQK; even.
+        max_length: number of positions.
+        theta: wavelength base, positive; a number or a traced scalar.
+
+    Returns:
+        ``(sin, cos)``, each float32 of shape (max_length, feat_dim // 2). Row 0 is exactly (0, 1). A float32 angle is
+        off by up to 6e-8 of itself: 1.2e-4 at position 4096.
+
+    Raises:
+        ValueError: feat_dim is odd or not positive, max_length is negative, or theta is a number that is not
+            positive and finite, or an array that is not a scalar.
+    """
+    if max_length < 0:
+        raise ValueError(f"max_length must not be negative, got {max_length}")
+    return rotary_tables(jnp.arange(max_length), feat_dim, theta)
+
+
+def apply_rotary_emb(
+    xq: jax.Array,
+    xk: jax.Array,
+    freqs_sin: jax.Array | None = None,
+    freqs_cos: jax.Array | None = None,
+    theta: Theta = 10000.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Rotate the pair (2i, 2i + 1) of the features at position t by the angle t · theta^(−2i/DHQK).
+
+    Args:
+        xq: queries (…, S, DHQK), any float dtype.
+        xk: keys (…, S, DHQK); their leading axes may differ from the queries' (grouped heads).
+        freqs_sin: sines (≥ S, DHQK // 2), of which the first S rows are used; from :func:`precompute_freqs` if None.
+        freqs_cos: cosines, likewise; both or neither are given.
+        theta: wavelength base, used only where no tables are given.
+
+    Returns:
+        ``(xq, xk)`` rotated, in their own dtypes; the rotation itself is done in float32.
+
+    Raises:
+        ValueError: one table without the other, tables of another shape, DHQK odd, or xq and xk of different S or DHQK.
+    """
+    if xq.shape[-2:] != xk.shape[-2:]:
+        raise ValueError(f"xq and xk must agree in their last two axes (S, DHQK), got {xq.shape} and {xk.shape}")
+    length, width = xq.shape[-2:]
+    if freqs_sin is None and freqs_cos is None:
+        freqs_sin, freqs_cos = precompute_freqs(width, length, theta)
+    elif freqs_sin is None or freqs_cos is None:
+        raise ValueError("freqs_sin and freqs_cos go together: give both or neither")
+    _check_width(width)
+    for name, table in (("freqs_sin", freqs_sin), ("freqs_cos", freqs_cos)):
+        if table.ndim != 2 or table.shape[0] < length or table.shape[1] != width // 2:
+            raise ValueError(f"{name} must have shape (at least {length}, {width // 2}), got {table.shape}")
+    sin, cos = freqs_sin[:length], freqs_cos[:length]
+    return rotate(xq, sin, cos), rotate(xk, sin, cos)
+
+
+def rotary_tables(positions: jax.Array, feat_dim: int, theta: Theta) -> tuple[jax.Array, jax.Array]:
+    """As :func:`precompute_freqs`, at any positions, of any shape (…): two float32 arrays (…, feat_dim // 2)."""
+    _check_width(feat_dim)
+    exponents = jnp.arange(0, feat_dim, 2, dtype=jnp.float32) / feat_dim
+    # A power, not exp(−exponent · log theta): the rounding of that product would be a tenfold error of the angle.
+    angles = jnp.multiply.outer(positions.astype(jnp.float32), checked_theta(theta) ** -exponents)
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """x of shape (…, S, DHQK) with tables (S, DHQK // 2); float32 inside, x's dtype out. −sin rotates back."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    lead = tuple(range(x.ndim - sin.ndim))
+    sin, cos = jnp.expand_dims(sin, lead), jnp.expand_dims(cos, lead)
+    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+def checked_theta(theta: Theta) -> jax.Array:
+    """theta as a float32 scalar; only a number's value can be judged, a traced one's shape."""
+    if isinstance(theta, Real) and not (theta > 0 and math.isfinite(theta)):
+        raise ValueError(f"theta must be positive and finite, got {theta}")
+    array = jnp.asarray(theta, jnp.float32)
+    if array.ndim:
+        raise ValueError(f"theta must be a scalar, got shape {array.shape}")
+    return array
+
+
+def _check_width(feat_dim: int) -> None:
+    if feat_dim < 2 or feat_dim % 2:
+        raise ValueError(f"the head width DHQK must be even and at least 2 for RoPE, got {feat_dim}")

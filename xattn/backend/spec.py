@@ -1,0 +1,52 @@
+"""What a call of attention means: one object that every implementation takes after q, k and v.
+
+Shape letters: B batch, NH heads, NKV key/value heads, S sequence, DHQK query/key head width, DHV value head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from xattn.backend.config import Activation, QKPreActivation
+from xattn.backend.rope import rotary_tables, rotate
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("theta", "bias", "mask", "segment_ids"),
+    meta_fields=("activation", "qk_pre_activation", "window"),
+)
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """The meaning of a call, checked and in one spelling (see :func:`xattn.backend.api.attention`).
+
+    A pytree: the first four fields are arrays, which may be traced; the last three shape the program.
+    """
+
+    theta: jax.Array
+    """() float32."""
+    bias: jax.Array | None
+    """(NH,) float32, added to sigmoid's logits; None under the other two."""
+    mask: jax.Array | None
+    """(S, S) bool, True = attend; None is causal."""
+    segment_ids: jax.Array | None
+    """(B, S) integers; a token attends within its own segment."""
+    activation: Activation
+    qk_pre_activation: QKPreActivation
+    window: int | None
+    """A token t attends to t − window < s ≤ t; None is no limit."""
+
+
+def pre_activate(x: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """x or x · σ(x), in x's dtype."""
+    return jax.nn.silu(x) if spec.qk_pre_activation == "swish" else x
+
+
+def prepare(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+    """Pre-activation and RoPE at positions 0 … S − 1: steps 1 and 2 of the mathematics, in the dtype of q and k."""
+    sin, cos = rotary_tables(jnp.arange(q.shape[-2]), q.shape[-1], spec.theta)
+    return rotate(pre_activate(q, spec), sin, cos), rotate(pre_activate(k, spec), sin, cos)

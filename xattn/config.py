@@ -1,0 +1,267 @@
+"""From what a person types to one frozen, validated :class:`Config`; and from that to the name of the run's folder.
+
+Besides Hydra's plugins this is the only module that knows omegaconf. It imports no jax.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import Field, ValidationError
+
+from xattn.backend.config import BackendConfig
+from xattn.data.config import DataConfig
+from xattn.errors import BadInput
+from xattn.evaluation.config import EvaluationConfig
+from xattn.model.config import ModelConfig
+from xattn.section import Section
+from xattn.tracking.config import TrackingConfig
+from xattn.training.config import OptimizerConfig, ScheduleConfig, TrainerConfig
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+PathName = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class Config(Section):
+    """Everything that a run is made from.
+
+    seed: of initialisation, data order and dropout.
+    study: the set of runs that this one belongs to; a folder below ``outputs/``.
+    resume: ``auto`` shows the result of a finished run; ``never`` moves the old folder aside and begins anew.
+    """
+
+    backend: BackendConfig
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    trainer: TrainerConfig
+    evaluation: EvaluationConfig
+    tracking: TrackingConfig
+    seed: int = Field(ge=0, lt=2**32)
+    study: str = Field(pattern=PathName, max_length=100)
+    resume: Literal["auto", "never"]
+
+
+# Keys that do not change what a run computes: where it is tracked, how it is grouped, when it is saved.
+_NOT_HASHED = {"tracking": True, "study": True, "resume": True, "trainer": {"checkpoint_every"}}
+
+
+def hashed_values(config: Config) -> dict[str, Any]:
+    """The dotted keys, with their values, that say what the run computes: the hash is over these."""
+    return dict(_flatten(config.model_dump(mode="json", exclude=_NOT_HASHED)))
+
+
+def run_hash(config: Config) -> str:
+    """Ten hex digits, the same for every spelling of the same validated config."""
+    canonical = json.dumps(hashed_values(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+def run_name(config: Config) -> str:
+    """``<readable>-<hash>``: the name of the run's folder."""
+    words = [config.backend.activation]
+    if config.backend.qk_pre_activation != "none":
+        words.append(config.backend.qk_pre_activation)
+    words += [config.data.name, f"lr{config.optimizer.learning_rate:g}", f"seed{config.seed}", run_hash(config)]
+    return "-".join(words)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The hashed keys whose values differ, each with both; a key that one side lacks is None there."""
+    before, after = hashed_values(old), hashed_values(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """Validates a composed config. Raises :class:`BadInput` with a line for each bad key, five at most."""
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    try:
+        raw = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise BadInput(explain(error)) from error
+    assert isinstance(raw, dict)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(_explain_validation(error, raw)) from error
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The config of ``python train.py OVERRIDES…``, for notebooks and tests."""
+    try:
+        return from_hydra(_composed(overrides))
+    except COMPOSITION_ERRORS as error:
+        raise BadInput(explain(error, overrides)) from error
+
+
+def save(config: Config) -> str:
+    """The YAML text of config.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def load(path: Path) -> Config:
+    """Reads back a config.yaml. Raises :class:`BadInput` where it is not one of ours."""
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # whatever YAML makes of bytes that are not ours
+        raise BadInput(f"{path}: not a readable config.yaml: {_first_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise BadInput(f"{path}: not a config.yaml of a run")
+    try:
+        return from_hydra(loaded)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
+def save_overrides(overrides: Sequence[str]) -> str:
+    """The YAML text of overrides.yaml: what the person typed."""
+    return OmegaConf.to_yaml(OmegaConf.create(list(overrides)))
+
+
+def register_resolvers() -> None:
+    """Makes ``${run_name:}`` the name of the composed run's folder; it raises :class:`BadInput` on a bad config."""
+    OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(from_hydra(_root_)), replace=True)
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", list(overrides))
+
+
+# ---- what a person is told -------------------------------------------------------------------------------------------
+
+# What Hydra and omegaconf raise while they compose: their own kinds, and plain ones for some malformed overrides.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
+
+_QUOTING = (
+    "A value with a space, a comma, brackets or other special characters goes in quotes:\n"
+    """  'data.path="/some folder/a,b.txt"'"""
+)
+
+
+def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
+    """One message of at most five lines for an error of Hydra, omegaconf or ours, raised for these overrides."""
+    for cause in _causes(error):
+        if isinstance(cause, BadInput):
+            return str(cause)
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not an override that Hydra's grammar takes; write key=value. {_QUOTING}"
+    if "Ambiguous value" in text:
+        return f"{_first_line(error)}: several values are a sweep, and need -m. {_QUOTING}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        options = [option for option in error.options or [] if option != "base"]
+        if group:
+            return f"{group}={choice}: no such choice{_nearest(choice, options)}; allowed: {', '.join(options)}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: a value is needed, for example {error.full_key}=…"
+    if unknown := re.search(r"Could not override '([^']+)'|Interpolation key '([^']+)' not found", text):
+        key = unknown[1] or unknown[2]
+        return f"{key}: no such key{_nearest_key(key, overrides)}; `python train.py --cfg job` shows them all"
+    return _first_line(error)
+
+
+def _explain_validation(error: ValidationError, raw: Mapping[str, Any]) -> str:
+    expected: dict[str, list[str]] = {}  # key → what each member of its type allows
+    given: dict[str, str] = {}
+    nearest: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        kind, context = detail["type"], detail.get("ctx", {})
+        key = _dotted(detail["loc"], raw)
+        message = re.sub(r"^(Value error, |Input should be )", "", detail["msg"])
+        if kind == "extra_forbidden":
+            message, nearest[key] = "no such key", _nearest_key(key, ())
+        elif kind == "missing":
+            message = f"a value is needed, for example {key}=…"
+        elif kind == "string_pattern_mismatch":
+            message = "letters, digits, '.', '_' and '-' are allowed, the first a letter or a digit"
+        elif kind == "union_tag_invalid":
+            key, message = f"{key}.name", str(context["expected_tags"])
+            given[key], nearest[key] = repr(context["tag"]), _nearest(context["tag"], re.findall(r"'(.*?)'", message))
+        elif kind == "literal_error":
+            nearest[key] = _nearest(str(detail["input"]), re.findall(r"'(.*?)'", context["expected"]))
+        expected.setdefault(key, []).append(message)
+        if kind != "missing" and not isinstance(detail["input"], Mapping):
+            given[key] = _short(detail["input"])
+    lines = []
+    for key, messages in expected.items():
+        value = f" = {given[key]}" if key in given else ""
+        rule = " or ".join(messages)
+        if not rule.startswith(("no such", "a value", "letters")) and key in given:
+            rule = f"must be {rule}"
+        lines.append(f"{key}{value}: {rule}{nearest.get(key, '')}")
+    return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"and {len(lines) - 4} more"])
+
+
+def _dotted(loc: Sequence[int | str], raw: Mapping[str, Any]) -> str:
+    """The key as a person types it: pydantic's path without the names of union members."""
+    parts: list[str] = []
+    node: Any = raw
+    for i, part in enumerate(loc):
+        if isinstance(node, Mapping) and (part in node or i == len(loc) - 1):
+            parts.append(str(part))
+            node = node.get(part)
+    return ".".join(parts)
+
+
+def _nearest(word: str, options: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def _nearest_key(key: str, overrides: Sequence[str]) -> str:
+    choices = [override for override in overrides if re.fullmatch(r"[\w/]+=[\w-]+", override)]
+    try:
+        known = _composed(choices)
+    except COMPOSITION_ERRORS:
+        known = _composed(())
+    keys = [k for k, _ in _flatten(OmegaConf.to_container(known, resolve=False))] + [str(k) for k in known]
+
+    def likeness(candidate: str) -> float:
+        """Mostly of the last word: a person forgets or mistakes the group more often than the key."""
+        leaf = _similar(key.rpartition(".")[2], candidate.rpartition(".")[2])
+        return 0.8 * leaf + 0.2 * _similar(key, candidate) if leaf >= 0.6 else 0.0
+
+    best = max(keys, key=likeness)
+    return f" (did you mean {best}?)" if likeness(best) else ""
+
+
+def _similar(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

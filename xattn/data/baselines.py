@@ -1,0 +1,27 @@
+"""What a model has to beat: two ways to spend bits on the very bytes that it is scored on."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+
+import numpy as np
+
+from xattn.data.batches import Windows
+
+
+def scored_bytes(windows: Sequence[Windows]) -> bytes:
+    """The targets that count, window after window."""
+    return b"".join(w.tokens[:, 1:][w.weights > 0].astype(np.uint8).tobytes() for w in windows)
+
+
+def unigram_bits_per_byte(text: bytes) -> float:
+    """Entropy of the text's own byte frequencies: −Σ p log₂ p. No code that ignores context can do better on it."""
+    counts = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
+    p = counts[counts > 0] / len(text)
+    return float(-(p * np.log2(p)).sum())
+
+
+def gzip_bits_per_byte(text: bytes) -> float:
+    """Size of the text under gzip −9, header included, over its own, in bits per byte."""
+    return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)

@@ -1,0 +1,71 @@
+"""Windows of tokens: which ones a training step sees, and which ones an evaluation scores."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+
+class Windows(NamedTuple):
+    """tokens: int32 (B, S + 1), a window's inputs and, shifted by one, its targets. weights: float32 (B, S), 1 where
+    the target counts and 0 where it is padding."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+class TrainingBatches:
+    """``batch(step)`` is a function of (seed, step, tokens) alone: nothing is remembered between steps.
+
+    The text is gone through in epochs. In each it is cut, from an offset drawn for that epoch, into windows of
+    context_length tokens, every window is used once, and their order is drawn for that epoch.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, context_length: int, batch_size: int, seed: int):
+        self._tokens = tokens
+        self._context_length = context_length
+        self._batch_size = batch_size
+        self._seed = seed
+        # One window fewer than fits, so that every offset below context_length leaves as many; at least one.
+        self._windows_per_epoch = max(1, (len(tokens) - 1) // context_length - 1)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def __call__(self, step: int) -> np.ndarray:
+        """int32 (batch_size, context_length + 1): the windows of update number ``step``, counted from 0."""
+        position = step * self._batch_size + np.arange(self._batch_size, dtype=np.int64)
+        starts = [self._epoch(int(p // self._windows_per_epoch))[p % self._windows_per_epoch] for p in position]
+        return np.stack([self._tokens[s : s + self._context_length + 1] for s in starts]).astype(np.int32)
+
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self._seed, epoch])
+        slack = len(self._tokens) - 1 - self._windows_per_epoch * self._context_length
+        offset = generator.integers(min(slack, self._context_length - 1) + 1)
+        return offset + self._context_length * generator.permutation(self._windows_per_epoch)
+
+
+def evaluation_windows(
+    tokens: np.ndarray, *, context_length: int, batch_size: int, windows: int | Literal["all"]
+) -> list[Windows]:
+    """The windows that every evaluation of every run scores, in batches of one shape.
+
+    ``all``: the text cut into windows of context_length targets, the last one padded, so that every token but the
+    first is scored once. A number: that many of the full windows, or all of them if there are fewer, spread evenly.
+    """
+    scored = len(tokens) - 1
+    if windows == "all":
+        starts = np.arange(0, scored, context_length)
+    else:
+        full = scored // context_length
+        starts = context_length * np.unique(np.linspace(0, full - 1, min(windows, full)).round().astype(np.int64))
+    rows = -(-len(starts) // batch_size) * batch_size
+    padded = np.zeros((rows, context_length + 1), np.int32)
+    weights = np.zeros((rows, context_length), np.float32)
+    for row, start in enumerate(starts):
+        window = tokens[start : start + context_length + 1]
+        padded[row, : len(window)] = window
+        weights[row, : len(window) - 1] = 1
+    return [
+        Windows(padded[i : i + batch_size], weights[i : i + batch_size]) for i in range(0, rows, batch_size)
+    ]

@@ -1,0 +1,52 @@
+"""Loss on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xattn.data.batches import Windows
+from xattn.model.transformer import LanguageModel, ModelHyperparameters, next_token_losses
+
+ScoreWindows = Callable[[Any, ModelHyperparameters, Windows], jax.Array]
+
+
+class HeldOutLoss(NamedTuple):
+    """val_loss: nats per token. val_bpb: bits per byte."""
+
+    val_loss: float
+    val_bpb: float
+
+
+def score_windows(model: LanguageModel) -> ScoreWindows:
+    """(params, hyperparameters, windows) → the windows' summed loss in nats, a float32 scalar; padding counts as 0."""
+
+    def score(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> jax.Array:
+        logits = model.apply({"params": params}, windows.tokens[:, :-1], hyperparameters)
+        return jnp.sum(next_token_losses(logits, windows.tokens[:, 1:]) * windows.weights)
+
+    return jax.jit(score)
+
+
+def held_out_loss(
+    score: ScoreWindows,
+    params: Any,
+    hyperparameters: ModelHyperparameters,
+    windows: Sequence[Windows],
+    *,
+    bytes_per_token: float,
+) -> HeldOutLoss:
+    """The mean over every scored token. Waits for the device once."""
+    sums = [score(params, hyperparameters, w) for w in windows]
+    nats = sum(float(s) for s in jax.device_get(sums))  # in float64, batch after batch
+    per_token = nats / sum(float(w.weights.sum()) for w in windows)
+    return HeldOutLoss(per_token, bits_per_byte(per_token, bytes_per_token))
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """nats per token / ln 2 / bytes per token."""
+    return nats_per_token / math.log(2) / bytes_per_token

@@ -1,0 +1,63 @@
+"""What a person chooses about the language model. Importing this module imports no jax."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from xattn.section import Section
+
+
+class ModelConfig(Section):
+    """The group ``model``: a pre-norm decoder.
+
+    num_layers, num_heads, embedding_dim: depth, query heads, width D. The head width is embedding_dim / num_heads.
+    num_kv_heads: key/value heads, a divisor of num_heads; null means num_heads.
+    mlp: ``gelu`` (two matrices) or ``swiglu`` (three).
+    mlp_dim: hidden width of the MLP.
+    norm: ``rmsnorm`` or ``layernorm``; neither has a bias.
+    norm_placement: ``pre`` is x + attn(LN(x)); ``hybrid`` is x + LN₂(attn(LN₁(x))). The MLP's norm is always before it.
+    qk_norm: ``rmsnorm`` normalises each query and key head before the pre-activation; ``none`` does not.
+    layer_scale: initial value of a learned factor a channel on each residual branch; null means no such factor.
+    dropout: probability with which an element of each residual branch is dropped in training.
+    embeddings: ``tied`` uses the token embedding as the output projection, ``untied`` has one of its own.
+    layers: ``scanned`` compiles one layer and loops over it, ``unrolled`` compiles each. Same parameters, same result.
+    dtype: of activations and matrix products. Parameters, norms' statistics, attention weights and the loss are
+        float32.
+    """
+
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt | None
+    embedding_dim: PositiveInt
+    mlp: Literal["gelu", "swiglu"]
+    mlp_dim: PositiveInt
+    norm: Literal["rmsnorm", "layernorm"]
+    norm_placement: Literal["pre", "hybrid"]
+    qk_norm: Literal["none", "rmsnorm"]
+    layer_scale: PositiveFloat | None
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    embeddings: Literal["tied", "untied"]
+    layers: Literal["scanned", "unrolled"]
+    dtype: Literal["float32", "bfloat16"]
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> ModelConfig:
+        if self.embedding_dim % self.num_heads:
+            raise ValueError(f"embedding_dim {self.embedding_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"the head width embedding_dim / num_heads = {self.head_dim} is odd; RoPE rotates pairs and needs it even"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.embedding_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads

@@ -1,0 +1,196 @@
+"""The causal language model: a pre-norm decoder on the attention backend.
+
+Flax Linen, because the seed's backend is a Linen module, and because ``init`` and ``apply`` are pure functions of a
+plain tree of parameters: what packs (vmap over runs) and checkpoints want.
+
+Shapes: B batch, NH heads, S sequence, DH head width, D embedding, V vocabulary. Parameters of the layers have one more
+axis in front, the layer, whether the layers are scanned or unrolled.
+
+Initialisation: embeddings normal with standard deviation 0.02; matrices truncated normal with variance 1 / fan-in,
+those that write to the residual stream divided by √(2 · num_layers); norm scales 1; learned sigmoid biases −log n.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xattn.backend import attention
+from xattn.backend.config import BackendConfig
+from xattn.model.config import ModelConfig
+
+Role = Literal["matrix", "embedding", "vector"]
+
+
+class ModelHyperparameters(NamedTuple):
+    """The swept numbers that the model reads at each call: float32 scalars, or Python floats.
+
+    theta: RoPE's wavelength base. sigmoid_bias: added to sigmoid's logits; not read where it is learned.
+    """
+
+    theta: jax.Array | float
+    sigmoid_bias: jax.Array | float
+
+
+def parameter_role(path: tuple[Any, ...]) -> Role:
+    """What a parameter is, by its name in the tree: its number of axes says nothing once layers are stacked."""
+    name = path[-1].key
+    if name == "kernel":
+        return "matrix"
+    return "embedding" if name == "embedding" else "vector"
+
+
+class LanguageModel(nn.Module):
+    """Next-token logits.
+
+    ``__call__(tokens, hyperparameters, *, train=False)``: int (B, S) → float (B, S, V) in the config's dtype. With
+    train=True and dropout > 0 an rng named ``dropout`` is needed.
+    """
+
+    config: ModelConfig
+    backend: BackendConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, hyperparameters: ModelHyperparameters, *, train: bool = False) -> jax.Array:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+
+        def embedding(name: str) -> nn.Embed:
+            init = nn.initializers.normal(0.02)
+            return nn.Embed(self.vocab_size, config.embedding_dim, dtype=dtype, embedding_init=init, name=name)
+
+        token_embedding = embedding("token_embedding")
+        x = token_embedding(tokens)
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=config.num_layers,
+            unroll=config.num_layers if config.layers == "unrolled" else 1,
+        )(config, self.backend, train, name="layers")
+        x, _ = layers(x, hyperparameters)
+        x = _norm(config, "final_norm")(x)
+        output = token_embedding if config.embeddings == "tied" else embedding("output_embedding")
+        return output.attend(x)
+
+
+class Layer(nn.Module):
+    """x + attention, then x + MLP: (B, S, D) → ((B, S, D), None), the form that a scan wants."""
+
+    config: ModelConfig
+    backend: BackendConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, hyperparameters: ModelHyperparameters) -> tuple[jax.Array, None]:
+        config = self.config
+        branch = Attention(config, self.backend, name="attention")(
+            _norm(config, "attention_norm")(x), hyperparameters
+        )
+        if config.norm_placement == "hybrid":
+            branch = _norm(config, "attention_output_norm")(branch)
+        x = x + self._residual("attention", branch)
+        return x + self._residual("mlp", MLP(config, name="mlp")(_norm(config, "mlp_norm")(x))), None
+
+    def _residual(self, name: str, branch: jax.Array) -> jax.Array:
+        config = self.config
+        if config.layer_scale is not None:
+            init = nn.initializers.constant(config.layer_scale)
+            branch = branch * self.param(f"{name}_layer_scale", init, (config.embedding_dim,)).astype(branch.dtype)
+        return nn.Dropout(config.dropout, deterministic=not self.train, name=f"{name}_dropout")(branch)
+
+
+class Attention(nn.Module):
+    """Projections around the attention backend: (B, S, D) → (B, S, D)."""
+
+    config: ModelConfig
+    backend: BackendConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, hyperparameters: ModelHyperparameters) -> jax.Array:
+        config, backend = self.config, self.backend
+        batch, length, _ = x.shape
+
+        def heads(name: str, number: int) -> jax.Array:
+            flat = _dense(config, number * config.head_dim, name)(x)
+            return flat.reshape(batch, length, number, config.head_dim).transpose(0, 2, 1, 3)
+
+        q = heads("query", config.num_heads)
+        k = heads("key", config.kv_heads)
+        v = heads("value", config.kv_heads)
+        if config.qk_norm == "rmsnorm":
+            q = nn.RMSNorm(dtype=x.dtype, name="query_norm")(q)
+            k = nn.RMSNorm(dtype=x.dtype, name="key_norm")(k)
+        bias = hyperparameters.sigmoid_bias if backend.activation == "sigmoid" else None
+        if bias is not None and backend.sigmoid_bias == "learned":
+            init = nn.initializers.constant(-math.log(backend.context_length))
+            bias = self.param("sigmoid_bias", init, (config.num_heads,))
+        out = attention(
+            q,
+            k,
+            v,
+            activation_function=backend.activation,
+            qk_pre_activation_function=backend.qk_pre_activation,
+            theta=hyperparameters.theta,
+            context_length=backend.context_length,
+            sigmoid_bias=bias,
+            window=backend.window,
+            implementation=backend.implementation,
+        )
+        return _dense(config, config.embedding_dim, "output", residual=True)(
+            out.transpose(0, 2, 1, 3).reshape(batch, length, config.embedding_dim)
+        )
+
+
+class MLP(nn.Module):
+    """gelu: W₂ gelu(W₁ x). swiglu: W₃ (silu(W₁ x) ∘ W₂ x) (Shazeer, arXiv 2002.05202). No biases."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+        if config.mlp == "swiglu":
+            hidden = nn.silu(_dense(config, config.mlp_dim, "gate")(x)) * _dense(config, config.mlp_dim, "up")(x)
+        else:
+            hidden = nn.gelu(_dense(config, config.mlp_dim, "up")(x))
+        return _dense(config, config.embedding_dim, "down", residual=True)(hidden)
+
+
+def _dense(config: ModelConfig, features: int, name: str, *, residual: bool = False) -> nn.Dense:
+    variance = 1.0 / (2 * config.num_layers) if residual else 1.0
+    init = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
+    return nn.Dense(features, use_bias=False, dtype=jnp.dtype(config.dtype), kernel_init=init, name=name)
+
+
+def _norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(dtype=jnp.dtype(config.dtype), name=name)
+    return nn.LayerNorm(use_bias=False, dtype=jnp.dtype(config.dtype), name=name)
+
+
+def next_token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """−log p(target), in nats and float32: (B, S, V), int (B, S) → (B, S)."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def matmul_flops_per_token(config: ModelConfig, *, context_length: int, vocab_size: int) -> int:
+    """Floating-point operations of the forward pass's matrix products, for one token of a full window.
+
+    2 for each weight of a matrix that the token is multiplied with (the output projection included, the embedding
+    look-up not), and for causal attention, over the average of S/2 positions that a token attends to, 2 · S/2 for each
+    query, key pair of products: 2 · S · D a layer. A training step costs three times this.
+    """
+    d, kv_dim = config.embedding_dim, config.kv_heads * config.head_dim
+    mlp = (3 if config.mlp == "swiglu" else 2) * d * config.mlp_dim
+    layer = 2 * (2 * d * d + 2 * d * kv_dim + mlp) + 2 * context_length * d
+    return config.num_layers * layer + 2 * d * vocab_size

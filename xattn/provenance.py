@@ -1,0 +1,77 @@
+"""Where a run comes from: what provenance.json records. Imports no jax; what jax knows is handed in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+_NUMERICAL = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "hydra-core", "omegaconf", "pydantic", "wandb"]
+
+
+def versions() -> dict[str, str]:
+    """Package → version, of what a result may depend on; python among them."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ["xattn", *_NUMERICAL]:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def source_sha256() -> str:
+    """SHA-256 over the names and bytes of the package's modules and of conf's YAML files."""
+    digest = hashlib.sha256()
+    files = [*(_ROOT / "xattn").rglob("*.py"), *(_ROOT / "conf").rglob("*.yaml")]
+    for file in sorted(files):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(_ROOT).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """The commit of the source's checkout and whether its tracked files differ from it; None outside a checkout."""
+    commit = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return commit, None if status is None else bool(status)
+
+
+def provenance(*, data_sha256: str, device_kind: str, device_count: int, process_count: int) -> dict[str, Any]:
+    """The contents of provenance.json. The id of the wandb run is the one that ``wandb agent`` hands out, or drawn."""
+    commit, dirty = git_state()
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "versions": versions(),
+        "device_kind": device_kind,
+        "device_count": device_count,
+        "process_count": process_count,
+        "data_sha256": data_sha256,
+        "source_sha256": source_sha256(),
+        "host": socket.gethostname(),
+        "command": shlex.join(["python", *sys.argv]),
+        "cwd": os.getcwd(),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "wandb_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    if not (_ROOT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,79 @@
+"""What a person sees while a run trains: lines, and on a terminal a bar that moves."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from xattn.tracking.tracker import Row
+
+
+class Display:
+    """Prints to the screen and to log.txt. As a context it shows a run's progress; as a tracker it prints each row."""
+
+    def __init__(self, log: Path, steps: int):
+        self._console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+        self._log = log.open("a", encoding="utf-8")
+        self._steps = steps
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("compiling …", total=steps)
+        self._start = 0.0
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Writes to log.txt alone."""
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def log(self, row: Row) -> None:
+        step = row["step"]
+        words = [f"step {step}/{self._steps}"]
+        if "train_loss" in row:
+            loss = f"loss {row['train_loss']:.4f}"
+            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+            left = (time.perf_counter() - self._start) / step * (self._steps - step)
+            words += [loss, speed, f"{_clock(left)} left"]
+            self._progress.update(self._task, completed=step, description=f"{loss}  {speed}")
+        if row.get("val_loss") is not None:
+            words.append(f"val_loss {row['val_loss']:.4f} nats/token = {row['val_bpb']:.4f} bits/byte")
+        line = "  ".join(words)
+        if self._console.is_terminal and "val_loss" not in row:
+            self.note(line)  # the bar shows it
+        else:
+            self.say(line)
+
+    def __enter__(self) -> Self:
+        self._start = time.perf_counter()
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

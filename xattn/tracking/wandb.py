@@ -1,0 +1,114 @@
+"""Weights & Biases, as a mirror: whatever happens to it, training and metrics.jsonl do not care.
+
+Everything that touches wandb happens in one thread of its own, so that neither a slow import nor a network that hangs
+holds up a step.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from xattn.tracking.config import WandbConfig
+from xattn.tracking.tracker import Row
+
+_INIT_SECONDS = 30  # wandb's own patience with its service and the network
+_FINISH_SECONDS = 60  # ours, at the end of a run
+
+
+def resolve_mode(config: WandbConfig) -> Literal["online", "offline", "disabled"]:
+    """What ``auto`` means here: wandb's own WANDB_MODE if set, else online where an API key is configured."""
+    if config.mode != "auto":
+        return config.mode
+    asked = os.environ.get("WANDB_MODE")
+    if asked in ("online", "offline", "disabled"):
+        return asked  # type: ignore[return-value]  # one of the three, as just seen
+    return "online" if _has_api_key() else "offline"
+
+
+def _has_api_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC") or os.path.expanduser("~/.netrc")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class WandbMirror:
+    """A wandb run with the same metrics, by a thread that takes rows from a queue.
+
+    say: told, once, how to look at an offline run, or what failed; from then on rows are dropped.
+    """
+
+    def __init__(
+        self,
+        config: WandbConfig,
+        *,
+        mode: Literal["online", "offline"],
+        run_id: str,
+        name: str,
+        group: str,
+        values: Mapping[str, Any],
+        folder: Path,
+        say: Callable[[str], None],
+    ):
+        self._say = say
+        self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._init = {
+            "project": config.project,
+            "entity": config.entity,
+            "mode": mode,
+            "id": run_id,
+            "name": name,
+            "group": group,
+            "config": dict(values),
+            "dir": str(folder),
+            "resume": "allow" if mode == "online" else None,
+        }
+        self._summary: dict[str, Any] = {}
+        self._exit_code = 0
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+        if mode == "offline":
+            say(
+                f"wandb: offline, no API key is configured. Look: wandb leet {folder}/wandb/latest-run   "
+                f"Sync: wandb sync {folder}/wandb/offline-run-*"
+            )
+
+    def log(self, row: Row) -> None:
+        self._rows.put(row)
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        """Sends what summary.json says, and waits for wandb, but not for ever."""
+        self._summary, self._exit_code = dict(summary), exit_code
+        self._rows.put(None)
+        self._thread.join(_FINISH_SECONDS)
+        if self._thread.is_alive():
+            self._say(f"wandb: not finished after {_FINISH_SECONDS} s; the run folder has everything without it")
+
+    def _work(self) -> None:
+        try:
+            self._mirror()
+        except Exception as error:  # the rim: any failure of wandb's ends the mirror and nothing else
+            self._say(f"wandb: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; mirror off")
+
+    def _mirror(self) -> None:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=_INIT_SECONDS, disable_git=True, x_disable_stats=True
+        )
+        run = wandb.init(settings=settings, reinit="create_new", **self._init)
+        while (row := self._rows.get()) is not None:
+            values = {key: value for key, value in row.items() if key != "step"}
+            run.log(values, step=row["step"])
+        run.summary.update(self._summary)
+        run.finish(exit_code=self._exit_code)

@@ -1,0 +1,109 @@
+"""What a person chooses about training. Importing this module imports no jax."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from xattn.section import Section
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Optimizer(Section):
+    """What every optimizer has.
+
+    learning_rate: its peak; the schedule multiplies it by a factor between 0 and 1.
+    weight_decay: decoupled, times the learning rate; on matrices and embeddings, never on scales and biases.
+    clip_norm: the gradient is scaled down to this global norm where it exceeds it; null never clips.
+    """
+
+    learning_rate: PositiveFloat
+    weight_decay: NonNegativeFloat
+    clip_norm: PositiveFloat | None
+
+
+class AdamWConfig(_Optimizer):
+    """``optimizer=adamw`` (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    name: Literal["adamw"]
+    beta1: Momentum
+    beta2: Momentum
+    eps: PositiveFloat
+
+
+class SGDConfig(_Optimizer):
+    """``optimizer=sgd``: stochastic gradient descent with heavy-ball momentum."""
+
+    name: Literal["sgd"]
+    momentum: Momentum
+
+
+class LionConfig(_Optimizer):
+    """``optimizer=lion`` (Chen et al., arXiv 2302.06675)."""
+
+    name: Literal["lion"]
+    beta1: Momentum
+    beta2: Momentum
+
+
+class MuonConfig(_Optimizer):
+    """``optimizer=muon``: orthogonalised momentum on the layers' matrices, AdamW on everything else.
+
+    learning_rate belongs to the matrices, whose update has root-mean-square entry ~0.2 like AdamW's (Liu et al.,
+    arXiv 2502.16982), so that one rate serves both.
+    """
+
+    name: Literal["muon"]
+    momentum: Momentum
+    beta1: Momentum
+    beta2: Momentum
+    eps: PositiveFloat
+
+
+OptimizerConfig = Annotated[AdamWConfig | SGDConfig | LionConfig | MuonConfig, Field(discriminator="name")]
+
+
+class ScheduleConfig(Section):
+    """The group ``schedule``: the factor on the learning rate at each step.
+
+    name: what follows the warm-up: ``constant``, ``linear`` or ``cosine`` decay over the rest of the run, or ``wsd``
+        (warm-up, stable, decay): constant, then linear decay.
+    warmup_fraction: share of the steps in which the factor rises linearly to 1.
+    decay_fraction: share of the steps in which ``wsd`` decays.
+    final_fraction: the factor at the end of a decay.
+    """
+
+    name: Literal["constant", "linear", "cosine", "wsd"]
+    warmup_fraction: Fraction
+    decay_fraction: Fraction
+    final_fraction: Fraction
+
+    @model_validator(mode="after")
+    def _fits_in_the_run(self) -> ScheduleConfig:
+        if self.name == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction} + decay_fraction {self.decay_fraction} is more than 1"
+            )
+        return self
+
+
+class TrainerConfig(Section):
+    """The group ``trainer``: length and pace of a run.
+
+    steps: updates to make.
+    batch_size: sequences of context_length tokens in each.
+    log_every, eval_every: every so many steps (and at the last) a training row is logged, the model is evaluated.
+    checkpoint_every: every so many steps the last checkpoint is renewed, besides at the end; null means at the end.
+    nonfinite: what a loss or gradient that is not finite does: ``stop`` ends the run as diverged with the parameters
+        of the step before; ``skip`` leaves that update out and goes on, and stops after 10 in a row.
+    """
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    log_every: PositiveInt
+    eval_every: PositiveInt
+    checkpoint_every: PositiveInt | None
+    nonfinite: Literal["stop", "skip"]

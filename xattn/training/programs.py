@@ -1,0 +1,187 @@
+"""The compiled programs of a run, and the state that they work on.
+
+What shapes a program is static: a :class:`Config` in which every number that is swept has been put at a fixed value.
+The numbers themselves are arrays in the train state, which the programs read. So runs that differ only in them share
+one compiled step, in one process through the cache of :func:`programs`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from xattn.config import Config
+from xattn.evaluation.loss import ScoreWindows, score_windows
+from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token, next_token_losses
+from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
+
+# ``trainer.nonfinite=skip`` gives up after so many updates in a row that it had to leave out.
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class Hyperparameters(NamedTuple):
+    """Every swept number of a run, float32 scalars, and the seed, a uint32 scalar."""
+
+    model: ModelHyperparameters
+    optimizer: OptimizerHyperparameters
+    seed: jax.Array | int
+
+
+class TrainState(NamedTuple):
+    """step: int32, updates tried. skipped: int32, updates left out in a row. halted_at: int32, the update after whose
+    loss or gradient nothing changes any more, −1 while there is none."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    hyperparameters: Hyperparameters
+    skipped: jax.Array
+    halted_at: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """Of one update, float32 scalars: the loss and gradient that led to it, the rate it was made with, and the norm of
+    the parameters after it; and the state's halted_at."""
+
+    train_loss: jax.Array
+    grad_norm: jax.Array
+    param_norm: jax.Array
+    learning_rate: jax.Array
+    halted_at: jax.Array
+
+
+def hyperparameters(config: Config) -> Hyperparameters:
+    """The config's swept numbers as the arrays that the programs read."""
+    backend, chosen = config.backend, config.optimizer
+    bias = -math.log(backend.context_length) if isinstance(backend.sigmoid_bias, str) else backend.sigmoid_bias
+    clip_norm = math.inf if chosen.clip_norm is None else chosen.clip_norm
+    return Hyperparameters(
+        ModelHyperparameters(jnp.float32(backend.theta), jnp.float32(bias)),
+        OptimizerHyperparameters(
+            jnp.float32(chosen.learning_rate), jnp.float32(chosen.weight_decay), jnp.float32(clip_norm)
+        ),
+        jnp.uint32(config.seed),
+    )
+
+
+def static(config: Config) -> Config:
+    """The config with every key that shapes no program at a fixed value: equal results share their programs."""
+    backend, trainer = config.backend, config.trainer
+    learned = backend.sigmoid_bias == "learned"
+    return config.model_copy(
+        update={
+            "backend": backend.model_copy(
+                update={"theta": 10000.0, "sigmoid_bias": "learned" if learned else "auto"},
+            ),
+            "optimizer": config.optimizer.model_copy(
+                update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
+            ),
+            "trainer": trainer.model_copy(update={"log_every": 1, "eval_every": 1, "checkpoint_every": None}),
+            "data": None,
+            "evaluation": None,
+            "tracking": None,
+            "seed": 0,
+            "study": "",
+            "resume": "auto",
+        }
+    )
+
+
+class Programs(NamedTuple):
+    """What a run calls on the device.
+
+    model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. step: (TrainState, int32
+    (B, S + 1)) → (TrainState, StepMetrics), and the state it is given is used up. score: of evaluation.
+    compile_seconds, peak_memory_bytes: of the step: its compilation, its arguments and temporaries.
+    flops_per_step: of its matrix products, by formula.
+    """
+
+    model: LanguageModel
+    init: Any
+    step: Any
+    score: ScoreWindows
+    compile_seconds: float
+    peak_memory_bytes: int
+    flops_per_step: int
+
+
+def programs(config: Config, vocab_size: int) -> tuple[Programs, bool]:
+    """The programs of a config, compiled where this process has none for them yet, and whether it had to compile."""
+    before = _compile.cache_info().misses
+    compiled = _compile(static(config), vocab_size)
+    return compiled, _compile.cache_info().misses > before
+
+
+@lru_cache(maxsize=8)
+def _compile(config: Config, vocab_size: int) -> Programs:
+    model = LanguageModel(config.model, config.backend, vocab_size)
+    batch_size, context_length = config.trainer.batch_size, config.backend.context_length
+    schedule = learning_rate_factor(config.schedule, config.trainer.steps)
+
+    def init(hyper: Hyperparameters) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
+        tokens = jnp.zeros((1, context_length), jnp.int32)
+        params = model.init(key, tokens, hyper.model)["params"]
+        opt_state = optimizer(config.optimizer, schedule, hyper.optimizer).init(params)
+        return TrainState(jnp.int32(0), params, opt_state, hyper, jnp.int32(0), jnp.int32(-1))
+
+    def loss_of(params: Any, hyper: Hyperparameters, tokens: jax.Array, dropout: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, tokens[:, :-1], hyper.model, train=True, rngs={"dropout": dropout})
+        return jnp.mean(next_token_losses(logits, tokens[:, 1:]))
+
+    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, StepMetrics]:
+        hyper = state.hyperparameters
+        dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), 1), state.step)
+        loss, gradient = jax.value_and_grad(loss_of)(state.params, hyper, tokens, dropout)
+        grad_norm = optax.global_norm(gradient)
+        transformation = optimizer(config.optimizer, schedule, hyper.optimizer)
+        updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
+
+        # Nothing that is not finite may touch the state: select, since 0 · NaN is NaN.
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        running = state.halted_at < 0
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        allowed = MAX_SKIPPED_IN_A_ROW if config.trainer.nonfinite == "skip" else 0
+        halts = running & (skipped > allowed)
+        tried = TrainState(
+            state.step + 1,
+            *_select(finite, (optax.apply_updates(state.params, updates), opt_state), (state.params, state.opt_state)),
+            hyper,
+            skipped,
+            state.halted_at,
+        )
+        new = _select(running & ~halts, tried, state)
+        new = new._replace(halted_at=jnp.where(halts, state.step + 1, state.halted_at))
+        learning_rate = hyper.optimizer.learning_rate * schedule(state.step)
+        return new, StepMetrics(loss, grad_norm, optax.global_norm(new.params), learning_rate, new.halted_at)
+
+    shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
+    tokens = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(shapes, tokens).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    flops = matmul_flops_per_token(config.model, context_length=context_length, vocab_size=vocab_size)
+    return Programs(
+        model,
+        jax.jit(init),
+        compiled,
+        score_windows(model),
+        seconds,
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        3 * flops * batch_size * context_length,
+    )
+
+
+def _select(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def num_params(state: TrainState) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
