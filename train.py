@@ -4,6 +4,7 @@ Parse, compose, run. No jax is imported before the config is valid and the run f
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import xattn.config
-from xattn.errors import BadInput, ExitCode, XattnError
+from xattn.errors import ExitCode, XattnError
 from xattn.run import run
 
 _codes: list[ExitCode] = []
@@ -31,12 +32,12 @@ def train(composed: DictConfig) -> None:
         _codes.append(error.exit_code)
 
 
-def main() -> ExitCode:
+def main() -> int:
     xattn.config.register_resolvers()
     try:
         train()
     except KeyboardInterrupt:
-        raise
+        return 128 + signal.SIGINT
     except xattn.config.COMPOSITION_ERRORS as error:
         print(f"xattn: {xattn.config.explain(error, sys.argv[1:])}", file=sys.stderr)
         return ExitCode.BAD_INPUT

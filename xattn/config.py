@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, ValidationError
@@ -55,7 +56,7 @@ class Config(Section):
 
 
 # Keys that do not change what a run computes: where it is tracked, how it is grouped, when it is saved.
-_NOT_HASHED = {"tracking": True, "study": True, "resume": True, "trainer": {"checkpoint_every"}}
+_NOT_HASHED: Any = {"tracking": True, "study": True, "resume": True, "trainer": {"checkpoint_every"}}
 
 
 def hashed_values(config: Config) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def run_hash(config: Config) -> str:
 
 def run_name(config: Config) -> str:
     """``<readable>-<hash>``: the name of the run's folder."""
-    words = [config.backend.activation]
+    words: list[str] = [config.backend.activation]
     if config.backend.qk_pre_activation != "none":
         words.append(config.backend.qk_pre_activation)
     words += [config.data.name, f"lr{config.optimizer.learning_rate:g}", f"seed{config.seed}", run_hash(config)]
@@ -93,10 +94,7 @@ def from_hydra(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise BadInput(explain(error)) from error
     assert isinstance(raw, dict)
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise BadInput(_explain_validation(error, raw)) from error
+    return _validated({str(key): value for key, value in raw.items()})
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -109,31 +107,42 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 def save(config: Config) -> str:
     """The YAML text of config.yaml."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return _to_yaml(config.model_dump(mode="json"))
 
 
 def load(path: Path) -> Config:
     """Reads back a config.yaml. Raises :class:`BadInput` where it is not one of ours."""
     try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # whatever YAML makes of bytes that are not ours
-        raise BadInput(f"{path}: not a readable config.yaml: {_first_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise BadInput(f"{path}: not a config.yaml of a run")
+        loaded = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{path}: not a readable {path.name}: {_first_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise BadInput(f"{path}: not the {path.name} of a run")
     try:
-        return from_hydra(loaded)
+        return _validated(loaded)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
 
 
 def save_overrides(overrides: Sequence[str]) -> str:
     """The YAML text of overrides.yaml: what the person typed."""
-    return OmegaConf.to_yaml(OmegaConf.create(list(overrides)))
+    return _to_yaml(list(overrides))
 
 
 def register_resolvers() -> None:
     """Makes ``${run_name:}`` the name of the composed run's folder; it raises :class:`BadInput` on a bad config."""
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(from_hydra(_root_)), replace=True)
+
+
+def _validated(raw: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(_explain_validation(error, raw)) from error
+
+
+def _to_yaml(values: Any) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:
@@ -162,17 +171,26 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         return f"{error.override}: not an override that Hydra's grammar takes; write key=value. {_QUOTING}"
     if "Ambiguous value" in text:
         return f"{_first_line(error)}: several values are a sweep, and need -m. {_QUOTING}"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        options = [option for option in error.options or [] if option != "base"]
-        if group:
-            return f"{group}={choice}: no such choice{_nearest(choice, options)}; allowed: {', '.join(options)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: a value is needed, for example {error.full_key}=…"
+    for override in overrides:
+        group, _, choices = override.lstrip("+").partition("=")
+        options = _options(group)
+        for choice in choices.split(","):
+            if options and choice not in options and override != "experiment=null":
+                return f"{group} = {choice}: no such choice{_nearest(choice, options)}; allowed: {', '.join(options)}"
     if unknown := re.search(r"Could not override '([^']+)'|Interpolation key '([^']+)' not found", text):
         key = unknown[1] or unknown[2]
         return f"{key}: no such key{_nearest_key(key, overrides)}; `python train.py --cfg job` shows them all"
-    return _first_line(error)
+    key_of_value = re.search(r"full_key: (\S+)", text)
+    return f"{key_of_value[1]}: {_first_line(error)}" if key_of_value else _first_line(error)
+
+
+def _options(group: str) -> list[str]:
+    """The choices of a group of conf/, none where it is not one."""
+    if not re.fullmatch(r"[a-z_]+(/[a-z_]+)*", group):
+        return []
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 def _explain_validation(error: ValidationError, raw: Mapping[str, Any]) -> str:
@@ -224,6 +242,10 @@ def _nearest(word: str, options: Sequence[str]) -> str:
 
 
 def _nearest_key(key: str, overrides: Sequence[str]) -> str:
+    group, _, name = key.rpartition(".")
+    for choice in _options(group):
+        if name in (yaml.safe_load((CONF / group / f"{choice}.yaml").read_text("utf-8")) or {}):
+            return f" here; {group}={choice} has it"
     choices = [override for override in overrides if re.fullmatch(r"[\w/]+=[\w-]+", override)]
     try:
         known = _composed(choices)

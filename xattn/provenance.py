@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
-_NUMERICAL = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "hydra-core", "omegaconf", "pydantic", "wandb"]
+_PACKAGES = [
+    *("xattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+    *("hydra-core", "omegaconf", "pydantic", "wandb"),
+]
 
 
 def versions() -> dict[str, str]:
     """Package → version, of what a result may depend on; python among them."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in ["xattn", *_NUMERICAL]:
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -22,18 +22,21 @@ CHECKPOINTS, ARTIFACTS = "checkpoints", "artifacts"
 LOCK = ".lock"
 SUPERSEDED = ".superseded"
 _TEMPORARY = ".tmp"
-_NOTHING_YET = {LOCK, LOG}  # a start may die before its config.yaml and leave these
+_NOTHING_YET = {LOCK, LOG, *(name + _TEMPORARY for name in (CONFIG, OVERRIDES, PROVENANCE, SUMMARY))}
 
 
 class RunFolder:
     """A run's folder, held by this process until :meth:`release` or the end of the process.
 
     The lock is the kernel's (flock): it goes with the process, however that ends, and a stale one cannot exist.
-    Raises :class:`FolderInUse` where another process holds it, :class:`BadInput` where the path cannot be a folder.
+    Raises :class:`FolderInUse` where another process holds it, :class:`BadInput` where the path cannot be a folder, or
+    is one that is not empty and not a run's: that is neither written nor moved.
     """
 
     def __init__(self, path: Path):
         self.path = path.absolute()
+        if self.path.is_dir() and not self.is_ours() and not self.is_empty():
+            raise BadInput(f"{path}: is not empty and holds no {CONFIG} of a run; choose another folder")
         self._lock = _acquire(self.path)
 
     def __truediv__(self, name: str) -> Path:
@@ -50,7 +53,8 @@ class RunFolder:
         return (self / CONFIG).is_file()
 
     def is_empty(self) -> bool:
-        return all(entry.name in _NOTHING_YET or entry.suffix == _TEMPORARY for entry in self.path.iterdir())
+        """No file, or only what a start that died before its config.yaml leaves."""
+        return all(entry.name in _NOTHING_YET for entry in self.path.iterdir())
 
     def move_aside(self) -> Path:
         """Moves the folder to ``<parent>/.superseded/<name>-<UTC time>`` and begins a new one, held by this process."""

@@ -12,14 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xattn.backend.blockwise import Tuning, blockwise
 from xattn.backend.config import Activation, QKPreActivation
-from xattn.backend.dispatch import TABLE, Implementation
+from xattn.backend.dispatch import TABLE, Implementation, row
 
 from .contract import BATCH, HEADS, LENGTH, MASKS, Case, check_causal, check_theta_gradient, check_values, inputs
 
 ACTIVATIONS = get_args(Activation)
 
-ROWS = [pytest.param(row, id=row.name) for row in TABLE]
+# Every row as it is, and where the work is cut into pieces again with pieces so small that LENGTH needs several and is
+# no multiple of them.
+SUBJECTS = [*TABLE, replace(row("blockwise"), name="blockwise-4", function=partial(blockwise, tuning=Tuning(tile=4)))]
+ROWS = [pytest.param(row, id=row.name) for row in SUBJECTS]
 
 CASES = [
     # Everything with everything, in float32.

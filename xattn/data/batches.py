@@ -66,6 +66,4 @@ def evaluation_windows(
         window = tokens[start : start + context_length + 1]
         padded[row, : len(window)] = window
         weights[row, : len(window) - 1] = 1
-    return [
-        Windows(padded[i : i + batch_size], weights[i : i + batch_size]) for i in range(0, rows, batch_size)
-    ]
+    return [Windows(padded[i : i + batch_size], weights[i : i + batch_size]) for i in range(0, rows, batch_size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import os
 import sysconfig
 import zlib
 from dataclasses import dataclass
@@ -33,11 +34,14 @@ def load_corpus(config: DataConfig, context_length: int) -> Corpus:
     Raises :class:`BadInput` for what is missing, unreadable, or too short for one window of context_length tokens
     and their successors in each split.
     """
+    files = find_files(config)
     if isinstance(config, PythonStdlibConfig):
-        train, validation = _split_by_file(_standard_library(), config.validation_fraction)
+        train, validation = _split_by_file(
+            {name: _read(file) for name, file in files.items()}, config.validation_fraction
+        )
         source = "data=python_stdlib"
     else:
-        train, validation = _split_at_end(_text(config.path), config.validation_fraction)
+        train, validation = _split_at_end(b"".join(map(_read, files.values())), config.validation_fraction)
         source = f"data.path = {config.path!r}"
     for split, text in (("training", train), ("validation", validation)):
         if len(text) < context_length + 1:
@@ -49,16 +53,27 @@ def load_corpus(config: DataConfig, context_length: int) -> Corpus:
     return Corpus(np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8), digest)
 
 
-def _standard_library() -> dict[str, bytes]:
-    """Path below the library's folder → source, of every module but the tests."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = {}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if _NOT_LIBRARY.isdisjoint(name.parts):
-            files[name.as_posix()] = path.read_bytes()
+def find_files(config: DataConfig) -> dict[str, Path]:
+    """The corpus's files by name, sorted, not read yet. Raises :class:`BadInput` where there are none."""
+    if isinstance(config, PythonStdlibConfig):
+        root = Path(sysconfig.get_path("stdlib"))
+        modules = {file.relative_to(root): file for file in root.rglob("*.py")}
+        files = {name.as_posix(): file for name, file in modules.items() if _NOT_LIBRARY.isdisjoint(name.parts)}
+        if not files:
+            raise BadInput(f"data=python_stdlib: this Python has no sources in {root}; use data=text data.path=…")
+        return dict(sorted(files.items()))
+    where = os.path.expanduser(config.path)
+    is_folder = os.path.isdir(where)
+    if is_folder:
+        found = [file for file in Path(where).rglob("*") if not file.name.startswith(".")]
+    elif os.path.isfile(where):
+        found = [Path(where)]  # though its name may look like a glob
+    else:
+        found = [Path(file) for file in glob.glob(where, recursive=True)]
+    files = {str(file): file for file in sorted(found) if file.is_file()}
     if not files:
-        raise BadInput(f"data=python_stdlib: this Python has no sources in {root}; use data=text data.path=…")
+        kind = "the folder has no files" if is_folder else "no such file or folder, and no file matches it"
+        raise BadInput(f"data.path = {config.path!r}: {kind}")
     return files
 
 
@@ -72,20 +87,6 @@ def _split_by_file(files: dict[str, bytes], validation_fraction: float) -> tuple
         wanted -= len(files[name])
     train = b"".join(text for name, text in files.items() if name not in held_out)
     return train, b"".join(text for name, text in files.items() if name in held_out)
-
-
-def _text(path: str) -> bytes:
-    where = Path(path).expanduser()
-    if where.is_file():
-        files = [where]
-    elif where.is_dir():
-        files = sorted(file for file in where.rglob("*") if file.is_file() and not file.name.startswith("."))
-    else:
-        files = sorted(Path(file) for file in glob.glob(str(where), recursive=True) if Path(file).is_file())
-    if not files:
-        kind = "the folder has no files" if where.is_dir() else "no such file or folder, and no file matches it"
-        raise BadInput(f"data.path = {path!r}: {kind}")
-    return b"".join(_read(file) for file in files)
 
 
 def _read(file: Path) -> bytes:

@@ -11,6 +11,7 @@ class ByteTokenizer:
     """Token ids are the bytes of the text in UTF-8; any bytes at all can be encoded."""
 
     vocab_size = 256
+    bytes_per_token = 1.0
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """uint8 (N,), one id a byte."""

@@ -26,7 +26,7 @@ def score_windows(model: LanguageModel) -> ScoreWindows:
     """(params, hyperparameters, windows) → the windows' summed loss in nats, a float32 scalar; padding counts as 0."""
 
     def score(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> jax.Array:
-        logits = model.apply({"params": params}, windows.tokens[:, :-1], hyperparameters)
+        logits: Any = model.apply({"params": params}, windows.tokens[:, :-1], hyperparameters)
         return jnp.sum(next_token_losses(logits, windows.tokens[:, 1:]) * windows.weights)
 
     return jax.jit(score)

@@ -48,7 +48,7 @@ class ModelConfig(Section):
             raise ValueError(f"embedding_dim {self.embedding_dim} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(
-                f"the head width embedding_dim / num_heads = {self.head_dim} is odd; RoPE rotates pairs and needs it even"
+                f"the head width embedding_dim / num_heads = {self.head_dim} is odd, and RoPE rotates pairs"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")

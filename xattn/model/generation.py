@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,10 @@ def generate(
     def draw(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         window, length = carry
         # Padding stands to the right of the last known token, where causal attention never looks.
-        logits = model.apply({"params": params}, window[None], hyperparameters)[0, length - 1].astype(jnp.float32)
-        sampled = jax.random.categorical(key, logits / jnp.where(temperature > 0, temperature, 1.0))
-        token = jnp.where(temperature > 0, sampled, logits.argmax()).astype(jnp.int32)
+        logits: Any = model.apply({"params": params}, window[None], hyperparameters)
+        next_logits = logits[0, length - 1].astype(jnp.float32)
+        sampled = jax.random.categorical(key, next_logits / jnp.where(temperature > 0, temperature, 1.0))
+        token = jnp.where(temperature > 0, sampled, next_logits.argmax()).astype(jnp.int32)
         full = length == context_length
         window = jnp.where(full, jnp.roll(window, -1), window)
         length = jnp.where(full, length, length + 1)

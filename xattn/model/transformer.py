@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from xattn.backend import attention
@@ -91,9 +92,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, hyperparameters: ModelHyperparameters) -> tuple[jax.Array, None]:
         config = self.config
-        branch = Attention(config, self.backend, name="attention")(
-            _norm(config, "attention_norm")(x), hyperparameters
-        )
+        branch = Attention(config, self.backend, name="attention")(_norm(config, "attention_norm")(x), hyperparameters)
         if config.norm_placement == "hybrid":
             branch = _norm(config, "attention_output_norm")(branch)
         x = x + self._residual("attention", branch)
@@ -176,7 +175,7 @@ def _norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
     return nn.LayerNorm(use_bias=False, dtype=jnp.dtype(config.dtype), name=name)
 
 
-def next_token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def next_token_losses(logits: jax.Array, targets: jax.Array | np.ndarray) -> jax.Array:
     """−log p(target), in nats and float32: (B, S, V), int (B, S) → (B, S)."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -32,7 +32,7 @@ class Display:
             transient=True,
         )
         self._task = self._progress.add_task("compiling …", total=steps)
-        self._start = 0.0
+        self._first: tuple[int, float] | None = None  # step and time of the first row: from there time left is told
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
@@ -49,8 +49,7 @@ class Display:
         if "train_loss" in row:
             loss = f"loss {row['train_loss']:.4f}"
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-            left = (time.perf_counter() - self._start) / step * (self._steps - step)
-            words += [loss, speed, f"{_clock(left)} left"]
+            words += [loss, speed, *self._time_left(step)]
             self._progress.update(self._task, completed=step, description=f"{loss}  {speed}")
         if row.get("val_loss") is not None:
             words.append(f"val_loss {row['val_loss']:.4f} nats/token = {row['val_bpb']:.4f} bits/byte")
@@ -61,7 +60,6 @@ class Display:
             self.say(line)
 
     def __enter__(self) -> Self:
-        self._start = time.perf_counter()
         self._progress.start()
         return self
 
@@ -69,6 +67,14 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+    def _time_left(self, step: int) -> list[str]:
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (step, now)
+            return []
+        first_step, then = self._first
+        return [f"{_clock((now - then) / (step - first_step) * (self._steps - step))} left"]
 
     def close(self) -> None:
         self._log.close()

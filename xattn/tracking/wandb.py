@@ -62,7 +62,7 @@ class WandbMirror:
     ):
         self._say = say
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._init = {
+        self._init: dict[str, Any] = {
             "project": config.project,
             "entity": config.entity,
             "mode": mode,
@@ -78,10 +78,8 @@ class WandbMirror:
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
         if mode == "offline":
-            say(
-                f"wandb: offline, no API key is configured. Look: wandb leet {folder}/wandb/latest-run   "
-                f"Sync: wandb sync {folder}/wandb/offline-run-*"
-            )
+            where = os.path.relpath(folder / "wandb")
+            say(f"wandb       offline; look: wandb leet {where}/latest-run  sync: wandb sync {where}/offline-run-*")
 
     def log(self, row: Row) -> None:
         self._rows.put(row)

@@ -55,22 +55,17 @@ def learning_rate_factor(config: ScheduleConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([schedule for _, schedule in pieces], [first for first, _ in pieces[1:]])
 
 
-def optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, hyperparameters: OptimizerHyperparameters
-) -> optax.GradientTransformation:
+def optimizer(config: OptimizerConfig, hyperparameters: OptimizerHyperparameters) -> optax.GradientTransformation:
     """clip by global norm → the optimizer's direction → decay of matrices and embeddings → −learning rate.
 
-    The state's structure and initial values do not depend on the hyperparameters.
+    The learning rate is that of the next update, the schedule's factor included. The state's structure and initial
+    values do not depend on the hyperparameters.
     """
-
-    def learning_rate(count: jax.Array) -> jax.Array:
-        return hyperparameters.learning_rate * schedule(count)
-
     return optax.chain(
         optax.clip_by_global_norm(hyperparameters.clip_norm),
         _direction(config),
         optax.add_decayed_weights(hyperparameters.weight_decay, mask=_decayed),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(hyperparameters.learning_rate),
     )
 
 
@@ -93,9 +88,12 @@ def _muon(config: MuonConfig) -> optax.GradientTransformation:
     def axes(params: Any) -> Any:
         return jax.tree.map(lambda _: _MATRIX_AXES, params)
 
+    def scaled(update: Any, _: Any) -> Any:
+        return update * _MUON_RMS * math.sqrt(max(update.shape[-2:]))
+
     return optax.chain(
         contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=axes),
-        optax.stateless_with_tree_map(lambda update, _: update * _MUON_RMS * math.sqrt(max(update.shape[-2:]))),
+        optax.stateless_with_tree_map(scaled),
     )
 
 

@@ -128,11 +128,13 @@ def _compile(config: Config, vocab_size: int) -> Programs:
         key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
         tokens = jnp.zeros((1, context_length), jnp.int32)
         params = model.init(key, tokens, hyper.model)["params"]
-        opt_state = optimizer(config.optimizer, schedule, hyper.optimizer).init(params)
+        opt_state = optimizer(config.optimizer, hyper.optimizer).init(params)
         return TrainState(jnp.int32(0), params, opt_state, hyper, jnp.int32(0), jnp.int32(-1))
 
     def loss_of(params: Any, hyper: Hyperparameters, tokens: jax.Array, dropout: jax.Array) -> jax.Array:
-        logits = model.apply({"params": params}, tokens[:, :-1], hyper.model, train=True, rngs={"dropout": dropout})
+        logits: Any = model.apply(
+            {"params": params}, tokens[:, :-1], hyper.model, train=True, rngs={"dropout": dropout}
+        )
         return jnp.mean(next_token_losses(logits, tokens[:, 1:]))
 
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, StepMetrics]:
@@ -140,7 +142,8 @@ def _compile(config: Config, vocab_size: int) -> Programs:
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), 1), state.step)
         loss, gradient = jax.value_and_grad(loss_of)(state.params, hyper, tokens, dropout)
         grad_norm = optax.global_norm(gradient)
-        transformation = optimizer(config.optimizer, schedule, hyper.optimizer)
+        learning_rate = jnp.asarray(hyper.optimizer.learning_rate * schedule(state.step))
+        transformation = optimizer(config.optimizer, hyper.optimizer._replace(learning_rate=learning_rate))
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
 
         # Nothing that is not finite may touch the state: select, since 0 · NaN is NaN.
@@ -149,16 +152,10 @@ def _compile(config: Config, vocab_size: int) -> Programs:
         skipped = jnp.where(finite, 0, state.skipped + 1)
         allowed = MAX_SKIPPED_IN_A_ROW if config.trainer.nonfinite == "skip" else 0
         halts = running & (skipped > allowed)
-        tried = TrainState(
-            state.step + 1,
-            *_select(finite, (optax.apply_updates(state.params, updates), opt_state), (state.params, state.opt_state)),
-            hyper,
-            skipped,
-            state.halted_at,
-        )
+        moved = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        tried = _select(finite, moved, state)._replace(step=state.step + 1, skipped=skipped)
         new = _select(running & ~halts, tried, state)
         new = new._replace(halted_at=jnp.where(halts, state.step + 1, state.halted_at))
-        learning_rate = hyper.optimizer.learning_rate * schedule(state.step)
         return new, StepMetrics(loss, grad_norm, optax.global_norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
@@ -166,7 +163,7 @@ def _compile(config: Config, vocab_size: int) -> Programs:
     start = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(shapes, tokens).compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     flops = matmul_flops_per_token(config.model, context_length=context_length, vocab_size=vocab_size)
     return Programs(
         model,

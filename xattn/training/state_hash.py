@@ -10,7 +10,7 @@ import numpy as np
 
 
 def state_sha256(params: Any, opt_state: Any) -> str:
-    """SHA-256 over the leaves of parameters and optimizer state sorted by path, of path, dtype, shape and C-order bytes.
+    """SHA-256 over the leaves of parameters and optimizer state, sorted by path: path, dtype, shape, C-order bytes.
 
     Each leaf contributes ``<path>|<dtype>|<shape>|`` in UTF-8, as jax.tree_util.keystr and NumPy write them.
     """

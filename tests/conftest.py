@@ -1,0 +1,42 @@
+"""JAX as strict as it can be, and nothing that reaches for the network or writes into the home folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_SCRATCH = tempfile.TemporaryDirectory(prefix="xattn-tests-")
+os.environ |= {
+    "WANDB_MODE": "offline",
+    "XDG_CACHE_HOME": f"{_SCRATCH.name}/cache",
+    "WANDB_CONFIG_DIR": f"{_SCRATCH.name}/wandb/config",
+    "WANDB_CACHE_DIR": f"{_SCRATCH.name}/wandb/cache",
+    "WANDB_DATA_DIR": f"{_SCRATCH.name}/wandb/data",
+    "NETRC": f"{_SCRATCH.name}/netrc",
+}
+os.environ.pop("WANDB_API_KEY", None)
+os.environ.pop("WANDB_RUN_ID", None)
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Implicit promotion of dtype or rank is an error in every test that has jax at all."""
+    if "jax" not in getattr(request.module, "__dict__", {}):
+        yield
+        return
+    import jax
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 kB of text with something to learn in it: numbered lines of arithmetic."""
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text("".join(f"line {i}: {i} + {i * 7 % 13} = {i + i * 7 % 13}\n" for i in range(1500)))
+    return path

@@ -1,0 +1,402 @@
+"""From what a person types to the frozen config, the run's name, and the messages for everything that is not right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xattn import config as xconfig
+from xattn.config import Config, compose, differences, run_hash, run_name
+from xattn.errors import BadInput
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+GOLDEN = Path(__file__).parent / "golden" / "default.yaml"
+TEXT = ["data=text", "data.path=x"]
+
+
+# ---- spellings and the hash ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["backend.theta=10000"], ["backend.theta=1e4"]),
+        (["backend.theta=10000"], ["backend.theta=10000.0"]),
+        (["backend.theta=1e4"], []),
+        (["backend.qk_pre_activation=silu"], ["backend.qk_pre_activation=swish"]),
+        (["backend=sigmoid"], ["backend.activation=sigmoid"]),
+        (["backend=none"], ["backend.activation=none"]),
+        (["backend=sigmoid", "backend.sigmoid_bias=-5"], ["backend.sigmoid_bias=-5.0", "backend=sigmoid"]),
+        (["optimizer.learning_rate=0.001"], ["optimizer.learning_rate=1e-3"]),
+        (["evaluation.windows=all"], ['evaluation.windows="all"']),
+        (["trainer=debug"], ["trainer.steps=20", "trainer.batch_size=8", "trainer.log_every=5", "trainer.eval_every=10"]),
+        (["tracking.wandb.mode=disabled", "tracking.wandb.project=p", "tracking.wandb.entity=e"], []),
+        (["study=another", "resume=never", "trainer.checkpoint_every=3"], []),
+        (["hydra.run.dir=/somewhere"], []),
+    ],
+)
+def test_spellings_of_one_run_have_one_name(one: list[str], other: list[str]) -> None:
+    assert differences(compose(one), compose(other)) == {}
+    assert run_name(compose(one)) == run_name(compose(other))
+
+
+# A valid value of every key that no default below has.
+OTHER_VALUES: dict[str, Any] = {
+    "backend.activation": "none",
+    "backend.qk_pre_activation": "swish",
+    "backend.theta": 500.0,
+    "backend.context_length": 40,
+    "backend.sigmoid_bias": "learned",
+    "backend.window": 7,
+    "backend.implementation": "reference",
+    "model.num_layers": 3,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 2,
+    "model.embedding_dim": 64,
+    "model.mlp": "gelu",
+    "model.mlp_dim": 11,
+    "model.norm": "layernorm",
+    "model.norm_placement": "pre",
+    "model.qk_norm": "none",
+    "model.layer_scale": 0.25,
+    "model.dropout": 0.5,
+    "model.embeddings": "tied",
+    "model.layers": "scanned",
+    "model.dtype": "bfloat16",
+    "data.path": "another",
+    "data.validation_fraction": 0.2,
+    "optimizer.learning_rate": 0.5,
+    "optimizer.weight_decay": 0.25,
+    "optimizer.clip_norm": None,
+    "optimizer.momentum": 0.5,
+    "optimizer.beta1": 0.75,
+    "optimizer.beta2": 0.75,
+    "optimizer.eps": 1e-3,
+    "schedule.name": "linear",
+    "schedule.warmup_fraction": 0.5,
+    "schedule.decay_fraction": 0.5,
+    "schedule.final_fraction": 0.5,
+    "trainer.steps": 77,
+    "trainer.batch_size": 5,
+    "trainer.log_every": 11,
+    "trainer.eval_every": 13,
+    "trainer.checkpoint_every": 17,
+    "trainer.nonfinite": "skip",
+    "evaluation.windows": "all",
+    "tracking.wandb.mode": "disabled",
+    "tracking.wandb.project": "another",
+    "tracking.wandb.entity": "someone",
+    "seed": 3,
+    "study": "another",
+    "resume": "never",
+}
+NOT_HASHED = {key for key in OTHER_VALUES if key.startswith("tracking.")} | {
+    "study",
+    "resume",
+    "trainer.checkpoint_every",
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon"])
+def test_every_key_but_the_named_ones_changes_the_hash(optimizer: str) -> None:
+    """A new key fails here until it has a value above, and so until somebody has thought of its hash."""
+    base = compose([*TEXT, f"optimizer={optimizer}"])
+    keys = [key for key, _ in _leaves(base.model_dump(mode="json")) if key not in ("optimizer.name", "data.name")]
+    assert set(keys) <= set(OTHER_VALUES)
+    for key in keys:
+        raw = base.model_dump(mode="json")
+        *groups, leaf = key.split(".")
+        section = raw
+        for group in groups:
+            section = section[group]
+        assert section[leaf] != OTHER_VALUES[key], key
+        section[leaf] = OTHER_VALUES[key]
+        changed = Config.model_validate(raw)
+        assert (run_hash(changed) == run_hash(base)) == (key in NOT_HASHED), key
+        assert list(differences(base, changed)) == ([] if key in NOT_HASHED else [key])
+
+
+def test_choices_of_another_kind_change_the_hash() -> None:
+    configs = [compose(o) for o in ([], TEXT, ["optimizer=sgd"], ["optimizer=lion"], ["optimizer=muon"])]
+    assert len({run_hash(config) for config in configs}) == len(configs)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def test_a_run_is_named_by_what_it_computes() -> None:
+    name = run_name(compose(["backend=sigmoid", "backend.qk_pre_activation=silu", "seed=4"]))
+    assert name.startswith("sigmoid-swish-python_stdlib-lr0.003-seed4-")
+    assert name.endswith(run_hash(compose(["backend=sigmoid", "backend.qk_pre_activation=silu", "seed=4"])))
+
+
+# ---- defaults, and every file of conf/ -------------------------------------------------------------------------------
+
+
+def test_the_default_config_is_the_golden_one() -> None:
+    """A changed default shows up in review. To renew the file, from the repository's root:
+
+    python -c "from xattn import config as c; print(c.save(c.compose()), end='')" > tests/golden/default.yaml
+    """
+    assert xconfig.save(compose()) == GOLDEN.read_text()
+
+
+CHOICES = sorted(
+    file
+    for file in CONF.glob("*/*.yaml")
+    if file.stem != "base" and file.parent.name != "hydra"
+)
+
+
+@pytest.mark.parametrize("file", CHOICES, ids=lambda file: f"{file.parent.name}={file.stem}")
+def test_every_choice_of_every_group_composes(file: Path) -> None:
+    needs_path = file.stem == "text" or "/data: text" in file.read_text()
+    config = compose([f"{file.parent.name}={file.stem}", *(["data.path=x"] if needs_path else [])])
+    section = getattr(config, file.parent.name, None)
+    name = getattr(section, "name", getattr(section, "activation", file.stem))
+    assert name == file.stem
+
+
+def test_experiments_say_their_question_and_their_command() -> None:
+    experiments = sorted((CONF / "experiment").glob("*.yaml"))
+    assert experiments
+    for file in experiments:
+        head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+        assert any(line.startswith("# Question: ") for line in head), file
+        assert any(f"experiment={file.stem}" in line for line in head if line.startswith("# Command: ")), file
+
+
+def test_debug_changes_only_length_and_pace() -> None:
+    changed = differences(compose(), compose(["trainer=debug"]))
+    assert set(changed) <= {"trainer.steps", "trainer.batch_size", "trainer.log_every", "trainer.eval_every"}
+
+
+# ---- save and load ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["backend=sigmoid", "backend.sigmoid_bias=learned", "backend.window=5", "model.layer_scale=1e-4"],
+        ["backend.sigmoid_bias=-3.25", "optimizer=muon", "optimizer.clip_norm=null", "seed=4294967295"],
+        ["data=text", "data.path='/some folder/ü, #1: \"a\" {b} [c] 100%/*.txt'"],
+        ["data=text", 'data.path="1e4"', 'study="007"'],
+        ["data=text", 'data.path="null"', 'study="yes"'],
+        ["data=text", r"data.path='\${HOME}/x'"],
+        ["data=text", "data.path='  '"],
+        ["data=text", "data.path='a\nb'"],
+    ],
+    ids=str,
+)
+def test_a_saved_config_is_read_back_as_it_was(overrides: list[str], tmp_path: Path) -> None:
+    config = compose(overrides)
+    path = tmp_path / "config.yaml"
+    path.write_text(xconfig.save(config), encoding="utf-8")
+    assert xconfig.load(path) == config
+    assert run_name(xconfig.load(path)) == run_name(config)
+
+
+def test_a_config_is_frozen() -> None:
+    config = compose()
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        config.backend.theta = 3.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"a: [", b"\xff\xfe\x00", b"just a word", b"- 1\n- 2\n", b"backend: 3\n", b"a: ${b}\n", b"a: 1\nb: 2\n" * 9, b"1: 2\n", b"seed: 2001-99-99\n"],
+)
+def test_a_file_that_is_no_config_is_bad_input(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=r"config\.yaml") as error:
+        xconfig.load(path)
+    assert len(str(error.value).splitlines()) <= 5
+
+
+def test_no_file_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"config\.yaml"):
+        xconfig.load(tmp_path / "config.yaml")
+
+
+def test_overrides_are_kept_as_typed() -> None:
+    typed = ["seed=1", 'data.path="a, b"', "x={a: 1}", "1e4", "null", "${seed}", "ü"]
+    assert yaml.safe_load(xconfig.save_overrides(typed)) == typed
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+BAD = [
+    # a key
+    (["backend.activaton=softmax"], ["backend.activaton", "no such key", "did you mean backend.activation?"]),
+    (["optimizer.learning_rte=1"], ["optimizer.learning_rte", "did you mean optimizer.learning_rate?"]),
+    (["activation=sigmoid"], ["activation", "did you mean backend.activation?"]),
+    (["trainer.step=5"], ["trainer.step", "did you mean trainer.steps?"]),
+    (["evaluation.window=5"], ["evaluation.window", "did you mean evaluation.windows?"]),
+    (["optimizer=sgd", "optimizer.momentm=0.5"], ["optimizer.momentm", "did you mean optimizer.momentum?"]),
+    (["optimizer=sgd", "optimizer.beta1=0.5"], ["optimizer.beta1", "no such key"]),
+    (["lr=3"], ["lr", "no such key"]),
+    (["+foo=1"], ["foo", "no such key"]),
+    (["+backend.foo=1"], ["backend.foo", "no such key"]),
+    (["data.path=x"], ["data.path", "no such key", "data=text"]),
+    (["~backend.theta"], ["backend.theta", "a value is needed"]),
+    (["~seed"], ["seed", "a value is needed"]),
+    # a choice
+    (["backend=sigmod"], ["backend", "sigmod", "did you mean sigmoid?", "none, sigmoid, softmax"]),
+    (["trainer=debg"], ["trainer", "debg", "did you mean debug?", "debug, default"]),
+    (["optimizer=adam"], ["optimizer", "adam", "did you mean adamw?", "lion", "muon", "sgd"]),
+    (["experiment=nothing"], ["experiment", "nothing", "shakespeare_cpu"]),
+    (["backend=base"], ["backend", "base", "none, sigmoid, softmax"]),
+    (["backend=null"], ["backend", "none, sigmoid, softmax"]),
+    (["backend=3"], ["backend", "3", "none, sigmoid, softmax"]),
+    (["optimizer=[1,2]"], ["optimizer", "adamw"]),
+    (["backend={a:1}"], ["backend", "none, sigmoid, softmax"]),
+    (["optimizer.name=sgd"], ["optimizer"]),
+    (["optimizer.name=adam"], ["optimizer.name", "'adam'", "did you mean adamw?"]),
+    (["data.name=txt"], ["data.name", "'txt'", "did you mean text?"]),
+    (["tracking.wandb=off"], ["tracking.wandb", "off"]),
+    # a word
+    (["backend.activation=sigmod"], ["backend.activation", "'sigmod'", "'none'", "did you mean sigmoid?"]),
+    (["backend.activation=null"], ["backend.activation", "None", "'softmax'", "'sigmoid'", "'none'"]),
+    (["backend.qk_pre_activation=siwsh"], ["backend.qk_pre_activation", "'siwsh'", "did you mean swish?"]),
+    (["resume=yes"], ["resume", "'auto' or 'never'"]),
+    (["trainer.nonfinite=halt"], ["trainer.nonfinite", "'halt'", "'stop'", "'skip'"]),
+    (["model.dtype=float16"], ["model.dtype", "'float16'", "'float32'", "'bfloat16'"]),
+    (["tracking.wandb.mode=on"], ["tracking.wandb.mode", "'auto', 'online', 'offline' or 'disabled'"]),
+    (["study=../outside"], ["study", "'../outside'", "letters, digits"]),
+    (["study=a/b"], ["study", "'a/b'"]),
+    (["study=''"], ["study", "''"]),
+    (["study=.hidden"], ["study", "'.hidden'"]),
+    (["data=text", "data.path=''"], ["data.path", "''"]),
+    (["tracking.wandb.project=''"], ["tracking.wandb.project", "''"]),
+    # a number
+    (["optimizer.learning_rate=abc"], ["optimizer.learning_rate", "'abc'", "number"]),
+    (["optimizer.learning_rate=0"], ["optimizer.learning_rate", "0", "greater than 0"]),
+    (["optimizer.learning_rate=-1e-3"], ["optimizer.learning_rate", "-0.001", "greater than 0"]),
+    (["optimizer.learning_rate=nan"], ["optimizer.learning_rate", "nan", "finite"]),
+    (["optimizer.learning_rate=inf"], ["optimizer.learning_rate", "inf", "finite"]),
+    (["optimizer.learning_rate=null"], ["optimizer.learning_rate", "None", "number"]),
+    (["optimizer.learning_rate='1e-3'"], ["optimizer.learning_rate", "'1e-3'", "number"]),
+    (["optimizer.weight_decay=-1"], ["optimizer.weight_decay", "-1", "greater than or equal to 0"]),
+    (["optimizer.beta2=1"], ["optimizer.beta2", "1", "less than 1"]),
+    (["optimizer.clip_norm=0"], ["optimizer.clip_norm", "0", "greater than 0"]),
+    (["backend.theta=0"], ["backend.theta", "0", "greater than 0"]),
+    (["backend.theta=-1"], ["backend.theta", "-1", "greater than 0"]),
+    (["backend.theta=inf"], ["backend.theta", "inf", "finite"]),
+    (["backend.context_length=0"], ["backend.context_length", "0", "greater than 0"]),
+    (["backend.context_length=64.5"], ["backend.context_length", "64.5", "integer"]),
+    (["backend.sigmoid_bias=learnd"], ["backend.sigmoid_bias", "'learnd'", "'auto'", "did you mean learned?"]),
+    (["backend.sigmoid_bias=inf"], ["backend.sigmoid_bias", "inf", "finite", "'auto'"]),
+    (["backend.window=0"], ["backend.window", "0", "greater than 0"]),
+    (["trainer.steps=0"], ["trainer.steps", "0", "greater than 0"]),
+    (["trainer.steps=1.5"], ["trainer.steps", "1.5", "integer"]),
+    (["trainer.steps=10.0"], ["trainer.steps", "10.0", "integer"]),
+    (["trainer.steps=true"], ["trainer.steps", "True", "integer"]),
+    (["trainer.steps=[1,2]"], ["trainer.steps", "[1, 2]", "integer"]),
+    (["trainer.steps={a:1}"], ["trainer.steps", "integer"]),
+    (["trainer.batch_size=-4"], ["trainer.batch_size", "-4", "greater than 0"]),
+    (["seed=-1"], ["seed", "-1", "greater than or equal to 0"]),
+    (["seed=4294967296"], ["seed", "4294967296", "less than"]),
+    (["seed=1e3"], ["seed", "1000.0", "integer"]),
+    (["model.dropout=1"], ["model.dropout", "1", "less than 1"]),
+    (["data.validation_fraction=1"], ["data.validation_fraction", "1", "less than 1"]),
+    (["evaluation.windows=some"], ["evaluation.windows", "'some'", "integer", "'all'"]),
+    (["evaluation.windows=0"], ["evaluation.windows", "0", "'all'"]),
+    # numbers that do not fit together
+    (["model.embedding_dim=130"], ["embedding_dim", "130", "num_heads", "4"]),
+    (["model.embedding_dim=100"], ["embedding_dim", "25", "odd"]),
+    (["model.num_heads=3"], ["num_heads", "3", "128"]),
+    (["model.num_kv_heads=3"], ["num_kv_heads", "3", "4"]),
+    (["schedule=wsd", "schedule.warmup_fraction=0.9"], ["warmup_fraction", "0.9", "decay_fraction", "0.2", "more than 1"]),
+    # missing values and interpolations
+    (["data=text"], ["data.path", "a value is needed", "data.path="]),
+    (["trainer.steps=???"], ["trainer.steps", "a value is needed"]),
+    (["trainer.steps=${sed}"], ["sed", "did you mean seed?"]),
+    (["trainer.steps=${oc.env:XATTN_NOT_SET}"], ["trainer.steps", "XATTN_NOT_SET"]),
+    (["trainer.steps=${trainer.steps}"], ["trainer.steps"]),
+    # the grammar
+    (["sigmoid"], ["sigmoid", "key=value"]),
+    (["seed=1=2"], ["seed=1=2", "quotes"]),
+    ([""], ["key=value"]),
+    (["data=text", "data.path=/tmp/ü/x"], ["/tmp/ü/x", "quotes", '\'data.path="/some folder/a,b.txt"\'']),
+    (["data=text", "data.path=a(1).txt"], ["a(1).txt", "quotes"]),
+    (["data=text", "data.path=a,b.txt"], ["a,b.txt", "-m", "quotes"]),
+    (["seed=0,1"], ["seed=0,1", "-m"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), BAD, ids=lambda part: " ".join(part) if part else "none")
+def test_a_bad_value_is_a_short_message_that_names_it(overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(BadInput) as error:
+        compose(overrides)
+    message = str(error.value)
+    for fragment in expected:
+        assert fragment in message
+    assert 1 <= len(message.splitlines()) <= 5
+    assert "Traceback" not in message
+    assert "pydantic" not in message
+
+
+def test_many_bad_values_are_five_lines() -> None:
+    bad = ["backend.theta=-1", "model.dropout=2", "trainer.steps=0", "trainer.batch_size=0", "seed=-1", "resume=x"]
+    with pytest.raises(BadInput) as five:
+        compose(bad[:5])
+    assert len(str(five.value).splitlines()) == 5
+    with pytest.raises(BadInput) as six:
+        compose(bad)
+    assert len(str(six.value).splitlines()) == 5
+    assert str(six.value).endswith("and 2 more")
+
+
+# ---- anything at all -------------------------------------------------------------------------------------------------
+
+_KEYS = [*OTHER_VALUES, "backend", "model", "data", "optimizer", "schedule", "trainer", "tracking", "experiment", "hydra"]
+_keys = st.sampled_from(_KEYS) | st.builds(
+    lambda key, i: key[:i] + key[i + 1 :], st.sampled_from(_KEYS), st.integers(0, 20)
+)
+_values = st.sampled_from(
+    "0 1 2 -1 0.5 1e-3 1e400 nan -inf inf null true ??? auto all learned softmax sigmoid none text adamw debug wsd [] {} "
+    "[1] {a:1} ${seed} ${nothing} ${ $ ' \" \\ , a,b range(3) glob(*) ü".split() + ["", " ", "a b", "9" * 60]
+) | st.text(st.sampled_from("ab01.,=:;/\\'\"${}[]()~+-*?#%&! \n\tü\0"), max_size=8)
+_overrides = st.lists(
+    st.builds("{}{}={}".format, st.sampled_from(["", "", "", "+", "++", "~"]), _keys, _values) | _values, max_size=3
+)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(_overrides)
+def test_any_overrides_are_a_config_or_a_short_message(overrides: list[str]) -> None:
+    try:
+        config = compose(overrides)
+    except BadInput as error:
+        assert 1 <= len(str(error).splitlines()) <= 5
+    else:
+        assert run_name(config) == run_name(Config.model_validate(config.model_dump(mode="json")))
+
+
+# ---- start-up --------------------------------------------------------------------------------------------------------
+
+
+def test_what_answers_at_once_imports_no_jax() -> None:
+    code = (
+        "import sys, xattn, xattn.config, xattn.run, xattn.run_folder, xattn.provenance, xattn.backend.config, "
+        "xattn.tracking.display\n"
+        "xattn.config.compose(['backend=sigmoid'])\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'wandb'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CONF.parent)
