@@ -30,6 +30,8 @@ def train(composed: DictConfig) -> None:
     except XattnError as error:
         print(f"xattn: {error}", file=sys.stderr)
         _codes.append(error.exit_code)
+    if _codes[-1] == ExitCode.PREEMPTED:
+        sys.exit(ExitCode.PREEMPTED)  # of a sweep too
 
 
 def main() -> int:

@@ -210,7 +210,6 @@ def test_the_folder_is_held_all_through_the_move(tmp_path: Path) -> None:
         ([], True),
         ([".lock", "log.txt"], True),
         (["config.yaml.tmp", "summary.json.tmp", "log.txt"], True),
-        (["overrides.yaml", "provenance.json", "summary.json", ".lock", "log.txt"], True),
         (["config.yaml"], False),
         (["notes.txt"], False),
         (["thesis.tmp"], False),

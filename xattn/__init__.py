@@ -7,15 +7,15 @@ package imports no jax: commands that need none answer at once.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xattn.run import LoadedRun as LoadedRun
-    from xattn.run import load as load
+    from xattn.loaded_run import LoadedRun as LoadedRun
+    from xattn.loaded_run import load as load
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name in ("load", "LoadedRun"):
-        from xattn import run
+        from xattn import loaded_run
 
-        return getattr(run, name)
+        return getattr(loaded_run, name)
     raise AttributeError(f"module 'xattn' has no attribute {name!r}")

@@ -56,7 +56,12 @@ class Config(Section):
 
 
 # Keys that do not change what a run computes: where it is tracked, how it is grouped, when it is saved.
-_NOT_HASHED: Any = {"tracking": True, "study": True, "resume": True, "trainer": {"checkpoint_every"}}
+_NOT_HASHED: Any = {
+    "tracking": True,
+    "study": True,
+    "resume": True,
+    "trainer": {"checkpoint_every", "checkpoint_minutes"},
+}
 
 
 def hashed_values(config: Config) -> dict[str, Any]:

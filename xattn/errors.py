@@ -1,6 +1,11 @@
 """Errors that a person is told about in a line, each with the exit code it leaves with."""
 
+from __future__ import annotations
+
+import errno
+import re
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -10,7 +15,10 @@ class ExitCode(IntEnum):
     ERROR = 1
     BAD_INPUT = 2
     DIVERGED = 3
+    INTEGRITY = 4
     IN_USE = 5
+    STORAGE = 6
+    PREEMPTED = 75
 
 
 class XattnError(Exception):
@@ -25,7 +33,42 @@ class BadInput(XattnError):
     exit_code = ExitCode.BAD_INPUT
 
 
+class IntegrityError(XattnError):
+    """Data or checkpoints are not what the run recorded."""
+
+    exit_code = ExitCode.INTEGRITY
+
+
 class FolderInUse(XattnError):
     """Another process holds the run folder."""
 
     exit_code = ExitCode.IN_USE
+
+
+class StorageError(XattnError):
+    """The file system takes no more: full, over a quota or a size limit, read-only, or broken."""
+
+    exit_code = ExitCode.STORAGE
+
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_STORAGE_WORDS = re.compile(
+    "No space left|quota exceeded|File too large|Read-only file system|Input/output error", re.I
+)
+
+
+def storage_error(error: BaseException, path: Path) -> StorageError | None:
+    """The error as a :class:`StorageError` where the file system is to blame for it, else None.
+
+    Libraries wrap what the file system says: its words are looked for in the message and in what caused it.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StorageError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno in _STORAGE:
+            return StorageError(f"{cause.filename or path}: cannot be written: {cause.strerror}")
+        if found := _STORAGE_WORDS.search(str(cause)):
+            return StorageError(f"{path}: cannot be written: {found[0]}")
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,17 +51,16 @@ def git_state() -> tuple[str | None, bool | None]:
     return commit, None if status is None else bool(status)
 
 
-def provenance(*, data_sha256: str, device_kind: str, device_count: int, process_count: int) -> dict[str, Any]:
-    """The contents of provenance.json. The id of the wandb run is the one that ``wandb agent`` hands out, or drawn."""
+def provenance() -> dict[str, Any]:
+    """What of provenance.json is known without jax and data.
+
+    ``wandb_id`` is the one that ``wandb agent`` hands out, or drawn.
+    """
     commit, dirty = git_state()
     return {
         "git_commit": commit,
         "git_dirty": dirty,
         "versions": versions(),
-        "device_kind": device_kind,
-        "device_count": device_count,
-        "process_count": process_count,
-        "data_sha256": data_sha256,
         "source_sha256": source_sha256(),
         "host": socket.gethostname(),
         "command": shlex.join(["python", *sys.argv]),
@@ -68,6 +68,12 @@ def provenance(*, data_sha256: str, device_kind: str, device_count: int, process
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "wandb_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
     }
+
+
+def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+    """Of the things that a result may depend on, the keys of provenance.json that both have and that differ."""
+    keys = ("source_sha256", "versions", "device_kind", "device_count", "process_count")
+    return [key for key in keys if before is not None and key in before and key in now and before[key] != now[key]]
 
 
 def _git(*arguments: str) -> str | None:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import xattn.config
 from xattn import run_folder
@@ -20,121 +20,144 @@ from xattn.config import Config
 from xattn.data.baselines import gzip_bits_per_byte, scored_bytes, unigram_bits_per_byte
 from xattn.data.batches import TrainingBatches, Windows, evaluation_windows
 from xattn.data.corpus import Corpus, find_files, load_corpus
-from xattn.errors import BadInput, ExitCode, XattnError
+from xattn.data.tokenizer import ByteTokenizer
+from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError, storage_error
+from xattn.provenance import changes, provenance
 from xattn.run_folder import RunFolder
+from xattn.signals import Interruption, interruption
 from xattn.tracking.display import Display
+from xattn.tracking.tracker import MetricsFile, Tracker
 from xattn.tracking.wandb import WandbMirror, resolve_mode
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Choice
-    from xattn.data.tokenizer import ByteTokenizer
-    from xattn.model.transformer import LanguageModel, ModelHyperparameters
+    from xattn.training.checkpoint import Checkpoints
     from xattn.training.loop import Progress
     from xattn.training.programs import Programs
 
 SAMPLE_TOKENS = 300
 SAMPLE_TEMPERATURE = 0.8
+MAX_FAILURES_IN_A_ROW = 3
+MAX_ROLLBACKS = 3
 
 
 def run(config: Config, path: Path, overrides: Sequence[str] = ()) -> ExitCode:
-    """Trains the config's model in the folder ``path``, or shows the result that is there already.
+    """Trains the config's model in the folder ``path``: begins, goes on with, or shows what is there already.
 
     overrides: what the person typed, for overrides.yaml. Errors that a person can mend are raised as
     :class:`XattnError`; any other leaves its traceback in log.txt, a line on the screen, and ExitCode.ERROR.
     """
     folder = RunFolder(path)
     try:
-        shown = _show_if_finished(config, folder)
-        if shown is not None:
-            return shown
-        _make_room(config, folder)
-        display = Display(folder / run_folder.LOG, config.trainer.steps)
-        try:
-            return _train(config, folder, overrides, display)
-        except XattnError as error:
-            display.note(f"error: {error}")
-            raise
-        except KeyboardInterrupt:
-            _amend_summary(folder, status="preempted")
-            display.say(f"interrupted; {_shown(folder.path)} keeps what there is")
-            raise
-        except Exception as error:  # the outermost rim around one run
-            display.note(traceback.format_exc())
-            _amend_summary(folder, status="failed")
-            display.say(f"{type(error).__name__}: {error}".splitlines()[0])
-            display.say(f"the traceback is in {_shown(folder / run_folder.LOG)}")
-            return ExitCode.ERROR
-        finally:
-            display.close()
+        with interruption() as asked:
+            summary = _look(config, folder)
+            if summary is not None and summary["status"] in ("done", "diverged"):
+                return _show(summary, folder)
+            display = Display(folder / run_folder.LOG, config.trainer.steps)
+            try:
+                return _Run(config, folder, display, asked, summary or {}).carry_out(overrides)
+            finally:
+                display.close()
     finally:
         folder.release()
 
 
-def _show_if_finished(config: Config, folder: RunFolder) -> ExitCode | None:
-    summary = folder.summary() if folder.is_ours() else None
-    if summary is None or config.resume == "never" or summary["status"] not in ("done", "diverged"):
+def _look(config: Config, folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of the run that is in the folder, None where none has begun. ``resume=never`` moves it aside."""
+    if not folder.is_ours():
         return None
-    _refuse_other_config(config, folder)
-    lines = [
-        f"{summary['status']} already, at step {summary['step']}: {_result(summary)}",
-        f"run folder  {_shown(folder.path)}",
-        "resume=never trains it anew, and moves this folder aside",
-    ]
-    with (folder / run_folder.LOG).open("a", encoding="utf-8") as log:
-        log.write("started again: the stored result was shown\n")
-    print("\n".join(lines))
-    return ExitCode.DONE if summary["status"] == "done" else ExitCode.DIVERGED
-
-
-def _make_room(config: Config, folder: RunFolder) -> None:
-    """Leaves the folder empty: a run that is there is moved aside, if it is of this config or resume=never says so."""
-    if folder.is_empty():
-        return
-    if config.resume != "never":
-        _refuse_other_config(config, folder)
-    summary = folder.summary()
-    status = "not begun" if summary is None else summary["status"]
-    print(f"the earlier run here ({status}) is moved to {_shown(folder.move_aside())}")
-
-
-def _refuse_other_config(config: Config, folder: RunFolder) -> None:
-    there = xattn.config.load(folder / run_folder.CONFIG)
-    differing = xattn.config.differences(there, config)
+    if config.resume == "never":
+        status = (folder.summary() or {"status": "not begun"})["status"]
+        print(f"the earlier run here ({status}) is moved to {_shown(folder.move_aside())}")
+        return None
+    differing = xattn.config.differences(xattn.config.load(folder / run_folder.CONFIG), config)
     if differing:
         shown = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in list(differing.items())[:3]]
         more = [f"  and {len(differing) - 3} more"] if len(differing) > 3 else []
         raise BadInput("\n".join([f"{folder.path}: holds a run of another config", *shown, *more]))
+    return folder.summary()
 
 
-def _train(config: Config, folder: RunFolder, overrides: Sequence[str], display: Display) -> ExitCode:
-    start = time.perf_counter()
-    find_files(config.data)  # a path that is not there is told before jax is loaded
+def _show(summary: dict[str, Any], folder: RunFolder) -> ExitCode:
+    changed = changes(folder.read_json(run_folder.PROVENANCE), provenance())
+    since = f" (since then changed: {', '.join(changed)})" if changed else ""
+    print(f"{summary['status']} already, at step {summary['step']}: {_result(summary)}{since}")
+    print(f"run folder  {_shown(folder.path)}")
+    print("resume=never trains it anew, and moves this folder aside")
+    with (folder / run_folder.LOG).open("a", encoding="utf-8") as log:
+        log.write("started again: the stored result was shown\n")
+    return ExitCode.DONE if summary["status"] == "done" else ExitCode.DIVERGED
 
-    from xattn.data.tokenizer import ByteTokenizer
-    from xattn.tracking.tracker import MetricsFile, Tracker
-    from xattn.training.checkpoint import Checkpoints
-    from xattn.training.loop import Progress, train
-    from xattn.training.programs import hyperparameters, num_params, programs
 
-    _keep_compiled_programs()
-    choice = _choose_attention(config)
-    text = _Text.of(config)
-    origin = _write_origin(config, folder, overrides, text.corpus.sha256)
-    display.say(f"run folder  {_shown(folder.path)}")
-    display.say(f"attention   {config.backend.activation}, computed by {choice.name}")
-    for passed_over, reason in choice.passed_over.items():
-        display.note(f"            not by {passed_over}: {reason}")
-    mirror = _wandb_mirror(config, folder, origin["wandb_id"], display)
-    metrics_file = MetricsFile(folder / run_folder.METRICS)
-    trackers: list[Tracker] = [metrics_file, display, *([mirror] if mirror else [])]
-    summary: dict[str, Any] = {}
-    code = ExitCode.ERROR
-    try:
-        with display:
+class _Run:
+    """One attempt at a run, in a folder that this process holds.
+
+    before: the summary that the attempt before this one left, empty at a first start.
+    """
+
+    def __init__(
+        self, config: Config, folder: RunFolder, display: Display, asked: Interruption, before: dict[str, Any]
+    ):
+        self._config, self._folder, self._display, self._asked, self._before = config, folder, display, asked, before
+        self._start = time.perf_counter()
+        self._summary = before | {"status": "running", "step": before.get("step", 0)}
+        self._summary.setdefault("committed_step", None)
+        self._mirror: WandbMirror | None = None
+
+    def carry_out(self, overrides: Sequence[str]) -> ExitCode:
+        code = ExitCode.ERROR
+        try:
+            self._refuse_after_failures()
+            find_files(self._config.data)  # a path that is not there is told before jax is loaded
+            code = self._train(overrides)
+        except XattnError as error:
+            self._display.note(f"error: {error}")
+            code = error.exit_code
+            raise
+        except Exception as error:  # the outermost rim around one run
+            self._display.note(traceback.format_exc())
+            if (full := storage_error(error, self._folder.path)) is not None:
+                code = full.exit_code
+                raise full from error
+            self._record_failure()
+            self._display.say(f"{type(error).__name__}: {error}".splitlines()[0])
+            self._display.say(f"the traceback is in {_shown(self._folder / run_folder.LOG)}")
+        finally:
+            if self._mirror is not None:
+                self._mirror.finish(self._summary, code)
+        return code
+
+    def _train(self, overrides: Sequence[str]) -> ExitCode:
+        from xattn.training.checkpoint import Checkpoints
+        from xattn.training.loop import Progress, train
+        from xattn.training.programs import hyperparameters, num_params, programs
+
+        config, folder, display = self._config, self._folder, self._display
+        _keep_compiled_programs()
+        choice = _choose_attention(config)
+        text = _Text.of(config)
+        origin = self._origin(overrides, text.corpus.sha256)
+        display.say(f"run folder  {_shown(folder.path)}")
+        display.say(f"attention   {config.backend.activation}, computed by {choice.name}")
+        for passed_over, reason in choice.passed_over.items():
+            display.note(f"            not by {passed_over}: {reason}")
+        self._mirror = self._wandb_mirror(origin["wandb_id"])
+        checkpoints = Checkpoints(
+            folder / run_folder.CHECKPOINTS,
+            belongs_to={
+                "config": xattn.config.run_hash(config),
+                "data_sha256": origin["data_sha256"],
+                "versions": origin["versions"],
+            },
+            on_commit=self._committed,
+            say=display.say,
+        )
+        with display, checkpoints:
             tokenizer = ByteTokenizer()
             compiled, compiled_now = programs(config, tokenizer.vocab_size)
             progress = Progress(compiled.init(hyperparameters(config)))
-            facts = {
+            self._resume(progress, checkpoints)
+            self._summary |= {
                 "num_params": num_params(progress.state),
                 "flops_per_step": compiled.flops_per_step,
                 "implementation": choice.name,
@@ -143,10 +166,11 @@ def _train(config: Config, folder: RunFolder, overrides: Sequence[str], display:
                 "peak_memory_bytes": compiled.peak_memory_bytes,
                 "packed_with": 1,
             }
-            size = f"{facts['num_params']:,} parameters, {len(text.corpus.train):,} bytes of training text"
+            size = f"{self._summary['num_params']:,} parameters, {len(text.corpus.train):,} bytes of training text"
             display.say(f"model       {size}")
-            checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
-            try:
+            metrics = MetricsFile(folder / run_folder.METRICS, after=progress.step)
+            trackers: list[Tracker] = [metrics, display, *([self._mirror] if self._mirror else [])]
+            while True:
                 train(
                     compiled,
                     progress,
@@ -156,25 +180,169 @@ def _train(config: Config, folder: RunFolder, overrides: Sequence[str], display:
                     trackers,
                     config.trainer,
                     bytes_per_token=tokenizer.bytes_per_token,
+                    stop=lambda: self._asked.requested,
                 )
-            finally:
-                checkpoints.close()
-        code = ExitCode.DIVERGED if progress.halted_at is not None or progress.val_loss is None else ExitCode.DONE
-        summary = {"status": code.name.lower(), **_measured(progress), **facts}
-        if code == ExitCode.DONE:
-            _show_result(summary, text.windows, _sample(compiled, progress, tokenizer, config.seed), folder, display)
-        elif progress.halted_at is not None:
-            display.say(f"diverged: the loss or gradient of update {progress.halted_at} is not finite; it was not made")
+                if not self._rolls_back(progress, checkpoints):
+                    break
+                metrics.rewind(progress.step)
+            metrics.close()
+        return self._conclude(progress, compiled, tokenizer, text)
+
+    # ---- how it begins
+
+    def _refuse_after_failures(self) -> None:
+        failures = self._before.get("failures")
+        if failures and failures["count"] >= MAX_FAILURES_IN_A_ROW and not changes(failures, provenance()):
+            raise XattnError(
+                f"{_shown(self._folder.path)}: failed {failures['count']} times in a row at step {failures['step']}, "
+                f"with this same source; see its {run_folder.LOG}. Change the source, or begin anew with resume=never"
+            )
+
+    def _origin(self, overrides: Sequence[str], data_sha256: str) -> dict[str, Any]:
+        """provenance.json: written at a first start, checked and amended later. config.yaml comes first: it makes the
+        folder a run's."""
+        import jax
+
+        folder = self._folder
+        here = provenance() | {
+            "device_kind": jax.devices()[0].device_kind,
+            "device_count": jax.device_count(),
+            "process_count": jax.process_count(),
+            "data_sha256": data_sha256,
+        }
+        before = folder.read_json(run_folder.PROVENANCE)
+        if before is None:
+            run_folder.write_atomically(folder / run_folder.CONFIG, xattn.config.save(self._config))
+            run_folder.write_atomically(folder / run_folder.OVERRIDES, xattn.config.save_overrides(overrides))
+            origin = here
         else:
-            display.say(f"diverged: the evaluation at step {progress.step} is not finite")
-        summary["wall_seconds"] = time.perf_counter() - start
-        run_folder.write_summary(folder.path, summary)
-    finally:
-        metrics_file.close()
-        if mirror is not None:
-            mirror.finish(summary, code)
-    display.say(f"run folder  {_shown(folder.path)}")
-    return code
+            if before["data_sha256"] != data_sha256:
+                raise IntegrityError(
+                    f"the training data are not those that this run began with (sha256 {data_sha256[:12]}…, then "
+                    f"{before['data_sha256'][:12]}…); bring them back, or begin anew with resume=never"
+                )
+            origin = before
+            if changed := changes(before, here):
+                self._display.say(f"warning: changed since this run began: {', '.join(changed)}")
+                again = {key: here[key] for key in (*changed, "started_at", "command")}
+                origin = before | {"resumed_with": [*before.get("resumed_with", []), again]}
+        if origin is not before:
+            run_folder.write_atomically(folder / run_folder.PROVENANCE, run_folder.to_json(origin, indent=2) + "\n")
+        run_folder.write_summary(folder.path, self._summary)
+        return origin
+
+    def _wandb_mirror(self, run_id: str) -> WandbMirror | None:
+        config, folder = self._config, self._folder
+        mode = resolve_mode(config.tracking.wandb)
+        if mode == "disabled":
+            return None
+        return WandbMirror(
+            config.tracking.wandb,
+            mode=mode,
+            run_id=run_id,
+            name=folder.path.name,
+            group=config.study,
+            values=config.model_dump(mode="json") | {"hash": xattn.config.run_hash(config)},
+            folder=folder.path,
+            say=self._display.say,
+        )
+
+    def _resume(self, progress: Progress, checkpoints: Checkpoints) -> None:
+        restored = checkpoints.restore_state(progress.state)
+        if restored is not None:
+            progress.restore(restored.step, restored.tree, restored.progress)
+            self._display.say(f"resumed     from step {restored.step}")
+        elif self._summary["committed_step"] is not None:
+            raise IntegrityError(
+                f"{checkpoints.folder}: a checkpoint of step {self._summary['committed_step']} was there and is gone; "
+                "bring it back, or begin anew with resume=never"
+            )
+
+    # ---- how it goes on
+
+    def _committed(self, step: int) -> None:
+        self._summary |= {"step": step, "committed_step": step}
+        run_folder.write_summary(self._folder.path, self._summary)
+
+    def _rolls_back(self, progress: Progress, checkpoints: Checkpoints) -> bool:
+        """Whether an update that is not finite is answered by going back to the last checkpoint, past its batch."""
+        halted_at = progress.halted_at
+        if halted_at is None or self._config.trainer.nonfinite != "rollback" or progress.rollbacks >= MAX_ROLLBACKS:
+            return False
+        checkpoints.wait()
+        restored = checkpoints.restore_state(progress.state)
+        if restored is None:
+            self._display.say("no checkpoint to roll back to yet")
+            return False
+        rollbacks, left_out = progress.rollbacks + 1, progress.batches_left_out + halted_at - restored.step
+        progress.restore(restored.step, restored.tree, restored.progress)
+        progress.rollbacks, progress.batches_left_out = rollbacks, left_out
+        self._display.say(
+            f"update {halted_at} is not finite: back to step {restored.step}, past the batches up to it "
+            f"({rollbacks} of at most {MAX_ROLLBACKS} times)"
+        )
+        return True
+
+    # ---- how it ends
+
+    def _conclude(self, progress: Progress, compiled: Programs, tokenizer: ByteTokenizer, text: _Text) -> ExitCode:
+        from xattn.training.state_hash import state_sha256
+
+        display, config = self._display, self._config
+        ended = progress.halted_at is not None or progress.step == config.trainer.steps
+        if not ended:
+            code = ExitCode.PREEMPTED
+        elif progress.halted_at is not None or progress.val_loss is None:
+            code = ExitCode.DIVERGED
+        else:
+            code = ExitCode.DONE
+        summary = self._summary | {
+            "status": code.name.lower(),
+            "step": progress.step,
+            "val_loss": progress.val_loss,
+            "val_bpb": progress.val_bpb,
+            "best_val_loss": progress.best_val_loss,
+            "train_loss": progress.train_loss,
+            "tokens_per_second": progress.clock.tokens_per_second,
+            "state_sha256": state_sha256(progress.state.params, progress.state.opt_state),
+        }
+        summary.pop("failures", None)
+        match code:
+            case ExitCode.DONE:
+                self._show_result(summary, text.windows, _sample(compiled, progress, tokenizer, config.seed))
+            case ExitCode.PREEMPTED:
+                display.say(f"stopped at step {progress.step}, and saved; the same command goes on from there")
+            case ExitCode.DIVERGED if progress.halted_at is not None:
+                display.say(
+                    f"diverged: the loss or gradient of update {progress.halted_at} is not finite, and not made"
+                )
+            case _:
+                display.say(f"diverged: the evaluation at step {progress.step} is not finite")
+        summary["wall_seconds"] = self._before.get("wall_seconds", 0.0) + time.perf_counter() - self._start
+        run_folder.write_summary(self._folder.path, summary)
+        self._summary = summary
+        display.say(f"run folder  {_shown(self._folder.path)}")
+        return code
+
+    def _show_result(self, summary: dict[str, Any], windows: Sequence[Windows], sample: str) -> None:
+        artifacts = self._folder / run_folder.ARTIFACTS
+        artifacts.mkdir(exist_ok=True)
+        run_folder.write_atomically(artifacts / "sample.txt", sample)
+        scored = scored_bytes(windows)
+        self._display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}:\n{sample}\n")
+        self._display.say(f"result      {_result(summary)}")
+        self._display.say(
+            f"baselines   unigram entropy {unigram_bits_per_byte(scored):.4f}, gzip {gzip_bits_per_byte(scored):.4f} "
+            f"bits/byte, of the same {len(scored):,} bytes"
+        )
+
+    def _record_failure(self) -> None:
+        """Counts failures without a new step between them; a run that fails at the same place is not tried for ever."""
+        before, step = self._before.get("failures"), self._summary["step"]
+        count = before["count"] + 1 if before and before["step"] >= step else 1
+        same = {key: provenance()[key] for key in ("source_sha256", "versions")}
+        self._summary |= {"status": "failed", "failures": {"count": count, "step": step} | same}
+        run_folder.write_summary(self._folder.path, self._summary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,41 +369,6 @@ class _Text:
         )
 
 
-def _write_origin(config: Config, folder: RunFolder, overrides: Sequence[str], data_sha256: str) -> dict[str, Any]:
-    """Writes what is known before the first step; config.yaml, which makes the folder a run's, comes last."""
-    import jax
-
-    from xattn.provenance import provenance
-
-    origin = provenance(
-        data_sha256=data_sha256,
-        device_kind=jax.devices()[0].device_kind,
-        device_count=jax.device_count(),
-        process_count=jax.process_count(),
-    )
-    run_folder.write_atomically(folder / run_folder.OVERRIDES, xattn.config.save_overrides(overrides))
-    run_folder.write_atomically(folder / run_folder.PROVENANCE, run_folder.to_json(origin, indent=2) + "\n")
-    run_folder.write_summary(folder.path, {"status": "running", "step": 0, "committed_step": None})
-    run_folder.write_atomically(folder / run_folder.CONFIG, xattn.config.save(config))
-    return origin
-
-
-def _wandb_mirror(config: Config, folder: RunFolder, run_id: str, display: Display) -> WandbMirror | None:
-    mode = resolve_mode(config.tracking.wandb)
-    if mode == "disabled":
-        return None
-    return WandbMirror(
-        config.tracking.wandb,
-        mode=mode,
-        run_id=run_id,
-        name=folder.path.name,
-        group=config.study,
-        values=config.model_dump(mode="json") | {"hash": xattn.config.run_hash(config)},
-        folder=folder.path,
-        say=display.say,
-    )
-
-
 def _choose_attention(config: Config) -> Choice:
     """What the dispatch table says to the attention of one training batch."""
     from xattn.backend import dispatch
@@ -258,20 +391,6 @@ def _choose_attention(config: Config) -> Choice:
         raise BadInput(f"backend.implementation: {error}") from error
 
 
-def _show_result(
-    summary: dict[str, Any], windows: Sequence[Windows], sample: str, folder: RunFolder, display: Display
-) -> None:
-    scored = scored_bytes(windows)
-    (folder / run_folder.ARTIFACTS).mkdir(exist_ok=True)
-    run_folder.write_atomically(folder / run_folder.ARTIFACTS / "sample.txt", sample)
-    display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}:\n{sample}\n")
-    display.say(f"result      {_result(summary)}")
-    display.say(
-        f"baselines   unigram entropy {unigram_bits_per_byte(scored):.4f}, gzip {gzip_bits_per_byte(scored):.4f} "
-        f"bits/byte, of the same {len(scored):,} bytes"
-    )
-
-
 def _keep_compiled_programs() -> None:
     """Lets processes share compiled programs through the user's cache folder, or does nothing where that is closed."""
     import jax
@@ -286,26 +405,6 @@ def _keep_compiled_programs() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _shown(path: Path) -> str:
-    """The path as a person would type it from here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _measured(progress: Progress) -> dict[str, Any]:
-    from xattn.training.state_hash import state_sha256
-
-    return {
-        "step": progress.step,
-        "committed_step": progress.committed_step,
-        "val_loss": progress.val_loss,
-        "val_bpb": progress.val_bpb,
-        "best_val_loss": progress.best_val_loss,
-        "train_loss": progress.train_loss,
-        "tokens_per_second": progress.clock.tokens_per_second,
-        "state_sha256": state_sha256(progress.state.params, progress.state.opt_state),
-    }
 
 
 def _sample(compiled: Programs, progress: Progress, tokenizer: ByteTokenizer, seed: int) -> str:
@@ -333,78 +432,6 @@ def _result(summary: dict[str, Any]) -> str:
     return f"val_loss {summary['val_loss']:.4f} nats/token = {summary['val_bpb']:.4f} bits/byte"
 
 
-def _amend_summary(folder: RunFolder, *, status: str) -> None:
-    summary = folder.summary()
-    if summary is not None:
-        run_folder.write_summary(folder.path, summary | {"status": status})
-
-
-# ---- a finished run, from Python -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedRun:
-    """What a notebook needs of a run.
-
-    ``model.apply({"params": params}, tokens, hyperparameters)`` gives the logits of int (B, S) tokens; ``step`` is that
-    of the checkpoint.
-    """
-
-    path: Path
-    config: Config
-    summary: dict[str, Any]
-    model: LanguageModel
-    params: Any
-    hyperparameters: ModelHyperparameters
-    tokenizer: ByteTokenizer
-    step: int
-
-    def generate(self, prompt: str, *, max_tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
-        """Continues a prompt of at least one character; temperature 0 takes the likeliest token each time."""
-        import jax
-        import jax.numpy as jnp
-
-        from xattn.model.generation import generate
-
-        if not prompt:
-            raise ValueError("prompt: at least one character is needed")
-        tokens = generate(
-            self.model,
-            self.params,
-            self.hyperparameters,
-            jnp.asarray(self.tokenizer.encode(prompt)),
-            num_tokens=max_tokens,
-            temperature=temperature,
-            key=jax.random.key(seed),
-        )
-        return self.tokenizer.decode(jax.device_get(tokens))
-
-
-def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> LoadedRun:
-    """Opens a run's folder. Raises :class:`BadInput` where it is not a run's or holds no checkpoint."""
-    import jax
-    import jax.numpy as jnp
-
-    from xattn.data.tokenizer import ByteTokenizer
-    from xattn.model.transformer import LanguageModel
-    from xattn.training.checkpoint import Checkpoints
-    from xattn.training.programs import hyperparameters
-
-    path = Path(path).absolute()
-    if not (path / run_folder.CONFIG).is_file():
-        raise BadInput(f"{path}: not a run folder, it holds no config.yaml")
-    summary = run_folder.read_summary(path)
-    if summary is None:
-        raise BadInput(f"{path}: not a run folder, it holds no summary.json")
-    config = xattn.config.load(path / run_folder.CONFIG)
-    tokenizer = ByteTokenizer()
-    model = LanguageModel(config.model, config.backend, tokenizer.vocab_size)
-    hyper = hyperparameters(config).model
-    tokens = jax.ShapeDtypeStruct((1, config.backend.context_length), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, hyper)["params"]
-    checkpoints = Checkpoints(path / run_folder.CHECKPOINTS)
-    try:
-        step, params = checkpoints.restore_params(checkpoint, shapes)
-    finally:
-        checkpoints.close()
-    return LoadedRun(path, config, summary, model, params, hyper, tokenizer, step)
+def _shown(path: Path) -> str:
+    """The path as a person would type it from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -22,7 +22,8 @@ CHECKPOINTS, ARTIFACTS = "checkpoints", "artifacts"
 LOCK = ".lock"
 SUPERSEDED = ".superseded"
 _TEMPORARY = ".tmp"
-_NOTHING_YET = {LOCK, LOG, *(name + _TEMPORARY for name in (CONFIG, OVERRIDES, PROVENANCE, SUMMARY))}
+# What a start that died before its config.yaml may have left: a folder with no more than this counts as empty.
+_NOTHING_YET = {LOCK, LOG, CONFIG + _TEMPORARY}
 
 
 class RunFolder:
@@ -35,8 +36,6 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path.absolute()
-        if self.path.is_dir() and not self.is_ours() and not self.is_empty():
-            raise BadInput(f"{path}: is not empty and holds no {CONFIG} of a run; choose another folder")
         self._lock = _acquire(self.path)
 
     def __truediv__(self, name: str) -> Path:
@@ -49,12 +48,12 @@ class RunFolder:
         """summary.json, or None where no run has written one yet."""
         return read_summary(self.path)
 
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in that file, or None where it is not there."""
+        return _read_json(self / name)
+
     def is_ours(self) -> bool:
         return (self / CONFIG).is_file()
-
-    def is_empty(self) -> bool:
-        """No file, or only what a start that died before its config.yaml leaves."""
-        return all(entry.name in _NOTHING_YET for entry in self.path.iterdir())
 
     def move_aside(self) -> Path:
         """Moves the folder to ``<parent>/.superseded/<name>-<UTC time>`` and begins a new one, held by this process."""
@@ -69,17 +68,31 @@ class RunFolder:
 
 def read_summary(path: Path) -> dict[str, Any] | None:
     """The summary.json of the run folder ``path``, or None where there is none."""
+    return _read_json(path / SUMMARY)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((path / SUMMARY).read_text("utf-8"))
+        loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise BadInput(f"{path / SUMMARY}: not readable: {error}") from error
+        raise BadInput(f"{path}: not readable: {error}") from error
+    return loaded
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Writes the summary.json of the run folder ``path``."""
     write_atomically(path / SUMMARY, to_json(summary, indent=2) + "\n")
+
+
+def fsync(path: Path) -> None:
+    """Pushes a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -97,18 +110,30 @@ def finite_or_none(number: float) -> float | None:
 
 
 def to_json(values: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """JSON text in which every number that is not finite is null."""
-    finite = {key: finite_or_none(v) if isinstance(v, float) else v for key, v in values.items()}
-    return json.dumps(finite, indent=indent, allow_nan=False, ensure_ascii=False)
+    """JSON text in which every number that is not finite is null, however deep it stands."""
+    return json.dumps(_finite(values), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return finite_or_none(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _acquire(path: Path) -> int:
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
+            names = {entry.name for entry in path.iterdir()}
+            if CONFIG not in names and not names <= _NOTHING_YET:
+                raise BadInput(f"{path}: is not empty and holds no {CONFIG} of a run; choose another folder")
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except (FileExistsError, NotADirectoryError) as error:
             raise BadInput(f"{error.filename}: is a file, and a run needs a folder there") from error
+        except FileNotFoundError:
+            continue  # moved aside by another process since the mkdir
         except OSError as error:
             raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
         try:
@@ -118,7 +143,7 @@ def _acquire(path: Path) -> int:
             raise FolderInUse(f"{path}: another process is running in this folder") from error
         if _is_at(descriptor, path / LOCK):
             return descriptor
-        os.close(descriptor)  # the folder was moved aside between the open and the lock: take the new one
+        os.close(descriptor)  # moved aside between the open and the lock: take the new one
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
-from xattn.run_folder import to_json
+from xattn.run_folder import to_json, write_atomically
 
 Row = Mapping[str, Any]
 
@@ -18,14 +19,32 @@ class Tracker(Protocol):
 
 
 class MetricsFile:
-    """metrics.jsonl: a JSON object a line, each there for good when :meth:`log` returns to the operating system."""
+    """metrics.jsonl: a JSON object a line, each handed to the operating system before :meth:`log` returns.
 
-    def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+    after: the step that the run goes on from; rows beyond it, and a last line that was cut short, are dropped, so that
+    every step stands there exactly once.
+    """
+
+    def __init__(self, path: Path, *, after: int):
+        self._path = path
+        self._file = self._reopened(after)
 
     def log(self, row: Row) -> None:
         self._file.write(to_json(row) + "\n")
         self._file.flush()
 
+    def rewind(self, after: int) -> None:
+        """Drops the rows beyond that step."""
+        self._file.close()
+        self._file = self._reopened(after)
+
     def close(self) -> None:
         self._file.close()
+
+    def _reopened(self, after: int) -> TextIO:
+        if self._path.exists():
+            kept = [
+                line for line in self._path.read_text("utf-8").split("\n")[:-1] if json.loads(line)["step"] <= after
+            ]
+            write_atomically(self._path, "".join(f"{line}\n" for line in kept))
+        return self._path.open("a", encoding="utf-8")

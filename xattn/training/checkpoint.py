@@ -1,64 +1,259 @@
-"""Checkpoints: the last and the best, by orbax, in the run folder's ``checkpoints/``."""
+"""Checkpoints that are known to be whole: written by orbax, sealed by a manifest, and believed only after a check.
+
+``checkpoints/<step>/`` holds ``params/`` (what a model is), ``training/`` (what a run needs besides), ``manifest.json``
+and ``manifest.sha256``. The manifest has the SHA-256 of every file, the dtype, shape and SHA-256 of every leaf, and what
+the checkpoint belongs to. All of it is written under a temporary name and renamed at the end: a step exists whole or
+not at all. orbax alone restores a flipped bit without a word, casts dtypes silently, and takes an empty folder for a
+step; the manifest is what notices.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
-from xattn.errors import BadInput
+from xattn.errors import IntegrityError, storage_error
+from xattn.run_folder import fsync
 from xattn.training.programs import TrainState
 
 Which = Literal["last", "best"]
-_VAL_LOSS = "val_loss"
+KEPT = 2  # of the newest, besides the best
+_MANIFEST, _SEAL = "manifest.json", "manifest.sha256"
+_BAD = ".bad"
+_TEMPORARY, _DELETING = ".tmp-", ".deleting-"
+
+
+class Restored(NamedTuple):
+    """A checkpoint that passed the check: its step, what was asked for of it, and what the run wrote beside it."""
+
+    step: int
+    tree: Any
+    progress: dict[str, Any]
 
 
 class Checkpoints:
-    """``checkpoints/<step>/``, holding ``params`` (what a model is) and ``training`` (what a run needs besides).
+    """The checkpoints of one run.
 
-    Of the saved steps the newest and the one with the lowest val_loss are kept. A save is asynchronous and atomic:
-    it copies the arrays to the host before it returns, and a step exists once all of it is written.
+    Args:
+        folder: ``checkpoints/`` of the run folder.
+        belongs_to: what a checkpoint is of (config, data, versions), written into each manifest.
+        on_commit: told each step once its checkpoint is there for good; from the thread that saves.
+        say: told of checkpoints that were found broken.
     """
 
-    def __init__(self, folder: Path):
-        best = checkpoint_managers.BestN(
-            get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(1), best]),
-                best_fn=_loss_of,
-                best_mode="min",
-            ),
-        )
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        belongs_to: Mapping[str, Any] | None = None,
+        on_commit: Callable[[int], None] = lambda step: None,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self.folder = folder
+        self._belongs_to = dict(belongs_to or {})
+        self._on_commit = on_commit
+        self._say = say
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
-    def save(self, step: int, state: TrainState, val_loss: float | None) -> None:
-        """val_loss: of these parameters, None where they were not evaluated or it is not finite."""
-        training = {name: value for name, value in state._asdict().items() if name != "params"}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params), training=ocp.args.StandardSave(training)
-            ),
-            metrics=None if val_loss is None else {_VAL_LOSS: val_loss},
-            force=True,
-        )
+    # ---- saving
 
-    def restore_params(self, which: Which, shapes: Any) -> tuple[int, Any]:
-        """The step and the parameters. shapes: the tree of jax.ShapeDtypeStruct that they have to fit."""
-        step = self._manager.latest_step() if which == "last" else self._manager.best_step()
-        if step is None:
-            raise BadInput(f"{self._manager.directory}: holds no checkpoint")
-        restored = self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
-        return step, restored["params"]
+    def save(self, step: int, state: TrainState, progress: Mapping[str, Any], *, val_loss: float | None) -> None:
+        """Copies the state to the host and writes it in a thread; waits first for the save before it.
 
-    def close(self) -> None:
-        """Waits for the saves under way."""
-        self._manager.close()
+        progress: JSON values that come back with the checkpoint. val_loss: of these parameters; None where they were
+        not evaluated or it is not finite, and they are then never the best. Raises :class:`StorageError` where the
+        save before this one found no room.
+        """
+        self.wait()
+        host: TrainState = jax.device_get(state)
+        parts = {
+            "params": host.params,
+            "training": {name: value for name, value in host._asdict().items() if name != "params"},
+        }
+        self._saving = self._worker.submit(self._write, step, parts, dict(progress), val_loss)
+
+    def wait(self) -> None:
+        """Until the save under way is done. Raises what it raised."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Waits for the save under way, and raises what it raised."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._orbax.close()
+
+    def _write(self, step: int, parts: dict[str, Any], progress: dict[str, Any], val_loss: float | None) -> None:
+        final, temporary = self.folder / str(step), self.folder / f"{_TEMPORARY}{step}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for name, tree in parts.items():
+                self._orbax.save(temporary / name, args=ocp.args.StandardSave(tree))
+            manifest = {
+                "step": step,
+                "progress": progress,
+                "val_loss": val_loss,
+                "belongs_to": self._belongs_to,
+                "leaves": {name: _leaf_digests(tree) for name, tree in parts.items()},
+                "files": {str(file.relative_to(temporary)): _file_digest(file) for file in _files(temporary)},
+            }
+            text = json.dumps(manifest, indent=1, allow_nan=False).encode()
+            (temporary / _MANIFEST).write_bytes(text)
+            (temporary / _SEAL).write_bytes(sha256(text).hexdigest().encode())
+            for path in [*_files(temporary), temporary]:
+                fsync(path)
+            if final.exists():  # a step saved again after a resume from an older one
+                _delete(final)
+            temporary.rename(final)
+            fsync(self.folder)
+        except Exception as error:  # orbax wraps what the file system says in errors of many kinds
+            raise storage_error(error, final) or error from error
+        self._on_commit(step)
+        for old in set(self.steps()) - self._kept():
+            _delete(self.folder / str(old))
+
+    def _kept(self) -> set[int]:
+        steps = self.steps()
+        best = min(steps, key=lambda step: (_val_loss(self.folder / str(step)), -step), default=None)
+        return {*steps[-KEPT:], *([] if best is None else [best])}
+
+    # ---- restoring
+
+    def steps(self) -> list[int]:
+        """Those with a folder, checked or not, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
+
+    def restore_state(self, shapes: TrainState) -> Restored | None:
+        """The newest :class:`TrainState` that passes the check, or None where no step has a folder.
+
+        Steps that fail are moved to ``checkpoints/.bad/`` and told of. Raises :class:`IntegrityError` where all fail.
+        """
+        self._clear_half_done()
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                params, progress = self._read(step, "params", shapes.params)
+                rest = {name: value for name, value in shapes._asdict().items() if name != "params"}
+                training, _ = self._read(step, "training", rest)
+            except IntegrityError as error:
+                self._say(f"checkpoint {step} is broken ({error}); it is moved to {self._move_aside(step)}")
+                continue
+            return Restored(step, jax.device_put(TrainState(params=params, **training)), progress)
+        if steps:
+            raise IntegrityError(f"{self.folder}: none of the checkpoints {steps} is whole")
+        return None
+
+    def restore_params(self, which: Which, shapes: Any) -> Restored:
+        """The parameters of the newest whole checkpoint, or of the whole one with the lowest val_loss.
+
+        Nothing is moved: reading a run leaves it as it is. Raises :class:`IntegrityError` where there is none.
+        """
+        order = reversed(self.steps())
+        if which == "best":
+            order = iter(sorted(self.steps(), key=lambda step: (_val_loss(self.folder / str(step)), -step)))
+        for step in order:
+            try:
+                params, progress = self._read(step, "params", shapes)
+            except IntegrityError as error:
+                self._say(f"checkpoint {step} is broken ({error}); the next is taken")
+                continue
+            return Restored(step, jax.device_put(params), progress)
+        raise IntegrityError(f"{self.folder}: holds no whole checkpoint")
+
+    def _read(self, step: int, part: str, shapes: Any) -> tuple[Any, dict[str, Any]]:
+        folder = self.folder / str(step)
+        manifest = _checked_manifest(folder)
+        expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _leaves(shapes)}
+        there = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in manifest["leaves"][part].items()}
+        if expected != there:
+            odd = sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name))
+            raise IntegrityError(f"{part} do not fit this model, {odd[0]} for one")
+        for name, digest in manifest["files"].items():
+            if name.startswith(f"{part}/") and _file_digest(folder / name) != digest:
+                raise IntegrityError(f"{name} is not as it was written")
+        targets = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        tree = self._orbax.restore(folder / part, args=ocp.args.StandardRestore(targets))
+        if _leaf_digests(tree) != manifest["leaves"][part]:
+            raise IntegrityError(f"{part} restored are not as they were saved")
+        return tree, manifest["progress"]
+
+    def _move_aside(self, step: int) -> Path:
+        target = self.folder / _BAD / f"{step}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        target.parent.mkdir(exist_ok=True)
+        return (self.folder / str(step)).rename(target)
+
+    def _clear_half_done(self) -> None:
+        """What a save or a deletion that was cut short leaves was never, or is no longer, a checkpoint."""
+        if self.folder.is_dir():
+            for entry in self.folder.iterdir():
+                if entry.name.startswith((_TEMPORARY, _DELETING)):
+                    shutil.rmtree(entry)
 
 
-def _loss_of(metrics: Any) -> float:
-    return metrics[_VAL_LOSS]
+def _checked_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        text, seal = (folder / _MANIFEST).read_bytes(), (folder / _SEAL).read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
+    if sha256(text).hexdigest().encode() != seal:
+        raise IntegrityError(f"{_MANIFEST} is not as it was written")
+    manifest: dict[str, Any] = json.loads(text)
+    return manifest
+
+
+def _val_loss(folder: Path) -> float:
+    try:
+        loss = _checked_manifest(folder)["val_loss"]
+    except IntegrityError:
+        return float("inf")
+    return float("inf") if loss is None else loss
+
+
+def _delete(folder: Path) -> None:
+    """Renamed first: a deletion cut short leaves nothing that looks like a step."""
+    shutil.rmtree(folder.rename(folder.with_name(f"{_DELETING}{folder.name}")))
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield jax.tree_util.keystr(path), leaf
+
+
+def _leaf_digests(tree: Any) -> dict[str, dict[str, Any]]:
+    digests = {}
+    for name, leaf in _leaves(tree):
+        array = np.asarray(leaf)
+        content = sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        digests[name] = {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": content}
+    return digests
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _file_digest(file: Path) -> str:
+    try:
+        return sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise IntegrityError(f"{file.name}: {error.strerror}") from error

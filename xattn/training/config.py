@@ -96,9 +96,11 @@ class TrainerConfig(Section):
     steps: updates to make.
     batch_size: sequences of context_length tokens in each.
     log_every, eval_every: every so many steps (and at the last) a training row is logged, the model is evaluated.
-    checkpoint_every: every so many steps the last checkpoint is renewed, besides at the end; null means at the end.
+    checkpoint_every, checkpoint_minutes: a checkpoint is written every so many steps, and when the last one is so old,
+        besides at the best evaluations and at the end; null means not for that reason.
     nonfinite: what a loss or gradient that is not finite does: ``stop`` ends the run as diverged with the parameters
-        of the step before; ``skip`` leaves that update out and goes on, and stops after 10 in a row.
+        of the step before; ``skip`` leaves that update out and goes on, and stops after 10 in a row; ``rollback``
+        returns to the last checkpoint, passes over the batches up to the bad one, and stops after 3 times.
     """
 
     steps: PositiveInt
@@ -106,4 +108,5 @@ class TrainerConfig(Section):
     log_every: PositiveInt
     eval_every: PositiveInt
     checkpoint_every: PositiveInt | None
-    nonfinite: Literal["stop", "skip"]
+    checkpoint_minutes: PositiveFloat | None
+    nonfinite: Literal["stop", "skip", "rollback"]

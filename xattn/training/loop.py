@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,16 +25,14 @@ class TrainingClock:
     def __init__(self) -> None:
         self.seconds, self.tokens = 0.0, 0
         self._since = time.perf_counter()
-        self._lap = (0.0, 0)
 
     def add(self, tokens: int) -> float:
-        """Counts tokens that are done by now; the tokens per second since the last call."""
+        """Counts tokens that are done by now; the tokens per second since :meth:`resume` or the last call."""
         now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
+        seconds, self._since = now - self._since, now
+        self.seconds += seconds
         self.tokens += tokens
-        seconds, done = self.seconds - self._lap[0], self.tokens - self._lap[1]
-        self._lap = (self.seconds, self.tokens)
-        return done / seconds
+        return tokens / seconds
 
     def resume(self) -> None:
         """Time since the last :meth:`add` was not training."""
@@ -45,19 +43,39 @@ class TrainingClock:
         return self.tokens / self.seconds if self.seconds else None
 
 
+# What comes back with a checkpoint, besides the state.
+_SAVED = ("train_loss", "val_loss", "val_bpb", "best_val_loss", "rollbacks", "batches_left_out")
+
+
 @dataclass
 class Progress:
-    """How far a run is. Numbers that were never finite are None."""
+    """How far a run is. Losses are None while there is none, or where it is not finite.
+
+    step: updates tried. halted_at: the update that is not finite and ends the run. rollbacks, batches_left_out: of
+    ``nonfinite=rollback``, how often it went back, and how many batches it passed over in all.
+    """
 
     state: TrainState
     step: int = 0
-    committed_step: int | None = None
     train_loss: float | None = None
     val_loss: float | None = None
     val_bpb: float | None = None
     best_val_loss: float | None = None
+    rollbacks: int = 0
+    batches_left_out: int = 0
     halted_at: int | None = None
     clock: TrainingClock = field(default_factory=TrainingClock)
+
+    def saved(self) -> dict[str, Any]:
+        """JSON values from which, with the state, :meth:`restore` goes on."""
+        clock = {"seconds": self.clock.seconds, "tokens": self.clock.tokens}
+        return {name: getattr(self, name) for name in _SAVED} | clock
+
+    def restore(self, step: int, state: TrainState, saved: Mapping[str, Any]) -> None:
+        self.step, self.state, self.halted_at = step, state, None
+        for name in _SAVED:
+            setattr(self, name, saved[name])
+        self.clock.seconds, self.clock.tokens = saved["seconds"], saved["tokens"]
 
 
 def train(
@@ -70,21 +88,29 @@ def train(
     config: TrainerConfig,
     *,
     bytes_per_token: float,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains to config.steps, or to the update that halts it, and keeps ``progress`` up to date.
+    """Trains to config.steps, to the update that halts it, or until ``stop()``, and keeps ``progress`` up to date.
 
     Python runs ahead of the device: only a step that logs, evaluates or saves waits for it. There the order is: the
-    update's own metrics, the evaluation of the parameters after it, the save, and then the step's one row.
+    update's own metrics, the evaluation of the parameters after it, the step's one row, and then the save, so that a
+    checkpoint never exists without the rows that lead to it.
     """
     tokens_per_step = config.batch_size * (batch(0).shape[1] - 1)
     waited_at = progress.step
+    saved_at = time.monotonic()
     progress.clock.resume()
     for step in range(progress.step + 1, config.steps + 1):
-        progress.state, metrics = programs.step(progress.state, batch(step - 1))
-        last = step == config.steps
+        progress.state, metrics = programs.step(progress.state, batch(step - 1 + progress.batches_left_out))
+        last, stopping = step == config.steps, stop()
         logs = last or step % config.log_every == 0
         evaluates = last or step % config.eval_every == 0
-        saves = last or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
+        saves = (
+            last
+            or stopping
+            or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
+            or (config.checkpoint_minutes is not None and time.monotonic() - saved_at > 60 * config.checkpoint_minutes)
+        )
         if not (logs or evaluates or saves):
             continue
 
@@ -101,12 +127,15 @@ def train(
         if evaluates:
             row |= _evaluate(programs, progress, windows, bytes_per_token)
             saves = saves or (progress.val_loss is not None and progress.val_loss == progress.best_val_loss)
-        if saves:
-            checkpoints.save(step, progress.state, progress.val_loss if evaluates else None)
-            progress.committed_step = step
         if logs or evaluates:
             for tracker in trackers:
                 tracker.log(row)
+        if saves:
+            val_loss = progress.val_loss if evaluates else None
+            checkpoints.save(step, progress.state, progress.saved(), val_loss=val_loss)
+            saved_at = time.monotonic()
+        if stopping:
+            return
         progress.clock.resume()
 
 

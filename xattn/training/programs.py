@@ -82,7 +82,9 @@ def static(config: Config) -> Config:
             "optimizer": config.optimizer.model_copy(
                 update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
             ),
-            "trainer": trainer.model_copy(update={"log_every": 1, "eval_every": 1, "checkpoint_every": None}),
+            "trainer": trainer.model_copy(
+                update={"log_every": 1, "eval_every": 1, "checkpoint_every": None, "checkpoint_minutes": None}
+            ),
             "data": None,
             "evaluation": None,
             "tracking": None,

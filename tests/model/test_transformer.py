@@ -1,0 +1,407 @@
+"""The language model: against an oracle in NumPy, by its gradients, and in every variant that a config can name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xattn.config import compose
+from xattn.model.transformer import (
+    LanguageModel,
+    ModelHyperparameters,
+    matmul_flops_per_token,
+    next_token_losses,
+    parameter_role,
+)
+
+# Sizes that differ, so that swapped axes show: B 3, S 7, D 12, heads 2 of width 6, MLP 10, V 23.
+SMALL = [
+    "backend.context_length=7",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.embedding_dim=12",
+    "model.mlp_dim=10",
+    "model.layers=scanned",
+]
+V = 23
+TOKENS = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(V), (3, 1)), axis=1)[:, :7], jnp.int32)
+HYPER = ModelHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
+
+
+def model_of(*overrides: str, vocab_size: int = V) -> LanguageModel:
+    config = compose([*SMALL, *overrides])
+    return LanguageModel(config.model, config.backend, vocab_size)
+
+
+def init(model: LanguageModel, seed: int = 0) -> Any:
+    return jax.jit(model.init)(jax.random.key(seed), TOKENS, HYPER)["params"]
+
+
+def noisy(params: Any, scale: float = 0.3) -> Any:
+    """Every parameter away from its initial value: scales of 1 hide mistakes."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    return tree.unflatten([leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)])
+
+
+def loss(model: LanguageModel, params: Any, hyper: ModelHyperparameters = HYPER) -> jax.Array:
+    return jnp.mean(next_token_losses(model.apply({"params": params}, TOKENS[:, :-1], hyper), TOKENS[:, 1:]))
+
+
+# ---- against the formula ---------------------------------------------------------------------------------------------
+
+
+def oracle(model: LanguageModel, params: Any, tokens: np.ndarray, hyper: ModelHyperparameters) -> np.ndarray:
+    """The model in float64, one head and one token at a time where that is clearer."""
+    config, backend = model.config, model.backend
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+    def norm(x: np.ndarray, scale: np.ndarray, kind: str) -> np.ndarray:
+        if kind == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+    def silu(x: np.ndarray) -> np.ndarray:
+        return x / (1 + np.exp(-x))
+
+    def rope(x: np.ndarray) -> np.ndarray:
+        width = x.shape[-1]
+        out = np.empty_like(x)
+        for t in range(len(x)):
+            for i in range(width // 2):
+                angle = t * float(hyper.theta) ** (-2 * i / width)
+                a, b = x[t, 2 * i], x[t, 2 * i + 1]
+                out[t, 2 * i] = a * math.cos(angle) - b * math.sin(angle)
+                out[t, 2 * i + 1] = a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    def attention(x: np.ndarray, layer: dict[str, Any]) -> np.ndarray:
+        width, length = config.head_dim, len(x)
+        outs = []
+        for head in range(config.num_heads):
+            kv = head // (config.num_heads // config.kv_heads)
+            q = (x @ layer["query"]["kernel"])[:, head * width : (head + 1) * width]
+            k = (x @ layer["key"]["kernel"])[:, kv * width : (kv + 1) * width]
+            v = (x @ layer["value"]["kernel"])[:, kv * width : (kv + 1) * width]
+            if config.qk_norm == "rmsnorm":
+                q, k = norm(q, layer["query_norm"]["scale"], "rmsnorm"), norm(k, layer["key_norm"]["scale"], "rmsnorm")
+            if backend.qk_pre_activation == "swish":
+                q, k = silu(q), silu(k)
+            logits = rope(q) @ rope(k).T / math.sqrt(width)
+            ahead = np.triu(np.ones((length, length), bool), 1)
+            if backend.activation == "softmax":
+                weights = np.exp(np.where(ahead, -np.inf, logits))
+                weights /= weights.sum(-1, keepdims=True)
+            elif backend.activation == "sigmoid":
+                learned = backend.sigmoid_bias == "learned"
+                bias = layer["sigmoid_bias"][head] if learned else float(hyper.sigmoid_bias)
+                weights = np.where(ahead, 0, 1 / (1 + np.exp(-logits - bias)))
+            else:
+                weights = np.where(ahead, 0, logits)
+            outs.append(weights @ v)
+        return np.concatenate(outs, -1) @ layer["output"]["kernel"]
+
+    def mlp(x: np.ndarray, layer: dict[str, Any]) -> np.ndarray:
+        up = x @ layer["up"]["kernel"]
+        if config.mlp == "swiglu":
+            return (silu(x @ layer["gate"]["kernel"]) * up) @ layer["down"]["kernel"]
+        gelu = 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        return gelu @ layer["down"]["kernel"]
+
+    out = []
+    for row in tokens:
+        x = p["token_embedding"]["embedding"][row]
+        for number in range(config.num_layers):
+            layer = jax.tree.map(lambda leaf, number=number: leaf[number], p["layers"])
+            branch = attention(norm(x, layer["attention_norm"]["scale"], config.norm), layer["attention"])
+            if config.norm_placement == "hybrid":
+                branch = norm(branch, layer["attention_output_norm"]["scale"], config.norm)
+            x = x + branch * layer.get("attention_layer_scale", 1)
+            branch = mlp(norm(x, layer["mlp_norm"]["scale"], config.norm), layer["mlp"])
+            x = x + branch * layer.get("mlp_layer_scale", 1)
+        name = "token_embedding" if config.embeddings == "tied" else "output_embedding"
+        out.append(norm(x, p["final_norm"]["scale"], config.norm) @ p[name]["embedding"].T)
+    return np.stack(out)
+
+
+VARIANTS = {
+    "default": [],
+    "sigmoid": ["backend=sigmoid"],
+    "sigmoid learned": ["backend=sigmoid", "backend.sigmoid_bias=learned"],
+    "none swish": ["backend=none", "backend.qk_pre_activation=swish"],
+    "gpt2": ["model.mlp=gelu", "model.norm=layernorm", "model.norm_placement=pre", "model.qk_norm=none"]
+    + ["model.embeddings=tied"],
+    "grouped heads": ["model.num_heads=6", "model.num_kv_heads=3"],
+    "one kv head": ["model.num_kv_heads=1", "model.norm=layernorm"],
+    "layer scale": ["model.layer_scale=0.25"],
+    "unrolled": ["model.layers=unrolled", "model.norm_placement=pre"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_model_is_its_formula(variant: str) -> None:
+    """Logits equal the oracle's, and every parameter moves the loss."""
+    model = model_of(*VARIANTS[variant])
+    params = noisy(init(model))
+    logits = jax.jit(model.apply)({"params": params}, TOKENS, HYPER)
+    assert logits.shape == (3, 7, V)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, oracle(model, params, np.asarray(TOKENS), HYPER), rtol=2e-4, atol=2e-4)
+    gradient = jax.jit(jax.grad(lambda params: loss(model, params)))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.isfinite(leaf).all(), path
+        assert np.abs(leaf).max() > 1e-6, path
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_computes_the_same_with_float32_parameters(variant: str) -> None:
+    model = model_of(*VARIANTS[variant], "model.dtype=bfloat16")
+    params = init(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    logits, gradient = jax.jit(
+        lambda params: (model.apply({"params": params}, TOKENS, HYPER), jax.grad(lambda p: loss(model, p))(params))
+    )(params)
+    assert logits.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    expected = oracle(model, params, np.asarray(TOKENS), HYPER)
+    np.testing.assert_allclose(logits.astype(jnp.float32), expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_scanned_and_unrolled_layers_are_one_model() -> None:
+    """The same parameters from the same key, the same logits, the same gradients."""
+    scanned, unrolled = model_of("model.layers=scanned"), model_of("model.layers=unrolled")
+    params = init(scanned)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(init(unrolled)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert jax.tree.structure(params) == jax.tree.structure(init(unrolled))
+    one, other = (
+        jax.jit(lambda p, model=model: (model.apply({"params": p}, TOKENS, HYPER), jax.grad(lambda p: loss(model, p))(p)))(params)
+        for model in (scanned, unrolled)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_start_different() -> None:
+    kernel = init(model_of())["layers"]["attention"]["query"]["kernel"]
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+
+
+# ---- causality -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [["backend=softmax"], ["backend=sigmoid"], ["backend=none"], ["backend.window=3"]])
+def test_no_token_looks_ahead(overrides: list[str]) -> None:
+    """Gradients of the logits at t by the embedding of the token at s: 0 for s > t, and not 0 for every s it may see."""
+    model = model_of(*overrides)
+    params = noisy(init(model))
+    table = params["token_embedding"]["embedding"]
+    direction = jnp.asarray(np.random.default_rng(1).standard_normal(V), jnp.float32)
+
+    def logits_of(table: jax.Array) -> jax.Array:
+        changed = params | {"token_embedding": {"embedding": table}}
+        return model.apply({"params": changed}, TOKENS[:1], HYPER)[0] @ direction
+
+    by_token = np.abs(jax.jit(jax.jacrev(logits_of))(table)).max(-1)  # (S, V)
+    by_position = by_token[:, np.asarray(TOKENS[0])]  # every token of the row is another one
+    reach = 7 if model.backend.window is None else model.config.num_layers * (model.backend.window - 1)
+    for t in range(7):
+        for s in range(7):
+            if s > t or t - s > reach:
+                assert by_position[t, s] == 0, (t, s)
+            else:
+                assert by_position[t, s] > 1e-5, (t, s)
+    absent = sorted(set(range(V)) - set(np.asarray(TOKENS[0]).tolist()))
+    assert (by_token[:, absent] == 0).all()
+
+
+def test_a_prefix_means_the_same_alone() -> None:
+    """Sigmoid's n is the context length, not the length of the text at hand."""
+    for activation in ("softmax", "sigmoid", "none"):
+        model = model_of(f"backend={activation}")
+        params = noisy(init(model))
+        whole = model.apply({"params": params}, TOKENS, HYPER)
+        part = model.apply({"params": params}, TOKENS[:, :4], HYPER)
+        np.testing.assert_allclose(part, whole[:, :4], rtol=1e-4, atol=1e-4)
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+def count_by_formula(model: LanguageModel) -> int:
+    c, d = model.config, model.config.embedding_dim
+    kv = c.kv_heads * c.head_dim
+    layer = 2 * d * d + 2 * d * kv + (3 if c.mlp == "swiglu" else 2) * d * c.mlp_dim
+    layer += d * (3 if c.norm_placement == "hybrid" else 2)
+    layer += 2 * c.head_dim if c.qk_norm == "rmsnorm" else 0
+    layer += 2 * d if c.layer_scale is not None else 0
+    layer += c.num_heads if model.backend.activation == "sigmoid" and model.backend.sigmoid_bias == "learned" else 0
+    return c.num_layers * layer + d + model.vocab_size * d * (1 if c.embeddings == "tied" else 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "vocab_size", "about"),
+    [
+        (["model=nano"], 256, 0.9e6),
+        (["model=small"], 256, 10.8e6),
+        (["model=gpt2"], 50257, 124e6),
+        (["model=nano", "model.num_kv_heads=2", "model.layer_scale=0.1"], 256, 0.8e6),
+        (["backend=sigmoid", "backend.sigmoid_bias=learned", "model.norm=layernorm"], 256, 0.9e6),
+    ],
+)
+def test_the_number_of_parameters(overrides: list[str], vocab_size: int, about: float) -> None:
+    config = compose(overrides)
+    model = LanguageModel(config.model, config.backend, vocab_size)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32), HYPER)
+    counted = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert counted == count_by_formula(model)
+    assert counted == pytest.approx(about, rel=0.05)
+
+
+def test_roles_are_told_by_name() -> None:
+    """Stacked scales have two axes, stacked matrices three: only the name says what decays."""
+    params = init(model_of("backend=sigmoid", "backend.sigmoid_bias=learned", "model.layer_scale=0.1"))
+    roles: dict[str, set[str]] = {"matrix": set(), "embedding": set(), "vector": set()}
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        roles[parameter_role(path)].add("/".join(key.key for key in path))
+    assert roles["embedding"] == {"token_embedding/embedding", "output_embedding/embedding"}
+    assert roles["matrix"] == {
+        *(f"layers/attention/{name}/kernel" for name in ("query", "key", "value", "output")),
+        *(f"layers/mlp/{name}/kernel" for name in ("gate", "up", "down")),
+    }
+    assert {"layers/attention/sigmoid_bias", "layers/mlp_layer_scale", "final_norm/scale"} < roles["vector"]
+
+
+def test_initialisation_is_as_stated() -> None:
+    wide = [
+        "model.embedding_dim=96",
+        "model.mlp_dim=192",
+        "model.num_layers=8",
+        "backend=sigmoid",
+        "backend.sigmoid_bias=learned",
+        "backend.context_length=40",
+        "model.layer_scale=0.125",
+    ]
+    params = init(model_of(*wide, vocab_size=256))
+    layers = params["layers"]
+
+    def deviation(kernel: jax.Array) -> float:
+        return float(np.std(kernel))
+
+    for name in ("query", "key", "value"):
+        assert deviation(layers["attention"][name]["kernel"]) == pytest.approx(96**-0.5, rel=0.03)
+    for name in ("gate", "up"):
+        assert deviation(layers["mlp"][name]["kernel"]) == pytest.approx(96**-0.5, rel=0.03)
+    assert deviation(layers["attention"]["output"]["kernel"]) == pytest.approx(96**-0.5 / 4, rel=0.03)
+    assert deviation(layers["mlp"]["down"]["kernel"]) == pytest.approx(192**-0.5 / 4, rel=0.03)
+    assert deviation(params["token_embedding"]["embedding"]) == pytest.approx(0.02, rel=0.03)
+    assert deviation(params["output_embedding"]["embedding"]) == pytest.approx(0.02, rel=0.03)
+    np.testing.assert_allclose(layers["attention"]["sigmoid_bias"], -math.log(40), rtol=1e-6)
+    assert layers["attention"]["sigmoid_bias"].shape == (8, 2)
+    np.testing.assert_array_equal(layers["mlp_layer_scale"], 0.125)
+    np.testing.assert_array_equal(params["final_norm"]["scale"], 1)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+def test_the_first_loss_is_that_of_knowing_nothing(activation: str) -> None:
+    model = model_of(f"backend={activation}", "model.embedding_dim=128", "model.num_layers=4", vocab_size=256)
+    assert float(loss(model, init(model))) == pytest.approx(math.log(256), abs=0.15)
+
+
+# ---- hyperparameters and dropout -------------------------------------------------------------------------------------
+
+
+def test_theta_and_bias_are_read_at_the_call() -> None:
+    """One program for all their values; and a value is not read where it means nothing."""
+    for overrides, reads_bias in ((["backend=sigmoid"], True), (["backend=softmax"], False)):
+        model = model_of(*overrides)
+        params = noisy(init(model))
+        traces = []
+
+        @jax.jit
+        def logits_of(theta: jax.Array, bias: jax.Array, model: Any = model, params: Any = params, traces: Any = traces) -> Any:
+            traces.append(0)
+            return model.apply({"params": params}, TOKENS, ModelHyperparameters(theta, bias))
+
+        def call(theta: float, bias: float, logits_of: Any = logits_of) -> Any:
+            return logits_of(jnp.float32(theta), jnp.float32(bias))
+
+        base = call(100.0, -1.5)
+        np.testing.assert_array_equal(call(100.0, -1.5), base)
+        assert np.abs(call(3.0, -1.5) - base).max() > 1e-3
+        assert (np.abs(call(100.0, 1.0) - base).max() > 1e-3) == reads_bias
+        assert len(traces) == 1
+
+
+def test_a_learned_bias_replaces_the_number() -> None:
+    model = model_of("backend=sigmoid", "backend.sigmoid_bias=learned")
+    params = init(model)
+    other = HYPER._replace(sigmoid_bias=jnp.float32(2.0))
+    np.testing.assert_array_equal(
+        model.apply({"params": params}, TOKENS, other), model.apply({"params": params}, TOKENS, HYPER)
+    )
+    fixed = model_of("backend=sigmoid")
+    without = jax.tree.map(lambda leaf: leaf, params)
+    del without["layers"]["attention"]["sigmoid_bias"]
+    start = HYPER._replace(sigmoid_bias=jnp.float32(-math.log(7)))
+    np.testing.assert_allclose(
+        fixed.apply({"params": without}, TOKENS, start), model.apply({"params": params}, TOKENS, HYPER), atol=1e-6
+    )
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    model, plain = model_of("model.dropout=0.5"), model_of()
+    params = init(model)
+    evaluated = model.apply({"params": params}, TOKENS, HYPER)
+    np.testing.assert_array_equal(evaluated, plain.apply({"params": params}, TOKENS, HYPER))
+    np.testing.assert_array_equal(
+        plain.apply({"params": params}, TOKENS, HYPER, train=True, rngs={"dropout": jax.random.key(0)}), evaluated
+    )
+
+    def trained(seed: int) -> jax.Array:
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply({"params": params}, TOKENS, HYPER, train=True, rngs=rngs)
+
+    np.testing.assert_array_equal(trained(1), trained(1))
+    assert np.abs(trained(1) - trained(2)).max() > 1e-3
+    assert np.abs(trained(1) - evaluated).max() > 1e-3
+
+
+# ---- loss and operations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_the_loss_is_the_negative_log_likelihood(dtype: str, scale: float) -> None:
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(scale * random.standard_normal((3, 5, 11)), dtype)
+    targets = jnp.asarray(random.integers(0, 11, (3, 5)), jnp.int32)
+    exact = np.asarray(logits.astype(jnp.float32), np.float64)
+    largest = exact.max(-1, keepdims=True)
+    log_p = exact - largest - np.log(np.exp(exact - largest).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
+    losses = next_token_losses(logits, targets)
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5 * scale)
+    gradient = jax.grad(lambda x: next_token_losses(x, targets).sum())(logits)
+    expected_gradient = np.exp(log_p) - np.eye(11)[np.asarray(targets)]
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected_gradient, atol=1e-2 if dtype == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.mlp=gelu", "model.num_kv_heads=1", "model.num_layers=3"]])
+def test_operations_are_counted_as_xla_counts_them(overrides: list[str]) -> None:
+    """The reference computes all S² pairs, twice those that the formula counts; the rest is not in matrix products."""
+    wide = ["model.embedding_dim=64", "model.mlp_dim=160", "backend.context_length=96", "model.layers=unrolled"]
+    model = model_of(*wide, "backend.implementation=reference", *overrides, vocab_size=256)
+    tokens = jax.ShapeDtypeStruct((2, 96), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, HYPER)
+    cost = jax.jit(model.apply).lower(shapes, tokens, HYPER).compile().cost_analysis()
+    counted = matmul_flops_per_token(model.config, context_length=96, vocab_size=256)
+    skipped = model.config.num_layers * 2 * 96 * 64
+    assert cost["flops"] / (2 * 96) == pytest.approx(counted + skipped, rel=0.12)
