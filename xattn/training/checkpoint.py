@@ -1,10 +1,10 @@
 """Checkpoints that are known to be whole: written by orbax, sealed by a manifest, and believed only after a check.
 
 ``checkpoints/<step>/`` holds ``params/`` (what a model is), ``training/`` (what a run needs besides), ``manifest.json``
-and ``manifest.sha256``. The manifest has the SHA-256 of every file, the dtype, shape and SHA-256 of every leaf, and what
-the checkpoint belongs to. All of it is written under a temporary name and renamed at the end: a step exists whole or
-not at all. orbax alone restores a flipped bit without a word, casts dtypes silently, and takes an empty folder for a
-step; the manifest is what notices.
+and ``manifest.sha256``. The manifest has the SHA-256 of every file, the dtype, shape and SHA-256 of every leaf, and
+what the checkpoint belongs to. All of it is written under a temporary name and renamed at the end: a step exists whole
+or not at all. orbax alone restores a flipped bit without a word, casts dtypes silently, and takes an empty folder for
+a step; the manifest is what notices.
 """
 
 from __future__ import annotations

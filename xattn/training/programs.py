@@ -72,19 +72,16 @@ def hyperparameters(config: Config) -> Hyperparameters:
 
 def static(config: Config) -> Config:
     """The config with every key that shapes no program at a fixed value: equal results share their programs."""
-    backend, trainer = config.backend, config.trainer
-    learned = backend.sigmoid_bias == "learned"
+    learned = config.backend.sigmoid_bias == "learned"
+    bias = {"theta": 1.0, "sigmoid_bias": "learned" if learned else "auto"}
+    pace = {"log_every": 1, "eval_every": 1, "checkpoint_every": None, "checkpoint_minutes": None}
     return config.model_copy(
         update={
-            "backend": backend.model_copy(
-                update={"theta": 10000.0, "sigmoid_bias": "learned" if learned else "auto"},
-            ),
+            "backend": config.backend.model_copy(update=bias),
             "optimizer": config.optimizer.model_copy(
                 update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
             ),
-            "trainer": trainer.model_copy(
-                update={"log_every": 1, "eval_every": 1, "checkpoint_every": None, "checkpoint_minutes": None}
-            ),
+            "trainer": config.trainer.model_copy(update=pace),
             "data": None,
             "evaluation": None,
             "tracking": None,
