@@ -3,10 +3,12 @@
 Parse, compose, run. No jax is imported before the config is valid and the run folder is known to need it.
 """
 
+import argparse
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them, and we explain them
 
@@ -19,6 +21,11 @@ from xattn.errors import ExitCode, XattnError
 from xattn.run import run
 
 _codes: list[ExitCode] = []
+
+
+def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of argparse's nine lines of usage; Hydra makes its parser where nobody can reach it."""
+    parser.exit(ExitCode.BAD_INPUT, f"xattn: {message}; overrides stand together, after any flag. See --help\n")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -35,6 +42,7 @@ def train(composed: DictConfig) -> None:
 
 
 def main() -> int:
+    argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     xattn.config.register_resolvers()
     try:
         train()

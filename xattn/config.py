@@ -84,6 +84,11 @@ def run_name(config: Config) -> str:
     return "-".join(words)
 
 
+def tracked_values(config: Config) -> dict[str, Any]:
+    """What wandb is told of the config: all of it, and the hash."""
+    return config.model_dump(mode="json") | {"hash": run_hash(config)}
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The hashed keys whose values differ, each with both; a key that one side lacks is None there."""
     before, after = hashed_values(old), hashed_values(new)

@@ -242,7 +242,7 @@ class _Run:
             run_id=run_id,
             name=folder.path.name,
             group=config.study,
-            values=config.model_dump(mode="json") | {"hash": xattn.config.run_hash(config)},
+            values=xattn.config.tracked_values(config),
             folder=folder.path,
             say=self._display.say,
         )

@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +43,9 @@ class RunFolder:
         return self.path / name
 
     def release(self) -> None:
+        """Lets go of the folder; one in which no run has begun goes away, as if it had not been asked for."""
+        if {entry.name for entry in self.path.iterdir()} <= _NOTHING_YET:
+            shutil.rmtree(self.path)
         os.close(self._lock)
 
     def summary(self) -> dict[str, Any] | None:

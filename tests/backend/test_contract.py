@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.backend.blockwise import Tuning, blockwise
+from xattn.backend import blockwise as blockwise_module
+from xattn.backend import linear as linear_module
+from xattn.backend.blockwise import blockwise
 from xattn.backend.config import Activation, QKPreActivation
 from xattn.backend.dispatch import TABLE, Implementation, row
+from xattn.backend.linear import linear
 
 from .contract import BATCH, HEADS, LENGTH, MASKS, Case, check_causal, check_theta_gradient, check_values, inputs
 
@@ -22,7 +25,12 @@ ACTIVATIONS = get_args(Activation)
 
 # Every row as it is, and where the work is cut into pieces again with pieces so small that LENGTH needs several and is
 # no multiple of them.
-SUBJECTS = [*TABLE, replace(row("blockwise"), name="blockwise-4", function=partial(blockwise, tuning=Tuning(tile=4)))]
+SUBJECTS = [
+    *TABLE,
+    replace(row("blockwise"), name="blockwise-4", function=partial(blockwise, tuning=blockwise_module.Tuning(tile=4))),
+    replace(row("linear"), name="linear-3", function=partial(linear, tuning=linear_module.Tuning(3, concurrent=1))),
+    replace(row("linear"), name="linear-2x2", function=partial(linear, tuning=linear_module.Tuning(2, concurrent=2))),
+]
 ROWS = [pytest.param(row, id=row.name) for row in SUBJECTS]
 
 CASES = [

@@ -12,6 +12,7 @@ import jax
 
 from xattn.backend.blockwise import blockwise
 from xattn.backend.config import Activation
+from xattn.backend.linear import linear
 from xattn.backend.reference import reference
 from xattn.backend.spec import AttentionSpec
 
@@ -84,15 +85,31 @@ def _never(call: Call) -> None:
     """No reason against it."""
 
 
-def _short(call: Call) -> str | None:
-    if call.sequence <= 512:
-        return f"slower than the reference at S = {call.sequence} (up to 512)"
+def _not_linear(call: Call) -> str | None:
+    if call.activation != "none":
+        return f"{call.activation}: only unnormalised attention (none) is a sum of outer products"
+    if call.has_mask:
+        return "a given mask: its state is a sum over all earlier tokens"
+    if call.window is not None:
+        return "a window: a sum can't forget"
+    if call.has_segment_ids:
+        return "segment_ids: a sum can't forget"
     return None
+
+
+def _longer_than(length: int) -> Reason:
+    """Against calls of at most that many tokens, where the reference was measured to be faster."""
+
+    def reason(call: Call) -> str | None:
+        return f"slower than the reference up to S = {length}" if call.sequence <= length else None
+
+    return reason
 
 
 # In the order in which auto tries them. The last serves every call.
 TABLE: tuple[Implementation, ...] = (
-    Implementation("blockwise", blockwise, _never, _short),
+    Implementation("linear", linear, _not_linear, _longer_than(128)),
+    Implementation("blockwise", blockwise, _never, _longer_than(512)),
     Implementation("reference", reference, _never, _never),
 )
 

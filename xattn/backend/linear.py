@@ -1,10 +1,10 @@
 """``none`` in linear time: attention without a normaliser is a sum of outer products, and may be summed chunk by chunk.
 
 With rotated q and k, out_t = q_t · C_t and C_t = Σ_{s≤t} k_s v_sᵀ / √DHQK, exactly. Inside a chunk of T tokens the T×T
-weights are formed as in the reference; what lies before the chunk arrives as one DHQK×DHV state. All chunks are computed
-at once, their states by a running sum, so no loop runs over time. Time O(S · (T + DHQK) · DHV), memory O(S · T).
+weights are formed as in the reference; what lies before the chunk arrives as one DHQK×DHV state. Time and memory are
+linear in S: O(S · (T + DHQK) · DHV) and O(S · (DHQK + DHV)).
 
-Shape letters: B batch, NH heads, NKV key/value heads, G = NH / NKV, S sequence, N chunks, T tokens a chunk,
+Shape letters: B batch, NH heads, NKV key/value heads, G = NH / NKV, S sequence, N chunks at once, T tokens a chunk,
 DHQK query/key head width, DHV value head width. In einsum: b, k, g, n, t or s, d, e.
 """
 
@@ -29,6 +29,8 @@ class Tuning:
 
     chunk: int = 64
     """Tokens a chunk, T."""
+    concurrent: int = 1 if jax.default_backend() == "cpu" else 32
+    """Chunks at once, N. One stays in a CPU's cache; many fill an accelerator."""
 
 
 def linear(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning = Tuning()) -> jax.Array:
@@ -67,35 +69,41 @@ def linear_with_state(
     assert spec.segment_ids is None
     if initial is None:
         initial = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
-    out, state = _chunked(q, k, v, spec, initial.astype(F32), min(tuning.chunk, q.shape[2]))
+    out, state = _chunked(q, k, v, spec, initial.astype(F32), tuning)
     sin, cos = rotary_tables(jnp.array([-q.shape[2]]), q.shape[-1], spec.theta)
     return out, rotate(state.swapaxes(-1, -2), sin, cos).swapaxes(-1, -2)
 
 
+# Nothing of the forward is kept for the backward: inside, each step is checkpointed too, so that computing it again
+# keeps a state a step and no weights.
 @partial(jax.checkpoint, static_argnums=5)
 def _chunked(
-    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, initial: jax.Array, chunk: int
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, initial: jax.Array, tuning: Tuning
 ) -> tuple[jax.Array, jax.Array]:
     """out, and the state with its keys at absolute positions."""
-    length, scale = q.shape[2], 1 / math.sqrt(q.shape[-1])
+    length, kv_heads = k.shape[2], k.shape[1]
+    chunk = min(tuning.chunk, length)
+    concurrent = min(tuning.concurrent, -(-length // chunk))
+    scale = 1 / math.sqrt(q.shape[-1])
     product = partial(jnp.einsum, preferred_element_type=F32)
+
+    def cut(x: jax.Array) -> jax.Array:
+        # (steps, B, heads, N, T, ·), filled with zeros: a key of zeros adds nothing to any sum.
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -length % (concurrent * chunk)), (0, 0)))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, concurrent, chunk, x.shape[-1]), 2, 0)
+
+    def step(state: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v = arrays
+        q = q.reshape(q.shape[0], kv_heads, -1, *q.shape[2:])
+        causal = jnp.broadcast_to(jnp.tri(chunk, dtype=bool), (*q.shape[:-1], chunk))
+        weights = jnp.where(causal, product("bkgntd,bknsd->bkgnts", q, k) * scale, 0)
+        after = jnp.cumsum(product("bknsd,bknse->bknde", k, v) * scale, axis=2) + state[:, :, None]
+        before = jnp.concatenate([state[:, :, None], after[:, :, :-1]], axis=2)
+        out = product("bkgnts,bknse->bkgnte", weights.astype(v.dtype), v)
+        out += product("bkgntd,bknde->bkgnte", q, before.astype(v.dtype))
+        return after[:, :, -1], out.reshape(q.shape[0], -1, *out.shape[3:]).astype(v.dtype)
+
     rotated_q, rotated_k = prepare(q, k, spec)
-    q_, k_, v_ = (_chunks(x, chunk) for x in (rotated_q, rotated_k, v))
-    q_ = q_.reshape(k_.shape[0], k_.shape[1], -1, *q_.shape[2:])
-
-    causal = jnp.broadcast_to(jnp.tri(chunk, dtype=bool), (*q_.shape[:-1], chunk))
-    weights = jnp.where(causal, product("bkgntd,bknsd->bkgnts", q_, k_) * scale, 0)
-    out = product("bkgnts,bknse->bkgnte", weights.astype(v.dtype), v_)
-
-    sums = jnp.cumsum(product("bknsd,bknse->bknde", k_, v_) * scale, axis=2) + initial[:, :, None]
-    before = jnp.concatenate([initial[:, :, None], sums[:, :, :-1]], axis=2)
-    out = out + product("bkgntd,bknde->bkgnte", q_, before.astype(v.dtype))
-
-    out = out.reshape(*q.shape[:2], -1, v.shape[-1])[:, :, :length]
-    return out.astype(v.dtype), sums[:, :, -1]
-
-
-def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """(B, heads, S, ·) as (B, heads, N, T, ·), filled with zeros: a key of zeros adds nothing to any sum."""
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % chunk), (0, 0)))
-    return x.reshape(*x.shape[:2], -1, chunk, x.shape[-1])
+    arrays = (cut(rotated_q), cut(rotated_k), cut(v))
+    state, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), initial, arrays)
+    return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], -1, v.shape[-1])[:, :, :length], state

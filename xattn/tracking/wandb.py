@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from xattn.run_folder import write_atomically
 from xattn.tracking.config import WandbConfig
 from xattn.tracking.tracker import Row
 
+HIGH_WATER_MARK = "last_step_sent"
 _INIT_SECONDS = 30  # wandb's own patience with its service and the network
 _FINISH_SECONDS = 60  # ours, at the end of a run
 
@@ -45,6 +47,11 @@ def _has_api_key() -> bool:
 class WandbMirror:
     """A wandb run with the same metrics, by a thread that takes rows from a queue.
 
+    A high-water mark in the run folder's ``wandb/`` remembers the last step that was handed over, so that a resumed run
+    sends no step twice; it is moved before the row is sent, so that a kill in between loses a row of wandb's and never
+    repeats one.
+
+    from_the_start: forget that mark, and send every row that comes.
     say: told, once, how to look at an offline run, or what failed; from then on rows are dropped.
     """
 
@@ -59,6 +66,7 @@ class WandbMirror:
         values: Mapping[str, Any],
         folder: Path,
         say: Callable[[str], None],
+        from_the_start: bool = False,
     ):
         self._say = say
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
@@ -71,8 +79,11 @@ class WandbMirror:
             "group": group,
             "config": dict(values),
             "dir": str(folder),
-            "resume": "allow" if mode == "online" else None,
+            "resume": "allow" if mode == "online" and not from_the_start else None,
         }
+        self._mark = folder / "wandb" / HIGH_WATER_MARK
+        if from_the_start:
+            self._mark.unlink(missing_ok=True)
         self._summary: dict[str, Any] = {}
         self._exit_code = 0
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -104,9 +115,12 @@ class WandbMirror:
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=_INIT_SECONDS, disable_git=True, x_disable_stats=True
         )
+        self._mark.parent.mkdir(exist_ok=True)
+        mark = int(self._mark.read_text()) if self._mark.exists() else 0
         run = wandb.init(settings=settings, reinit="create_new", **self._init)
         while (row := self._rows.get()) is not None:
-            values = {key: value for key, value in row.items() if key != "step"}
-            run.log(values, step=row["step"])
+            if row["step"] > mark:
+                write_atomically(self._mark, str(row["step"]))
+                run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         run.summary.update(self._summary)
         run.finish(exit_code=self._exit_code)

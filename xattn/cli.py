@@ -1,0 +1,35 @@
+"""The ``xattn`` command. Each subcommand loads what it needs and no more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from xattn.errors import ExitCode, XattnError
+
+# Command → the module whose main(argv) carries it out, and what it is for.
+_COMMANDS = {
+    "bench attention": ("xattn.bench.attention", "time implementations × activations × sizes of attention"),
+    "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 where it went well, else that of the error, after one message."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for command, (module, _) in _COMMANDS.items():
+        length = len(command.split())
+        if " ".join(words[:length]) == command:
+            try:
+                return int(import_module(module).main(words[length:]))
+            except XattnError as error:
+                print(f"xattn: {error}", file=sys.stderr)
+                return error.exit_code
+    lines = [f"  xattn {command:16} {purpose}" for command, (_, purpose) in _COMMANDS.items()]
+    asked_for = words in (["-h"], ["--help"])
+    print(
+        "\n".join(["xattn's tools besides train.py; each takes --help:", *lines]),
+        file=sys.stdout if asked_for else sys.stderr,
+    )
+    return ExitCode.DONE if asked_for else ExitCode.BAD_INPUT

@@ -1,0 +1,57 @@
+"""``xattn sync RUN…``: brings back what wandb lost, from the run folder, which has everything."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import xattn.config
+from xattn import run_folder
+from xattn.errors import BadInput, ExitCode
+from xattn.run_folder import RunFolder
+from xattn.tracking.wandb import WandbMirror, resolve_mode
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="xattn sync", description="Rebuild runs of wandb from their metrics.jsonl.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    for path in parser.parse_args(argv).runs:
+        sync(path)
+    return ExitCode.DONE
+
+
+def sync(path: Path) -> None:
+    """Sends every row and the summary again, under the run's own wandb id.
+
+    Raises :class:`BadInput` where ``path`` is not a run that has finished or stopped, :class:`FolderInUse` where it is
+    running.
+    """
+    if not (path / run_folder.CONFIG).is_file():
+        raise BadInput(f"{path}: not a run folder, it holds no {run_folder.CONFIG}")
+    config = xattn.config.load(path / run_folder.CONFIG)
+    folder = RunFolder(path)
+    try:
+        origin, summary = folder.read_json(run_folder.PROVENANCE), folder.summary()
+        if origin is None or summary is None:
+            raise BadInput(f"{path}: the run there has not begun")
+        mode = resolve_mode(config.tracking.wandb)
+        if mode == "disabled":
+            raise BadInput(f"{path}: tracking.wandb.mode of this run, or WANDB_MODE, is disabled")
+        mirror = WandbMirror(
+            config.tracking.wandb,
+            mode=mode,
+            run_id=origin["wandb_id"],
+            name=folder.path.name,
+            group=config.study,
+            values=xattn.config.tracked_values(config),
+            folder=folder.path,
+            say=print,
+            from_the_start=True,
+        )
+        for line in (folder / run_folder.METRICS).read_text("utf-8").splitlines():
+            mirror.log(json.loads(line))
+        mirror.finish(summary, 0 if summary["status"] == "done" else 1)
+    finally:
+        folder.release()
