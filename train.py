@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,13 +15,15 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of 
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import xattn.config
 from xattn.errors import ExitCode, XattnError
 from xattn.run import run
 
-_codes: list[ExitCode] = []
+_codes: dict[Path, ExitCode] = {}  # of each run, the last attempt's
+_sweeps = set(sys.argv[1:]) & {"-m", "--multirun"}
 
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -29,16 +32,23 @@ def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def train(composed: DictConfig) -> None:
+def train(composed: DictConfig) -> ExitCode:
+    hydra_config = HydraConfig.get()
+    folder, in_sweep = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
     try:
         config = xattn.config.from_hydra(composed)
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        _codes.append(run(config, folder, list(HydraConfig.get().overrides.task)))
+        code = run(config, folder, list(hydra_config.overrides.task), quiet=in_sweep)
     except XattnError as error:
-        print(f"xattn: {error}", file=sys.stderr)
-        _codes.append(error.exit_code)
-    if _codes[-1] == ExitCode.PREEMPTED:
-        sys.exit(ExitCode.PREEMPTED)  # of a sweep too
+        code = error.exit_code
+        if not (in_sweep and code == ExitCode.IN_USE):  # a sweep waits for it, and says so
+            print(f"xattn: {error}", file=sys.stderr)
+    except Exception:  # the outermost rim: what run() itself does not catch is a fault of ours
+        traceback.print_exc()
+        code = ExitCode.ERROR
+    _codes[folder] = code
+    if code == ExitCode.PREEMPTED:
+        sys.exit(code)  # a sweep ends with it too
+    return code
 
 
 def main() -> int:
@@ -48,13 +58,17 @@ def main() -> int:
         train()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except XattnError as error:
+        print(f"xattn: {error}", file=sys.stderr)
+        return error.exit_code
     except xattn.config.COMPOSITION_ERRORS as error:
         print(f"xattn: {xattn.config.explain(error, sys.argv[1:])}", file=sys.stderr)
         return ExitCode.BAD_INPUT
-    if len(_codes) <= 1:
-        return _codes[0] if _codes else ExitCode.DONE
-    ended_well = all(code in (ExitCode.DONE, ExitCode.DIVERGED) for code in _codes)
-    return ExitCode.DONE if ended_well else ExitCode.ERROR
+    if _sweeps:
+        # One that another process was running is not in the way: the sweep has waited for its result.
+        ended_well = (ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE)
+        return ExitCode.DONE if all(code in ended_well for code in _codes.values()) else ExitCode.ERROR
+    return next(iter(_codes.values()), ExitCode.DONE)
 
 
 if __name__ == "__main__":

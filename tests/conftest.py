@@ -24,13 +24,13 @@ os.environ.pop("WANDB_RUN_ID", None)
 
 @pytest.fixture(autouse=True)
 def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Implicit promotion of dtype or rank is an error in every test that has jax at all."""
+    """Implicit promotion of dtypes is an error in every test that has jax at all."""
     if "jax" not in getattr(request.module, "__dict__", {}):
         yield
         return
     import jax
 
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+    with jax.numpy_dtype_promotion("strict"):
         yield
 
 

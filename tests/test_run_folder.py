@@ -129,7 +129,6 @@ def test_moving_aside_keeps_every_byte(tmp_path: Path) -> None:
     assert "T" in target.name
     assert {name: (target / name).read_bytes() for name in contents} == contents
     assert folder.path == tmp_path / "run"
-    assert folder.is_empty()
     assert [entry.name for entry in folder.path.iterdir()] == [run_folder.LOCK]
     with pytest.raises(FolderInUse):
         RunFolder(tmp_path / "run")
@@ -204,36 +203,34 @@ def test_the_folder_is_held_all_through_the_move(tmp_path: Path) -> None:
 # ---- what counts as empty, what counts as ours -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("entries", "empty"),
-    [
-        ([], True),
-        ([".lock", "log.txt"], True),
-        (["config.yaml.tmp", "summary.json.tmp", "log.txt"], True),
-        (["config.yaml"], False),
-        (["notes.txt"], False),
-        (["thesis.tmp"], False),
-        ([".git"], False),
-        (["folder/"], False),
-        (["log.txt", "metrics.jsonl"], False),
-    ],
-)
-def test_our_own_lock_log_and_temporary_files_count_as_empty(
-    entries: list[str], empty: bool, tmp_path: Path
-) -> None:
-    """A start may die before its config.yaml; anything else is somebody's and keeps us out."""
+@pytest.mark.parametrize("entries", [[], [".lock", "log.txt"], ["config.yaml.tmp", "log.txt"], ["config.yaml", "any"]])
+def test_an_empty_folder_and_a_runs_folder_are_taken(entries: list[str], tmp_path: Path) -> None:
+    """A start may die before its config.yaml and leave a lock, a log and a temporary file."""
     (tmp_path / "run").mkdir()
     for entry in entries:
-        (tmp_path / "run" / entry).mkdir() if entry.endswith("/") else (tmp_path / "run" / entry).write_text("x")
-    if empty or "config.yaml" in entries:
-        folder = RunFolder(tmp_path / "run")
-        assert folder.is_empty() == empty
-        assert folder.is_ours() == ("config.yaml" in entries)
-        folder.release()
-    else:
-        with pytest.raises(BadInput, match=r"not empty.*config\.yaml"):
-            RunFolder(tmp_path / "run")
-        assert sorted(os.listdir(tmp_path / "run")) == sorted(entry.rstrip("/") for entry in entries)
+        (tmp_path / "run" / entry).write_text("x")
+    folder = RunFolder(tmp_path / "run")
+    assert folder.is_ours() == ("config.yaml" in entries)
+    assert all((tmp_path / "run" / entry).read_text() == "x" for entry in entries if entry != ".lock")
+    folder.release()
+
+
+@pytest.mark.parametrize("entry", ["notes.txt", "thesis.tmp", ".git/", "folder/", "metrics.jsonl", "config.yml"])
+def test_any_other_folder_is_refused_and_not_touched(entry: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / entry).mkdir() if entry.endswith("/") else (tmp_path / "run" / entry).write_text("x")
+    with pytest.raises(BadInput, match=r"not empty.*config\.yaml"):
+        RunFolder(tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == [entry.rstrip("/")]
+
+
+def test_a_folder_in_which_no_run_has_begun_goes_away(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").release()
+    assert os.listdir(tmp_path) == []
+    folder = RunFolder(tmp_path / "run")
+    (folder / "config.yaml").write_text("x")
+    folder.release()
+    assert (tmp_path / "run" / "config.yaml").read_text() == "x"
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -305,22 +305,21 @@ def test_a_folder_named_by_hand_refuses_another_config(finished: Finished, copy:
     assert {name for name in after if after[name] != before.get(name)} <= {"log.txt"}
 
 
-def test_a_killed_run_is_in_use_while_it_lives_and_moved_aside_when_it_is_dead(
+def test_a_killed_run_is_in_use_while_it_lives_and_goes_on_when_it_is_dead(
     tmp_path: Path, text_file: Path, without_jax: str
 ) -> None:
-    """The lock is held by a stopped process too, and goes with SIGKILL; then the same command begins anew."""
+    """The lock is held by a stopped process too, and goes with SIGKILL; the same command then ends as if never killed."""
     long = [*TINY, "data=text", f"data.path={text_file}", "trainer.steps=400", "trainer.log_every=1"]
-    long += ["trainer.eval_every=400"]
+    long += ["trainer.eval_every=400", "trainer.checkpoint_every=50"]
     folder = tmp_path / "outputs" / "default" / xconfig.run_name(xconfig.compose(long))
     with start(*long, cwd=tmp_path) as process:
         deadline = time.monotonic() + 200
-        metrics = folder / "metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        while process.poll() is None and not (folder / "checkpoints" / "50").exists():
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGSTOP)
-        assert json.loads((folder / "summary.json").read_text("utf-8"))["status"] == "running"
         before = contents(folder)
+        assert json.loads(before["summary.json"])["status"] == "running"
 
         began = time.perf_counter()
         code, _, err = train(*long, cwd=tmp_path, stubs=without_jax)
@@ -334,10 +333,17 @@ def test_a_killed_run_is_in_use_while_it_lives_and_moved_aside_when_it_is_dead(
 
     code, out, err = train(*long, cwd=tmp_path)
     assert code == 0, err
-    (aside,) = (tmp_path / "outputs" / "default" / ".superseded").iterdir()
-    assert f".superseded/{aside.name}" in out
-    assert contents(aside) == before
+    assert re.search(r"resumed +from step \d+", out)
+    assert os.listdir(folder.parent) == [folder.name]
+    code, _, err = train(*long, "study=untouched", cwd=tmp_path)
+    assert code == 0, err
+    untouched = run_of(tmp_path, "untouched")
     assert [row["step"] for row in rows(folder)] == list(range(1, 401))
+    assert [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows(folder)] == [
+        {k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows(untouched)
+    ]
+    once, twice = (json.loads((run / "summary.json").read_text("utf-8")) for run in (untouched, folder))
+    assert once["state_sha256"] == twice["state_sha256"]
 
 
 # ---- what cannot be run ----------------------------------------------------------------------------------------------

@@ -84,6 +84,38 @@ def run_name(config: Config) -> str:
     return "-".join(words)
 
 
+def shaping(config: Config) -> Config:
+    """The config with every key that shapes no compiled program at a fixed value: where these are equal, so are the
+    programs. The numbers left out are the ones that the train state carries."""
+    learned = config.backend.sigmoid_bias == "learned"
+    numbers = {"theta": 1.0, "sigmoid_bias": "learned" if learned else "auto"}
+    pace = {"log_every": 1, "eval_every": 1, "checkpoint_every": None, "checkpoint_minutes": None}
+    elsewhere = {"data": None, "evaluation": None, "tracking": None, "seed": 0, "study": "", "resume": "auto"}
+    return config.model_copy(
+        update={
+            "backend": config.backend.model_copy(update=numbers),
+            "optimizer": config.optimizer.model_copy(
+                update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
+            ),
+            "trainer": config.trainer.model_copy(update=pace),
+            **elsewhere,
+        }
+    )
+
+
+def program_key(config: Config) -> str:
+    """Equal for configs that share their compiled programs."""
+    parts = shaping(config).model_dump(mode="json", exclude={"data", "evaluation", "tracking"})
+    return json.dumps(parts, sort_keys=True)
+
+
+def varying_keys(configs: Sequence[Config]) -> list[str]:
+    """The hashed keys that do not have one value in all."""
+    values = [hashed_values(config) for config in configs]
+    keys = list(dict.fromkeys(key for each in values for key in each))
+    return [key for key in keys if any(each.get(key) != values[0].get(key) for each in values)]
+
+
 def tracked_values(config: Config) -> dict[str, Any]:
     """What wandb is told of the config: all of it, and the hash."""
     return config.model_dump(mode="json") | {"hash": run_hash(config)}

@@ -41,23 +41,28 @@ MAX_FAILURES_IN_A_ROW = 3
 MAX_ROLLBACKS = 3
 
 
-def run(config: Config, path: Path, overrides: Sequence[str] = ()) -> ExitCode:
+def run(config: Config, path: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> ExitCode:
     """Trains the config's model in the folder ``path``: begins, goes on with, or shows what is there already.
 
-    overrides: what the person typed, for overrides.yaml. Errors that a person can mend are raised as
-    :class:`XattnError`; any other leaves its traceback in log.txt, a line on the screen, and ExitCode.ERROR.
+    overrides: what the person typed, for overrides.yaml. quiet: on the screen only what went wrong. Errors that a
+    person can mend are raised as :class:`XattnError`; any other leaves its traceback in log.txt, a line on the screen,
+    and ExitCode.ERROR.
     """
     folder = RunFolder(path)
     try:
         with interruption() as asked:
             summary = _look(config, folder)
             if summary is not None and summary["status"] in ("done", "diverged"):
-                return _show(summary, folder)
-            display = Display(folder / run_folder.LOG, config.trainer.steps)
+                return _show(summary, folder, quiet=quiet)
+            display = Display(folder / run_folder.LOG, config.trainer.steps, quiet=quiet)
             try:
                 return _Run(config, folder, display, asked, summary or {}).carry_out(overrides)
             finally:
                 display.close()
+    except BadInput:
+        if not folder.is_ours() and folder.path.name == xattn.config.run_name(config):
+            folder.withdraw()  # we named it, and no run has begun in it
+        raise
     finally:
         folder.release()
 
@@ -78,12 +83,13 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     return folder.summary()
 
 
-def _show(summary: dict[str, Any], folder: RunFolder) -> ExitCode:
+def _show(summary: dict[str, Any], folder: RunFolder, *, quiet: bool) -> ExitCode:
     changed = changes(folder.read_json(run_folder.PROVENANCE), provenance())
     since = f" (since then changed: {', '.join(changed)})" if changed else ""
-    print(f"{summary['status']} already, at step {summary['step']}: {_result(summary)}{since}")
-    print(f"run folder  {_shown(folder.path)}")
-    print("resume=never trains it anew, and moves this folder aside")
+    if not quiet:
+        print(f"{summary['status']} already, at step {summary['step']}: {_result(summary)}{since}")
+        print(f"run folder  {_shown(folder.path)}")
+        print("resume=never trains it anew, and moves this folder aside")
     with (folder / run_folder.LOG).open("a", encoding="utf-8") as log:
         log.write("started again: the stored result was shown\n")
     return ExitCode.DONE if summary["status"] == "done" else ExitCode.DIVERGED
@@ -108,10 +114,13 @@ class _Run:
         code = ExitCode.ERROR
         try:
             self._refuse_after_failures()
-            find_files(self._config.data)  # a path that is not there is told before jax is loaded
+            # What can be judged without jax is told before it is loaded.
+            find_files(self._config.data)
+            resolve_mode(self._config.tracking.wandb)
             code = self._train(overrides)
         except XattnError as error:
-            self._display.note(f"error: {error}")
+            if self._folder.is_ours():
+                self._display.note(f"error: {error}")
             code = error.exit_code
             raise
         except Exception as error:  # the outermost rim around one run
@@ -120,8 +129,8 @@ class _Run:
                 code = full.exit_code
                 raise full from error
             self._record_failure()
-            self._display.say(f"{type(error).__name__}: {error}".splitlines()[0])
-            self._display.say(f"the traceback is in {_shown(self._folder / run_folder.LOG)}")
+            self._display.warn(f"{type(error).__name__}: {error}".splitlines()[0])
+            self._display.warn(f"the traceback is in {_shown(self._folder / run_folder.LOG)}")
         finally:
             if self._mirror is not None:
                 self._mirror.finish(self._summary, code)
@@ -150,7 +159,7 @@ class _Run:
                 "versions": origin["versions"],
             },
             on_commit=self._committed,
-            say=display.say,
+            say=display.warn,
         )
         with display, checkpoints:
             tokenizer = ByteTokenizer()
@@ -223,7 +232,7 @@ class _Run:
                 )
             origin = before
             if changed := changes(before, here):
-                self._display.say(f"warning: changed since this run began: {', '.join(changed)}")
+                self._display.warn(f"warning: changed since this run began: {', '.join(changed)}")
                 again = {key: here[key] for key in (*changed, "started_at", "command")}
                 origin = before | {"resumed_with": [*before.get("resumed_with", []), again]}
         if origin is not before:
@@ -272,12 +281,12 @@ class _Run:
         checkpoints.wait()
         restored = checkpoints.restore_state(progress.state)
         if restored is None:
-            self._display.say("no checkpoint to roll back to yet")
+            self._display.warn("no checkpoint to roll back to yet")
             return False
         rollbacks, left_out = progress.rollbacks + 1, progress.batches_left_out + halted_at - restored.step
         progress.restore(restored.step, restored.tree, restored.progress)
         progress.rollbacks, progress.batches_left_out = rollbacks, left_out
-        self._display.say(
+        self._display.warn(
             f"update {halted_at} is not finite: back to step {restored.step}, past the batches up to it "
             f"({rollbacks} of at most {MAX_ROLLBACKS} times)"
         )
@@ -313,11 +322,11 @@ class _Run:
             case ExitCode.PREEMPTED:
                 display.say(f"stopped at step {progress.step}, and saved; the same command goes on from there")
             case ExitCode.DIVERGED if progress.halted_at is not None:
-                display.say(
+                display.warn(
                     f"diverged: the loss or gradient of update {progress.halted_at} is not finite, and not made"
                 )
             case _:
-                display.say(f"diverged: the evaluation at step {progress.step} is not finite")
+                display.warn(f"diverged: the evaluation at step {progress.step} is not finite")
         summary["wall_seconds"] = self._before.get("wall_seconds", 0.0) + time.perf_counter() - self._start
         run_folder.write_summary(self._folder.path, summary)
         self._summary = summary

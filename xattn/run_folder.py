@@ -5,11 +5,11 @@ Standard library only, so that everyone may import it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,10 +43,13 @@ class RunFolder:
         return self.path / name
 
     def release(self) -> None:
-        """Lets go of the folder; one in which no run has begun goes away, as if it had not been asked for."""
-        if {entry.name for entry in self.path.iterdir()} <= _NOTHING_YET:
-            shutil.rmtree(self.path)
         os.close(self._lock)
+
+    def withdraw(self) -> None:
+        """Takes the lock file away, and with it the folder if nothing else is in it: as if it had not been asked for."""
+        (self / LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something, or is gone already
+            self.path.rmdir()
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None where no run has written one yet."""

@@ -1,11 +1,10 @@
-"""The public function and module: defaults, axes, dtypes, and errors that say what was given and what is allowed."""
+"""The public function: defaults, axes, dtypes, and errors that say what was given and what is allowed."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.backend import attention, mLSTMBackendAttention, mLSTMBackendAttentionConfig
+from xattn.backend import attention
 
 from . import oracle
-from .contract import BATCH, HEADS, LENGTH, THETA, Case, close, inputs
+from .contract import BATCH, LENGTH, THETA, Case, close, inputs
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 
@@ -128,37 +127,3 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
 def test_bad_arguments_are_errors_that_name_them(arrays: tuple, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention(*arrays, **keywords)
-
-
-def test_the_module_is_the_function_without_parameters() -> None:
-    x = inputs(Case(activation="sigmoid"))
-    config = mLSTMBackendAttentionConfig(activation_function="sigmoid", theta=THETA)
-    module = mLSTMBackendAttention(config)
-    gates = jnp.full((BATCH, HEADS, LENGTH), 1e9)
-    assert module.init(jax.random.key(0), x.q, x.k, x.v, gates, gates) == {}
-    close("out", module.apply({}, x.q, x.k, x.v, gates, gates), oracle.forward(x.problem), "float32")
-    assert module.can_vmap_over_heads is True
-    assert mLSTMBackendAttention.config_class is mLSTMBackendAttentionConfig
-
-
-def test_the_modules_context_length_is_sigmoids_n() -> None:
-    case = Case(activation="sigmoid", context_length=64)
-    x = inputs(case)
-    config = mLSTMBackendAttentionConfig(activation_function="sigmoid", theta=THETA)
-    assert config.context_length == -1
-    config.assign_model_config_params(SimpleNamespace(context_length=64))
-    assert config == mLSTMBackendAttentionConfig(64, "sigmoid", "none", THETA)
-    close("out", mLSTMBackendAttention(config).apply({}, x.q, x.k, x.v), oracle.forward(x.problem), "float32")
-    with pytest.raises(ValueError, match="got 0"):
-        mLSTMBackendAttention(mLSTMBackendAttentionConfig(context_length=0)).apply({}, x.q, x.k, x.v)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_states_that_cannot_be_honoured_are_errors(activation: Any) -> None:
-    module = mLSTMBackendAttention(mLSTMBackendAttentionConfig(activation_function=activation))
-    state = jnp.zeros((2, 3, 4, 4))
-    for name in ("c_initial", "n_initial", "m_initial"):
-        with pytest.raises(ValueError, match=name):
-            module.apply({}, Q, Q, Q, **{name: state})
-    with pytest.raises(ValueError, match="return_last_states"):
-        module.apply({}, Q, Q, Q, return_last_states=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,19 +39,35 @@ def model_of(*overrides: str, vocab_size: int = V) -> LanguageModel:
     return LanguageModel(config.model, config.backend, vocab_size)
 
 
+@partial(jax.jit, static_argnames=("model", "seed"))
 def init(model: LanguageModel, seed: int = 0) -> Any:
-    return jax.jit(model.init)(jax.random.key(seed), TOKENS, HYPER)["params"]
+    return model.init(jax.random.key(seed), TOKENS, HYPER)["params"]
 
 
-def noisy(params: Any, scale: float = 0.3) -> Any:
+def random_params(model: LanguageModel) -> Any:
     """Every parameter away from its initial value: scales of 1 hide mistakes."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    return tree.unflatten([leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)])
+    random = np.random.default_rng(7)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS, HYPER)["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * random.standard_normal(leaf.shape) + 0.1, leaf.dtype), shapes)
 
 
-def loss(model: LanguageModel, params: Any, hyper: ModelHyperparameters = HYPER) -> jax.Array:
-    return jnp.mean(next_token_losses(model.apply({"params": params}, TOKENS[:, :-1], hyper), TOKENS[:, 1:]))
+@partial(jax.jit, static_argnames=("model", "train"))
+def forward(
+    model: LanguageModel, params: Any, tokens: Any = TOKENS, hyper: Any = HYPER, train: bool = False, key: Any = None
+) -> Any:
+    return model.apply({"params": params}, tokens, hyper, train=train, rngs={"dropout": key} if train else None)
+
+
+@partial(jax.jit, static_argnames="model")
+def logits_and_gradient(model: LanguageModel, params: Any) -> Any:
+    """Logits, and the gradient of their mean loss on the next tokens."""
+
+    def loss(params: Any) -> Any:
+        logits = model.apply({"params": params}, TOKENS, HYPER)
+        return jnp.mean(next_token_losses(logits[:, :-1], TOKENS[:, 1:])), logits
+
+    gradient, logits = jax.grad(loss, has_aux=True)(params)
+    return logits, gradient
 
 
 # ---- against the formula ---------------------------------------------------------------------------------------------
@@ -131,15 +148,12 @@ def oracle(model: LanguageModel, params: Any, tokens: np.ndarray, hyper: ModelHy
 
 VARIANTS = {
     "default": [],
-    "sigmoid": ["backend=sigmoid"],
     "sigmoid learned": ["backend=sigmoid", "backend.sigmoid_bias=learned"],
     "none swish": ["backend=none", "backend.qk_pre_activation=swish"],
     "gpt2": ["model.mlp=gelu", "model.norm=layernorm", "model.norm_placement=pre", "model.qk_norm=none"]
     + ["model.embeddings=tied"],
     "grouped heads": ["model.num_heads=6", "model.num_kv_heads=3"],
-    "one kv head": ["model.num_kv_heads=1", "model.norm=layernorm"],
-    "layer scale": ["model.layer_scale=0.25"],
-    "unrolled": ["model.layers=unrolled", "model.norm_placement=pre"],
+    "layer scale": ["model.layer_scale=0.25", "model.norm=layernorm", "model.num_kv_heads=1", "model.layers=unrolled"],
 }
 
 
@@ -147,50 +161,42 @@ VARIANTS = {
 def test_the_model_is_its_formula(variant: str) -> None:
     """Logits equal the oracle's, and every parameter moves the loss."""
     model = model_of(*VARIANTS[variant])
-    params = noisy(init(model))
-    logits = jax.jit(model.apply)({"params": params}, TOKENS, HYPER)
+    params = random_params(model)
+    logits, gradient = logits_and_gradient(model, params)
     assert logits.shape == (3, 7, V)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, oracle(model, params, np.asarray(TOKENS), HYPER), rtol=2e-4, atol=2e-4)
-    gradient = jax.jit(jax.grad(lambda params: loss(model, params)))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all(), path
         assert np.abs(leaf).max() > 1e-6, path
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["default", "gpt2"])
 def test_bfloat16_computes_the_same_with_float32_parameters(variant: str) -> None:
     model = model_of(*VARIANTS[variant], "model.dtype=bfloat16")
-    params = init(model)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logits, gradient = jax.jit(
-        lambda params: (model.apply({"params": params}, TOKENS, HYPER), jax.grad(lambda p: loss(model, p))(params))
-    )(params)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote bfloat16 to float32 implicitly
+        params = random_params(model)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+        logits, gradient = logits_and_gradient(model, params)
     assert logits.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     expected = oracle(model, params, np.asarray(TOKENS), HYPER)
-    np.testing.assert_allclose(logits.astype(jnp.float32), expected, atol=0.03 * np.abs(expected).max())
+    np.testing.assert_allclose(logits.astype(jnp.float32), expected, atol=0.05 * np.abs(expected).max())
 
 
 def test_scanned_and_unrolled_layers_are_one_model() -> None:
     """The same parameters from the same key, the same logits, the same gradients."""
     scanned, unrolled = model_of("model.layers=scanned"), model_of("model.layers=unrolled")
     params = init(scanned)
+    assert jax.tree.structure(params) == jax.tree.structure(init(unrolled))
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(init(unrolled)), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert jax.tree.structure(params) == jax.tree.structure(init(unrolled))
-    one, other = (
-        jax.jit(lambda p, model=model: (model.apply({"params": p}, TOKENS, HYPER), jax.grad(lambda p: loss(model, p))(p)))(params)
-        for model in (scanned, unrolled)
-    )
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    one, other = (jax.tree.leaves(logits_and_gradient(model, params)) for model in (scanned, unrolled))
+    for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_layers_start_different() -> None:
-    kernel = init(model_of())["layers"]["attention"]["query"]["kernel"]
-    assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+    kernel = params["layers"]["attention"]["query"]["kernel"]
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.01  # each layer draws its own
 
 
 # ---- causality -------------------------------------------------------------------------------------------------------
@@ -200,7 +206,7 @@ def test_layers_start_different() -> None:
 def test_no_token_looks_ahead(overrides: list[str]) -> None:
     """Gradients of the logits at t by the embedding of the token at s: 0 for s > t, and not 0 for every s it may see."""
     model = model_of(*overrides)
-    params = noisy(init(model))
+    params = random_params(model)
     table = params["token_embedding"]["embedding"]
     direction = jnp.asarray(np.random.default_rng(1).standard_normal(V), jnp.float32)
 
@@ -223,12 +229,9 @@ def test_no_token_looks_ahead(overrides: list[str]) -> None:
 
 def test_a_prefix_means_the_same_alone() -> None:
     """Sigmoid's n is the context length, not the length of the text at hand."""
-    for activation in ("softmax", "sigmoid", "none"):
-        model = model_of(f"backend={activation}")
-        params = noisy(init(model))
-        whole = model.apply({"params": params}, TOKENS, HYPER)
-        part = model.apply({"params": params}, TOKENS[:, :4], HYPER)
-        np.testing.assert_allclose(part, whole[:, :4], rtol=1e-4, atol=1e-4)
+    model = model_of("backend=sigmoid", "backend.sigmoid_bias=learned")
+    params = random_params(model)
+    np.testing.assert_allclose(forward(model, params, TOKENS[:, :4]), forward(model, params)[:, :4], rtol=1e-4, atol=1e-5)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def count_by_formula(model: LanguageModel) -> int:
     [
         (["model=nano"], 256, 0.9e6),
         (["model=small"], 256, 10.8e6),
-        (["model=gpt2"], 50257, 124e6),
+        (["model=gpt2", "model.dtype=float32"], 50257, 124e6),
         (["model=nano", "model.num_kv_heads=2", "model.layer_scale=0.1"], 256, 0.8e6),
         (["backend=sigmoid", "backend.sigmoid_bias=learned", "model.norm=layernorm"], 256, 0.9e6),
     ],
@@ -266,7 +269,7 @@ def test_the_number_of_parameters(overrides: list[str], vocab_size: int, about: 
 
 def test_roles_are_told_by_name() -> None:
     """Stacked scales have two axes, stacked matrices three: only the name says what decays."""
-    params = init(model_of("backend=sigmoid", "backend.sigmoid_bias=learned", "model.layer_scale=0.1"))
+    params = random_params(model_of("backend=sigmoid", "backend.sigmoid_bias=learned", "model.layer_scale=0.1"))
     roles: dict[str, set[str]] = {"matrix": set(), "embedding": set(), "vector": set()}
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
         roles[parameter_role(path)].add("/".join(key.key for key in path))
@@ -308,69 +311,56 @@ def test_initialisation_is_as_stated() -> None:
     np.testing.assert_array_equal(params["final_norm"]["scale"], 1)
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("activation", ["softmax", "none"])
 def test_the_first_loss_is_that_of_knowing_nothing(activation: str) -> None:
-    model = model_of(f"backend={activation}", "model.embedding_dim=128", "model.num_layers=4", vocab_size=256)
-    assert float(loss(model, init(model))) == pytest.approx(math.log(256), abs=0.15)
+    model = model_of(f"backend={activation}", "model.embedding_dim=128", vocab_size=256)
+    losses = next_token_losses(forward(model, init(model))[:, :-1], TOKENS[:, 1:])
+    assert float(losses.mean()) == pytest.approx(math.log(256), abs=0.15)
 
 
 # ---- hyperparameters and dropout -------------------------------------------------------------------------------------
 
 
-def test_theta_and_bias_are_read_at_the_call() -> None:
-    """One program for all their values; and a value is not read where it means nothing."""
-    for overrides, reads_bias in ((["backend=sigmoid"], True), (["backend=softmax"], False)):
-        model = model_of(*overrides)
-        params = noisy(init(model))
-        traces = []
+@pytest.mark.parametrize(("activation", "reads_bias"), [("sigmoid", True), ("softmax", False)])
+def test_theta_and_bias_are_read_at_the_call(activation: str, reads_bias: bool) -> None:
+    """One program for all their values; and the bias is not read where it means nothing."""
+    model = model_of(f"backend={activation}", "model.num_layers=1")
+    params = random_params(model)
 
-        @jax.jit
-        def logits_of(theta: jax.Array, bias: jax.Array, model: Any = model, params: Any = params, traces: Any = traces) -> Any:
-            traces.append(0)
-            return model.apply({"params": params}, TOKENS, ModelHyperparameters(theta, bias))
+    def call(theta: float, bias: float) -> Any:
+        return forward(model, params, TOKENS, ModelHyperparameters(jnp.float32(theta), jnp.float32(bias)))
 
-        def call(theta: float, bias: float, logits_of: Any = logits_of) -> Any:
-            return logits_of(jnp.float32(theta), jnp.float32(bias))
-
-        base = call(100.0, -1.5)
-        np.testing.assert_array_equal(call(100.0, -1.5), base)
-        assert np.abs(call(3.0, -1.5) - base).max() > 1e-3
-        assert (np.abs(call(100.0, 1.0) - base).max() > 1e-3) == reads_bias
-        assert len(traces) == 1
+    base = call(100.0, -1.5)
+    programs = forward._cache_size()
+    assert np.abs(call(3.0, -1.5) - base).max() > 1e-3
+    assert (np.abs(call(100.0, 1.0) - base).max() > 1e-3) == reads_bias
+    np.testing.assert_array_equal(call(100.0, -1.5), base)
+    assert forward._cache_size() == programs
 
 
 def test_a_learned_bias_replaces_the_number() -> None:
-    model = model_of("backend=sigmoid", "backend.sigmoid_bias=learned")
-    params = init(model)
-    other = HYPER._replace(sigmoid_bias=jnp.float32(2.0))
-    np.testing.assert_array_equal(
-        model.apply({"params": params}, TOKENS, other), model.apply({"params": params}, TOKENS, HYPER)
-    )
-    fixed = model_of("backend=sigmoid")
-    without = jax.tree.map(lambda leaf: leaf, params)
-    del without["layers"]["attention"]["sigmoid_bias"]
-    start = HYPER._replace(sigmoid_bias=jnp.float32(-math.log(7)))
+    learned, fixed = model_of("backend=sigmoid", "backend.sigmoid_bias=learned"), model_of("backend=sigmoid")
+    params = random_params(learned)
+    bias = jnp.float32(-0.7)
+    params["layers"]["attention"]["sigmoid_bias"] = jnp.full((2, 2), bias)
+    logits = forward(learned, params)
+    np.testing.assert_array_equal(forward(learned, params, TOKENS, HYPER._replace(sigmoid_bias=jnp.float32(2))), logits)
+    del params["layers"]["attention"]["sigmoid_bias"]
     np.testing.assert_allclose(
-        fixed.apply({"params": without}, TOKENS, start), model.apply({"params": params}, TOKENS, HYPER), atol=1e-6
+        forward(fixed, params, TOKENS, HYPER._replace(sigmoid_bias=bias)), logits, rtol=1e-4, atol=1e-5
     )
 
 
 def test_dropout_acts_in_training_alone() -> None:
     model, plain = model_of("model.dropout=0.5"), model_of()
-    params = init(model)
-    evaluated = model.apply({"params": params}, TOKENS, HYPER)
-    np.testing.assert_array_equal(evaluated, plain.apply({"params": params}, TOKENS, HYPER))
-    np.testing.assert_array_equal(
-        plain.apply({"params": params}, TOKENS, HYPER, train=True, rngs={"dropout": jax.random.key(0)}), evaluated
-    )
-
-    def trained(seed: int) -> jax.Array:
-        rngs = {"dropout": jax.random.key(seed)}
-        return model.apply({"params": params}, TOKENS, HYPER, train=True, rngs=rngs)
-
-    np.testing.assert_array_equal(trained(1), trained(1))
-    assert np.abs(trained(1) - trained(2)).max() > 1e-3
-    assert np.abs(trained(1) - evaluated).max() > 1e-3
+    params = random_params(model)
+    evaluated = forward(plain, params)
+    np.testing.assert_array_equal(forward(model, params), evaluated)
+    np.testing.assert_allclose(forward(plain, params, train=True, key=jax.random.key(0)), evaluated, rtol=1e-5)
+    trained = [forward(model, params, train=True, key=jax.random.key(seed)) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(trained[0], trained[1])
+    assert np.abs(trained[0] - trained[2]).max() > 1e-3
+    assert np.abs(trained[0] - evaluated).max() > 1e-3
 
 
 # ---- loss and operations ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xattn.backend.spec import AttentionSpec, prepare
+from xattn.backend.spec import AttentionSpec, prepare, product
 
 F32 = jnp.float32
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -70,7 +70,7 @@ def _forward(
                     weights = jnp.where(keep, jax.nn.sigmoid(logits), 0)
                 case "none":
                     weights = jnp.where(keep, logits, 0)
-            return sums + _product("bkgts,bksd->bkgtd", weights.astype(v.dtype), _cut(padded_v, j, tile)), top, total
+            return sums + product("bkgts,bksd->bkgtd", weights.astype(v.dtype), _cut(padded_v, j, tile)), top, total
 
         zeros = jnp.zeros((*rows, 1), F32)
         first, last = _tiles_of_keys(i, tile, padded, spec)
@@ -111,7 +111,7 @@ def _backward(tuning: Tuning, residuals: tuple[Any, ...], g: jax.Array) -> tuple
             d_q_, d_k, d_v, d_bias = carry
             k_ = _cut(rotated_k, j, tile)
             logits, keep = _logits(q_, k_, i, j, padded_spec)
-            d_weights = _product("bkgtd,bksd->bkgts", g_, _cut(padded_v, j, tile))
+            d_weights = product("bkgtd,bksd->bkgts", g_, _cut(padded_v, j, tile))
             match spec.activation:
                 case "softmax":
                     weights = jnp.where(keep, jnp.exp(logits - lse_), 0)
@@ -125,9 +125,9 @@ def _backward(tuning: Tuning, residuals: tuple[Any, ...], g: jax.Array) -> tuple
                     weights = jnp.where(keep, logits, 0)
                     d_logits = jnp.where(keep, d_weights, 0)
             weights, d_logits = weights.astype(v.dtype), d_logits.astype(q.dtype)
-            d_q_ += _product("bkgts,bksd->bkgtd", d_logits, k_) * scale
-            d_k = _add(d_k, _product("bkgts,bkgtd->bksd", d_logits, q_) * scale, j)
-            d_v = _add(d_v, _product("bkgts,bkgtd->bksd", weights, g_), j)
+            d_q_ += product("bkgts,bksd->bkgtd", d_logits, k_) * scale
+            d_k = _add(d_k, product("bkgts,bkgtd->bksd", d_logits, q_) * scale, j)
+            d_v = _add(d_v, product("bkgts,bkgtd->bksd", weights, g_), j)
             return d_q_, d_k, d_v, d_bias
 
         first, last = _tiles_of_keys(i, tile, padded, spec)
@@ -168,7 +168,7 @@ def _tiles_of_keys(i: jax.Array, tile: int, padded: int, spec: AttentionSpec) ->
 
 def _logits(q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """Logits (B, NKV, G, T, T) of query block i and key block j, sigmoid's bias included, and which may attend."""
-    logits = _product("bkgtd,bksd->bkgts", q, k) / math.sqrt(q.shape[-1])
+    logits = product("bkgtd,bksd->bkgts", q, k) / math.sqrt(q.shape[-1])
     if spec.bias is not None:
         logits = logits + spec.bias.reshape(1, *q.shape[1:3], 1, 1)
     tile = q.shape[-2]
@@ -181,10 +181,6 @@ def _logits(q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, spec: Attent
         of_queries, of_keys = (jax.lax.dynamic_slice_in_dim(spec.segment_ids, n * tile, tile, axis=1) for n in (i, j))
         keep = keep & (of_queries[:, :, None] == of_keys[:, None, :])
     return logits, jnp.broadcast_to(keep[:, None, None], logits.shape)
-
-
-def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, preferred_element_type=F32)
 
 
 def _group(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from xattn.backend.rope import rotary_tables, rotate
-from xattn.backend.spec import AttentionSpec, prepare
+from xattn.backend.spec import AttentionSpec, prepare, product
 
 F32 = jnp.float32
 
@@ -29,11 +29,16 @@ class Tuning:
 
     chunk: int = 64
     """Tokens a chunk, T."""
-    concurrent: int = 1 if jax.default_backend() == "cpu" else 32
-    """Chunks at once, N. One stays in a CPU's cache; many fill an accelerator."""
+    concurrent: int = 1
+    """Chunks at once, N. The steps of the loop over the sequence are S / (T · N)."""
+
+    @classmethod
+    def of_platform(cls) -> Tuning:
+        """One chunk at once stays in a CPU's cache; many fill an accelerator."""
+        return cls(concurrent=1 if jax.default_backend() == "cpu" else 32)
 
 
-def linear(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning = Tuning()) -> jax.Array:
+def linear(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning | None = None) -> jax.Array:
     """:func:`xattn.backend.reference.reference` for ``none``, causal, without window, segments or a given mask."""
     return linear_with_state(q, k, v, spec, None, tuning)[0]
 
@@ -44,7 +49,7 @@ def linear_with_state(
     v: jax.Array,
     spec: AttentionSpec,
     initial: jax.Array | None,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As :func:`linear`, continuing from a state and returning the last.
 
@@ -57,11 +62,11 @@ def linear_with_state(
         v: (B, NKV, S, DHV).
         spec: its activation is ``none``, and it has neither mask nor window nor segments.
         initial: (B, NKV, DHQK, DHV), or None for the empty past, which is 0.
-        tuning: the chunk.
+        tuning: how the work is cut; None is what suits the platform.
 
     Returns:
-        out (B, NH, S, DHV) in v's dtype, and the state (B, NKV, DHQK, DHV), float32. For the backward only the arguments
-        are kept; everything else is recomputed.
+        out (B, NH, S, DHV) in v's dtype, and the state (B, NKV, DHQK, DHV), float32. For the backward only the
+        arguments are kept; everything else is recomputed.
     """
     assert spec.activation == "none"
     assert spec.mask is None
@@ -69,7 +74,7 @@ def linear_with_state(
     assert spec.segment_ids is None
     if initial is None:
         initial = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
-    out, state = _chunked(q, k, v, spec, initial.astype(F32), tuning)
+    out, state = _chunked(q, k, v, spec, initial.astype(F32), tuning or Tuning.of_platform())
     sin, cos = rotary_tables(jnp.array([-q.shape[2]]), q.shape[-1], spec.theta)
     return out, rotate(state.swapaxes(-1, -2), sin, cos).swapaxes(-1, -2)
 
@@ -85,7 +90,6 @@ def _chunked(
     chunk = min(tuning.chunk, length)
     concurrent = min(tuning.concurrent, -(-length // chunk))
     scale = 1 / math.sqrt(q.shape[-1])
-    product = partial(jnp.einsum, preferred_element_type=F32)
 
     def cut(x: jax.Array) -> jax.Array:
         # (steps, B, heads, N, T, ·), filled with zeros: a key of zeros adds nothing to any sum.

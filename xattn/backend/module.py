@@ -9,7 +9,9 @@ import flax.linen as nn
 import jax
 
 from xattn.backend.api import attention
+from xattn.backend.arguments import checked_activation, checked_arrays, checked_spec
 from xattn.backend.config import Activation, QKPreActivation
+from xattn.backend.linear import linear_with_state
 
 
 @dataclass
@@ -54,8 +56,12 @@ class mLSTMBackendAttention(nn.Module):
         n_initial: jax.Array | None = None,
         m_initial: jax.Array | None = None,
         return_last_states: bool = False,
-    ) -> jax.Array:
+    ) -> jax.Array | tuple[jax.Array, tuple[jax.Array, None, None]]:
         """Attend causally, by the configured choices.
+
+        Without a normaliser (``none``) attention is a recurrence with the state c = Σ_s R(s − S) k_s v_sᵀ / √DHQK over
+        the S tokens seen. It can be asked for, and given to the next call, whose positions count from 0 again: two
+        halves equal the whole at any cut. Softmax and sigmoid have no such state.
 
         Args:
             q: queries (B, NH, S, DHQK), or (B, S, DHQK).
@@ -63,30 +69,67 @@ class mLSTMBackendAttention(nn.Module):
             v: values (B, NH, S, DHV), or (B, S, DHV).
             i: input gates of an mLSTM; taken and not applied.
             f: forget gates of an mLSTM; taken and not applied.
-            c_initial: must be None.
-            n_initial: must be None.
-            m_initial: must be None.
-            return_last_states: must be False.
+            c_initial: under ``none`` a state (B, NH, DHQK, DHV), or (B, DHQK, DHV), used in float32; else None.
+            n_initial: must be None: there is no normaliser.
+            m_initial: must be None: there is no running maximum.
+            return_last_states: under ``none``, return the state too; else must be False.
 
         Returns:
-            (B, NH, S, DHV), or (B, S, DHV), in the dtype of q, k and v.
+            out (B, NH, S, DHV), or (B, S, DHV), in the dtype of q, k and v; with return_last_states
+            ``(out, (c, None, None))``, c float32.
 
         Raises:
-            ValueError: an initial state is given or the last one asked for; and whatever
+            ValueError: a state that cannot be honoured, or one of the wrong shape; and whatever
                 :func:`xattn.backend.api.attention` raises.
         """
         del i, f
-        states = {"c_initial": c_initial, "n_initial": n_initial, "m_initial": m_initial}
-        if given := [name for name, state in states.items() if state is not None]:
-            raise ValueError(f"attention does not support an initial state, got {', '.join(given)}")
-        if return_last_states:
-            raise ValueError("attention does not support return_last_states")
-        return attention(
-            q,
-            k,
-            v,
-            activation_function=self.config.activation_function,
-            qk_pre_activation_function=self.config.qk_pre_activation_function,
-            theta=self.config.theta,
-            context_length=None if self.config.context_length == -1 else self.config.context_length,
-        )
+        for name, state in (("n_initial", n_initial), ("m_initial", m_initial)):
+            if state is not None:
+                raise ValueError(f"attention has no such state: {name} must be None, got shape {state.shape}")
+        config = self.config
+        context_length = None if config.context_length == -1 else config.context_length
+        if c_initial is None and not return_last_states:
+            return attention(
+                q,
+                k,
+                v,
+                activation_function=config.activation_function,
+                qk_pre_activation_function=config.qk_pre_activation_function,
+                theta=config.theta,
+                context_length=context_length,
+            )
+        if checked_activation(config.activation_function) != "none":
+            given = "return_last_states" if c_initial is None else "c_initial"
+            raise ValueError(f"{given} needs activation_function 'none': {config.activation_function!r} has no state")
+        return _with_state(q, k, v, c_initial, config, context_length, return_last_states)
+
+
+def _with_state(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    c_initial: jax.Array | None,
+    config: mLSTMBackendAttentionConfig,
+    context_length: int | None,
+    return_last_states: bool,
+) -> jax.Array | tuple[jax.Array, tuple[jax.Array, None, None]]:
+    q, k, v = checked_arrays(queries, keys, values)
+    spec = checked_spec(
+        batch=q.shape[0],
+        num_heads=q.shape[1],
+        length=q.shape[2],
+        activation_function=config.activation_function,
+        qk_pre_activation_function=config.qk_pre_activation_function,
+        theta=config.theta,
+        context_length=context_length,
+    )
+    one_head = queries.ndim == 3
+    if c_initial is not None:
+        shape = (*k.shape[:1], *(() if one_head else k.shape[1:2]), k.shape[-1], v.shape[-1])
+        if c_initial.shape != shape:
+            raise ValueError(f"c_initial must have shape (B, NH, DHQK, DHV) = {shape}, got {c_initial.shape}")
+        c_initial = c_initial[:, None] if one_head else c_initial
+    out, state = linear_with_state(q, k, v, spec, c_initial)
+    if one_head:
+        out, state = out[:, 0], state[:, 0]
+    return (out, (state, None, None)) if return_last_states else out

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from xattn.backend.spec import AttentionSpec, prepare
+from xattn.backend.spec import AttentionSpec, prepare, product
 
 
 def reference(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -32,7 +32,7 @@ def reference(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> 
     q, k = prepare(q, k, spec)
     group = q.shape[1] // k.shape[1]
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-    logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    logits = product("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[-1])
     keep = jnp.broadcast_to(may_attend(q.shape[-2], spec), logits.shape)
     match spec.activation:
         case "softmax":
@@ -45,8 +45,7 @@ def reference(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> 
             weights = jnp.where(keep, jax.nn.sigmoid(logits + spec.bias[None, :, None, None]), 0)
         case "none":
             weights = jnp.where(keep, logits, 0)
-    out = jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.astype(v.dtype)
+    return product("bhts,bhsd->bhtd", weights.astype(v.dtype), v).astype(v.dtype)
 
 
 def may_attend(length: int, spec: AttentionSpec) -> jax.Array:

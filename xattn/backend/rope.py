@@ -104,9 +104,9 @@ def checked_theta(theta: Theta) -> jax.Array:
 def _materialised(table: jax.Array) -> jax.Array:
     """The table itself, bit for bit, and computed once.
 
-    XLA on a CPU fuses sine and cosine into the rotation, where they are computed anew for every batch row and head: five
-    times the cost of the rotation. It removes an optimization_barrier first, but not a product, and one with the identity
-    in full precision is exact.
+    XLA:CPU fuses sine and cosine into the rotation, where they are computed anew for every batch row and head, at many
+    times the cost of the rotation. It drops an optimization_barrier before it fuses, but it keeps a product, and one
+    with the identity in full precision is exact.
     """
     return jnp.matmul(table, jnp.eye(table.shape[-1], dtype=table.dtype), precision=jax.lax.Precision.HIGHEST)
 

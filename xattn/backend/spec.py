@@ -50,3 +50,12 @@ def prepare(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> tuple[jax.Array,
     """Pre-activation and RoPE at positions 0 … S − 1: steps 1 and 2 of the mathematics, in the dtype of q and k."""
     sin, cos = rotary_tables(jnp.arange(q.shape[-2]), q.shape[-1], spec.theta)
     return rotate(pre_activate(q, spec), sin, cos), rotate(pre_activate(k, spec), sin, cos)
+
+
+def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum of two arrays of one dtype, accumulated in float32 and returned in it."""
+    if jax.default_backend() == "cpu":
+        # XLA:CPU multiplies bfloat16 in float32 anyway, and fails with "Unsupported element type for DotThunk" (0.10 to
+        # 0.12) on some bfloat16 products of several batch axes. The products are the same to the bit.
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)

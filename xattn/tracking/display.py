@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -15,11 +15,16 @@ from xattn.tracking.tracker import Row
 
 
 class Display:
-    """Prints to the screen and to log.txt. As a context it shows a run's progress; as a tracker it prints each row."""
+    """Prints to the screen and to log.txt. As a context it shows a run's progress; as a tracker it prints each row.
 
-    def __init__(self, log: Path, steps: int):
+    quiet: on the screen only warnings, and the bar on a terminal; log.txt has everything all the same.
+    """
+
+    def __init__(self, log: Path, steps: int, *, quiet: bool = False):
+        self._quiet = quiet
         self._console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
-        self._log = log.open("a", encoding="utf-8")
+        self._log_path = log
+        self._log: TextIO | None = None  # opened with the first line: a start that is refused leaves no file
         self._steps = steps
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -35,11 +40,20 @@ class Display:
         self._first: tuple[int, float] | None = None  # step and time of the first row: from there time left is told
 
     def say(self, text: str) -> None:
+        if self._quiet:
+            self.note(text)
+        else:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """Says it even where quiet is asked for."""
         self._console.print(text, markup=False)
         self.note(text)
 
     def note(self, text: str) -> None:
         """Writes to log.txt alone."""
+        if self._log is None:
+            self._log = self._log_path.open("a", encoding="utf-8")
         self._log.write(text + "\n")
         self._log.flush()
 
@@ -77,7 +91,8 @@ class Display:
         return [f"{_clock((now - then) / (step - first_step) * (self._steps - step))} left"]
 
     def close(self) -> None:
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
 
 
 def _clock(seconds: float) -> str:

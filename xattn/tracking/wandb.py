@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from xattn.errors import BadInput
 from xattn.run_folder import write_atomically
 from xattn.tracking.config import WandbConfig
 from xattn.tracking.tracker import Row
@@ -25,7 +26,12 @@ _FINISH_SECONDS = 60  # ours, at the end of a run
 
 
 def resolve_mode(config: WandbConfig) -> Literal["online", "offline", "disabled"]:
-    """What ``auto`` means here: wandb's own WANDB_MODE if set, else online where an API key is configured."""
+    """What ``auto`` means here: wandb's own WANDB_MODE if set, else online where an API key is configured.
+
+    Raises :class:`BadInput` for ``online`` without a key, for which wandb would prompt.
+    """
+    if config.mode == "online" and not _has_api_key():
+        raise BadInput("tracking.wandb.mode = 'online': no API key is configured; `wandb login` first, or use offline")
     if config.mode != "auto":
         return config.mode
     asked = os.environ.get("WANDB_MODE")
@@ -35,7 +41,7 @@ def resolve_mode(config: WandbConfig) -> Literal["online", "offline", "disabled"
 
 
 def _has_api_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:

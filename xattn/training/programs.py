@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from xattn.config import Config
+from xattn.config import Config, shaping
 from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token, next_token_losses
 from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
@@ -70,28 +70,6 @@ def hyperparameters(config: Config) -> Hyperparameters:
     )
 
 
-def static(config: Config) -> Config:
-    """The config with every key that shapes no program at a fixed value: equal results share their programs."""
-    learned = config.backend.sigmoid_bias == "learned"
-    bias = {"theta": 1.0, "sigmoid_bias": "learned" if learned else "auto"}
-    pace = {"log_every": 1, "eval_every": 1, "checkpoint_every": None, "checkpoint_minutes": None}
-    return config.model_copy(
-        update={
-            "backend": config.backend.model_copy(update=bias),
-            "optimizer": config.optimizer.model_copy(
-                update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
-            ),
-            "trainer": config.trainer.model_copy(update=pace),
-            "data": None,
-            "evaluation": None,
-            "tracking": None,
-            "seed": 0,
-            "study": "",
-            "resume": "auto",
-        }
-    )
-
-
 class Programs(NamedTuple):
     """What a run calls on the device.
 
@@ -113,7 +91,7 @@ class Programs(NamedTuple):
 def programs(config: Config, vocab_size: int) -> tuple[Programs, bool]:
     """The programs of a config, compiled where this process has none for them yet, and whether it had to compile."""
     before = _compile.cache_info().misses
-    compiled = _compile(static(config), vocab_size)
+    compiled = _compile(shaping(config), vocab_size)
     return compiled, _compile.cache_info().misses > before
 
 

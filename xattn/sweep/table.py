@@ -1,0 +1,56 @@
+"""Run folders as a table on the screen. Reads summaries and configs; imports no jax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+import xattn.config
+from xattn import run_folder
+
+
+def print_table(folders: Sequence[Path], keys: Sequence[str]) -> None:
+    """One line a run, the best val_loss first: the values of ``keys``, status, losses, speed, folder."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    numbers = ("val_loss", "val_bpb", "step", "tokens/s")
+    for column in (*(key.rpartition(".")[2] for key in keys), "status"):
+        table.add_column(column, no_wrap=True)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("run", no_wrap=True)
+    for folder in sorted(folders, key=_rank):
+        summary = run_folder.read_summary(folder) or {}
+        values = _values(folder)
+        speed = summary.get("tokens_per_second")
+        table.add_row(
+            *(_text(values.get(key)) for key in keys),
+            summary.get("status", "not begun"),
+            _text(summary.get("val_loss"), ".4f"),
+            _text(summary.get("val_bpb"), ".4f"),
+            _text(summary.get("step")),
+            _text(speed, ",.0f"),
+            folder.name,
+        )
+    console = Console(highlight=False)
+    wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    Console(highlight=False, width=max(wanted, console.width)).print(table)
+
+
+def _rank(folder: Path) -> tuple[float, str]:
+    loss = (run_folder.read_summary(folder) or {}).get("val_loss")
+    return (math.inf if loss is None else loss, folder.name)
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    path = folder / run_folder.CONFIG
+    return xattn.config.hashed_values(xattn.config.load(path)) if path.is_file() else {}
+
+
+def _text(value: Any, form: str = "") -> str:
+    return "–" if value is None else format(value, form)
