@@ -11,6 +11,7 @@ from xattn.errors import ExitCode, XattnError
 # Command → the module whose main(argv) carries it out, and what it is for.
 _COMMANDS = {
     "bench attention": ("xattn.bench.attention", "time implementations × activations × sizes of attention"),
+    "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
 }
 

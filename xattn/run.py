@@ -142,6 +142,8 @@ class _Run:
         from xattn.training.programs import hyperparameters, num_params, programs
 
         config, folder, display = self._config, self._folder, self._display
+        if config.trainer.deterministic:
+            _ask_for_determinism()
         _keep_compiled_programs()
         choice = _choose_attention(config)
         text = _Text.of(config)
@@ -398,6 +400,13 @@ def _choose_attention(config: Config) -> Choice:
         return dispatch.choose(call, backend.implementation)
     except ValueError as error:
         raise BadInput(f"backend.implementation: {error}") from error
+
+
+def _ask_for_determinism() -> None:
+    """XLA reads its flags when a device is first used, so this has to come before."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
 def _keep_compiled_programs() -> None:

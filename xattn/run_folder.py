@@ -46,7 +46,7 @@ class RunFolder:
         os.close(self._lock)
 
     def withdraw(self) -> None:
-        """Takes the lock file away, and with it the folder if nothing else is in it: as if it had not been asked for."""
+        """Takes the lock file away, and the folder with it if that leaves it empty."""
         (self / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something, or is gone already
             self.path.rmdir()
@@ -71,6 +71,18 @@ class RunFolder:
         moved_lock, self._lock = self._lock, _acquire(self.path)
         os.close(moved_lock)
         return target
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process is running in the run folder ``path``."""
+    try:
+        with (path / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:

@@ -13,25 +13,25 @@ import numpy as np
 import pytest
 
 from xattn.backend import blockwise as blockwise_module
+from xattn.backend import dispatch
 from xattn.backend import linear as linear_module
 from xattn.backend.blockwise import blockwise
 from xattn.backend.config import Activation, QKPreActivation
-from xattn.backend.dispatch import TABLE, Implementation, row
+from xattn.backend.dispatch import TABLE, Call, Implementation, row
 from xattn.backend.linear import linear
 
 from .contract import BATCH, HEADS, LENGTH, MASKS, Case, check_causal, check_theta_gradient, check_values, inputs
 
 ACTIVATIONS = get_args(Activation)
 
-# Every row as it is, and where the work is cut into pieces again with pieces so small that LENGTH needs several and is
-# no multiple of them.
+# The table's rows that run everywhere; where the work is cut into pieces, with pieces so small that LENGTH needs several
+# and is no multiple of them. (cuDNN has a test of its own: it takes no width of ours, and no CPU.)
 SUBJECTS = [
-    *TABLE,
-    replace(row("blockwise"), name="blockwise-4", function=partial(blockwise, tuning=blockwise_module.Tuning(tile=4))),
-    replace(row("linear"), name="linear-3", function=partial(linear, tuning=linear_module.Tuning(3, concurrent=1))),
-    replace(row("linear"), name="linear-2x2", function=partial(linear, tuning=linear_module.Tuning(2, concurrent=2))),
+    row("reference"),
+    replace(row("blockwise"), function=partial(blockwise, tuning=blockwise_module.Tuning(tile=4))),
+    replace(row("linear"), function=partial(linear, tuning=linear_module.Tuning(chunk=3))),
+    replace(row("linear"), name="linear2x2", function=partial(linear, tuning=linear_module.Tuning(2, concurrent=2))),
 ]
-ROWS = [pytest.param(row, id=row.name) for row in SUBJECTS]
 
 CASES = [
     # Everything with everything, in float32.
@@ -48,40 +48,64 @@ CASES = [
     Case(activation="sigmoid", context_length=64),
 ]
 
-
-def serving(row: Implementation, case: Case) -> Implementation:
-    """The row, or a skip with the reason that it gives itself."""
-    if reason := row.unsupported(inputs(case).call()):
-        pytest.skip(f"{row.name} does not support {reason}")
-    return row
+PLAIN = [Case(activation=a) for a in ACTIVATIONS]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("row", ROWS)
-def test_output_and_gradients_are_the_formulas(row: Implementation, case: Case) -> None:
-    check_values(serving(row, case), case)
+def pairs(cases: list[Case]) -> pytest.MarkDecorator:
+    """Every implementation with every case that it says it supports."""
+    return pytest.mark.parametrize(
+        ("implementation", "case"),
+        [
+            pytest.param(implementation, case, id=f"{implementation.name}-{case}")
+            for implementation in SUBJECTS
+            for case in cases
+            if implementation.unsupported(case.call()) is None
+        ],
+    )
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("row", ROWS)
-def test_theta_has_the_right_gradient(row: Implementation, activation: str) -> None:
-    case = Case(activation=activation)
-    check_theta_gradient(serving(row, case), case)
+def test_every_row_is_here_and_what_it_leaves_out_it_says() -> None:
+    assert {subject.name for subject in SUBJECTS} >= {row.name for row in TABLE} - {"cudnn"}
+    refused = {row.name: [case for case in CASES if row.unsupported(case.call())] for row in TABLE}
+    assert refused["reference"] == refused["blockwise"] == []
+    assert refused["cudnn"] == CASES
+    assert {case.activation for case in CASES if case not in refused["linear"]} == {"none"}
+    assert {case.mask for case in CASES if case not in refused["linear"]} == {"default"}
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("row", ROWS)
-def test_causal_and_not_more(row: Implementation, activation: str) -> None:
-    case = Case(activation=activation)
-    check_causal(serving(row, case), case)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("row", ROWS)
-def test_vmap_over_batch_and_over_heads_is_the_batched_call(row: Implementation, activation: str) -> None:
-    case = Case(activation=activation)
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_table_sees_a_call_as_it_is(mask: str) -> None:
+    case = Case(activation="sigmoid", mask=mask, heads=6, kv_heads=2, dtype="bfloat16")
     x = inputs(case)
-    function = serving(row, case).function
+    assert replace(case.call(), platform=dispatch.platform()) == Call.of(x.q, x.k, x.v, x.spec)
+
+
+@pytest.mark.parametrize("case", [Case(activation=a, length=300) for a in ACTIVATIONS], ids=str)
+@pytest.mark.parametrize("name", ["blockwise", "linear"])
+def test_the_default_tuning_is_the_formula_too(name: str, case: Case) -> None:
+    if row(name).unsupported(case.call()) is None:
+        check_values(row(name), case)
+
+
+@pairs(CASES)
+def test_output_and_gradients_are_the_formulas(implementation: Implementation, case: Case) -> None:
+    check_values(implementation, case)
+
+
+@pairs(PLAIN)
+def test_theta_has_the_right_gradient(implementation: Implementation, case: Case) -> None:
+    check_theta_gradient(implementation, case)
+
+
+@pairs(PLAIN)
+def test_causal_and_not_more(implementation: Implementation, case: Case) -> None:
+    check_causal(implementation, case)
+
+
+@pairs(PLAIN)
+def test_vmap_over_batch_and_over_heads_is_the_batched_call(implementation: Implementation, case: Case) -> None:
+    x = inputs(case)
+    function = implementation.function
     whole = jax.jit(function)(x.q, x.k, x.v, x.spec)
 
     def one_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -93,13 +117,11 @@ def test_vmap_over_batch_and_over_heads_is_the_batched_call(row: Implementation,
     np.testing.assert_allclose(alone, whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("row", ROWS)
-def test_a_pack_of_thetas_is_as_many_single_calls(row: Implementation, activation: str) -> None:
+@pairs(PLAIN)
+def test_a_pack_of_thetas_is_as_many_single_calls(implementation: Implementation, case: Case) -> None:
     """Packed sweeps: theta (and with it the whole spec's numbers) has a leading axis under vmap, q, k, v too."""
-    case = Case(activation=activation)
     x = inputs(case)
-    function = serving(row, case).function
+    function = implementation.function
     thetas = jnp.array([10.0, 1000.0])
 
     def loss(theta: jax.Array, q: jax.Array) -> jax.Array:
@@ -113,12 +135,10 @@ def test_a_pack_of_thetas_is_as_many_single_calls(row: Implementation, activatio
     assert not np.allclose(packed[1][0], packed[1][1]), "theta and q changed nothing"
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("row", ROWS)
-def test_numbers_do_not_compile_again_and_runs_repeat_bit_for_bit(row: Implementation, activation: str) -> None:
-    case = Case(activation=activation)
+@pairs(PLAIN)
+def test_numbers_do_not_compile_again_and_runs_repeat_bit_for_bit(implementation: Implementation, case: Case) -> None:
     x = inputs(case)
-    function = serving(row, case).function
+    function = implementation.function
     traces = 0
 
     @jax.jit
@@ -137,14 +157,13 @@ def test_numbers_do_not_compile_again_and_runs_repeat_bit_for_bit(row: Implement
     np.testing.assert_array_equal(other[:, :, 0], first[:, :, 0])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pairs(PLAIN)
 @pytest.mark.parametrize("devices", [2, 4])
-@pytest.mark.parametrize("row", ROWS)
-def test_sharded_is_unsharded(row: Implementation, devices: int, activation: str) -> None:
+def test_sharded_is_unsharded(implementation: Implementation, case: Case, devices: int) -> None:
     """Heads, or batch and heads, over two and four devices under plain jit."""
-    case = Case(activation=activation, heads=4, kv_heads=4)
+    case = replace(case, heads=4, kv_heads=4)
     x = inputs(case)
-    function = serving(row, case).function
+    function = implementation.function
     auto = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((devices // 2, 2), ("data", "tensor"), axis_types=(auto, auto))
     by_head = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "tensor"))

@@ -12,11 +12,20 @@ import jax
 
 from xattn.backend.blockwise import blockwise
 from xattn.backend.config import Activation
+from xattn.backend.cudnn import cudnn
 from xattn.backend.linear import linear
 from xattn.backend.reference import reference
 from xattn.backend.spec import AttentionSpec
 
 AUTO = "auto"
+
+
+def platform() -> str:
+    """The default device's platform, as :class:`Call` names it; asking starts jax's backend."""
+    name = jax.default_backend()
+    if name != "gpu":
+        return name
+    return "rocm" if "rocm" in jax.local_devices()[0].client.platform_version else "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,8 @@ class Call:
     window: int | None = None
     has_mask: bool = False
     has_segment_ids: bool = False
-    platform: str = field(default_factory=jax.default_backend)
+    platform: str = field(default_factory=platform)
+    """cpu, cuda, rocm, tpu, …: where it will run."""
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Call:
@@ -85,6 +95,23 @@ def _never(call: Call) -> None:
     """No reason against it."""
 
 
+def _not_cudnn(call: Call) -> str | None:
+    if call.platform != "cuda":
+        return f"the platform {call.platform}: it needs a CUDA device"
+    if call.activation != "softmax":
+        return f"{call.activation}: cuDNN has softmax only"
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"{call.dtype}: cuDNN takes bfloat16 and float16"
+    if call.head_dim_qk != call.head_dim_v or call.head_dim_qk % 8 or call.head_dim_qk > 128:
+        return f"the head widths {call.head_dim_qk} and {call.head_dim_v}: equal, a multiple of 8, at most 128"
+    if call.has_mask or call.has_segment_ids:
+        return "a given mask or segment_ids: it would need an S×S bias"
+    capability = jax.local_devices()[0].compute_capability
+    if float(capability) < 8:
+        return f"compute capability {capability}: it needs 8.0"
+    return None
+
+
 def _not_linear(call: Call) -> str | None:
     if call.activation != "none":
         return f"{call.activation}: only unnormalised attention (none) is a sum of outer products"
@@ -97,8 +124,8 @@ def _not_linear(call: Call) -> str | None:
     return None
 
 
-def _longer_than(length: int) -> Reason:
-    """Against calls of at most that many tokens, where the reference was measured to be faster."""
+def _at_most(length: int) -> Reason:
+    """Against short calls, where the reference was measured to be faster (two CPU cores, forward and backward)."""
 
     def reason(call: Call) -> str | None:
         return f"slower than the reference up to S = {length}" if call.sequence <= length else None
@@ -108,8 +135,9 @@ def _longer_than(length: int) -> Reason:
 
 # In the order in which auto tries them. The last serves every call.
 TABLE: tuple[Implementation, ...] = (
-    Implementation("linear", linear, _not_linear, _longer_than(128)),
-    Implementation("blockwise", blockwise, _never, _longer_than(512)),
+    Implementation("cudnn", cudnn, _not_cudnn, _never),
+    Implementation("linear", linear, _not_linear, _at_most(255)),
+    Implementation("blockwise", blockwise, _never, _at_most(512)),
     Implementation("reference", reference, _never, _never),
 )
 

@@ -30,7 +30,7 @@ def print_table(folders: Sequence[Path], keys: Sequence[str]) -> None:
         speed = summary.get("tokens_per_second")
         table.add_row(
             *(_text(values.get(key)) for key in keys),
-            summary.get("status", "not begun"),
+            _status(folder, summary),
             _text(summary.get("val_loss"), ".4f"),
             _text(summary.get("val_bpb"), ".4f"),
             _text(summary.get("step")),
@@ -40,6 +40,12 @@ def print_table(folders: Sequence[Path], keys: Sequence[str]) -> None:
     console = Console(highlight=False)
     wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     Console(highlight=False, width=max(wanted, console.width)).print(table)
+
+
+def _status(folder: Path, summary: dict[str, Any]) -> str:
+    """As in the summary, but a run that was killed cannot say so itself: nobody holds its folder any more."""
+    status: str = summary.get("status", "not begun")
+    return "killed" if status == "running" and not run_folder.is_held(folder) else status
 
 
 def _rank(folder: Path) -> tuple[float, str]:

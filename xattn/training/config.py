@@ -101,6 +101,8 @@ class TrainerConfig(Section):
     nonfinite: what a loss or gradient that is not finite does: ``stop`` ends the run as diverged with the parameters
         of the step before; ``skip`` leaves that update out and goes on, and stops after 10 in a row; ``rollback``
         returns to the last checkpoint, passes over the batches up to the bad one, and stops after 3 times.
+    deterministic: the same bits on a GPU too, where some of XLA's faster operations do not promise them. A CPU's are
+        the same anyway.
     """
 
     steps: PositiveInt
@@ -110,3 +112,4 @@ class TrainerConfig(Section):
     checkpoint_every: PositiveInt | None
     checkpoint_minutes: PositiveFloat | None
     nonfinite: Literal["stop", "skip", "rollback"]
+    deterministic: bool

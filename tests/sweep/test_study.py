@@ -1,0 +1,157 @@
+"""A study's order of work, with a stand-in for the run: what is started, what is skipped, what is waited for."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+import xattn.config
+from xattn import run_folder
+from xattn.errors import ExitCode
+from xattn.sweep import runs, study
+from xattn.sweep.study import Job, carry_out
+
+
+def jobs_of(outputs: Path, *overrides: Sequence[str]) -> list[Job]:
+    made = []
+    for typed in overrides:
+        config = xattn.config.compose(["trainer=debug", *typed])
+        made.append(Job(config, outputs / "default" / xattn.config.run_name(config), tuple(typed)))
+    return made
+
+
+def finish(job: Job, status: str = "done", val_loss: float | None = 1.5) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / run_folder.CONFIG).write_text(xattn.config.save(job.config))
+    run_folder.write_summary(job.folder, {"status": status, "step": 20, "val_loss": val_loss, "val_bpb": val_loss})
+
+
+def recorder(codes: Callable[[Job], ExitCode]) -> tuple[list[tuple[str, ...]], Callable[[Job], ExitCode]]:
+    started: list[tuple[str, ...]] = []
+
+    def start(job: Job) -> ExitCode:
+        started.append(job.overrides)
+        code = codes(job)
+        if code in (ExitCode.DONE, ExitCode.DIVERGED):
+            finish(job, code.name.lower(), 1.5 if code == ExitCode.DONE else None)
+        return code
+
+    return started, start
+
+
+def test_what_is_done_or_diverged_is_not_started_again(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"])
+    finish(jobs[0])
+    finish(jobs[1], "diverged", None)
+    finish(jobs[2], "preempted")
+    started, start = recorder(lambda job: ExitCode.DONE)
+    carry_out(jobs, start)
+    assert sorted(started) == [("seed=2",), ("seed=3",)]
+
+
+def test_resume_never_starts_what_is_done_again(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, ["seed=0", "resume=never"])
+    finish(jobs[0])
+    started, start = recorder(lambda job: ExitCode.DONE)
+    carry_out(jobs, start)
+    assert started == [("seed=0", "resume=never")]
+
+
+def test_jobs_of_one_program_follow_each_other(tmp_path: Path) -> None:
+    """Else a study of more programs than the process keeps compiles them again and again."""
+    order = [[f"backend={b}", f"seed={s}"] for s in (0, 1) for b in ("softmax", "sigmoid", "none")]
+    started, start = recorder(lambda job: ExitCode.DONE)
+    carry_out(jobs_of(tmp_path, *order), start)
+    backends = [typed[0] for typed in started]
+    assert len(backends) == 6
+    assert all(backends[i] == backends[i + 1] for i in (0, 2, 4))
+
+
+def test_one_that_fails_is_told_of_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started, start = recorder(lambda job: ExitCode.ERROR if job.config.seed == 1 else ExitCode.DONE)
+    carry_out(jobs_of(tmp_path, ["seed=0"], ["seed=1"], ["seed=2"]), start)
+    assert len(started) == 3
+    assert "seed=1: error" in capsys.readouterr().out
+
+
+def test_one_in_use_is_waited_for_and_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held twice, then free because its process died: it is made here, after everything else."""
+    monkeypatch.setattr(study, "_POLL_SECONDS", 0.0)
+    held = iter([ExitCode.IN_USE, ExitCode.IN_USE])
+    started, start = recorder(lambda job: next(held, ExitCode.DONE) if job.config.seed == 0 else ExitCode.DONE)
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
+    carry_out(jobs, start)
+    assert started.count(("seed=0",)) == 3
+    assert all(job.is_finished() for job in jobs)
+
+
+def test_one_in_use_that_its_process_finishes_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "_POLL_SECONDS", 0.0)
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
+
+    def codes(job: Job) -> ExitCode:
+        if job.config.seed == 0:
+            return ExitCode.IN_USE
+        finish(jobs[0])  # the other process is done meanwhile
+        return ExitCode.DONE
+
+    started, start = recorder(codes)
+    carry_out(jobs, start)
+    assert started.count(("seed=0",)) == 1
+
+
+def test_a_study_that_is_stopped_shows_the_table_of_what_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(job: Job) -> ExitCode:
+        if job.config.seed == 1:
+            raise SystemExit(75)
+        finish(job, val_loss=1.2345)
+        return ExitCode.DONE
+
+    with pytest.raises(SystemExit):
+        carry_out(jobs_of(tmp_path, ["seed=0"], ["seed=1"]), start)
+    out = capsys.readouterr().out
+    assert "1.2345" in out
+    assert "not begun" in out
+
+
+def test_the_table_has_the_best_first_and_the_keys_that_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = jobs_of(tmp_path, ["backend=sigmoid"], ["backend=none"], ["backend=softmax"])
+    for job, loss in zip(jobs, (1.7, None, 1.5), strict=True):
+        finish(job, "done" if loss else "diverged", loss)
+    assert runs.main([str(tmp_path)]) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("default: 3 runs")
+    assert lines[1].split()[:3] == ["activation", "status", "val_loss"]
+    assert [line.split()[0] for line in lines[2:5]] == ["softmax", "sigmoid", "none"]
+
+
+def _hold(path: str, ready: multiprocessing.Queue[bool], leave: multiprocessing.Queue[bool]) -> None:
+    folder = run_folder.RunFolder(Path(path))
+    ready.put(True)
+    leave.get(timeout=60)
+    folder.release()
+
+
+def test_a_run_that_nobody_holds_is_shown_as_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (job,) = jobs_of(tmp_path, ["seed=0"])
+    finish(job, "running", None)
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Queue(), context.Queue()
+    process = context.Process(target=_hold, args=(str(job.folder), ready, leave))
+    process.start()
+    ready.get(timeout=60)
+    runs.main([str(tmp_path)])
+    assert "running" in capsys.readouterr().out
+    leave.put(True)
+    process.join(60)
+    runs.main([str(tmp_path)])
+    assert "killed" in capsys.readouterr().out

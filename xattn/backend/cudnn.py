@@ -1,0 +1,33 @@
+"""Softmax by cuDNN's fused kernels, through ``jax.nn.dot_product_attention``."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from xattn.backend.spec import AttentionSpec, prepare
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """:func:`xattn.backend.reference.reference` for causal softmax in bfloat16 or float16, on a CUDA device.
+
+    RoPE and pre-activation come before it, as XLA fuses them. JAX 0.10 to 0.12 have releases in which vmap of this
+    kernel is broken (jax issue 38495).
+    """
+    assert spec.activation == "softmax"
+    assert spec.mask is None
+    assert spec.segment_ids is None
+    q, k = prepare(q, k, spec)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # to (B, S, NH, ·)
+    window = None if spec.window is None else (spec.window - 1, 0)
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=1 / math.sqrt(q.shape[-1]),
+        is_causal=True,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+    return out.swapaxes(1, 2)

@@ -1,0 +1,31 @@
+"""``xattn runs``: what is in outputs/."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import xattn.config
+from xattn import run_folder
+from xattn.errors import BadInput, ExitCode
+from xattn.sweep.table import print_table
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="xattn runs", description="List runs, a table for each study.")
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs")], help="outputs/, or a study in it")
+    studies: dict[Path, list[Path]] = {}
+    for folder in parser.parse_args(argv).folders:
+        if not folder.is_dir():
+            raise BadInput(f"{folder}: no such folder")
+        for config in sorted([*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]):
+            if run_folder.SUPERSEDED not in config.parts:
+                studies.setdefault(config.parent.parent, []).append(config.parent)
+    for study, runs in studies.items():
+        print(f"{study}: {len(runs)} runs")
+        readable = [xattn.config.load(run / run_folder.CONFIG) for run in runs]
+        print_table(runs, xattn.config.varying_keys(readable))
+    if not studies:
+        print("no runs")
+    return ExitCode.DONE
