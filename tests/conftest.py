@@ -1,10 +1,9 @@
-"""JAX as strict as it can be, and nothing that reaches for the network or writes into the home folder."""
+"""Nothing reaches for the network or writes into the home folder."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +19,6 @@ os.environ |= {
 }
 os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("WANDB_RUN_ID", None)
-
-
-@pytest.fixture(autouse=True)
-def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Implicit promotion of dtypes is an error in every test that has jax at all."""
-    if "jax" not in getattr(request.module, "__dict__", {}):
-        yield
-        return
-    import jax
-
-    with jax.numpy_dtype_promotion("strict"):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,9 @@ def test_a_run_ends_with_zero_and_shows_its_result(finished: Finished) -> None:
     ):
         assert shown in finished.out
     log = (finished.folder / "log.txt").read_text("utf-8")
-    assert [line for line in finished.out.splitlines() if line.strip() and line not in log] == []
+    said = [line for line in finished.out.split("\n") if line.startswith(("step", "run folder", "result", "baselines"))]
+    assert len(said) >= 7
+    assert [line for line in said if line not in log] == []
 
 
 def test_the_folder_is_named_by_what_it_computes(finished: Finished) -> None:
@@ -375,7 +377,8 @@ def test_bad_input_is_two_and_a_short_message(
         assert fragment in err
     assert 1 <= len(err.splitlines()) <= 5
     assert out == ""
-    assert [entry for entry in (tmp_path / "outputs").rglob("*") if entry.is_file()] == []
+    left = [entry.name for entry in (tmp_path / "outputs").rglob("*") if entry.is_file()]
+    assert set(left) <= {"multirun.yaml"}  # Hydra's own note of what a sweep was asked for
 
 
 @pytest.mark.parametrize(
@@ -430,7 +433,7 @@ def test_several_values_are_several_runs(tmp_path: Path, text_file: Path) -> Non
     sweep = ["-m", *TINY, "data=text", f"data.path={text_file}", "study=pair", "backend.activation=sigmoid,none"]
     code, _, err = train(*sweep, cwd=tmp_path)
     assert code == 0, err
-    names = os.listdir(tmp_path / "outputs" / "pair")
+    names = [folder.name for folder in (tmp_path / "outputs" / "pair").iterdir() if folder.is_dir()]
     assert sorted(name.partition("-")[0] for name in names) == ["none", "sigmoid"]
     for name in names:
         folder = tmp_path / "outputs" / "pair" / name
@@ -501,6 +504,6 @@ def test_what_is_no_run_cannot_be_loaded(finished: Finished, tmp_path: Path) -> 
         with pytest.raises(xattn.errors.BadInput, match=r"config\.yaml"):
             xattn.load(path)
     shutil.copy(finished.folder / "config.yaml", tmp_path)
-    with pytest.raises(xattn.errors.BadInput, match=r"no checkpoint|no summary\.json"):
+    with pytest.raises(xattn.errors.BadInput, match=r"summary\.json"):
         xattn.load(tmp_path)
     assert os.listdir(tmp_path) == ["config.yaml"]

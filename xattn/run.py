@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -340,7 +341,7 @@ class _Run:
         artifacts.mkdir(exist_ok=True)
         run_folder.write_atomically(artifacts / "sample.txt", sample)
         scored = scored_bytes(windows)
-        self._display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}:\n{sample}\n")
+        self._display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}:\n{_printable(sample)}\n")
         self._display.say(f"result      {_result(summary)}")
         self._display.say(
             f"baselines   unigram entropy {unigram_bits_per_byte(scored):.4f}, gzip {gzip_bits_per_byte(scored):.4f} "
@@ -403,10 +404,16 @@ def _choose_attention(config: Config) -> Choice:
 
 
 def _ask_for_determinism() -> None:
-    """XLA reads its flags when a device is first used, so this has to come before."""
+    """XLA reads its flags when a device is first used: later it is too late, which only a GPU minds."""
+    too_late = "jax" in sys.modules
     flags = os.environ.get("XLA_FLAGS", "")
-    if "--xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    if "--xla_gpu_deterministic_ops" in flags:
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    import jax
+
+    if too_late and jax.default_backend() != "cpu":
+        raise BadInput("trainer.deterministic = True: this process has used the GPU without it; start it by itself")
 
 
 def _keep_compiled_programs() -> None:
@@ -448,6 +455,11 @@ def _result(summary: dict[str, Any]) -> str:
     if summary["val_loss"] is None:
         return "no finite val_loss"
     return f"val_loss {summary['val_loss']:.4f} nats/token = {summary['val_bpb']:.4f} bits/byte"
+
+
+def _printable(text: str) -> str:
+    """A byte-level model writes control characters too; a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def _shown(path: Path) -> str:

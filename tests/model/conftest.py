@@ -1,4 +1,5 @@
-"""Programs of a few tokens compile for longer than they run: they are compiled with little optimisation."""
+"""Implicit promotion of dtypes is an error. Programs of a few tokens compile for longer than they run: they are compiled
+with little optimisation."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _compile_fast() -> Iterator[None]:
+def _strict_and_fast_to_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with jax.numpy_dtype_promotion("strict"):
+        yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,194 @@
+"""The loop: which rows it writes, whose figures they are, what it saves, and where it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xattn.config import compose
+from xattn.data.batches import TrainingBatches, evaluation_windows
+from xattn.evaluation.loss import held_out_loss
+from xattn.training.checkpoint import Checkpoints
+from xattn.training.loop import Progress, train
+from xattn.training.programs import Programs, TrainState, hyperparameters, programs
+from xattn.training.state_hash import state_sha256
+
+CONFIG = compose(
+    [
+        "backend.context_length=8",
+        "model.num_layers=1",
+        "model.num_heads=2",
+        "model.embedding_dim=8",
+        "model.mlp_dim=8",
+        "trainer.batch_size=4",
+        "trainer.steps=11",
+        "trainer.log_every=3",
+        "trainer.eval_every=4",
+    ]
+)
+TEXT = np.frombuffer(b"to be or not to be, that is the question: " * 40, np.uint8)
+BATCHES = TrainingBatches(TEXT, context_length=8, batch_size=4, seed=0)
+WINDOWS = evaluation_windows(TEXT[:300], context_length=8, batch_size=4, windows="all")
+
+
+class Rows(list[Mapping[str, Any]]):
+    """A tracker that remembers."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self.append(dict(row))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Programs:
+    return programs(CONFIG, 256)[0]
+
+
+def fresh(compiled: Programs) -> Progress:
+    return Progress(compiled.init(hyperparameters(CONFIG)))
+
+
+def run(
+    compiled: Programs, progress: Progress, folder: Path, stop: Callable[[], bool] = lambda: False, **trainer: Any
+) -> Rows:
+    rows = Rows()
+    config = CONFIG.trainer.model_copy(update=trainer)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        train(compiled, progress, BATCHES, WINDOWS, checkpoints, [rows], config, bytes_per_token=1.0, stop=stop)
+    return rows
+
+
+def test_rows_are_written_at_their_steps_with_the_figures_of_that_update(compiled: Programs, tmp_path: Path) -> None:
+    """Compared with stepping by hand: a training row's loss is its own update's, an evaluation is of what came out."""
+    progress = fresh(compiled)
+    rows = run(compiled, progress, tmp_path)
+    assert [row["step"] for row in rows] == [3, 4, 6, 8, 9, 11]
+    training = {"train_loss", "grad_norm", "param_norm", "learning_rate", "tokens_per_second"}
+    evaluation = {"val_loss", "val_bpb"}
+    for row in rows:
+        logs, evaluates = row["step"] in (3, 6, 9, 11), row["step"] in (4, 8, 11)
+        assert set(row) == {"step"} | (training if logs else set()) | (evaluation if evaluates else set())
+
+    state, by_step = fresh(compiled).state, {row["step"]: row for row in rows}
+    evaluations = []
+    for step in range(1, 12):
+        state, metrics = compiled.step(state, BATCHES(step - 1))
+        if step in (3, 6, 9, 11):
+            for key in training - {"tokens_per_second"}:
+                assert by_step[step][key] == getattr(metrics, key).item(), (step, key)
+        if step in (4, 8, 11):
+            hyper = state.hyperparameters.model
+            expected = held_out_loss(compiled.score, state.params, hyper, WINDOWS, bytes_per_token=1.0)
+            assert (by_step[step]["val_loss"], by_step[step]["val_bpb"]) == expected
+            assert expected.val_bpb == pytest.approx(expected.val_loss / np.log(2))
+            evaluations.append(expected.val_loss)
+    assert state_sha256(progress.state.params, progress.state.opt_state) == state_sha256(state.params, state.opt_state)
+    assert (progress.step, progress.halted_at) == (11, None)
+    assert progress.train_loss == by_step[11]["train_loss"]
+    assert progress.val_loss == evaluations[-1]
+    assert progress.best_val_loss == min(evaluations)
+
+
+def test_an_update_that_is_not_finite_between_two_rows_is_named(compiled: Programs, tmp_path: Path) -> None:
+    calls = []
+
+    def step(state: TrainState, tokens: Any) -> Any:
+        calls.append(0)
+        hyper = state.hyperparameters
+        theta = jnp.float32(float("nan") if len(calls) == 7 else 1e4)
+        return compiled.step(
+            state._replace(hyperparameters=hyper._replace(model=hyper.model._replace(theta=theta))), tokens
+        )
+
+    progress = fresh(compiled)
+    rows = run(compiled._replace(step=step), progress, tmp_path)
+    assert [row["step"] for row in rows] == [3, 4, 6]
+    assert (progress.halted_at, progress.step) == (7, 6)
+    assert len(calls) == 8  # nobody looks before the next row
+    state = fresh(compiled).state
+    for number in range(6):
+        state, _ = compiled.step(state, BATCHES(number))
+    assert state_sha256(progress.state.params, progress.state.opt_state) == state_sha256(state.params, state.opt_state)
+
+
+def test_a_run_of_one_step_logs_evaluates_and_saves(compiled: Programs, tmp_path: Path) -> None:
+    rows = run(compiled, fresh(compiled), tmp_path, steps=1)
+    assert [row["step"] for row in rows] == [1]
+    assert {"train_loss", "val_loss"} < set(rows[0])
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
+
+
+def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_bits(compiled: Programs, tmp_path: Path) -> None:
+    whole = fresh(compiled)
+    expected = run(compiled, whole, tmp_path / "whole")
+
+    asked = iter([False] * 4 + [True])
+    first = fresh(compiled)
+    rows = run(compiled, first, tmp_path / "parts", stop=lambda: next(asked))
+    assert first.step == 5
+    with Checkpoints(tmp_path / "parts" / "checkpoints") as checkpoints:
+        restored = checkpoints.restore_state(first.state)
+    assert restored is not None
+    assert restored.step == 5
+    second = fresh(compiled)
+    second.restore(restored.step, restored.tree, restored.progress)
+    rows += run(compiled, second, tmp_path / "parts")
+
+    def without_clock(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+
+    assert without_clock(rows) == without_clock(expected)
+    assert state_sha256(second.state.params, second.state.opt_state) == state_sha256(
+        whole.state.params, whole.state.opt_state
+    )
+    assert second.best_val_loss == whole.best_val_loss
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_and_the_best_are_kept_to_the_bit(compiled: Programs, tmp_path: Path) -> None:
+    state = fresh(compiled).state
+    kept: dict[int, TrainState] = {}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step, val_loss in enumerate([2.0, 1.0, 3.0, None, None, None], start=1):
+            state, _ = compiled.step(state, BATCHES(step))
+            kept[step] = jax.device_get(state)
+            checkpoints.save(step, state, {"note": step}, val_loss=val_loss)
+        checkpoints.wait()
+        assert {2, 6} <= set(checkpoints.steps()) <= {2, 5, 6}
+        last = checkpoints.restore_state(state)
+        best = checkpoints.restore_params("best", state.params)
+        newest = checkpoints.restore_params("last", state.params)
+    assert last is not None
+    assert (last.step, best.step, newest.step) == (6, 2, 6)
+    assert last.progress == {"note": 6}
+    for restored, saved in ((last.tree, kept[6]), (best.tree, kept[2].params), (newest.tree, kept[6].params)):
+        assert jax.tree.structure(restored) == jax.tree.structure(saved)
+        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
+            assert a.dtype == b.dtype
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_the_fingerprint_of_a_state() -> None:
+    """By hand, for a tree of two leaves; and any bit, dtype, shape or name changes it."""
+    import hashlib
+
+    leaf = np.arange(3, dtype=np.float32)
+    digest = hashlib.sha256()
+    digest.update(b"['opt_state'][0]|int32|()|" + np.int32(7).tobytes())
+    digest.update(b"['params']['a']|float32|(3,)|" + leaf.tobytes())
+    base = state_sha256({"a": jnp.asarray(leaf)}, (jnp.int32(7),))
+    assert base == digest.hexdigest()
+    flipped = leaf.copy()
+    flipped.view(np.uint32)[1] ^= 1
+    others = [{"a": flipped}, {"b": leaf}, {"a": leaf.view(np.int32)}, {"a": leaf[None]}]
+    assert len({base, *(state_sha256(other, (jnp.int32(7),)) for other in others)}) == 5
+    assert state_sha256({"a": np.asfortranarray(np.ones((2, 3)) * [[1], [2]])}, ()) == state_sha256(
+        {"a": np.ones((2, 3)) * [[1], [2]]}, ()
+    )

@@ -1,0 +1,236 @@
+"""The compiled step: what shares one program, what it computes, and what it does with numbers that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xattn.config import Config, compose
+from xattn.data.batches import evaluation_windows
+from xattn.model.transformer import next_token_losses
+from xattn.training.optimizer import learning_rate_factor
+from xattn.training.programs import Programs, TrainState, hyperparameters, programs
+
+TINY = [
+    "backend=sigmoid",
+    "backend.context_length=8",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.embedding_dim=8",
+    "model.mlp_dim=8",
+    "trainer.batch_size=4",
+    "trainer.steps=40",
+    "optimizer=sgd",
+    "optimizer.momentum=0",
+    "optimizer.clip_norm=null",
+]
+TEXT = np.frombuffer(b"to be or not to be, that is the question: " * 20, np.uint8)
+BATCH = np.stack([TEXT[i : i + 9] for i in (0, 5, 11, 17)]).astype(np.int32)
+
+
+def config_of(*overrides: str) -> Config:
+    return compose([*TINY, *overrides])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Programs:
+    return programs(config_of(), 256)[0]
+
+
+@pytest.fixture(scope="module")
+def skipping() -> Programs:
+    return programs(config_of("trainer.nonfinite=skip"), 256)[0]
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The names of what XLA compiles while a test runs."""
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def fresh(compiled: Programs, *overrides: str) -> TrainState:
+    return compiled.init(hyperparameters(config_of(*overrides)))
+
+
+def copied(state: TrainState) -> TrainState:
+    """The step uses up the state that it is given."""
+    return jax.tree.map(jnp.array, state)
+
+
+def with_theta(state: TrainState, theta: float) -> TrainState:
+    hyper = state.hyperparameters
+    return state._replace(hyperparameters=hyper._replace(model=hyper.model._replace(theta=jnp.float32(theta))))
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+# ---- one program for all numbers -------------------------------------------------------------------------------------
+
+NUMBERS = [
+    "optimizer.learning_rate=0.3",
+    "optimizer.weight_decay=0.7",
+    "optimizer.clip_norm=0.001",
+    "backend.theta=3",
+    "backend.sigmoid_bias=1.5",
+    "seed=5",
+]
+
+
+def test_numbers_do_not_compile_again(tiny: Programs, compilations: list[str]) -> None:
+    """Learning rate, decay, clip, theta, bias and seed are read by the one program: and each of them is read."""
+    windows = evaluation_windows(TEXT, context_length=8, batch_size=4, windows=4)[0]
+
+    def after_two_updates(*overrides: str) -> tuple[list[float], float]:
+        compiled, compiled_now = programs(config_of(*overrides), 256)
+        assert compiled is tiny
+        assert not compiled_now
+        state = compiled.init(hyperparameters(config_of(*overrides)))
+        state, first = compiled.step(state, BATCH)
+        state, second = compiled.step(state, BATCH)
+        score = compiled.score(state.params, state.hyperparameters.model, windows)
+        return [first.train_loss.item(), second.train_loss.item(), second.param_norm.item()], score.item()
+
+    base = after_two_updates()
+    del compilations[:]
+    assert after_two_updates() == base
+    for override in NUMBERS:
+        assert after_two_updates(override)[0] != base[0], override
+    assert compilations == []
+    keys = ["trainer.log_every=3", "trainer.eval_every=3", "evaluation.windows=3", "data.validation_fraction=0.5"]
+    for override in [*keys, "study=another", "tracking.wandb.mode=disabled", "resume=never"]:
+        assert programs(config_of(override), 256) == (tiny, False)
+
+
+def test_what_shapes_the_program_compiles_again(tiny: Programs, compilations: list[str]) -> None:
+    other, compiled_now = programs(config_of("backend.activation=softmax"), 256)
+    assert other is not tiny
+    assert compiled_now
+    assert compilations
+    assert other.compile_seconds > 0
+
+
+# ---- what a step computes --------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_the_gradient_of_the_mean_loss(tiny: Programs) -> None:
+    """SGD without momentum or clip: parameters − rate · gradient; metrics are of the update that was made."""
+    state = fresh(tiny, "optimizer.learning_rate=0.5")
+
+    def loss(params: Any) -> jax.Array:
+        logits = tiny.model.apply({"params": params}, BATCH[:, :-1], state.hyperparameters.model)
+        return next_token_losses(logits, BATCH[:, 1:]).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
+    new, metrics = tiny.step(copied(state), BATCH)
+    rate = 0.5 * float(learning_rate_factor(config_of().schedule, 40)(0))
+    assert rate == pytest.approx(0.5 / 3)
+    assert metrics.learning_rate.item() == pytest.approx(rate, rel=1e-6)
+    assert metrics.train_loss.item() == pytest.approx(value.item(), rel=1e-5)
+    norm = np.sqrt(sum(float((np.asarray(leaf, np.float64) ** 2).sum()) for leaf in jax.tree.leaves(gradient)))
+    assert metrics.grad_norm.item() == pytest.approx(norm, rel=1e-4)
+    for a, b, g in zip(*(jax.tree.leaves(t) for t in (new.params, state.params, gradient)), strict=True):
+        np.testing.assert_allclose(a, b - rate * g, rtol=1e-4, atol=1e-6)
+    norm = np.sqrt(sum(float((np.asarray(leaf, np.float64) ** 2).sum()) for leaf in jax.tree.leaves(new.params)))
+    assert metrics.param_norm.item() == pytest.approx(norm, rel=1e-5)
+    assert int(new.step) == 1
+    assert int(new.halted_at) == -1
+
+
+def test_the_loss_falls(tiny: Programs) -> None:
+    state, losses = fresh(tiny, "optimizer.learning_rate=1.0"), []
+    for _ in range(40):
+        state, metrics = tiny.step(state, BATCH)
+        losses.append(metrics.train_loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+# ---- numbers that are not finite -------------------------------------------------------------------------------------
+
+
+def test_a_nan_stops_the_run_at_its_update_and_changes_nothing(tiny: Programs) -> None:
+    """Also where nobody looks for a while: the state keeps the exact update, and what follows changes nothing."""
+    state = fresh(tiny)
+    for _ in range(3):
+        state, _ = tiny.step(state, BATCH)
+    before = copied(state)
+    state, metrics = tiny.step(with_theta(state, float("nan")), BATCH)
+    assert not np.isfinite(metrics.train_loss.item())
+    assert metrics.halted_at.item() == 4
+    for _ in range(3):
+        state, metrics = tiny.step(with_theta(state, 100.0), BATCH)  # finite again
+        assert np.isfinite(metrics.train_loss.item())
+        assert metrics.halted_at.item() == 4
+    assert same_bits((state.params, state.opt_state), (before.params, before.opt_state))
+    assert int(state.step) == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_an_overflow_is_caught_at_the_first_update_that_is_not_finite(tiny: Programs) -> None:
+    state, finite = fresh(tiny, "optimizer.learning_rate=1e30"), 0
+    for step in range(1, 10):
+        before = copied(state.params)
+        state, metrics = tiny.step(state, BATCH)
+        if metrics.halted_at.item() >= 0:
+            assert metrics.halted_at.item() == step == finite + 1
+            assert same_bits(state.params, before)
+            break
+        assert np.isfinite([metrics.train_loss.item(), metrics.grad_norm.item()]).all()
+        finite += 1
+    else:
+        raise AssertionError("never halted")
+
+
+def test_skip_leaves_an_update_out_and_goes_on(skipping: Programs) -> None:
+    """And the rate of the next update is that of its own number, as its metrics say."""
+    state, _ = skipping.step(fresh(skipping, "trainer.nonfinite=skip"), BATCH)
+    before = copied(state)
+    state, metrics = skipping.step(with_theta(state, float("nan")), BATCH)
+    assert metrics.halted_at.item() == -1
+    assert same_bits((state.params, state.opt_state), (before.params, before.opt_state))
+    assert (int(state.step), int(state.skipped)) == (2, 1)
+
+    state = with_theta(state, 10000.0)
+    params = copied(state.params)
+    state, metrics = skipping.step(state, BATCH)
+    assert int(state.skipped) == 0
+    factor = float(learning_rate_factor(config_of().schedule, 40)(2))
+    rate = float(state.hyperparameters.optimizer.learning_rate) * factor
+    assert metrics.learning_rate.item() == pytest.approx(rate, rel=1e-6)
+    moved = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), state.params, params)
+    distance = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(moved)))
+    assert distance == pytest.approx(rate * metrics.grad_norm.item(), rel=1e-3)
+
+
+def test_skip_gives_up_after_ten_in_a_row(skipping: Programs) -> None:
+    state = fresh(skipping, "trainer.nonfinite=skip")
+    start = copied(state.params)
+    for _ in range(9):
+        state, _ = skipping.step(with_theta(state, float("nan")), BATCH)
+    state, _ = skipping.step(with_theta(state, 100.0), BATCH)  # one that is finite begins the count anew
+    assert not same_bits(state.params, start)
+    assert int(state.skipped) == 0
+    kept = copied(state.params)
+    for _ in range(10):
+        state, metrics = skipping.step(with_theta(state, float("nan")), BATCH)
+        assert metrics.halted_at.item() == -1
+    state, metrics = skipping.step(with_theta(state, float("nan")), BATCH)
+    assert metrics.halted_at.item() == 21
+    state, metrics = skipping.step(with_theta(state, 100.0), BATCH)
+    assert metrics.halted_at.item() == 21
+    assert same_bits(state.params, kept)
