@@ -39,7 +39,8 @@ class Config(Section):
 
     seed: of initialisation, data order and dropout.
     study: the set of runs that this one belongs to; a folder below ``outputs/``.
-    resume: ``auto`` shows the result of a finished run; ``never`` moves the old folder aside and begins anew.
+    resume: ``auto`` shows the result of a finished run and goes on with any other; ``never`` moves what is there aside
+        and begins anew.
     """
 
     backend: BackendConfig

@@ -118,7 +118,7 @@ def _compile(config: Config, vocab_size: int) -> Programs:
         hyper = state.hyperparameters
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), 1), state.step)
         loss, gradient = jax.value_and_grad(loss_of)(state.params, hyper, tokens, dropout)
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         learning_rate = jnp.asarray(hyper.optimizer.learning_rate * schedule(state.step))
         transformation = optimizer(config.optimizer, hyper.optimizer._replace(learning_rate=learning_rate))
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
@@ -133,7 +133,7 @@ def _compile(config: Config, vocab_size: int) -> Programs:
         tried = _select(finite, moved, state)._replace(step=state.step + 1, skipped=skipped)
         new = _select(running & ~halts, tried, state)
         new = new._replace(halted_at=jnp.where(halts, state.step + 1, state.halted_at))
-        return new, StepMetrics(loss, grad_norm, optax.global_norm(new.params), learning_rate, new.halted_at)
+        return new, StepMetrics(loss, grad_norm, optax.tree.norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
     tokens = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
