@@ -43,9 +43,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 # ---- the lock --------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_process_is_refused_until_the_first_is_dead(
-    holder: subprocess.Popen[str], tmp_path: Path
-) -> None:
+def test_a_second_process_is_refused_until_the_first_is_dead(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     """Also by SIGKILL: the kernel frees the lock, so that a stale one cannot exist."""
     with pytest.raises(FolderInUse, match="another process") as error:
         RunFolder(tmp_path / "run")

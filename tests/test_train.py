@@ -412,7 +412,10 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path, without_jax: str) -
 @pytest.mark.parametrize(
     ("flags", "shown"),
     [
-        (["--help"], ["python train.py backend.activation=sigmoid", "optimizer: adamw, lion, muon, sgd", "learning_rate"]),
+        (
+            ["--help"],
+            ["python train.py backend.activation=sigmoid", "optimizer: adamw, lion, muon, sgd", "learning_rate"],
+        ),
         (["--cfg", "job"], ["activation: softmax", "learning_rate: 0.003", "path: x"]),
     ],
 )

@@ -10,6 +10,15 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 
 
+@pytest.fixture(autouse=True, scope="package")
+def _quick_compiles() -> Iterator[None]:
+    """Hundreds of tiny programs: what LLVM could gain in their speed it costs tenfold in compiling them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(autouse=True)
 def _strict_promotion() -> Iterator[None]:
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):

@@ -24,8 +24,8 @@ from .contract import BATCH, HEADS, LENGTH, MASKS, Case, check_causal, check_the
 
 ACTIVATIONS = get_args(Activation)
 
-# The table's rows that run everywhere; where the work is cut into pieces, with pieces so small that LENGTH needs several
-# and is no multiple of them. (cuDNN has a test of its own: it takes no width of ours, and no CPU.)
+# The table's rows that run everywhere; where the work is cut into pieces, with pieces so small that LENGTH needs
+# several and is no multiple of them. (cuDNN has a test of its own: it takes no width of ours, and no CPU.)
 SUBJECTS = [
     row("reference"),
     replace(row("blockwise"), function=partial(blockwise, tuning=blockwise_module.Tuning(tile=4))),

@@ -13,7 +13,9 @@ from xattn.data.batches import TrainingBatches, evaluation_windows
 TOKENS = np.arange(251)
 
 
-def batches(tokens: np.ndarray = TOKENS, context_length: int = 7, batch_size: int = 3, seed: int = 0) -> TrainingBatches:
+def batches(
+    tokens: np.ndarray = TOKENS, context_length: int = 7, batch_size: int = 3, seed: int = 0
+) -> TrainingBatches:
     return TrainingBatches(tokens, context_length=context_length, batch_size=batch_size, seed=seed)
 
 

@@ -18,7 +18,7 @@ POINTS = [
     ["replace:provenance.json", "replaced:provenance.json"],
     ["replace:summary.json", "compile", "in-compile"],
     ["step:1", "step:7", "step:8"],
-    ["log:8", "log:2"],
+    ["log:2", "log:8"],
     ["logged:8", "logged:12"],
     ["torn-log:2", "torn-log:8"],
     ["evaluation:1", "evaluation:2"],

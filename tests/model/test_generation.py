@@ -35,7 +35,7 @@ def model_and_params(activation: str) -> tuple[LanguageModel, Any]:
 
 @pytest.mark.parametrize(
     ("activation", "prompt"),
-    [("softmax", [3]), ("sigmoid", [1, 2, 3, 4, 5, 6]), ("none", [9, 9, 9, 1, 2, 3, 4, 5, 6])],
+    [("softmax", [3, 1, 4, 1]), ("sigmoid", [1, 2, 3, 4, 5, 6]), ("none", [9, 9, 9, 1, 2, 3, 4, 5, 6])],
 )
 def test_temperature_zero_is_the_likeliest_token_of_the_forward_pass(activation: str, prompt: list[int]) -> None:
     """Also past context_length, where the window slides; of a longer prompt the last context_length tokens count."""

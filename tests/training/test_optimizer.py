@@ -79,14 +79,16 @@ def test_schedules_at_known_places(name: str, known: dict[int, float]) -> None:
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
-@pytest.mark.parametrize("fractions", [(0.05, 0.2, 0.1), (0.0, 1.0, 0.0), (0.5, 0.5, 0.0), (0.8, 0.2, 1.0), (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "fractions", [(0.05, 0.2, 0.1), (0.0, 1.0, 0.0), (0.5, 0.5, 0.0), (0.8, 0.2, 1.0), (0.0, 0.0, 0.0)]
+)
 def test_any_number_of_steps_has_a_schedule(name: str, fractions: tuple[float, float, float]) -> None:
     """Each update of a run, also of one update, has a rate above 0 and not above the peak."""
     config = compose([f"schedule={name}"]).schedule
     fields = dict(zip(("warmup_fraction", "decay_fraction", "final_fraction"), fractions, strict=True))
     for steps in (1, 2, 3, 5, 7, 20):
         schedule = learning_rate_factor(config.model_copy(update=fields), steps)
-        found = np.asarray(jax.vmap(schedule)(jnp.arange(steps)))
+        found = np.asarray(jax.vmap(schedule)(jnp.arange(20)))[:steps]
         assert (found > 0).all(), (steps, found)
         assert (found <= 1 + 1e-6).all(), (steps, found)
 
@@ -101,7 +103,9 @@ def test_only_matrices_and_embeddings_decay(name: str) -> None:
     zeros = jax.tree.map(jnp.zeros_like, params)
     (updates,) = updates_of(transformation(name, rate=0.5, decay=0.25), params, [zeros])
     decays = {"kernel": 0.125, "embedding": 0.125, "scale": 0.0, "sigmoid_bias": 0.0}
-    for (path, update), param in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True):
+    for (path, update), param in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
+    ):
         np.testing.assert_allclose(update, -decays[path[-1].key] * param, rtol=1e-6, atol=1e-7, err_msg=str(path))
 
 

@@ -1,0 +1,15 @@
+"""Programs of a few tokens compile for longer than they run: they are compiled with little optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_to_compile() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
