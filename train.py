@@ -5,7 +5,6 @@ Parse, compose, run. No jax is imported before the config is valid and the run f
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -21,8 +20,10 @@ from omegaconf import DictConfig
 import xattn.config
 from xattn.errors import ExitCode, XattnError
 from xattn.run import run
+from xattn.signals import Interruption
 
 _codes: dict[Path, ExitCode] = {}  # of each run, the last attempt's
+_asked = Interruption()
 _sweeps = set(sys.argv[1:]) & {"-m", "--multirun"}
 
 
@@ -37,7 +38,8 @@ def train(composed: DictConfig) -> ExitCode:
     folder, in_sweep = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
     try:
         config = xattn.config.from_hydra(composed)
-        code = run(config, folder, list(hydra_config.overrides.task), quiet=in_sweep)
+        typed = list(hydra_config.overrides.task)
+        code = run(config, folder, typed, stop=lambda: _asked.requested, quiet=in_sweep)
     except XattnError as error:
         code = error.exit_code
         if not (in_sweep and code == ExitCode.IN_USE):  # a sweep waits for it, and says so
@@ -46,8 +48,8 @@ def train(composed: DictConfig) -> ExitCode:
         traceback.print_exc()
         code = ExitCode.ERROR
     _codes[folder] = code
-    if code == ExitCode.PREEMPTED:
-        sys.exit(code)  # a sweep ends with it too
+    if in_sweep and _asked.requested:
+        sys.exit(ExitCode.PREEMPTED)
     return code
 
 
@@ -55,9 +57,8 @@ def main() -> int:
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     xattn.config.register_resolvers()
     try:
-        train()
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        with _asked.listening():
+            train()
     except XattnError as error:
         print(f"xattn: {error}", file=sys.stderr)
         return error.exit_code

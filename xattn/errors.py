@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 from enum import IntEnum
 from pathlib import Path
 
@@ -67,8 +68,13 @@ def storage_error(error: BaseException, path: Path) -> StorageError | None:
         if isinstance(cause, StorageError):
             return cause
         if isinstance(cause, OSError) and cause.errno in _STORAGE:
-            return StorageError(f"{cause.filename or path}: cannot be written: {cause.strerror}")
+            return StorageError(_full(Path(cause.filename or path), cause.strerror))
         if found := _STORAGE_WORDS.search(str(cause)):
-            return StorageError(f"{path}: cannot be written: {found[0]}")
+            return StorageError(_full(path, found[0]))
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _full(path: Path, reason: str | None) -> str:
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
+    return f"{path}: cannot be written: {reason} ({shutil.disk_usage(there).free:,} bytes are free there)"

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from xattn.errors import BadInput, FolderInUse
+from xattn.errors import BadInput, FolderInUse, storage_error
 
 CONFIG, OVERRIDES, PROVENANCE = "config.yaml", "overrides.yaml", "provenance.json"
 METRICS, SUMMARY, LOG = "metrics.jsonl", "summary.json", "log.txt"
@@ -154,7 +154,7 @@ def _acquire(path: Path) -> int:
         except FileNotFoundError:
             continue  # moved aside by another process since the mkdir
         except OSError as error:
-            raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
+            raise storage_error(error, path) or BadInput(f"{path}: cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -170,3 +170,14 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def shown(path: Path) -> str:
+    """The path as a person would type it from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def result_line(summary: dict[str, Any]) -> str:
+    if summary["val_loss"] is None:
+        return "no finite val_loss"
+    return f"val_loss {summary['val_loss']:.4f} nats/token = {summary['val_bpb']:.4f} bits/byte"

@@ -107,9 +107,9 @@ def kill_locked() -> None:
 
 
 def kill_data() -> None:
-    import xattn.run
+    import xattn.attempt
 
-    patch(xattn.run, "load_corpus", before=_die_when(lambda *a: True))
+    patch(xattn.attempt, "load_corpus", before=_die_when(lambda *a: True))
 
 
 def kill_compile() -> None:
@@ -212,9 +212,9 @@ def kill_deleting() -> None:
 
 def kill_sample() -> None:
     """After the last save, before the summary says that the run is done."""
-    import xattn.run
+    import xattn.attempt
 
-    patch(xattn.run, "_sample", before=_die_when(lambda *a: True))
+    patch(xattn.attempt, "_sample", before=_die_when(lambda *a: True))
 
 
 def kill_wandb_finish() -> None:
@@ -243,9 +243,9 @@ def slow_save(milliseconds: str) -> None:
 
 
 def slow_finish(milliseconds: str) -> None:
-    import xattn.run
+    import xattn.attempt
 
-    patch(xattn.run, "_sample", before=lambda *a: time.sleep(int(milliseconds) / 1000))
+    patch(xattn.attempt, "_sample", before=lambda *a: time.sleep(int(milliseconds) / 1000))
 
 
 def error(update: str) -> None:
@@ -261,12 +261,12 @@ def error(update: str) -> None:
 
 def error_in_data() -> None:
     """An error of our own before the folder has its config."""
-    import xattn.run
+    import xattn.attempt
 
     def fail(*args: Any) -> None:
         raise RuntimeError("planted")
 
-    patch(xattn.run, "load_corpus", before=fail)
+    patch(xattn.attempt, "load_corpus", before=fail)
 
 
 def full(name: str, times: str = "1") -> None:

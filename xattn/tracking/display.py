@@ -84,7 +84,7 @@ class Display:
 
     def _time_left(self, step: int) -> list[str]:
         now = time.perf_counter()
-        if self._first is None:
+        if self._first is None or step <= self._first[0]:  # the first row, or the first after a rollback
             self._first = (step, now)
             return []
         first_step, then = self._first

@@ -44,15 +44,15 @@ class TrainingClock:
 
 
 # What comes back with a checkpoint, besides the state.
-_SAVED = ("train_loss", "val_loss", "val_bpb", "best_val_loss", "rollbacks", "batches_left_out")
+_SAVED = ("train_loss", "val_loss", "val_bpb", "best_val_loss", "batches_left_out")
 
 
 @dataclass
 class Progress:
     """How far a run is. Losses are None while there is none, or where it is not finite.
 
-    step: updates tried. halted_at: the update that is not finite and ends the run. rollbacks, batches_left_out: of
-    ``nonfinite=rollback``, how often it went back, and how many batches it passed over in all.
+    step: updates tried. halted_at: the update that is not finite and ends the run. batches_left_out: the numbers of the
+    batches that ``nonfinite=rollback`` leaves out, in the order in which they were found.
     """
 
     state: TrainState
@@ -61,10 +61,16 @@ class Progress:
     val_loss: float | None = None
     val_bpb: float | None = None
     best_val_loss: float | None = None
-    rollbacks: int = 0
-    batches_left_out: int = 0
+    batches_left_out: list[int] = field(default_factory=list)
     halted_at: int | None = None
     clock: TrainingClock = field(default_factory=TrainingClock)
+
+    def batch_of(self, step: int) -> int:
+        """The number of the batch of update ``step``, counted from 0: step − 1, past those that are left out."""
+        number = step - 1
+        for left_out in sorted(self.batches_left_out):
+            number += left_out <= number
+        return number
 
     def saved(self) -> dict[str, Any]:
         """JSON values from which, with the state, :meth:`restore` goes on."""
@@ -101,7 +107,7 @@ def train(
     saved_at = time.monotonic()
     progress.clock.resume()
     for step in range(progress.step + 1, config.steps + 1):
-        progress.state, metrics = programs.step(progress.state, batch(step - 1 + progress.batches_left_out))
+        progress.state, metrics = programs.step(progress.state, batch(progress.batch_of(step)))
         last, stopping = step == config.steps, stop()
         logs = last or step % config.log_every == 0
         evaluates = last or step % config.eval_every == 0

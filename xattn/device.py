@@ -1,0 +1,38 @@
+"""What jax has to be told before it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from xattn.errors import BadInput
+
+
+def ask_for_determinism() -> None:
+    """XLA reads its flags when a device is first used: later it is too late, which only a GPU minds."""
+    too_late = "jax" in sys.modules
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_gpu_deterministic_ops" in flags:
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    import jax
+
+    if too_late and jax.default_backend() != "cpu":
+        raise BadInput("trainer.deterministic = True: this process has used the GPU without it; start it by itself")
+
+
+def keep_compiled_programs() -> None:
+    """Lets processes share compiled programs through the user's cache folder, or does nothing where that is closed."""
+    import jax
+
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = Path(base) / "xattn" / "programs"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(cache, os.W_OK) or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
