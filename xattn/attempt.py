@@ -250,11 +250,9 @@ class Attempt:
         The batches before it are seen as they were, so the result does not depend on which checkpoints there are.
         """
         halted_at = progress.halted_at
-        if (
-            halted_at is None
-            or self._config.trainer.nonfinite != "rollback"
-            or len(progress.batches_left_out) >= MAX_ROLLBACKS
-        ):
+        if halted_at is None or self._config.trainer.nonfinite != "rollback":
+            return False
+        if len(progress.batches_left_out) >= MAX_ROLLBACKS:
             return False
         checkpoints.wait()
         restored = checkpoints.restore_state(progress.state)

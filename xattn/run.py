@@ -63,9 +63,9 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any] | None:
         return None
     differing = xattn.config.differences(xattn.config.load(folder / run_folder.CONFIG), config)
     if differing:
-        shown = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in list(differing.items())[:3]]
+        told = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in list(differing.items())[:3]]
         more = [f"  and {len(differing) - 3} more"] if len(differing) > 3 else []
-        raise BadInput("\n".join([f"{folder.path}: holds a run of another config", *shown, *more]))
+        raise BadInput("\n".join([f"{folder.path}: holds a run of another config", *told, *more]))
     return folder.summary()
 
 

@@ -17,7 +17,7 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes over SIGTERM and SIGINT, and gives them back at the end. Only in the main thread, as signals have it."""
+        """Takes over SIGTERM and SIGINT, and gives them back at the end. Only in the main thread."""
         before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield

@@ -64,6 +64,9 @@ def carry_out(jobs: Sequence[Job], start: Callable[[Job], ExitCode]) -> None:
             made += 1
             left = (time.monotonic() - began) / made * len(queue)
             print(f"  {_label(job, varying)}: {_outcome(job, code)}   {len(queue)} to go, about {_clock(left)}")
+    except SystemExit:
+        print("stopped; the same command goes on with what is not done")
+        raise
     finally:
         print_table([job.folder for job in jobs], varying)
 
