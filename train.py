@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import xattn.config
-from xattn.errors import ExitCode, XattnError
+from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.run import run
 from xattn.signals import Interruption
 
@@ -62,6 +62,10 @@ def main() -> int:
     except XattnError as error:
         print(f"xattn: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # Hydra makes the run's folder before train() is called
+        refusal = storage_error(error, Path.cwd()) or BadInput(f"{error.filename}: {error.strerror}")
+        print(f"xattn: {refusal}", file=sys.stderr)
+        return refusal.exit_code
     except xattn.config.COMPOSITION_ERRORS as error:
         print(f"xattn: {xattn.config.explain(error, sys.argv[1:])}", file=sys.stderr)
         return ExitCode.BAD_INPUT

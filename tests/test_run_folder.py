@@ -168,7 +168,7 @@ def test_a_lock_taken_in_a_folder_that_was_moved_away_is_not_ours(
 
 
 def test_the_folder_is_held_all_through_the_move(tmp_path: Path) -> None:
-    """A process that starts while a run is moved aside never gets a folder of which another one thinks it is its own."""
+    """A process that starts while a run is moved aside never gets a folder that another one thinks is its own."""
     folder = RunFolder(tmp_path / "run")
     (folder / "config.yaml").write_text("0")
     taken: list[RunFolder] = []

@@ -1,4 +1,4 @@
-"""``python train.py`` as a person and a script see it: real processes, exit codes, and the contract of the run folder."""
+"""``python train.py`` as a person and a script see it: real processes, exit codes, the contract of the run folder."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def test_a_folder_named_by_hand_refuses_another_config(finished: Finished, copy:
 def test_a_killed_run_is_in_use_while_it_lives_and_goes_on_when_it_is_dead(
     tmp_path: Path, text_file: Path, without_jax: str
 ) -> None:
-    """The lock is held by a stopped process too, and goes with SIGKILL; the same command then ends as if never killed."""
+    """A stopped process holds the lock too, and SIGKILL frees it; the same command then ends as if never killed."""
     long = [*TINY, "data=text", f"data.path={text_file}", "trainer.steps=400", "trainer.log_every=1"]
     long += ["trainer.eval_every=400", "trainer.checkpoint_every=50"]
     folder = tmp_path / "outputs" / "default" / xconfig.run_name(xconfig.compose(long))
@@ -320,17 +320,21 @@ def test_a_killed_run_is_in_use_while_it_lives_and_goes_on_when_it_is_dead(
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGSTOP)
-        before = contents(folder)
-        assert json.loads(before["summary.json"])["status"] == "running"
+        try:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            before = contents(folder)
+            assert json.loads(before["summary.json"])["status"] == "running"
 
-        began = time.perf_counter()
-        code, _, err = train(*long, cwd=tmp_path, stubs=without_jax)
-        assert time.perf_counter() - began < 10
-        assert code == 5
-        assert len(err.splitlines()) <= 5
-        assert folder.name in err
-        assert contents(folder) == before
-        process.send_signal(signal.SIGKILL)
+            began = time.perf_counter()
+            code, _, err = train(*long, cwd=tmp_path, stubs=without_jax)
+            assert time.perf_counter() - began < 10
+            assert code == 5
+            assert len(err.splitlines()) <= 5
+            assert folder.name in err
+            assert contents(folder) == before
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGKILL
 
     code, out, err = train(*long, cwd=tmp_path)
@@ -433,11 +437,11 @@ def test_help_and_the_config_are_shown_without_jax(
 
 
 def test_several_values_are_several_runs(tmp_path: Path, text_file: Path) -> None:
-    sweep = ["-m", *TINY, "data=text", f"data.path={text_file}", "study=pair", "backend.activation=sigmoid,none"]
+    sweep = ["-m", *TINY, "data=text", f"data.path={text_file}", "study=pair", "backend.activation=softmax,sigmoid"]
     code, _, err = train(*sweep, cwd=tmp_path)
     assert code == 0, err
     names = [folder.name for folder in (tmp_path / "outputs" / "pair").iterdir() if folder.is_dir()]
-    assert sorted(name.partition("-")[0] for name in names) == ["none", "sigmoid"]
+    assert sorted(name.partition("-")[0] for name in names) == ["sigmoid", "softmax"]
     for name in names:
         folder = tmp_path / "outputs" / "pair" / name
         summary = json.loads((folder / "summary.json").read_text("utf-8"))

@@ -19,7 +19,7 @@ from xattn.data.baselines import gzip_bits_per_byte, scored_bytes, unigram_bits_
 from xattn.data.batches import TrainingBatches, Windows, evaluation_windows
 from xattn.data.corpus import Corpus, find_files, load_corpus
 from xattn.data.tokenizer import ByteTokenizer
-from xattn.device import ask_for_determinism, keep_compiled_programs
+from xattn.device import ask_for_determinism, hush_libraries, keep_compiled_programs
 from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError, storage_error
 from xattn.provenance import changes, provenance
 from xattn.run_folder import RunFolder, result_line, shown
@@ -93,6 +93,7 @@ class Attempt:
         from xattn.training.programs import hyperparameters, num_params, programs
 
         config, folder, display = self._config, self._folder, self._display
+        hush_libraries(self._try_to_note)
         if config.trainer.deterministic:
             ask_for_determinism()
         keep_compiled_programs()

@@ -157,7 +157,7 @@ def load(path: Path) -> Config:
     """Reads back a config.yaml. Raises :class:`BadInput` where it is not one of ours."""
     try:
         loaded = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise BadInput(f"{path}: not a readable {path.name}: {_first_line(error)}") from error
     if not isinstance(loaded, dict):
         raise BadInput(f"{path}: not the {path.name} of a run")

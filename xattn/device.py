@@ -1,9 +1,13 @@
-"""What jax has to be told before it is used."""
+"""What jax and the libraries around it have to be told before they are used."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from xattn.errors import BadInput
@@ -20,6 +24,13 @@ def ask_for_determinism() -> None:
 
     if too_late and jax.default_backend() != "cpu":
         raise BadInput("trainer.deterministic = True: this process has used the GPU without it; start it by itself")
+
+
+def hush_libraries(note: Callable[[str], None]) -> None:
+    """Sends to ``note`` what orbax's threads say of an error: a person is told of it in our own words."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    threading.excepthook = lambda args: note("".join(traceback.format_exception(args.exc_value)))
 
 
 def keep_compiled_programs() -> None:

@@ -34,16 +34,17 @@ SUBJECTS = [
 ]
 
 CASES = [
-    # Everything with everything, in float32.
     *(
         Case(activation=a, pre_activation=p, mask=m)
         for a, p, m in itertools.product(ACTIVATIONS, get_args(QKPreActivation), MASKS)
     ),
     *(Case(activation=a, pre_activation="swish", mask=m, dtype="bfloat16") for a in ACTIVATIONS for m in MASKS[:4]),
-    *(Case(activation=a, dtype="float16") for a in ACTIVATIONS),
+    Case(activation="softmax", dtype="float16"),
     # Grouped heads; one token; a context that is not the sequence.
-    *(Case(activation=a, heads=6, kv_heads=2, mask="everything") for a in ACTIVATIONS),
-    *(Case(activation=a, heads=6, kv_heads=2) for a in ACTIVATIONS),
+    *(
+        Case(activation=a, heads=6, kv_heads=2, mask=m)
+        for a, m in zip(ACTIVATIONS, MASKS[-1:] * 2 + MASKS[:1], strict=True)
+    ),
     *(Case(activation=a, length=1) for a in ACTIVATIONS),
     Case(activation="sigmoid", context_length=64),
 ]
@@ -59,6 +60,8 @@ def pairs(cases: list[Case]) -> pytest.MarkDecorator:
             pytest.param(implementation, case, id=f"{implementation.name}-{case}")
             for implementation in SUBJECTS
             for case in cases
+            # What the pre-activation does stands before all that the others do differently from the reference.
+            if case.pre_activation == "none" or case.mask == "default" or implementation.name == "reference"
             if implementation.unsupported(case.call()) is None
         ],
     )
@@ -158,25 +161,24 @@ def test_numbers_do_not_compile_again_and_runs_repeat_bit_for_bit(implementation
 
 
 @pairs(PLAIN)
-@pytest.mark.parametrize("devices", [2, 4])
-def test_sharded_is_unsharded(implementation: Implementation, case: Case, devices: int) -> None:
-    """Heads, or batch and heads, over two and four devices under plain jit."""
-    case = replace(case, heads=4, kv_heads=4)
+def test_sharded_is_unsharded(implementation: Implementation, case: Case) -> None:
+    """Batch and heads over four devices, or the sequence over two, under plain jit."""
+    case = replace(case, heads=4, kv_heads=4, length=12)
     x = inputs(case)
-    function = implementation.function
     auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((devices // 2, 2), ("data", "tensor"), axis_types=(auto, auto))
-    by_head = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "tensor"))
 
-    @partial(jax.jit, static_argnums=0)
-    def loss_and_gradients(sharding: jax.sharding.Sharding | None, *arrays: jax.Array) -> tuple:
+    @jax.jit
+    def value_and_gradients(*arrays: jax.Array) -> tuple:
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.sum(function(q, k, v, x.spec) * x.g)
+            return jnp.sum(implementation.function(q, k, v, x.spec) * x.g)
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
 
-    alone = loss_and_gradients(None, x.q, x.k, x.v)
-    shared = loss_and_gradients(by_head, *jax.device_put((x.q, x.k, x.v), by_head))
-    assert len(shared[1][0].sharding.device_set) == devices
-    for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
-        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)
+    alone = value_and_gradients(x.q, x.k, x.v)
+    for shape, axes in (((2, 2), ("data", "tensor")), ((1, 1, 2), ("data", "tensor", "context"))):
+        mesh = jax.make_mesh(shape, axes, axis_types=(auto,) * len(axes))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        shared = value_and_gradients(*jax.device_put((x.q, x.k, x.v), sharding))
+        assert len(shared[1][0].sharding.device_set) == mesh.size
+        for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
+            np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,11 @@ from . import oracle
 from .contract import BATCH, HEADS, LENGTH, THETA, WIDTH_QK, WIDTH_V, Case, close, inputs
 
 NONE = mLSTMBackendAttention(mLSTMBackendAttentionConfig(activation_function="none", theta=THETA))
+
+
+@partial(jax.jit, static_argnames="return_last_states")
+def apply_none(*arrays: jax.Array, **keywords: Any) -> Any:
+    return NONE.apply({}, *arrays, **keywords)
 
 
 def test_the_module_is_the_function_without_parameters() -> None:
@@ -45,21 +51,21 @@ def test_the_modules_context_length_is_sigmoids_n() -> None:
 def test_two_halves_equal_the_whole_at_any_cut(cut: int) -> None:
     x = inputs(Case(activation="none"))
     first, second = (tuple(a[:, :, part] for a in (x.q, x.k, x.v)) for part in (slice(cut), slice(cut, None)))
-    head, (state, n, m) = NONE.apply({}, *first, return_last_states=True)
-    tail, (last, _, _) = NONE.apply({}, *second, c_initial=state, return_last_states=True)
+    head, (state, n, m) = apply_none(*first, return_last_states=True)
+    tail, (last, _, _) = apply_none(*second, c_initial=state, return_last_states=True)
     assert state.shape == (BATCH, HEADS, WIDTH_QK, WIDTH_V)
     assert state.dtype == jnp.float32
     assert (n, m) == (None, None)
     close("out", jnp.concatenate([head, tail], axis=2), oracle.forward(x.problem), "float32")
-    whole, (whole_last, _, _) = NONE.apply({}, x.q, x.k, x.v, return_last_states=True)
+    whole, (whole_last, _, _) = apply_none(x.q, x.k, x.v, return_last_states=True)
     np.testing.assert_allclose(last, whole_last, atol=1e-5)
-    np.testing.assert_array_equal(whole, NONE.apply({}, x.q, x.k, x.v, c_initial=jnp.zeros_like(state)))
-    assert not np.allclose(tail, NONE.apply({}, *second)), "the state changed nothing"
+    np.testing.assert_array_equal(whole, apply_none(x.q, x.k, x.v, c_initial=jnp.zeros_like(state)))
+    assert not np.allclose(tail, apply_none(*second)), "the state changed nothing"
 
 
 def test_the_state_is_the_sum_of_keys_rotated_back() -> None:
     x = inputs(Case(activation="none"))
-    _, (state, _, _) = NONE.apply({}, x.q, x.k, x.v, return_last_states=True)
+    _, (state, _, _) = apply_none(x.q, x.k, x.v, return_last_states=True)
     want = np.zeros((BATCH, HEADS, WIDTH_QK, WIDTH_V))
     sin, cos = oracle.tables(LENGTH + 1, WIDTH_QK, THETA)
     for s in range(LENGTH):
@@ -83,9 +89,9 @@ def test_the_state_has_a_gradient() -> None:
 
 def test_one_head_has_a_state_of_three_axes() -> None:
     x = inputs(Case(activation="none"))
-    out, (state, _, _) = NONE.apply({}, x.q[:, 0], x.k[:, 0], x.v[:, 0], return_last_states=True)
+    out, (state, _, _) = apply_none(x.q[:, 0], x.k[:, 0], x.v[:, 0], return_last_states=True)
     assert state.shape == (BATCH, WIDTH_QK, WIDTH_V)
-    again = NONE.apply({}, x.q[:, 0], x.k[:, 0], x.v[:, 0], c_initial=0 * state)
+    again = apply_none(x.q[:, 0], x.k[:, 0], x.v[:, 0], c_initial=0 * state)
     np.testing.assert_array_equal(again, out)
 
 

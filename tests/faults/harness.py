@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -89,21 +88,26 @@ def train(*overrides: str, cwd: Path, points: Sequence[str] = (), env: Mapping[s
     return training
 
 
-def real(*overrides: str, cwd: Path, env: Mapping[str, str | None] | None = None, **options: Any) -> tuple[int, str, str]:
+def real(*overrides: str, cwd: Path, env: Mapping[str, str | None] | None = None) -> tuple[int, str, str]:
     """``python train.py OVERRIDES…`` as a person starts it: exit code, standard output, standard error."""
-    with start(*overrides, cwd=cwd, env=env, **options) as process:
+    with start(*overrides, cwd=cwd, env=env) as process:
         out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
 
 def start(
-    *overrides: str, cwd: Path, env: Mapping[str, str | None] | None = None, points: Sequence[str] = (), **options: Any
+    *overrides: str,
+    cwd: Path,
+    env: Mapping[str, str | None] | None = None,
+    points: Sequence[str] = (),
+    program: Sequence[str] = (str(ROOT / "train.py"),),
 ) -> subprocess.Popen[str]:
     """That process, running; with points it is the victim's. A variable that is None is taken away."""
     changed = dict(env or {})
     environment = {name: value for name, value in os.environ.items() if name not in changed}
     environment |= {name: value for name, value in changed.items() if value is not None}
-    program = [str(ROOT / "tests" / "faults" / "victim.py"), *points, "--"] if points else [str(ROOT / "train.py")]
+    if points:
+        program = [str(ROOT / "tests" / "faults" / "victim.py"), *points, "--"]
     return subprocess.Popen(
         [sys.executable, *program, *overrides],
         cwd=cwd,
@@ -112,7 +116,6 @@ def start(
         stderr=subprocess.PIPE,
         encoding="utf-8",
         start_new_session=True,
-        **options,
     )
 
 
@@ -121,7 +124,7 @@ def start(
 
 def runs(cwd: Path, study: str = "default") -> list[Path]:
     folder = cwd / "outputs" / study
-    return sorted(run for run in folder.iterdir() if not run.name.startswith(".")) if folder.is_dir() else []
+    return sorted(run for run in folder.iterdir() if run.is_dir() and run.name[0] != ".") if folder.is_dir() else []
 
 
 def the_run(cwd: Path, study: str = "default") -> Path:
@@ -238,6 +241,3 @@ def processes_with(variable: str, value: str) -> list[int]:
         except OSError:
             continue
     return found
-
-
-SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}

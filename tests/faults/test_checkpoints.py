@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -83,8 +83,8 @@ class Restorer:
 
 
 @pytest.fixture
-def restorer(untouched: Path, tmp_path: Path, shapes: TrainState) -> Iterator[Restorer]:
-    yield Restorer(untouched, tmp_path / "copies", shapes)
+def restorer(untouched: Path, tmp_path: Path, shapes: TrainState) -> Restorer:
+    return Restorer(untouched, tmp_path / "copies", shapes)
 
 
 def test_the_newest_is_used_where_nothing_is_wrong(restorer: Restorer) -> None:

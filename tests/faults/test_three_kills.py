@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from .harness import PATIENCE, Reference, committed_and_unsound, differences, last_step, runs, start, steps, the_run, until
+from .harness import (
+    PATIENCE,
+    Reference,
+    committed_and_unsound,
+    differences,
+    last_step,
+    runs,
+    start,
+    steps,
+    the_run,
+    until,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,6 @@ within, so that nothing is cleaned up. A point is a name and its arguments, join
 
 from __future__ import annotations
 
-import errno
 import os
 import runpy
 import shutil
@@ -269,18 +268,52 @@ def error_in_data() -> None:
     patch(xattn.attempt, "load_corpus", before=fail)
 
 
-def full(name: str, times: str = "1") -> None:
-    """No room for the temporary file of that name."""
+def limit_file_size(size: str, update: str = "0") -> None:
+    """No file may grow beyond that (EFBIG), from the start or from that update on."""
+    import resource
 
-    def look(self: Path, target: Path) -> None:
-        if Path(target).name == name:
-            left[0] -= 1
-            if left[0] == 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
 
-    left = [int(times)]
-    patch(Path, "replace", before=look)
-    patch(Path, "rename", before=look)
+    def around(number: int, call: Callable[[], Any]) -> Any:
+        if number == int(update):
+            limit()
+        return call()
+
+    if update == "0":
+        limit()
+    else:
+        _step_metrics_wrapper(around)
+
+
+def first_on_path(folder: str) -> None:
+    sys.path.insert(0, folder)
+
+
+def bad_batch(*updates: str) -> None:
+    """The batches of these updates, in an untouched run's counting, make the loss NaN, whenever they are read."""
+    import jax
+    import jax.numpy as jnp
+
+    from xattn.data.batches import TrainingBatches
+
+    read, original = TrainingBatches.__call__, jax.value_and_grad
+
+    def marked(self: Any, step: int) -> Any:
+        tokens = read(self, step)
+        if str(step + 1) in updates:
+            tokens[0, 0] = 255  # no byte of UTF-8
+        return tokens
+
+    def value_and_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+        def poisoned(params: Any, hyper: Any, tokens: Any, dropout: Any) -> Any:
+            loss, gradient = original(function)(params, hyper, tokens, dropout)
+            return jnp.where(jnp.any(tokens == 255), jnp.nan, loss), gradient
+
+        return poisoned
+
+    TrainingBatches.__call__ = marked  # type: ignore[method-assign]
+    jax.value_and_grad = value_and_grad  # type: ignore[assignment]
 
 
 def nonfinite(what: str, value: str, *updates: str) -> None:
@@ -421,7 +454,9 @@ POINTS: dict[str, Callable[..., None]] = {
     "slow-finish": slow_finish,
     "error": error,
     "error-in-data": error_in_data,
-    "full": full,
+    "limit-file-size": limit_file_size,
+    "path": first_on_path,
+    "bad-batch": bad_batch,
     "nonfinite": nonfinite,
     "nonfinite-evaluation": nonfinite_evaluation,
     "clock-back": clock_back,

@@ -1,5 +1,4 @@
-"""Implicit promotion of dtypes is an error. Programs of a few tokens compile for longer than they run: they are compiled
-with little optimisation."""
+"""Implicit promotion of dtypes is an error. Programs compile with little optimisation: they run for no time at all."""
 
 from __future__ import annotations
 

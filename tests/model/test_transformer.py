@@ -150,8 +150,13 @@ VARIANTS = {
     "default": [],
     "sigmoid learned": ["backend=sigmoid", "backend.sigmoid_bias=learned"],
     "none swish": ["backend=none", "backend.qk_pre_activation=swish"],
-    "gpt2": ["model.mlp=gelu", "model.norm=layernorm", "model.norm_placement=pre", "model.qk_norm=none"]
-    + ["model.embeddings=tied"],
+    "gpt2": [
+        "model.mlp=gelu",
+        "model.norm=layernorm",
+        "model.norm_placement=pre",
+        "model.qk_norm=none",
+        "model.embeddings=tied",
+    ],
     "grouped heads": ["model.num_heads=6", "model.num_kv_heads=3"],
     "layer scale": ["model.layer_scale=0.25", "model.norm=layernorm", "model.num_kv_heads=1", "model.layers=unrolled"],
 }
@@ -206,7 +211,7 @@ def test_scanned_and_unrolled_layers_are_one_model() -> None:
     "overrides", [["backend=softmax"], ["backend=sigmoid"], ["backend=none"], ["backend.window=3"]]
 )
 def test_no_token_looks_ahead(overrides: list[str]) -> None:
-    """Gradients of the logits at t by the embedding of the token at s: 0 for s > t, and not 0 for every s it may see."""
+    """Gradient of the logits at t by the embedding of the token at s: 0 for s > t, not 0 for every s it may see."""
     model = model_of(*overrides)
     params = random_params(model)
     table = params["token_embedding"]["embedding"]

@@ -74,7 +74,7 @@ def linear_with_state(
     assert spec.segment_ids is None
     if initial is None:
         initial = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
-    out, state = _chunked(q, k, v, spec, initial.astype(F32), tuning or Tuning.of_platform())
+    out, state = chunked(q, k, v, spec, initial.astype(F32), tuning or Tuning.of_platform())
     sin, cos = rotary_tables(jnp.array([-q.shape[2]]), q.shape[-1], spec.theta)
     return out, rotate(state.swapaxes(-1, -2), sin, cos).swapaxes(-1, -2)
 
@@ -82,10 +82,10 @@ def linear_with_state(
 # Nothing of the forward is kept for the backward: inside, each step is checkpointed too, so that computing it again
 # keeps a state a step and no weights.
 @partial(jax.checkpoint, static_argnums=5)
-def _chunked(
+def chunked(
     q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, initial: jax.Array, tuning: Tuning
 ) -> tuple[jax.Array, jax.Array]:
-    """out, and the state with its keys at absolute positions."""
+    """As :func:`linear_with_state`, but the returned state has its keys where they are: Σ_s R(s) k_s v_sᵀ / √DHQK."""
     length, kv_heads = k.shape[2], k.shape[1]
     chunk = min(tuning.chunk, length)
     concurrent = min(tuning.concurrent, -(-length // chunk))

@@ -1,0 +1,175 @@
+"""Decoding: token by token, or a prompt and then token by token, is the parallel form at every position."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xattn.backend.decode import Cache, KVCache, StateCache, decode_step, decoding_spec, grow, init_cache, prefill
+from xattn.backend.spec import AttentionSpec
+
+from . import oracle
+from .contract import BATCH, LENGTH, THETA, WIDTH_QK, WIDTH_V, Case, Inputs, close, inputs
+
+# n is the context length, and the sequence runs past it.
+CONTEXT = 5
+
+CASES = [
+    *(Case(activation=a, context_length=CONTEXT) for a in ("softmax", "sigmoid", "none")),
+    *(Case(activation=a, context_length=CONTEXT, mask="window") for a in ("softmax", "sigmoid", "none")),
+    *(
+        Case(activation=a, context_length=CONTEXT, pre_activation="swish", heads=6, kv_heads=2)
+        for a in ("softmax", "sigmoid", "none")
+    ),
+    *(Case(activation=a, context_length=CONTEXT, dtype="bfloat16") for a in ("softmax", "sigmoid", "none")),
+]
+
+step = jax.jit(decode_step)
+
+
+def start(case: Case, capacity: int = LENGTH) -> tuple[Inputs, AttentionSpec, Cache]:
+    spec = decoding_spec(
+        num_heads=case.heads,
+        activation_function=case.activation,
+        qk_pre_activation_function=case.pre_activation,
+        theta=THETA,
+        context_length=case.context_length,
+        window=case.call().window,
+    )
+    cache = init_cache(
+        spec,
+        batch=BATCH,
+        num_kv_heads=case.kv_heads,
+        head_dim_qk=WIDTH_QK,
+        head_dim_v=WIDTH_V,
+        capacity=capacity,
+        dtype=case.dtype,
+    )
+    return inputs(case), spec, cache
+
+
+def tokens(x: Inputs, first: int) -> Any:
+    return ((x.q[:, :, t : t + 1], x.k[:, :, t : t + 1], x.v[:, :, t : t + 1]) for t in range(first, LENGTH))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_token_by_token_is_the_parallel_form(case: Case) -> None:
+    x, spec, cache = start(case)
+    outs = []
+    for token in tokens(x, 0):
+        out, cache = step(*token, cache, spec)
+        outs.append(out)
+    close("out", jnp.concatenate(outs, axis=2), oracle.forward(x.problem), case.dtype)
+    assert int(cache.length) == LENGTH
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_padded_prompt_and_then_token_by_token_is_the_parallel_form(case: Case) -> None:
+    """The prompt's padding, here the true continuation, changes nothing."""
+    x, spec, cache = start(case)
+    cut = 7
+    out, cache = jax.jit(prefill)(x.q, x.k, x.v, cache, spec, length=cut)
+    outs = [out[:, :, :cut]]
+    for token in tokens(x, cut):
+        out, cache = step(*token, cache, spec)
+        outs.append(out)
+    close("out", jnp.concatenate(outs, axis=2), oracle.forward(x.problem), case.dtype)
+
+
+def test_a_prompt_of_full_length_needs_no_length() -> None:
+    x, spec, cache = start(CASES[0])
+    out, cache = prefill(x.q[:, :, :4], x.k[:, :, :4], x.v[:, :, :4], cache, spec)
+    last, _ = step(*next(tokens(x, 4)), cache, spec)
+    close("out", jnp.concatenate([out, last], axis=2), oracle.forward(x.problem)[:, :, :5], "float32")
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+def test_a_scan_decodes_as_the_loop_does_and_one_head_has_three_axes(activation: Any) -> None:
+    x, spec, cache = start(Case(activation=activation, heads=1, kv_heads=1, context_length=CONTEXT))
+
+    def body(cache: Cache, token: tuple[jax.Array, ...]) -> tuple[Cache, jax.Array]:
+        out, cache = decode_step(*(a[:, None] for a in token), cache, spec)
+        return cache, out[:, 0]
+
+    _, out = jax.lax.scan(body, cache, tuple(jnp.moveaxis(a[:, 0], 1, 0) for a in (x.q, x.k, x.v)))
+    close("out", jnp.moveaxis(out, 0, 1)[:, None], oracle.forward(x.problem), "float32")
+
+
+def test_what_is_kept() -> None:
+    def kept(activation: str, window: int | None) -> Cache:
+        spec = decoding_spec(num_heads=4, activation_function=activation, context_length=8, window=window)
+        return init_cache(spec, batch=1, num_kv_heads=2, head_dim_qk=6, head_dim_v=5, capacity=99, dtype=jnp.bfloat16)
+
+    for activation in ("softmax", "sigmoid"):
+        whole, windowed = kept(activation, None), kept(activation, 7)
+        assert isinstance(whole, KVCache)
+        assert isinstance(windowed, KVCache)
+        assert whole.k.shape == (1, 2, 99, 6)
+        assert whole.v.shape == (1, 2, 99, 5)
+        assert windowed.k.shape == (1, 2, 7, 6)
+        assert whole.k.dtype == jnp.bfloat16
+    state = kept("none", None)
+    assert isinstance(state, StateCache)
+    assert state.state.shape == (1, 2, 6, 5)
+    assert state.state.dtype == jnp.float32
+    assert isinstance(kept("none", 7), KVCache)
+
+
+def test_a_cache_grows_by_doubling_and_past_its_end_is_loud() -> None:
+    x, spec, cache = start(CASES[0], capacity=3)
+    full = cache
+    outs, capacities = [], set()
+    for token in tokens(x, 0):
+        cache = grow(cache, spec)
+        capacities.add(cache.k.shape[2])
+        out, cache = step(*token, cache, spec)
+        outs.append(out)
+    close("out", jnp.concatenate(outs, axis=2), oracle.forward(x.problem), "float32")
+    assert capacities == {3, 6, 12, 24}
+    for t, token in enumerate(tokens(x, 0)):
+        out, full = step(*token, full, spec)
+        assert np.all(np.isnan(out)) == (t >= 3)
+
+
+def test_what_never_overflows_does_not_grow() -> None:
+    for case in (CASES[2], CASES[3]):
+        _, spec, cache = start(case, capacity=2)
+        assert grow(replace(cache, length=jnp.int32(100)), spec, 100).length == 100
+        assert jax.tree.map(jnp.shape, grow(cache, spec, 100)) == jax.tree.map(jnp.shape, cache)
+
+
+def test_a_state_does_not_drift() -> None:
+    """Float32 positions and sums alone: 2048 steps lose no more than the chunkwise form does."""
+    rng = np.random.default_rng(5)
+    length = 2048
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 1, length, 4)), jnp.float32) for _ in range(3))
+    spec = decoding_spec(num_heads=1, activation_function="none", theta=THETA)
+    cache = init_cache(spec, batch=1, num_kv_heads=1, head_dim_qk=4, head_dim_v=4, capacity=1)
+
+    def body(cache: Cache, token: tuple[jax.Array, ...]) -> tuple[Cache, jax.Array]:
+        out, cache = decode_step(*token, cache, spec)
+        return cache, out
+
+    cut = tuple(jnp.moveaxis(a, 2, 0)[:, :, :, None] for a in (q, k, v))
+    _, out = jax.jit(partial(jax.lax.scan, body))(cache, cut)
+    parallel, _ = prefill(q, k, v, cache, spec)
+    error = np.max(np.abs(out[:, :, :, 0].transpose(1, 2, 0, 3) - parallel)) / np.max(np.abs(parallel))
+    assert error < 5e-6
+
+
+def test_errors() -> None:
+    x, spec, cache = start(CASES[0], capacity=4)
+    with pytest.raises(ValueError, match=r"13 tokens .* capacity of 4"):
+        prefill(x.q, x.k, x.v, cache, spec)
+    with pytest.raises(ValueError, match="one token, got 13"):
+        decode_step(x.q, x.k, x.v, cache, spec)
+    with pytest.raises(ValueError, match="context_length"):
+        decoding_spec(num_heads=2, activation_function="sigmoid")
+    with pytest.raises(ValueError, match="got 0"):
+        init_cache(spec, batch=1, num_kv_heads=1, head_dim_qk=4, head_dim_v=4, capacity=0)

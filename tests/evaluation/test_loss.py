@@ -1,0 +1,43 @@
+"""Held-out loss: the mean over every scored token, whatever the padding and the batch."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xattn.config import compose
+from xattn.data.batches import evaluation_windows
+from xattn.evaluation.loss import held_out_loss, score_windows
+from xattn.model.transformer import LanguageModel, ModelHyperparameters
+
+HYPER = ModelHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
+TEXT = np.random.default_rng(0).integers(0, 11, 52)
+
+
+def test_every_token_but_the_first_counts_once() -> None:
+    """Against a window at a time in float64: 51 targets are seven windows of 7 and one of 2, in padded batches of 3."""
+    config = compose(["backend.context_length=7", "model.num_layers=1", "model.embedding_dim=8", "model.mlp_dim=6"])
+    model = LanguageModel(config.model, config.backend, 11)
+    random = np.random.default_rng(1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 7), jnp.int32), HYPER)["params"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape), jnp.float32), shapes)
+    windows = evaluation_windows(TEXT, context_length=7, batch_size=3, windows="all")
+    assert sum(w.weights.sum() for w in windows) == 51
+
+    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens, HYPER))
+    nats = 0.0
+    for start in range(0, 51, 7):
+        window = np.zeros(8, np.int32)
+        length = len(TEXT[start : start + 8])
+        window[:length] = TEXT[start : start + 8]
+        logits = np.asarray(forward(window[None, :-1])[0], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats -= sum(log_p[t, window[t + 1]] for t in range(length - 1))
+
+    loss = held_out_loss(score_windows(model), params, HYPER, windows, bytes_per_token=2.0)
+    assert loss.val_loss == pytest.approx(nats / 51, rel=1e-5)
+    assert loss.val_bpb == pytest.approx(nats / 51 / math.log(2) / 2, rel=1e-5)

@@ -1,0 +1,125 @@
+"""What changed since the run began: another config is 2, other data are 4, a new time stamp or place is nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import xattn.config
+from xattn.errors import BadInput
+from xattn.run import run
+
+from .harness import STEPS, TINY, Reference, differences, the_run, train
+
+pytestmark = pytest.mark.faults
+
+OTHER = {
+    "backend.activation": "sigmoid",
+    "backend.qk_pre_activation": "swish",
+    "backend.theta": "500.0",
+    "backend.context_length": "8",
+    "backend.window": "4",
+    "model.num_heads": "2",
+    "model.dropout": "0.2",
+    "model.embeddings": "tied",
+    "data.validation_fraction": "0.2",
+    "optimizer.learning_rate": "0.001",
+    "optimizer.clip_norm": "null",
+    "optimizer.beta2": "0.999",
+    "schedule.warmup_fraction": "0.1",
+    "trainer.steps": "30",
+    "trainer.batch_size": "16",
+    "trainer.log_every": "1",
+    "trainer.eval_every": "3",
+    "trainer.nonfinite": "skip",
+    "evaluation.windows": "16",
+    "seed": "1",
+}
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_another_value_of_a_hashed_key_is_refused_by_name(key: str, command: list[str], untouched: Path) -> None:
+    config = xattn.config.compose([*command, f"{key}={OTHER[key]}"])
+    with pytest.raises(BadInput, match=key):
+        run(config, untouched)
+
+
+def test_of_many_keys_that_differ_some_are_named(command: list[str], untouched: Path, cwd: Path) -> None:
+    shutil.copytree(untouched, cwd / "here")
+    training = train(*command, *(f"{key}={value}" for key, value in OTHER.items()), "hydra.run.dir=here", cwd=cwd)
+    assert training.wait() == 2
+    assert "backend.activation" in training.err
+    assert len(training.err.splitlines()) <= 5
+    assert (cwd / "here" / "metrics.jsonl").read_bytes() == (untouched / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture
+def own_text(text_file: Path, cwd: Path) -> Path:
+    """A copy of the text that a test may change; its name is the same in each working folder."""
+    return Path(shutil.copy(text_file, cwd / "text.txt"))
+
+
+@pytest.fixture
+def own_command(own_text: Path) -> list[str]:
+    return [*TINY, "data=text", f"data.path={own_text.name}"]
+
+
+def test_a_new_time_stamp_of_the_data_is_nothing(
+    own_text: Path, own_command: list[str], cwd: Path, reference: Reference
+) -> None:
+    train(*own_command, cwd=cwd, points=["step:9"])
+    os.utime(own_text, (0, 0))
+    training = train(*own_command, cwd=cwd)
+    assert training.wait() == 0, training.out + training.err
+    assert differences(the_run(cwd), reference) == []
+
+
+@pytest.mark.parametrize("change", ["one byte", "longer", "empty", "short", "gone"])
+def test_other_data_are_four_and_with_the_first_ones_back_the_run_goes_on(
+    change: str, own_text: Path, own_command: list[str], cwd: Path, reference: Reference
+) -> None:
+    """Once the run has begun, data that are missing or empty are data that differ."""
+    train(*own_command, cwd=cwd, points=["step:9"])
+    before = own_text.read_bytes()
+    match change:
+        case "one byte":
+            own_text.write_bytes(before[:1000] + b"#" + before[1001:])
+        case "longer":
+            own_text.write_bytes(before + b"\n")
+        case "empty":
+            own_text.write_bytes(b"")
+        case "short":
+            own_text.write_bytes(before[:100])
+        case "gone":
+            own_text.unlink()
+    metrics = (the_run(cwd) / "metrics.jsonl").read_bytes()
+    training = train(*own_command, cwd=cwd)
+    assert training.wait() == 4, training.out + training.err
+    assert "Traceback" not in training.err
+    assert len(training.err.splitlines()) <= 5
+    assert (the_run(cwd) / "metrics.jsonl").read_bytes() == metrics
+    own_text.write_bytes(before)
+    training = train(*own_command, cwd=cwd)
+    assert training.wait() == 0, training.out + training.err
+    assert differences(the_run(cwd), reference) == []
+
+
+def test_a_folder_that_was_moved_goes_on_in_its_new_place(command: list[str], cwd: Path, reference: Reference) -> None:
+    train(*command, cwd=cwd, points=["step:15"])
+    moved = cwd / "another place"
+    the_run(cwd).rename(moved)
+    training = train(*command, f'hydra.run.dir="{moved}"', cwd=cwd)
+    assert training.wait() == 0, training.out + training.err
+    assert "resumed     from step" in training.out
+    assert differences(moved, reference) == []
+
+
+def test_another_pace_of_checkpoints_is_the_same_run(command: list[str], cwd: Path, reference: Reference) -> None:
+    train(*command, cwd=cwd, points=["step:9"])
+    training = train(*command, "trainer.checkpoint_every=null", cwd=cwd)
+    assert training.wait() == 0, training.out + training.err
+    assert differences(the_run(cwd), reference) == []
+    assert reference.summary["step"] == STEPS

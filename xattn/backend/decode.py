@@ -1,0 +1,263 @@
+"""Token by token: one interface for the three activations, equal to the parallel form at every position.
+
+    spec = decoding_spec(num_heads=4, activation_function="softmax", context_length=256)
+    cache = init_cache(spec, batch=1, num_kv_heads=4, head_dim_qk=64, head_dim_v=64, capacity=512)
+    out, cache = prefill(q, k, v, cache, spec)              # the prompt, at once
+    out, cache = decode_step(q, k, v, cache, spec)          # then a token a call
+
+Softmax and sigmoid keep rotated keys, and values; a window bounds how many. ``none`` without a window keeps one
+DHQK×DHV state a head, of constant size. Both keep *absolute* positions and a counter: rotating a state back at every
+token, as the border of a call does (:func:`xattn.backend.linear.linear_with_state`), would drift.
+
+Shape letters: B batch, NH heads, NKV key/value heads, G = NH / NKV, S sequence, C capacity of a cache,
+DHQK query/key head width, DHV value head width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xattn.backend import dispatch
+from xattn.backend.arguments import checked_arrays, checked_spec
+from xattn.backend.linear import Tuning, chunked
+from xattn.backend.rope import Theta, rotary_tables, rotate
+from xattn.backend.spec import AttentionSpec, pre_activate, prepare, product
+
+F32 = jnp.float32
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("k", "v", "length"), meta_fields=())
+@dataclass(frozen=True)
+class KVCache:
+    """The last C tokens: the one at position p lies in slot p mod C."""
+
+    k: jax.Array
+    """(B, NKV, C, DHQK), rotated."""
+    v: jax.Array
+    """(B, NKV, C, DHV)."""
+    length: jax.Array
+    """() int32, the number of tokens seen, which is the position of the next."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("state", "length"), meta_fields=())
+@dataclass(frozen=True)
+class StateCache:
+    """All tokens, summed."""
+
+    state: jax.Array
+    """Σ_s R(s) k_s v_sᵀ / √DHQK: (B, NKV, DHQK, DHV) float32."""
+    length: jax.Array
+    """() int32, the number of tokens seen, which is the position of the next."""
+
+
+Cache = KVCache | StateCache
+
+
+def decoding_spec(
+    *,
+    num_heads: int,
+    activation_function: str = "softmax",
+    qk_pre_activation_function: str = "none",
+    theta: Theta = 10000.0,
+    context_length: int | None = None,
+    sigmoid_bias: float | jax.Array | None = None,
+    window: int | None = None,
+) -> AttentionSpec:
+    """What the calls of one decoding mean; the arguments are those of :func:`xattn.backend.api.attention`.
+
+    Raises:
+        ValueError: as there; and under sigmoid if neither context_length nor sigmoid_bias says what the bias is: the n
+            of −log n is not the length so far.
+    """
+    if activation_function == "sigmoid" and context_length is None and sigmoid_bias is None:
+        raise ValueError("decoding with sigmoid needs context_length (the n of its bias −log n) or sigmoid_bias")
+    return checked_spec(
+        batch=1,
+        num_heads=num_heads,
+        length=1,
+        activation_function=activation_function,
+        qk_pre_activation_function=qk_pre_activation_function,
+        theta=theta,
+        context_length=context_length,
+        sigmoid_bias=sigmoid_bias,
+        window=window,
+    )
+
+
+def init_cache(
+    spec: AttentionSpec,
+    *,
+    batch: int,
+    num_kv_heads: int,
+    head_dim_qk: int,
+    head_dim_v: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+) -> Cache:
+    """A cache that has seen nothing.
+
+    Args:
+        spec: from :func:`decoding_spec`.
+        batch: B.
+        num_kv_heads: NKV.
+        head_dim_qk: DHQK.
+        head_dim_v: DHV.
+        capacity: tokens to come, prompt included; :func:`grow` makes room for more. With a window no more than the
+            window is kept, and without one ``none`` keeps no token: neither ever overflows.
+        dtype: of keys and values; a state is always float32.
+
+    Raises:
+        ValueError: capacity is not positive.
+    """
+    if capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    length = jnp.zeros((), jnp.int32)
+    if spec.activation == "none" and spec.window is None:
+        return StateCache(jnp.zeros((batch, num_kv_heads, head_dim_qk, head_dim_v), F32), length)
+    if spec.window is not None:
+        # The window's worth, also where fewer tokens were announced: a cache of a window needs no growing.
+        capacity = spec.window
+    return KVCache(
+        k=jnp.zeros((batch, num_kv_heads, capacity, head_dim_qk), dtype),
+        v=jnp.zeros((batch, num_kv_heads, capacity, head_dim_v), dtype),
+        length=length,
+    )
+
+
+def grow(cache: Cache, spec: AttentionSpec, tokens: int = 1) -> Cache:
+    """The cache with room for so many more tokens: itself, or one of doubled capacity. Not under jit.
+
+    Doubling compiles a decode step log₂ times in all, and copies each token twice on average.
+    """
+    if isinstance(cache, StateCache) or spec.window is not None:
+        return cache
+    capacity = cache.k.shape[2]
+    while capacity < int(cache.length) + tokens:
+        capacity *= 2
+    more = [(0, 0), (0, 0), (0, capacity - cache.k.shape[2]), (0, 0)]
+    return replace(cache, k=jnp.pad(cache.k, more), v=jnp.pad(cache.v, more))
+
+
+def prefill(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    cache: Cache,
+    spec: AttentionSpec,
+    *,
+    length: jax.Array | int | None = None,
+    implementation: str = "auto",
+) -> tuple[jax.Array, Cache]:
+    """The parallel form over the prompt, at positions 0 … S − 1, and the cache after it.
+
+    Args:
+        queries: (B, NH, S, DHQK), or (B, S, DHQK) for one head.
+        keys: (B, NKV, S, DHQK), in the cache's dtype.
+        values: (B, NKV, S, DHV), likewise.
+        cache: one that has seen nothing.
+        spec: from :func:`decoding_spec`.
+        length: tokens of the prompt that count, at most S; a number or a traced scalar. What follows is padding, for
+            which the output means nothing. None is all.
+        implementation: as of :func:`xattn.backend.api.attention`; ``none`` without a window is always ``linear``.
+
+    Returns:
+        out (B, NH, S, DHV), or (B, S, DHV), and the cache.
+
+    Raises:
+        ValueError: arrays that don't fit each other, or a prompt longer than the cache's capacity.
+    """
+    q, k, v = checked_arrays(queries, keys, values)
+    seen = jnp.asarray(q.shape[2] if length is None else length, jnp.int32)
+    if isinstance(cache, StateCache):
+        counts = (jnp.arange(v.shape[2]) < seen)[None, None, :, None]
+        out, state = chunked(q, k, jnp.where(counts, v, 0), spec, cache.state, Tuning.of_platform())
+        after: Cache = StateCache(state, seen)
+    else:
+        capacity = cache.k.shape[2]
+        if spec.window is None and q.shape[2] > capacity:
+            raise ValueError(f"a prompt of {q.shape[2]} tokens does not fit a cache with a capacity of {capacity}")
+        choice = dispatch.choose(dispatch.Call.of(q, k, v, spec), implementation)
+        out = dispatch.row(choice.name).function(q, k, v, spec)
+        positions = jnp.clip(_positions(seen, capacity), 0, q.shape[2] - 1)
+        _, k = prepare(q, k, spec)
+        k, v = (jnp.take(x, positions, axis=2) for x in (k, v))
+        after = KVCache(k.astype(cache.k.dtype), v.astype(cache.v.dtype), seen)
+    return (out if queries.ndim == 4 else out[:, 0]), after
+
+
+def decode_step(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, cache: Cache, spec: AttentionSpec
+) -> tuple[jax.Array, Cache]:
+    """The next token: its output, and the cache after it.
+
+    Args:
+        queries: (B, NH, 1, DHQK), or (B, 1, DHQK) for one head.
+        keys: (B, NKV, 1, DHQK), in the cache's dtype.
+        values: (B, NKV, 1, DHV), likewise.
+        cache: from :func:`prefill`, :func:`decode_step` or :func:`init_cache`.
+        spec: from :func:`decoding_spec`.
+
+    Returns:
+        out (B, NH, 1, DHV), or (B, 1, DHV), and the cache. Past the capacity of a cache without a window, which is only
+        known while it runs, out is NaN: :func:`grow` in time.
+
+    Raises:
+        ValueError: arrays that don't fit each other, or more than one token.
+    """
+    q, k, v = checked_arrays(queries, keys, values)
+    if q.shape[2] != 1:
+        raise ValueError(f"decode_step takes one token, got {q.shape[2]}; prefill takes many")
+    sin, cos = rotary_tables(cache.length[None], q.shape[-1], spec.theta)
+    q, k = rotate(pre_activate(q, spec), sin, cos), rotate(pre_activate(k, spec), sin, cos)
+    q = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, NKV, G, DHQK)
+    if isinstance(cache, StateCache):
+        out, after = _state_step(q, k, v, cache)
+    else:
+        out, after = _kv_step(q, k, v, cache, spec)
+    out = out.astype(values.dtype).reshape(*queries.shape[:-1], v.shape[-1])
+    return out, after
+
+
+def _state_step(q: jax.Array, k: jax.Array, v: jax.Array, cache: StateCache) -> tuple[jax.Array, Cache]:
+    scale = 1 / math.sqrt(q.shape[-1])
+    state = cache.state + product("bksd,bkse->bkde", k, v) * scale
+    return product("bkgd,bkde->bkge", q.astype(F32), state), StateCache(state, cache.length + 1)
+
+
+def _kv_step(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, spec: AttentionSpec) -> tuple[jax.Array, Cache]:
+    t, capacity = cache.length, cache.k.shape[2]
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), t % capacity, axis=2)
+        for old, new in ((cache.k, k), (cache.v, v))
+    )
+    positions = _positions(t + 1, capacity)
+    keep = positions >= 0
+    if spec.window is not None:
+        keep = keep & (t - spec.window < positions)
+    logits = product("bkgd,bksd->bkgs", q, keys.astype(q.dtype)) / math.sqrt(q.shape[-1])
+    keep = jnp.broadcast_to(keep, logits.shape)
+    match spec.activation:
+        case "softmax":
+            # The token itself may always be attended to: no row is empty.
+            weights = jax.nn.softmax(logits, axis=-1, where=keep)
+        case "sigmoid":
+            assert spec.bias is not None
+            weights = jnp.where(keep, jax.nn.sigmoid(logits + spec.bias.reshape(1, *q.shape[1:3], 1)), 0)
+        case "none":
+            weights = jnp.where(keep, logits, 0)
+    out = product("bkgs,bkse->bkge", weights.astype(v.dtype), values.astype(v.dtype))
+    if spec.window is None:
+        out = jnp.where(t < capacity, out, jnp.nan)
+    return out, KVCache(keys, values, t + 1)
+
+
+def _positions(length: jax.Array, capacity: int) -> jax.Array:
+    """(C,): the position of the token in each slot after ``length`` tokens; negative where none is."""
+    newest = length - 1
+    return newest - (newest - jnp.arange(capacity)) % capacity

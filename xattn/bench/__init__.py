@@ -1,0 +1,1 @@
+"""Measurements of parts, side by side in one process; ``xattn bench``."""

@@ -1,0 +1,265 @@
+"""``xattn bench attention``: time and memory of the attention implementations, and of JAX's own as their peer.
+
+All implementations of one activation and length take turns in one process, so that a disturbed machine disturbs them
+all alike, and medians with their spread are reported. Memory is the compiled program's own, arguments, results and
+temporaries, which is exact and needs no run. The peak of the whole process is recorded too; it never falls, so it
+means something for one implementation at one length only:
+
+    xattn bench attention --implementations blockwise --activations softmax --lengths 16384 --heads 4 --repeats 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from xattn.backend import attention, dispatch
+from xattn.backend.arguments import DTYPES
+from xattn.backend.config import Activation
+
+PEER = "jax.nn"
+"""The name under which ``jax.nn.dot_product_attention`` stands in the results."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to measure, compiled."""
+
+    name: str
+    activation: str
+    length: int
+    run: Callable[..., Any]
+    compile_seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one implementation, activation and length."""
+
+    name: str
+    activation: str
+    length: int
+    median_seconds: float
+    lowest_seconds: float
+    highest_seconds: float
+    ratio_to_reference: float | None
+    compile_seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not measured, and why."""
+
+    name: str
+    activation: str
+    length: int
+    reason: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, and write ``attention.json`` and ``attention.png``. Returns an exit code."""
+    options = _parser().parse_args(argv)
+    results: list[Result] = []
+    skipped: list[Skipped] = []
+    for length in options.lengths:
+        arrays = _arrays(options, length)
+        for activation in options.activations:
+            subjects = []
+            for name in options.implementations:
+                made = _prepare(name, activation, arrays, options)
+                if isinstance(made, Skipped):
+                    skipped.append(made)
+                else:
+                    subjects.append(made)
+            results += _measure(subjects, arrays, options.repeats)
+    _print(results, skipped)
+    options.output.mkdir(parents=True, exist_ok=True)
+    record = {
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "machine": {
+            "platform": dispatch.platform(),
+            "device": jax.local_devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "load_average": os.getloadavg()[0],
+            "jax": jax.__version__,
+        },
+        "process_peak_bytes": _process_peak_bytes(),
+        "results": [asdict(result) for result in results],
+        "skipped": [asdict(skip) for skip in skipped],
+    }
+    (options.output / "attention.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if results:
+        _draw(results, options.output / "attention.png")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xattn bench attention", description="Time and memory of attention implementations, side by side."
+    )
+    rows = [row.name for row in dispatch.TABLE]
+    everything = [*rows, PEER]
+    parser.add_argument("--implementations", nargs="+", choices=everything, default=everything, metavar="NAME")
+    parser.add_argument("--activations", nargs="+", choices=get_args(Activation), default=list(get_args(Activation)))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048], metavar="S")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, help="default: as many as --heads")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--passes", choices=("forward", "forward+backward"), default="forward+backward")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each implementation")
+    parser.add_argument(
+        "--memory-limit", type=float, default=4.0, metavar="GB", help="programs that need more are skipped"
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    return parser
+
+
+def _arrays(options: argparse.Namespace, length: int) -> tuple[jax.Array, ...]:
+    """q, k, v and the cotangent of the output."""
+    kv_heads = options.kv_heads or options.heads
+    rng = np.random.default_rng(0)
+    return tuple(
+        jnp.asarray(rng.standard_normal((options.batch, heads, length, options.head_dim), np.float32), options.dtype)
+        for heads in (options.heads, kv_heads, kv_heads, options.heads)
+    )
+
+
+def _prepare(
+    name: str, activation: str, arrays: tuple[jax.Array, ...], options: argparse.Namespace
+) -> Subject | Skipped:
+    length = arrays[0].shape[2]
+    if name == PEER:
+        if activation != "softmax":
+            return Skipped(name, activation, length, "has softmax only")
+
+        def call(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+            window = None if options.window is None else (options.window - 1, 0)
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
+            return out.swapaxes(1, 2)
+
+    else:
+
+        def call(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention(q, k, v, activation_function=activation, window=options.window, implementation=name)
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Any:
+        if options.passes == "forward":
+            return call(q, k, v)
+        out, vjp = jax.vjp(call, q, k, v)
+        return out, vjp(g)
+
+    try:
+        traced = jax.jit(both).lower(*arrays)
+    except ValueError as refusal:  # what the table says of a call that it cannot serve
+        return Skipped(name, activation, length, str(refusal))
+    began = time.perf_counter()
+    compiled = traced.compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    assert memory is not None, "CPU, GPU and TPU programs all know their memory"
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    if needed > options.memory_limit * 1e9:
+        return Skipped(name, activation, length, f"needs {needed / 1e9:.1f} GB of memory (--memory-limit)")
+    return Subject(name, activation, length, compiled, seconds, needed)
+
+
+def _measure(subjects: list[Subject], arrays: tuple[jax.Array, ...], repeats: int) -> list[Result]:
+    """Each in turn, ``repeats`` times; a first turn is not counted."""
+    seconds: dict[str, list[float]] = {subject.name: [] for subject in subjects}
+    for turn in range(repeats + 1):
+        for subject in subjects:
+            began = time.perf_counter()
+            jax.block_until_ready(subject.run(*arrays))
+            if turn:
+                seconds[subject.name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = medians.get("reference")
+    return [
+        Result(
+            name=subject.name,
+            activation=subject.activation,
+            length=subject.length,
+            median_seconds=medians[subject.name],
+            lowest_seconds=min(seconds[subject.name]),
+            highest_seconds=max(seconds[subject.name]),
+            ratio_to_reference=None if reference is None else reference / medians[subject.name],
+            compile_seconds=subject.compile_seconds,
+            memory_bytes=subject.memory_bytes,
+        )
+        for subject in subjects
+    ]
+
+
+def _print(results: list[Result], skipped: list[Skipped]) -> None:
+    console = Console()
+    table = Table("S", "activation", "implementation", "median", "lowest … highest", "× reference", "memory", "compile")
+    for result in results:
+        ratio = "" if result.ratio_to_reference is None else f"{result.ratio_to_reference:.2f}"
+        table.add_row(
+            str(result.length),
+            result.activation,
+            result.name,
+            f"{result.median_seconds * 1e3:.1f} ms",
+            f"{result.lowest_seconds * 1e3:.1f} … {result.highest_seconds * 1e3:.1f}",
+            ratio,
+            f"{result.memory_bytes / 1e6:.0f} MB",
+            f"{result.compile_seconds:.1f} s",
+        )
+    console.print(table)
+    for skip in skipped:
+        console.print(f"not run: {skip.name}, {skip.activation}, S {skip.length}: {skip.reason}", highlight=False)
+
+
+def _draw(results: list[Result], path: Path) -> None:
+    from matplotlib.figure import Figure  # half a second, needed last
+
+    activations = list(dict.fromkeys(result.activation for result in results))
+    figure = Figure(figsize=(4 * len(activations), 6), layout="constrained")
+    axes = figure.subplots(2, len(activations), sharex=True, sharey="row", squeeze=False)
+    for column, activation in enumerate(activations):
+        of_activation = [result for result in results if result.activation == activation]
+        for name in dict.fromkeys(result.name for result in of_activation):
+            line = [result for result in of_activation if result.name == name]
+            lengths = [result.length for result in line]
+            median = [result.median_seconds for result in line]
+            low = [result.lowest_seconds for result in line]
+            high = [result.highest_seconds for result in line]
+            axes[0, column].fill_between(lengths, low, high, alpha=0.2)
+            axes[0, column].plot(lengths, median, marker="o", label=name)
+            axes[1, column].plot(lengths, [result.memory_bytes for result in line], marker="o", label=name)
+        axes[0, column].set(title=activation, xscale="log", yscale="log")
+        axes[1, column].set(xlabel="S", yscale="log")
+        axes[0, column].legend(frameon=False)
+    axes[0, 0].set_ylabel("seconds, median and range")
+    axes[1, 0].set_ylabel("bytes of the program")
+    figure.savefig(path, dpi=120)
+
+
+def _process_peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes on Linux
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""``xattn report`` and ``xattn compare``: what a study's run folders say, with its uncertainty.
+
+Reads run folders only: no jax, no wandb, no network.
+"""
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """``xattn report outputs/<study>``: writes the report, returns the exit code."""
+    from xattn.report import command
+
+    return command.main(argv)

@@ -1,0 +1,50 @@
+"""What ``python train.py`` without a word would run: the values of conf/, read without Hydra."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xattn.report.read import flatten
+
+_CONF = Path(__file__).resolve().parent.parent.parent / "conf"
+
+
+def conf_defaults(conf: Path = _CONF) -> dict[str, Any]:
+    """Dotted key → default value. Empty where conf/ is not beside the package, as in an installation without it.
+
+    Knows what conf/ uses of Hydra's defaults lists: ``- group: choice`` in config.yaml, ``[file, _self_]`` in a choice.
+    """
+    root = conf / "config.yaml"
+    if not root.is_file():
+        return {}
+    tree = yaml.safe_load(root.read_text("utf-8"))
+    values: dict[str, Any] = {}
+    for entry in tree.pop("defaults"):
+        if isinstance(entry, Mapping):
+            ((group, choice),) = entry.items()
+            if choice is not None and not str(group).startswith("override "):
+                values |= {f"{group}.{key}": value for key, value in _choice(conf / str(group), choice).items()}
+    tree.pop("hydra", None)
+    return values | _leaves(tree)
+
+
+def _choice(group: Path, name: str) -> dict[str, Any]:
+    tree = yaml.safe_load((group / f"{name}.yaml").read_text("utf-8")) or {}
+    bases = [base for base in tree.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    values: dict[str, Any] = {}
+    for base in bases:
+        values |= _choice(group, base)
+    return values | _leaves(tree)
+
+
+def _leaves(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """``3e-3`` is a string to YAML 1.1, which wants a dot, and a number to omegaconf and so to a run's config.yaml."""
+    return {
+        key: float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) else value
+        for key, value in flatten(tree)
+    }

@@ -1,0 +1,204 @@
+"""Reads a study's run folders. What is missing, half written or foreign is said, and never a failure."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from xattn import run_folder
+from xattn.errors import BadInput
+
+REPORT = "report"
+EVALUATIONS = "evaluations.jsonl"
+CURVES = ("step", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
+_Loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as it was found.
+
+    config: dotted key → value. curves: for each of :data:`CURVES` an array with a place for each row of metrics.jsonl,
+    NaN where the row has no such number. status: the summary's; ``killed`` where it says running and nobody holds the
+    folder, ``not begun`` where there is no summary. problems: what could not be read.
+    """
+
+    folder: Path
+    config: Values
+    overrides: tuple[str, ...]
+    provenance: Values
+    summary: Values
+    curves: Mapping[str, np.ndarray]
+    evaluations: tuple[Values, ...]
+    status: str
+    problems: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+    @property
+    def command(self) -> str:
+        """What was typed for this run, on a line that a shell takes."""
+        return shlex.join(["python", "train.py", *self.overrides])
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        batch, length = self.config.get("trainer.batch_size"), self.config.get("backend.context_length")
+        return batch * length if isinstance(batch, int) and isinstance(length, int) else None
+
+    def number(self, key: str) -> float | None:
+        """A finite number of the summary, or None."""
+        return finite(self.summary.get(key))
+
+    def result(self, metric: str) -> float | None:
+        """The metric at the end of a run that is done; None for every other run."""
+        return self.number(metric) if self.status == "done" else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs below one folder, by name; and the folders there that are none."""
+
+    folder: Path
+    runs: tuple[Run, ...]
+    foreign: tuple[str, ...] = field(default=())
+
+
+def read_study(folder: Path) -> Study:
+    """Reads ``outputs/<study>``. Hidden folders (``.superseded``) and the report itself are passed over.
+
+    Raises :class:`BadInput` where there is no such folder or no run in it.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder")
+    runs, foreign = [], []
+    for path in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        if path.name.startswith(".") or path.name == REPORT:
+            continue
+        if (path / run_folder.CONFIG).is_file():
+            runs.append(read_run(path))
+        else:
+            foreign.append(path.name)
+    if not runs:
+        raise BadInput(f"{folder}: no run in it; a run is a folder with a {run_folder.CONFIG}")
+    return Study(folder, tuple(runs), tuple(foreign))
+
+
+def read_run(folder: Path) -> Run:
+    """Reads one run folder. Raises :class:`BadInput` where it has no config.yaml."""
+    if not (folder / run_folder.CONFIG).is_file():
+        raise BadInput(f"{folder}: not a run folder: it has no {run_folder.CONFIG}")
+    problems: list[str] = []
+    config = _read_yaml(folder / run_folder.CONFIG, dict, problems)
+    overrides = _read_yaml(folder / run_folder.OVERRIDES, list, problems)
+    summary = _read_json(folder / run_folder.SUMMARY, problems)
+    provenance = _read_json(folder / run_folder.PROVENANCE, problems)
+    status = str(summary.get("status", "not begun"))
+    if status == "running" and not run_folder.is_held(folder):
+        status = "killed"
+    return Run(
+        folder=folder,
+        config=dict(flatten(config)),
+        overrides=tuple(str(override) for override in overrides),
+        provenance=provenance,
+        summary=summary,
+        curves=_curves(folder / run_folder.METRICS, problems),
+        evaluations=tuple(_rows(folder / EVALUATIONS, problems)),
+        status=status,
+        problems=tuple(problems),
+    )
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each leaf; a list is one leaf, written as JSON, so that every value can be compared."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def finite(value: Any) -> float | None:
+    """The value where it is a finite number and no truth value, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
+    text = _text(path, problems)
+    try:
+        loaded = yaml.load(text, _Loader) if text else kind()
+    except yaml.YAMLError:
+        loaded = None
+    if not isinstance(loaded, kind):
+        problems.append(f"{path.name} is not readable")
+        return kind()
+    return loaded
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    text = _text(path, problems)
+    try:
+        loaded = json.loads(text) if text else {}
+    except ValueError:
+        loaded = None
+    if not isinstance(loaded, dict):
+        problems.append(f"{path.name} is not readable")
+        return {}
+    return loaded
+
+
+def _text(path: Path, problems: list[str]) -> str:
+    """The file's text; empty where it is missing, and where it cannot be read, which is noted."""
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError):
+        problems.append(f"{path.name} is not readable")
+        return ""
+
+
+def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The rows of a file with a JSON object a line. A last line without its end is being written, and is left out."""
+    text = _text(path, problems)
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    try:
+        rows = json.loads(f"[{','.join(lines)}]")  # one call: twice as fast as one for each line
+    except ValueError:
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        problems.append(f"{path.name} has {len(lines) - len(rows)} lines that are no JSON")
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _curves(path: Path, problems: list[str]) -> dict[str, np.ndarray]:
+    rows = [row for row in _rows(path, problems) if finite(row.get("step")) is not None]
+    columns: dict[str, np.ndarray] = {}
+    for key in CURVES:
+        values = [row.get(key) for row in rows]
+        try:
+            columns[key] = np.array(values, dtype=float)  # None becomes NaN
+        except (TypeError, ValueError):
+            columns[key] = np.array([np.nan if finite(value) is None else value for value in values], dtype=float)
+    return columns

@@ -1,0 +1,128 @@
+"""Which setting of the tuned keys (the learning rate) each cell is judged at, and by which seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from xattn.report.design import Cell, Design, Setting, in_order
+from xattn.report.read import Run, finite
+
+CHOSEN_BY = "val_loss"
+Selection = Literal["same", "heldout"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting of the tuned keys in one cell. losses: seed → final validation loss. diverged: the seeds that did."""
+
+    setting: Setting
+    losses: Mapping[Any, float]
+    diverged: tuple[Any, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds that did not diverge."""
+        return float(np.mean(list(self.losses.values()))) if self.losses else None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A cell at its chosen setting.
+
+    candidates: all of the cell's settings, as the choosing seeds saw them. values: seed → metric, of the judging seeds
+    whose run is done. diverged: judging seeds whose run diverged. at_edge: tuned keys whose chosen value is the smallest
+    or largest that was tried, of more than one.
+    """
+
+    cell: Cell
+    setting: Setting
+    candidates: tuple[Candidate, ...]
+    values: Mapping[Any, float]
+    diverged: tuple[Any, ...]
+    runs: Mapping[Any, Run]
+    at_edge: tuple[str, ...]
+
+
+def split(seeds: Sequence[Any], selection: Selection, tuned: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The seeds to choose on and those to judge by: all and all, or for ``heldout`` the first half and the others.
+
+    Judging by other seeds is a data split: given the choice, the differences are as independent as without one, so that
+    a t interval keeps its coverage, for the difference between the settings that were chosen.
+    """
+    if selection == "same" or not tuned:
+        return tuple(seeds), tuple(seeds)
+    half = len(seeds) // 2
+    return tuple(seeds[:half]), tuple(seeds[half:])
+
+
+def choose(design: Design, metric: str, selection: Selection = "same") -> dict[Cell, Chosen]:
+    """For each cell the setting with the least mean validation loss over the choosing seeds.
+
+    A diverged run is worse than any finite loss, so fewer diverged seeds come first; settings that lack seeds which
+    another of the cell has are passed over. Cells in which no run has ended are left out.
+    """
+    choosing, judging = split(design.seeds, selection, bool(design.tuned))
+    chosen = {}
+    for cell, settings in design.runs.items():
+        candidates = tuple(_candidate(setting, runs, choosing) for setting, runs in settings.items())
+        most = max(len(c.losses) + len(c.diverged) for c in candidates)
+        if most == 0:
+            continue
+        complete = [c for c in candidates if len(c.losses) + len(c.diverged) == most]
+        best = min(complete, key=lambda c: (len(c.diverged), np.inf if c.mean is None else c.mean))
+        runs = {seed: run for seed, run in settings[best.setting].items() if seed in judging}
+        results = {seed: run.result(metric) for seed, run in runs.items()}
+        chosen[cell] = Chosen(
+            cell=cell,
+            setting=best.setting,
+            candidates=candidates,
+            values={seed: value for seed, value in results.items() if value is not None},
+            diverged=tuple(in_order(seed for seed, run in runs.items() if run.status == "diverged")),
+            runs=runs,
+            at_edge=_at_edge(design.tuned, best.setting, [c.setting for c in complete]),
+        )
+    return chosen
+
+
+def sensitivity(candidates: Sequence[Candidate], runs: Mapping[Setting, Mapping[Any, Run]]) -> float | None:
+    """How much a wrong learning rate costs: the mean over the grid of min(ℓ, ℓ₀) − min ℓ.
+
+    ℓ is a setting's mean validation loss, where a diverged run counts as ℓ₀, its first logged training loss (Wortsman et
+    al., arXiv 2309.14322, section 2). Comparable only between cells with the same grid. None with fewer than two
+    settings, or where a run has not logged.
+    """
+    means = []
+    for candidate in candidates:
+        losses = []
+        for seed in (*candidate.losses, *candidate.diverged):
+            logged = runs[candidate.setting][seed].curves["train_loss"]
+            start = finite(float(logged[0])) if logged.size else None
+            if start is None:
+                return None
+            losses.append(min(candidate.losses.get(seed, start), start))
+        if losses:
+            means.append(float(np.mean(losses)))
+    return float(np.mean(means) - min(means)) if len(means) > 1 else None
+
+
+def _candidate(setting: Setting, runs: Mapping[Any, Run], seeds: Sequence[Any]) -> Candidate:
+    ended = {seed: runs[seed] for seed in seeds if seed in runs}
+    losses = {seed: run.result(CHOSEN_BY) for seed, run in ended.items()}
+    return Candidate(
+        setting=setting,
+        losses={seed: loss for seed, loss in losses.items() if loss is not None},
+        diverged=tuple(seed for seed, run in ended.items() if run.status == "diverged"),
+    )
+
+
+def _at_edge(tuned: Sequence[str], best: Setting, settings: Sequence[Setting]) -> tuple[str, ...]:
+    found = []
+    for i, key in enumerate(tuned):
+        values = in_order({setting[i] for setting in settings})
+        if len(values) > 1 and best[i] in (values[0], values[-1]):
+            found.append(key)
+    return tuple(found)

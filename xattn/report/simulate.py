@@ -1,0 +1,136 @@
+"""``python -m xattn.report.simulate``: do the report's statistics keep their promises where the truth is known?
+
+A simulated study has a baseline and three arms. The loss of arm a, rate r, seed s is μ(a, r) + b(s) + e(a, r, s), with b
+common to all runs of a seed, as initialisation and data order are, and e independent; both normal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from xattn.report.statistics import LEVEL, holm
+
+ARMS = 3  # besides the baseline
+RATES = np.array([0.02, 0.004, 0.0, 0.004, 0.02])  # the loss that each learning rate of the grid adds
+EFFECTS = np.array([0.0, 0.05, 0.0, -0.05])  # of the arms on the loss, the baseline's first
+SEED_SPREAD, RUN_SPREAD = 0.03, 0.01
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A share of the repetitions, and the range that it should be in; None where there is no promise."""
+
+    name: str
+    seeds: int
+    measured: float
+    low: float | None
+    high: float | None
+
+    @property
+    def kept(self) -> bool:
+        return (self.low is None or self.measured >= self.low) and (self.high is None or self.measured <= self.high)
+
+
+def intervals(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """t intervals of the means along the last axis."""
+    interval = stats.ttest_1samp(differences, 0.0, axis=-1).confidence_interval(LEVEL)
+    return interval.low, interval.high
+
+
+def fixed_coverage(repetitions: int, seeds: int, rng: np.random.Generator) -> float:
+    """How often the interval holds the true effect, of an arm and a learning rate fixed beforehand."""
+    losses = _losses(repetitions, seeds, np.zeros(1), rng)[..., 0, :]
+    return _coverage(losses[:, 1] - losses[:, 0], np.full(repetitions, EFFECTS[1] - EFFECTS[0]))
+
+
+def selected_coverage(repetitions: int, seeds: int, rng: np.random.Generator, *, heldout: bool, rates: int) -> float:
+    """How often the interval holds the true difference between what was chosen.
+
+    The arm's rate is the best of five on the choosing seeds; `rates` is how many the baseline could choose among: its
+    best fixed (1), or five as well.
+    """
+    losses = _losses(repetitions, seeds, RATES, rng)
+    half = seeds // 2 if heldout else 0
+    choosing, judging = (losses[..., :half], losses[..., half:]) if heldout else (losses, losses)
+    best = choosing[:, :2].mean(-1).argmin(-1)  # repetition, arm
+    if rates == 1:
+        best[:, 0] = RATES.argmin()
+    at_best = np.take_along_axis(judging[:, :2], best[..., None, None], axis=2)[:, :, 0]
+    truth = (EFFECTS[1] + RATES[best[:, 1]]) - (EFFECTS[0] + RATES[best[:, 0]])
+    return _coverage(at_best[:, 1] - at_best[:, 0], truth)
+
+
+def family_wise_error(repetitions: int, seeds: int, rng: np.random.Generator, *, signflip: bool) -> float:
+    """How often some arm is called different after Holm, where none is."""
+    noise = RUN_SPREAD * rng.standard_normal((repetitions, ARMS + 1, seeds))
+    differences = noise[:, 1:] - noise[:, :1]
+    if signflip:
+        tests = [
+            stats.permutation_test(
+                (part,), np.mean, permutation_type="samples", n_resamples=2**seeds, vectorized=True, axis=-1, batch=64
+            ).pvalue
+            for part in np.array_split(differences, max(1, repetitions // 100))
+        ]
+        p_values = np.concatenate(tests)
+    else:
+        p_values = stats.ttest_1samp(differences, 0.0, axis=-1).pvalue
+    rejected = [min(p for p in holm(list(row)) if p is not None) <= 1 - LEVEL for row in p_values]
+    return float(np.mean(rejected))
+
+
+def promises(repetitions: int = 1000, seed_counts: Sequence[int] = (3, 5, 10), seed: int = 0) -> list[Promise]:
+    """All that is promised, measured."""
+    rng = np.random.default_rng(seed)
+    found = [
+        Promise("coverage, arm and rate fixed", n, fixed_coverage(repetitions, n, rng), 0.93, 0.97) for n in seed_counts
+    ]
+    for n in seed_counts:
+        error = family_wise_error(repetitions, n, rng, signflip=False)
+        found.append(Promise("family-wise error after Holm, t", n, error, None, 0.064))
+    error = family_wise_error(repetitions, 10, rng, signflip=True)
+    found.append(Promise("family-wise error after Holm, sign-flip", 10, error, None, 0.064))
+    for rates, baseline in ((5, "the baseline's rate chosen too"), (1, "the baseline's rate fixed")):
+        for n in seed_counts:
+            same = selected_coverage(repetitions, n, rng, heldout=False, rates=rates)
+            found.append(Promise(f"coverage, rate chosen on the same runs, {baseline}", n, same, None, None))
+    for n in seed_counts:
+        held = selected_coverage(repetitions, n, rng, heldout=True, rates=1)
+        found.append(Promise("coverage, --selection heldout", n, held, 0.93, 0.97))
+    return found
+
+
+def main() -> int:
+    """Prints the table; 0 where every promise is kept, else 1."""
+    repetitions = 1000
+    print(f"{repetitions} simulated studies a line; 95 % intervals, tests at 5 %")
+    print(f"{'what':68} {'seeds':>5} {'measured':>9}  promise")
+    measured = promises(repetitions)
+    for promise in measured:
+        if promise.high is None:
+            bounds = "none: reported as it is"
+        else:
+            bounds = f"{promise.low:.0%} to {promise.high:.0%}" if promise.low is not None else f"≤ {promise.high:.1%}"
+            bounds += "" if promise.kept else "   NOT KEPT"
+        print(f"{promise.name:68} {promise.seeds:5} {promise.measured:9.1%}  {bounds}")
+    return 0 if all(promise.kept for promise in measured) else 1
+
+
+def _losses(repetitions: int, seeds: int, rates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(repetition, arm, rate, seed)"""
+    arms = EFFECTS.size
+    common = SEED_SPREAD * rng.standard_normal((repetitions, 1, 1, seeds))
+    own = RUN_SPREAD * rng.standard_normal((repetitions, arms, rates.size, seeds))
+    return EFFECTS[:, None, None] + rates[:, None] + common + own
+
+
+def _coverage(differences: np.ndarray, truth: np.ndarray) -> float:
+    low, high = intervals(differences)
+    return float(np.mean((low <= truth) & (truth <= high)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
