@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,6 +55,9 @@ def train(composed: DictConfig) -> ExitCode:
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a sample of text may not stop a run on an ASCII screen
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     xattn.config.register_resolvers()
     try:
@@ -62,13 +66,13 @@ def main() -> int:
     except XattnError as error:
         print(f"xattn: {error}", file=sys.stderr)
         return error.exit_code
+    except xattn.config.COMPOSITION_ERRORS as error:
+        print(f"xattn: {xattn.config.explain(error, sys.argv[1:])}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
     except OSError as error:  # Hydra makes the run's folder before train() is called
         refusal = storage_error(error, Path.cwd()) or BadInput(f"{error.filename}: {error.strerror}")
         print(f"xattn: {refusal}", file=sys.stderr)
         return refusal.exit_code
-    except xattn.config.COMPOSITION_ERRORS as error:
-        print(f"xattn: {xattn.config.explain(error, sys.argv[1:])}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
     if _sweeps:
         # One that another process was running is not in the way: the sweep has waited for its result.
         ended_well = (ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE)

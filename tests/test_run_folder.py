@@ -167,6 +167,23 @@ def test_a_lock_taken_in_a_folder_that_was_moved_away_is_not_ours(
     folder.release()
 
 
+def test_a_folder_that_is_moved_away_while_it_is_made_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """mkdir says "exists" of a folder that is gone when pathlib looks whether it is one."""
+    mkdir, refused = Path.mkdir, []
+
+    def gone(path: Path, **options: bool) -> None:
+        if not refused:
+            refused.append(path)
+            raise FileExistsError(17, "File exists", str(path))
+        mkdir(path, **options)
+
+    monkeypatch.setattr(Path, "mkdir", gone)
+    RunFolder(tmp_path / "run").release()
+    assert refused
+
+
 def test_the_folder_is_held_all_through_the_move(tmp_path: Path) -> None:
     """A process that starts while a run is moved aside never gets a folder that another one thinks is its own."""
     folder = RunFolder(tmp_path / "run")
@@ -222,13 +239,18 @@ def test_any_other_folder_is_refused_and_not_touched(entry: str, tmp_path: Path)
     assert os.listdir(tmp_path / "run") == [entry.rstrip("/")]
 
 
-def test_a_folder_in_which_no_run_has_begun_goes_away(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "run").release()
-    assert os.listdir(tmp_path) == []
-    folder = RunFolder(tmp_path / "run")
-    (folder / "config.yaml").write_text("x")
-    folder.release()
-    assert (tmp_path / "run" / "config.yaml").read_text() == "x"
+def test_withdrawing_takes_away_what_was_made_and_nothing_else(tmp_path: Path) -> None:
+    """A log.txt stays: it may hold a traceback, or be somebody's."""
+    for name in (None, "log.txt", "config.yaml"):
+        folder = RunFolder(tmp_path / "run")
+        if name is not None:
+            (folder / name).write_text("x")
+        folder.withdraw()
+        folder.release()
+        assert sorted(entry.name for entry in tmp_path.rglob("*")) == ([] if name is None else [name, "run"])
+        if name is not None:
+            (tmp_path / "run" / name).unlink()
+            (tmp_path / "run").rmdir()
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -189,6 +190,8 @@ def _to_yaml(values: Any) -> str:
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:
+    if GlobalHydra().is_initialized():  # by train.py, with this same conf/
+        return hydra_compose("config", list(overrides))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra_compose("config", list(overrides))
 

@@ -31,6 +31,7 @@ def hush_libraries(note: Callable[[str], None]) -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = lambda args: note("".join(traceback.format_exception(args.exc_value)))
+    sys.unraisablehook = lambda args: note("".join(traceback.format_exception(args.exc_value)))
 
 
 def keep_compiled_programs() -> None:

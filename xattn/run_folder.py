@@ -149,10 +149,11 @@ def _acquire(path: Path) -> int:
             if CONFIG not in names and not names <= _NOTHING_YET:
                 raise BadInput(f"{path}: is not empty and holds no {CONFIG} of a run; choose another folder")
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise BadInput(f"{error.filename}: is a file, and a run needs a folder there") from error
-        except FileNotFoundError:
-            continue  # moved aside by another process since the mkdir
+        except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+            for there in (path, *path.parents):
+                if there.exists() and not there.is_dir():
+                    raise BadInput(f"{there}: is a file, and a run needs a folder there") from error
+            continue  # moved aside by another process in between
         except OSError as error:
             raise storage_error(error, path) or BadInput(f"{path}: cannot be written: {error.strerror}") from error
         try:

@@ -12,7 +12,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 @pytest.fixture(autouse=True, scope="package")
 def _quick_compiles() -> Iterator[None]:
-    """Hundreds of tiny programs: what LLVM could gain in their speed it costs tenfold in compiling them."""
+    """Hundreds of tiny programs: compiling them well takes longer than running them badly."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield

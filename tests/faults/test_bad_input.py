@@ -78,7 +78,7 @@ def test_odd_bytes_are_bytes(kind: str, cwd: Path) -> None:
         ("trainer.batch_size=0", "trainer.batch_size"),
         ("optimizer.learning_rate=nan", "nan"),
         ("optimizer.clip_norm=inf", "inf"),
-        ("model.embedding_dim=36 model.num_heads=4", "36"),
+        ("model.embedding_dim=36 model.num_heads=4", "embedding_dim / num_heads = 9"),
         ("model.embedding_dim=30", "30"),
         ("backend.theta=0", "backend.theta"),
         ("backend.theta=-10", "backend.theta"),

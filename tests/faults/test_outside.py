@@ -68,6 +68,7 @@ def init(**arguments):
     return Run()
 """
 
+CLI = ["-c", "import sys, xattn.cli; sys.exit(xattn.cli.main())"]
 MIRRORED = "tracking.wandb.mode=offline"
 
 
@@ -134,7 +135,13 @@ def test_sync_brings_back_what_wandb_lost(command: list[str], cwd: Path, tmp_pat
     ids = set(map(str, wandb.told("id")))
     again = Wandb(tmp_path / "again")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(again.folder), str(ROOT)])}
-    with start("sync", str(the_run(cwd)), cwd=cwd, env=environment, program=["-m", "xattn.cli"]) as process:
+    with start(
+        "sync",
+        str(the_run(cwd)),
+        cwd=cwd,
+        env=environment,
+        program=CLI,
+    ) as process:
         out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out + err
     assert again.told("step") == [row["step"] for row in rows(the_run(cwd))]

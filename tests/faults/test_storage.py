@@ -52,7 +52,7 @@ def small_disk(cwd: Path) -> Iterator[Callable[..., None]]:
         subprocess.run(["umount", "--lazy", str(where)], check=True, capture_output=True)
 
 
-def assert_told(training: Training, where: Path) -> None:
+def assert_told(training: Training, where: Path | str) -> None:
     """Exit 6, and at most five lines with the path and how many bytes."""
     assert training.wait() == 6, training.out + training.err
     assert str(where) in training.err
@@ -131,7 +131,7 @@ def test_a_read_only_folder_is_six_and_a_run_in_it_is_unharmed(
     """As root chmod proves nothing: the file system itself is read-only, at a first start and at a resume."""
     small_disk("size=50m")
     small_disk("ro")
-    assert_told(train(*command, cwd=cwd), cwd)
+    assert_told(train(*command, cwd=cwd), "outputs")
     small_disk("rw")
     train(*command, cwd=cwd, points=["step:15"])
     small_disk("ro")
@@ -146,5 +146,6 @@ def test_a_file_where_a_folder_should_be_is_two(command: list[str], cwd: Path) -
     (cwd / "outputs").write_text("mine")
     training = train(*command, cwd=cwd)
     assert training.wait() == 2
-    assert str(cwd / "outputs") in training.err
+    assert "outputs" in training.err
+    assert len(training.err.splitlines()) <= 5
     assert (cwd / "outputs").read_text() == "mine"

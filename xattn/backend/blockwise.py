@@ -77,8 +77,8 @@ def _forward(
         start = (jnp.zeros((*rows, v.shape[-1]), F32), zeros + LOWEST, zeros)
         sums, top, total = jax.lax.fori_loop(first, last, of_keys, start)
         if spec.activation == "softmax":
-            # A row that may attend to nothing has a total of 0: its output is 0, and an infinite-like sum, of which
-            # every weight is a vanishing part, makes its weights 0 in the backward.
+            # A row that may attend to nothing has a total of 0. Its output is 0; the largest float as its log-sum-exp
+            # makes its weights 0 in the backward too.
             empty = total == 0
             total = jnp.where(empty, 1, total)
             sums, lse = sums / total, _put(lse, jnp.where(empty, -LOWEST, top + jnp.log(total)), i)

@@ -55,7 +55,7 @@ def prepare(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> tuple[jax.Array,
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """einsum of two arrays of one dtype, accumulated in float32 and returned in it."""
     if jax.default_backend() == "cpu":
-        # XLA:CPU multiplies bfloat16 in float32 anyway, and fails with "Unsupported element type for DotThunk" (0.10 to
-        # 0.12) on some bfloat16 products of several batch axes. The products are the same to the bit.
+        # XLA:CPU multiplies bfloat16 in float32 anyway, and on some products of several batch axes fails instead, with
+        # "Unsupported element type for DotThunk" (jax 0.10.2 and 0.12.0).
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)

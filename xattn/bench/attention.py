@@ -114,8 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xattn bench attention", description="Time and memory of attention implementations, side by side."
     )
-    rows = [row.name for row in dispatch.TABLE]
-    everything = [*rows, PEER]
+    everything = [*dispatch.names(), PEER]
     parser.add_argument("--implementations", nargs="+", choices=everything, default=everything, metavar="NAME")
     parser.add_argument("--activations", nargs="+", choices=get_args(Activation), default=list(get_args(Activation)))
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048], metavar="S")
@@ -145,12 +144,12 @@ def _arrays(options: argparse.Namespace, length: int) -> tuple[jax.Array, ...]:
 
 
 def _prepare(
-    name: str, activation: str, arrays: tuple[jax.Array, ...], options: argparse.Namespace
+    name: str, activation: Activation, arrays: tuple[jax.Array, ...], options: argparse.Namespace
 ) -> Subject | Skipped:
     length = arrays[0].shape[2]
+    if reason := _refusal(name, activation, arrays, options):
+        return Skipped(name, activation, length, reason)
     if name == PEER:
-        if activation != "softmax":
-            return Skipped(name, activation, length, "has softmax only")
 
         def call(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -169,10 +168,7 @@ def _prepare(
         out, vjp = jax.vjp(call, q, k, v)
         return out, vjp(g)
 
-    try:
-        traced = jax.jit(both).lower(*arrays)
-    except ValueError as refusal:  # what the table says of a call that it cannot serve
-        return Skipped(name, activation, length, str(refusal))
+    traced = jax.jit(both).lower(*arrays)
     began = time.perf_counter()
     compiled = traced.compile()
     seconds = time.perf_counter() - began
@@ -182,6 +178,30 @@ def _prepare(
     if needed > options.memory_limit * 1e9:
         return Skipped(name, activation, length, f"needs {needed / 1e9:.1f} GB of memory (--memory-limit)")
     return Subject(name, activation, length, compiled, seconds, needed)
+
+
+def _refusal(
+    name: str, activation: Activation, arrays: tuple[jax.Array, ...], options: argparse.Namespace
+) -> str | None:
+    """Why the named one can't serve, or None."""
+    if name == PEER:
+        return None if activation == "softmax" else "it has softmax only"
+    if name == dispatch.AUTO:
+        return None
+    q, k, v, _ = arrays
+    call = dispatch.Call(
+        activation=activation,
+        dtype=q.dtype.name,
+        batch=q.shape[0],
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        sequence=q.shape[2],
+        head_dim_qk=q.shape[3],
+        head_dim_v=v.shape[3],
+        window=options.window,
+    )
+    missing = dispatch.row(name).unsupported(call)
+    return missing and f"it does not support {missing}"
 
 
 def _measure(subjects: list[Subject], arrays: tuple[jax.Array, ...], repeats: int) -> list[Result]:
@@ -213,22 +233,28 @@ def _measure(subjects: list[Subject], arrays: tuple[jax.Array, ...], repeats: in
 
 def _print(results: list[Result], skipped: list[Skipped]) -> None:
     console = Console()
-    table = Table("S", "activation", "implementation", "median", "lowest … highest", "× reference", "memory", "compile")
+    table = Table("S", "activation", "implementation", "ms", "from", "to", "×ref", "MB", "compile")
+    for column in table.columns:
+        column.no_wrap = True
     for result in results:
         ratio = "" if result.ratio_to_reference is None else f"{result.ratio_to_reference:.2f}"
+        times = (result.median_seconds, result.lowest_seconds, result.highest_seconds)
         table.add_row(
             str(result.length),
             result.activation,
             result.name,
-            f"{result.median_seconds * 1e3:.1f} ms",
-            f"{result.lowest_seconds * 1e3:.1f} … {result.highest_seconds * 1e3:.1f}",
+            *(f"{seconds * 1e3:.1f}" for seconds in times),
             ratio,
-            f"{result.memory_bytes / 1e6:.0f} MB",
+            f"{result.memory_bytes / 1e6:.0f}",
             f"{result.compile_seconds:.1f} s",
         )
     console.print(table)
+    reasons: dict[tuple[str, str, str], list[int]] = {}
     for skip in skipped:
-        console.print(f"not run: {skip.name}, {skip.activation}, S {skip.length}: {skip.reason}", highlight=False)
+        reasons.setdefault((skip.name, skip.activation, skip.reason), []).append(skip.length)
+    for (name, activation, reason), lengths in reasons.items():
+        at = ", ".join(str(length) for length in lengths)
+        console.print(f"not run: {name}, {activation}, S {at}: {reason}", highlight=False, soft_wrap=True)
 
 
 def _draw(results: list[Result], path: Path) -> None:
@@ -237,6 +263,7 @@ def _draw(results: list[Result], path: Path) -> None:
     activations = list(dict.fromkeys(result.activation for result in results))
     figure = Figure(figsize=(4 * len(activations), 6), layout="constrained")
     axes = figure.subplots(2, len(activations), sharex=True, sharey="row", squeeze=False)
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(result.name for result in results))}
     for column, activation in enumerate(activations):
         of_activation = [result for result in results if result.activation == activation]
         for name in dict.fromkeys(result.name for result in of_activation):
@@ -245,10 +272,12 @@ def _draw(results: list[Result], path: Path) -> None:
             median = [result.median_seconds for result in line]
             low = [result.lowest_seconds for result in line]
             high = [result.highest_seconds for result in line]
-            axes[0, column].fill_between(lengths, low, high, alpha=0.2)
-            axes[0, column].plot(lengths, median, marker="o", label=name)
-            axes[1, column].plot(lengths, [result.memory_bytes for result in line], marker="o", label=name)
-        axes[0, column].set(title=activation, xscale="log", yscale="log")
+            memory = [result.memory_bytes for result in line]
+            axes[0, column].fill_between(lengths, low, high, color=colours[name], alpha=0.2)
+            axes[0, column].plot(lengths, median, color=colours[name], marker="o", label=name)
+            axes[1, column].plot(lengths, memory, color=colours[name], marker="o")
+        axes[0, column].set(title=activation, yscale="log")
+        axes[0, column].set_xscale("log", base=2)
         axes[1, column].set(xlabel="S", yscale="log")
         axes[0, column].legend(frameon=False)
     axes[0, 0].set_ylabel("seconds, median and range")

@@ -8,6 +8,6 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """``xattn report outputs/<study>``: writes the report, returns the exit code."""
-    from xattn.report import command
+    from xattn.report.command import main as report
 
-    return command.main(argv)
+    return report(argv)

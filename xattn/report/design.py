@@ -77,7 +77,7 @@ def find_design(study: Study, defaults: Mapping[str, Any], tuned: Sequence[str] 
     settled = {key for leader in groups for key in tuned if key in varying and _settles([leader], key, runs)}
     free = [key for key in varying if key in tuned and key not in settled]
     if not groups:  # the tuned key is the question itself
-        groups, free = {key: () for key in free}, []
+        groups, free = dict.fromkeys(free, ()), []
     factors = tuple(
         _factor(leader, (*also, *sorted(k for k in settled if _settles([leader], k, runs))), runs, defaults)
         for leader, also in groups.items()

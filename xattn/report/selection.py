@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,14 +28,24 @@ class Candidate:
         """Over the seeds that did not diverge."""
         return float(np.mean(list(self.losses.values()))) if self.losses else None
 
+    @property
+    def ended(self) -> tuple[Any, ...]:
+        """The seeds that have a result, be it that they diverged."""
+        return (*self.losses, *self.diverged)
+
+    def rank(self, seeds: Collection[Any]) -> tuple[int, float]:
+        """The less the better: how many of these seeds diverged, then the mean loss of those that did not."""
+        losses = [loss for seed, loss in self.losses.items() if seed in seeds]
+        return (sum(seed in seeds for seed in self.diverged), float(np.mean(losses)) if losses else np.inf)
+
 
 @dataclass(frozen=True)
 class Chosen:
     """A cell at its chosen setting.
 
     candidates: all of the cell's settings, as the choosing seeds saw them. values: seed → metric, of the judging seeds
-    whose run is done. diverged: judging seeds whose run diverged. at_edge: tuned keys whose chosen value is the smallest
-    or largest that was tried, of more than one.
+    whose run is done. diverged: judging seeds whose run diverged. at_edge: tuned keys whose chosen value is the
+    smallest or largest that was tried, of more than one.
     """
 
     cell: Cell
@@ -62,18 +72,18 @@ def split(seeds: Sequence[Any], selection: Selection, tuned: bool) -> tuple[tupl
 def choose(design: Design, metric: str, selection: Selection = "same") -> dict[Cell, Chosen]:
     """For each cell the setting with the least mean validation loss over the choosing seeds.
 
-    A diverged run is worse than any finite loss, so fewer diverged seeds come first; settings that lack seeds which
-    another of the cell has are passed over. Cells in which no run has ended are left out.
+    A diverged run is worse than any finite loss, so fewer diverged seeds come first. Where runs are missing, settings
+    are compared on the seeds that they share; one with less than half the seeds of another is passed over. Cells in
+    which no run has ended are left out.
     """
     choosing, judging = split(design.seeds, selection, bool(design.tuned))
     chosen = {}
     for cell, settings in design.runs.items():
         candidates = tuple(_candidate(setting, runs, choosing) for setting, runs in settings.items())
-        most = max(len(c.losses) + len(c.diverged) for c in candidates)
-        if most == 0:
+        in_question, seeds = _comparable(candidates)
+        if not seeds:
             continue
-        complete = [c for c in candidates if len(c.losses) + len(c.diverged) == most]
-        best = min(complete, key=lambda c: (len(c.diverged), np.inf if c.mean is None else c.mean))
+        best = min(in_question, key=lambda candidate: candidate.rank(seeds))
         runs = {seed: run for seed, run in settings[best.setting].items() if seed in judging}
         results = {seed: run.result(metric) for seed, run in runs.items()}
         chosen[cell] = Chosen(
@@ -83,7 +93,7 @@ def choose(design: Design, metric: str, selection: Selection = "same") -> dict[C
             values={seed: value for seed, value in results.items() if value is not None},
             diverged=tuple(in_order(seed for seed, run in runs.items() if run.status == "diverged")),
             runs=runs,
-            at_edge=_at_edge(design.tuned, best.setting, [c.setting for c in complete]),
+            at_edge=_at_edge(design.tuned, best.setting, [c.setting for c in in_question]),
         )
     return chosen
 
@@ -91,14 +101,14 @@ def choose(design: Design, metric: str, selection: Selection = "same") -> dict[C
 def sensitivity(candidates: Sequence[Candidate], runs: Mapping[Setting, Mapping[Any, Run]]) -> float | None:
     """How much a wrong learning rate costs: the mean over the grid of min(ℓ, ℓ₀) − min ℓ.
 
-    ℓ is a setting's mean validation loss, where a diverged run counts as ℓ₀, its first logged training loss (Wortsman et
-    al., arXiv 2309.14322, section 2). Comparable only between cells with the same grid. None with fewer than two
+    ℓ is a setting's mean validation loss, where a diverged run counts as ℓ₀, its first logged training loss (Wortsman
+    et al., arXiv 2309.14322, section 2). Comparable only between cells with the same grid. None with fewer than two
     settings, or where a run has not logged.
     """
     means = []
     for candidate in candidates:
         losses = []
-        for seed in (*candidate.losses, *candidate.diverged):
+        for seed in candidate.ended:
             logged = runs[candidate.setting][seed].curves["train_loss"]
             start = finite(float(logged[0])) if logged.size else None
             if start is None:
@@ -117,6 +127,17 @@ def _candidate(setting: Setting, runs: Mapping[Any, Run], seeds: Sequence[Any]) 
         losses={seed: loss for seed, loss in losses.items() if loss is not None},
         diverged=tuple(seed for seed, run in ended.items() if run.status == "diverged"),
     )
+
+
+def _comparable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], set[Any]]:
+    """The settings to choose among, and the seeds to choose by."""
+    most = max(len(candidate.ended) for candidate in candidates)
+    for share in (0.5, 1.0):
+        enough = [candidate for candidate in candidates if len(candidate.ended) >= share * most]
+        shared = set.intersection(*(set(candidate.ended) for candidate in enough))
+        if shared:
+            return enough, shared
+    return enough, {seed for candidate in enough for seed in candidate.ended}
 
 
 def _at_edge(tuned: Sequence[str], best: Setting, settings: Sequence[Setting]) -> tuple[str, ...]:

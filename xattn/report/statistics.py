@@ -151,7 +151,7 @@ def _effect(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: 
             cells.append((ours, theirs))
     usable = [(ours, theirs) for ours, theirs in cells if ours.values.keys() & theirs.values.keys()]
     seeds = [s for s in design.seeds if usable and all(s in o.values and s in t.values for o, t in usable)]
-    differences = [np.mean([ours.values[s] - theirs.values[s] for ours, theirs in usable]) for s in seeds]
+    differences = [float(np.mean([ours.values[s] - theirs.values[s] for ours, theirs in usable])) for s in seeds]
     return Effect(
         factor.key,
         arm,

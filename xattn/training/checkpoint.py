@@ -218,6 +218,8 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
     if sha256(text).hexdigest().encode() != seal:
         raise IntegrityError(f"{_MANIFEST} is not as it was written")
     manifest: dict[str, Any] = json.loads(text)
+    if str(manifest["step"]) != folder.name:
+        raise IntegrityError(f"{_MANIFEST} is of step {manifest['step']}")
     return manifest
 
 

@@ -1,0 +1,151 @@
+"""Reading run folders, whole ones and others."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import xattn.config
+from xattn.errors import BadInput
+from xattn.report.defaults import conf_defaults
+from xattn.report.read import flatten, read_run, read_study
+
+from .folders import Writer
+
+
+def test_a_run_is_read(writer: Writer) -> None:
+    run = read_run(writer.run({"backend.activation": "sigmoid", "seed": 3}, 1.75, rows=40))
+    assert (run.status, run.seed, run.config["backend.activation"]) == ("done", 3, "sigmoid")
+    assert run.result("val_loss") == 1.75
+    assert run.command == "python train.py backend.activation=sigmoid seed=3"
+    assert run.tokens_per_step == 16 * 128
+    assert run.curves["step"].tolist() == list(range(5, 201, 5))
+    assert np.isnan(run.curves["val_loss"]).sum() == 30
+    assert run.curves["val_loss"][-1] == pytest.approx(1.75, abs=0.01)
+    assert not run.problems
+
+
+def test_a_command_is_quoted_for_a_shell(writer: Writer) -> None:
+    path = writer.run({"seed": 0})
+    (path / "overrides.yaml").write_text("- 'data.path=\"/a folder/x\"'\n")
+    assert read_run(path).command == "python train.py 'data.path=\"/a folder/x\"'"
+
+
+def test_a_row_that_is_being_written_is_left_out(writer: Writer) -> None:
+    path = writer.run({"seed": 0}, rows=10)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 250, "train_lo')
+    run = read_run(path)
+    assert run.curves["step"].size == 10
+    assert not run.problems
+
+
+def test_damaged_files_are_said_and_the_rest_is_read(writer: Writer) -> None:
+    path = writer.run({"seed": 0}, rows=10)
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    lines[3] = lines[3][:20]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (path / "provenance.json").write_text("{")
+    (path / "overrides.yaml").write_bytes(b"\xff\xfe")
+    run = read_run(path)
+    assert run.curves["step"].size == 9
+    assert run.problems == (
+        "overrides.yaml is not readable",
+        "provenance.json is not readable",
+        "metrics.jsonl has 1 lines that are no JSON",
+    )
+
+
+def test_null_and_missing_numbers_are_nan(writer: Writer) -> None:
+    path = writer.run({"seed": 0})
+    (path / "metrics.jsonl").write_text('{"step": 1, "train_loss": null}\n{"step": 2, "grad_norm": "large"}\n[]\n')
+    curves = read_run(path).curves
+    assert curves["step"].tolist() == [1, 2]
+    assert np.isnan(curves["train_loss"]).all()
+    assert np.isnan(curves["grad_norm"]).all()
+
+
+@pytest.mark.parametrize(("held", "status"), [(True, "running"), (False, "killed")])
+def test_a_run_that_says_running_is_killed_where_nobody_holds_it(writer: Writer, held: bool, status: str) -> None:
+    path = writer.run({"seed": 0}, status="running")
+    lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR)
+    if held:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    run = read_run(path)
+    os.close(lock)
+    assert run.status == status
+    assert run.result("val_loss") is None
+
+
+def test_a_study_passes_over_what_is_no_run(writer: Writer) -> None:
+    writer.run({"seed": 0}, name="b")
+    writer.run({"seed": 1}, name="a")
+    for name in ("foreign", "report", ".superseded"):
+        (writer.folder / name).mkdir()
+    (writer.folder / "multirun.yaml").write_text("x: 1")
+    study = read_study(writer.folder)
+    assert [run.name for run in study.runs] == ["a", "b"]
+    assert study.foreign == ("foreign",)
+
+
+def test_no_study_is_bad_input(tmp_path: Path, writer: Writer) -> None:
+    with pytest.raises(BadInput, match="no such folder"):
+        read_study(tmp_path / "nothing")
+    with pytest.raises(BadInput, match="no run in it"):
+        read_study(writer.folder)
+    with pytest.raises(BadInput, match="not a run folder"):
+        read_run(writer.folder)
+
+
+def test_evaluations_are_read(writer: Writer) -> None:
+    path = writer.run({"seed": 0})
+    row = {"step": 200, "overrides": ["evaluation.windows=all"], "results": {"val_loss": 1.5}}
+    (path / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_run(path).evaluations == (row,)
+
+
+def test_the_defaults_are_those_that_hydra_composes() -> None:
+    composed = dict(flatten(xattn.config.compose().model_dump(mode="json")))
+    assert conf_defaults() == composed
+
+
+def test_without_a_conf_there_are_no_defaults(tmp_path: Path) -> None:
+    assert conf_defaults(tmp_path) == {}
+
+
+def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
+    code = (
+        "import sys; from xattn.report import command, compare, simulate; "
+        "print(*sorted(m for m in sys.modules if m.split('.')[0] in ('jax', 'hydra', 'omegaconf', 'wandb') "
+        "or m.startswith('xattn')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in loaded if not name.startswith("xattn.report")} == {
+        "xattn",
+        "xattn.errors",
+        "xattn.run_folder",
+    }
+
+
+@pytest.mark.slow
+def test_200_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
+    from xattn.report.command import judge, write
+
+    first = writer.run({"seed": 0}, 2.0, rows=10_000)
+    rows = (first / "metrics.jsonl").read_text()
+    for seed in range(5):
+        for theta in range(1, 41):
+            if (seed, theta) != (0, 1):
+                path = writer.run({"seed": seed, "backend.theta": float(theta)}, 2.0 + theta / 100 + seed / 1e3, rows=1)
+                (path / "metrics.jsonl").write_text(rows)
+    start = time.perf_counter()
+    write(judge(read_study(writer.folder), metric="val_loss", selection="same"))
+    assert time.perf_counter() - start < 20

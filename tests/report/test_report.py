@@ -1,0 +1,334 @@
+"""The report's files: what they say, that they stand alone, and that nothing odd in a study stops them."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from xattn.errors import BadInput, ExitCode
+from xattn.report import compare, main
+from xattn.report.command import judge, write
+from xattn.report.content import Findings
+from xattn.report.cost import loss_spikes, speeds_are_comparable
+from xattn.report.read import read_run, read_study
+from xattn.report.tables import EFFECT_COLUMNS
+from xattn.report.words import signflip_note, verdict
+
+from .folders import Writer
+
+FILES = {"report.html", "report.md", "table.tex", "results.csv", "effects.csv"}
+
+
+def judged(writer: Writer, metric: str = "val_loss") -> Findings:
+    return judge(read_study(writer.folder), metric=metric, selection="same")
+
+
+def odd(writer: Writer) -> str:
+    return "\n".join(judged(writer).odd)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def small(writer: Writer, seeds: int = 2) -> Writer:
+    for arm, loss in (("softmax", 2.0), ("sigmoid", 2.1)):
+        for seed in range(seeds):
+            keys = {"backend.activation": arm, "seed": seed}
+            writer.run(keys, loss + 0.1 * seed * loss, name=f"{arm}{seed}")
+    return writer
+
+
+# ---- the files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_reported(write_study: Callable[..., Writer], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_study().folder
+    assert main([str(folder)]) == ExitCode.DONE
+    names = {path.name for path in (folder / "report").iterdir()}
+    figures = {"effects", "tuning-learning_rate", "curves-steps", "curves-tokens", "curves-seconds"}
+    assert names == FILES | {f"{name}.{suffix}" for name in figures for suffix in ("svg", "pdf")}
+    said = capsys.readouterr().out
+    assert "backend.activation: none is worse than softmax: val_loss +0.19" in said
+    assert "report.html" in said
+    page = (folder / "report" / "report.md").read_text()
+    for words in (
+        "with 3 seeds no p below 0.25 can be reached",
+        "baseline softmax",
+        "over the same runs that it is judged by",
+        "python train.py backend.activation=none optimizer.learning_rate=0.001 seed=2",
+        "0123456789",
+        "Sensitivity",
+    ):
+        assert words in page
+
+
+def test_effects_csv_has_the_columns_of_the_contract(write_study: Callable[..., Writer]) -> None:
+    writer = write_study(arms=("softmax", "sigmoid"))
+    writer.run({"backend.activation": "none", "optimizer.learning_rate": 1e-3, "seed": 0}, 2.3)
+    folder = write(judged(writer))
+    assert tuple(
+        ["factor", "arm", "baseline", "metric", "seeds", "difference", "ci_low", "ci_high", "p", "p_holm", "p_signflip"]
+    ) == EFFECT_COLUMNS
+    none, sigmoid = rows_of(folder / "effects.csv")
+    assert tuple(none) == EFFECT_COLUMNS
+    assert (none["arm"], none["seeds"]) == ("none", "1")
+    assert {none[key] for key in ("ci_low", "ci_high", "p", "p_holm", "p_signflip")} == {""}
+    assert (sigmoid["factor"], sigmoid["arm"], sigmoid["baseline"]) == ("backend.activation", "sigmoid", "softmax")
+    assert float(sigmoid["ci_low"]) < float(sigmoid["difference"]) < float(sigmoid["ci_high"])
+    assert (sigmoid["p"], sigmoid["p_signflip"]) == (sigmoid["p_holm"], "0.25")
+
+
+def test_results_csv_has_a_row_a_run(write_study: Callable[..., Writer]) -> None:
+    rows = rows_of(write(judged(write_study())) / "results.csv")
+    assert len(rows) == 27
+    assert sum(row["judged"] == "true" for row in rows) == 9
+    assert {row["optimizer.learning_rate"] for row in rows if row["judged"] == "true"} == {"0.001"}
+    assert all(row["command"].startswith("python train.py backend.activation=") for row in rows)
+
+
+def test_the_page_stands_alone(write_study: Callable[..., Writer]) -> None:
+    folder = write(judged(write_study()))
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 5
+    assert not re.search(r"https?:|//[a-z]|<script|<link|<img|@import|url\((?!#)", page)
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+    assert "currentColor" in page
+    assert "#010203" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {target for target in re.findall(r'(?:href="#|url\(#)([^")]+)', page)} <= set(ids)
+
+
+def test_names_are_escaped(writer: Writer) -> None:
+    for seed in range(2):
+        writer.run({"data.name": "<b>&|", "seed": seed}, 2.0 + seed, name=f"a{seed}")
+        writer.run({"data.name": "b_%", "seed": seed}, 2.1 + 2 * seed, name=f"b{seed}")
+    folder = write(judged(writer))
+    assert "<b>" not in (folder / "report.html").read_text()
+    assert "<b>&\\|" in (folder / "report.md").read_text()
+    assert "b\\_\\%" in (folder / "table.tex").read_text()
+
+
+def test_the_same_study_makes_the_same_files(write_study: Callable[..., Writer]) -> None:
+    writer = write_study()
+    first = {path.name: path.read_bytes() for path in write(judged(writer)).iterdir()}
+    again = {path.name: path.read_bytes() for path in write(judged(writer)).iterdir()}
+    assert again == first
+
+
+def test_another_metric(writer: Writer) -> None:
+    for arm, accuracy in (("softmax", 0.9), ("none", 0.4)):
+        for seed in range(3):
+            keys = {"backend.activation": arm, "seed": seed}
+            writer.run(keys, 2.0, summary={"probe/recall/accuracy": accuracy - seed * accuracy / 100})
+    (effect,) = judged(writer, "probe/recall/accuracy").effects
+    assert effect.paired.difference == pytest.approx(-0.5 * 0.99)
+    assert verdict(effect).startswith("none is lower than softmax: probe/recall/accuracy −0.4950")
+    with pytest.raises(BadInput, match=r"did you mean probe/recall/accuracy\?"):
+        judged(writer, "probe/recall/acuracy")
+
+
+# ---- what is missing or odd ------------------------------------------------------------------------------------------
+
+
+def test_nothing_odd_is_found_where_nothing_is(writer: Writer) -> None:
+    assert judged(small(writer)).odd == []
+
+
+def test_a_missing_a_diverged_a_running_and_a_foreign_folder_are_said(writer: Writer) -> None:
+    small(writer, seeds=3)
+    for path in (writer.folder / "sigmoid2").iterdir():
+        path.unlink()
+    writer.run({"backend.activation": "none", "seed": 0}, None, name="none0", status="diverged")
+    writer.run({"backend.activation": "none", "seed": 1}, 2.0, name="none1", status="running")
+    writer.run({"backend.activation": "none", "seed": 2}, 2.0, name="none2", status="failed")
+    (writer.folder / "none1" / ".lock").touch()
+    (writer.folder / "none2" / "metrics.jsonl").unlink()
+    found = judged(writer)
+    said = "\n".join(found.odd)
+    assert "Not runs, passed over: sigmoid2." in said
+    assert "1 run killed or left without an end, and not judged: none1." in said
+    assert "1 run failed, and not judged: none2." in said
+    assert "Missing seeds: sigmoid has no run with seed 2." in said
+    assert "Diverged: 1 of 3 runs of backend.activation = none and 0 of 3 of softmax" in said
+    write(found)
+    none = next(effect for effect in found.effects if effect.arm == "none")
+    assert verdict(none) == (
+        "Nothing can be said of none against softmax: no seed has both finished. 1 of 3 runs of none diverged, and 0 of 3 "
+        "of softmax; the difference is of the others."
+    )
+
+
+def test_a_study_in_which_nothing_has_ended_is_reported(writer: Writer) -> None:
+    for arm in ("softmax", "sigmoid"):
+        writer.run({"backend.activation": arm, "seed": 0}, status="preempted", rows=1)
+    folder = write(judged(writer))
+    assert "Nothing can be said of sigmoid against softmax" in (folder / "report.md").read_text()
+    assert rows_of(folder / "effects.csv")[0]["difference"] == ""
+
+
+def test_one_run_alone_is_reported(writer: Writer) -> None:
+    writer.run({"seed": 0}, 2.0)
+    page = (write(judged(writer)) / "report.md").read_text()
+    assert "Nothing differs between the runs but the seed." in page
+    assert "There is nothing to compare." in page
+
+
+def test_damaged_runs_are_said(writer: Writer) -> None:
+    small(writer)
+    (writer.folder / "softmax0" / "config.yaml").write_text("[")
+    (writer.folder / "softmax1" / "summary.json").write_text("{")
+    said = odd(writer)
+    assert "softmax0: config.yaml is not readable." in said
+    assert "softmax1: summary.json is not readable." in said
+    write(judged(writer))
+
+
+def test_the_best_rate_at_the_edge_of_the_grid_is_said(writer: Writer) -> None:
+    for arm, best in (("softmax", 1e-3), ("sigmoid", 3e-3)):
+        for rate in (3e-4, 1e-3, 3e-3):
+            keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "seed": 0}
+            writer.run(keys, 2.0 + abs(np.log(rate / best)))
+    said = odd(writer)
+    assert "the best optimizer.learning_rate of sigmoid is 0.003, the last that was tried" in said
+    assert "of softmax" not in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data_sha256", "e" * 64, "Different data"),
+        ("source_sha256", "6" * 64, "Different source versions"),
+        ("git_commit", "f" * 40, "Different commits"),
+        ("versions", {"jax": "0.12.0"}, "Different package versions"),
+        ("device_kind", "NVIDIA H100", "Different device kinds: cpu (4 runs), NVIDIA H100 (1 run)"),
+        ("device_count", 2, "Different numbers of devices"),
+        ("git_dirty", True, "Source with changes that no commit holds (git_dirty): 1 run."),
+    ],
+)
+def test_runs_made_elsewhere_or_from_other_things_are_said(writer: Writer, key: str, value: object, words: str) -> None:
+    small(writer)
+    writer.run({"backend.activation": "sigmoid", "seed": 2}, 2.0, provenance={key: value})
+    assert words in odd(writer)
+
+
+def test_different_budgets_are_said(writer: Writer) -> None:
+    small(writer)
+    writer.run({"backend.activation": "none", "seed": 0, "trainer.steps": 400}, 2.0)
+    writer.run({"backend.activation": "none", "seed": 1, "trainer.steps": 400}, 2.0)
+    assert "in training tokens: softmax: 409,600; none: 819,200; sigmoid: 409,600" in odd(writer)
+
+
+def test_different_numbers_of_settings_are_said(writer: Writer) -> None:
+    for arm, rates in (("softmax", (1e-3,)), ("sigmoid", (3e-4, 1e-3, 3e-3))):
+        for rate in rates:
+            writer.run({"backend.activation": arm, "optimizer.learning_rate": rate, "seed": 0}, 2.0)
+    assert "in settings tried of what was tuned: softmax: 1; sigmoid: 3" in odd(writer)
+
+
+def test_a_config_that_was_run_twice_is_said(writer: Writer) -> None:
+    small(writer)
+    writer.run({"backend.activation": "softmax", "seed": 0}, 9.0, name="z")
+    found = judged(writer)
+    assert "passed over: z." in "\n".join(found.odd)
+    assert found.effects[0].paired.seeds == 2
+
+
+def test_a_crossing_with_holes_is_said(writer: Writer) -> None:
+    small(writer)
+    writer.run({"backend.activation": "softmax", "backend.theta": 10.0, "seed": 0})
+    assert "3 of 4 combinations were run, not activation sigmoid, theta 10." in odd(writer)
+
+
+# ---- words, cost, stability ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [
+        (3, "with 3 seeds no p below 0.25 can be reached"),
+        (5, "with 5 seeds no p below 0.0625 can be reached"),
+        (6, None),
+    ],
+)
+def test_the_limit_of_a_signflip_test_is_said(seeds: int, words: str | None) -> None:
+    note = signflip_note(seeds)
+    assert note is None if words is None else words in (note or "")
+
+
+def test_an_arm_that_diverged_is_not_called_better(writer: Writer) -> None:
+    for seed in range(6):
+        writer.run({"backend.activation": "softmax", "seed": seed}, 2.0)
+        lost = seed == 5
+        keys = {"backend.activation": "none", "seed": seed}
+        writer.run(keys, None if lost else 1.5 + seed / 1000, status="diverged" if lost else "done")
+    (effect,) = judged(writer).effects
+    assert verdict(effect).startswith("none is lower where it did not diverge, but less stable, than softmax: ")
+    assert verdict(effect).endswith(
+        "1 of 6 runs of none diverged, and 0 of 6 of softmax; the difference is of the others."
+    )
+
+
+def test_no_difference_shown_says_what_would_have_been_found(writer: Writer) -> None:
+    for seed, difference in enumerate((-0.01, 0.01, 0.02)):
+        writer.run({"backend.activation": "softmax", "seed": seed}, 2.0)
+        writer.run({"backend.activation": "sigmoid", "seed": seed}, 2.0 + difference)
+    (effect,) = judged(writer).effects
+    assert verdict(effect).startswith("No difference between sigmoid and softmax is shown: val_loss +0.0067")
+    assert "This study would have found one of 0.05" in verdict(effect)
+
+
+def test_speeds_stand_side_by_side_only_under_equal_circumstances(writer: Writer) -> None:
+    small(writer)
+    assert speeds_are_comparable(judged(writer).chosen.values())
+    assert "tokens/s" in (write(judged(writer)) / "report.md").read_text()
+    writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={"packed_with": 4})
+    page = (write(judged(writer)) / "report.md").read_text()
+    assert "tokens/s" not in page
+    assert "Speeds are not set side by side" in page
+
+
+def test_loss_spikes_are_counted_and_noise_and_descent_are_not() -> None:
+    rng = np.random.default_rng(0)
+    smooth = 2 + 3 * np.exp(-np.arange(500) / 80) + 0.02 * rng.standard_normal(500)
+    assert loss_spikes(smooth) == 0
+    smooth[[100, 101, 300]] += 1.0
+    assert loss_spikes(smooth) == 2
+    assert loss_spikes(smooth[:10]) == 0
+
+
+def test_probes_and_attention_statistics_are_shown(writer: Writer) -> None:
+    small(writer)
+    found = {"attention/0/0/max_logit": 10.0, "attention/1/0/max_logit": 30.0, "attention/0/0/entropy": 2.0}
+    writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={**found, "attention/1/0/entropy": 4.0})
+    page = (write(judged(writer)) / "report.md").read_text()
+    (row,) = re.findall(r"\| none \|.*\| 3 \| 30 \|", page)
+    assert row
+
+
+# ---- xattn compare ---------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_on_the_screen(writer: Writer, capsys: pytest.CaptureFixture[str]) -> None:
+    small(writer)
+    runs = [read_run(writer.folder / name) for name in ("softmax0", "sigmoid0")]
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(compare.comparison(runs))
+    lines = [line.split() for line in capture.get().splitlines()]
+    assert ["backend.activation", "softmax", "sigmoid"] in lines
+    assert ["val_loss", "2.0000", "2.1000"] in lines
+    assert ["−", "the", "first's", "+0.1000"] in lines
+    assert not any("seed" in line for line in lines)
+    assert compare.main([str(run.folder) for run in runs]) == ExitCode.DONE
+    with pytest.raises(BadInput, match="not a run folder"):
+        compare.main([str(writer.folder)])

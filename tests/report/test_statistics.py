@@ -1,0 +1,253 @@
+"""The statistics against values computed by hand, and on simulated studies whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from xattn.report.defaults import conf_defaults
+from xattn.report.design import Design, find_design
+from xattn.report.read import read_study
+from xattn.report.selection import choose, split
+from xattn.report.simulate import promises, some_rejected
+from xattn.report.statistics import Effect, holm, interactions, main_effects, paired, smallest_signflip_p
+
+from .folders import Writer
+
+
+def design_of(writer: Writer) -> Design:
+    return find_design(read_study(writer.folder), conf_defaults())
+
+
+def effects_of(writer: Writer, **how: str) -> list[Effect]:
+    design = design_of(writer)
+    chosen = choose(design, "val_loss", **how)  # type: ignore[arg-type]
+    return [effect for factor in design.factors for effect in main_effects(design, chosen, factor, "val_loss")]
+
+
+# ---- one comparison --------------------------------------------------------------------------------------------------
+
+
+def test_three_pairs_by_hand() -> None:
+    """d = 1, 2, 3: mean 2, s = 1, standard error 1/√3, t(0.975, 2) = 4.302653; p = 1 − t/√(t² + 2) for 2 degrees."""
+    found = paired([1.0, 2.0, 3.0])
+    t = 2 * math.sqrt(3)
+    assert found.difference == 2
+    assert found.ci_low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
+    assert found.ci_high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-5)
+    assert found.p == pytest.approx(1 - t / math.sqrt(t * t + 2))
+    assert found.p_signflip == 0.25
+
+
+def test_signflips_are_counted_by_hand() -> None:
+    """d = −1, 2, 4: of the 8 sums of ±1 ± 2 ± 4 two (5, 7) are at least 5, so p = 2 · 2/8."""
+    assert paired([-1.0, 2.0, 4.0]).p_signflip == 0.5
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 6, 10])
+def test_the_smallest_signflip_p_is_reached_and_not_passed(seeds: int) -> None:
+    assert (
+        paired(1 + np.arange(seeds) / 100).p_signflip == pytest.approx(2.0 ** (1 - seeds)) == smallest_signflip_p(seeds)
+    )
+
+
+def test_the_detectable_difference_has_the_power_it_says() -> None:
+    rng = np.random.default_rng(0)
+    d = rng.standard_normal(8)
+    found = paired(d)
+    assert found.detectable is not None
+    trials = rng.standard_normal((4000, 8)) * d.std(ddof=1) + found.detectable
+    t = trials.mean(1) / (trials.std(1, ddof=1) / math.sqrt(8))
+    assert np.mean(np.abs(t) > 2.364624) == pytest.approx(0.8, abs=0.02)  # t(0.975, 7)
+
+
+@pytest.mark.parametrize(("differences", "mean"), [([], None), ([0.5], 0.5), ([0.5, 0.5, 0.5], 0.5), ([0.0, 0.0], 0.0)])
+def test_nothing_is_said_of_what_has_no_spread(differences: list[float], mean: float | None) -> None:
+    found = paired(differences)
+    assert found.difference == mean
+    assert (found.ci_low, found.ci_high, found.p, found.p_signflip, found.detectable) == (None,) * 5
+
+
+@pytest.mark.parametrize(("seeds", "there"), [(19, False), (20, True)])
+def test_the_bootstrap_begins_at_20_seeds(seeds: int, there: bool) -> None:
+    found = paired(np.random.default_rng(0).standard_normal(seeds))
+    assert (found.bootstrap is not None) == there
+    if found.bootstrap is not None and found.ci_low is not None:
+        assert found.bootstrap[0] == pytest.approx(found.ci_low, abs=0.15)
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.03, 0.04: 3 · 0.01, max(2 · 0.03, …), max(1 · 0.04, …)."""
+    assert holm([0.03, None, 0.01, 0.04]) == [pytest.approx(0.06), None, pytest.approx(0.03), pytest.approx(0.06)]
+    assert holm([None]) == [None]
+
+
+# ---- what a study asks -----------------------------------------------------------------------------------------------
+
+
+def test_factors_tuned_keys_and_the_pairing_are_found(write_study: Callable[..., Writer]) -> None:
+    design = design_of(write_study())
+    (factor,) = design.factors
+    assert (factor.key, factor.arms) == ("backend.activation", ("softmax", "none", "sigmoid"))
+    assert (factor.baseline, factor.baseline_is_default) == ("softmax", True)
+    assert design.tuned == ("optimizer.learning_rate",)
+    assert design.seeds == (0, 1, 2)
+
+
+def test_a_learning_rate_alone_is_the_question(writer: Writer) -> None:
+    for rate in (1e-3, 3e-3):
+        for seed in range(2):
+            writer.run({"optimizer.learning_rate": rate, "seed": seed}, 2.0 + rate + seed * rate)
+    design = design_of(writer)
+    assert design.tuned == ()
+    assert [(factor.key, factor.baseline) for factor in design.factors] == [("optimizer.learning_rate", 3e-3)]
+
+
+def test_keys_that_change_together_are_one_factor(writer: Writer) -> None:
+    for name, decay, rate in (("adamw", 0.1, 3e-3), ("lion", 1.0, 3e-4)):
+        for seed in range(2):
+            keys = {
+                "optimizer.weight_decay": decay,
+                "optimizer.learning_rate": rate,
+                "optimizer.name": name,
+                "seed": seed,
+            }
+            writer.run(keys, 2.0 + seed * decay)
+    (factor,) = design_of(writer).factors
+    assert factor.key == "optimizer.name"
+    assert factor.also == ("optimizer.weight_decay", "optimizer.learning_rate")
+    assert design_of(writer).tuned == ()
+
+
+def test_where_a_run_is_tracked_is_no_factor(writer: Writer) -> None:
+    writer.run({"seed": 0, "study": "a", "trainer.checkpoint_every": 5, "backend.theta": 10.0})
+    writer.run({"seed": 0, "study": "b", "trainer.checkpoint_every": 9, "backend.theta": 10000.0})
+    assert [factor.key for factor in design_of(writer).factors] == ["backend.theta"]
+
+
+def test_without_its_default_the_baseline_is_the_arm_with_most_runs(writer: Writer) -> None:
+    for theta, seeds in ((10.0, 2), (100.0, 3)):
+        for seed in range(seeds):
+            writer.run({"backend.theta": theta, "seed": seed})
+    (factor,) = design_of(writer).factors
+    assert (factor.baseline, factor.baseline_is_default) == (100.0, False)
+
+
+# ---- effects ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_arm_is_judged_at_its_own_best_rate(writer: Writer) -> None:
+    losses = {("softmax", 1e-3): 2.0, ("softmax", 3e-3): 2.5, ("sigmoid", 1e-3): 3.0, ("sigmoid", 3e-3): 2.2}
+    for (arm, rate), loss in losses.items():
+        for seed, own in enumerate((0.0, 0.01, 0.02)):
+            more = own if arm == "sigmoid" else 0.0
+            keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "seed": seed}
+            writer.run(keys, loss + 0.3 * seed + more)
+    (effect,) = effects_of(writer)
+    assert (effect.factor, effect.arm, effect.baseline) == ("backend.activation", "sigmoid", "softmax")
+    assert effect.paired.seeds == 3
+    assert effect.paired.difference == pytest.approx(0.21)
+    assert effect.paired.ci_low == pytest.approx(0.21 - 4.302653 * 0.01 / math.sqrt(3), abs=1e-6)
+
+
+def test_heldout_seeds_judge_what_others_chose(writer: Writer) -> None:
+    """Seeds 0 and 1 choose 1e-3, which is the worse for seeds 2, 3 and 4."""
+    for seed in range(5):
+        writer.run({"backend.activation": "softmax", "optimizer.learning_rate": 1e-3, "seed": seed}, 2.0)
+        for rate in (1e-3, 3e-3):
+            lucky = (rate == 1e-3) == (seed < 2)
+            keys = {"backend.activation": "sigmoid", "optimizer.learning_rate": rate, "seed": seed}
+            writer.run(keys, (1.9 if lucky else 2.4) + seed / 1000)
+    (effect,) = effects_of(writer, selection="heldout")
+    assert effect.paired.seeds == 3
+    assert effect.paired.difference == pytest.approx(0.403)
+    (same,) = effects_of(writer)
+    assert same.paired.seeds == 5
+
+
+def test_seeds_are_split_only_where_something_was_chosen() -> None:
+    assert split((0, 1, 2), "heldout", tuned=True) == ((0,), (1, 2))
+    assert split((0, 1, 2), "heldout", tuned=False) == ((0, 1, 2), (0, 1, 2))
+
+
+def test_a_diverged_run_is_worse_than_any_loss(writer: Writer) -> None:
+    """3e-3 has the least mean, but lost a seed."""
+    for rate in (1e-3, 3e-3):
+        for seed in range(3):
+            lost = rate == 3e-3 and seed == 1
+            keys = {"backend.activation": "sigmoid", "optimizer.learning_rate": rate, "seed": seed}
+            writer.run(keys, None if lost else 2.0 - rate, status="diverged" if lost else "done")
+    for seed in range(3):
+        writer.run({"backend.activation": "softmax", "optimizer.learning_rate": 1e-3, "seed": seed}, 2.0)
+    chosen_settings = {cell: each.setting for cell, each in choose(design_of(writer), "val_loss").items()}
+    assert chosen_settings[("sigmoid",)] == (1e-3,)
+
+
+def test_diverged_runs_are_counted(writer: Writer) -> None:
+    for arm in ("softmax", "none"):
+        for seed in range(4):
+            lost = arm == "none" and seed == 2
+            loss = None if lost else (2.0 if arm == "softmax" else 1.9 + seed / 100)
+            writer.run({"backend.activation": arm, "seed": seed}, loss, status="diverged" if lost else "done")
+    (effect,) = effects_of(writer)
+    assert (effect.paired.seeds, effect.diverged, effect.runs) == (3, 1, 4)
+    assert (effect.baseline_diverged, effect.baseline_runs) == (0, 4)
+
+
+def test_a_missing_seed_does_not_change_the_choice(writer: Writer) -> None:
+    """1e-3 is the better for both seeds; its run with the lucky seed 2 is missing."""
+    luck = (0.0, 0.0, -1.0)
+    for arm in ("softmax", "sigmoid"):
+        for rate, worse in ((1e-3, 0.0), (3e-3, 0.1)):
+            for seed in range(3):
+                if (arm, rate, seed) != ("sigmoid", 1e-3, 2):
+                    keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "seed": seed}
+                    writer.run(keys, 2.0 + worse + luck[seed])
+    chosen = choose(design_of(writer), "val_loss")
+    assert chosen[("sigmoid",)].setting == (1e-3,)
+
+
+def test_effects_are_averaged_over_the_other_factor_and_interactions_are_what_is_left(writer: Writer) -> None:
+    table = {("softmax", "none"): 2.0, ("softmax", "swish"): 1.9, ("sigmoid", "none"): 2.2, ("sigmoid", "swish"): 2.4}
+    for (arm, pre), loss in table.items():
+        for seed in range(3):
+            jitter = 0.01 * seed if arm == "sigmoid" and pre == "swish" else 0.0
+            writer.run(
+                {"backend.activation": arm, "backend.qk_pre_activation": pre, "seed": seed}, loss + seed + jitter
+            )
+    by_factor = {effect.factor: effect.paired.difference for effect in effects_of(writer)}
+    assert by_factor["backend.activation"] == pytest.approx((0.2 + 0.5) / 2 + 0.005)
+    assert by_factor["backend.qk_pre_activation"] == pytest.approx((-0.1 + 0.2) / 2 + 0.005)
+    design = design_of(writer)
+    (both,) = interactions(design, choose(design, "val_loss"), "val_loss")
+    assert both.arm == ("sigmoid", "swish")
+    assert both.paired.difference == pytest.approx(0.2 + 0.1 + 0.01)
+
+
+def test_one_factor_at_a_time_is_compared_at_the_others_baseline(writer: Writer) -> None:
+    for arm, theta, loss in (("softmax", 10000.0, 2.0), ("sigmoid", 10000.0, 2.1), ("softmax", 100.0, 1.9)):
+        for seed in range(3):
+            writer.run({"backend.activation": arm, "backend.theta": theta, "seed": seed}, loss + seed * loss / 100)
+    effects = {effect.factor: effect for effect in effects_of(writer)}
+    assert effects["backend.activation"].paired.difference == pytest.approx(0.1 * 1.01)
+    assert effects["backend.theta"].paired.difference == pytest.approx(-0.1 * 1.01)
+    assert effects["backend.theta"].cells == 1
+
+
+# ---- simulated studies -----------------------------------------------------------------------------------------------
+
+
+def test_every_promise_is_kept_in_simulation() -> None:
+    measured = promises(repetitions=1000)
+    assert len(measured) == 16
+    assert [promise for promise in measured if not promise.kept] == []
+
+
+def test_holm_rejects_some_where_its_first_step_does() -> None:
+    p_values = np.random.default_rng(0).uniform(size=(20, 3)) ** 3
+    some = [min(p for p in holm(list(row)) if p is not None) <= 0.05 for row in p_values]
+    assert some_rejected(p_values).tolist() == some
+    assert 0 < sum(some) < 20

@@ -1,0 +1,176 @@
+"""What is missing or odd in a study, in sentences."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from xattn.report.design import Cell, Design, Factor, show
+from xattn.report.read import Run, Study
+from xattn.report.selection import Chosen
+from xattn.report.statistics import Effect
+
+_AT_MOST = 8  # names in a sentence
+_WIDTH = 40  # letters of a hash or a list of versions
+
+
+def what_is_odd(study: Study, design: Design, chosen: Mapping[Cell, Chosen], effects: Sequence[Effect]) -> list[str]:
+    """A sentence for each thing that a reader should know before believing a difference."""
+    return [
+        *_folders(study, design),
+        *_missing(design),
+        *_edges(design, chosen),
+        *_unequal(study.runs),
+        *_budgets(design),
+        *_diverged(effects),
+        *_baselines(design.factors),
+    ]
+
+
+def _folders(study: Study, design: Design) -> list[str]:
+    said = []
+    if study.foreign:
+        said.append(f"Not runs, passed over: {_list(study.foreign)}.")
+    states = {
+        "running": "still running, and not judged",
+        "killed": "killed or left without an end, and not judged",
+        "preempted": "stopped before the end, and not judged",
+        "failed": "failed, and not judged",
+        "pruned": "stopped early by the tuner, and not judged",
+        "not begun": "without a summary.json, and not judged",
+    }
+    for status, words in states.items():
+        names = [run.name for run in study.runs if run.status == status]
+        if names:
+            said.append(f"{_count(len(names))} {words}: {_list(names)}.")
+    for run in study.runs:
+        said += [f"{run.name}: {problem}." for problem in run.problems]
+        if run.status == "done" and run.number("val_loss") is None:
+            said.append(f"{run.name}: done, without a finite val_loss; not judged.")
+    if design.duplicates:
+        names = [run.name for run in design.duplicates]
+        said.append(f"The same config twice; the first by name is judged, passed over: {_list(names)}.")
+    return said
+
+
+def _missing(design: Design) -> list[str]:
+    said = []
+    for cell, settings in design.runs.items():
+        for setting, runs in settings.items():
+            seeds = [show(seed) for seed in design.seeds if seed not in runs]
+            if seeds:
+                where = ", ".join(
+                    f"{k.rpartition('.')[2]} {show(v)}" for k, v in zip(design.tuned, setting, strict=True)
+                )
+                where = f"{design.label(cell)}{' at ' + where if where else ''}"
+                said.append(f"Missing seeds: {where} has no run with seed {_list(seeds)}.")
+    if len(said) > _AT_MOST:
+        said = [*said[:_AT_MOST], f"… and {len(said) - _AT_MOST} more settings with missing seeds."]
+    wanted = list(itertools.product(*(factor.arms for factor in design.factors)))
+    absent = [design.label(cell) for cell in wanted if cell not in design.runs]
+    if absent:
+        had = len(wanted) - len(absent)
+        said.append(
+            f"No full crossing of the factors: {had} of {len(wanted)} combinations were run, not {_list(absent)}."
+        )
+    return said
+
+
+def _edges(design: Design, chosen: Mapping[Cell, Chosen]) -> list[str]:
+    said = []
+    for each in chosen.values():
+        for key in each.at_edge:
+            value = show(each.setting[design.tuned.index(key)])
+            said.append(
+                f"Edge of the grid: the best {key} of {design.label(each.cell)} is {value}, the last that was tried on "
+                "that side; a better one may lie beyond."
+            )
+    return said
+
+
+def _unequal(runs: Sequence[Run]) -> list[str]:
+    """Things that should be the same for all runs, and are not."""
+    ended = [run for run in runs if run.status in ("done", "diverged")]
+    things: list[tuple[str, Callable[[Run], object]]] = [
+        ("data (data_sha256)", lambda run: run.provenance.get("data_sha256")),
+        ("source versions (source_sha256)", lambda run: run.provenance.get("source_sha256")),
+        ("commits", lambda run: run.provenance.get("git_commit")),
+        ("package versions", _versions),
+        ("device kinds", lambda run: run.provenance.get("device_kind")),
+        ("numbers of devices", lambda run: run.provenance.get("device_count")),
+        ("attention implementations", lambda run: run.summary.get("implementation")),
+    ]
+    said = []
+    for name, value in things:
+        counts = Counter(show(value(run))[:_WIDTH] for run in ended)
+        if len(counts) > 1:
+            parts = ", ".join(f"{text} ({_count(count)})" for text, count in counts.most_common(_AT_MOST))
+            said.append(f"Different {name}: {parts}.")
+    dirty = [run.name for run in ended if run.provenance.get("git_dirty")]
+    if dirty:
+        said.append(f"Source with changes that no commit holds (git_dirty): {_count(len(dirty))}.")
+    return said
+
+
+def _versions(run: Run) -> str:
+    versions = run.provenance.get("versions")
+    return ", ".join(f"{k} {v}" for k, v in sorted(versions.items())) if isinstance(versions, Mapping) else "null"
+
+
+def _budgets(design: Design) -> list[str]:
+    """Arms that were given more than others: training tokens, and settings to choose the best of."""
+    said = []
+    for factor in design.factors:
+        i = design.factors.index(factor)
+        tokens: dict[str, set[int | None]] = {}
+        tried: dict[str, set[int]] = {}
+        for cell, settings in design.runs.items():
+            arm = show(cell[i])
+            tried.setdefault(arm, set()).add(len(settings))
+            for run in (run for runs in settings.values() for run in runs.values()):
+                steps, each = run.config.get("trainer.steps"), run.tokens_per_step
+                total = steps * each if isinstance(steps, int) and each else None
+                tokens.setdefault(arm, set()).add(total)
+        for what, by_arm in (("training tokens", tokens), ("settings tried of what was tuned", tried)):
+            if len({frozenset(values) for values in by_arm.values()}) > 1:
+                parts = (
+                    f"{arm}: {' or '.join(f'{n:,}' for n in sorted(v or 0 for v in n_))}" for arm, n_ in by_arm.items()
+                )
+                said.append(f"Different budgets between the arms of {factor.key}, in {what}: {'; '.join(parts)}.")
+    return said
+
+
+def _diverged(effects: Sequence[Effect]) -> list[str]:
+    said = []
+    for effect in effects:
+        if effect.diverged or effect.baseline_diverged:
+            said.append(
+                f"Diverged: {effect.diverged} of {effect.runs} runs of {effect.factor} = {show(effect.arm)} and "
+                f"{effect.baseline_diverged} of {effect.baseline_runs} of {show(effect.baseline)}, at the chosen "
+                "settings. A diverged run is worse than any loss; it has no difference, so the mean is of the pairs "
+                "that ended, and flatters the side that diverged more."
+            )
+        if effect.cells_left_out:
+            said.append(
+                f"{effect.factor} = {show(effect.arm)}: {effect.cells_left_out} combinations of the other factors have "
+                "no pair of finished runs, and are not in its mean."
+            )
+    return said
+
+
+def _baselines(factors: Sequence[Factor]) -> list[str]:
+    return [
+        f"The default of {factor.key} is not among its arms; the baseline is {show(factor.baseline)}."
+        for factor in factors
+        if not factor.baseline_is_default
+    ]
+
+
+def _count(runs: int) -> str:
+    return f"{runs} run" if runs == 1 else f"{runs} runs"
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _AT_MOST} more" if len(names) > _AT_MOST else ""
+    return ", ".join(names[:_AT_MOST]) + more

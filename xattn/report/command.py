@@ -1,0 +1,122 @@
+"""``xattn report``: reads a study, judges it, writes outputs/<study>/report/."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from xattn import run_folder
+from xattn.errors import BadInput, ExitCode
+from xattn.report import figures
+from xattn.report.checks import what_is_odd
+from xattn.report.content import Findings, page_of
+from xattn.report.curves import curve_of
+from xattn.report.defaults import conf_defaults
+from xattn.report.design import SEED, TUNED, find_design
+from xattn.report.read import REPORT, Study, read_study
+from xattn.report.render import to_html, to_markdown
+from xattn.report.selection import Selection, choose
+from xattn.report.statistics import interactions, main_effects
+from xattn.report.tables import effects_csv, results_csv, table_tex
+from xattn.report.words import verdict
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="xattn report", description="Judge a study and write its report.")
+    parser.add_argument("study", type=Path, help="outputs/<study>")
+    parser.add_argument(
+        "--selection",
+        choices=("same", "heldout"),
+        default="same",
+        help="choose the learning rate on the runs that are judged, or on other seeds",
+    )
+    parser.add_argument("--metric", default="val_loss", help="a number of summary.json (default: val_loss)")
+    parser.add_argument(
+        "--tuned",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"a key that was tuned for each arm, besides {', '.join(TUNED)}; may be given again",
+    )
+    asked = parser.parse_args(argv)
+    study = read_study(asked.study)
+    command = f"xattn report {shlex.join(argv)}"
+    found = judge(study, metric=asked.metric, selection=asked.selection, tuned=asked.tuned, command=command)
+    folder = write(found)
+    for effect in found.effects:
+        print(f"{effect.factor}: {verdict(effect)}")
+    if found.odd:
+        print(f"{len(found.odd)} things are missing or odd; the page names them")
+    print(f"report: {run_folder.shown(folder.absolute() / 'report.html')}")
+    return ExitCode.DONE
+
+
+def judge(study: Study, *, metric: str, selection: Selection, tuned: Sequence[str] = (), command: str = "") -> Findings:
+    """All that the page says. Raises :class:`BadInput` where runs are done and none has the metric."""
+    done = [run for run in study.runs if run.status == "done"]
+    if done and all(run.number(metric) is None for run in done):
+        known = sorted({key for run in done for key in run.summary if run.number(key) is not None})
+        nearest = difflib.get_close_matches(metric, known, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else f"; there are {', '.join(known[:12])}"
+        raise BadInput(f"--metric {metric}: no run's summary.json has such a number{hint}")
+    design = find_design(study, conf_defaults(), (*TUNED, *tuned))
+    chosen = choose(design, metric, selection)
+    effects = [effect for factor in design.factors for effect in main_effects(design, chosen, factor, metric)]
+    return Findings(
+        study=study,
+        design=design,
+        chosen=chosen,
+        effects=effects,
+        interactions=interactions(design, chosen, metric),
+        odd=what_is_odd(study, design, chosen, effects),
+        metric=metric,
+        selection=selection,
+        command=command,
+    )
+
+
+def write(found: Findings) -> Path:
+    """Writes the report's files, each whole or not at all; returns their folder."""
+    folder = found.study.folder / REPORT
+    folder.mkdir(exist_ok=True)
+    captions, svgs = {}, {}
+    for name, figure, caption in _figures(found):
+        svgs[name] = figures.save(figure, folder, name)
+        captions[name] = caption
+    page = page_of(found, captions)
+    varying = [*(factor.key for factor in found.design.factors), *found.design.tuned, SEED]
+    files: Mapping[str, str] = {
+        "report.html": to_html(page, svgs),
+        "report.md": to_markdown(page),
+        "table.tex": table_tex(found.design, found.effects, found.chosen, found.command),
+        "results.csv": results_csv(found.study.runs, varying, found.chosen, found.metric),
+        "effects.csv": effects_csv(found.effects),
+    }
+    for name, text in files.items():
+        run_folder.write_atomically(folder / name, text)
+    return folder
+
+
+def _figures(found: Findings) -> Iterator[tuple[str, Figure, str]]:
+    if any(effect.paired.difference is not None for effect in found.effects):
+        yield "effects", figures.forest(found.effects), "Difference of each arm to its baseline, paired by seed."
+    for i, key in enumerate(found.design.tuned):
+        figure = figures.rates(found.design, found.chosen, i)
+        if figure is not None:
+            caption = (
+                f"Validation loss against {key}: the line is the mean over seeds, small marks are seeds, the ring is "
+                "the value chosen, a cross at the top a value at which a seed diverged."
+            )
+            yield f"tuning-{key.rpartition('.')[2]}", figure, caption
+    curves = {cell: curve for cell, each in found.chosen.items() if (curve := curve_of(each)) is not None}
+    for axis in ("steps", "tokens", "seconds"):
+        figure = figures.learning_curves(found.design, curves, axis)
+        if figure is not None:
+            of = {"seconds": " Seconds are of training alone, as logged."}.get(axis, "")
+            caption = f"Loss against {axis}: mean over seeds and their range; the other arms in grey.{of}"
+            yield f"curves-{axis}", figure, caption

@@ -1,0 +1,100 @@
+"""What the arms cost beside their loss, and how smoothly they trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xattn.report.read import Run
+from xattn.report.selection import Chosen
+
+WINDOW = 20  # logged rows before a row, that a spike is judged by
+SPIKE = 6.0  # robust standard deviations
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Means over a cell's finished runs at its chosen setting; None where no run says it.
+
+    compile_seconds is of the runs that compiled. spikes: mean number of loss spikes a run. grad_norm, max_grad_norm:
+    the median over the logged steps, and the largest of all. extra: probes and attention statistics by summary key,
+    without layer and head: the largest for those named ``max…``, else the mean.
+    """
+
+    tokens_per_second: float | None
+    compile_seconds: float | None
+    peak_memory_bytes: float | None
+    num_params: float | None
+    flops_per_step: float | None
+    spikes: float | None
+    grad_norm: float | None
+    max_grad_norm: float | None
+    extra: Mapping[str, float]
+
+
+def cost_of(chosen: Chosen) -> Cost:
+    runs = [run for run in chosen.runs.values() if run.status in ("done", "diverged")]
+    norms = [run.curves["grad_norm"][~np.isnan(run.curves["grad_norm"])] for run in runs]
+    norms = [norm for norm in norms if norm.size]
+    return Cost(
+        tokens_per_second=_mean(run.number("tokens_per_second") for run in runs),
+        compile_seconds=_mean(run.number("compile_seconds") for run in runs),
+        peak_memory_bytes=_mean(run.number("peak_memory_bytes") for run in runs),
+        num_params=_mean(run.number("num_params") for run in runs),
+        flops_per_step=_mean(run.number("flops_per_step") for run in runs),
+        spikes=_mean(float(loss_spikes(run.curves["train_loss"])) for run in runs if run.curves["train_loss"].size),
+        grad_norm=_mean(float(np.median(norm)) for norm in norms),
+        max_grad_norm=max((float(norm.max()) for norm in norms), default=None),
+        extra=_extra(runs),
+    )
+
+
+def loss_spikes(losses: np.ndarray) -> int:
+    """How many logged training losses stand out: more than 6 robust standard deviations above the median of the 20
+    logged before them, the deviation being 1.4826 × the median absolute deviation of those 20 from their median, and at
+    least a thousandth of the median. Neighbouring ones are one spike."""
+    known = losses[~np.isnan(losses)]
+    if known.size <= WINDOW:
+        return 0
+    before = np.lib.stride_tricks.sliding_window_view(known, WINDOW)[:-1]
+    median = np.median(before, axis=1)
+    spread = 1.4826 * np.median(np.abs(before - median[:, None]), axis=1)
+    high = known[WINDOW:] > median + SPIKE * np.maximum(spread, 1e-3 * np.abs(median))
+    return int(high[:1].sum() + (high[1:] & ~high[:-1]).sum())
+
+
+def circumstances(run: Run) -> tuple[object, ...]:
+    """What has to be equal for two speeds to be set side by side.
+
+    A CPU's ``device_kind`` does not tell one processor from another, so its host is among them.
+    """
+    kind = run.provenance.get("device_kind")
+    host = run.provenance.get("host") if kind == "cpu" else None
+    return (kind, run.provenance.get("device_count"), run.summary.get("packed_with"), host)
+
+
+def speeds_are_comparable(cells: Iterable[Chosen]) -> bool:
+    runs = [run for chosen in cells for run in chosen.runs.values() if run.status == "done"]
+    return len({circumstances(run) for run in runs}) <= 1
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _extra(runs: Sequence[Run]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for key in run.summary:
+            value = run.number(key) if key.startswith(("probe/", "attention/")) else None
+            if value is not None:
+                kind, _, rest = key.partition("/")
+                name = key if kind == "probe" else f"attention/{rest.rpartition('/')[2]}"
+                found.setdefault(name, []).append(value)
+    return {
+        name: float(max(values) if name.rpartition("/")[2].startswith("max") else np.mean(values))
+        for name, values in sorted(found.items())
+    }

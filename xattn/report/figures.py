@@ -1,0 +1,205 @@
+"""The report's figures: one colour an arm, Okabe and Ito's palette, told apart by marker and dash as well."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from xattn.report.curves import AXES, Curve
+from xattn.report.design import Cell, Design, show
+from xattn.report.selection import Chosen
+from xattn.report.statistics import Effect
+
+# Okabe and Ito (2008), "Color Universal Design", without black and yellow, which one of light and dark would swallow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP"
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+PANELS = 12  # at most
+_COLUMNS = 3
+# In the page these become the page's own colours, so that a figure follows light and dark.
+_INK, _GRID, _FAINT = "#010203", "#dcdddd", "#c3c4c4"
+_ON_PAGE = {_INK: "currentColor", _GRID: "var(--grid)", _FAINT: "var(--faint)"}
+_RC: Any = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "xattn",
+    "pdf.fonttype": 42,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "savefig.transparent": True,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+}
+
+
+def forest(effects: Sequence[Effect]) -> Figure:
+    """Each arm's difference to its baseline with its 95 % interval; a panel for each factor."""
+    factors = list(dict.fromkeys(effect.factor for effect in effects))
+    counts = [sum(effect.factor == factor for effect in effects) for factor in factors]
+    with mpl.rc_context(_RC):
+        figure = Figure(figsize=(7, 0.8 * len(factors) + 0.35 * len(effects) + 0.3), layout="constrained")
+        panels = figure.subplots(len(factors), 1, squeeze=False, sharex=True, height_ratios=[n + 1 for n in counts])
+        for axes, factor in zip(panels[:, 0], factors, strict=True):
+            shown = [effect for effect in effects if effect.factor == factor]
+            axes.axvline(0, color=_INK, linewidth=0.8)
+            for y, effect in enumerate(shown):
+                arm = y + 1  # 0 is the baseline
+                found = effect.paired
+                if found.difference is None:
+                    continue
+                axes.plot(found.difference, y, **_style(arm))
+                if found.ci_low is not None and found.ci_high is not None:
+                    axes.hlines(y, found.ci_low, found.ci_high, color=_style(arm)["color"], linewidth=2)
+            axes.set_yticks(range(len(shown)), [show(effect.arm) for effect in shown])
+            axes.set_ylim(len(shown) - 0.5, -0.5)
+            axes.set_title(f"{factor}: against {show(shown[0].baseline)}", loc="left")
+            axes.grid(axis="y", visible=False)
+        panels[-1, 0].set_xlabel(f"difference in {effects[0].metric}, 95 % interval")
+        return figure
+
+
+def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | None:
+    """Validation loss against the i-th tuned key: mean over seeds and each seed; a ring where it was chosen.
+
+    A panel for each combination of the factors but the first, whose arms have the colours. A cross at the top is a
+    setting with diverged seeds. None where the key has no two numbers.
+    """
+    cells = [each for each in chosen.values() if each.candidates]
+    values = {c.setting[i] for each in cells for c in each.candidates}
+    if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
+        return None
+    groups = list(dict.fromkeys(each.cell[1:] for each in cells))[:PANELS]
+    with mpl.rc_context(_RC):
+        figure, panels = _grid(len(groups))
+        for axes, group in zip(panels, groups, strict=False):
+            for each in (each for each in cells if each.cell[1:] == group):
+                colour = design.factors[0].arms.index(each.cell[0]) if design.factors else 0
+                _rate_curve(axes, each, i, colour, show(each.cell[0]) if each.cell else "all runs")
+            if min(values) > 0:
+                axes.set_xscale("log")
+            axes.set_xticks(sorted(values), [show(value) for value in sorted(values)])
+            axes.minorticks_off()
+            axes.set_title(_title(design, group), loc="left")
+        _label(panels[: len(groups)], design.tuned[i], "val_loss")
+        panels[0].legend()
+        return figure
+
+
+def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) -> Figure | None:
+    """Mean loss over seeds with the range of the seeds; a panel for each cell, the others behind it in grey."""
+    shown = list(curves)[:PANELS]
+    xs = {cell: curves[cell].x[against] for cell in shown if against in curves[cell].x}
+    if not xs:
+        return None
+    tops, bottoms = [], []
+    for cell in xs:
+        mean = curves[cell].mean
+        tops.append(mean[min(len(mean) - 1, max(1, len(mean) // 10))])
+        bottoms.append(curves[cell].low.min())
+    with mpl.rc_context(_RC):
+        figure, panels = _grid(len(xs))
+        for axes, cell in zip(panels, xs, strict=False):
+            for other in xs:
+                if other != cell:
+                    axes.plot(xs[other], curves[other].mean, color=_FAINT, linewidth=0.8)
+            colour = _style(design.factors[0].arms.index(cell[0]) if cell else 0)["color"]
+            axes.fill_between(xs[cell], curves[cell].low, curves[cell].high, color=colour, alpha=0.25, linewidth=0)
+            axes.plot(xs[cell], curves[cell].mean, color=colour)
+            axes.set_title(design.label(cell), loc="left")
+            margin = 0.05 * (max(tops) - min(bottoms)) or 0.1
+            axes.set_ylim(min(bottoms) - margin, max(tops) + margin)
+        _label(panels[: len(xs)], AXES[against], curves[shown[0]].key)
+        return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> str:
+    """Writes name.svg and name.pdf; returns the SVG for the page: its elements alone, in the page's colours."""
+    with mpl.rc_context(_RC):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        for suffix in ("svg", "pdf"):
+            temporary = folder / f"{name}.{suffix}.tmp"
+            if suffix == "svg":
+                temporary.write_text(text.getvalue(), "utf-8")
+            else:
+                figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
+            temporary.replace(folder / f"{name}.{suffix}")
+    return _for_the_page(text.getvalue(), name)
+
+
+def _for_the_page(svg: str, name: str) -> str:
+    """Without the XML around it, which HTML does not take; with ids of its own, as several stand in one page."""
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href=", "href=")
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for ours, theirs in _ON_PAGE.items():
+        svg = svg.replace(ours, theirs)
+    return svg
+
+
+def _rate_curve(axes: Axes, each: Chosen, i: int, colour: int, label: str) -> None:
+    style = _style(colour)
+    points: dict[float, list[float]] = {}
+    for candidate in each.candidates:
+        for loss in candidate.losses.values():
+            points.setdefault(candidate.setting[i], []).append(loss)
+        if candidate.diverged:
+            top = axes.get_xaxis_transform()
+            axes.plot(candidate.setting[i], 0.97 - 0.04 * colour, "x", color=style["color"], transform=top)
+    xs = sorted(points)
+    if not xs:
+        return
+    axes.plot(
+        xs, [np.mean(points[x]) for x in xs], linestyle=DASHES[colour % len(DASHES)], markersize=4, label=label, **style
+    )
+    for x in xs:
+        axes.plot([x] * len(points[x]), points[x], linestyle="none", markersize=2.5, alpha=0.5, **style)
+    best = each.setting[i]
+    if best in points:
+        axes.plot(best, np.mean(points[best]), "o", markersize=9, markerfacecolor="none", color=style["color"])
+
+
+def _style(arm: int) -> dict[str, Any]:
+    return {"color": COLOURS[arm % len(COLOURS)], "marker": MARKERS[arm % len(MARKERS)]}
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(_COLUMNS, count)
+    rows = -(-count // columns)
+    width = 4.5 if columns == 1 else 9
+    figure = Figure(figsize=(width, 2.5 * rows + 0.3), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels
+
+
+def _label(panels: Sequence[Axes], x: str, y: str) -> None:
+    """At the lowest panel of each column, and at the first of each row."""
+    columns = min(_COLUMNS, len(panels))
+    for axes in panels[-columns:]:
+        axes.set_xlabel(x)
+        axes.tick_params(labelbottom=True)
+    for axes in panels[::columns]:
+        axes.set_ylabel(y)
+
+
+def _title(design: Design, rest: tuple[Any, ...]) -> str:
+    return ", ".join(f"{f.name} {show(v)}" for f, v in zip(design.factors[1:], rest, strict=True))

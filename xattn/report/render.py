@@ -1,0 +1,84 @@
+"""A page as HTML, one offline file, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Picture, Table
+
+_STYLE = Path(__file__).with_name("page.css")
+
+
+def to_html(page: Page, svgs: Mapping[str, str]) -> str:
+    """svgs: picture name → SVG markup, which is put in the page itself."""
+    body = "\n".join(_html(block, svgs) for block in page.blocks)
+    title = escape(page.title)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{title}</title>\n'
+        f"<style>\n{_STYLE.read_text('utf-8')}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def to_markdown(page: Page) -> str:
+    """Pictures are links to the SVG files beside it."""
+    return "\n\n".join([f"# {page.title}", *(_markdown(block) for block in page.blocks)]) + "\n"
+
+
+def _html(block: Block, svgs: Mapping[str, str]) -> str:
+    match block:
+        case Heading(text):
+            return f"<h2>{escape(text)}</h2>"
+        case Paragraph(text):
+            return f"<p>{escape(text)}</p>"
+        case Bullets(items):
+            return "<ul>\n" + "\n".join(f"<li>{escape(item)}</li>" for item in items) + "\n</ul>"
+        case Picture(name, caption):
+            return f"<figure>\n{svgs[name]}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+        case Table():
+            return _html_table(block)
+
+
+def _html_table(table: Table) -> str:
+    kinds = [' class="words"' if column in (*table.words, *table.code) else "" for column in table.columns]
+    head = "".join(f"<th{kind}>{escape(column)}</th>" for column, kind in zip(table.columns, kinds, strict=True))
+    rows = []
+    for row in table.rows:
+        cells = []
+        for column, kind, text in zip(table.columns, kinds, row, strict=True):
+            inner = f"<code>{escape(text)}</code>" if column in table.code else escape(text)
+            cells.append(f"<td{kind}>{inner}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    note = f'\n<p class="note">{escape(table.note)}</p>' if table.note else ""
+    body = "\n".join(rows)
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>{note}'
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"## {text}"
+        case Paragraph(text):
+            return text
+        case Bullets(items):
+            return "\n".join(f"- {item}" for item in items)
+        case Picture(name, caption):
+            return f"![{caption}]({name}.svg)\n\n{caption}"
+        case Table():
+            return _markdown_table(block)
+
+
+def _markdown_table(table: Table) -> str:
+    def line(cells: list[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    rules = [":--" if column in (*table.words, *table.code) else "--:" for column in table.columns]
+    rows = []
+    for row in table.rows:
+        cells = [text.replace("|", "\\|") for text in row]
+        rows.append(line([f"`{c}`" if n in table.code and c else c for n, c in zip(table.columns, cells, strict=True)]))
+    text = "\n".join([line(list(table.columns)), line(rules), *rows])
+    return f"{text}\n\n{table.note}" if table.note else text
