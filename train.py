@@ -80,5 +80,15 @@ def main() -> int:
     return next(iter(_codes.values()), ExitCode.DONE)
 
 
+def _leave(code: int) -> NoReturn:
+    """Leaves with the code, also where the screen is a file on a disk that is full by now."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
+        code = code or ExitCode.STORAGE
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -12,7 +12,7 @@ from xattn.report.selection import Chosen
 from xattn.report.statistics import Effect
 
 _AT_MOST = 8  # names in a sentence
-_WIDTH = 40  # letters of a hash or a list of versions
+_LETTERS = 16  # of a hash
 
 
 def what_is_odd(study: Study, design: Design, chosen: Mapping[Cell, Chosen], effects: Sequence[Effect]) -> list[str]:
@@ -96,26 +96,25 @@ def _unequal(runs: Sequence[Run]) -> list[str]:
         ("data (data_sha256)", lambda run: run.provenance.get("data_sha256")),
         ("source versions (source_sha256)", lambda run: run.provenance.get("source_sha256")),
         ("commits", lambda run: run.provenance.get("git_commit")),
-        ("package versions", _versions),
         ("device kinds", lambda run: run.provenance.get("device_kind")),
         ("numbers of devices", lambda run: run.provenance.get("device_count")),
         ("attention implementations", lambda run: run.summary.get("implementation")),
     ]
     said = []
     for name, value in things:
-        counts = Counter(show(value(run))[:_WIDTH] for run in ended)
+        counts = Counter(show(value(run)) for run in ended)
         if len(counts) > 1:
-            parts = ", ".join(f"{text} ({_count(count)})" for text, count in counts.most_common(_AT_MOST))
+            parts = ", ".join(f"{text[:_LETTERS]} ({_count(count)})" for text, count in counts.most_common(_AT_MOST))
             said.append(f"Different {name}: {parts}.")
+    versions = [dict(run.provenance.get("versions") or {}) for run in ended]
+    for package in sorted({package for each in versions for package in each}):
+        found = sorted({show(each.get(package)) for each in versions})
+        if len(found) > 1:
+            said.append(f"Different versions of {package}: {', '.join(found)}.")
     dirty = [run.name for run in ended if run.provenance.get("git_dirty")]
     if dirty:
         said.append(f"Source with changes that no commit holds (git_dirty): {_count(len(dirty))}.")
     return said
-
-
-def _versions(run: Run) -> str:
-    versions = run.provenance.get("versions")
-    return ", ".join(f"{k} {v}" for k, v in sorted(versions.items())) if isinstance(versions, Mapping) else "null"
 
 
 def _budgets(design: Design) -> list[str]:
@@ -123,20 +122,18 @@ def _budgets(design: Design) -> list[str]:
     said = []
     for factor in design.factors:
         i = design.factors.index(factor)
-        tokens: dict[str, set[int | None]] = {}
+        tokens: dict[str, set[int]] = {}
         tried: dict[str, set[int]] = {}
         for cell, settings in design.runs.items():
             arm = show(cell[i])
             tried.setdefault(arm, set()).add(len(settings))
             for run in (run for runs in settings.values() for run in runs.values()):
                 steps, each = run.config.get("trainer.steps"), run.tokens_per_step
-                total = steps * each if isinstance(steps, int) and each else None
-                tokens.setdefault(arm, set()).add(total)
+                if isinstance(steps, int) and each is not None:
+                    tokens.setdefault(arm, set()).add(steps * each)
         for what, by_arm in (("training tokens", tokens), ("settings tried of what was tuned", tried)):
             if len({frozenset(values) for values in by_arm.values()}) > 1:
-                parts = (
-                    f"{arm}: {' or '.join(f'{n:,}' for n in sorted(v or 0 for v in n_))}" for arm, n_ in by_arm.items()
-                )
+                parts = (f"{arm}: {' or '.join(f'{n:,}' for n in sorted(values))}" for arm, values in by_arm.items())
                 said.append(f"Different budgets between the arms of {factor.key}, in {what}: {'; '.join(parts)}.")
     return said
 

@@ -93,7 +93,7 @@ def write(found: Findings) -> Path:
     files: Mapping[str, str] = {
         "report.html": to_html(page, svgs),
         "report.md": to_markdown(page),
-        "table.tex": table_tex(found.design, found.effects, found.chosen, found.command),
+        "table.tex": table_tex(found.design, found.effects, found.chosen, found.metric, found.command),
         "results.csv": results_csv(found.study.runs, varying, found.chosen, found.metric),
         "effects.csv": effects_csv(found.effects),
     }

@@ -14,7 +14,7 @@ from xattn.report.read import Study
 from xattn.report.selection import CHOSEN_BY, Chosen, Selection, sensitivity, split
 from xattn.report.statistics import BOOTSTRAP_FROM, Effect
 from xattn.report.tables import arm_mean
-from xattn.report.words import difference, number, p_value, signflip_note, verdict
+from xattn.report.words import difference, number, p_value, precision, signflip_note, verdict
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,9 @@ def _cells(found: Findings) -> Table:
     rows = []
     for cell, each in found.chosen.items():
         values = list(each.values.values())
-        spread = number(float(np.std(values, ddof=1)), ".4f") if len(values) > 1 else "–"
-        mean = number(float(np.mean(values)), ".4f") if values else "–"
+        form = precision(found.metric)
+        spread = number(float(np.std(values, ddof=1)), form) if len(values) > 1 else "–"
+        mean = number(float(np.mean(values)), form) if values else "–"
         rows.append([found.design.label(cell), mean, spread, str(len(values)), str(len(each.diverged))])
     columns = ["combination", f"mean {found.metric}", "sd over seeds", "seeds", "diverged"]
     return Table(columns, rows, words=["combination"])
@@ -237,8 +238,8 @@ def _runs(found: Findings) -> Iterator[Block]:
         commit = str(run.provenance.get("git_commit") or "none")[:10]
         dirty = {True: " (dirty)", False: "", None: ""}[run.provenance.get("git_dirty")]
         values = ", ".join(f"{key.rpartition('.')[2]}={show(run.config.get(key))}" for key in varying)
-        loss = number(run.number(found.metric), ".4f")
-        rows.append([run.name, values, run.status, loss, commit + dirty, run.command])
+        result = number(run.number(found.metric), precision(found.metric))
+        rows.append([run.name, values, run.status, result, commit + dirty, run.command])
     words = ["folder", "differs in", "status", "commit"]
     columns = ["folder", "differs in", "status", found.metric, "commit", "command"]
     yield Table(columns, rows, words=words, code=["command"], note=f"Folders are below {found.study.folder.name}/.")
@@ -277,7 +278,7 @@ def _note(boot: bool) -> str:
 
 
 def _mean(found: Findings, i: int, arm: object) -> str:
-    return number(arm_mean(found.design, found.chosen, i, arm), ".4f")
+    return number(arm_mean(found.design, found.chosen, i, arm), precision(found.metric))
 
 
 def _scaled(value: float | None, unit: float) -> float | None:

@@ -132,6 +132,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     with mpl.rc_context(_RC):
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.set_layout_engine("none")  # it is laid out now; once is enough
         for suffix in ("svg", "pdf"):
             temporary = folder / f"{name}.{suffix}.tmp"
             if suffix == "svg":

@@ -66,7 +66,7 @@ def _markdown(block: Block) -> str:
         case Bullets(items):
             return "\n".join(f"- {item}" for item in items)
         case Picture(name, caption):
-            return f"![{caption}]({name}.svg)\n\n{caption}"
+            return f"![{name}]({name}.svg)\n\n{caption}"
         case Table():
             return _markdown_table(block)
 

@@ -102,7 +102,7 @@ def sensitivity(candidates: Sequence[Candidate], runs: Mapping[Setting, Mapping[
     """How much a wrong learning rate costs: the mean over the grid of min(ℓ, ℓ₀) − min ℓ.
 
     ℓ is a setting's mean validation loss, where a diverged run counts as ℓ₀, its first logged training loss (Wortsman
-    et al., arXiv 2309.14322, section 2). Comparable only between cells with the same grid. None with fewer than two
+    et al., arXiv 2309.14322, section 2.2). Comparable only between cells with the same grid. None with fewer than two
     settings, or where a run has not logged.
     """
     means = []

@@ -11,7 +11,7 @@ from xattn.report.design import Cell, Design, show
 from xattn.report.read import Run
 from xattn.report.selection import Chosen
 from xattn.report.statistics import Effect
-from xattn.report.words import difference, number, p_value
+from xattn.report.words import difference, number, p_value, precision
 
 EFFECT_COLUMNS = (
     *("factor", "arm", "baseline", "metric", "seeds", "difference", "ci_low", "ci_high", "p", "p_holm", "p_signflip"),
@@ -53,21 +53,22 @@ def results_csv(runs: Sequence[Run], varying: Sequence[str], chosen: Mapping[Cel
     return _csv(columns, rows)
 
 
-def table_tex(design: Design, effects: Sequence[Effect], chosen: Mapping[Cell, Chosen], made_by: str) -> str:
+def table_tex(
+    design: Design, effects: Sequence[Effect], chosen: Mapping[Cell, Chosen], metric: str, made_by: str
+) -> str:
     """A booktabs table: each arm's mean, and its difference to the baseline."""
-    metric = _tex(effects[0].metric if effects else "loss")
     lines = [
         f"% {made_by}",
         "% needs \\usepackage{booktabs}",
         "\\begin{tabular}{llrrrr}",
         "\\toprule",
-        f"factor & arm & {metric} & difference [95\\,\\%] & $p$ (Holm) & seeds \\\\",
+        f"factor & arm & {_tex(metric)} & difference [95\\,\\%] & $p$ (Holm) & seeds \\\\",
     ]
     for factor in design.factors:
         lines.append("\\midrule")
         of_arm = {effect.arm: effect for effect in effects if effect.factor == factor.key}
         for arm in factor.arms:
-            mean = number(arm_mean(design, chosen, design.factors.index(factor), arm), ".4f")
+            mean = number(arm_mean(design, chosen, design.factors.index(factor), arm), precision(metric))
             cells = [_tex(factor.key) if arm == factor.baseline else "", _tex(show(arm)), _math(mean)]
             if arm in of_arm:
                 effect = of_arm[arm]

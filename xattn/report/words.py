@@ -16,9 +16,14 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def difference(effect: Effect, form: str = "+.4f") -> str:
+def precision(metric: str) -> str:
+    """Four decimals for losses, rates and shares; five digits for what may be of any size, such as speeds."""
+    return ".4f" if metric.endswith(("loss", "bpb")) or metric.startswith("probe/") else ",.5g"
+
+
+def difference(effect: Effect) -> str:
     """``+0.0123 [+0.0100, +0.0146]``"""
-    found = effect.paired
+    found, form = effect.paired, f"+{precision(effect.metric)}"
     if found.difference is None:
         return "–"
     interval = f" [{number(found.ci_low, form)}, {number(found.ci_high, form)}]" if found.ci_low is not None else ""
@@ -30,19 +35,21 @@ def verdict(effect: Effect) -> str:
     found, arm, baseline = effect.paired, show(effect.arm), show(effect.baseline)
     tail = ""
     if effect.diverged or effect.baseline_diverged:
+        of_others = "" if found.difference is None else "; the difference is of the others"
         tail = (
             f" {effect.diverged} of {effect.runs} runs of {arm} diverged, and {effect.baseline_diverged} of "
-            f"{effect.baseline_runs} of {baseline}; the difference is of the others."
+            f"{effect.baseline_runs} of {baseline}{of_others}."
         )
     if found.difference is None:
         return f"Nothing can be said of {arm} against {baseline}: no seed has both finished.{tail}"
-    size = f"{effect.metric} {number(found.difference, '+.4f')}"
+    form = f"+{precision(effect.metric)}"
+    size = f"{effect.metric} {number(found.difference, form)}"
     seeds = f"{found.seeds} seed" if found.seeds == 1 else f"{found.seeds} seeds"
     if found.p is None or found.ci_low is None or found.ci_high is None:
         why = "one pair has no spread" if found.seeds == 1 else "all pairs differ by the same"
         return f"{arm} against {baseline}: {size} ({seeds}); no interval can be given, because {why}.{tail}"
     facts = (
-        f"{size}, 95 % interval {number(found.ci_low, '+.4f')} to {number(found.ci_high, '+.4f')}, {seeds}, "
+        f"{size}, 95 % interval {number(found.ci_low, form)} to {number(found.ci_high, form)}, {seeds}, "
         f"p {p_value(effect.p_holm)} after Holm"
     )
     if effect.p_holm is not None and effect.p_holm <= 1 - LEVEL:
