@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +12,10 @@ from rich.console import Console
 
 from xattn.errors import BadInput, ExitCode
 from xattn.report import compare, main
-from xattn.report.command import judge, write
+from xattn.report.command import judge, texts, write
 from xattn.report.content import Findings
 from xattn.report.cost import loss_spikes, speeds_are_comparable
+from xattn.report.design import show
 from xattn.report.read import read_run, read_study
 from xattn.report.tables import EFFECT_COLUMNS
 from xattn.report.words import signflip_note, verdict
@@ -33,9 +33,13 @@ def odd(writer: Writer) -> str:
     return "\n".join(judged(writer).odd)
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def written(writer: Writer) -> dict[str, str]:
+    """The files that are text, without figures, which take longer to draw than all else."""
+    return texts(judged(writer), {}, {})
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
 
 
 def small(writer: Writer, seeds: int = 2) -> Writer:
@@ -73,10 +77,9 @@ def test_a_study_is_reported(write_study: Callable[..., Writer], capsys: pytest.
 def test_effects_csv_has_the_columns_of_the_contract(write_study: Callable[..., Writer]) -> None:
     writer = write_study(arms=("softmax", "sigmoid"))
     writer.run({"backend.activation": "none", "optimizer.learning_rate": 1e-3, "seed": 0}, 2.3)
-    folder = write(judged(writer))
     names = "factor,arm,baseline,metric,seeds,difference,ci_low,ci_high,p,p_holm,p_signflip"
     assert ",".join(EFFECT_COLUMNS) == names
-    none, sigmoid = rows_of(folder / "effects.csv")
+    none, sigmoid = rows_of(written(writer)["effects.csv"])
     assert tuple(none) == EFFECT_COLUMNS
     assert (none["arm"], none["seeds"]) == ("none", "1")
     assert {none[key] for key in ("ci_low", "ci_high", "p", "p_holm", "p_signflip")} == {""}
@@ -86,7 +89,7 @@ def test_effects_csv_has_the_columns_of_the_contract(write_study: Callable[..., 
 
 
 def test_results_csv_has_a_row_a_run(write_study: Callable[..., Writer]) -> None:
-    rows = rows_of(write(judged(write_study())) / "results.csv")
+    rows = rows_of(written(write_study())["results.csv"])
     assert len(rows) == 27
     assert sum(row["judged"] == "true" for row in rows) == 9
     assert {row["optimizer.learning_rate"] for row in rows if row["judged"] == "true"} == {"0.001"}
@@ -111,10 +114,10 @@ def test_names_are_escaped(writer: Writer) -> None:
     for seed in range(2):
         writer.run({"data.name": "<b>&|", "seed": seed}, 2.0 + seed, name=f"a{seed}")
         writer.run({"data.name": "b_%", "seed": seed}, 2.1 + 2 * seed, name=f"b{seed}")
-    folder = write(judged(writer))
-    assert "<b>" not in (folder / "report.html").read_text()
-    assert "<b>&\\|" in (folder / "report.md").read_text()
-    assert "b\\_\\%" in (folder / "table.tex").read_text()
+    files = written(writer)
+    assert "<b>" not in files["report.html"]
+    assert "<b>&\\|" in files["report.md"]
+    assert "b\\_\\%" in files["table.tex"]
 
 
 def test_the_same_study_makes_the_same_files(write_study: Callable[..., Writer]) -> None:
@@ -170,14 +173,14 @@ def test_a_missing_a_diverged_a_running_and_a_foreign_folder_are_said(writer: Wr
 def test_a_study_in_which_nothing_has_ended_is_reported(writer: Writer) -> None:
     for arm in ("softmax", "sigmoid"):
         writer.run({"backend.activation": arm, "seed": 0}, status="preempted", rows=1)
-    folder = write(judged(writer))
-    assert "Nothing can be said of sigmoid against softmax" in (folder / "report.md").read_text()
-    assert rows_of(folder / "effects.csv")[0]["difference"] == ""
+    write(judged(writer))
+    assert "Nothing can be said of sigmoid against softmax" in written(writer)["report.md"]
+    assert rows_of(written(writer)["effects.csv"])[0]["difference"] == ""
 
 
 def test_one_run_alone_is_reported(writer: Writer) -> None:
     writer.run({"seed": 0}, 2.0)
-    page = (write(judged(writer)) / "report.md").read_text()
+    page = written(writer)["report.md"]
     assert "Nothing differs between the runs but the seed." in page
     assert "There is nothing to compare." in page
 
@@ -189,7 +192,25 @@ def test_damaged_runs_are_said(writer: Writer) -> None:
     said = odd(writer)
     assert "softmax0: config.yaml is not readable." in said
     assert "softmax1: summary.json is not readable." in said
-    write(judged(writer))
+    written(writer)
+
+
+def test_files_that_are_missing_are_said(writer: Writer) -> None:
+    small(writer)
+    for name in ("metrics.jsonl", "provenance.json", "overrides.yaml"):
+        (writer.folder / "softmax0" / name).unlink()
+    found = judged(writer)
+    for name in ("metrics.jsonl", "provenance.json", "overrides.yaml"):
+        assert f"softmax0: {name} is missing." in found.odd
+    assert found.effects[0].paired.seeds == 2
+    written(writer)
+
+
+def test_a_report_that_cannot_be_written_is_bad_input(writer: Writer) -> None:
+    small(writer)
+    (writer.folder / "report").write_text("a file")
+    with pytest.raises(BadInput, match="report: cannot be written"):
+        main([str(writer.folder)])
 
 
 def test_the_best_rate_at_the_edge_of_the_grid_is_said(writer: Writer) -> None:
@@ -242,10 +263,30 @@ def test_a_config_that_was_run_twice_is_said(writer: Writer) -> None:
     assert found.effects[0].paired.seeds == 2
 
 
+def test_too_few_seeds_for_an_interval_are_said(writer: Writer) -> None:
+    for arm in ("softmax", "none"):
+        for rate in (1e-3, 3e-3):
+            for seed in range(2):
+                keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "seed": seed}
+                writer.run(keys, 2.0 + seed)
+    study = read_study(writer.folder)
+    held_out = judge(study, metric="val_loss", selection="heldout")
+    assert "Too few seeds for an interval: 1 to judge by; held-out selection needs three." in held_out.odd
+    assert held_out.effects[0].paired.seeds == 1
+    assert not any("Too few" in each for each in judged(writer).odd)
+
+
 def test_a_crossing_with_holes_is_said(writer: Writer) -> None:
     small(writer)
     writer.run({"backend.activation": "softmax", "backend.theta": 10.0, "seed": 0})
     assert "3 of 4 combinations were run, not activation sigmoid, theta 10." in odd(writer)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(10000.0, "10000"), (3e-4, "0.0003"), (123456.75, "123456.75"), (None, "null")]
+)
+def test_an_arm_is_the_bare_value(value: float | None, shown: str) -> None:
+    assert show(value) == shown
 
 
 # ---- words, cost, stability ------------------------------------------------------------------------------------------
@@ -289,11 +330,12 @@ def test_no_difference_shown_says_what_would_have_been_found(writer: Writer) -> 
 def test_speeds_stand_side_by_side_only_under_equal_circumstances(writer: Writer) -> None:
     small(writer)
     assert speeds_are_comparable(judged(writer).chosen.values())
-    assert "tokens/s" in (write(judged(writer)) / "report.md").read_text()
+    assert "tokens/s" in written(writer)["report.md"]
     writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={"packed_with": 4})
-    page = (write(judged(writer)) / "report.md").read_text()
+    page = written(writer)["report.md"]
     assert "tokens/s" not in page
     assert "Speeds are not set side by side" in page
+    assert not (write(judged(writer)) / "curves-seconds.svg").exists()
 
 
 def test_loss_spikes_are_counted_and_noise_and_descent_are_not() -> None:
@@ -309,7 +351,7 @@ def test_probes_and_attention_statistics_are_shown(writer: Writer) -> None:
     small(writer)
     found = {"attention/0/0/max_logit": 10.0, "attention/1/0/max_logit": 30.0, "attention/0/0/entropy": 2.0}
     writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={**found, "attention/1/0/entropy": 4.0})
-    page = (write(judged(writer)) / "report.md").read_text()
+    page = written(writer)["report.md"]
     (row,) = re.findall(r"\| none \|.*\| 3 \| 30 \|", page)
     assert row
 

@@ -244,10 +244,12 @@ def test_every_promise_is_kept_in_simulation() -> None:
     measured = promises(repetitions=1000)
     assert len(measured) == 16
     assert [promise for promise in measured if not promise.kept] == []
+    same = [promise.measured for promise in measured if "same runs" in promise.name]
+    assert f"{min(same):.0%} {max(same):.0%}" == "93% 98%"  # what the page says of it
 
 
 def test_holm_rejects_some_where_its_first_step_does() -> None:
-    p_values = np.random.default_rng(0).uniform(size=(20, 3)) ** 3
+    p_values = np.random.default_rng(0).uniform(size=(8, 3)) ** 3
     some = [min(p for p in holm(list(row)) if p is not None) <= 0.05 for row in p_values]
     assert some_rejected(p_values).tolist() == some
-    assert 0 < sum(some) < 20
+    assert 0 < sum(some) < 8

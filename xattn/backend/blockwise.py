@@ -28,7 +28,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 class Tuning:
     """How the work is cut; the result depends on it by rounding only."""
 
-    tile: int = 256
+    tile: int = 384
     """Most queries, and keys, of a tile. The extra memory is a few times B · NH · T² · 4 bytes, whatever S is."""
 
 

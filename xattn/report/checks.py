@@ -8,17 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 from xattn.report.design import Cell, Design, Factor, show
 from xattn.report.read import Run, Study
-from xattn.report.selection import Chosen
+from xattn.report.selection import Chosen, Selection, split
 from xattn.report.statistics import Effect
 
 _AT_MOST = 8  # names in a sentence
 _LETTERS = 16  # of a hash
 
 
-def what_is_odd(study: Study, design: Design, chosen: Mapping[Cell, Chosen], effects: Sequence[Effect]) -> list[str]:
+def what_is_odd(
+    study: Study, design: Design, chosen: Mapping[Cell, Chosen], effects: Sequence[Effect], selection: Selection
+) -> list[str]:
     """A sentence for each thing that a reader should know before believing a difference."""
     return [
         *_folders(study, design),
+        *_too_few(design, selection),
         *_missing(design),
         *_edges(design, chosen),
         *_unequal(study.runs),
@@ -52,6 +55,14 @@ def _folders(study: Study, design: Design) -> list[str]:
         names = [run.name for run in design.duplicates]
         said.append(f"The same config twice; the first by name is judged, passed over: {_list(names)}.")
     return said
+
+
+def _too_few(design: Design, selection: Selection) -> list[str]:
+    judging = split(design.seeds, selection, bool(design.tuned))[1]
+    if len(judging) > 1 or not design.factors:
+        return []
+    said = f"Too few seeds for an interval: {len(judging)} to judge by"
+    return [f"{said}; held-out selection needs three." if len(design.seeds) > len(judging) else f"{said}."]
 
 
 def _missing(design: Design) -> list[str]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from xattn import run_folder
-from xattn.errors import BadInput, ExitCode
+from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.report import figures
 from xattn.report.checks import what_is_odd
 from xattn.report.content import Findings, page_of
+from xattn.report.cost import speeds_are_comparable
 from xattn.report.curves import curve_of
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import SEED, TUNED, find_design
@@ -47,7 +48,11 @@ def main(argv: Sequence[str]) -> int:
     study = read_study(asked.study)
     command = f"xattn report {shlex.join(argv)}"
     found = judge(study, metric=asked.metric, selection=asked.selection, tuned=asked.tuned, command=command)
-    folder = write(found)
+    try:
+        folder = write(found)
+    except OSError as error:
+        target = asked.study / REPORT
+        raise storage_error(error, target) or BadInput(f"{target}: cannot be written: {error.strerror}") from error
     for effect in found.effects:
         print(f"{effect.factor}: {verdict(effect)}")
     if found.odd:
@@ -73,7 +78,7 @@ def judge(study: Study, *, metric: str, selection: Selection, tuned: Sequence[st
         chosen=chosen,
         effects=effects,
         interactions=interactions(design, chosen, metric),
-        odd=what_is_odd(study, design, chosen, effects),
+        odd=what_is_odd(study, design, chosen, effects, selection),
         metric=metric,
         selection=selection,
         command=command,
@@ -88,18 +93,22 @@ def write(found: Findings) -> Path:
     for name, figure, caption in _figures(found):
         svgs[name] = figures.save(figure, folder, name)
         captions[name] = caption
+    for name, text in texts(found, captions, svgs).items():
+        run_folder.write_atomically(folder / name, text)
+    return folder
+
+
+def texts(found: Findings, captions: Mapping[str, str], svgs: Mapping[str, str]) -> dict[str, str]:
+    """File name → content, of the files that are text; the pages hold the figures that are given, by name."""
     page = page_of(found, captions)
     varying = [*(factor.key for factor in found.design.factors), *found.design.tuned, SEED]
-    files: Mapping[str, str] = {
+    return {
         "report.html": to_html(page, svgs),
         "report.md": to_markdown(page),
         "table.tex": table_tex(found.design, found.effects, found.chosen, found.metric, found.command),
         "results.csv": results_csv(found.study.runs, varying, found.chosen, found.metric),
         "effects.csv": effects_csv(found.effects),
     }
-    for name, text in files.items():
-        run_folder.write_atomically(folder / name, text)
-    return folder
 
 
 def _figures(found: Findings) -> Iterator[tuple[str, Figure, str]]:
@@ -114,7 +123,8 @@ def _figures(found: Findings) -> Iterator[tuple[str, Figure, str]]:
             )
             yield f"tuning-{key.rpartition('.')[2]}", figure, caption
     curves = {cell: curve for cell, each in found.chosen.items() if (curve := curve_of(each)) is not None}
-    for axis in ("steps", "tokens", "seconds"):
+    comparable = speeds_are_comparable(found.chosen.values())
+    for axis in ("steps", "tokens", *(["seconds"] if comparable else [])):
         figure = figures.learning_curves(found.design, curves, axis)
         if figure is not None:
             of = {"seconds": " Seconds are of training alone, as logged."}.get(axis, "")

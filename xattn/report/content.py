@@ -182,7 +182,10 @@ def _learning(pictures: Mapping[str, str]) -> Iterator[Block]:
 
 
 def _cost(found: Findings) -> Iterator[Block]:
-    costs = {cell: cost_of(each) for cell, each in found.chosen.items()}
+    costs = {
+        cell: cost_of(each, [run for runs in found.design.runs[cell].values() for run in runs.values()])
+        for cell, each in found.chosen.items()
+    }
     if not costs:
         return
     yield Heading("Cost and stability")
@@ -240,7 +243,7 @@ def _runs(found: Findings) -> Iterator[Block]:
         values = ", ".join(f"{key.rpartition('.')[2]}={show(run.config.get(key))}" for key in varying)
         result = number(run.number(found.metric), precision(found.metric))
         rows.append([run.name, values, run.status, result, commit + dirty, run.command])
-    words = ["folder", "differs in", "status", "commit"]
+    words = ["folder", "differs in"]
     columns = ["folder", "differs in", "status", found.metric, "commit", "command"]
     yield Table(columns, rows, words=words, code=["command"], note=f"Folders are below {found.study.folder.name}/.")
     later = [

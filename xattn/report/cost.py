@@ -18,7 +18,8 @@ SPIKE = 6.0  # robust standard deviations
 class Cost:
     """Means over a cell's finished runs at its chosen setting; None where no run says it.
 
-    compile_seconds is of the runs that compiled. spikes: mean number of loss spikes a run. grad_norm, max_grad_norm:
+    compile_seconds is of the cell's runs that
+    compiled. spikes: mean number of loss spikes a run. grad_norm, max_grad_norm:
     the median over the logged steps, and the largest of all. extra: probes and attention statistics by summary key,
     without layer and head: the largest for those named ``max…``, else the mean.
     """
@@ -34,13 +35,14 @@ class Cost:
     extra: Mapping[str, float]
 
 
-def cost_of(chosen: Chosen) -> Cost:
+def cost_of(chosen: Chosen, compiled: Iterable[Run]) -> Cost:
+    """compiled: all runs of the cell. Settings share programs, and the run that compiled may be of another setting."""
     runs = [run for run in chosen.runs.values() if run.status in ("done", "diverged")]
     norms = [run.curves["grad_norm"][~np.isnan(run.curves["grad_norm"])] for run in runs]
     norms = [norm for norm in norms if norm.size]
     return Cost(
         tokens_per_second=_mean(run.number("tokens_per_second") for run in runs),
-        compile_seconds=_mean(run.number("compile_seconds") for run in runs),
+        compile_seconds=_mean(run.number("compile_seconds") for run in compiled),
         peak_memory_bytes=_mean(run.number("peak_memory_bytes") for run in runs),
         num_params=_mean(run.number("num_params") for run in runs),
         flops_per_step=_mean(run.number("flops_per_step") for run in runs),

@@ -109,6 +109,9 @@ def read_run(folder: Path) -> Run:
     summary = _read_json(folder / run_folder.SUMMARY, problems)
     provenance = _read_json(folder / run_folder.PROVENANCE, problems)
     status = str(summary.get("status", "not begun"))
+    if status in ("done", "diverged"):
+        names = (run_folder.OVERRIDES, run_folder.PROVENANCE, run_folder.METRICS)
+        problems += [f"{name} is missing" for name in names if not (folder / name).exists()]
     if status == "running" and not run_folder.is_held(folder):
         status = "killed"
     return Run(
