@@ -12,6 +12,8 @@ from xattn.errors import ExitCode, XattnError
 _COMMANDS = {
     "bench attention": ("xattn.bench.attention", "time implementations × activations × sizes of attention"),
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
+    "report": ("xattn.report", "judge a study and write its report"),
+    "compare": ("xattn.report.compare", "set runs side by side"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
 }
 
