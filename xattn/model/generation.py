@@ -30,7 +30,8 @@ def generate(
     context_length = model.backend.context_length
     prompt = prompt.astype(jnp.int32)[-context_length:]
     known = prompt.shape[0]
-    window = jnp.zeros(context_length, jnp.int32).at[:known].set(prompt)
+    size = min(context_length, known + num_tokens)  # no larger than is ever filled
+    window = jnp.zeros(size, jnp.int32).at[:known].set(prompt)
 
     def draw(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         window, length = carry
@@ -39,7 +40,7 @@ def generate(
         next_logits = logits[0, length - 1].astype(jnp.float32)
         sampled = jax.random.categorical(key, next_logits / jnp.where(temperature > 0, temperature, 1.0))
         token = jnp.where(temperature > 0, sampled, next_logits.argmax()).astype(jnp.int32)
-        full = length == context_length
+        full = length == size
         window = jnp.where(full, jnp.roll(window, -1), window)
         length = jnp.where(full, length, length + 1)
         return (window.at[length - 1].set(token), length), token
