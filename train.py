@@ -69,6 +69,8 @@ def main() -> int:
     except xattn.config.COMPOSITION_ERRORS as error:
         print(f"xattn: {xattn.config.explain(error, sys.argv[1:])}", file=sys.stderr)
         return ExitCode.BAD_INPUT
+    except BrokenPipeError:  # who read what we print has read enough: `python train.py --help | head`
+        return ExitCode.DONE
     except OSError as error:  # Hydra makes the run's folder before train() is called
         refusal = storage_error(error, Path.cwd()) or BadInput(f"{error.filename}: {error.strerror}")
         print(f"xattn: {refusal}", file=sys.stderr)
@@ -84,9 +86,10 @@ def _leave(code: int) -> NoReturn:
     """Leaves with the code, also where the screen is a file on a disk that is full by now."""
     try:
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
-        code = code or ExitCode.STORAGE
+        if not isinstance(error, BrokenPipeError):
+            code = code or ExitCode.STORAGE
     sys.exit(code)
 
 

@@ -478,6 +478,18 @@ def loaded(finished: Finished) -> xattn.LoadedRun:
     return xattn.load(finished.folder)
 
 
+def test_a_reader_who_leaves_does_not_stop_the_run(tmp_path: Path, text_file: Path) -> None:
+    """``python train.py | head``: what is printed after that goes to log.txt alone."""
+    with start(*TINY, "data=text", f"data.path={text_file}", cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("run folder")
+        process.stdout.close()
+        assert process.wait(300) == 0, process.stderr and process.stderr.read()
+    folder = run_of(tmp_path)
+    assert json.loads((folder / "summary.json").read_text())["status"] == "done"
+    assert "result" in (folder / "log.txt").read_text("utf-8")
+
+
 def test_a_loaded_run_reproduces_the_loss_of_its_summary(finished: Finished, loaded: xattn.LoadedRun) -> None:
     assert loaded.config == xconfig.compose(finished.overrides)
     assert loaded.step == 20

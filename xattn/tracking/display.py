@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from xattn.tracking.tracker import Row
 
 
+class _Screen(Console):
+    """A console whose reader may leave (``python train.py | head``): the run goes on, and log.txt has everything."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
+
+
 class Display:
     """Prints to the screen and to log.txt. As a context it shows a run's progress; as a tracker it prints each row.
 
@@ -22,7 +31,7 @@ class Display:
 
     def __init__(self, log: Path, steps: int, *, quiet: bool = False):
         self._quiet = quiet
-        self._console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+        self._console = _Screen(highlight=False, soft_wrap=True, file=sys.stdout)
         self._log_path = log
         self._log: TextIO | None = None  # opened with the first line: a start that is refused leaves no file
         self._steps = steps
