@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
+from xattn.model.projection import project_on_cpu
 from xattn.model.transformer import (
     LanguageModel,
     ModelHyperparameters,
@@ -405,3 +406,16 @@ def test_operations_are_counted_as_xla_counts_them(overrides: list[str]) -> None
     counted = matmul_flops_per_token(model.config, context_length=96, vocab_size=256)
     skipped = model.config.num_layers * 2 * 96 * 64
     assert cost["flops"] / (2 * 96) == pytest.approx(counted + skipped, rel=0.12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_projections_own_gradient_is_the_gradient_of_its_product(dtype: str) -> None:
+    x, kernel, cotangent = (
+        jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(2, 3, 5), (5, 7), (2, 3, 7)])
+    )
+    out, vjp = jax.vjp(project_on_cpu, x, kernel)
+    expected, vjp_expected = jax.vjp(jnp.matmul, x, kernel)
+    tolerance = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
+    for ours, theirs in zip([out, *vjp(cotangent)], [expected, *vjp_expected(cotangent)], strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=tolerance, atol=tolerance)

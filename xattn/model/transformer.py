@@ -24,6 +24,7 @@ from flax import linen as nn
 from xattn.backend import attention
 from xattn.backend.config import BackendConfig
 from xattn.model.config import ModelConfig
+from xattn.model.projection import projection
 
 Role = Literal["matrix", "embedding", "vector"]
 
@@ -166,7 +167,8 @@ class MLP(nn.Module):
 def _dense(config: ModelConfig, features: int, name: str, *, residual: bool = False) -> nn.Dense:
     variance = 1.0 / (2 * config.num_layers) if residual else 1.0
     init = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
-    return nn.Dense(features, use_bias=False, dtype=jnp.dtype(config.dtype), kernel_init=init, name=name)
+    dtype = jnp.dtype(config.dtype)
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, dot_general=projection, name=name)
 
 
 def _norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
