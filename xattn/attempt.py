@@ -6,7 +6,6 @@ Importing this module imports no jax: what can be judged without it is told befo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import xattn.config
 from xattn import run_folder
 from xattn.config import Config
-from xattn.data.baselines import gzip_bits_per_byte, scored_bytes, unigram_bits_per_byte
-from xattn.data.batches import TrainingBatches, Windows, evaluation_windows
-from xattn.data.corpus import Corpus, find_files, load_corpus
-from xattn.data.tokenizer import ByteTokenizer
+from xattn.data.baselines import gzip_bits_per_byte, unigram_bits_per_byte
+from xattn.data.corpus import find_files
+from xattn.data.run_data import RunData, load_data
+from xattn.data.tokenizer import Tokenizer
 from xattn.device import ask_for_determinism, hush_libraries, keep_compiled_programs
 from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError, storage_error
 from xattn.provenance import changes, provenance
@@ -99,8 +98,14 @@ class Attempt:
         keep_compiled_programs()
         choice = _choose_attention(config)
         with self._as_recorded():
-            text = _Text.of(config)
-        origin = self._origin(overrides, text.corpus.sha256)
+            data = load_data(
+                config.data,
+                context_length=config.backend.context_length,
+                batch_size=config.trainer.batch_size,
+                windows=config.evaluation.windows,
+                seed=config.seed,
+            )
+        origin = self._origin(overrides, data.sha256)
         display.say(f"run folder  {shown(folder.path)}")
         display.say(f"attention   {config.backend.activation}, computed by {choice.name}")
         for passed_over, reason in choice.passed_over.items():
@@ -117,8 +122,7 @@ class Attempt:
             say=display.warn,
         )
         with display, checkpoints:
-            tokenizer = ByteTokenizer()
-            compiled, compiled_now = programs(config, tokenizer.vocab_size)
+            compiled, compiled_now = programs(config, data.tokenizer.vocab_size, segments=data.has_segments)
             progress = Progress(compiled.init(hyperparameters(config)))
             self._resume(progress, checkpoints)
             self._summary |= {
@@ -130,27 +134,27 @@ class Attempt:
                 "peak_memory_bytes": compiled.peak_memory_bytes,
                 "packed_with": 1,
             }
-            size = f"{self._summary['num_params']:,} parameters, {len(text.corpus.train):,} bytes of training text"
-            display.say(f"model       {size}")
+            display.say(f"model       {self._summary['num_params']:,} parameters, {data.description}")
             metrics = MetricsFile(folder / run_folder.METRICS, after=progress.step)
             trackers: list[Tracker] = [metrics, display, *([self._mirror] if self._mirror else [])]
+            bytes_per_token = data.bytes_per_token()
             while True:
                 train(
                     compiled,
                     progress,
-                    text.batch,
-                    text.windows,
+                    data.batch,
+                    data.windows,
                     checkpoints,
                     trackers,
                     config.trainer,
-                    bytes_per_token=tokenizer.bytes_per_token,
+                    bytes_per_token=bytes_per_token,
                     stop=self._stop,
                 )
                 if not self._rolls_back(progress, checkpoints):
                     break
                 metrics.rewind(progress.step)
             metrics.close()
-        return self._conclude(progress, compiled, tokenizer, text)
+        return self._conclude(progress, compiled, data)
 
     def _try_to_note(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the disk may be what is full
@@ -271,7 +275,7 @@ class Attempt:
 
     # ---- how it ends
 
-    def _conclude(self, progress: Progress, compiled: Programs, tokenizer: ByteTokenizer, text: _Text) -> ExitCode:
+    def _conclude(self, progress: Progress, compiled: Programs, data: RunData) -> ExitCode:
         from xattn.training.state_hash import state_sha256
 
         display, config = self._display, self._config
@@ -295,7 +299,7 @@ class Attempt:
         summary.pop("failures", None)
         match code:
             case ExitCode.DONE:
-                self._show_result(summary, text.windows, _sample(compiled, progress, tokenizer, config.seed))
+                self._show_result(summary, data, _sample(compiled, progress, data.tokenizer, config.seed))
             case ExitCode.PREEMPTED:
                 display.say(f"stopped at step {progress.step}, and saved; the same command goes on from there")
             case ExitCode.DIVERGED if progress.halted_at is not None:
@@ -310,13 +314,15 @@ class Attempt:
         display.say(f"run folder  {shown(self._folder.path)}")
         return code
 
-    def _show_result(self, summary: dict[str, Any], windows: Sequence[Windows], sample: str) -> None:
+    def _show_result(self, summary: dict[str, Any], data: RunData, sample: str) -> None:
         artifacts = self._folder / run_folder.ARTIFACTS
         artifacts.mkdir(exist_ok=True)
         run_folder.write_atomically(artifacts / "sample.txt", sample)
-        scored = scored_bytes(windows)
+        scored = data.scored_bytes()
         self._display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}:\n{_printable(sample)}\n")
         self._display.say(f"result      {result_line(summary)}")
+        if scored is None:
+            return
         self._display.say(
             f"baselines   unigram entropy {unigram_bits_per_byte(scored):.4f}, gzip {gzip_bits_per_byte(scored):.4f} "
             f"bits/byte, of the same {len(scored):,} bytes"
@@ -330,30 +336,6 @@ class Attempt:
         self._summary |= {"status": "failed", "failures": {"count": count, "step": step} | same}
         if self._folder.is_ours():  # before that nothing has begun
             run_folder.write_summary(self._folder.path, self._summary)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Text:
-    """The run's data: what it trains on, and what it is evaluated on."""
-
-    corpus: Corpus
-    batch: TrainingBatches
-    windows: list[Windows]
-
-    @classmethod
-    def of(cls, config: Config) -> _Text:
-        context_length, batch_size = config.backend.context_length, config.trainer.batch_size
-        corpus = load_corpus(config.data, context_length)
-        return cls(
-            corpus,
-            TrainingBatches(corpus.train, context_length=context_length, batch_size=batch_size, seed=config.seed),
-            evaluation_windows(
-                corpus.validation,
-                context_length=context_length,
-                batch_size=batch_size,
-                windows=config.evaluation.windows,
-            ),
-        )
 
 
 def _choose_attention(config: Config) -> Choice:
@@ -378,7 +360,7 @@ def _choose_attention(config: Config) -> Choice:
         raise BadInput(f"backend.implementation: {error}") from error
 
 
-def _sample(compiled: Programs, progress: Progress, tokenizer: ByteTokenizer, seed: int) -> str:
+def _sample(compiled: Programs, progress: Progress, tokenizer: Tokenizer, seed: int) -> str:
     import jax
     import jax.numpy as jnp
 
@@ -389,7 +371,7 @@ def _sample(compiled: Programs, progress: Progress, tokenizer: ByteTokenizer, se
         compiled.model,
         state.params,
         state.hyperparameters.model,
-        jnp.asarray(tokenizer.encode("\n")),
+        jnp.asarray([tokenizer.start]),
         num_tokens=SAMPLE_TOKENS,
         temperature=SAMPLE_TEMPERATURE,
         key=jax.random.key(seed),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import xattn.config
 from xattn import run_folder
 from xattn.config import Config
-from xattn.data.tokenizer import ByteTokenizer
+from xattn.data.run_data import load_tokenizer
+from xattn.data.tokenizer import Tokenizer
 from xattn.errors import BadInput
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class LoadedRun:
     model: LanguageModel
     params: Any
     hyperparameters: ModelHyperparameters
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     step: int
 
     def generate(self, prompt: str, *, max_tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
@@ -71,7 +72,7 @@ def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> L
     if summary is None or not (path / run_folder.CONFIG).is_file():
         raise BadInput(f"{path}: not a run folder, it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
     config = xattn.config.load(path / run_folder.CONFIG)
-    tokenizer = ByteTokenizer()
+    tokenizer = load_tokenizer(config.data)
     model = LanguageModel(config.model, config.backend, tokenizer.vocab_size)
     hyper = hyperparameters(config).model
     tokens = jax.ShapeDtypeStruct((1, config.backend.context_length), jnp.int32)

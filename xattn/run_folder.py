@@ -124,8 +124,8 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def finite_or_none(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def finite_or_none(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def to_json(values: Mapping[str, Any], *, indent: int | None = None) -> str:
@@ -181,4 +181,9 @@ def shown(path: Path) -> str:
 def result_line(summary: dict[str, Any]) -> str:
     if summary["val_loss"] is None:
         return "no finite val_loss"
-    return f"val_loss {summary['val_loss']:.4f} nats/token = {summary['val_bpb']:.4f} bits/byte"
+    return loss_text(summary["val_loss"], summary["val_bpb"])
+
+
+def loss_text(val_loss: float, val_bpb: float | None) -> str:
+    """A held-out loss for people; val_bpb is None where tokens stand for no bytes."""
+    return f"val_loss {val_loss:.4f} nats/token" + ("" if val_bpb is None else f" = {val_bpb:.4f} bits/byte")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from xattn.data.baselines import gzip_bits_per_byte, scored_bytes, unigram_bits_per_byte
-from xattn.data.batches import evaluation_windows
+from xattn.data.baselines import gzip_bits_per_byte, unigram_bits_per_byte
+from xattn.data.batches import TrainingBatches, evaluation_windows
+from xattn.data.run_data import RunData
+from xattn.data.tokenizer import ByteTokenizer
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,11 @@ def test_gzip_is_deflate_with_a_header_of_eighteen_bytes(text: bytes) -> None:
 def test_the_baselines_see_the_very_bytes_that_are_scored() -> None:
     text = bytes(range(100))
     tokens = np.frombuffer(text, np.uint8)
-    every = evaluation_windows(tokens, context_length=7, batch_size=4, windows="all")
-    assert scored_bytes(every) == text[1:]
-    some = evaluation_windows(tokens, context_length=7, batch_size=4, windows=2)
-    assert scored_bytes(some) == text[1:8] + text[92:99]
+
+    def scored(windows: int | Literal["all"]) -> bytes | None:
+        chosen = evaluation_windows(tokens, context_length=7, batch_size=4, windows=windows)
+        batch = TrainingBatches(tokens, context_length=7, batch_size=4, seed=0)
+        return RunData(batch, chosen, ByteTokenizer(), "", "").scored_bytes()
+
+    assert scored("all") == text[1:]
+    assert scored(2) == text[1:8] + text[92:99]

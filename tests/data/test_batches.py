@@ -24,15 +24,27 @@ def test_a_batch_is_a_function_of_seed_and_step_alone() -> None:
     forward = [one(step) for step in range(60)]
     backward = [other(step) for step in reversed(range(60))]
     for a, b in zip(forward, reversed(backward), strict=True):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(batches()(41), forward[41])
-    assert forward[0].dtype == np.int32
-    assert forward[0].shape == (3, 8)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(batches()(41).tokens, forward[41].tokens)
+    assert forward[0].tokens.dtype == np.int32
+    assert forward[0].tokens.shape == (3, 8)
+    assert forward[0].weights.dtype == np.float32
+    np.testing.assert_array_equal(forward[0].weights, np.ones((3, 7)))
+
+
+@pytest.mark.parametrize("step", [0, 11, 300])
+def test_a_host_reads_its_rows_of_the_batch(step: int) -> None:
+    """Also where an epoch ends within the batch: 34 windows are 11 batches and a third."""
+    whole = batches()(step)
+    for rows in (slice(0, 1), slice(1, 3), slice(2, 3), slice(0, 3)):
+        part = batches()(step, rows)
+        np.testing.assert_array_equal(part.tokens, whole.tokens[rows])
+        np.testing.assert_array_equal(part.weights, whole.weights[rows])
 
 
 def test_a_window_is_a_piece_of_the_text_and_its_successor() -> None:
     """Targets are the inputs one token on: the model never sees what it has to say."""
-    seen = np.concatenate([batches()(step) for step in range(60)])
+    seen = np.concatenate([batches()(step).tokens for step in range(60)])
     np.testing.assert_array_equal(seen[:, 1:], seen[:, :-1] + 1)
 
 
@@ -40,7 +52,7 @@ def test_a_window_is_a_piece_of_the_text_and_its_successor() -> None:
 def test_every_window_is_used_once_an_epoch(batch_size: int) -> None:
     """251 tokens are 35 windows of 7; one is left out so that the cut may be anywhere."""
     draw = batches(batch_size=batch_size)
-    starts = np.concatenate([draw(step)[:, 0] for step in range(-(-3 * 34 // batch_size))])
+    starts = np.concatenate([draw(step).tokens[:, 0] for step in range(-(-3 * 34 // batch_size))])
     orders = []
     for epoch in range(3):
         of_epoch = starts[34 * epoch : 34 * (epoch + 1)]
@@ -54,18 +66,18 @@ def test_every_window_is_used_once_an_epoch(batch_size: int) -> None:
 
 def test_the_cut_moves_from_epoch_to_epoch() -> None:
     draw = batches(batch_size=34)
-    assert len({int(draw(step)[:, 0].min()) for step in range(40)}) == 7
+    assert len({int(draw(step).tokens[:, 0].min()) for step in range(40)}) == 7
 
 
 def test_seeds_differ() -> None:
-    seen = [batches(seed=seed)(0).tobytes() for seed in (0, 1, 2, 2**32 - 1)]
+    seen = [batches(seed=seed)(0).tokens.tobytes() for seed in (0, 1, 2, 2**32 - 1)]
     assert len(set(seen)) == 4
 
 
 @pytest.mark.parametrize("length", range(8, 30))
 def test_tiny_texts_fill_batches(length: int) -> None:
     draw = batches(np.arange(length), batch_size=5)
-    seen = np.concatenate([draw(step) for step in range(40)])
+    seen = np.concatenate([draw(step).tokens for step in range(40)])
     assert seen.shape == (200, 8)
     np.testing.assert_array_equal(seen[:, 1:], seen[:, :-1] + 1)
     assert seen.max() < length
@@ -78,7 +90,7 @@ def test_tiny_texts_fill_batches(length: int) -> None:
 def test_all_scores_every_token_but_the_first_once(length: int, batch_size: int) -> None:
     windows = evaluation_windows(np.arange(length), context_length=7, batch_size=batch_size, windows="all")
     scored: Counter[int] = Counter()
-    for tokens, weights in windows:
+    for tokens, weights, _ in windows:
         assert tokens.shape == (batch_size, 8)
         assert weights.shape == (batch_size, 7)
         assert tokens.dtype == np.int32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xattn.data.tokenizer import ByteTokenizer
+from xattn.data.tokenizer import ByteTokenizer, IdTokenizer
 
 
 @pytest.mark.parametrize("text", ["", "plain", "äöü 字 🎲", "line\r\n\0end", "\ufeffmark"])
@@ -28,3 +28,13 @@ def test_any_bytes_can_be_encoded_and_shown() -> None:
 def test_ids_out_of_range_are_errors(wrong: int) -> None:
     with pytest.raises(ValueError, match="256"):
         ByteTokenizer().decode([wrong])
+
+
+def test_ids_are_written_in_decimal() -> None:
+    tokenizer = IdTokenizer(12)
+    assert tokenizer.decode(np.array([3, 0, 11])) == "3 0 11"
+    assert tokenizer.encode("3 0\n 11").tolist() == [3, 0, 11]
+    with pytest.raises(ValueError, match="12: not an id; they are 0 to 11"):
+        tokenizer.encode("3 12")
+    with pytest.raises(ValueError, match="word"):
+        tokenizer.encode("word")

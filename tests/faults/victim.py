@@ -69,8 +69,8 @@ def _step_metrics_wrapper(around: Callable[[int, Callable[[], Any]], Any]) -> No
 
     original = module.programs
 
-    def patched(*args: Any) -> Any:
-        compiled, now = original(*args)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        compiled, now = original(*args, **kwargs)
         step = compiled.step
         return compiled._replace(step=lambda state, t: around(int(state.step) + 1, lambda: step(state, t))), now
 
@@ -108,14 +108,14 @@ def kill_locked() -> None:
 def kill_data() -> None:
     import xattn.attempt
 
-    patch(xattn.attempt, "load_corpus", before=_die_when(lambda *a: True))
+    patch(xattn.attempt, "load_data", before=_die_when(lambda *a, **k: True))
 
 
 def kill_compile() -> None:
     """Before the first compile."""
     from xattn.training import programs
 
-    patch(programs, "programs", before=_die_when(lambda *a: True))
+    patch(programs, "programs", before=_die_when(lambda *a, **k: True))
 
 
 def kill_in_compile() -> None:
@@ -262,10 +262,10 @@ def error_in_data() -> None:
     """An error of our own before the folder has its config."""
     import xattn.attempt
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("planted")
 
-    patch(xattn.attempt, "load_corpus", before=fail)
+    patch(xattn.attempt, "load_data", before=fail)
 
 
 def limit_file_size(size: str, update: str = "0") -> None:
@@ -299,16 +299,16 @@ def bad_batch(*updates: str) -> None:
 
     read, original = TrainingBatches.__call__, jax.value_and_grad
 
-    def marked(self: Any, step: int) -> Any:
-        tokens = read(self, step)
+    def marked(self: Any, step: int, *rows: slice) -> Any:
+        windows = read(self, step, *rows)
         if str(step + 1) in updates:
-            tokens[0, 0] = 255  # no byte of UTF-8
-        return tokens
+            windows.tokens[0, 0] = 255  # no byte of UTF-8
+        return windows
 
     def value_and_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-        def poisoned(params: Any, hyper: Any, tokens: Any, dropout: Any) -> Any:
-            loss, gradient = original(function)(params, hyper, tokens, dropout)
-            return jnp.where(jnp.any(tokens == 255), jnp.nan, loss), gradient
+        def poisoned(params: Any, hyper: Any, windows: Any, dropout: Any) -> Any:
+            loss, gradient = original(function)(params, hyper, windows, dropout)
+            return jnp.where(jnp.any(windows.tokens == 255), jnp.nan, loss), gradient
 
         return poisoned
 
@@ -324,8 +324,8 @@ def nonfinite(what: str, value: str, *updates: str) -> None:
     original = jax.value_and_grad
 
     def value_and_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-        def poisoned(params: Any, hyper: Any, tokens: Any, dropout: Any) -> Any:
-            loss, gradient = original(function)(params, hyper, tokens, dropout)
+        def poisoned(params: Any, hyper: Any, windows: Any, dropout: Any) -> Any:
+            loss, gradient = original(function)(params, hyper, windows, dropout)
             base = jax.random.fold_in(jax.random.key(hyper.seed), 1)  # the step is told by its dropout key
             keys = [jax.random.key_data(jax.random.fold_in(base, int(update) - 1)) for update in updates]
             now = jnp.any(jnp.stack([jnp.all(key == jax.random.key_data(dropout)) for key in keys]))
@@ -421,10 +421,10 @@ def mutate_batch() -> None:
 
     original, first = TrainingBatches.__call__, list[int]()
 
-    def patched(self: Any, step: int) -> Any:
+    def patched(self: Any, step: int, *rows: slice) -> Any:
         if step:
             first.append(step)
-        return original(self, step - (first[0] if first else 0))
+        return original(self, step - (first[0] if first else 0), *rows)
 
     TrainingBatches.__call__ = patched  # type: ignore[method-assign]
 

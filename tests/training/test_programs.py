@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from xattn.config import Config, compose
-from xattn.data.batches import evaluation_windows
+from xattn.data.batches import Windows, evaluation_windows
 from xattn.model.transformer import next_token_losses
 from xattn.training.optimizer import learning_rate_factor
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs
@@ -30,7 +30,8 @@ TINY = [
     "optimizer.clip_norm=null",
 ]
 TEXT = np.frombuffer(b"to be or not to be, that is the question: " * 20, np.uint8)
-BATCH = np.stack([TEXT[i : i + 9] for i in (0, 5, 11, 17)]).astype(np.int32)
+TOKENS = np.stack([TEXT[i : i + 9] for i in (0, 5, 11, 17)]).astype(np.int32)
+BATCH = Windows(TOKENS, np.ones((4, 8), np.float32))
 
 
 def config_of(*overrides: str) -> Config:
@@ -142,16 +143,24 @@ def test_the_numbers_of_a_config_are_those_of_the_state() -> None:
 # ---- what a step computes --------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_the_gradient_of_the_mean_loss(tiny: Programs) -> None:
+WEIGHTS = np.random.default_rng(2).integers(0, 3, (4, 8)).astype(np.float32)
+SEGMENTS = np.arange(8, dtype=np.int32) // 3 + np.zeros((4, 1), np.int32)
+
+
+@pytest.mark.parametrize("windows", [BATCH, BATCH._replace(weights=WEIGHTS, segment_ids=SEGMENTS)], ids=["all", "some"])
+def test_a_step_is_the_gradient_of_the_mean_loss(windows: Windows) -> None:
     """SGD without momentum or clip: parameters − rate · gradient; metrics are of the update that was made."""
+    tiny, _ = programs(config_of(), 256, segments=windows.segment_ids is not None)
     state = fresh(tiny, "optimizer.learning_rate=0.5")
 
     def loss(params: Any) -> jax.Array:
-        logits = tiny.model.apply({"params": params}, BATCH[:, :-1], state.hyperparameters.model)
-        return next_token_losses(logits, BATCH[:, 1:]).mean()
+        logits = tiny.model.apply(
+            {"params": params}, TOKENS[:, :-1], state.hyperparameters.model, segment_ids=windows.segment_ids
+        )
+        return jnp.average(next_token_losses(logits, TOKENS[:, 1:]), weights=windows.weights)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
-    new, metrics = tiny.step(copied(state), BATCH)
+    new, metrics = tiny.step(copied(state), windows)
     rate = 0.5 * float(learning_rate_factor(config_of().schedule, 40)(0))
     assert rate == pytest.approx(0.5 / 3)
     assert metrics.learning_rate.item() == pytest.approx(rate, rel=1e-6)

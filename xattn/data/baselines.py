@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
 
 import numpy as np
-
-from xattn.data.batches import Windows
-
-
-def scored_bytes(windows: Sequence[Windows]) -> bytes:
-    """The targets that count, window after window."""
-    return b"".join(w.tokens[:, 1:][w.weights > 0].astype(np.uint8).tobytes() for w in windows)
 
 
 def unigram_bits_per_byte(text: bytes) -> float:

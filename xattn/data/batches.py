@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+ALL_ROWS = slice(None)
+
 
 class Windows(NamedTuple):
-    """tokens: int32 (B, S + 1), a window's inputs and, shifted by one, its targets. weights: float32 (B, S), 1 where
-    the target counts and 0 where it is padding."""
+    """A batch, of training and of evaluation: the loss is Σ weights · loss / Σ weights.
+
+    tokens: int32 (B, S + 1), a window's inputs and, shifted by one, its targets. weights: float32 (B, S), 1 where the
+    target counts, 0 where it is padding or nothing that is asked for. segment_ids: int32 (B, S), of the inputs; tokens
+    of different segments don't attend to each other. None: each window is one segment.
+    """
 
     tokens: np.ndarray
     weights: np.ndarray
+    segment_ids: np.ndarray | None = None
+
+
+class Batches(Protocol):
+    """``batch(step)``: the windows of update number ``step``, counted from 0. It is a pure function: nothing is
+    remembered between calls. ``rows`` takes some of its rows, as a host of several does, and makes no others."""
+
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows: ...
 
 
 class TrainingBatches:
@@ -32,11 +46,11 @@ class TrainingBatches:
         self._windows_per_epoch = max(1, (len(tokens) - 1) // context_length - 1)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
-    def __call__(self, step: int) -> np.ndarray:
-        """int32 (batch_size, context_length + 1): the windows of update number ``step``, counted from 0."""
-        position = step * self._batch_size + np.arange(self._batch_size, dtype=np.int64)
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows:
+        position = step * self._batch_size + np.arange(self._batch_size, dtype=np.int64)[rows]
         starts = [self._epoch(int(p // self._windows_per_epoch))[p % self._windows_per_epoch] for p in position]
-        return np.stack([self._tokens[s : s + self._context_length + 1] for s in starts]).astype(np.int32)
+        tokens = np.stack([self._tokens[s : s + self._context_length + 1] for s in starts]).astype(np.int32)
+        return Windows(tokens, np.ones((len(starts), self._context_length), np.float32))
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
         generator = np.random.default_rng([self._seed, epoch])

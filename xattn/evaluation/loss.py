@@ -16,17 +16,19 @@ ScoreWindows = Callable[[Any, ModelHyperparameters, Windows], jax.Array]
 
 
 class HeldOutLoss(NamedTuple):
-    """val_loss: nats per token. val_bpb: bits per byte."""
+    """val_loss: nats per token. val_bpb: bits per byte, None where tokens stand for no bytes."""
 
     val_loss: float
-    val_bpb: float
+    val_bpb: float | None
 
 
 def score_windows(model: LanguageModel) -> ScoreWindows:
-    """(params, hyperparameters, windows) → the windows' summed loss in nats, a float32 scalar; padding counts as 0."""
+    """(params, hyperparameters, windows) → Σ weights · loss, in nats, a float32 scalar."""
 
     def score(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> jax.Array:
-        logits: Any = model.apply({"params": params}, windows.tokens[:, :-1], hyperparameters)
+        logits: Any = model.apply(
+            {"params": params}, windows.tokens[:, :-1], hyperparameters, segment_ids=windows.segment_ids
+        )
         return jnp.sum(next_token_losses(logits, windows.tokens[:, 1:]) * windows.weights)
 
     return jax.jit(score)
@@ -38,13 +40,13 @@ def held_out_loss(
     hyperparameters: ModelHyperparameters,
     windows: Sequence[Windows],
     *,
-    bytes_per_token: float,
+    bytes_per_token: float | None,
 ) -> HeldOutLoss:
-    """The mean over every scored token. Waits for the device once."""
+    """The mean over every scored token. Waits for the device once. bytes_per_token: of the scored tokens."""
     sums = [score(params, hyperparameters, w) for w in windows]
     nats = sum(float(s) for s in jax.device_get(sums))  # in float64, batch after batch
     per_token = nats / sum(float(w.weights.sum()) for w in windows)
-    return HeldOutLoss(per_token, bits_per_byte(per_token, bytes_per_token))
+    return HeldOutLoss(per_token, None if bytes_per_token is None else bits_per_byte(per_token, bytes_per_token))
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

@@ -50,8 +50,9 @@ def parameter_role(path: tuple[Any, ...]) -> Role:
 class LanguageModel(nn.Module):
     """Next-token logits.
 
-    ``__call__(tokens, hyperparameters, *, train=False)``: int (B, S) → float (B, S, V) in the config's dtype. With
-    train=True and dropout > 0 an rng named ``dropout`` is needed.
+    ``__call__(tokens, hyperparameters, *, segment_ids=None, train=False)``: int (B, S) → float (B, S, V) in the config's
+    dtype. segment_ids: int (B, S); tokens of different segments don't attend to each other. With train=True and
+    dropout > 0 an rng named ``dropout`` is needed.
     """
 
     config: ModelConfig
@@ -59,7 +60,14 @@ class LanguageModel(nn.Module):
     vocab_size: int
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, hyperparameters: ModelHyperparameters, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        hyperparameters: ModelHyperparameters,
+        *,
+        segment_ids: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
         config = self.config
         dtype = jnp.dtype(config.dtype)
 
@@ -77,7 +85,7 @@ class LanguageModel(nn.Module):
             length=config.num_layers,
             unroll=config.num_layers if config.layers == "unrolled" else 1,
         )(config, self.backend, train, name="layers")
-        x, _ = layers(x, hyperparameters)
+        x, _ = layers(x, hyperparameters, segment_ids)
         x = _norm(config, "final_norm")(x)
         output = token_embedding if config.embeddings == "tied" else embedding("output_embedding")
         return output.attend(x)
@@ -91,9 +99,12 @@ class Layer(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, hyperparameters: ModelHyperparameters) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, hyperparameters: ModelHyperparameters, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, None]:
         config = self.config
-        branch = Attention(config, self.backend, name="attention")(_norm(config, "attention_norm")(x), hyperparameters)
+        attention = Attention(config, self.backend, name="attention")
+        branch = attention(_norm(config, "attention_norm")(x), hyperparameters, segment_ids)
         if config.norm_placement == "hybrid":
             branch = _norm(config, "attention_output_norm")(branch)
         x = x + self._residual("attention", branch)
@@ -114,7 +125,7 @@ class Attention(nn.Module):
     backend: BackendConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, hyperparameters: ModelHyperparameters) -> jax.Array:
+    def __call__(self, x: jax.Array, hyperparameters: ModelHyperparameters, segment_ids: jax.Array | None) -> jax.Array:
         config, backend = self.config, self.backend
         batch, length, _ = x.shape
 
@@ -141,6 +152,7 @@ class Attention(nn.Module):
             theta=hyperparameters.theta,
             context_length=backend.context_length,
             sigmoid_bias=bias,
+            segment_ids=segment_ids,
             window=backend.window,
             implementation=backend.implementation,
         )

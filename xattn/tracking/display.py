@@ -12,6 +12,7 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from xattn.run_folder import loss_text
 from xattn.tracking.tracker import Row
 
 
@@ -75,7 +76,7 @@ class Display:
             words += [loss, speed, *self._time_left(step)]
             self._progress.update(self._task, completed=step, description=f"{loss}  {speed}")
         if row.get("val_loss") is not None:
-            words.append(f"val_loss {row['val_loss']:.4f} nats/token = {row['val_bpb']:.4f} bits/byte")
+            words.append(loss_text(row["val_loss"], row["val_bpb"]))
         line = "  ".join(words)
         if self._console.is_terminal and "val_loss" not in row:
             self.note(line)  # the bar shows it

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 
-from xattn.data.batches import Windows
+from xattn.data.batches import Batches, Windows
 from xattn.evaluation.loss import held_out_loss
 from xattn.run_folder import finite_or_none
 from xattn.tracking.tracker import Tracker
@@ -87,13 +86,13 @@ class Progress:
 def train(
     programs: Programs,
     progress: Progress,
-    batch: Callable[[int], np.ndarray],
+    batch: Batches,
     windows: Sequence[Windows],
     checkpoints: Checkpoints,
     trackers: Sequence[Tracker],
     config: TrainerConfig,
     *,
-    bytes_per_token: float,
+    bytes_per_token: float | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains to config.steps, to the update that halts it, or until ``stop()``, and keeps ``progress`` up to date.
@@ -102,7 +101,7 @@ def train(
     update's own metrics, the evaluation of the parameters after it, the step's one row, and then the save, so that a
     checkpoint never exists without the rows that lead to it.
     """
-    tokens_per_step = config.batch_size * (batch(0).shape[1] - 1)
+    tokens_per_step = config.batch_size * batch(0).weights.shape[1]
     waited_at = progress.step
     saved_at = time.monotonic()
     progress.clock.resume()
@@ -146,7 +145,7 @@ def train(
 
 
 def _evaluate(
-    programs: Programs, progress: Progress, windows: Sequence[Windows], bytes_per_token: float
+    programs: Programs, progress: Progress, windows: Sequence[Windows], bytes_per_token: float | None
 ) -> dict[str, Any]:
     state = progress.state
     loss = held_out_loss(

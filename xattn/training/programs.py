@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from xattn.config import Config, shaping
+from xattn.data.batches import Windows
 from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token, next_token_losses
 from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
@@ -73,8 +74,8 @@ def hyperparameters(config: Config) -> Hyperparameters:
 class Programs(NamedTuple):
     """What a run calls on the device.
 
-    model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. step: (TrainState, int32
-    (B, S + 1)) → (TrainState, StepMetrics), and the state it is given is used up. score: of evaluation.
+    model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. step: (TrainState, Windows) →
+    (TrainState, StepMetrics), and the state it is given is used up. score: of evaluation.
     compile_seconds, peak_memory_bytes: of the step: its compilation, its arguments and temporaries.
     flops_per_step: of its matrix products, by formula.
     """
@@ -88,15 +89,18 @@ class Programs(NamedTuple):
     flops_per_step: int
 
 
-def programs(config: Config, vocab_size: int) -> tuple[Programs, bool]:
-    """The programs of a config, compiled where this process has none for them yet, and whether it had to compile."""
+def programs(config: Config, vocab_size: int, *, segments: bool = False) -> tuple[Programs, bool]:
+    """The programs of a config, compiled where this process has none for them yet, and whether it had to compile.
+
+    segments: whether the windows come with segment_ids.
+    """
     before = _compile.cache_info().misses
-    compiled = _compile(shaping(config), vocab_size)
+    compiled = _compile(shaping(config), vocab_size, segments)
     return compiled, _compile.cache_info().misses > before
 
 
 @lru_cache(maxsize=8)
-def _compile(config: Config, vocab_size: int) -> Programs:
+def _compile(config: Config, vocab_size: int, segments: bool) -> Programs:
     model = LanguageModel(config.model, config.backend, vocab_size)
     batch_size, context_length = config.trainer.batch_size, config.backend.context_length
     schedule = learning_rate_factor(config.schedule, config.trainer.steps)
@@ -108,16 +112,22 @@ def _compile(config: Config, vocab_size: int) -> Programs:
         opt_state = optimizer(config.optimizer, hyper.optimizer).init(params)
         return TrainState(jnp.int32(0), params, opt_state, hyper, jnp.int32(0), jnp.int32(-1))
 
-    def loss_of(params: Any, hyper: Hyperparameters, tokens: jax.Array, dropout: jax.Array) -> jax.Array:
+    def loss_of(params: Any, hyper: Hyperparameters, windows: Windows, dropout: jax.Array) -> jax.Array:
         logits: Any = model.apply(
-            {"params": params}, tokens[:, :-1], hyper.model, train=True, rngs={"dropout": dropout}
+            {"params": params},
+            windows.tokens[:, :-1],
+            hyper.model,
+            segment_ids=windows.segment_ids,
+            train=True,
+            rngs={"dropout": dropout},
         )
-        return jnp.mean(next_token_losses(logits, tokens[:, 1:]))
+        losses = next_token_losses(logits, windows.tokens[:, 1:])
+        return jnp.sum(losses * windows.weights) / jnp.sum(windows.weights)
 
-    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, windows: Windows) -> tuple[TrainState, StepMetrics]:
         hyper = state.hyperparameters
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), 1), state.step)
-        loss, gradient = jax.value_and_grad(loss_of)(state.params, hyper, tokens, dropout)
+        loss, gradient = jax.value_and_grad(loss_of)(state.params, hyper, windows, dropout)
         grad_norm = optax.tree.norm(gradient)
         learning_rate = jnp.asarray(hyper.optimizer.learning_rate * schedule(state.step))
         transformation = optimizer(config.optimizer, hyper.optimizer._replace(learning_rate=learning_rate))
@@ -136,9 +146,13 @@ def _compile(config: Config, vocab_size: int) -> Programs:
         return new, StepMetrics(loss, grad_norm, optax.tree.norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
-    tokens = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
+    windows: Any = Windows(
+        jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32),
+        jax.ShapeDtypeStruct((batch_size, context_length), jnp.float32),
+        jax.ShapeDtypeStruct((batch_size, context_length), jnp.int32) if segments else None,
+    )
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(shapes, tokens).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(shapes, windows).compile()
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     flops = matmul_flops_per_token(config.model, context_length=context_length, vocab_size=vocab_size)
