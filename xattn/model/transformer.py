@@ -50,9 +50,9 @@ def parameter_role(path: tuple[Any, ...]) -> Role:
 class LanguageModel(nn.Module):
     """Next-token logits.
 
-    ``__call__(tokens, hyperparameters, *, segment_ids=None, train=False)``: int (B, S) → float (B, S, V) in the config's
-    dtype. segment_ids: int (B, S); tokens of different segments don't attend to each other. With train=True and
-    dropout > 0 an rng named ``dropout`` is needed.
+    ``__call__(tokens, hyperparameters, *, segment_ids=None, train=False)``: int (B, S) → float (B, S, V) in the
+    config's dtype. segment_ids: int (B, S); tokens of different segments don't attend to each other. With train=True
+    and dropout > 0 an rng named ``dropout`` is needed.
     """
 
     config: ModelConfig

@@ -146,11 +146,10 @@ def _compile(config: Config, vocab_size: int, segments: bool) -> Programs:
         return new, StepMetrics(loss, grad_norm, optax.tree.norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
-    windows: Any = Windows(
-        jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32),
-        jax.ShapeDtypeStruct((batch_size, context_length), jnp.float32),
-        jax.ShapeDtypeStruct((batch_size, context_length), jnp.int32) if segments else None,
-    )
+    shape = (batch_size, context_length)
+    tokens = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
+    segment_ids = jax.ShapeDtypeStruct(shape, jnp.int32) if segments else None
+    windows = Windows(tokens, jax.ShapeDtypeStruct(shape, jnp.float32), segment_ids)  # type: ignore[arg-type]
     start = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(shapes, windows).compile()
     seconds = time.perf_counter() - start
