@@ -1,0 +1,98 @@
+"""The mathematics of one tile of weights, in plain JAX: what the Hopper kernels compute, and what a CPU can test of it.
+
+The kernels call these functions on arrays in registers; the tests call them on the same tiles on a CPU and compare with
+float64. Nothing here knows Pallas.
+
+The sigmoid is written for the chip. With e = 2^y and y = −(logit · scale + bias) · log2(e), one fused multiply-add::
+
+    σ = 1 / (1 + e) = rsqrt(1 + e)²        σ' = σ · (1 − σ) = e · σ²
+
+So neither a small weight nor 1 − σ of a weight close to 1 is a difference of large numbers (0.5 + 0.5 · tanh(x/2) loses
+weights near 1/n beside −1), and the special-function unit does two operations an element, or one with a polynomial.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from xattn.backend.hopper.tuning import Exponential
+
+Bound = int | jax.Array
+
+LOG2_E = math.log2(math.e)
+
+# 2^f on [−0.5, 0.5], the highest power first, by iteratively reweighted least squares towards the smallest largest
+# relative error: 7.5e-5 and 2.6e-6. A weight is rounded to bfloat16 (up to 2e-3) or float16 (2.4e-4) right after.
+POLYNOMIALS: dict[str, tuple[float, ...]] = {
+    "polynomial3": (0.05517166935950549, 0.24261113138275664, 0.6932609862029597, 0.9999280729973523),
+    "polynomial4": (0.00957010194672151, 0.0559178615855367, 0.2402474483798678, 0.6931218145829678, 0.9999992614392328),
+}
+
+# 1.5 · 2^23: adding it to |y| < 2^22 rounds y to an integer, which then stands in the lowest bits of the sum.
+MAGIC = 12582912.0
+
+
+def exp2(y: jax.Array, exponential: Exponential) -> jax.Array:
+    """2^y in float32, for y clipped to [−126, 126]; NaN stays NaN.
+
+    ``hardware`` is one operation of the special-function unit. The polynomials are none: y = n + f with n an integer
+    and f in [−0.5, 0.5], 2^f by Horner's rule, times the float whose exponent bits are n + 127.
+    """
+    y = jnp.maximum(jnp.minimum(y, 126.0), -126.0)
+    if exponential == "hardware":
+        return jnp.exp2(y)
+    shifted = y + MAGIC
+    f = y - (shifted - MAGIC)
+    first, second, *others = POLYNOMIALS[exponential]
+    power = f * first + second
+    for coefficient in others:
+        power = power * f + coefficient
+    # Times 2^23, modulo 2^32: what MAGIC has in the upper bits falls out. (Mosaic multiplies where it can't shift.)
+    exponent = jax.lax.bitcast_convert_type(shifted, jnp.int32) * (1 << 23) + (127 << 23)
+    return power * jax.lax.bitcast_convert_type(exponent, jnp.float32)
+
+
+def sigmoid(
+    logits: jax.Array, scale: float, bias: jax.Array, exponential: Exponential
+) -> tuple[jax.Array, jax.Array]:
+    """σ(logits · scale + bias) and its derivative by the sum, float32; bias is a scalar."""
+    e = exp2(logits * (-scale * LOG2_E) + bias * -LOG2_E, exponential)
+    root = jax.lax.rsqrt(e + 1.0)
+    weights = root * root
+    return weights, e * weights * weights
+
+
+def may_attend(first_query: Bound, queries: jax.Array, first_key: Bound, keys: jax.Array) -> jax.Array:
+    """Causal: the query at first_query + queries attends to the keys at or before it. The arrays are a tile's indices."""
+    return queries + first_query >= keys + first_key
+
+
+def tiles_of_keys(first_query: Bound, rows: int, keys: int, length: int, causal: bool) -> tuple[Bound, Bound]:
+    """For a block of ``rows`` queries: how many tiles of keys it attends to wholly, and how many at all.
+
+    Both count from key 0, so tiles between the two need a mask. ``length`` is a multiple of ``keys``.
+    """
+    if not causal:
+        return length // keys, length // keys
+    return _div(first_query + 1, keys), _div(first_query + rows + keys - 1, keys)
+
+
+def tiles_of_queries(first_key: Bound, keys: int, rows: int, length: int, causal: bool) -> tuple[Bound, Bound, Bound]:
+    """For a block of ``keys`` keys: the first tile of queries that attends to any, the first that attends to all, and
+    the end. ``length`` is a multiple of ``rows``.
+
+    From the second on no mask is needed.
+    """
+    end = length // rows
+    if not causal:
+        return 0, 0, end
+    whole = _div(first_key + keys - 1 + rows - 1, rows)
+    return _div(first_key, rows), whole if isinstance(whole, int) else jnp.minimum(whole, end), end
+
+
+def _div(x: Bound, y: int) -> Bound:
+    """⌊x / y⌋ of numbers that are not negative, without the sign's handling that ``//`` compiles to."""
+    return x // y if isinstance(x, int) else jax.lax.div(x, jnp.int32(y))
