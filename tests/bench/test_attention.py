@@ -22,7 +22,7 @@ def test_everything_is_measured_or_named_with_a_reason(tmp_path: Path, capsys: p
     record = run(tmp_path, "--lengths", "24", "--activations", "softmax", "none")
     measured = {(r["name"], r["activation"], r["length"]) for r in record["results"]}
     skipped = {(s["name"], s["activation"], s["length"]): s["reason"] for s in record["skipped"]}
-    names = ("auto", "cudnn", "linear", "blockwise", "reference", "jax.nn")
+    names = ("auto", "cudnn", "hopper", "linear", "blockwise", "reference", "jax.nn")
     assert measured | skipped.keys() == {(n, a, 24) for n in names for a in ("softmax", "none")}
     assert not measured & skipped.keys()
     assert "sum of outer products" in skipped["linear", "softmax", 24]

@@ -13,6 +13,7 @@ import jax
 from xattn.backend.blockwise import blockwise
 from xattn.backend.config import Activation
 from xattn.backend.cudnn import cudnn
+from xattn.backend.hopper import WIDTHS, hopper
 from xattn.backend.linear import linear
 from xattn.backend.reference import reference
 from xattn.backend.spec import AttentionSpec
@@ -26,6 +27,11 @@ def platform() -> str:
     if name != "gpu":
         return name
     return "rocm" if "rocm" in jax.local_devices()[0].client.platform_version else "cuda"
+
+
+def compute_capability() -> str:
+    """The first CUDA device's, such as 9.0."""
+    return str(jax.local_devices()[0].compute_capability)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,7 @@ class Call:
     window: int | None = None
     has_mask: bool = False
     has_segment_ids: bool = False
-    platform: str = field(default_factory=platform)
+    platform: str = field(default_factory=lambda: platform())
     """cpu, cuda, rocm, tpu, …: where it will run."""
 
     @classmethod
@@ -106,10 +112,29 @@ def _not_cudnn(call: Call) -> str | None:
         return f"the head widths {call.head_dim_qk} and {call.head_dim_v}: equal, a multiple of 8, at most 128"
     if call.has_mask or call.has_segment_ids:
         return "a given mask or segment_ids: it would need an S×S bias"
-    capability = jax.local_devices()[0].compute_capability
-    if float(capability) < 8:
-        return f"compute capability {capability}: it needs 8.0"
+    if float(compute_capability()) < 8:
+        return f"compute capability {compute_capability()}: it needs 8.0"
     return None
+
+
+def _not_hopper(call: Call) -> str | None:
+    if call.platform != "cuda":
+        return f"the platform {call.platform}: it needs a CUDA device"
+    if call.activation == "softmax":
+        return "softmax: its kernels have no statistics of a row"
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"{call.dtype}: its kernels take bfloat16 and float16"
+    if call.head_dim_qk != call.head_dim_v or call.head_dim_qk not in WIDTHS:
+        return f"the head widths {call.head_dim_qk} and {call.head_dim_v}: equal, {' or '.join(map(str, WIDTHS))}"
+    if call.has_mask or call.has_segment_ids or call.window is not None:
+        return "a given mask, segment_ids or a window: its kernels are causal and no more"
+    if compute_capability() != "9.0":
+        return f"compute capability {compute_capability()}: its instructions are those of 9.0 alone"
+    return None
+
+
+def _unmeasured(call: Call) -> str:
+    return "not measured yet, nor run on a GPU: name it to take it"
 
 
 def _not_linear(call: Call) -> str | None:
@@ -138,6 +163,7 @@ def _short(**lengths: int) -> Reason:
 # In the order in which auto tries them. The last serves every call.
 TABLE: tuple[Implementation, ...] = (
     Implementation("cudnn", cudnn, _not_cudnn, _never),
+    Implementation("hopper", hopper, _not_hopper, _unmeasured),
     Implementation("linear", linear, _not_linear, _short(none=256)),
     Implementation("blockwise", blockwise, _never, _short(softmax=256, sigmoid=512, none=1024)),
     Implementation("reference", reference, _never, _never),

@@ -11,8 +11,9 @@ A weight depends on its own logit alone, so nothing is rescaled and nothing is s
     q's gradient  dQ = Σ_tiles dS K · scale,         dS = dO Vᵀ ∘ P'
     k's, v's      dK = Σ_tiles dSᵀ Q · scale,        dV = Σ_tiles Pᵀ dO
 
-with P = σ(Q Kᵀ · scale + bias), P' = P ∘ (1 − P) and d bias = Σ dS, or P = Q Kᵀ · scale and P' = 1, both 0 where a
-query may not attend. Products take the inputs' dtype and accumulate in float32; P and dS are float32 until they meet one.
+with P = σ(Q Kᵀ · scale + bias), P' = P ∘ (1 − P) and d bias = Σ dS, or P = Q Kᵀ · scale and P' = 1; P and P' are 0
+where a query may not attend. Products take the inputs' dtype and accumulate in float32; P and dS are float32 until they
+meet one.
 
 Shape letters: B batch, NH heads, NKV key/value heads, S sequence (here a multiple of BLOCK), D head width.
 """
@@ -70,15 +71,15 @@ def forward(
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             (q_smem,) = _load([q_ref.at[at.batch, at.head, at.rows]], kept, at.warpgroup)
-            weigh = _weigher(meaning, tuning, bias_ref, at, width)
+            weigher = _Weigher.of(meaning, tuning, bias_ref, at.batch, at.head, width)
 
             def step(masked: bool, n: Any, out: jax.Array) -> jax.Array:
                 (k_smem, v_smem), (k_ready, v_ready), (k_free, v_free) = _slot(ring, n)
                 plgpu.barrier_wait(k_ready)
                 logits = multiply(q_smem, _transposed(k_smem), meanwhile=take_turn)
                 plgpu.barrier_arrive(k_free)
-                weights, _ = weigh(logits, at.my_first, n * keys, masked)
-                weights = weights.astype(q.dtype)
+                weights, _ = weigher.weights(logits)
+                weights = _masked(weights, masked, at.my_first, n * keys).astype(q.dtype)
                 take_turn()
                 plgpu.barrier_wait(v_ready)
                 out = multiply_add(out, weights, v_smem)
@@ -123,19 +124,20 @@ def gradient_of_q(
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             q_smem, g_smem = _load([q_ref.at[mine], g_ref.at[mine]], kept, at.warpgroup)
-            weigh = _weigher(meaning, tuning, bias_ref, at, width)
+            weigher = _Weigher.of(meaning, tuning, bias_ref, at.batch, at.head, width)
 
             def step(masked: bool, n: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 d_q, sums = carry
                 (k_smem, v_smem), (k_ready, v_ready), (k_free, v_free) = _slot(ring, n)
                 plgpu.barrier_wait(k_ready)
-                logits = multiply(q_smem, _transposed(k_smem))
+                # The derivative of none is 1: it needs no logits.
+                slope = weigher.weights(multiply(q_smem, _transposed(k_smem)))[1] if meaning.sigmoid else 1.0
                 plgpu.barrier_wait(v_ready)
-                d_weights = multiply(g_smem, _transposed(v_smem))
+                d_logits = multiply(g_smem, _transposed(v_smem)) * slope
                 plgpu.barrier_arrive(v_free)
-                _, slope = weigh(logits, at.my_first, n * keys, masked)
-                d_logits = d_weights * slope
-                sums = sums + jnp.sum(d_logits, axis=1)
+                d_logits = _masked(d_logits, masked, at.my_first, n * keys)
+                if meaning.sigmoid:
+                    sums = sums + jnp.sum(d_logits, axis=1)
                 d_q = multiply_add(d_q, d_logits.astype(q.dtype), k_smem)
                 plgpu.barrier_arrive(k_free)
                 return d_q, sums
@@ -182,19 +184,21 @@ def gradients_of_k_and_v(
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             k_smem, v_smem = _load([k_ref.at[mine], v_ref.at[mine]], kept, at.warpgroup)
+            mask = partial(_masked, transposed=True)
 
             def of_head(member: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                weigh = _weigher(meaning, tuning, bias_ref, at.of_head(at.head * group + member), width)
+                weigher = _Weigher.of(meaning, tuning, bias_ref, at.batch, at.head * group + member, width)
 
                 def step(masked: bool, n: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                     d_k, d_v = carry
                     (q_smem, g_smem), (q_ready, g_ready), (q_free, g_free) = _slot(ring, member * a_head + n - first)
                     plgpu.barrier_wait(q_ready)
                     logits = multiply(k_smem, _transposed(q_smem))
-                    weights, slope = weigh(logits, n * rows, at.my_first, masked, transposed=True)
+                    weights, slope = weigher.weights(logits)
+                    weights = mask(weights, masked, n * rows, at.my_first)
                     plgpu.barrier_wait(g_ready)
                     d_v = multiply_add(d_v, weights.astype(q.dtype), g_smem)
-                    d_logits = multiply(v_smem, _transposed(g_smem)) * slope
+                    d_logits = mask(multiply(v_smem, _transposed(g_smem)) * slope, masked, n * rows, at.my_first)
                     plgpu.barrier_arrive(g_free)
                     d_k = multiply_add(d_k, d_logits.astype(q.dtype), q_smem)
                     plgpu.barrier_arrive(q_free)
@@ -257,9 +261,6 @@ class _Block:
         index = length // BLOCK - 1 - index if last_first else index
         return cls(lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("warpgroup"), index * BLOCK)
 
-    def of_head(self, head: Any) -> _Block:
-        return _Block(self.batch, head, self.warpgroup, self.first)
-
     @property
     def my_first(self) -> Any:
         """First of the rows that this compute warpgroup keeps."""
@@ -270,28 +271,34 @@ class _Block:
         return pl.ds(self.my_first, ROWS)
 
 
-def _weigher(meaning: Meaning, tuning: Tuning, bias_ref: Any, at: _Block, width: int) -> Callable[..., Any]:
-    """(logits without scale, first query, first key, masked) → (weights, their derivative), float32."""
-    scale = 1 / math.sqrt(width)
-    bias = bias_ref[at.batch, at.head] if meaning.sigmoid else None
+@dataclass(frozen=True)
+class _Weigher:
+    """From products of queries and keys to weights, for one head."""
 
-    def weigh(
-        products: jax.Array, first_query: Any, first_key: Any, masked: bool, transposed: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        if meaning.sigmoid:
-            weights, slope = tile.sigmoid(products, scale, bias, tuning.exponential)
-        else:
-            weights, slope = products * scale, plgpu.layout_cast(jnp.ones(products.shape, F32), WGMMA)
-        if masked:
-            queries, keys = (
-                plgpu.broadcasted_iota(jnp.int32, products.shape, axis, layout=WGMMA)
-                for axis in ((1, 0) if transposed else (0, 1))
-            )
-            keep = tile.may_attend(first_query, queries, first_key, keys)
-            weights, slope = jnp.where(keep, weights, 0.0), jnp.where(keep, slope, 0.0)
-        return weights, slope
+    meaning: Meaning
+    tuning: Tuning
+    scale: float
+    bias: Any
 
-    return weigh
+    @classmethod
+    def of(cls, meaning: Meaning, tuning: Tuning, bias_ref: Any, batch: Any, head: Any, width: int) -> _Weigher:
+        return cls(meaning, tuning, 1 / math.sqrt(width), bias_ref[batch, head] if meaning.sigmoid else None)
+
+    def weights(self, products: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+        """The weights and their derivative by the logits."""
+        if self.meaning.sigmoid:
+            return tile.sigmoid(products, self.scale, self.bias, self.tuning.exponential)
+        return products * self.scale, 1.0
+
+
+def _masked(x: jax.Array, masked: bool, first_query: Any, first_key: Any, *, transposed: bool = False) -> jax.Array:
+    """x where a query may attend, else 0. It is (queries, keys), or the other way round where ``transposed``."""
+    if not masked:
+        return x
+    queries, keys = (
+        plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=WGMMA) for axis in ((1, 0) if transposed else (0, 1))
+    )
+    return jnp.where(tile.may_attend(first_query, queries, first_key, keys), x, 0.0)
 
 
 def _launch(body: Callable[..., None], *, grid: tuple[int, int, int], out: Any, scratch: list[Any]) -> Any:

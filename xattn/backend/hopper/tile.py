@@ -45,7 +45,8 @@ def exp2(y: jax.Array, exponential: Exponential) -> jax.Array:
     if exponential == "hardware":
         return jnp.exp2(y)
     shifted = y + MAGIC
-    f = y - (shifted - MAGIC)
+    # Not y − (shifted − MAGIC): XLA, up to jaxlib 0.10 at least, simplifies that to 0. (Mosaic does not.)
+    f = (MAGIC - shifted) + y
     first, second, *others = POLYNOMIALS[exponential]
     power = f * first + second
     for coefficient in others:

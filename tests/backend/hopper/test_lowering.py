@@ -1,0 +1,79 @@
+"""Without a GPU: every configuration is lowered for CUDA, and the program holds the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from xattn.backend import attention, dispatch
+from xattn.backend.hopper.fused import fused
+from xattn.backend.hopper.kernels import Meaning
+from xattn.backend.hopper.tuning import Tuning
+
+CALL = "stablehlo.custom_call @mosaic_gpu"
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table believes that there is a Hopper GPU."""
+    monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
+
+
+def kernels(function: Any, *arrays: Any) -> int:
+    """How often the program of function, lowered for CUDA, calls a Mosaic kernel. Lowering needs no GPU."""
+    text = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count(CALL)
+
+
+# Each value of every choice, not each of their products: activation, causal, dtype, D, heads, S, tuning.
+CONFIGURATIONS = [
+    (True, True, "bfloat16", 128, (4, 4), 256, Tuning()),
+    (True, False, "float16", 64, (4, 2), 200, Tuning(exponential="polynomial4", keys=64, take_turns=False)),
+    (False, True, "float16", 128, (4, 1), 1, Tuning(keys_dq=64, queries_dkv=128, stages=1)),
+    (False, False, "bfloat16", 64, (3, 3), 384, Tuning(exponential="hardware", stages=3)),
+]
+
+
+@pytest.mark.parametrize(
+    ("sigmoid", "causal", "dtype", "width", "heads", "length", "tuning"), CONFIGURATIONS, ids=str
+)
+def test_forward_and_backward_are_three_kernels(
+    sigmoid: bool, causal: bool, dtype: str, width: int, heads: tuple[int, int], length: int, tuning: Tuning
+) -> None:
+    q, k = (jax.ShapeDtypeStruct((2, n, length, width), dtype) for n in heads)
+    bias = jax.ShapeDtypeStruct((2, heads[0]), "float32")
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> Any:
+        out, vjp = jax.vjp(lambda *x: fused(*x, Meaning(sigmoid=sigmoid, causal=causal), tuning), q, k, v, bias)
+        return out, vjp(out)
+
+    assert kernels(both, q, k, k, bias) == 3
+    out, gradients = jax.eval_shape(both, q, k, k, bias)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in (q, k, k, bias)]
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.usefixtures("hopper")
+def test_a_named_choice_takes_the_kernels_and_a_pack_of_runs_too(activation: str) -> None:
+    """theta and the bias are traced, with gradients; under vmap they differ from run to run."""
+    q = jnp.zeros((2, 4, 130, 64), jnp.bfloat16)
+
+    def loss(q: jax.Array, theta: jax.Array, bias: jax.Array, implementation: str) -> jax.Array:
+        given = {"sigmoid_bias": bias} if activation == "sigmoid" else {}
+        out = attention(
+            q, q, q, activation_function=activation, theta=theta, implementation=implementation, **given
+        )
+        return jnp.sum(out.astype(jnp.float32))
+
+    one = (q, jnp.float32(100.0), jnp.zeros(4))
+    two = tuple(jnp.stack([x, x]) for x in one)
+    run = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    assert kernels(lambda *x: run(*x, "hopper"), *one) == 3
+    assert kernels(jax.vmap(lambda *x: run(*x, "hopper")), *two) == 3
+    # What has not been measured is not chosen by itself.
+    assert kernels(lambda *x: run(*x, "auto"), *one) == 0

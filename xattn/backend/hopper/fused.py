@@ -1,0 +1,58 @@
+"""The Hopper kernels as one differentiable function of arrays of any length."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from xattn.backend.hopper.kernels import Meaning, forward, gradient_of_q, gradients_of_k_and_v
+from xattn.backend.hopper.tuning import BLOCK, Tuning
+
+Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def fused(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: Meaning, tuning: Tuning
+) -> jax.Array:
+    """Attention of rotated queries and keys, with σ(logits + bias) or the logits themselves as weights.
+
+    Args:
+        q: (B, NH, S, D), bfloat16 or float16, D 64 or 128; any S ≥ 1.
+        k: (B, NKV, S, D); NKV divides NH.
+        v: (B, NKV, S, D).
+        bias: (B, NH) float32, may be traced; without meaning, and without gradient, under ``none``.
+        meaning: the activation, and causal or not.
+        tuning: how the work is cut.
+
+    Returns:
+        (B, NH, S, D). The backward keeps the four arrays and nothing else. Reverse mode only, and once.
+    """
+    return _forward(q, k, v, bias, meaning, tuning)[0]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: Meaning, tuning: Tuning
+) -> tuple[jax.Array, Arrays]:
+    padded = (_pad(q), _pad(k), _pad(v))
+    return forward(*padded, bias, meaning, tuning)[:, :, : q.shape[2]], (q, k, v, bias)
+
+
+def _backward(meaning: Meaning, tuning: Tuning, kept: Arrays, g: jax.Array) -> Arrays:
+    q, k, v, bias = kept
+    length = q.shape[2]
+    arrays = (_pad(q), _pad(k), _pad(v), bias, _pad(g))
+    d_q, sums = gradient_of_q(*arrays, meaning, tuning)
+    d_k, d_v = gradients_of_k_and_v(*arrays, meaning, tuning)
+    d_bias = jnp.sum(sums, axis=-1) if meaning.sigmoid else jnp.zeros_like(bias)
+    return d_q[:, :, :length], d_k[:, :, :length], d_v[:, :, :length], d_bias
+
+
+fused.defvjp(_forward, _backward)
+
+
+def _pad(x: jax.Array) -> jax.Array:
+    """Zeros up to a multiple of BLOCK. They add nothing to any sum: a padded key has v = 0, a padded query g = 0."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK), (0, 0)))
