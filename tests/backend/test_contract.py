@@ -25,7 +25,7 @@ from .contract import BATCH, HEADS, LENGTH, MASKS, Case, check_causal, check_the
 ACTIVATIONS = get_args(Activation)
 
 # The table's rows that run everywhere; where the work is cut into pieces, with pieces so small that LENGTH needs
-# several and is no multiple of them. (cuDNN and hopper have tests of their own: they take no width of ours, and no CPU.)
+# several and is no multiple of them. (cuDNN and hopper have their own tests: they take no width of ours and no CPU.)
 SUBJECTS = [
     row("reference"),
     replace(row("blockwise"), function=partial(blockwise, tuning=blockwise_module.Tuning(tile=4))),

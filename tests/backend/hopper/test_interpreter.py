@@ -1,7 +1,8 @@
 """The kernels themselves, run in JAX's GPU interpreter: warpgroups, barriers, ring, copies, masks and sums, on a CPU.
 
-It can't accumulate a wgmma through ``run_state`` (jax 0.12: "Cannot lower jaxpr with effects"), so ``multiply_add`` alone
-is a plain product here. It judges values, deadlocks and races; not layouts, registers or speed.
+It can't accumulate a wgmma through ``run_state`` (jax 0.12: "Cannot lower jaxpr with effects"): ``multiply_add`` is
+a plain product here, and nothing else is replaced. It judges values, deadlocks and races; not layouts,
+registers or speed.
 """
 
 from __future__ import annotations
@@ -38,14 +39,19 @@ def interpreted(function: Any, *arrays: Any) -> Any:
 @pytest.fixture(autouse=True)
 def plain_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
     def multiply_add(total: jax.Array, a: jax.Array, b: Any) -> jax.Array:
-        return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        tile = b[...]
+        # wgmma reads shared memory as the copy engine writes it, in order with it; a plain load needs this fence.
+        plgpu.commit_smem()
+        return total + jnp.dot(a, tile, preferred_element_type=jnp.float32)
 
     monkeypatch.setattr(kernels, "multiply_add", multiply_add)
 
 
 def arrays(dtype: str, width: int, heads: int, kv_heads: int) -> list[jax.Array]:
     rng = np.random.default_rng(3)
-    return [jnp.asarray(rng.standard_normal((BATCH, n, LENGTH, width)), dtype) for n in (heads, kv_heads, kv_heads, heads)]
+    return [
+        jnp.asarray(rng.standard_normal((BATCH, n, LENGTH, width)), dtype) for n in (heads, kv_heads, kv_heads, heads)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,7 @@ CONFIGURATIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("sigmoid", "causal", "dtype", "width", "heads", "length", "tuning"), CONFIGURATIONS, ids=str
-)
+@pytest.mark.parametrize(("sigmoid", "causal", "dtype", "width", "heads", "length", "tuning"), CONFIGURATIONS, ids=str)
 def test_forward_and_backward_are_three_kernels(
     sigmoid: bool, causal: bool, dtype: str, width: int, heads: tuple[int, int], length: int, tuning: Tuning
 ) -> None:
@@ -65,9 +63,7 @@ def test_a_named_choice_takes_the_kernels_and_a_pack_of_runs_too(activation: str
 
     def loss(q: jax.Array, theta: jax.Array, bias: jax.Array, implementation: str) -> jax.Array:
         given = {"sigmoid_bias": bias} if activation == "sigmoid" else {}
-        out = attention(
-            q, q, q, activation_function=activation, theta=theta, implementation=implementation, **given
-        )
+        out = attention(q, q, q, activation_function=activation, theta=theta, implementation=implementation, **given)
         return jnp.sum(out.astype(jnp.float32))
 
     one = (q, jnp.float32(100.0), jnp.zeros(4))

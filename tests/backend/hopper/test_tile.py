@@ -58,9 +58,7 @@ def test_the_form_costs_less_than_a_fifth_of_the_error_that_the_dtype_costs(dtyp
     """Some rows against n others: P V is the output, Pᵀ dO the gradient of v (the same sum, seen from the
     other side), dS K the gradient of q or k; the sum of dS is that of the bias."""
     width, rng = 64, np.random.default_rng(7)
-    q, k, v, g = (
-        jnp.asarray(rng.standard_normal((rows, width)), dtype).astype(jnp.float32) for rows in (16, n, n, 16)
-    )
+    q, k, v, g = (jnp.asarray(rng.standard_normal((rows, width)), dtype).astype(jnp.float32) for rows in (16, n, n, 16))
     bias, scale = -np.log(n), width**-0.5
     form = Tuning.of(dtype).exponential
 

@@ -14,9 +14,7 @@ Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def fused(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: Meaning, tuning: Tuning
-) -> jax.Array:
+def fused(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: Meaning, tuning: Tuning) -> jax.Array:
     """Attention of rotated queries and keys, with σ(logits + bias) or the logits themselves as weights.
 
     Args:

@@ -1,4 +1,4 @@
-"""Mosaic GPU kernels for Hopper (sm_90a): attention whose weights need no statistics of their row, sigmoid and ``none``.
+"""Mosaic GPU kernels for Hopper (sm_90a): attention whose weights need no statistics of a row, sigmoid and ``none``.
 
 **Never run on a GPU so far**: lowered for one, and run in JAX's GPU interpreter with the accumulating wgmma replaced by
 a plain product (docs/kernels.md).
@@ -52,9 +52,7 @@ class Meaning:
     """A query attends to the keys at or before it, else to all."""
 
 
-def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: Meaning, tuning: Tuning
-) -> jax.Array:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: Meaning, tuning: Tuning) -> jax.Array:
     """out (B, NH, S, D) of q (B, NH, S, D), k and v (B, NKV, S, D), all rotated, of one dtype; bias (B, NH) float32."""
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tuning.keys
@@ -76,7 +74,7 @@ def forward(
             def step(masked: bool, n: Any, out: jax.Array) -> jax.Array:
                 (k_smem, v_smem), (k_ready, v_ready), (k_free, v_free) = _slot(ring, n)
                 plgpu.barrier_wait(k_ready)
-                logits = multiply(q_smem, _transposed(k_smem), meanwhile=take_turn)
+                logits = multiply(q_smem, k_smem.T, meanwhile=take_turn)
                 plgpu.barrier_arrive(k_free)
                 weights, _ = weigher.weights(logits)
                 weights = _masked(weights, masked, at.my_first, n * keys).astype(q.dtype)
@@ -131,9 +129,9 @@ def gradient_of_q(
                 (k_smem, v_smem), (k_ready, v_ready), (k_free, v_free) = _slot(ring, n)
                 plgpu.barrier_wait(k_ready)
                 # The derivative of none is 1: it needs no logits.
-                slope = weigher.weights(multiply(q_smem, _transposed(k_smem)))[1] if meaning.sigmoid else 1.0
+                slope = weigher.weights(multiply(q_smem, k_smem.T))[1] if meaning.sigmoid else 1.0
                 plgpu.barrier_wait(v_ready)
-                d_logits = multiply(g_smem, _transposed(v_smem)) * slope
+                d_logits = multiply(g_smem, v_smem.T) * slope
                 plgpu.barrier_arrive(v_free)
                 d_logits = _masked(d_logits, masked, at.my_first, n * keys)
                 if meaning.sigmoid:
@@ -193,12 +191,12 @@ def gradients_of_k_and_v(
                     d_k, d_v = carry
                     (q_smem, g_smem), (q_ready, g_ready), (q_free, g_free) = _slot(ring, member * a_head + n - first)
                     plgpu.barrier_wait(q_ready)
-                    logits = multiply(k_smem, _transposed(q_smem))
+                    logits = multiply(k_smem, q_smem.T)
                     weights, slope = weigher.weights(logits)
                     weights = mask(weights, masked, n * rows, at.my_first)
                     plgpu.barrier_wait(g_ready)
                     d_v = multiply_add(d_v, weights.astype(q.dtype), g_smem)
-                    d_logits = mask(multiply(v_smem, _transposed(g_smem)) * slope, masked, n * rows, at.my_first)
+                    d_logits = mask(multiply(v_smem, g_smem.T) * slope, masked, n * rows, at.my_first)
                     plgpu.barrier_arrive(g_free)
                     d_k = multiply_add(d_k, d_logits.astype(q.dtype), q_smem)
                     plgpu.barrier_arrive(q_free)
@@ -386,10 +384,6 @@ def _pass(turn: Any) -> None:
 
 def _nothing() -> None:
     pass
-
-
-def _transposed(x: Any) -> Any:
-    return plgpu.transpose_ref(x, (1, 0))
 
 
 def _zeros(rows: int, width: int) -> jax.Array:

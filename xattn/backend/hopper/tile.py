@@ -28,7 +28,13 @@ LOG2_E = math.log2(math.e)
 # relative error: 7.5e-5 and 2.6e-6. A weight is rounded to bfloat16 (up to 2e-3) or float16 (2.4e-4) right after.
 POLYNOMIALS: dict[str, tuple[float, ...]] = {
     "polynomial3": (0.05517166935950549, 0.24261113138275664, 0.6932609862029597, 0.9999280729973523),
-    "polynomial4": (0.00957010194672151, 0.0559178615855367, 0.2402474483798678, 0.6931218145829678, 0.9999992614392328),
+    "polynomial4": (
+        0.00957010194672151,
+        0.0559178615855367,
+        0.2402474483798678,
+        0.6931218145829678,
+        0.999999261439233,
+    ),
 }
 
 # 1.5 · 2^23: adding it to |y| < 2^22 rounds y to an integer, which then stands in the lowest bits of the sum.
@@ -56,9 +62,7 @@ def exp2(y: jax.Array, exponential: Exponential) -> jax.Array:
     return power * jax.lax.bitcast_convert_type(exponent, jnp.float32)
 
 
-def sigmoid(
-    logits: jax.Array, scale: float, bias: jax.Array, exponential: Exponential
-) -> tuple[jax.Array, jax.Array]:
+def sigmoid(logits: jax.Array, scale: float, bias: jax.Array, exponential: Exponential) -> tuple[jax.Array, jax.Array]:
     """σ(logits · scale + bias) and its derivative by the sum, float32; bias is a scalar."""
     e = exp2(logits * (-scale * LOG2_E) + bias * -LOG2_E, exponential)
     root = jax.lax.rsqrt(e + 1.0)
@@ -67,7 +71,7 @@ def sigmoid(
 
 
 def may_attend(first_query: Bound, queries: jax.Array, first_key: Bound, keys: jax.Array) -> jax.Array:
-    """Causal: the query at first_query + queries attends to the keys at or before it. The arrays are a tile's indices."""
+    """Causal: the query at first_query + queries attends to keys at or before it. Both arrays count within a tile."""
     return queries + first_query >= keys + first_key
 
 
