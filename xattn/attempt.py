@@ -362,21 +362,20 @@ def _choose_attention(config: Config) -> Choice:
 
 def _sample(compiled: Programs, progress: Progress, tokenizer: Tokenizer, seed: int) -> str:
     import jax
-    import jax.numpy as jnp
 
-    from xattn.model.generation import generate
+    from xattn.model.generation import Sampling, generate
 
     state = progress.state
     tokens = generate(
         compiled.model,
         state.params,
         state.hyperparameters.model,
-        jnp.asarray([tokenizer.start]),
+        [tokenizer.start],
         num_tokens=SAMPLE_TOKENS,
-        temperature=SAMPLE_TEMPERATURE,
+        sampling=Sampling(SAMPLE_TEMPERATURE),
         key=jax.random.key(seed),
     )
-    return tokenizer.decode(jax.device_get(tokens))
+    return tokenizer.decode(tokens)
 
 
 def _printable(text: str) -> str:

@@ -11,6 +11,7 @@ from xattn.errors import ExitCode, XattnError
 # Command → the module whose main(argv) carries it out, and what it is for.
 _COMMANDS = {
     "bench attention": ("xattn.bench.attention", "time implementations × activations × sizes of attention"),
+    "bench generation": ("xattn.bench.generation", "time generation through the cache against forward passes"),
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
     "report": ("xattn.report", "judge a study and write its report"),
     "compare": ("xattn.report.compare", "set runs side by side"),

@@ -37,9 +37,8 @@ class LoadedRun:
     def generate(self, prompt: str, *, max_tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
         """Continues a prompt of at least one character; temperature 0 takes the likeliest token each time."""
         import jax
-        import jax.numpy as jnp
 
-        from xattn.model.generation import generate
+        from xattn.model.generation import Sampling, generate
 
         if not prompt:
             raise ValueError("prompt: at least one character is needed")
@@ -47,12 +46,12 @@ class LoadedRun:
             self.model,
             self.params,
             self.hyperparameters,
-            jnp.asarray(self.tokenizer.encode(prompt)),
+            self.tokenizer.encode(prompt),
             num_tokens=max_tokens,
-            temperature=temperature,
+            sampling=Sampling(temperature),
             key=jax.random.key(seed),
         )
-        return self.tokenizer.decode(jax.device_get(tokens))
+        return self.tokenizer.decode(tokens)
 
 
 def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> LoadedRun:

@@ -11,22 +11,24 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.model.generation import generate
+from xattn.model.generation import CHUNK, Sampling, draw, generate, stream
 from xattn.model.transformer import LanguageModel, ModelHyperparameters
 
 V = 11
 HYPER = ModelHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
 SMALL = ["backend.context_length=6", "model.num_layers=2", "model.num_heads=2", "model.embedding_dim=12"]
+GREEDY = Sampling(temperature=0.0)
+KEY = jax.random.key(0)
 
 
 @partial(jax.jit, static_argnames="model")
-def next_logits(model: LanguageModel, params: Any, text: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, text[None], HYPER)[0, -1]
+def forward(model: LanguageModel, params: Any, text: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, text[None], HYPER)[0]
 
 
-def model_and_params(activation: str) -> tuple[LanguageModel, Any]:
+def model_and_params(*overrides: str) -> tuple[LanguageModel, Any]:
     """Parameters large enough that the likeliest token is another one at each step."""
-    config = compose([*SMALL, "model.mlp_dim=10", "model.layers=scanned", f"backend={activation}"])
+    config = compose([*SMALL, "model.mlp_dim=10", "model.layers=scanned", *overrides])
     model = LanguageModel(config.model, config.backend, V)
     random = np.random.default_rng(3)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 6), jnp.int32), HYPER)["params"]
@@ -34,52 +36,91 @@ def model_and_params(activation: str) -> tuple[LanguageModel, Any]:
 
 
 @pytest.mark.parametrize(
-    ("activation", "prompt"),
-    [("softmax", [3, 1, 4, 1]), ("sigmoid", [1, 2, 3, 4, 5, 6]), ("none", [9, 9, 9, 1, 2, 3, 4, 5, 6])],
+    ("overrides", "prompt"),
+    [
+        (["backend=softmax"], [3, 1, 4, 1]),
+        (["backend=sigmoid"], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 1, 2]),
+        (["backend=sigmoid", "backend.sigmoid_bias=learned", "model.num_kv_heads=1"], [1]),
+        (["backend=none"], [9, 9, 9, 1, 2, 3, 4, 5, 6]),
+        (["backend=softmax", "backend.window=5"], [2, 7]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value[0], str) else "",
 )
-def test_temperature_zero_is_the_likeliest_token_of_the_forward_pass(activation: str, prompt: list[int]) -> None:
-    """Also past context_length, where the window slides; of a longer prompt the last context_length tokens count."""
-    model, params = model_and_params(activation)
-    tokens = generate(model, params, HYPER, jnp.asarray(prompt), num_tokens=12, temperature=0.0, key=jax.random.key(0))
-    assert tokens.shape == (12,)
-    assert tokens.dtype == jnp.int32
-    text = list(prompt)
-    for token in np.asarray(tokens).tolist():
-        logits = np.asarray(next_logits(model, params, jnp.asarray(text[-6:], jnp.int32)))
-        best, second = np.sort(logits)[[-1, -2]]
-        assert best - second > 1e-4  # no tie that rounding could turn
-        assert token == int(logits.argmax())
-        text.append(token)
-    assert len(set(text)) > 2
+def test_temperature_zero_is_the_likeliest_token_of_the_forward_pass(overrides: list[str], prompt: list[int]) -> None:
+    """At every step, far past context_length: the cache is doubled again and again, and nothing is forgotten but what a
+    window leaves out."""
+    model, params = model_and_params(*overrides)
+    pieces = stream(model, params, HYPER, np.asarray(prompt), num_tokens=24, sampling=GREEDY, key=KEY, room=1)
+    tokens = np.concatenate(list(pieces))
+    assert tokens.shape == (24,)
+    assert tokens.dtype == np.int32
+    logits = np.asarray(forward(model, params, jnp.asarray([*prompt, *tokens], jnp.int32)))[len(prompt) - 1 : -1]
+    best, second = np.sort(logits, axis=-1)[:, [-1, -2]].T
+    assert (best - second > 1e-4).all()  # no tie that rounding could turn
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    assert len(set(tokens.tolist())) > 2
+
+
+def test_what_is_forgotten_changes_the_text() -> None:
+    """The test above would see it: the model looks back past context_length."""
+    model, params = model_and_params("backend=softmax")
+    text = np.random.default_rng(0).integers(0, V, 40)
+    whole = forward(model, params, jnp.asarray(text, jnp.int32))[-1]
+    cut = forward(model, params, jnp.asarray(text[-6:], jnp.int32))[-1]
+    assert np.abs(whole - cut).max() > 0.1
 
 
 def test_a_key_draws_the_same_tokens_again() -> None:
-    model, params = model_and_params("softmax")
+    model, params = model_and_params("backend=softmax")
 
-    def drawn(seed: int, temperature: float) -> list[int]:
-        return generate(
-            model,
-            params,
-            HYPER,
-            jnp.asarray([3], jnp.uint8),
-            num_tokens=30,
-            temperature=temperature,
-            key=jax.random.key(seed),
-        ).tolist()
+    def drawn(seed: int, temperature: float, number: int = 30) -> list[int]:
+        sampling = Sampling(temperature)
+        prompt, key = np.asarray([3], np.uint8), jax.random.key(seed)
+        return generate(model, params, HYPER, prompt, num_tokens=number, sampling=sampling, key=key).tolist()
 
     assert drawn(0, 2.0) == drawn(0, 2.0)
     assert drawn(0, 2.0) != drawn(1, 2.0)
+    assert drawn(0, 2.0, CHUNK - 3) == drawn(0, 2.0)[: CHUNK - 3]
     assert drawn(0, 1e-6) == drawn(1, 1e-6) == drawn(5, 0.0)
+    assert drawn(0, 2.0, 0) == []
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(model, params, HYPER, np.zeros(0, np.int32), num_tokens=1, sampling=GREEDY, key=KEY)
 
 
-def test_tokens_are_drawn_with_their_probabilities() -> None:
-    model, params = model_and_params("softmax")
-    prompt, temperature, draws = jnp.asarray([3, 1]), 3.0, 4000
-    tokens = jax.vmap(
-        lambda key: generate(model, params, HYPER, prompt, num_tokens=1, temperature=temperature, key=key)[0]
-    )(jax.random.split(jax.random.key(0), draws))
-    logits = next_logits(model, params, prompt)
-    p = np.asarray(jax.nn.softmax(logits / temperature), np.float64)
-    frequencies = np.bincount(np.asarray(tokens), minlength=V) / draws
-    assert (np.abs(frequencies - p) <= 5 * np.sqrt(p * (1 - p) / draws) + 1e-3).all()
-    assert p.max() < 0.9
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (None, None, [0, 1, 2, 3, 4]),
+        (2, 1.0, [1, 3]),
+        (5, 0.6, [1, 3]),
+        (5, 0.5, [1]),
+        (1, 0.99, [1]),
+        (3, 0.85, [1, 3]),
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities(top_k: int | None, top_p: float | None, kept: list[int]) -> None:
+    """Among those that k and p keep; p is of what k has kept: of 0.5, 0.3, 0.1 in 0.9 the first two are 0.89."""
+    p = np.array([0.1, 0.5, 0.06, 0.3, 0.04])
+    temperature, draws = 3.0, 4000
+    logits = temperature * jnp.asarray(np.log(p), jnp.float32)
+    limits = [limit if limit is None else jnp.asarray(limit) for limit in (top_k, top_p)]
+    keys = jax.random.split(jax.random.key(0), draws)
+    tokens = jax.vmap(lambda key: draw(key, logits, jnp.float32(temperature), *limits))(keys)
+    expected = np.where(np.isin(np.arange(5), kept), p, 0)
+    expected /= expected.sum()
+    frequencies = np.bincount(np.asarray(tokens), minlength=5) / draws
+    assert (np.abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)).all()
+
+
+def test_sampling_reaches_the_tokens() -> None:
+    """top_k = 1 and a tiny top_p leave only the likeliest, at any temperature."""
+    model, params = model_and_params("backend=softmax")
+
+    def drawn(sampling: Sampling) -> list[int]:
+        return generate(
+            model, params, HYPER, np.asarray([3]), num_tokens=20, sampling=sampling, key=jax.random.key(1)
+        ).tolist()
+
+    greedy = drawn(GREEDY)
+    assert drawn(Sampling(3.0, top_k=1)) == drawn(Sampling(3.0, top_p=1e-6)) == greedy
+    assert drawn(Sampling(3.0, top_k=V, top_p=1.0)) == drawn(Sampling(3.0)) != greedy

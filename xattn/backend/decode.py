@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,14 @@ class StateCache:
 
 
 Cache = KVCache | StateCache
+
+
+class Entry(NamedTuple):
+    """What one token adds to a cache: its rotated key and its value, (B, NKV, 1, ·) in the cache's dtype; or the state
+    with it, as the key, and no value."""
+
+    key: jax.Array
+    value: jax.Array | None
 
 
 def decoding_spec(
@@ -133,14 +141,15 @@ def init_cache(
 def grow(cache: Cache, spec: AttentionSpec, tokens: int = 1) -> Cache:
     """The cache with room for so many more tokens: itself, or one of doubled capacity. Not under jit.
 
-    Doubling compiles a decode step log₂ times in all, and copies each token twice on average.
+    Doubling compiles a decode step log₂ times in all, and copies each token twice on average. Caches of several layers,
+    stacked along axes in front, grow together.
     """
     if isinstance(cache, StateCache) or spec.window is not None:
         return cache
-    capacity = cache.k.shape[2]
-    while capacity < int(cache.length) + tokens:
+    capacity = cache.k.shape[-2]
+    while capacity < int(cache.length.max()) + tokens:
         capacity *= 2
-    more = [(0, 0), (0, 0), (0, capacity - cache.k.shape[2]), (0, 0)]
+    more = [(0, 0)] * (cache.k.ndim - 2) + [(0, capacity - cache.k.shape[-2]), (0, 0)]
     return replace(cache, k=jnp.pad(cache.k, more), v=jnp.pad(cache.v, more))
 
 
@@ -210,6 +219,18 @@ def decode_step(
     Raises:
         ValueError: arrays that don't fit each other, or more than one token.
     """
+    out, entry = attend(queries, keys, values, cache, spec)
+    return out, append(cache, entry)
+
+
+def attend(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, cache: Cache, spec: AttentionSpec
+) -> tuple[jax.Array, Entry]:
+    """The first half of :func:`decode_step`, of the same arguments: the output, and what :func:`append` adds.
+
+    The cache is only read here. A model keeps the caches of its layers stacked, and appends to all at once: writing
+    each before it is read would copy it.
+    """
     q, k, v = checked_arrays(queries, keys, values)
     if q.shape[2] != 1:
         raise ValueError(f"decode_step takes one token, got {q.shape[2]}; prefill takes many")
@@ -217,31 +238,35 @@ def decode_step(
     q, k = rotate(pre_activate(q, spec), sin, cos), rotate(pre_activate(k, spec), sin, cos)
     q = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, NKV, G, DHQK)
     if isinstance(cache, StateCache):
-        out, after = _state_step(q, k, v, cache)
+        state = cache.state + product("bksd,bkse->bkde", k, v) / math.sqrt(q.shape[-1])
+        out, entry = product("bkgd,bkde->bkge", q.astype(F32), state), Entry(state, None)
     else:
-        out, after = _kv_step(q, k, v, cache, spec)
-    out = out.astype(values.dtype).reshape(*queries.shape[:-1], v.shape[-1])
-    return out, after
+        out, entry = _attend_to_tokens(q, k, v, cache, spec), Entry(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+    return out.astype(values.dtype).reshape(*queries.shape[:-1], v.shape[-1]), entry
 
 
-def _state_step(q: jax.Array, k: jax.Array, v: jax.Array, cache: StateCache) -> tuple[jax.Array, Cache]:
-    scale = 1 / math.sqrt(q.shape[-1])
-    state = cache.state + product("bksd,bkse->bkde", k, v) * scale
-    return product("bkgd,bkde->bkge", q.astype(F32), state), StateCache(state, cache.length + 1)
-
-
-def _kv_step(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, spec: AttentionSpec) -> tuple[jax.Array, Cache]:
-    t, capacity = cache.length, cache.k.shape[2]
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), t % capacity, axis=2)
-        for old, new in ((cache.k, k), (cache.v, v))
+def append(cache: Cache, entry: Entry) -> Cache:
+    """The cache after the token of :func:`attend`; caches of several layers, stacked along axes in front, together."""
+    if isinstance(cache, StateCache):
+        return StateCache(entry.key, cache.length + 1)
+    slot = jnp.max(cache.length) % cache.k.shape[-2]
+    k, v = (
+        jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)
+        for old, new in ((cache.k, entry.key), (cache.v, entry.value))
     )
-    positions = _positions(t + 1, capacity)
+    return KVCache(k, v, cache.length + 1)
+
+
+def _attend_to_tokens(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, spec: AttentionSpec) -> jax.Array:
+    """(B, NKV, G, DHV): over the tokens in the cache, and the new one."""
+    t, capacity = cache.length, cache.k.shape[2]
+    positions = _positions(t, capacity)
     keep = positions >= 0
     if spec.window is not None:
         keep = keep & (t - spec.window < positions)
-    logits = product("bkgd,bksd->bkgs", q, keys.astype(q.dtype)) / math.sqrt(q.shape[-1])
-    keep = jnp.broadcast_to(keep, logits.shape)
+    past = product("bkgd,bksd->bkgs", q, cache.k.astype(q.dtype))
+    logits = jnp.concatenate([past, product("bkgd,bksd->bkgs", q, k)], axis=-1) / math.sqrt(q.shape[-1])
+    keep = jnp.broadcast_to(jnp.append(keep, True), logits.shape)
     match spec.activation:
         case "softmax":
             # The token itself may always be attended to: no row is empty.
@@ -251,10 +276,10 @@ def _kv_step(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, spec: Att
             weights = jnp.where(keep, jax.nn.sigmoid(logits + spec.bias.reshape(1, *q.shape[1:3], 1)), 0)
         case "none":
             weights = jnp.where(keep, logits, 0)
-    out = product("bkgs,bkse->bkge", weights.astype(v.dtype), values.astype(v.dtype))
-    if spec.window is None:
-        out = jnp.where(t < capacity, out, jnp.nan)
-    return out, KVCache(keys, values, t + 1)
+    weights = weights.astype(v.dtype)
+    out = product("bkgs,bkse->bkge", weights[..., :-1], cache.v.astype(v.dtype))
+    out = out + product("bkgs,bkse->bkge", weights[..., -1:], v)
+    return out if spec.window is not None else jnp.where(t < capacity, out, jnp.nan)
 
 
 def _positions(length: jax.Array, capacity: int) -> jax.Array:

@@ -1,49 +1,180 @@
-"""Text from a model, one token after the other."""
+"""Tokens from a model, one after the other, through the decoding cache of the attention backend.
+
+The prompt is read at once by the parallel form; then each token costs one token's work. The cache has room for
+context_length · 2ⁱ tokens and is doubled when it is full: nothing is forgotten unless the model has a window. Sigmoid's
+n stays the context_length of training.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from xattn.backend.decode import Cache, decoding_spec, grow, init_cache
+from xattn.backend.spec import AttentionSpec
 from xattn.model.transformer import LanguageModel, ModelHyperparameters
 
+# Tokens that one call of the device draws: what is streamed arrives in such pieces.
+CHUNK = 16
+# Tokens for which room is made at once where so many are asked for; every doubling later compiles anew.
+ROOM = 1024
 
-@partial(jax.jit, static_argnames=("model", "num_tokens"))
+
+class Sampling(NamedTuple):
+    """How a token is drawn from its logits.
+
+    temperature: the logits are divided by it; 0 takes the likeliest. top_k: only the k likeliest; None is all. top_p:
+    of those only the fewest likeliest whose probabilities reach p together (Holtzman et al., arXiv 1904.09751); None
+    is all. Tokens exactly as likely as the last one kept are kept with it.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+
+
 def generate(
     model: LanguageModel,
-    params: dict,
+    params: Any,
     hyperparameters: ModelHyperparameters,
-    prompt: jax.Array,
+    prompt: np.ndarray | Sequence[int],
     *,
     num_tokens: int,
-    temperature: jax.Array | float,
+    sampling: Sampling,
     key: jax.Array,
-) -> jax.Array:
-    """Continues a prompt: int (P,), P ≥ 1 → int32 (num_tokens,).
+) -> np.ndarray:
+    """Continues a prompt: int (P,), P ≥ 1 → int32 (num_tokens,). See :func:`stream`."""
+    pieces = stream(model, params, hyperparameters, prompt, num_tokens=num_tokens, sampling=sampling, key=key)
+    return np.concatenate([np.zeros(0, np.int32), *pieces])
 
-    Each token is drawn from softmax(logits / temperature), or is the likeliest where temperature is 0, given the last
-    context_length tokens.
+
+def stream(
+    model: LanguageModel,
+    params: Any,
+    hyperparameters: ModelHyperparameters,
+    prompt: np.ndarray | Sequence[int],
+    *,
+    num_tokens: int,
+    sampling: Sampling,
+    key: jax.Array,
+    room: int = ROOM,
+) -> Iterator[np.ndarray]:
+    """The continuation of a prompt, int (P,), P ≥ 1, in pieces: int32 arrays of :data:`CHUNK` or fewer.
+
+    Each token is drawn given all before it. The one at place i is drawn with the key folded with i: a longer
+    continuation begins with the shorter one.
     """
-    context_length = model.backend.context_length
-    prompt = prompt.astype(jnp.int32)[-context_length:]
-    known = prompt.shape[0]
-    size = min(context_length, known + num_tokens)  # no larger than is ever filled
-    window = jnp.zeros(size, jnp.int32).at[:known].set(prompt)
+    prompt = np.asarray(prompt, np.int32)
+    if not len(prompt):
+        raise ValueError("prompt: at least one token is needed")
+    spec = _spec(model, hyperparameters)
+    capacity = model.backend.context_length
+    while capacity < len(prompt) + min(-(-num_tokens // CHUNK) * CHUNK, room):
+        capacity *= 2
+    # Few lengths, few programs: the prompt is padded to a power of two, or to all the room there is.
+    padded = np.zeros(min(capacity, 1 << (len(prompt) - 1).bit_length()), np.int32)
+    padded[: len(prompt)] = prompt
+    cache = empty_cache(model, hyperparameters, batch=1, capacity=capacity)
+    logits, cache = _read(model, params, hyperparameters, padded[None], jnp.int32(len(prompt)), cache)
+    for done in range(0, num_tokens, CHUNK):
+        cache = grow(cache, spec, CHUNK)
+        logits, cache, tokens = _decode(
+            model, params, hyperparameters, logits, cache, jnp.int32(done), key, *_as_arrays(sampling, model.vocab_size)
+        )
+        yield np.asarray(tokens)[: num_tokens - done]
 
-    def draw(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        window, length = carry
-        # Padding stands to the right of the last known token, where causal attention never looks.
-        logits: Any = model.apply({"params": params}, window[None], hyperparameters)
-        next_logits = logits[0, length - 1].astype(jnp.float32)
-        sampled = jax.random.categorical(key, next_logits / jnp.where(temperature > 0, temperature, 1.0))
-        token = jnp.where(temperature > 0, sampled, next_logits.argmax()).astype(jnp.int32)
-        full = length == size
-        window = jnp.where(full, jnp.roll(window, -1), window)
-        length = jnp.where(full, length, length + 1)
-        return (window.at[length - 1].set(token), length), token
 
-    _, tokens = jax.lax.scan(draw, (window, jnp.int32(known)), jax.random.split(key, num_tokens))
-    return tokens
+def empty_cache(model: LanguageModel, hyperparameters: ModelHyperparameters, *, batch: int, capacity: int) -> Cache:
+    """A cache for :class:`LanguageModel` that has seen nothing: one of each layer, stacked."""
+    config = model.config
+    cache = init_cache(
+        _spec(model, hyperparameters),
+        batch=batch,
+        num_kv_heads=config.kv_heads,
+        head_dim_qk=config.head_dim,
+        head_dim_v=config.head_dim,
+        capacity=capacity,
+        dtype=jnp.dtype(config.dtype),
+    )
+    return jax.tree.map(lambda leaf: jnp.zeros((config.num_layers, *leaf.shape), leaf.dtype), cache)
+
+
+def draw(
+    key: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None
+) -> jax.Array:
+    """One token, int32 (), from float logits (V,); see :class:`Sampling`."""
+    logits = logits.astype(jnp.float32)
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    if top_k is not None and top_p is not None:
+        ordered = jnp.sort(scaled, descending=True)
+        ordered = jnp.where(jnp.arange(len(ordered)) < top_k, ordered, -jnp.inf)
+        p = jax.nn.softmax(ordered)
+        before = jnp.cumsum(p) - p
+        last = jnp.min(jnp.where((before < top_p) & jnp.isfinite(ordered), ordered, jnp.inf))
+        scaled = jnp.where(scaled >= last, scaled, -jnp.inf)
+    return jnp.where(temperature > 0, jax.random.categorical(key, scaled), logits.argmax()).astype(jnp.int32)
+
+
+def _as_arrays(sampling: Sampling, vocab_size: int) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Numbers of the program's call, not of the program; nothing is sorted where neither k nor p is given."""
+    temperature = jnp.float32(sampling.temperature)
+    if sampling.top_k is None and sampling.top_p is None:
+        return temperature, None, None
+    top_k = jnp.int32(min(sampling.top_k or vocab_size, vocab_size))
+    return temperature, top_k, jnp.float32(1.0 if sampling.top_p is None else sampling.top_p)
+
+
+@partial(jax.jit, static_argnums=0)
+def _read(
+    model: LanguageModel,
+    params: Any,
+    hyperparameters: ModelHyperparameters,
+    tokens: jax.Array,
+    length: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
+    logits, cache = model.apply({"params": params}, tokens, hyperparameters, cache=cache, length=length)
+    return logits[0, 0], cache
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode(
+    model: LanguageModel,
+    params: Any,
+    hyperparameters: ModelHyperparameters,
+    logits: jax.Array,
+    cache: Cache,
+    first: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array | None,
+    top_p: jax.Array | None,
+) -> tuple[jax.Array, Cache, jax.Array]:
+    """CHUNK tokens after logits (V,): (logits after the last, cache, int32 (CHUNK,))."""
+
+    def step(carry: tuple[jax.Array, Cache], place: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
+        logits, cache = carry
+        token = draw(jax.random.fold_in(key, place), logits, temperature, top_k, top_p)
+        logits, cache = model.apply({"params": params}, token[None, None], hyperparameters, cache=cache)
+        return (logits[0, 0], cache), token
+
+    (logits, cache), tokens = jax.lax.scan(step, (logits, cache), first + jnp.arange(CHUNK))
+    return logits, cache, tokens
+
+
+def _spec(model: LanguageModel, hyperparameters: ModelHyperparameters) -> AttentionSpec:
+    """Of the cache's shape: what the model's layers mean, but for a bias that each has learned."""
+    backend = model.backend
+    return decoding_spec(
+        num_heads=model.config.num_heads,
+        activation_function=backend.activation,
+        qk_pre_activation_function=backend.qk_pre_activation,
+        theta=hyperparameters.theta,
+        context_length=backend.context_length,
+        window=backend.window,
+    )

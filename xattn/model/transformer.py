@@ -23,6 +23,7 @@ from flax import linen as nn
 
 from xattn.backend import attention
 from xattn.backend.config import BackendConfig
+from xattn.backend.decode import Cache, Entry, append, attend, decoding_spec, prefill
 from xattn.model.config import ModelConfig
 from xattn.model.projection import projection
 
@@ -53,6 +54,12 @@ class LanguageModel(nn.Module):
     ``__call__(tokens, hyperparameters, *, segment_ids=None, train=False)``: int (B, S) → float (B, S, V) in the
     config's dtype. segment_ids: int (B, S); tokens of different segments don't attend to each other. With train=True
     and dropout > 0 an rng named ``dropout`` is needed.
+
+    ``__call__(tokens, hyperparameters, cache=cache, length=None)`` decodes: one token (B, 1) goes on from the cache;
+    several are a prompt for one that has seen nothing, of which the first ``length`` count (None: all). The result is
+    the logits after the last of them, (B, 1, V), and the cache with them. A cache is that of
+    :mod:`xattn.backend.decode` with one more axis in front, the layer; :func:`xattn.model.generation.empty_cache` makes
+    one.
     """
 
     config: ModelConfig
@@ -67,7 +74,9 @@ class LanguageModel(nn.Module):
         *,
         segment_ids: jax.Array | None = None,
         train: bool = False,
-    ) -> jax.Array:
+        cache: Cache | None = None,
+        length: jax.Array | None = None,
+    ) -> Any:
         config = self.config
         dtype = jnp.dtype(config.dtype)
 
@@ -81,18 +90,24 @@ class LanguageModel(nn.Module):
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=config.num_layers,
             unroll=config.num_layers if config.layers == "unrolled" else 1,
         )(config, self.backend, train, name="layers")
-        x, _ = layers(x, hyperparameters, segment_ids)
+        x, new = layers(x, hyperparameters, segment_ids, cache, length)
+        if cache is not None and tokens.shape[1] > 1:
+            x = jax.lax.dynamic_slice_in_dim(x, (tokens.shape[1] if length is None else length) - 1, 1, axis=1)
         x = _norm(config, "final_norm")(x)
         output = token_embedding if config.embeddings == "tied" else embedding("output_embedding")
-        return output.attend(x)
+        logits = output.attend(x)
+        if cache is None:
+            return logits
+        return logits, new if tokens.shape[1] > 1 else append(cache, new)
 
 
 class Layer(nn.Module):
-    """x + attention, then x + MLP: (B, S, D) → ((B, S, D), None), the form that a scan wants."""
+    """x + attention, then x + MLP: (B, S, D) → ((B, S, D), what :class:`Attention` returns), the form that a
+    scan wants."""
 
     config: ModelConfig
     backend: BackendConfig
@@ -100,15 +115,21 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, hyperparameters: ModelHyperparameters, segment_ids: jax.Array | None
-    ) -> tuple[jax.Array, None]:
+        self,
+        x: jax.Array,
+        hyperparameters: ModelHyperparameters,
+        segment_ids: jax.Array | None,
+        cache: Cache | None,
+        length: jax.Array | None,
+    ) -> tuple[jax.Array, Cache | Entry | None]:
         config = self.config
         attention = Attention(config, self.backend, name="attention")
-        branch = attention(_norm(config, "attention_norm")(x), hyperparameters, segment_ids)
+        normed = _norm(config, "attention_norm")(x)
+        branch, new = attention(normed, hyperparameters, segment_ids, cache, length)
         if config.norm_placement == "hybrid":
             branch = _norm(config, "attention_output_norm")(branch)
         x = x + self._residual("attention", branch)
-        return x + self._residual("mlp", MLP(config, name="mlp")(_norm(config, "mlp_norm")(x))), None
+        return x + self._residual("mlp", MLP(config, name="mlp")(_norm(config, "mlp_norm")(x))), new
 
     def _residual(self, name: str, branch: jax.Array) -> jax.Array:
         config = self.config
@@ -119,19 +140,29 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections around the attention backend: (B, S, D) → (B, S, D)."""
+    """Projections around the attention backend: (B, S, D) → (B, S, D).
+
+    With a cache, also this layer's part of it: what one token adds, or all of it after a prompt.
+    """
 
     config: ModelConfig
     backend: BackendConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, hyperparameters: ModelHyperparameters, segment_ids: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        hyperparameters: ModelHyperparameters,
+        segment_ids: jax.Array | None,
+        cache: Cache | None,
+        length: jax.Array | None,
+    ) -> tuple[jax.Array, Cache | Entry | None]:
         config, backend = self.config, self.backend
-        batch, length, _ = x.shape
+        batch, tokens, _ = x.shape
 
         def heads(name: str, number: int) -> jax.Array:
             flat = _dense(config, number * config.head_dim, name)(x)
-            return flat.reshape(batch, length, number, config.head_dim).transpose(0, 2, 1, 3)
+            return flat.reshape(batch, tokens, number, config.head_dim).transpose(0, 2, 1, 3)
 
         q = heads("query", config.num_heads)
         k = heads("key", config.kv_heads)
@@ -143,22 +174,25 @@ class Attention(nn.Module):
         if bias is not None and backend.sigmoid_bias == "learned":
             init = nn.initializers.constant(-math.log(backend.context_length))
             bias = self.param("sigmoid_bias", init, (config.num_heads,))
-        out = attention(
-            q,
-            k,
-            v,
-            activation_function=backend.activation,
-            qk_pre_activation_function=backend.qk_pre_activation,
-            theta=hyperparameters.theta,
-            context_length=backend.context_length,
-            sigmoid_bias=bias,
-            segment_ids=segment_ids,
-            window=backend.window,
-            implementation=backend.implementation,
-        )
-        return _dense(config, config.embedding_dim, "output", residual=True)(
-            out.transpose(0, 2, 1, 3).reshape(batch, length, config.embedding_dim)
-        )
+        meaning: dict[str, Any] = {
+            "activation_function": backend.activation,
+            "qk_pre_activation_function": backend.qk_pre_activation,
+            "theta": hyperparameters.theta,
+            "context_length": backend.context_length,
+            "sigmoid_bias": bias,
+            "window": backend.window,
+        }
+        new: Cache | Entry | None = None
+        if cache is None:
+            out = attention(q, k, v, **meaning, segment_ids=segment_ids, implementation=backend.implementation)
+        else:
+            spec = decoding_spec(num_heads=config.num_heads, **meaning)
+            if tokens == 1:
+                out, new = attend(q, k, v, cache, spec)
+            else:
+                out, new = prefill(q, k, v, cache, spec, length=length, implementation=backend.implementation)
+        out = out.transpose(0, 2, 1, 3).reshape(batch, tokens, config.embedding_dim)
+        return _dense(config, config.embedding_dim, "output", residual=True)(out), new
 
 
 class MLP(nn.Module):
