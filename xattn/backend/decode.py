@@ -249,6 +249,7 @@ def append(cache: Cache, entry: Entry) -> Cache:
     """The cache after the token of :func:`attend`; caches of several layers, stacked along axes in front, together."""
     if isinstance(cache, StateCache):
         return StateCache(entry.key, cache.length + 1)
+    assert entry.value is not None
     slot = jnp.max(cache.length) % cache.k.shape[-2]
     k, v = (
         jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)

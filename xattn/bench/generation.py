@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     @jax.jit
     def forward(params: Any, tokens: jax.Array, known: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, tokens, hyper)[0, known - 1].argmax()
+        logits: Any = model.apply({"params": params}, tokens, hyper)
+        return logits[0, known - 1].argmax()
 
     def cached() -> int:
         sampling, key = Sampling(temperature=0.0), jax.random.key(0)

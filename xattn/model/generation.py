@@ -138,8 +138,8 @@ def _read(
     length: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    logits, cache = model.apply({"params": params}, tokens, hyperparameters, cache=cache, length=length)
-    return logits[0, 0], cache
+    result: Any = model.apply({"params": params}, tokens, hyperparameters, cache=cache, length=length)
+    return result[0][0, 0], result[1]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -160,8 +160,8 @@ def _decode(
     def step(carry: tuple[jax.Array, Cache], place: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
         logits, cache = carry
         token = draw(jax.random.fold_in(key, place), logits, temperature, top_k, top_p)
-        logits, cache = model.apply({"params": params}, token[None, None], hyperparameters, cache=cache)
-        return (logits[0, 0], cache), token
+        result: Any = model.apply({"params": params}, token[None, None], hyperparameters, cache=cache)
+        return (result[0][0, 0], result[1]), token
 
     (logits, cache), tokens = jax.lax.scan(step, (logits, cache), first + jnp.arange(CHUNK))
     return logits, cache, tokens

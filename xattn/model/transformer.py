@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
         logits = output.attend(x)
         if cache is None:
             return logits
-        return logits, new if tokens.shape[1] > 1 else append(cache, new)
+        return logits, append(cache, new) if isinstance(new, Entry) else new
 
 
 class Layer(nn.Module):
