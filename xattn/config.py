@@ -29,7 +29,7 @@ from xattn.evaluation.config import EvaluationConfig
 from xattn.model.config import ModelConfig
 from xattn.section import Section
 from xattn.tracking.config import TrackingConfig
-from xattn.training.config import OptimizerConfig, ScheduleConfig, TrainerConfig
+from xattn.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainerConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PathName = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -52,14 +52,17 @@ class Config(Section):
     trainer: TrainerConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+    parallel: ParallelConfig
     seed: int = Field(ge=0, lt=2**32)
     study: str = Field(pattern=PathName, max_length=100)
     resume: Literal["auto", "never"]
 
 
-# Keys that do not change what a run computes: where it is tracked, how it is grouped, when it is saved.
+# Keys that do not change what a run computes: where it is tracked, how it is grouped, over what it is spread, when it is
+# saved.
 _NOT_HASHED: Any = {
     "tracking": True,
+    "parallel": True,
     "study": True,
     "resume": True,
     "trainer": {"checkpoint_every", "checkpoint_minutes"},
@@ -100,6 +103,7 @@ def shaping(config: Config) -> Config:
                 update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
             ),
             "trainer": config.trainer.model_copy(update=pace),
+            "parallel": config.parallel.model_copy(update={"heartbeat_seconds": 1, "connect_seconds": 1}),
             **elsewhere,
         }
     )

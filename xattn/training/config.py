@@ -113,3 +113,34 @@ class TrainerConfig(Section):
     checkpoint_minutes: PositiveFloat | None
     nonfinite: Literal["stop", "skip", "rollback"]
     deterministic: bool
+
+
+class ParallelConfig(Section):
+    """The group ``parallel``: the axes of the device mesh. Their product is the number of devices of all processes.
+
+    data: copies of the model, each with its share of the batch.
+    fsdp: the batch and the parameters are split alike; a layer's parameters are gathered where they are used.
+    context: the sequence is split.
+    tensor: heads, hidden units and the vocabulary are split.
+        null, for one of the four at most: the devices that the others leave.
+    heartbeat_seconds: of several processes: a peer that has been silent for so long is taken for dead, and all leave.
+    connect_seconds: of several processes: how long the first to start wait for the last.
+    """
+
+    data: PositiveInt | None
+    fsdp: PositiveInt | None
+    context: PositiveInt | None
+    tensor: PositiveInt | None
+    heartbeat_seconds: PositiveInt
+    connect_seconds: PositiveInt
+
+    @model_validator(mode="after")
+    def _is_determined(self) -> ParallelConfig:
+        free = [name for name, size in self.axes().items() if size is None]
+        if len(free) > 1:
+            raise ValueError(f"{' and '.join(free)} are null: one axis at most takes what the others leave")
+        return self
+
+    def axes(self) -> dict[str, int | None]:
+        """The mesh's axes, from the one whose neighbours talk least to the one whose neighbours talk most."""
+        return {"data": self.data, "fsdp": self.fsdp, "context": self.context, "tensor": self.tensor}

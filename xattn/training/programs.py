@@ -21,6 +21,7 @@ from xattn.data.batches import Windows
 from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token, next_token_losses
 from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
+from xattn.training.sharding import Layout, layout_of
 
 # ``trainer.nonfinite=skip`` gives up after so many updates in a row that it had to leave out.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -77,7 +78,8 @@ class Programs(NamedTuple):
     model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. step: (TrainState, Windows) →
     (TrainState, StepMetrics), and the state it is given is used up. score: of evaluation.
     compile_seconds, peak_memory_bytes: of the step: its compilation, its arguments and temporaries.
-    flops_per_step: of its matrix products, by formula.
+    flops_per_step: of its matrix products, by formula. layout: how state and batches lie on the devices; init, step and
+    score take batches from the host and place them.
     """
 
     model: LanguageModel
@@ -87,6 +89,7 @@ class Programs(NamedTuple):
     compile_seconds: float
     peak_memory_bytes: int
     flops_per_step: int
+    layout: Layout
 
 
 def programs(config: Config, vocab_size: int, *, segments: bool = False) -> tuple[Programs, bool]:
@@ -95,12 +98,12 @@ def programs(config: Config, vocab_size: int, *, segments: bool = False) -> tupl
     segments: whether the windows come with segment_ids.
     """
     before = _compile.cache_info().misses
-    compiled = _compile(shaping(config), vocab_size, segments)
+    compiled = _compile(shaping(config), vocab_size, segments, layout_of(config))
     return compiled, _compile.cache_info().misses > before
 
 
 @lru_cache(maxsize=8)
-def _compile(config: Config, vocab_size: int, segments: bool) -> Programs:
+def _compile(config: Config, vocab_size: int, segments: bool, layout: Layout) -> Programs:
     model = LanguageModel(config.model, config.backend, vocab_size)
     batch_size, context_length = config.trainer.batch_size, config.backend.context_length
     schedule = learning_rate_factor(config.schedule, config.trainer.steps)
@@ -151,18 +154,20 @@ def _compile(config: Config, vocab_size: int, segments: bool) -> Programs:
     segment_ids = jax.ShapeDtypeStruct(shape, jnp.int32) if segments else None
     windows = Windows(tokens, jax.ShapeDtypeStruct(shape, jnp.float32), segment_ids)  # type: ignore[arg-type]
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(shapes, windows).compile()
+    with layout.tracing():
+        compiled = layout.jit_step(step, shapes).lower(shapes, windows).compile()
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     flops = matmul_flops_per_token(config.model, context_length=context_length, vocab_size=vocab_size)
     return Programs(
         model,
-        jax.jit(init),
-        compiled,
-        score_windows(model),
+        layout.init(init, shapes),
+        layout.step(compiled),
+        layout.score(score_windows(model)),
         seconds,
         memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         3 * flops * batch_size * context_length,
+        layout,
     )
 
 

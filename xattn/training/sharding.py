@@ -1,0 +1,202 @@
+"""One run over many devices: a mesh with four named axes, and one table that says which axis splits what.
+
+The model's code knows nothing of it. The compiled step is told how its state and batch lie on the mesh, where the
+activations of each layer lie is said from outside by an interceptor, and XLA's partitioner does the rest (GSPMD, Xu et
+al., arXiv 2105.04663). On one device nothing of this is used, and the programs are what they would be without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xattn.config import Config
+from xattn.errors import BadInput
+from xattn.model.transformer import Layer
+from xattn.training.config import ParallelConfig
+
+# The axis of the mesh that splits an axis of the model; what is not named is not split.
+MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "hidden": "tensor", "vocabulary": ("fsdp","tensor")}
+
+# A parameter's last axes, by the name of the module that it belongs to, and its own.
+PARAMETERS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("token_embedding", "embedding"): ("vocabulary", None),
+    ("output_embedding", "embedding"): ("vocabulary", None),
+    ("query", "kernel"): ("embed", "heads"),
+    ("key", "kernel"): ("embed", "heads"),
+    ("value", "kernel"): ("embed", "heads"),
+    ("output", "kernel"): ("heads", "embed"),
+    ("gate", "kernel"): ("embed", "hidden"),
+    ("up", "kernel"): ("embed", "hidden"),
+    ("down", "kernel"): ("hidden", "embed"),
+    ("attention", "sigmoid_bias"): ("heads",),
+}
+_ROWS = ("data", "fsdp")  # both split the rows of a batch
+
+
+class Layout:
+    """Where a run's arrays lie. With one device it leaves everything as it is."""
+
+    def __init__(self, sizes: dict[str, int]):
+        self.sizes = sizes
+        self.mesh: jax.sharding.Mesh | None = None
+        if math.prod(sizes.values()) > 1:
+            axes = (AxisType.Auto,) * len(sizes)
+            self.mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axes)
+
+    def __str__(self) -> str:
+        return " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1) or "one device"
+
+    # ---- what lies where
+
+    def state(self, shapes: Any) -> Any:
+        """A sharding for each leaf of a train state: parameters by the table, their statistics in the optimizer's
+        state like them, everything else whole on each device."""
+        return jax.tree_util.tree_map_with_path(self._of_parameter, shapes)
+
+    def rows(self) -> NamedSharding:
+        """Of a batch's leaves: the first axis is split over data and fsdp. The sequence is split inside the program,
+        since tokens are one longer than it."""
+        return self._sharding(P(_ROWS))
+
+    def whole(self) -> NamedSharding:
+        """The same on each device."""
+        return self._sharding(P())
+
+    def _sharding(self, spec: P) -> NamedSharding:
+        assert self.mesh is not None, "one device has no mesh"
+        return NamedSharding(self.mesh, spec)
+
+    def _of_parameter(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        axes = PARAMETERS.get(tuple(names[-2:]), ()) if len(names) > 1 else ()
+        if len(axes) > leaf.ndim:
+            return self.whole()
+        first = leaf.ndim - len(axes)  # layers are stacked in front
+        split = [self._splits(axis, leaf.shape[first + i]) for i, axis in enumerate(axes)]
+        return self._sharding(P(*[None] * first, *split))
+
+    def _splits(self, axis: str, size: int) -> str | None:
+        """The mesh's axis, where it divides the size: a vocabulary of 257 stays whole."""
+        mesh_axis = MESH_AXIS.get(axis)
+        return mesh_axis
+
+    # ---- at the rim of the programs
+
+    def init(self, init: Any, shapes: Any) -> Any:
+        """Hyperparameters → the state, each leaf made where it lies."""
+        if self.mesh is None:
+            return jax.jit(init)
+        program = jax.jit(init, out_shardings=self.state(shapes))
+        return lambda hyperparameters: program(jax.device_get(hyperparameters))
+
+    def jit_step(self, step: Any, shapes: Any) -> Any:
+        if self.mesh is None:
+            return jax.jit(step, donate_argnums=0)
+        state = self.state(shapes)
+        return jax.jit(
+            step, donate_argnums=0, in_shardings=(state, self.rows()), out_shardings=(state, self.whole())
+        )
+
+    def step(self, compiled: Any) -> Any:
+        """The compiled step for a batch that is on the host."""
+        if self.mesh is None:
+            return compiled
+        return lambda state, batch: compiled(state, self.place(batch, self.rows()))
+
+    def score(self, score: Any) -> Any:
+        """A program of (params, hyperparameters, batch on the host) with one result, the same on each device."""
+        if self.mesh is None:
+            return score
+
+        def placed(params: Any, hyperparameters: Any, batch: Any) -> Any:
+            with self.tracing():
+                return score(params, hyperparameters, self.place(batch, self.rows()))
+
+        return placed
+
+    def place(self, tree: Any, shardings: Any) -> Any:
+        """Host arrays, of which each process has at least its own part, onto the mesh; shardings: one, or a tree."""
+        if isinstance(shardings, NamedSharding):
+            one = shardings
+            shardings = jax.tree.map(lambda _: one, tree)
+
+        def placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
+            array = np.asarray(leaf)
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        return jax.tree.map(placed, tree, shardings)
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """While a program is traced here, the residual stream is split by rows and sequence."""
+        if self.mesh is None:
+            yield
+            return
+        stream = self._sharding(P(_ROWS, "context", None))
+
+        def constrain(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            out = call(*args, **kwargs)
+            if context.method_name != "__call__" or not isinstance(context.module, Layer | nn.Embed):
+                return out
+            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, stream), out)
+
+        with jax.set_mesh(self.mesh), nn.intercept_methods(constrain):
+            yield
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout that the config asks for, on the devices there are.
+
+    Raises :class:`BadInput` where mesh and devices, or mesh and model, do not fit.
+    """
+    sizes = mesh_sizes(config.parallel, jax.device_count(), jax.process_count())
+    rows, model = sizes["data"] * sizes["fsdp"], config.model
+    divided = {
+        "trainer.batch_size": (config.trainer.batch_size, "data × fsdp", rows),
+        "backend.context_length": (config.backend.context_length, "context", sizes["context"]),
+        "model.embedding_dim": (model.embedding_dim, "fsdp", sizes["fsdp"]),
+        "model.num_heads": (model.num_heads, "tensor", sizes["tensor"]),
+        "model.mlp_dim": (model.mlp_dim, "tensor", sizes["tensor"]),
+    }
+    for key, (value, axis, size) in divided.items():
+        if value % size:
+            raise BadInput(f"parallel: {key} = {value} is not a multiple of {axis} = {size}")
+    return _layout(tuple(sizes.items()))
+
+
+@lru_cache(maxsize=8)
+def _layout(sizes: tuple[tuple[str, int], ...]) -> Layout:
+    return Layout(dict(sizes))
+
+
+def mesh_sizes(config: ParallelConfig, devices: int, processes: int = 1) -> dict[str, int]:
+    """The size of each axis, the one that takes what is left included.
+
+    One device of one process need not be all there are; a mesh of several must be exactly the devices of all processes.
+    Raises :class:`BadInput`.
+    """
+    axes = config.axes()
+    known = math.prod(size for size in axes.values() if size is not None)
+    free = [axis for axis, size in axes.items() if size is None]
+    sizes = {axis: devices // known if size is None else size for axis, size in axes.items()}
+    product = math.prod(sizes.values())
+    if product == devices or (product == 1 and processes == 1 and not free):
+        return sizes
+    asked = ", ".join(f"parallel.{axis} = {size}" for axis, size in axes.items() if size is not None and size > 1)
+    if free:
+        raise BadInput(f"{asked}: {known} does not divide the {devices} devices that parallel.{free[0]} = null shares out")
+    there = f"{devices} device{'s' * (devices > 1)}" + (f" in {processes} processes" if processes > 1 else "")
+    raise BadInput(
+        f"{asked or 'parallel=single'}: a mesh of {product} device{'s' * (product > 1)}, and there are {there}; "
+        "parallel=data, fsdp, context or tensor takes all of them"
+    )
