@@ -98,11 +98,17 @@ OTHER_VALUES: dict[str, Any] = {
     "tracking.wandb.mode": "disabled",
     "tracking.wandb.project": "another",
     "tracking.wandb.entity": "someone",
+    "parallel.data": 2,
+    "parallel.fsdp": 2,
+    "parallel.context": 2,
+    "parallel.tensor": 2,
+    "parallel.heartbeat_seconds": 7,
+    "parallel.connect_seconds": 7,
     "seed": 3,
     "study": "another",
     "resume": "never",
 }
-NOT_HASHED = {key for key in OTHER_VALUES if key.startswith("tracking.")} | {
+NOT_HASHED = {key for key in OTHER_VALUES if key.startswith(("tracking.", "parallel."))} | {
     "study",
     "resume",
     "trainer.checkpoint_every",

@@ -90,12 +90,14 @@ class Attempt:
         from xattn.training.checkpoint import Checkpoints
         from xattn.training.loop import Progress, train
         from xattn.training.programs import hyperparameters, num_params, programs
+        from xattn.training.sharding import layout_of
 
         config, folder, display = self._config, self._folder, self._display
         hush_libraries(self._try_to_note)
         if config.trainer.deterministic:
             ask_for_determinism()
         keep_compiled_programs()
+        layout = layout_of(config)
         choice = _choose_attention(config)
         with self._as_recorded():
             data = load_data(
@@ -105,9 +107,11 @@ class Attempt:
                 windows=config.evaluation.windows,
                 seed=config.seed,
             )
-        origin = self._origin(overrides, data.sha256)
+        origin = self._origin(overrides, data.sha256, layout.sizes)
         display.say(f"run folder  {shown(folder.path)}")
         display.say(f"attention   {config.backend.activation}, computed by {choice.name}")
+        if layout.mesh is not None:
+            display.say(f"devices     {layout}")
         for passed_over, reason in choice.passed_over.items():
             display.note(f"            not by {passed_over}: {reason}")
         self._mirror = self._wandb_mirror(origin["wandb_id"])
@@ -180,7 +184,7 @@ class Attempt:
                 raise
             raise IntegrityError(f"the training data are not those that this run began with: {error}") from error
 
-    def _origin(self, overrides: Sequence[str], data_sha256: str) -> dict[str, Any]:
+    def _origin(self, overrides: Sequence[str], data_sha256: str, mesh: dict[str, int]) -> dict[str, Any]:
         """provenance.json: written at a first start, checked and amended later. config.yaml comes first: it makes the
         folder a run's."""
         import jax
@@ -190,6 +194,7 @@ class Attempt:
             "device_kind": jax.devices()[0].device_kind,
             "device_count": jax.device_count(),
             "process_count": jax.process_count(),
+            "mesh": mesh,
             "data_sha256": data_sha256,
         }
         before = folder.read_json(run_folder.PROVENANCE)
@@ -364,12 +369,13 @@ def _sample(compiled: Programs, progress: Progress, tokenizer: Tokenizer, seed: 
     import jax
 
     from xattn.model.generation import Sampling, generate
+    from xattn.training.sharding import on_one_device
 
     state = progress.state
     tokens = generate(
         compiled.model,
-        state.params,
-        state.hyperparameters.model,
+        on_one_device(state.params),
+        on_one_device(state.hyperparameters.model),
         [tokenizer.start],
         num_tokens=SAMPLE_TOKENS,
         sampling=Sampling(SAMPLE_TEMPERATURE),

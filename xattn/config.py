@@ -58,8 +58,8 @@ class Config(Section):
     resume: Literal["auto", "never"]
 
 
-# Keys that do not change what a run computes: where it is tracked, how it is grouped, over what it is spread, when it is
-# saved.
+# Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped,
+# when it is saved.
 _NOT_HASHED: Any = {
     "tracking": True,
     "parallel": True,

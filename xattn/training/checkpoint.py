@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from xattn.errors import IntegrityError, storage_error
 from xattn.run_folder import fsync
 from xattn.training.programs import TrainState
+from xattn.training.sharding import like
 
 Which = Literal["last", "best"]
 KEPT = 2  # of the newest, besides the best
@@ -146,6 +147,8 @@ class Checkpoints:
     def restore_state(self, shapes: TrainState) -> Restored | None:
         """The newest :class:`TrainState` that passes the check, or None where no step has a folder.
 
+        Its leaves lie on the devices as those of ``shapes``, on whichever they lay when it was saved.
+
         Steps that fail are moved to ``checkpoints/.bad/`` and told of. Raises :class:`IntegrityError` where all fail.
         """
         self._clear_half_done()
@@ -158,7 +161,7 @@ class Checkpoints:
             except IntegrityError as error:
                 self._say(f"checkpoint {step} is broken ({error}); it is moved to {self._move_aside(step)}")
                 continue
-            return Restored(step, jax.device_put(TrainState(params=params, **training)), progress)
+            return Restored(step, like(TrainState(params=params, **training), shapes), progress)
         if steps:
             raise IntegrityError(f"{self.folder}: none of the checkpoints {steps} is whole")
         return None

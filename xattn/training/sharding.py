@@ -24,11 +24,12 @@ from xattn.errors import BadInput
 from xattn.model.transformer import Layer
 from xattn.training.config import ParallelConfig
 
-# The axis of the mesh that splits an axis of the model; what is not named is not split.
-MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "hidden": "tensor", "vocabulary": ("fsdp","tensor")}
+# The axes of the mesh that split an axis of the model. An embedding is split over its vocabulary alone: looking up rows
+# whose width is split over devices that have different tokens would send the whole table around.
+MESH_AXES = {"embed": ("fsdp",), "heads": ("tensor",), "hidden": ("tensor",), "vocabulary": ("tensor", "fsdp")}
 
-# A parameter's last axes, by the name of the module that it belongs to, and its own.
-PARAMETERS: dict[tuple[str, str], tuple[str, ...]] = {
+# A parameter's last axes, by the name of the module that it belongs to, and its own; what is not named is not split.
+PARAMETERS: dict[tuple[str, str], tuple[str | None, ...]] = {
     ("token_embedding", "embedding"): ("vocabulary", None),
     ("output_embedding", "embedding"): ("vocabulary", None),
     ("query", "kernel"): ("embed", "heads"),
@@ -79,16 +80,19 @@ class Layout:
     def _of_parameter(self, path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         axes = PARAMETERS.get(tuple(names[-2:]), ()) if len(names) > 1 else ()
-        if len(axes) > leaf.ndim:
+        if len(axes) > leaf.ndim:  # one of the optimizer's placeholders
             return self.whole()
         first = leaf.ndim - len(axes)  # layers are stacked in front
         split = [self._splits(axis, leaf.shape[first + i]) for i, axis in enumerate(axes)]
         return self._sharding(P(*[None] * first, *split))
 
-    def _splits(self, axis: str, size: int) -> str | None:
-        """The mesh's axis, where it divides the size: a vocabulary of 257 stays whole."""
-        mesh_axis = MESH_AXIS.get(axis)
-        return mesh_axis
+    def _splits(self, axis: str | None, size: int) -> tuple[str, ...]:
+        """The mesh's axes that split one of the model's, as far as they divide it: a vocabulary of 257 stays whole."""
+        axes: tuple[str, ...] = ()
+        for mesh_axis in MESH_AXES[axis] if axis else ():
+            if size % math.prod(self.sizes[name] for name in (*axes, mesh_axis)) == 0:
+                axes += (mesh_axis,)
+        return axes
 
     # ---- at the rim of the programs
 
@@ -103,15 +107,13 @@ class Layout:
         if self.mesh is None:
             return jax.jit(step, donate_argnums=0)
         state = self.state(shapes)
-        return jax.jit(
-            step, donate_argnums=0, in_shardings=(state, self.rows()), out_shardings=(state, self.whole())
-        )
+        return jax.jit(step, donate_argnums=0, in_shardings=(state, self.rows()), out_shardings=(state, self.whole()))
 
     def step(self, compiled: Any) -> Any:
         """The compiled step for a batch that is on the host."""
         if self.mesh is None:
             return compiled
-        return lambda state, batch: compiled(state, self.place(batch, self.rows()))
+        return lambda state, batch: compiled(state, _place(batch, self.rows()))
 
     def score(self, score: Any) -> Any:
         """A program of (params, hyperparameters, batch on the host) with one result, the same on each device."""
@@ -120,21 +122,9 @@ class Layout:
 
         def placed(params: Any, hyperparameters: Any, batch: Any) -> Any:
             with self.tracing():
-                return score(params, hyperparameters, self.place(batch, self.rows()))
+                return score(params, hyperparameters, _place(batch, self.rows()))
 
         return placed
-
-    def place(self, tree: Any, shardings: Any) -> Any:
-        """Host arrays, of which each process has at least its own part, onto the mesh; shardings: one, or a tree."""
-        if isinstance(shardings, NamedSharding):
-            one = shardings
-            shardings = jax.tree.map(lambda _: one, tree)
-
-        def placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
-            array = np.asarray(leaf)
-            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-        return jax.tree.map(placed, tree, shardings)
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -194,9 +184,35 @@ def mesh_sizes(config: ParallelConfig, devices: int, processes: int = 1) -> dict
         return sizes
     asked = ", ".join(f"parallel.{axis} = {size}" for axis, size in axes.items() if size is not None and size > 1)
     if free:
-        raise BadInput(f"{asked}: {known} does not divide the {devices} devices that parallel.{free[0]} = null shares out")
+        raise BadInput(
+            f"{asked}: {known} does not divide the {devices} devices that parallel.{free[0]} = null shares out"
+        )
     there = f"{devices} device{'s' * (devices > 1)}" + (f" in {processes} processes" if processes > 1 else "")
     raise BadInput(
         f"{asked or 'parallel=single'}: a mesh of {product} device{'s' * (product > 1)}, and there are {there}; "
         "parallel=data, fsdp, context or tensor takes all of them"
     )
+
+
+def like(host: Any, state: Any) -> Any:
+    """Host arrays as a state whose leaves lie as those of ``state``."""
+    return jax.tree.map(lambda leaf, there: _place(leaf, there.sharding), host, state)
+
+
+def _place(tree: Any, sharding: Any) -> Any:
+    """Host arrays, of which each process has at least its own part, onto the mesh."""
+    if not isinstance(sharding, NamedSharding):
+        return jax.device_put(tree)
+
+    def place(leaf: Any) -> jax.Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree)
+
+
+def on_one_device(tree: Any) -> Any:
+    """For programs that know no mesh: each leaf whole on this process's first device."""
+    if all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.device_put(jax.device_get(tree), jax.local_devices()[0])

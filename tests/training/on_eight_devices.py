@@ -1,0 +1,120 @@
+"""What holds on eight devices: run by test_sharding.py in a process that has them."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from xattn.config import Config, compose
+from xattn.data.batches import TrainingBatches, evaluation_windows
+from xattn.training.checkpoint import Checkpoints
+from xattn.training.programs import Programs, TrainState, hyperparameters, programs
+from xattn.training.sharding import on_one_device
+from xattn.training.state_hash import state_sha256
+
+STEPS = 20
+TINY = [
+    "backend.context_length=16",
+    "model.num_layers=2",
+    "model.num_heads=4",
+    "model.embedding_dim=16",
+    "model.mlp_dim=24",
+    "model.layers=scanned",
+    "trainer.batch_size=8",
+    f"trainer.steps={STEPS}",
+]
+TEXT = np.frombuffer(b"to be or not to be, that is the question: " * 40, np.uint8)
+BATCHES = TrainingBatches(TEXT, context_length=16, batch_size=8, seed=0)
+WINDOWS = evaluation_windows(TEXT[:200], context_length=16, batch_size=8, windows="all")
+MIXED = ("parallel.data=2", "parallel.fsdp=2", "parallel.tensor=2")
+
+
+def config_of(*overrides: str) -> Config:
+    return compose([*TINY, *overrides])
+
+
+def compiled(*overrides: str) -> Programs:
+    return programs(config_of(*overrides), 256)[0]
+
+
+def trained(run: Programs, state: TrainState, first: int, last: int) -> tuple[TrainState, list[float]]:
+    losses = []
+    for step in range(first, last):
+        state, metrics = run.step(state, BATCHES(step))
+        losses.append(metrics.train_loss)
+    return state, [float(loss) for loss in losses]
+
+
+@cache
+def alone(*overrides: str) -> tuple[list[float], float]:
+    """One device's losses of each step, and of the evaluation at the end."""
+    run = compiled(*overrides)
+    state, losses = trained(run, run.init(hyperparameters(config_of(*overrides))), 0, STEPS)
+    return losses, score(run, state)
+
+
+def score(run: Programs, state: TrainState) -> float:
+    return sum(float(run.score(state.params, state.hyperparameters.model, windows)) for windows in WINDOWS)
+
+
+def shards(leaf: Any) -> int:
+    return round(leaf.size / leaf.addressable_shards[0].data.size)
+
+
+@pytest.mark.parametrize("mesh", [MIXED, ("parallel=context", "parallel.data=2")], ids=["mixed", "context"])
+def test_the_loss_is_one_devices_at_each_step(mesh: tuple[str, ...]) -> None:
+    assert jax.device_count() == 8
+    one, evaluated = alone("backend=sigmoid")
+    run = compiled("backend=sigmoid", *mesh)
+    state, losses = trained(run, run.init(hyperparameters(config_of("backend=sigmoid"))), 0, STEPS)
+    np.testing.assert_allclose(losses, one, rtol=1e-5)
+    assert one[-1] < one[0] - 0.5  # it learns: the same loss twice would say little
+    np.testing.assert_allclose(score(run, state), evaluated, rtol=1e-5)
+
+
+def test_state_is_made_and_stays_split_as_the_table_says() -> None:
+    run = compiled("backend=sigmoid", *MIXED)
+    state = run.init(hyperparameters(config_of("backend=sigmoid")))
+    after, _ = trained(run, state, 0, 1)
+    for now in (run.init(hyperparameters(config_of("backend=sigmoid"))), after):
+        for tree in (now.params, now.opt_state[1].mu):
+            layer = tree["layers"]
+            assert shards(layer["attention"]["query"]["kernel"]) == 4
+            assert shards(layer["mlp"]["down"]["kernel"]) == 4
+            assert shards(tree["token_embedding"]["embedding"]) == 4
+            assert shards(layer["attention_norm"]["scale"]) == 1
+
+
+def test_initial_parameters_are_one_devices_to_the_bit() -> None:
+    """Random numbers that depended on the mesh would be another run."""
+    hyper = hyperparameters(config_of())
+    one, spread = compiled("backend=sigmoid").init(hyper), compiled("backend=sigmoid", *MIXED).init(hyper)
+    assert state_sha256(one.params, one.opt_state) == state_sha256(spread.params, spread.opt_state)
+
+
+@pytest.mark.parametrize("order", [((), MIXED), (MIXED, ())], ids=["1 to 8", "8 to 1"])
+def test_a_checkpoint_goes_on_another_mesh(order: tuple[tuple[str, ...], ...], tmp_path: Path) -> None:
+    one, _ = alone("backend=sigmoid")
+    before, after = (compiled("backend=sigmoid", *mesh) for mesh in order)
+    state, _ = trained(before, before.init(hyperparameters(config_of("backend=sigmoid"))), 0, 10)
+    saved = state_sha256(state.params, state.opt_state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, state, {}, val_loss=None)
+        checkpoints.wait()
+        restored = checkpoints.restore_state(after.init(hyperparameters(config_of("backend=sigmoid"))))
+    assert restored is not None
+    assert state_sha256(restored.tree.params, restored.tree.opt_state) == saved
+    _, losses = trained(after, restored.tree, 10, STEPS)
+    np.testing.assert_allclose(losses, one[10:], rtol=1e-5)
+
+
+def test_a_tree_is_brought_together_for_programs_that_know_no_mesh() -> None:
+    state = compiled("backend=sigmoid", *MIXED).init(hyperparameters(config_of("backend=sigmoid")))
+    whole = on_one_device(state.params)
+    assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(whole))
+    assert state_sha256(whole, None) == state_sha256(state.params, None)
