@@ -90,6 +90,7 @@ OTHER_VALUES: dict[str, Any] = {
     "trainer.batch_size": 5,
     "trainer.log_every": 11,
     "trainer.eval_every": 13,
+    "trainer.attention_stats_every": 6,
     "trainer.checkpoint_every": 17,
     "trainer.checkpoint_minutes": 19.0,
     "trainer.deterministic": True,

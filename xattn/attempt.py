@@ -298,10 +298,13 @@ class Attempt:
             "val_bpb": progress.val_bpb,
             "best_val_loss": progress.best_val_loss,
             "train_loss": progress.train_loss,
+            **progress.measured,
             "tokens_per_second": progress.clock.tokens_per_second,
             "state_sha256": state_sha256(progress.state.params, progress.state.opt_state),
         }
         summary.pop("failures", None)
+        if ended and config.trainer.attention_stats_every is not None:
+            self._draw_attention(compiled, progress, data)
         match code:
             case ExitCode.DONE:
                 self._show_result(summary, data, _sample(compiled, progress, data.tokenizer, config.seed))
@@ -332,6 +335,15 @@ class Attempt:
             f"baselines   unigram entropy {unigram_bits_per_byte(scored):.4f}, gzip {gzip_bits_per_byte(scored):.4f} "
             f"bits/byte, of the same {len(scored):,} bytes"
         )
+
+    def _draw_attention(self, compiled: Programs, progress: Progress, data: RunData) -> None:
+        from xattn.evaluation.attention import study_windows
+        from xattn.evaluation.attention_maps import draw
+
+        state = progress.state
+        study = compiled.study(state.params, state.hyperparameters.model, study_windows(data.windows))
+        (self._folder / run_folder.ARTIFACTS).mkdir(exist_ok=True)
+        draw(study, self._folder / run_folder.ARTIFACTS / "attention_maps.png", step=progress.step)
 
     def _record_failure(self) -> None:
         """Counts failures without a new step between them; a run that fails at the same place is not tried for ever."""

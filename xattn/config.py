@@ -94,7 +94,9 @@ def shaping(config: Config) -> Config:
     programs. The numbers left out are the ones that the train state carries."""
     learned = config.backend.sigmoid_bias == "learned"
     numbers = {"theta": 1.0, "sigmoid_bias": "learned" if learned else "auto"}
-    pace = {"log_every": 1, "eval_every": 1, "checkpoint_every": None, "checkpoint_minutes": None}
+    pace = {"log_every": 1, "eval_every": 1} | dict.fromkeys(
+        ("attention_stats_every", "checkpoint_every", "checkpoint_minutes")
+    )
     elsewhere = {"data": None, "evaluation": None, "tracking": None, "seed": 0, "study": "", "resume": "auto"}
     return config.model_copy(
         update={

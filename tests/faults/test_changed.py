@@ -34,6 +34,7 @@ OTHER = {
     "trainer.batch_size": "16",
     "trainer.log_every": "1",
     "trainer.eval_every": "3",
+    "trainer.attention_stats_every": "5",
     "trainer.nonfinite": "skip",
     "evaluation.windows": "16",
     "seed": "1",

@@ -116,6 +116,29 @@ def test_an_update_that_is_not_finite_between_two_rows_is_named(compiled: Progra
     assert state_sha256(progress.state.params, progress.state.opt_state) == state_sha256(state.params, state.opt_state)
 
 
+def test_attention_is_studied_on_its_steps_and_changes_no_bit(compiled: Programs, tmp_path: Path) -> None:
+    plain, watched = fresh(compiled), fresh(compiled)
+    expected = run(compiled, plain, tmp_path / "plain")
+    rows = run(compiled, watched, tmp_path / "watched", attention_stats_every=5)
+    assert [row["step"] for row in rows] == [3, 4, 5, 6, 8, 9, 10, 11]
+    names = {f"attention/0/{head}/{name}" for head in range(2) for name in ("entropy", "max_logit", "output_norm")}
+    assert [row["step"] for row in rows if names <= row.keys()] == [5, 10, 11]
+    assert set(rows[2]) == {"step", *watched.measured}
+
+    def losses(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        clock = ("attention", "tokens_per_second")
+        kept = [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
+        return [row for row in kept if len(row) > 1]
+
+    assert losses(rows) == losses(expected)
+    assert watched.measured == {key: value for key, value in rows[-1].items() if key.startswith("attention/")}
+    assert watched.saved()["measured"] == watched.measured
+    assert plain.measured == {}
+    assert state_sha256(watched.state.params, watched.state.opt_state) == state_sha256(
+        plain.state.params, plain.state.opt_state
+    )
+
+
 def test_a_run_of_one_step_logs_evaluates_and_saves(compiled: Programs, tmp_path: Path) -> None:
     rows = run(compiled, fresh(compiled), tmp_path, steps=1)
     assert [row["step"] for row in rows] == [1]

@@ -88,7 +88,7 @@ class LanguageModel(nn.Module):
         x = token_embedding(tokens)
         layers = nn.scan(
             Layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=config.num_layers,
@@ -184,6 +184,7 @@ class Attention(nn.Module):
         }
         new: Cache | Entry | None = None
         if cache is None:
+            self.sow("intermediates", "inputs", (q, k, v, bias))  # nothing, unless that collection is asked for
             out = attention(q, k, v, **meaning, segment_ids=segment_ids, implementation=backend.implementation)
         else:
             spec = decoding_spec(num_heads=config.num_heads, **meaning)

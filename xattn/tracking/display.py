@@ -77,6 +77,8 @@ class Display:
             self._progress.update(self._task, completed=step, description=f"{loss}  {speed}")
         if row.get("val_loss") is not None:
             words.append(loss_text(row["val_loss"], row["val_bpb"]))
+        if len(words) == 1:  # neither of the two: it is for the files
+            return
         line = "  ".join(words)
         if self._console.is_terminal and "val_loss" not in row:
             self.note(line)  # the bar shows it

@@ -96,6 +96,7 @@ class TrainerConfig(Section):
     steps: updates to make.
     batch_size: sequences of context_length tokens in each.
     log_every, eval_every: every so many steps (and at the last) a training row is logged, the model is evaluated.
+    attention_stats_every: every so many steps (and at the last) each head's attention is measured; null means never.
     checkpoint_every, checkpoint_minutes: a checkpoint is written every so many steps, and when the last one is so old,
         besides at the best evaluations and at the end; null means not for that reason.
     nonfinite: what a loss or gradient that is not finite does: ``stop`` ends the run as diverged with the parameters
@@ -109,6 +110,7 @@ class TrainerConfig(Section):
     batch_size: PositiveInt
     log_every: PositiveInt
     eval_every: PositiveInt
+    attention_stats_every: PositiveInt | None
     checkpoint_every: PositiveInt | None
     checkpoint_minutes: PositiveFloat | None
     nonfinite: Literal["stop", "skip", "rollback"]

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from xattn.data.batches import Batches, Windows
+from xattn.evaluation.attention import statistics_row, study_windows
 from xattn.evaluation.loss import held_out_loss
 from xattn.run_folder import finite_or_none
 from xattn.tracking.tracker import Tracker
@@ -43,15 +44,16 @@ class TrainingClock:
 
 
 # What comes back with a checkpoint, besides the state.
-_SAVED = ("train_loss", "val_loss", "val_bpb", "best_val_loss", "batches_left_out")
+_SAVED = ("train_loss", "val_loss", "val_bpb", "best_val_loss", "measured", "batches_left_out")
 
 
 @dataclass
 class Progress:
     """How far a run is. Losses are None while there is none, or where it is not finite.
 
-    step: updates tried. halted_at: the update that is not finite and ends the run. batches_left_out: the numbers of the
-    batches that ``nonfinite=rollback`` leaves out, in the order in which they were found.
+    step: updates tried. measured: the last values of what a row has besides the losses. halted_at: the update that is
+    not finite and ends the run. batches_left_out: the numbers of the batches that ``nonfinite=rollback`` leaves out, in
+    the order in which they were found.
     """
 
     state: TrainState
@@ -60,6 +62,7 @@ class Progress:
     val_loss: float | None = None
     val_bpb: float | None = None
     best_val_loss: float | None = None
+    measured: dict[str, float | None] = field(default_factory=dict)
     batches_left_out: list[int] = field(default_factory=list)
     halted_at: int | None = None
     clock: TrainingClock = field(default_factory=TrainingClock)
@@ -110,13 +113,14 @@ def train(
         last, stopping = step == config.steps, stop()
         logs = last or step % config.log_every == 0
         evaluates = last or step % config.eval_every == 0
+        studies = config.attention_stats_every is not None and (last or step % config.attention_stats_every == 0)
         saves = (
             last
             or stopping
             or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
             or (config.checkpoint_minutes is not None and time.monotonic() - saved_at > 60 * config.checkpoint_minutes)
         )
-        if not (logs or evaluates or saves):
+        if not (logs or evaluates or studies or saves):
             continue
 
         values = {name: value.item() for name, value in jax.device_get(metrics)._asdict().items()}
@@ -132,7 +136,9 @@ def train(
         if evaluates:
             row |= _evaluate(programs, progress, windows, bytes_per_token)
             saves = saves or (progress.val_loss is not None and progress.val_loss == progress.best_val_loss)
-        if logs or evaluates:
+        if studies:
+            row |= _study(programs, progress, windows)
+        if logs or evaluates or studies:
             for tracker in trackers:
                 tracker.log(row)
         if saves:
@@ -155,3 +161,11 @@ def _evaluate(
     finite = [x for x in (progress.val_loss, progress.best_val_loss) if x is not None]
     progress.best_val_loss = min(finite, default=None)
     return loss._asdict()
+
+
+def _study(programs: Programs, progress: Progress, windows: Sequence[Windows]) -> dict[str, float | None]:
+    state = progress.state
+    study = programs.study(state.params, state.hyperparameters.model, study_windows(windows))
+    found = {name: finite_or_none(value) for name, value in statistics_row(study).items()}
+    progress.measured |= found
+    return found

@@ -18,6 +18,7 @@ import optax
 
 from xattn.config import Config, shaping
 from xattn.data.batches import Windows
+from xattn.evaluation.attention import Study, attention_study
 from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token, next_token_losses
 from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
@@ -76,7 +77,7 @@ class Programs(NamedTuple):
     """What a run calls on the device.
 
     model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. step: (TrainState, Windows) →
-    (TrainState, StepMetrics), and the state it is given is used up. score: of evaluation.
+    (TrainState, StepMetrics), and the state it is given is used up. score, study: of evaluation.
     compile_seconds, peak_memory_bytes: of the step: its compilation, its arguments and temporaries.
     flops_per_step: of its matrix products, by formula. layout: how state and batches lie on the devices; init, step and
     score take batches from the host and place them.
@@ -86,6 +87,7 @@ class Programs(NamedTuple):
     init: Any
     step: Any
     score: ScoreWindows
+    study: Study
     compile_seconds: float
     peak_memory_bytes: int
     flops_per_step: int
@@ -164,6 +166,7 @@ def _compile(config: Config, vocab_size: int, segments: bool, layout: Layout) ->
         layout.init(init, shapes),
         layout.step(compiled),
         layout.score(score_windows(model)),
+        attention_study(model),
         seconds,
         memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         3 * flops * batch_size * context_length,

@@ -1,0 +1,153 @@
+"""The attention study: what each head attends to, comparable across the three activations.
+
+A program of its own reads it off the parameters: a run's training program does not know whether it is watched.
+
+``softmax`` gives every row of weights the sum 1; ``sigmoid`` gives it any sum from 0 to the number of keys, and
+``none`` any sum at all, of weights of both signs. So shares are taken of magnitudes, p_ts = |P_ts| / Σ_s' |P_ts'|: P
+itself under softmax. Σ_s |P_ts| is told beside them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xattn.backend.arguments import checked_spec
+from xattn.backend.reference import masked_logits, weights_of
+from xattn.backend.spec import AttentionSpec, product
+from xattn.data.batches import Windows
+from xattn.model.transformer import LanguageModel, ModelHyperparameters
+
+WINDOWS = 4  # of evaluation's, the first of them
+MAP_SIDE = 64  # at most
+# Logits that are in memory at a time, of one window in one layer: where NH · S² are more, fewer rows are looked at.
+_LOGITS = 2**23
+
+
+class AttentionStudy(NamedTuple):
+    """statistics: name → (L, NH), see :func:`attention_study`. maps: (L, NH, T, T') with T, T' ≤ 64, of the first
+    window: the shares of evenly spaced rows, summed over T' stretches of keys."""
+
+    statistics: Mapping[str, jax.Array]
+    maps: jax.Array
+
+
+Study = Callable[[Any, ModelHyperparameters, Windows], AttentionStudy]
+
+
+def attention_study(model: LanguageModel) -> Study:
+    """(params, hyperparameters, windows) → the study of every layer and head, in float32.
+
+    With A, P and out as in :func:`xattn.backend.api.attention` and p the shares, over evenly spaced rows t of all
+    windows (all rows where NH · S² ≤ 2²³):
+
+    - ``entropy``: mean over t of −Σ_s p_ts ln p_ts, in nats. ``effective_keys``: mean of its exponential: over how many
+      keys a row would have to be spread evenly to have that entropy, 1 to t + 1.
+    - ``max_logit``: the greatest A_ts that may be attended to, before sigmoid's bias. Under ``none`` it is the greatest
+      weight.
+    - ``weight_sum``: mean of Σ_s |P_ts|; 1 under softmax.
+    - ``first_token``: mean of p_t0, the share of the window's first token.
+    - ``distance_<d>``: mean of Σ p_ts over d ≤ t − s < d', with d = 0, 1, 4, 16, … and d' the next of them.
+    - ``output_norm``: mean of ‖out_t‖₂, before the output projection.
+    """
+
+    def study(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStudy:
+        tokens, segment_ids = windows.tokens[:, :-1], windows.segment_ids
+        _, seen = model.apply(
+            {"params": params}, tokens, hyperparameters, segment_ids=segment_ids, mutable=["intermediates"]
+        )
+        ((q, k, v, bias),) = seen["intermediates"]["layers"]["attention"]["inputs"]
+        backend, (num_heads, length) = model.backend, (q.shape[2], q.shape[3])
+
+        def of_layer(inputs: Any) -> AttentionStudy:
+            *qkv, bias = inputs
+
+            def of_window(inputs: Any) -> AttentionStudy:
+                q, k, v, segment_ids = jax.tree.map(lambda x: x[None], inputs)
+                spec = checked_spec(
+                    batch=1,
+                    num_heads=num_heads,
+                    length=length,
+                    activation_function=backend.activation,
+                    qk_pre_activation_function=backend.qk_pre_activation,
+                    theta=hyperparameters.theta,
+                    context_length=backend.context_length,
+                    sigmoid_bias=bias,
+                    segment_ids=segment_ids,
+                    window=backend.window,
+                )
+                return _of_window(q, k, v, spec)
+
+            each = jax.lax.map(of_window, (*qkv, segment_ids))
+            over = {name: jnp.max if name.startswith("max") else jnp.mean for name in each.statistics}
+            return AttentionStudy({name: over[name](x, axis=0) for name, x in each.statistics.items()}, each.maps[0])
+
+        return jax.lax.map(of_layer, (q, k, v, bias))
+
+    return jax.jit(study)
+
+
+def study_windows(windows: Sequence[Windows]) -> Windows:
+    """What every study of a run looks at: the first four evaluation windows that score, or as many as there are."""
+    first = windows[0]
+    chosen = np.flatnonzero(first.weights.any(-1))[:WINDOWS]
+    segment_ids = None if first.segment_ids is None else first.segment_ids[chosen]
+    return Windows(first.tokens[chosen], first.weights[chosen], segment_ids)
+
+
+def statistics_row(study: AttentionStudy) -> dict[str, float]:
+    """``attention/<layer>/<head>/<statistic>`` → value, as metrics.jsonl has them."""
+    found = {name: np.asarray(values) for name, values in jax.device_get(study.statistics).items()}
+    layers, heads = next(iter(found.values())).shape
+    return {
+        f"attention/{layer}/{head}/{name}": float(values[layer, head])
+        for layer in range(layers)
+        for head in range(heads)
+        for name, values in found.items()
+    }
+
+
+def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> AttentionStudy:
+    """Of one window in one layer: q (1, NH, S, DHQK), k and v with their own heads → statistics of shape (NH,)."""
+    num_heads, length = q.shape[1:3]
+    rows = jnp.asarray(_spread(length, _LOGITS // (num_heads * length)))
+    logits, keep = masked_logits(q, k, spec, rows)
+    weights = weights_of(logits, keep, spec)
+    out = product("bhts,bhsd->bhtd", weights.astype(v.dtype), jnp.repeat(v, num_heads // v.shape[1], axis=1))
+    sums = jnp.sum(jnp.abs(weights), axis=-1)
+    shares = jnp.abs(weights) / jnp.where(sums > 0, sums, 1)[..., None]
+    entropy = -jnp.sum(jax.scipy.special.xlogy(shares, shares), axis=-1)
+    by_row = {
+        "entropy": entropy,
+        "effective_keys": jnp.exp(entropy),
+        "weight_sum": sums,
+        "first_token": shares[..., 0],
+        "output_norm": jnp.linalg.norm(out, axis=-1),
+    }
+    distance = rows[:, None] - jnp.arange(length)
+    for low, high in _distances(length):
+        by_row[f"distance_{low}"] = jnp.sum(jnp.where((low <= distance) & (distance < high), shares, 0), axis=-1)
+    statistics = {name: jnp.mean(values[0], axis=-1) for name, values in by_row.items()}
+    statistics["max_logit"] = jnp.max(jnp.where(keep, logits, -jnp.inf)[0], axis=(-2, -1))
+    shown = shares[0][:, _spread(rows.size, MAP_SIDE)]
+    side = min(length, MAP_SIDE)
+    stretches = jax.nn.one_hot(jnp.arange(length) * side // length, side)
+    return AttentionStudy(statistics, product("hts,sm->htm", shown, stretches))
+
+
+def _spread(length: int, most: int) -> np.ndarray:
+    """At most so many of the numbers below length, evenly, the first and the last among them."""
+    return np.linspace(0, length - 1, min(length, max(most, 2))).round().astype(np.int32)
+
+
+def _distances(length: int) -> list[tuple[int, int]]:
+    """(0, 1), (1, 4), (4, 16), (16, 64), … as far as there are any."""
+    edges = [0, 1]
+    while edges[-1] < length:
+        edges.append(4 * edges[-1])
+    return list(itertools.pairwise(edges))

@@ -1,0 +1,37 @@
+"""Attention maps as a picture: a panel for each layer and head."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from xattn.evaluation.attention import AttentionStudy
+
+_PANEL = 1.1  # inches
+_MOST = 16  # layers, and heads: of more, evenly spaced ones
+
+
+def draw(study: AttentionStudy, path: Path, *, step: int) -> None:
+    """Writes the PNG. Dark is a large share of a row's weight, on a scale of square roots from 0 to 1, which every run
+    has, so that pictures can be set side by side."""
+    maps = np.asarray(jax.device_get(study.maps))
+    layers, heads = (np.unique(np.linspace(0, n - 1, min(n, _MOST)).round().astype(int)) for n in maps.shape[:2])
+    size = (_PANEL * len(heads) + 0.4, _PANEL * len(layers) + 0.5)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    figure.suptitle(f"step {step}: queries downwards, keys to the right", fontsize=7)
+    panels = figure.subplots(len(layers), len(heads), squeeze=False)
+    for row, layer in zip(panels, layers, strict=True):
+        for axes, head in zip(row, heads, strict=True):
+            axes.imshow(np.sqrt(maps[layer, head]), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none")
+            axes.set(xticks=[], yticks=[])
+            if layer == layers[0]:
+                axes.set_title(f"head {head}", fontsize=7)
+            if head == heads[0]:
+                axes.set_ylabel(f"layer {layer}", fontsize=7)
+    temporary = path.with_name(f"{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=100, metadata={"Software": None})
+    os.replace(temporary, path)
