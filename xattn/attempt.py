@@ -89,6 +89,7 @@ class Attempt:
     def _train(self, overrides: Sequence[str]) -> ExitCode:
         from xattn.training.checkpoint import Checkpoints
         from xattn.training.loop import Progress, train
+        from xattn.training.memory import refuse_what_does_not_fit
         from xattn.training.programs import hyperparameters, num_params, programs
         from xattn.training.sharding import layout_of
 
@@ -127,6 +128,7 @@ class Attempt:
         )
         with display, checkpoints:
             compiled, compiled_now = programs(config, data.tokenizer.vocab_size, segments=data.has_segments)
+            refuse_what_does_not_fit(compiled.peak_memory_bytes, config)
             progress = Progress(compiled.init(hyperparameters(config)))
             self._resume(progress, checkpoints)
             self._summary |= {

@@ -12,6 +12,7 @@ from xattn.errors import ExitCode, XattnError
 _COMMANDS = {
     "bench attention": ("xattn.bench.attention", "time implementations × activations × sizes of attention"),
     "bench generation": ("xattn.bench.generation", "time generation through the cache against forward passes"),
+    "bench train": ("xattn.bench.train", "speed, utilisation and memory of training steps; nanoGPT beside them"),
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
     "report": ("xattn.report", "judge a study and write its report"),
     "compare": ("xattn.report.compare", "set runs side by side"),

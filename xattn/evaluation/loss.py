@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from xattn.data.batches import Windows
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, next_token_losses
+from xattn.model.transformer import LanguageModel, ModelHyperparameters
 
 ScoreWindows = Callable[[Any, ModelHyperparameters, Windows], jax.Array]
 
@@ -26,10 +26,14 @@ def score_windows(model: LanguageModel) -> ScoreWindows:
     """(params, hyperparameters, windows) → Σ weights · loss, in nats, a float32 scalar."""
 
     def score(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> jax.Array:
-        logits: Any = model.apply(
-            {"params": params}, windows.tokens[:, :-1], hyperparameters, segment_ids=windows.segment_ids
+        losses: Any = model.apply(
+            {"params": params},
+            windows.tokens[:, :-1],
+            hyperparameters,
+            segment_ids=windows.segment_ids,
+            targets=windows.tokens[:, 1:],
         )
-        return jnp.sum(next_token_losses(logits, windows.tokens[:, 1:]) * windows.weights)
+        return jnp.sum(losses * windows.weights)
 
     return jax.jit(score)
 

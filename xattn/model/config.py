@@ -23,6 +23,8 @@ class ModelConfig(Section):
     dropout: probability with which an element of each residual branch is dropped in training.
     embeddings: ``tied`` uses the token embedding as the output projection, ``untied`` has one of its own.
     layers: ``scanned`` compiles one layer and loops over it, ``unrolled`` compiles each. Same parameters, same result.
+    remat: what of a layer is computed again in the backward pass, to save memory: ``none``; ``full``, all but its
+        input; ``dots``, all but its projections (attention, norms and elementwise functions).
     dtype: of activations and matrix products. Parameters, norms' statistics, attention weights and the loss are
         float32.
     """
@@ -40,6 +42,7 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     embeddings: Literal["tied", "untied"]
     layers: Literal["scanned", "unrolled"]
+    remat: Literal["none", "full", "dots"]
     dtype: Literal["float32", "bfloat16"]
 
     @model_validator(mode="after")

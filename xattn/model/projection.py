@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 
-def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None) -> jax.Array:
-    """nn.Dense's product, of x (…, in) and the kernel (in, out)."""
+def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, precision: Any = None) -> jax.Array:
+    """x (…, in) · kernel (in, out). What nn.Dense passes besides is for this product always the same."""
     return project_on_cpu(x, kernel) if jax.default_backend() == "cpu" else x @ kernel
 
 

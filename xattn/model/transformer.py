@@ -18,13 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from xattn.backend import attention
 from xattn.backend.config import BackendConfig
 from xattn.backend.decode import Cache, Entry, append, attend, decoding_spec, prefill
 from xattn.model.config import ModelConfig
+from xattn.model.loss import next_token_losses as next_token_losses
+from xattn.model.loss import projected_losses
 from xattn.model.projection import projection
 
 Role = Literal["matrix", "embedding", "vector"]
@@ -51,9 +52,10 @@ def parameter_role(path: tuple[Any, ...]) -> Role:
 class LanguageModel(nn.Module):
     """Next-token logits.
 
-    ``__call__(tokens, hyperparameters, *, segment_ids=None, train=False)``: int (B, S) → float (B, S, V) in the
-    config's dtype. segment_ids: int (B, S); tokens of different segments don't attend to each other. With train=True
-    and dropout > 0 an rng named ``dropout`` is needed.
+    ``__call__(tokens, hyperparameters, *, segment_ids=None, targets=None, train=False)``: int (B, S) → float (B, S, V)
+    in the config's dtype; with targets, int (B, S), their losses instead, float32 (B, S), without all logits at once.
+    segment_ids: int (B, S); tokens of different segments don't attend to each other. With train=True and dropout > 0
+    an rng named ``dropout`` is needed.
 
     ``__call__(tokens, hyperparameters, cache=cache, length=None)`` decodes: one token (B, 1) goes on from the cache;
     several are a prompt for one that has seen nothing, of which the first ``length`` count (None: all). The result is
@@ -73,6 +75,7 @@ class LanguageModel(nn.Module):
         hyperparameters: ModelHyperparameters,
         *,
         segment_ids: jax.Array | None = None,
+        targets: jax.Array | None = None,
         train: bool = False,
         cache: Cache | None = None,
         length: jax.Array | None = None,
@@ -87,7 +90,7 @@ class LanguageModel(nn.Module):
         token_embedding = embedding("token_embedding")
         x = token_embedding(tokens)
         layers = nn.scan(
-            Layer,
+            _rematerialised(config),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
@@ -99,10 +102,21 @@ class LanguageModel(nn.Module):
             x = jax.lax.dynamic_slice_in_dim(x, (tokens.shape[1] if length is None else length) - 1, 1, axis=1)
         x = _norm(config, "final_norm")(x)
         output = token_embedding if config.embeddings == "tied" else embedding("output_embedding")
+        if targets is not None:
+            return projected_losses(x, output.embedding, targets)
         logits = output.attend(x)
         if cache is None:
             return logits
         return logits, append(cache, new) if isinstance(new, Entry) else new
+
+
+def _rematerialised(config: ModelConfig) -> Any:
+    """The layer, with what of its forward pass the backward pass keeps, and what it computes again."""
+    if config.remat == "none":
+        return Layer
+    policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[config.remat]
+    # In a loop nothing can be shared between the passes; unrolled, XLA would undo it.
+    return nn.remat(Layer, policy=policy, prevent_cse=config.layers == "unrolled")
 
 
 class Layer(nn.Module):
@@ -222,13 +236,6 @@ def _norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(dtype=jnp.dtype(config.dtype), name=name)
     return nn.LayerNorm(use_bias=False, dtype=jnp.dtype(config.dtype), name=name)
-
-
-def next_token_losses(logits: jax.Array, targets: jax.Array | np.ndarray) -> jax.Array:
-    """−log p(target), in nats and float32: (B, S, V), int (B, S) → (B, S)."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def matmul_flops_per_token(config: ModelConfig, *, context_length: int, vocab_size: int) -> int:

@@ -95,6 +95,8 @@ class TrainerConfig(Section):
 
     steps: updates to make.
     batch_size: sequences of context_length tokens in each.
+    gradient_accumulation: parts, one after the other, in which a batch's gradient is computed: the same result up to
+        rounding, with a part's memory; a divisor of batch_size.
     log_every, eval_every: every so many steps (and at the last) a training row is logged, the model is evaluated.
     attention_stats_every: every so many steps (and at the last) each head's attention is measured; null means never.
     checkpoint_every, checkpoint_minutes: a checkpoint is written every so many steps, and when the last one is so old,
@@ -108,6 +110,7 @@ class TrainerConfig(Section):
 
     steps: PositiveInt
     batch_size: PositiveInt
+    gradient_accumulation: PositiveInt
     log_every: PositiveInt
     eval_every: PositiveInt
     attention_stats_every: PositiveInt | None
@@ -115,6 +118,14 @@ class TrainerConfig(Section):
     checkpoint_minutes: PositiveFloat | None
     nonfinite: Literal["stop", "skip", "rollback"]
     deterministic: bool
+
+    @model_validator(mode="after")
+    def _batch_has_equal_parts(self) -> TrainerConfig:
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of gradient_accumulation {self.gradient_accumulation}"
+            )
+        return self
 
 
 class ParallelConfig(Section):

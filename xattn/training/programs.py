@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,8 @@ from xattn.config import Config, shaping
 from xattn.data.batches import Windows
 from xattn.evaluation.attention import Study, attention_study
 from xattn.evaluation.loss import ScoreWindows, score_windows
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token, next_token_losses
+from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token
+from xattn.training.gradients import loss_and_gradient
 from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
 from xattn.training.sharding import Layout, layout_of
 
@@ -117,22 +118,24 @@ def _compile(config: Config, vocab_size: int, segments: bool, layout: Layout) ->
         opt_state = optimizer(config.optimizer, hyper.optimizer).init(params)
         return TrainState(jnp.int32(0), params, opt_state, hyper, jnp.int32(0), jnp.int32(-1))
 
-    def loss_of(params: Any, hyper: Hyperparameters, windows: Windows, dropout: jax.Array) -> jax.Array:
-        logits: Any = model.apply(
+    def summed_loss(hyper: Hyperparameters, params: Any, windows: Windows, dropout: jax.Array) -> jax.Array:
+        losses: Any = model.apply(
             {"params": params},
             windows.tokens[:, :-1],
             hyper.model,
             segment_ids=windows.segment_ids,
+            targets=windows.tokens[:, 1:],
             train=True,
             rngs={"dropout": dropout},
         )
-        losses = next_token_losses(logits, windows.tokens[:, 1:])
-        return jnp.sum(losses * windows.weights) / jnp.sum(windows.weights)
+        return jnp.sum(losses * windows.weights)
 
     def step(state: TrainState, windows: Windows) -> tuple[TrainState, StepMetrics]:
         hyper = state.hyperparameters
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), 1), state.step)
-        loss, gradient = jax.value_and_grad(loss_of)(state.params, hyper, windows, dropout)
+        loss, gradient = loss_and_gradient(
+            partial(summed_loss, hyper), state.params, windows, dropout, parts=config.trainer.gradient_accumulation
+        )
         grad_norm = optax.tree.norm(gradient)
         learning_rate = jnp.asarray(hyper.optimizer.learning_rate * schedule(state.step))
         transformation = optimizer(config.optimizer, hyper.optimizer._replace(learning_rate=learning_rate))

@@ -1,0 +1,69 @@
+"""The loss of large vocabularies: in parts it is what it is at once, and all logits are never there in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xattn.model import loss
+from xattn.model.loss import next_token_losses, projected_losses
+from xattn.model.projection import project_on_cpu
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_projections_own_gradient_is_the_gradient_of_its_product(dtype: str) -> None:
+    x, kernel, cotangent = (
+        jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(2, 3, 5), (5, 7), (2, 3, 7)])
+    )
+    out, vjp = jax.vjp(project_on_cpu, x, kernel)
+    expected, vjp_expected = jax.vjp(jnp.matmul, x, kernel)
+    tolerance = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
+    for ours, theirs in zip([out, *vjp(cotangent)], [expected, *vjp_expected(cotangent)], strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=tolerance, atol=tolerance)
+
+
+# B 2, S 7, D 5, V 11; parts of 3, 3 and 1 positions, padded to 3.
+SHAPES = {"float32": 2 * 11 * 3 * 4, "bfloat16": 2 * 11 * 3 * 2}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_parts_it_is_what_it_is_at_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 7, 5), dtype)
+    embedding = jax.random.normal(jax.random.key(1), (11, 5))
+    targets = jax.random.randint(jax.random.key(2), (2, 7), 0, 11)
+    weights = jax.random.uniform(jax.random.key(3), (2, 7))
+
+    def weighted(x: jax.Array, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses = projected_losses(x, embedding, targets)
+        return (losses * weights).sum(), losses
+
+    def both() -> list[jax.Array]:
+        gradients, losses = jax.grad(weighted, argnums=(0, 1), has_aux=True)(x, embedding)
+        return [losses, *gradients]
+
+    at_once = both()
+    assert at_once[0].dtype == jnp.float32
+    expected = next_token_losses(x @ embedding.astype(dtype).T, targets)
+    np.testing.assert_allclose(at_once[0], expected, rtol=1e-6)
+    monkeypatch.setattr(loss, "MOST_LOGITS", SHAPES)
+    assert str(jax.make_jaxpr(projected_losses)(x, embedding, targets)).count("scan[") == 1
+    tolerance = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
+    for ours, theirs in zip(both(), at_once, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=tolerance, atol=tolerance)
+
+
+def test_the_logits_of_a_large_vocabulary_are_never_all_there() -> None:
+    batch, length, width, vocab_size = 4, 512, 16, 32_000
+    shapes = (
+        jax.ShapeDtypeStruct((batch, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab_size, width), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+    )
+    gradient = jax.grad(lambda *arrays: projected_losses(*arrays).sum(), argnums=(0, 1))
+    memory = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < batch * length * vocab_size * 4

@@ -1,0 +1,78 @@
+"""A batch's gradient in parts is its gradient at once; and a step that does not fit is refused before it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xattn.config import compose
+from xattn.data.batches import Windows
+from xattn.errors import BadInput
+from xattn.training import memory
+from xattn.training.gradients import loss_and_gradient
+from xattn.training.memory import available_bytes, refuse_what_does_not_fit
+from xattn.training.programs import hyperparameters, programs
+
+TINY = [
+    *("backend.context_length=8", "model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8"),
+    *("model.mlp_dim=8", "trainer.batch_size=6", "optimizer=sgd", "optimizer.momentum=0"),
+]
+_random = np.random.default_rng(0)
+# Weights that differ between the parts: a mean of the parts' means would be another number.
+WINDOWS = Windows(_random.integers(0, 7, (6, 9), dtype=np.int32), (_random.random((6, 8)) ** 3).astype(np.float32))
+
+
+def test_in_parts_it_is_the_gradient_at_once() -> None:
+    params = {"table": jnp.asarray(_random.standard_normal((7, 7)), jnp.float32)}
+
+    def summed_loss(params: Any, windows: Windows, key: jax.Array) -> jax.Array:
+        logits = params["table"][windows.tokens[:, :-1]]
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), windows.tokens[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(chosen * windows.weights)
+
+    key = jax.random.key(0)
+    loss, gradient = loss_and_gradient(summed_loss, params, WINDOWS, key, parts=1)
+    for parts in (2, 3, 6):
+        again, in_parts = loss_and_gradient(summed_loss, params, WINDOWS, key, parts=parts)
+        np.testing.assert_allclose(again, loss, rtol=1e-6)
+        np.testing.assert_allclose(in_parts["table"], gradient["table"], rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_in_parts_makes_the_updates_of_one_at_once() -> None:
+    losses = []
+    for parts in (1, 3):
+        config = compose([*TINY, f"trainer.gradient_accumulation={parts}"])
+        compiled, _ = programs(config, 7)
+        state = compiled.init(hyperparameters(config))
+        for _ in range(3):
+            state, metrics = compiled.step(state, WINDOWS)
+        losses.append((float(metrics.train_loss), float(metrics.grad_norm), float(metrics.param_norm)))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_parts_divide_the_batch() -> None:
+    with pytest.raises(BadInput, match="batch_size 6 is not a multiple of gradient_accumulation 4"):
+        compose([*TINY, "trainer.gradient_accumulation=4"])
+
+
+def test_a_step_that_does_not_fit_is_refused_with_both_numbers_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1e6 < available_bytes() < 1e15
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2_000_000_000)
+    config = compose(TINY)
+    refuse_what_does_not_fit(2_000_000_000, config)
+    with pytest.raises(BadInput) as refusal:
+        refuse_what_does_not_fit(3_500_000_000, config)
+    message = str(refusal.value)
+    assert "3.50 GB" in message
+    assert "2.00 GB" in message
+    assert "trainer.gradient_accumulation=2 " in message
+    assert "model.remat=full" in message
+    with pytest.raises(BadInput) as refusal:
+        exhausted = ["trainer.gradient_accumulation=6", "model.remat=full"]
+        refuse_what_does_not_fit(3_500_000_000, compose([*TINY, *exhausted]))
+    assert "gradient_accumulation=" not in str(refusal.value)
+    assert "remat" not in str(refusal.value)

@@ -1,0 +1,244 @@
+"""``xattn bench train``: speed, utilisation and memory of whole training steps, and nanoGPT's as their peer.
+
+    xattn bench train --models nano --activations softmax sigmoid none
+    xattn bench train --peer ~/nanoGPT --peer-python ~/torch/bin/python experiment=shakespeare_cpu optimizer=adamw
+
+What is compared takes turns in one sitting, a block of steps each, so that a disturbed machine disturbs all alike. A
+subject's figure is its median step over all blocks. Ratios to the peer are of medians, above 1 where ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from xattn.backend.config import Activation
+from xattn.bench.peer import Peer
+from xattn.config import Config, compose
+from xattn.data.batches import Windows
+from xattn.device import keep_compiled_programs
+from xattn.errors import BadInput
+from xattn.hardware import hardware_of
+from xattn.provenance import git_state, versions
+from xattn.training.programs import Programs, TrainState, hyperparameters, num_params, programs
+
+PEER = "nanoGPT"
+
+
+@dataclass
+class Subject:
+    """A training step to measure, and the seconds of each that was made."""
+
+    model: str
+    activation: Activation
+    config: Config
+    programs: Programs
+    state: TrainState
+    batch: Any
+    seconds: list[float] = field(default_factory=list)
+
+    def steps(self, number: int) -> None:
+        """Each is waited for, as nanoGPT's are by reading the loss."""
+        for _ in range(number):
+            began = time.perf_counter()
+            self.state, metrics = self.programs.step(self.state, self.batch)
+            jax.block_until_ready((self.state, metrics))
+            self.seconds.append(time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one model and activation.
+
+    mfu: model FLOP/s utilisation, flops_per_step over seconds and the device's peak in the model's dtype. memory_bytes:
+    of the compiled step, arguments and temporaries. ratio_to_peer: of its median step over ours.
+    """
+
+    model: str
+    activation: str
+    num_params: int
+    batch_size: int
+    context_length: int
+    median_seconds: float
+    lowest_seconds: float
+    highest_seconds: float
+    tokens_per_second: float
+    flops_per_step: int
+    mfu: float
+    memory_bytes: int
+    compile_seconds: float
+    ratio_to_peer: float | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    if options.cache:
+        keep_compiled_programs()
+    subjects = [_prepare(model, activation, options) for model in options.models for activation in options.activations]
+    peer = None
+    if options.peer is not None:
+        peer = Peer(options.peer, options.peer_python, _peer_settings(subjects, options))
+    peer_seconds = _measure(subjects, peer, options.steps, options.repeats)
+    peak = _peak(subjects[0].config.model.dtype)
+    results = [_result(subject, peak, peer_seconds) for subject in subjects]
+    record = {
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "commit": dict(zip(("git_commit", "git_dirty"), git_state(), strict=True)),
+        "versions": versions(),
+        "machine": {
+            "device": jax.local_devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "cores": os.cpu_count(),
+            "load_average": os.getloadavg()[0],
+            "peak_flops_per_second": peak,
+        },
+        "results": [asdict(result) for result in results],
+        "peer": peer and {**peer.facts, "median_seconds": statistics.median(peer_seconds), "name": PEER},
+    }
+    if peer is not None:
+        peer.close()
+    _print(results, peer_seconds)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xattn bench train", description="Speed, utilisation and memory of training steps, side by side."
+    )
+    parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
+    parser.add_argument("--models", nargs="+", metavar="NAME", default=["nano"], help="choices of conf/model")
+    parser.add_argument("--activations", nargs="+", choices=get_args(Activation), default=list(get_args(Activation)))
+    parser.add_argument("--vocab-size", type=int, default=256, help="default: of bytes")
+    parser.add_argument("--steps", type=int, default=5, help="in a block")
+    parser.add_argument("--repeats", type=int, default=6, help="blocks of each")
+    parser.add_argument("--cache", action="store_true", help="compiled programs may come from the cache on disk")
+    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT, to run beside")
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON", help="an interpreter with torch")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    return parser
+
+
+def _prepare(model: str, activation: Activation, options: argparse.Namespace) -> Subject:
+    choices = [f"model={model}", f"backend.activation={activation}"]
+    if not any(override.startswith("data") for override in options.overrides):
+        choices.append("data=python_stdlib")  # not read; an experiment's may still want a path
+    config = compose([*options.overrides, *choices])
+    compiled, _ = programs(config, options.vocab_size)
+    rows, length = config.trainer.batch_size, config.backend.context_length
+    tokens = np.random.default_rng(0).integers(options.vocab_size, size=(rows, length + 1), dtype=np.int32)
+    batch = Windows(tokens, np.ones((rows, length), np.float32))
+    state = compiled.init(hyperparameters(config))
+    return Subject(model, activation, config, compiled, state, batch)
+
+
+def _peer_settings(subjects: list[Subject], options: argparse.Namespace) -> dict[str, int]:
+    if len({subject.model for subject in subjects}) > 1:
+        raise BadInput(f"--models = {options.models}: one model at a time is compared with a peer")
+    config = subjects[0].config
+    return {
+        "num_layers": config.model.num_layers,
+        "num_heads": config.model.num_heads,
+        "embedding_dim": config.model.embedding_dim,
+        "context_length": config.backend.context_length,
+        "batch_size": config.trainer.batch_size,
+        "vocab_size": options.vocab_size,
+    }
+
+
+def _measure(subjects: list[Subject], peer: Peer | None, steps: int, repeats: int) -> list[float]:
+    """In turn, a block of steps each. The first block of each is not counted. The peer's seconds are returned."""
+    peer_seconds: list[float] = []
+    for turn in range(repeats + 1):
+        for subject in subjects:
+            subject.steps(steps)
+        if peer is not None:
+            peer_seconds += peer.steps(steps)
+        if turn == 0:
+            peer_seconds = []
+            for subject in subjects:
+                subject.seconds.clear()
+    return peer_seconds
+
+
+def _peak(dtype: str) -> float:
+    """Of all devices together: from the table, else what a large product reaches here."""
+    known = hardware_of(jax.local_devices()[0].device_kind)
+    if known is not None:
+        return known.peak(dtype) * jax.device_count()
+    size = 1024
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x).lower(x).compile()
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def _result(subject: Subject, peak: float, peer_seconds: list[float]) -> Result:
+    config, compiled = subject.config, subject.programs
+    median = statistics.median(subject.seconds)
+    tokens = config.trainer.batch_size * config.backend.context_length
+    return Result(
+        model=subject.model,
+        activation=subject.activation,
+        num_params=num_params(subject.state),
+        batch_size=config.trainer.batch_size,
+        context_length=config.backend.context_length,
+        median_seconds=median,
+        lowest_seconds=min(subject.seconds),
+        highest_seconds=max(subject.seconds),
+        tokens_per_second=tokens / median,
+        flops_per_step=compiled.flops_per_step,
+        mfu=compiled.flops_per_step / median / peak,
+        memory_bytes=compiled.peak_memory_bytes,
+        compile_seconds=compiled.compile_seconds,
+        ratio_to_peer=statistics.median(peer_seconds) / median if peer_seconds else None,
+    )
+
+
+def _print(results: list[Result], peer_seconds: list[float]) -> None:
+    table = Table(
+        "model", "activation", "M params", "B×S", "ms", "from", "to", "tokens/s", "MFU", "MB", "compile", "×peer"
+    )
+    for column in table.columns:
+        column.no_wrap = True
+    for result in results:
+        times = (result.median_seconds, result.lowest_seconds, result.highest_seconds)
+        table.add_row(
+            result.model,
+            result.activation,
+            f"{result.num_params / 1e6:.2f}",
+            f"{result.batch_size}×{result.context_length}",
+            *(f"{seconds * 1e3:.1f}" for seconds in times),
+            f"{result.tokens_per_second:,.0f}",
+            f"{result.mfu:.2f}",
+            f"{result.memory_bytes / 1e6:.0f}",
+            f"{result.compile_seconds:.1f} s",
+            "" if result.ratio_to_peer is None else f"{result.ratio_to_peer:.2f}",
+        )
+    if peer_seconds:
+        times = (statistics.median(peer_seconds), min(peer_seconds), max(peer_seconds))
+        table.add_row(PEER, "softmax", "", "", *(f"{seconds * 1e3:.1f}" for seconds in times))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

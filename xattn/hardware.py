@@ -1,0 +1,63 @@
+"""What devices can do, from their makers' data sheets: for utilisation and for plans. Imports no jax.
+
+Peaks are dense, without sparsity. float32 on an NVIDIA card is TF32, in which XLA multiplies float32 by default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device.
+
+    bfloat16, float32: most operations a second of a matrix product. memory: bytes. bandwidth: of that memory, bytes a
+    second. link: bytes a second, in one direction, to the devices of its own machine. per_machine: devices in one.
+    """
+
+    bfloat16: float
+    float32: float
+    memory: float
+    bandwidth: float
+    link: float
+    per_machine: int
+
+    def peak(self, dtype: str) -> float:
+        """Operations a second of a product in this dtype."""
+        return self.bfloat16 if dtype == "bfloat16" else self.float32
+
+
+# Between machines, of which the data sheets say nothing: 400 Gbit/s a device, the usual network of a cluster.
+NETWORK = 50e9
+
+HARDWARE = {
+    "a100": Hardware(312e12, 156e12, 80e9, 2.0e12, 300e9, 8),
+    "h100": Hardware(989e12, 494e12, 80e9, 3.35e12, 450e9, 8),
+    "h200": Hardware(989e12, 494e12, 141e9, 4.8e12, 450e9, 8),
+    "b200": Hardware(2250e12, 1125e12, 180e9, 8.0e12, 900e9, 8),
+    "rtx4090": Hardware(165e12, 83e12, 24e9, 1.0e12, 32e9, 8),
+    "tpu-v4": Hardware(275e12, 275e12, 32e9, 1.2e12, 300e9, 4),
+    "tpu-v5e": Hardware(197e12, 197e12, 16e9, 0.82e12, 200e9, 8),
+    "tpu-v5p": Hardware(459e12, 459e12, 95e9, 2.77e12, 600e9, 4),
+}
+
+# What jax calls them: the beginning of device_kind.
+_KINDS = {
+    "NVIDIA A100": "a100",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "TPU v4": "tpu-v4",
+    "TPU v5 lite": "tpu-v5e",
+    "TPU v5": "tpu-v5p",
+}
+
+
+def hardware_of(device_kind: str) -> Hardware | None:
+    """That of a device as jax names it, or None where the table does not have it."""
+    for beginning, name in _KINDS.items():
+        if device_kind.startswith(beginning):
+            return HARDWARE[name]
+    return None

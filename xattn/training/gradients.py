@@ -1,0 +1,39 @@
+"""The gradient of a batch, at once or in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xattn.data.batches import Windows
+
+SummedLoss = Callable[[Any, Windows, jax.Array], jax.Array]
+"""(parameters, windows, key of the dropout) → Σ weights · loss, a float32 scalar."""
+
+
+def loss_and_gradient(
+    summed_loss: SummedLoss, params: Any, windows: Windows, key: jax.Array, *, parts: int
+) -> tuple[jax.Array, Any]:
+    """The loss Σ weights · loss / Σ weights, and its gradient with respect to the parameters.
+
+    In parts, of which each has every parts-th row of the batch and so lies on all devices like the whole, the sums are
+    added up in float32: the result differs by rounding alone, and by the dropout, whose key each part has its own of.
+    Only one part's activations are there at a time.
+    """
+    total = jnp.sum(windows.weights)
+    if parts == 1:
+        return jax.value_and_grad(lambda params: summed_loss(params, windows, key) / total)(params)
+
+    def add(sums: Any, part: tuple[jax.Array, Windows]) -> tuple[Any, None]:
+        number, rows = part
+        found = jax.value_and_grad(summed_loss)(params, rows, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, sums, found), None
+
+    rows = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), windows)
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    sums, _ = jax.lax.scan(add, nothing, (jnp.arange(parts), rows))
+    loss, gradient = jax.tree.map(lambda leaf: leaf / total, sums)
+    return loss, gradient

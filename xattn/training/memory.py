@@ -1,0 +1,59 @@
+"""Whether a training step fits, before it starts, and what helps where it does not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+from xattn.config import Config
+from xattn.errors import BadInput
+
+
+def available_bytes() -> int:
+    """What this process may use on each of its devices: the device's limit, or of the machine's memory what is left."""
+    device = jax.local_devices()[0]
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"])
+    return _machine_bytes() // jax.local_device_count()
+
+
+def refuse_what_does_not_fit(needed: int, config: Config) -> None:
+    """Raises :class:`BadInput`, naming both numbers and the keys that help, where a step needs more than there is.
+
+    needed: bytes of the compiled step on one device, arguments and temporaries.
+    """
+    available = available_bytes()
+    if needed <= available:
+        return
+    helps = []
+    if config.trainer.gradient_accumulation < config.trainer.batch_size:
+        parts = [n for n in range(2, config.trainer.batch_size + 1) if config.trainer.batch_size % n == 0]
+        finer = next(n for n in parts if n > config.trainer.gradient_accumulation)
+        helps.append(f"trainer.gradient_accumulation={finer} (same result)")
+    if config.model.remat != "full":
+        helps.append("model.remat=full (same result, a third more work)")
+    if config.model.dtype == "float32" and jax.default_backend() != "cpu":
+        helps.append("model.dtype=bfloat16")
+    helps.append("a smaller trainer.batch_size, backend.context_length or model")
+    raise BadInput(
+        f"trainer.batch_size = {config.trainer.batch_size}, backend.context_length = {config.backend.context_length}: "
+        f"a training step needs {needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are available\n"
+        f"what helps: {'; '.join(helps)}"
+    )
+
+
+def _machine_bytes() -> int:
+    """Of the machine's memory what is available, within the limit of the container that this may be."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        available = int(kilobytes) * 1024
+    except (OSError, StopIteration):  # not Linux: all that it has
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
+    except (OSError, ValueError):  # no such file, or "max"
+        return available
