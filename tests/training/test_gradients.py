@@ -71,8 +71,8 @@ def test_a_step_that_does_not_fit_is_refused_with_both_numbers_and_what_helps(mo
     assert "2.00 GB" in message
     assert "trainer.gradient_accumulation=2 " in message
     assert "model.remat=full" in message
+    exhausted = compose([*TINY, "trainer.gradient_accumulation=6", "model.remat=full"])
     with pytest.raises(BadInput) as refusal:
-        exhausted = ["trainer.gradient_accumulation=6", "model.remat=full"]
-        refuse_what_does_not_fit(3_500_000_000, compose([*TINY, *exhausted]))
+        refuse_what_does_not_fit(3_500_000_000, exhausted)
     assert "gradient_accumulation=" not in str(refusal.value)
     assert "remat" not in str(refusal.value)
