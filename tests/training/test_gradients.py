@@ -54,6 +54,17 @@ def test_a_run_in_parts_makes_the_updates_of_one_at_once() -> None:
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
+def test_the_knobs_save_memory() -> None:
+    shape = ["backend.context_length=128", "model.num_layers=3", "trainer.batch_size=8", "model.layers=scanned"]
+
+    def bytes_of(*overrides: str) -> int:
+        return programs(compose([*TINY, *shape, *overrides]), 7)[0].peak_memory_bytes
+
+    plain = bytes_of()
+    assert bytes_of("model.remat=full") < 0.7 * plain
+    assert bytes_of("trainer.gradient_accumulation=4") < 0.5 * plain
+
+
 def test_parts_divide_the_batch() -> None:
     with pytest.raises(BadInput, match="batch_size 6 is not a multiple of gradient_accumulation 4"):
         compose([*TINY, "trainer.gradient_accumulation=4"])

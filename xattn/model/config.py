@@ -24,7 +24,8 @@ class ModelConfig(Section):
     embeddings: ``tied`` uses the token embedding as the output projection, ``untied`` has one of its own.
     layers: ``scanned`` compiles one layer and loops over it, ``unrolled`` compiles each. Same parameters, same result.
     remat: what of a layer is computed again in the backward pass, to save memory: ``none``; ``full``, all but its
-        input; ``dots``, all but its projections (attention, norms and elementwise functions).
+        input; ``dots``, all but its projections (attention, norms and elementwise functions). The layers are then
+        looped over in any case: unrolled, XLA may undo it.
     dtype: of activations and matrix products. Parameters, norms' statistics, attention weights and the loss are
         float32.
     """

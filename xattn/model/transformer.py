@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=config.num_layers,
-            unroll=config.num_layers if config.layers == "unrolled" else 1,
+            unroll=config.num_layers if config.layers == "unrolled" and config.remat == "none" else 1,
         )(config, self.backend, train, name="layers")
         x, new = layers(x, hyperparameters, segment_ids, cache, length)
         if cache is not None and tokens.shape[1] > 1:
@@ -115,8 +115,7 @@ def _rematerialised(config: ModelConfig) -> Any:
     if config.remat == "none":
         return Layer
     policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[config.remat]
-    # In a loop nothing can be shared between the passes; unrolled, XLA would undo it.
-    return nn.remat(Layer, policy=policy, prevent_cse=config.layers == "unrolled")
+    return nn.remat(Layer, policy=policy, prevent_cse=False)  # in a loop nothing can be shared between the passes
 
 
 class Layer(nn.Module):
