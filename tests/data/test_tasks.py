@@ -1,0 +1,166 @@
+"""Synthetic tasks: every answer can be known from the sequence, by the rule of its task and at the distance it states."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from xattn.data import tasks
+from xattn.data.task_config import (
+    CopyingConfig,
+    InductionConfig,
+    MQARConfig,
+    PasskeyConfig,
+    SelectiveCopyingConfig,
+    TaskConfig,
+)
+from xattn.errors import BadInput
+
+MQAR = MQARConfig(name="mqar", vocab_size=32, num_pairs=5)
+INDUCTION = InductionConfig(name="induction", vocab_size=50)
+COPYING = CopyingConfig(name="copying", vocab_size=9)
+SELECTIVE = SelectiveCopyingConfig(name="selective_copying", vocab_size=10, num_tokens=6)
+PASSKEY = PasskeyConfig(name="passkey", vocab_size=14, key_length=3)
+ALL = [MQAR, INDUCTION, COPYING, SELECTIVE, PASSKEY]
+LENGTH, NUMBER = 26, 40
+
+
+def made(config: TaskConfig, length: int = LENGTH) -> tasks.Examples:
+    return tasks.examples(config, np.random.default_rng(1), NUMBER, length)
+
+
+@pytest.mark.parametrize("length", [26, 27])
+@pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
+def test_an_answer_stands_at_its_distance_before(config: TaskConfig, length: int) -> None:
+    if config.name == "mqar" and length % 2:
+        return
+    tokens, distance = made(config, length)
+    assert tokens.shape == (NUMBER, length + 1)
+    assert tokens.dtype == distance.dtype == np.int32
+    assert tokens.min() >= 0
+    assert tokens.max() < config.vocab_size
+    rows, places = np.nonzero(distance)
+    answers = places + 1
+    assert (answers - distance[rows, places] >= 0).all()
+    np.testing.assert_array_equal(tokens[rows, answers], tokens[rows, answers - distance[rows, places]])
+    np.testing.assert_array_equal(made(config, length).windows.weights, distance > 0)
+    assert len({row.tobytes() for row in tokens}) == NUMBER
+
+
+def test_mqar_asks_each_key_once_and_only_keys_that_were_given() -> None:
+    tokens, distance = made(MQAR)
+    for row, asked in zip(tokens, distance, strict=True):
+        pairs = dict(zip(row[0:10:2].tolist(), row[1:10:2].tolist(), strict=True))
+        assert len(pairs) == len(set(pairs.values())) == 5
+        assert all(0 < key < 16 <= value for key, value in pairs.items())
+        questions = {int(row[place]): int(row[place + 1]) for place in np.flatnonzero(asked)}
+        assert questions == pairs
+        assert min(np.flatnonzero(asked)) >= 10
+        others = np.delete(row[10:], [i for place in np.flatnonzero(asked) - 10 for i in (place, place + 1)])
+        assert (others >= 16).all()  # no key that is not asked for
+
+
+def test_mqar_prefers_near_queries() -> None:
+    """The power law of the gaps: the first place is a query far more often than the last; each as p would have it."""
+    one = MQARConfig(name="mqar", vocab_size=32, num_pairs=1)
+    _, distance = tasks.examples(one, np.random.default_rng(0), 4000, 34)
+    frequencies = (distance > 0).mean(axis=0)[2::2]
+    expected = np.arange(1, 17) ** -0.99
+    expected /= expected.sum()
+    assert (np.abs(frequencies - expected) < 5 * np.sqrt(expected / 4000)).all()
+
+
+def test_induction_repeats_with_periods_of_its_own() -> None:
+    tokens, distance = made(INDUCTION)
+    periods = distance.max(axis=1)
+    assert len(set(periods.tolist())) > 4
+    assert (periods >= LENGTH // 4).all()
+    assert (periods <= LENGTH // 2).all()
+    for row, asked, period in zip(tokens, distance, periods, strict=True):
+        assert len(set(row[:period].tolist())) == period
+        np.testing.assert_array_equal(row, np.resize(row[:period], LENGTH + 1))
+        assert set(asked[period:].tolist()) == {period}
+        assert not asked[:period].any()
+
+
+def test_copying_repeats_and_selective_copying_leaves_out_the_noise() -> None:
+    for row, asked in zip(*made(COPYING), strict=True):
+        assert row[13] == 0
+        np.testing.assert_array_equal(row[:13], row[14:])
+        assert asked.astype(bool).sum() == 13
+    for row, asked in zip(*made(SELECTIVE), strict=True):
+        context = row[: LENGTH - 6]
+        assert row[LENGTH - 6] == 1
+        np.testing.assert_array_equal(context[context > 0], row[LENGTH - 5 :])
+        assert asked.astype(bool).sum() == 6
+
+
+def test_a_passkey_is_where_its_marker_is() -> None:
+    depths = set()
+    for row, asked in zip(*made(PASSKEY), strict=True):
+        first, second = np.flatnonzero(row == 0)
+        assert second == LENGTH - 3
+        np.testing.assert_array_equal(row[first + 1 : first + 4], row[second + 1 :])
+        assert (row[first + 1 : first + 4] >= 4).all()
+        assert asked.astype(bool).sum() == 3
+        depths.add(int(first))
+    assert len(depths) > 8
+    assert min(depths) < 5
+    assert max(depths) > 12
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
+def test_batches_depend_on_seed_and_step_alone(config: TaskConfig) -> None:
+    batch = tasks.TaskBatches(config, LENGTH, 8, seed=3)
+    later = batch(7)
+    for a, b in zip(tasks.TaskBatches(config, LENGTH, 8, seed=3)(7), later, strict=True):
+        assert (a is b is None) or (a == b).all()
+    np.testing.assert_array_equal(batch(7, slice(2, 5)).tokens, later.tokens[2:5])
+    np.testing.assert_array_equal(batch(7, slice(2, 5)).weights, later.weights[2:5])
+    held_out = tasks.evaluation_examples(config, context_length=LENGTH, number=8).tokens
+    others = [batch(6).tokens, tasks.TaskBatches(config, LENGTH, 8, seed=4)(7).tokens, held_out]
+    assert all((other != later.tokens).any() for other in others)
+    assert {row.tobytes() for row in held_out}.isdisjoint(row.tobytes() for row in later.tokens)
+
+
+def test_distinct_draws_every_order() -> None:
+    drawn = tasks._distinct(np.random.default_rng(0), 6000, 2, 4)
+    counts = Counter(map(tuple, drawn.tolist()))
+    assert len(counts) == 12
+    assert all(abs(count - 500) < 120 for count in counts.values())
+
+
+def test_measures() -> None:
+    """By hand: two sequences of four places, three answers, of which the far one is wrong."""
+    distance = np.array([[0, 1, 0, 3], [0, 2, 0, 0]])
+    losses = np.array([[9.0, 1.0, 9.0, 4.0], [9.0, 1.0, 9.0, 9.0]])
+    correct = np.array([[False, True, True, False], [False, True, False, True]])
+    assert tasks.measures(distance, losses, correct) == {
+        "loss": 2.0,
+        "accuracy": pytest.approx(2 / 3),
+        "exact": 0.5,
+        "accuracy_to_position_2": 1.0,
+        "accuracy_to_position_4": 0.0,
+        "accuracy_to_distance_1": 1.0,
+        "accuracy_to_distance_2": 1.0,
+        "accuracy_to_distance_4": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "told"),
+    [
+        (MQAR, 18, "data.num_pairs = 5: at most a quarter of backend.context_length = 18"),
+        (MQAR, 25, "an even one"),
+        (MQAR.model_copy(update={"vocab_size": 10}), 26, "at most data.vocab_size / 2 − 1 = 4"),
+        (SELECTIVE, 11, "data.num_tokens = 6: at most half"),
+        (PASSKEY, 7, "data.key_length = 3"),
+        (COPYING, 3, "needs at least 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused(config: TaskConfig, length: int, told: str) -> None:
+    with pytest.raises(BadInput, match=told.replace(".", r"\.")):
+        tasks.check(config, length)
+    tasks.check(config, 26) if "vocab_size / 2" not in told else None
