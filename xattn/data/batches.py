@@ -73,11 +73,17 @@ def evaluation_windows(
     else:
         full = scored // context_length
         starts = context_length * np.unique(np.linspace(0, full - 1, min(windows, full)).round().astype(np.int64))
-    rows = -(-len(starts) // batch_size) * batch_size
-    padded = np.zeros((rows, context_length + 1), np.int32)
-    weights = np.zeros((rows, context_length), np.float32)
+    padded = np.zeros((len(starts), context_length + 1), np.int32)
+    weights = np.zeros((len(starts), context_length), np.float32)
     for row, start in enumerate(starts):
         window = tokens[start : start + context_length + 1]
         padded[row, : len(window)] = window
         weights[row, : len(window) - 1] = 1
-    return [Windows(padded[i : i + batch_size], weights[i : i + batch_size]) for i in range(0, rows, batch_size)]
+    return in_batches(padded, weights, batch_size)
+
+
+def in_batches(tokens: np.ndarray, weights: np.ndarray, batch_size: int) -> list[Windows]:
+    """Windows (N, ·) in batches of one shape; rows of zeros, which don't count, fill the last."""
+    missing = -len(tokens) % batch_size
+    tokens, weights = (np.pad(array, ((0, missing), (0, 0))) for array in (tokens, weights))
+    return [Windows(tokens[i : i + batch_size], weights[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]

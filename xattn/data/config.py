@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from xattn.data.task_config import TaskConfig
 from xattn.section import Section
 
 ValidationFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -33,4 +34,4 @@ class TextConfig(Section):
     validation_fraction: ValidationFraction
 
 
-DataConfig = Annotated[PythonStdlibConfig | TextConfig, Field(discriminator="name")]
+DataConfig = Annotated[PythonStdlibConfig | TextConfig | TaskConfig, Field(discriminator="name")]

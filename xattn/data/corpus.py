@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from xattn.data.config import DataConfig, PythonStdlibConfig
+from xattn.data.task_config import TaskConfig
 from xattn.errors import BadInput
 
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -55,6 +56,8 @@ def load_corpus(config: DataConfig, context_length: int) -> Corpus:
 
 def find_files(config: DataConfig) -> dict[str, Path]:
     """The corpus's files by name, sorted, not read yet. Raises :class:`BadInput` where there are none."""
+    if isinstance(config, TaskConfig):
+        return {}  # it makes its own sequences
     if isinstance(config, PythonStdlibConfig):
         root = Path(sysconfig.get_path("stdlib"))
         modules = {file.relative_to(root): file for file in root.rglob("*.py")}

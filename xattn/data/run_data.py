@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from xattn.data.batches import Batches, TrainingBatches, Windows, evaluation_windows
+from xattn.data.batches import Batches, TrainingBatches, Windows, evaluation_windows, in_batches
 from xattn.data.config import DataConfig
 from xattn.data.corpus import load_corpus
-from xattn.data.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer
+from xattn.data.task_config import TaskConfig
+from xattn.data.tasks import TaskBatches, check, evaluation_examples
+from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, TextTokenizer, Tokenizer
+from xattn.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,10 @@ def load_data(
 ) -> RunData:
     """Reads the data, the same way every time. Raises :class:`BadInput` for what cannot be used.
 
-    windows: how many are scored. A task that makes its own sequences (recall, copying) is one more branch here: a
-    :class:`RunData` of its own ``batch`` and ``windows``, with weights at the answers and an :class:`IdTokenizer`.
+    windows: how many are scored.
     """
+    if isinstance(config, TaskConfig):
+        return _task_data(config, context_length, batch_size, windows, seed)
     corpus = load_corpus(config, context_length)
     return RunData(
         batch=TrainingBatches(corpus.train, context_length=context_length, batch_size=batch_size, seed=seed),
@@ -66,4 +71,27 @@ def load_data(
 
 def load_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer of a run that is there already, without its data."""
+    if isinstance(config, TaskConfig):
+        return IdTokenizer(config.vocab_size)
     return ByteTokenizer()
+
+
+def _task_data(
+    config: TaskConfig, context_length: int, batch_size: int, windows: int | Literal["all"], seed: int
+) -> RunData:
+    if windows == "all":
+        raise BadInput(f"evaluation.windows = all: data={config.name} has no end; give a number")
+    check(config, context_length)
+    batch = TaskBatches(config, context_length, batch_size, seed)
+    scored = evaluation_examples(config, context_length=context_length, number=windows).windows
+    # Nothing is read: what is hashed is what the generator makes of this config, which NumPy's version has a part in.
+    made = hashlib.sha256()
+    for array in (*TaskBatches(config, context_length, 1, seed=0)(0)[:2], *scored[:2]):
+        made.update(array.tobytes())
+    return RunData(
+        batch=batch,
+        windows=in_batches(scored.tokens, scored.weights, batch_size),
+        tokenizer=IdTokenizer(config.vocab_size),
+        sha256=made.hexdigest(),
+        description=f"sequences of {config.name}, made as they are needed",
+    )

@@ -80,9 +80,13 @@ def check(config: TaskConfig, context_length: int) -> None:
     match config:
         case MQARConfig(num_pairs=pairs):
             if 4 * pairs > length or length % 2:
-                refusal = f"data.num_pairs = {pairs}: at most a quarter of backend.context_length = {length}, an even one"
+                refusal = (
+                    f"data.num_pairs = {pairs}: at most a quarter of backend.context_length = {length}, an even one"
+                )
             elif pairs > vocab // 2 - 1:
-                refusal = f"data.num_pairs = {pairs}: at most data.vocab_size / 2 − 1 = {vocab // 2 - 1}, each its own key"
+                refusal = (
+                    f"data.num_pairs = {pairs}: at most data.vocab_size / 2 − 1 = {vocab // 2 - 1}, each its own key"
+                )
         case SelectiveCopyingConfig(num_tokens=tokens) if 2 * tokens > length:
             refusal = f"data.num_tokens = {tokens}: at most half of backend.context_length = {length}"
         case PasskeyConfig(key_length=tokens) if 2 * (tokens + 1) > length:
