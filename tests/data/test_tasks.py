@@ -1,4 +1,4 @@
-"""Synthetic tasks: every answer can be known from the sequence, by the rule of its task and at the distance it states."""
+"""Synthetic tasks: every answer can be known from the sequence, by the rule of its task, at the distance it states."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ def load_corpus(config: DataConfig, context_length: int) -> Corpus:
     Raises :class:`BadInput` for what is missing, unreadable, or too short for one window of context_length tokens
     and their successors in each split.
     """
+    assert not isinstance(config, TaskConfig)
     files = find_files(config)
     if isinstance(config, PythonStdlibConfig):
         train, validation = _split_by_file(
