@@ -1,14 +1,16 @@
-"""One attempt at a run: builds its parts from the config, hands them to the loop, and keeps the run's folder true.
+"""One run's side of an attempt at training it: builds the run's parts, and keeps its folder true.
 
-Importing this module imports no jax: what can be judged without it is told before it is loaded.
+:class:`xattn.pack.Pack` carries it out, for one run or for several that train as one program. Importing this module
+imports no jax: what can be judged without it is told before it is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xattn.config
@@ -18,19 +20,19 @@ from xattn.data.baselines import gzip_bits_per_byte, unigram_bits_per_byte
 from xattn.data.corpus import find_files
 from xattn.data.run_data import RunData, load_data
 from xattn.data.tokenizer import Tokenizer
-from xattn.device import ask_for_determinism, hush_libraries, keep_compiled_programs
-from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError, storage_error
+from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError
 from xattn.provenance import changes, provenance
 from xattn.run_folder import RunFolder, result_line, shown
 from xattn.tracking.display import Display
-from xattn.tracking.tracker import MetricsFile, Tracker
+from xattn.tracking.tracker import MetricsFile, Row, Tracker
 from xattn.tracking.wandb import WandbMirror, resolve_mode
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Choice
-    from xattn.training.checkpoint import Checkpoints
-    from xattn.training.loop import Progress
-    from xattn.training.programs import Programs
+    from xattn.training.checkpoint import Checkpoints, Restored
+    from xattn.training.loop import Member, Progress
+    from xattn.training.programs import Programs, TrainState
+    from xattn.training.sharding import Layout
 
 SAMPLE_TOKENS = 300
 SAMPLE_TEMPERATURE = 0.8
@@ -38,142 +40,63 @@ MAX_FAILURES_IN_A_ROW = 3
 MAX_ROLLBACKS = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run to make: its validated config, its folder, and what the person typed for it.
+
+    watch: trackers besides the run's own. prune: given each evaluation's row but the last; True ends the run.
+    """
+
+    config: Config
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    watch: tuple[Tracker, ...] = ()
+    prune: Callable[[Row], bool] = lambda row: False
+
+
 class Attempt:
     """One attempt at a run, in a folder that this process holds.
 
-    before: the summary that the attempt before this one left, empty at a first start. stop: asked at each step; True
-    saves and leaves.
+    before: the summary that the attempt before this one left, empty at a first start. code: what it has come to.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        folder: RunFolder,
-        display: Display,
-        before: dict[str, Any],
-        stop: Callable[[], bool],
-    ):
-        self._config, self._folder, self._display, self._before, self._stop = config, folder, display, before, stop
+    def __init__(self, job: Job, folder: RunFolder, before: Mapping[str, Any], *, quiet: bool):
+        self.config, self.folder, self._job, self._before = job.config, folder, job, before
+        self.display = Display(folder / run_folder.LOG, job.config.trainer.steps, quiet=quiet)
+        self.is_finished = before.get("status") in ("done", "diverged")
+        self.code = ExitCode[before["status"].upper()] if self.is_finished else ExitCode.ERROR
+        self.is_concluded = False
         self._start = time.perf_counter()
-        self._summary = before | {"status": "running", "step": before.get("step", 0)}
-        self._summary.setdefault("committed_step", None)
+        self._summary: dict[str, Any] = {"step": 0, "committed_step": None} | dict(before) | {"status": "running"}
         self._mirror: WandbMirror | None = None
+        self.data: RunData
+        self._metrics: MetricsFile
+        self._checkpoints: Checkpoints
+        self._member: Member
 
-    def carry_out(self, overrides: Sequence[str]) -> ExitCode:
-        code = ExitCode.ERROR
-        try:
-            self._refuse_after_failures()
-            # What can be judged without jax is told before it is loaded.
-            resolve_mode(self._config.tracking.wandb)
-            with self._as_recorded():
-                find_files(self._config.data)
-            code = self._train(overrides)
-        except XattnError as error:
-            if self._folder.is_ours():
-                self._try_to_note(f"error: {error}")
-            code = error.exit_code
-            raise
-        except Exception as error:  # the outermost rim around one run
-            self._try_to_note(traceback.format_exc())
-            if (full := storage_error(error, self._folder.path)) is not None:
-                code = full.exit_code
-                raise full from error
-            self._record_failure()
-            self._display.warn(f"{type(error).__name__}: {error}".splitlines()[0])
-            self._display.warn(f"the traceback is in {shown(self._folder / run_folder.LOG)}")
-        finally:
-            if self._mirror is not None:
-                self._mirror.finish(self._summary, code)
-        return code
+    # ---- how it begins
 
-    def _train(self, overrides: Sequence[str]) -> ExitCode:
-        from xattn.training.checkpoint import Checkpoints
-        from xattn.training.loop import Progress, train
-        from xattn.training.memory import refuse_what_does_not_fit
-        from xattn.training.programs import hyperparameters, num_params, programs
-        from xattn.training.sharding import layout_of
-
-        config, folder, display = self._config, self._folder, self._display
-        hush_libraries(self._try_to_note)
-        if config.trainer.deterministic:
-            ask_for_determinism()
-        keep_compiled_programs()
-        layout = layout_of(config)
-        choice = _choose_attention(config)
+    def look(self) -> None:
+        """Raises what can be judged without jax."""
+        failures = self._before.get("failures")
+        if failures and failures["count"] >= MAX_FAILURES_IN_A_ROW and not changes(failures, provenance()):
+            raise XattnError(
+                f"{shown(self.folder.path)}: failed {failures['count']} times in a row at step {failures['step']}, "
+                f"with this same source; see its {run_folder.LOG}. Change the source, or begin anew with resume=never"
+            )
+        resolve_mode(self.config.tracking.wandb)
         with self._as_recorded():
-            data = load_data(
+            find_files(self.config.data)
+
+    def read_data(self) -> None:
+        config = self.config
+        with self._as_recorded():
+            self.data = load_data(
                 config.data,
                 context_length=config.backend.context_length,
                 batch_size=config.trainer.batch_size,
                 windows=config.evaluation.windows,
                 seed=config.seed,
-            )
-        origin = self._origin(overrides, data.sha256, layout.sizes)
-        display.say(f"run folder  {shown(folder.path)}")
-        display.say(f"attention   {config.backend.activation}, computed by {choice.name}")
-        if layout.mesh is not None:
-            display.say(f"devices     {layout}")
-        for passed_over, reason in choice.passed_over.items():
-            display.note(f"            not by {passed_over}: {reason}")
-        self._mirror = self._wandb_mirror(origin["wandb_id"])
-        checkpoints = Checkpoints(
-            folder / run_folder.CHECKPOINTS,
-            belongs_to={
-                "config": xattn.config.run_hash(config),
-                "data_sha256": origin["data_sha256"],
-                "versions": origin["versions"],
-            },
-            on_commit=self._committed,
-            say=display.warn,
-        )
-        with display, checkpoints:
-            compiled, compiled_now = programs(config, data.tokenizer.vocab_size, segments=data.has_segments)
-            refuse_what_does_not_fit(compiled.peak_memory_bytes, config)
-            progress = Progress(compiled.init(hyperparameters(config)))
-            self._resume(progress, checkpoints)
-            self._summary |= {
-                "num_params": num_params(progress.state),
-                "flops_per_step": compiled.flops_per_step,
-                "implementation": choice.name,
-                "passed_over": choice.passed_over,
-                "compile_seconds": compiled.compile_seconds if compiled_now else None,
-                "peak_memory_bytes": compiled.peak_memory_bytes,
-                "packed_with": 1,
-            }
-            display.say(f"model       {self._summary['num_params']:,} parameters, {data.description}")
-            metrics = MetricsFile(folder / run_folder.METRICS, after=progress.step)
-            trackers: list[Tracker] = [metrics, display, *([self._mirror] if self._mirror else [])]
-            bytes_per_token = data.bytes_per_token()
-            while True:
-                train(
-                    compiled,
-                    progress,
-                    data.batch,
-                    data.windows,
-                    checkpoints,
-                    trackers,
-                    config.trainer,
-                    bytes_per_token=bytes_per_token,
-                    stop=self._stop,
-                )
-                if not self._rolls_back(progress, checkpoints):
-                    break
-                metrics.rewind(progress.step)
-            metrics.close()
-        return self._conclude(progress, compiled, data)
-
-    def _try_to_note(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the disk may be what is full
-            self._display.note(text)
-
-    # ---- how it begins
-
-    def _refuse_after_failures(self) -> None:
-        failures = self._before.get("failures")
-        if failures and failures["count"] >= MAX_FAILURES_IN_A_ROW and not changes(failures, provenance()):
-            raise XattnError(
-                f"{shown(self._folder.path)}: failed {failures['count']} times in a row at step {failures['step']}, "
-                f"with this same source; see its {run_folder.LOG}. Change the source, or begin anew with resume=never"
             )
 
     @contextlib.contextmanager
@@ -182,27 +105,45 @@ class Attempt:
         try:
             yield
         except BadInput as error:
-            if self._folder.read_json(run_folder.PROVENANCE) is None:
+            if self.folder.read_json(run_folder.PROVENANCE) is None:
                 raise
             raise IntegrityError(f"the training data are not those that this run began with: {error}") from error
 
-    def _origin(self, overrides: Sequence[str], data_sha256: str, mesh: dict[str, int]) -> dict[str, Any]:
+    def begin(self, choice: Choice, layout: Layout, pack: Sequence[str] | None) -> None:
+        """Makes the folder a run's, or goes on with the run in it. pack: the names of the runs in its pack."""
+        config, display = self.config, self.display
+        origin = self._origin(layout.sizes, pack)
+        display.say(f"run folder  {shown(self.folder.path)}")
+        display.say(f"attention   {config.backend.activation}, computed by {choice.name}")
+        if layout.mesh is not None:
+            display.say(f"devices     {layout}")
+        for passed_over, reason in choice.passed_over.items():
+            display.note(f"            not by {passed_over}: {reason}")
+        if pack is not None:
+            display.note(f"pack        of {len(pack)} runs: {', '.join(pack)}")
+        self._mirror = self._wandb_mirror(origin["wandb_id"])
+        self._summary |= {"implementation": choice.name, "passed_over": choice.passed_over}
+        self._open_checkpoints(origin)
+
+    def _origin(self, mesh: dict[str, int], pack: Sequence[str] | None) -> dict[str, Any]:
         """provenance.json: written at a first start, checked and amended later. config.yaml comes first: it makes the
         folder a run's."""
         import jax
 
-        folder = self._folder
+        folder, data_sha256 = self.folder, self.data.sha256
         here = provenance() | {
             "device_kind": jax.devices()[0].device_kind,
             "device_count": jax.device_count(),
             "process_count": jax.process_count(),
             "mesh": mesh,
             "data_sha256": data_sha256,
+            "pack": None if pack is None else list(pack),
         }
         before = folder.read_json(run_folder.PROVENANCE)
         if before is None:
-            run_folder.write_atomically(folder / run_folder.CONFIG, xattn.config.save(self._config))
-            run_folder.write_atomically(folder / run_folder.OVERRIDES, xattn.config.save_overrides(overrides))
+            run_folder.write_atomically(folder / run_folder.CONFIG, xattn.config.save(self.config))
+            overrides = xattn.config.save_overrides(self._job.overrides)
+            run_folder.write_atomically(folder / run_folder.OVERRIDES, overrides)
             origin = here
         else:
             if before["data_sha256"] != data_sha256:
@@ -212,7 +153,7 @@ class Attempt:
                 )
             origin = before
             if changed := changes(before, here):
-                self._display.warn(f"warning: changed since this run began: {', '.join(changed)}")
+                self.display.warn(f"warning: changed since this run began: {', '.join(changed)}")
                 again = {key: here[key] for key in (*changed, "started_at", "command")}
                 origin = before | {"resumed_with": [*before.get("resumed_with", []), again]}
         if origin is not before:
@@ -221,7 +162,7 @@ class Attempt:
         return origin
 
     def _wandb_mirror(self, run_id: str) -> WandbMirror | None:
-        config, folder = self._config, self._folder
+        config, folder = self.config, self.folder
         mode = resolve_mode(config.tracking.wandb)
         if mode == "disabled":
             return None
@@ -233,48 +174,107 @@ class Attempt:
             group=config.study,
             values=xattn.config.tracked_values(config),
             folder=folder.path,
-            say=self._display.say,
+            say=self.display.say,
         )
 
-    def _resume(self, progress: Progress, checkpoints: Checkpoints) -> None:
-        if steps := checkpoints.steps():  # the newest may have been renamed into place just before a kill
-            self._committed(steps[-1])
-        restored = checkpoints.restore_state(progress.state)
+    def _open_checkpoints(self, origin: Mapping[str, Any]) -> None:
+        from xattn.training.checkpoint import Checkpoints
+
+        self._checkpoints = Checkpoints(
+            self.folder / run_folder.CHECKPOINTS,
+            belongs_to={
+                "config": xattn.config.run_hash(self.config),
+                "data_sha256": origin["data_sha256"],
+                "versions": origin["versions"],
+            },
+            on_commit=self._committed,
+            say=self.display.warn,
+        )
+
+    def restore(self, shapes: TrainState, at_most: int | None) -> Restored | None:
+        """The newest whole checkpoint, of no later step than ``at_most``."""
+        if steps := self._checkpoints.steps():  # the newest may have been renamed into place just before a kill
+            self._summary["committed_step"] = steps[-1]
+        restored = self._checkpoints.restore_state(shapes, at_most=at_most)
+        if restored is None and at_most is None and self._summary["committed_step"] is not None:
+            raise IntegrityError(
+                f"{self._checkpoints.folder}: a checkpoint of step {self._summary['committed_step']} was there and is "
+                "gone; bring it back, or begin anew with resume=never"
+            )
+        return restored
+
+    def go_on_from(self, restored: Restored | None, state: TrainState) -> Member:
+        """What the loop trains: the run as it was at the checkpoint, or ``state``, where it begins."""
+        from xattn.training.loop import Member, Progress
+
+        progress = Progress(state)
         if restored is not None:
             progress.restore(restored.step, restored.tree, restored.progress)
             self._committed(restored.step)
-            self._display.say(f"resumed     from step {restored.step}")
-        elif self._summary["committed_step"] is not None:
-            raise IntegrityError(
-                f"{checkpoints.folder}: a checkpoint of step {self._summary['committed_step']} was there and is gone; "
-                "bring it back, or begin anew with resume=never"
-            )
+            self.display.say(f"resumed     from step {restored.step}")
+        else:
+            self._summary |= {"step": 0, "committed_step": None}
+            run_folder.write_summary(self.folder.path, self._summary)
+        self._checkpoints.set_back(progress.step)
+        self._metrics = MetricsFile(self.folder / run_folder.METRICS, after=progress.step)
+        trackers: list[Tracker] = [self._metrics, self.display, *self._job.watch]
+        if self._mirror is not None:
+            trackers.append(self._mirror)
+        self._member = Member(progress, self.data.batch, self._checkpoints, trackers, self._job.prune)
+        return self._member
+
+    def describe(self, compiled: Programs, *, compile_seconds: float | None) -> None:
+        """Notes what is known of the programs."""
+        from xattn.training.programs import num_params
+
+        params = num_params(self._member.progress.state)
+        self.display.say(f"model       {params:,} parameters, {self.data.description}")
+        self._summary |= {
+            "num_params": params,
+            "flops_per_step": compiled.flops_per_step,
+            "compile_seconds": compile_seconds,
+            "peak_memory_bytes": compiled.peak_memory_bytes,
+            "packed_with": compiled.size,
+        }
 
     # ---- how it goes on
 
+    @property
+    def is_training(self) -> bool:
+        return self._member.active
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Shows the progress; in the end the last save is done, or raises what went wrong with it."""
+        with self.display, self._checkpoints:
+            yield
+
     def _committed(self, step: int) -> None:
         self._summary |= {"step": step, "committed_step": step}
-        run_folder.write_summary(self._folder.path, self._summary)
+        run_folder.write_summary(self.folder.path, self._summary)
 
-    def _rolls_back(self, progress: Progress, checkpoints: Checkpoints) -> bool:
+    def rolls_back(self) -> bool:
         """Whether an update that is not finite is answered by going back to the last checkpoint, without its batch.
 
         The batches before it are seen as they were, so the result does not depend on which checkpoints there are.
         """
+        progress = self._member.progress
         halted_at = progress.halted_at
-        if halted_at is None or self._config.trainer.nonfinite != "rollback":
+        if halted_at is None or self.config.trainer.nonfinite != "rollback":
             return False
         if len(progress.batches_left_out) >= MAX_ROLLBACKS:
             return False
-        checkpoints.wait()
-        restored = checkpoints.restore_state(progress.state)
+        self._checkpoints.wait()
+        restored = self._checkpoints.restore_state(progress.state)
         if restored is None:
-            self._display.warn("no checkpoint to roll back to yet")
+            self.display.warn("no checkpoint to roll back to yet")
             return False
         left_out = [*progress.batches_left_out, progress.batch_of(halted_at)]
         progress.restore(restored.step, restored.tree, restored.progress)
         progress.batches_left_out = left_out
-        self._display.warn(
+        self._metrics.rewind(progress.step)
+        self._member.active = True
+        self.display.warn(
             f"update {halted_at} is not finite: back to step {restored.step}, its batch is left out "
             f"({len(left_out)} of at most {MAX_ROLLBACKS} times)"
         )
@@ -282,19 +282,17 @@ class Attempt:
 
     # ---- how it ends
 
-    def _conclude(self, progress: Progress, compiled: Programs, data: RunData) -> ExitCode:
+    def conclude(self, compiled: Programs) -> None:
+        """The result, in summary.json and on the screen."""
         from xattn.training.state_hash import state_sha256
 
-        display, config = self._display, self._config
-        ended = progress.halted_at is not None or progress.step == config.trainer.steps
-        if not ended:
-            code = ExitCode.PREEMPTED
-        elif progress.halted_at is not None or progress.val_loss is None:
-            code = ExitCode.DIVERGED
-        else:
-            code = ExitCode.DONE
+        self._checkpoints.wait()
+        self._metrics.close()
+        self.display.end_progress()
+        progress = self._member.progress
+        self.code, status = self._outcome()
         summary = self._summary | {
-            "status": code.name.lower(),
+            "status": status,
             "step": progress.step,
             "val_loss": progress.val_loss,
             "val_bpb": progress.val_bpb,
@@ -305,87 +303,93 @@ class Attempt:
             "state_sha256": state_sha256(progress.state.params, progress.state.opt_state),
         }
         summary.pop("failures", None)
-        if ended and config.trainer.attention_stats_every is not None:
-            self._draw_attention(compiled, progress, data)
-        match code:
-            case ExitCode.DONE:
-                self._show_result(summary, data, _sample(compiled, progress, data.tokenizer, config.seed))
-            case ExitCode.PREEMPTED:
-                display.say(f"stopped at step {progress.step}, and saved; the same command goes on from there")
-            case ExitCode.DIVERGED if progress.halted_at is not None:
-                display.warn(
+        if status != "preempted" and self.config.trainer.attention_stats_every is not None:
+            self._draw_attention(compiled, progress)
+        match status:
+            case "done":
+                sample = _sample(compiled, progress.state, self.data.tokenizer, self.config.seed)
+                self._show_result(summary, sample)
+            case "preempted":
+                self.display.say(f"stopped at step {progress.step}, and saved; the same command goes on from there")
+            case "pruned":
+                self.display.say(f"pruned at step {progress.step}, and saved")
+            case _ if progress.halted_at is not None:
+                self.display.warn(
                     f"diverged: the loss or gradient of update {progress.halted_at} is not finite, and not made"
                 )
             case _:
-                display.warn(f"diverged: the evaluation at step {progress.step} is not finite")
+                self.display.warn(f"diverged: the evaluation at step {progress.step} is not finite")
         summary["wall_seconds"] = self._before.get("wall_seconds", 0.0) + time.perf_counter() - self._start
-        run_folder.write_summary(self._folder.path, summary)
-        self._summary = summary
-        display.say(f"run folder  {shown(self._folder.path)}")
-        return code
+        run_folder.write_summary(self.folder.path, summary)
+        self._summary, self.is_concluded = summary, True
+        self.display.say(f"run folder  {shown(self.folder.path)}")
 
-    def _show_result(self, summary: dict[str, Any], data: RunData, sample: str) -> None:
-        artifacts = self._folder / run_folder.ARTIFACTS
+    def _outcome(self) -> tuple[ExitCode, str]:
+        progress = self._member.progress
+        if progress.pruned:
+            return ExitCode.DONE, "pruned"
+        if progress.halted_at is None and progress.step < self.config.trainer.steps:
+            return ExitCode.PREEMPTED, "preempted"
+        if progress.halted_at is not None or progress.val_loss is None:
+            return ExitCode.DIVERGED, "diverged"
+        return ExitCode.DONE, "done"
+
+    def _show_result(self, summary: dict[str, Any], sample: str) -> None:
+        artifacts = self.folder / run_folder.ARTIFACTS
         artifacts.mkdir(exist_ok=True)
         run_folder.write_atomically(artifacts / "sample.txt", sample)
-        scored = data.scored_bytes()
-        self._display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}:\n{_printable(sample)}\n")
-        self._display.say(f"result      {result_line(summary)}")
+        scored = self.data.scored_bytes()
+        self.display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}:\n{_printable(sample)}\n")
+        self.display.say(f"result      {result_line(summary)}")
         if scored is None:
             return
-        self._display.say(
+        self.display.say(
             f"baselines   unigram entropy {unigram_bits_per_byte(scored):.4f}, gzip {gzip_bits_per_byte(scored):.4f} "
             f"bits/byte, of the same {len(scored):,} bytes"
         )
 
-    def _draw_attention(self, compiled: Programs, progress: Progress, data: RunData) -> None:
+    def _draw_attention(self, compiled: Programs, progress: Progress) -> None:
         from xattn.evaluation.attention import study_windows
         from xattn.evaluation.attention_maps import draw
 
         state = progress.state
-        study = compiled.study(state.params, state.hyperparameters.model, study_windows(data.windows))
-        (self._folder / run_folder.ARTIFACTS).mkdir(exist_ok=True)
-        draw(study, self._folder / run_folder.ARTIFACTS / "attention_maps.png", step=progress.step)
+        study = compiled.study(state.params, state.hyperparameters.model, study_windows(self.data.windows))
+        (self.folder / run_folder.ARTIFACTS).mkdir(exist_ok=True)
+        draw(study, self.folder / run_folder.ARTIFACTS / "attention_maps.png", step=progress.step)
 
-    def _record_failure(self) -> None:
+    def note(self, text: str) -> None:
+        """Writes to log.txt, if that can be done at all."""
+        with contextlib.suppress(OSError):  # the disk may be what is full
+            self.display.note(text)
+
+    def refused(self, error: XattnError) -> None:
+        """Notes an error that a person is told of otherwise."""
+        if self.folder.is_ours():
+            self.note(f"error: {error}")
+        self.code = error.exit_code
+
+    def failed(self, error: Exception) -> None:
         """Counts failures without a new step between them; a run that fails at the same place is not tried for ever."""
         before, step = self._before.get("failures"), self._summary["step"]
         count = before["count"] + 1 if before and before["step"] >= step else 1
         same = {key: provenance()[key] for key in ("source_sha256", "versions")}
         self._summary |= {"status": "failed", "failures": {"count": count, "step": step} | same}
-        if self._folder.is_ours():  # before that nothing has begun
-            run_folder.write_summary(self._folder.path, self._summary)
+        if self.folder.is_ours():  # before that nothing has begun
+            run_folder.write_summary(self.folder.path, self._summary)
+        self.display.warn(f"{type(error).__name__}: {error}".splitlines()[0])
+        self.display.warn(f"the traceback is in {shown(self.folder / run_folder.LOG)}")
+
+    def part_from_wandb(self) -> None:
+        if self._mirror is not None:
+            self._mirror.finish(self._summary, self.code)
 
 
-def _choose_attention(config: Config) -> Choice:
-    """What the dispatch table says to the attention of one training batch."""
-    from xattn.backend import dispatch
-
-    model, backend = config.model, config.backend
-    call = dispatch.Call(
-        activation=backend.activation,
-        dtype=model.dtype,
-        batch=config.trainer.batch_size,
-        num_heads=model.num_heads,
-        num_kv_heads=model.kv_heads,
-        sequence=backend.context_length,
-        head_dim_qk=model.head_dim,
-        head_dim_v=model.head_dim,
-        window=backend.window,
-    )
-    try:
-        return dispatch.choose(call, backend.implementation)
-    except ValueError as error:
-        raise BadInput(f"backend.implementation: {error}") from error
-
-
-def _sample(compiled: Programs, progress: Progress, tokenizer: Tokenizer, seed: int) -> str:
+def _sample(compiled: Programs, state: TrainState, tokenizer: Tokenizer, seed: int) -> str:
     import jax
 
     from xattn.model.generation import Sampling, generate
     from xattn.training.sharding import on_one_device
 
-    state = progress.state
     tokens = generate(
         compiled.model,
         on_one_device(state.params),

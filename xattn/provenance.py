@@ -72,7 +72,7 @@ def provenance() -> dict[str, Any]:
 
 def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
     """Of the things that a result may depend on, the keys of provenance.json that both have and that differ."""
-    keys = ("source_sha256", "versions", "device_kind", "device_count", "process_count", "mesh")
+    keys = ("source_sha256", "versions", "device_kind", "device_count", "process_count", "mesh", "pack")
     return [key for key in keys if before is not None and key in before and key in now and before[key] != now[key]]
 
 

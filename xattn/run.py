@@ -11,12 +11,12 @@ from typing import Any
 
 import xattn.config
 from xattn import run_folder
-from xattn.attempt import Attempt
+from xattn.attempt import Attempt, Job
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, storage_error
+from xattn.pack import Pack
 from xattn.provenance import changes, provenance
 from xattn.run_folder import RunFolder, result_line, shown
-from xattn.tracking.display import Display
 
 
 def run(
@@ -33,24 +33,37 @@ def run(
     screen only what went wrong. Errors that a person can mend are raised as :class:`XattnError`; any other leaves its
     traceback in log.txt, a line on the screen, and ExitCode.ERROR.
     """
-    folder = RunFolder(path)
+    (code,) = run_pack([Job(config, path, tuple(overrides))], stop=stop, quiet=quiet)
+    return code
+
+
+def run_pack(jobs: Sequence[Job], *, stop: Callable[[], bool], quiet: bool) -> list[ExitCode]:
+    """:func:`run` for runs that train as one program; each one's exit code.
+
+    Their configs share program, data and pace. An error that is raised is about one of them at least.
+    """
+    folders: list[RunFolder] = []
+    attempts: list[Attempt] = []
     try:
-        summary = _look(config, folder)
-        if summary is not None and summary["status"] in ("done", "diverged"):
-            return _show(summary, folder, quiet=quiet)
-        display = Display(folder / run_folder.LOG, config.trainer.steps, quiet=quiet)
-        try:
-            return Attempt(config, folder, display, summary or {}, stop).carry_out(overrides)
-        finally:
-            display.close()
+        for job in jobs:
+            folders.append(RunFolder(job.folder))
+        for job, folder in zip(jobs, folders, strict=True):
+            attempts.append(Attempt(job, folder, _look(job.config, folder) or {}, quiet=quiet))
+        if all(attempt.is_finished for attempt in attempts):
+            return [_show(folder.summary() or {}, folder, quiet=quiet) for folder in folders]
+        return Pack(attempts, [folder.path.name for folder in folders], stop).carry_out()
     except BadInput:
-        if not folder.is_ours() and folder.path.name == xattn.config.run_name(config):
-            folder.withdraw()  # we named it, and no run has begun in it
+        for job, folder in zip(jobs, folders, strict=False):
+            if not folder.is_ours() and folder.path.name == xattn.config.run_name(job.config):
+                folder.withdraw()  # we named it, and no run has begun in it
         raise
     except OSError as error:
-        raise storage_error(error, folder.path) or error from error
+        raise storage_error(error, jobs[0].folder) or error from error
     finally:
-        folder.release()
+        for attempt in attempts:
+            attempt.display.close()
+        for folder in folders:
+            folder.release()
 
 
 def _look(config: Config, folder: RunFolder) -> dict[str, Any] | None:

@@ -65,6 +65,8 @@ def _die_when(condition: Callable[..., bool], times: int = 1) -> Callable[..., N
 
 def _step_metrics_wrapper(around: Callable[[int, Callable[[], Any]], Any]) -> None:
     """Puts ``around(update, call)`` around each call of the compiled step."""
+    import numpy as np
+
     from xattn.training import programs as module
 
     original = module.programs
@@ -72,7 +74,11 @@ def _step_metrics_wrapper(around: Callable[[int, Callable[[], Any]], Any]) -> No
     def patched(*args: Any, **kwargs: Any) -> Any:
         compiled, now = original(*args, **kwargs)
         step = compiled.step
-        return compiled._replace(step=lambda state, t: around(int(state.step) + 1, lambda: step(state, t))), now
+
+        def wrapped(state: Any, tokens: Any) -> Any:
+            return around(int(np.max(state.step)) + 1, lambda: step(state, tokens))  # of a pack: of who is furthest
+
+        return compiled._replace(step=wrapped), now
 
     module.programs = patched  # type: ignore[assignment]
 

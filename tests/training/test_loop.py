@@ -15,7 +15,7 @@ from xattn.config import compose
 from xattn.data.batches import TrainingBatches, evaluation_windows
 from xattn.evaluation.loss import held_out_loss
 from xattn.training.checkpoint import Checkpoints
-from xattn.training.loop import Progress, train
+from xattn.training.loop import Member, Progress, train
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs
 from xattn.training.state_hash import state_sha256
 
@@ -59,7 +59,9 @@ def run(
     rows = Rows()
     config = CONFIG.trainer.model_copy(update=trainer)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        train(compiled, progress, BATCHES, WINDOWS, checkpoints, [rows], config, bytes_per_token=1.0, stop=stop)
+        member = Member(progress, BATCHES, checkpoints, [rows])
+        train(compiled, [member], WINDOWS, config, bytes_per_token=1.0, stop=stop)
+        assert not member.active
     return rows
 
 

@@ -92,6 +92,9 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.end_progress()
+
+    def end_progress(self) -> None:
         self._progress.stop()
 
     def _time_left(self, step: int) -> list[str]:

@@ -144,15 +144,16 @@ class Checkpoints:
             return []
         return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
 
-    def restore_state(self, shapes: TrainState) -> Restored | None:
-        """The newest :class:`TrainState` that passes the check, or None where no step has a folder.
+    def restore_state(self, shapes: TrainState, *, at_most: int | None = None) -> Restored | None:
+        """The newest :class:`TrainState` that passes the check, of no later step than ``at_most``, or None where none
+        of these has a folder.
 
         Its leaves lie on the devices as those of ``shapes``, on whichever they lay when it was saved.
 
         Steps that fail are moved to ``checkpoints/.bad/`` and told of. Raises :class:`IntegrityError` where all fail.
         """
         self._clear_half_done()
-        steps = self.steps()
+        steps = [step for step in self.steps() if at_most is None or step <= at_most]
         for step in reversed(steps):
             try:
                 params, progress = self._read(step, "params", shapes.params)
@@ -165,6 +166,12 @@ class Checkpoints:
         if steps:
             raise IntegrityError(f"{self.folder}: none of the checkpoints {steps} is whole")
         return None
+
+    def set_back(self, step: int) -> None:
+        """Moves later steps to ``checkpoints/.bad/``: the run goes on from that one, and comes by them again."""
+        for later in self.steps():
+            if later > step:
+                self._move_aside(later)
 
     def restore_params(self, which: Which, shapes: Any) -> Restored:
         """The parameters of the newest whole checkpoint, or of the whole one with the lowest val_loss.

@@ -1,22 +1,24 @@
-"""The training loop: a free function over programs, state, batches and trackers."""
+"""The training loop: a free function over programs and the members of a pack, which are one run or several.
+
+Runs that differ in numbers alone can train as one program, their states stacked (:mod:`xattn.training.programs`). All
+else is each member's own: its batches, its rows, its checkpoints, and where it ends.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import jax
+from typing import Any, NamedTuple
 
 from xattn.data.batches import Batches, Windows
 from xattn.evaluation.attention import statistics_row, study_windows
 from xattn.evaluation.loss import held_out_loss
 from xattn.run_folder import finite_or_none
-from xattn.tracking.tracker import Tracker
+from xattn.tracking.tracker import Row, Tracker
 from xattn.training.checkpoint import Checkpoints
 from xattn.training.config import TrainerConfig
-from xattn.training.programs import Programs, TrainState
+from xattn.training.programs import Programs, StepMetrics, TrainState
 
 
 class TrainingClock:
@@ -51,9 +53,10 @@ _SAVED = ("train_loss", "val_loss", "val_bpb", "best_val_loss", "measured", "bat
 class Progress:
     """How far a run is. Losses are None while there is none, or where it is not finite.
 
-    step: updates tried. measured: the last values of what a row has besides the losses. halted_at: the update that is
-    not finite and ends the run. batches_left_out: the numbers of the batches that ``nonfinite=rollback`` leaves out, in
-    the order in which they were found.
+    state: current whenever :func:`train` has returned. step: updates tried. measured: the last values of what a row has
+    besides the losses. halted_at: the update that is not finite and ends the run. pruned: whether a tuner has ended it.
+    batches_left_out: the numbers of the batches that ``nonfinite=rollback`` leaves out, in the order in which they were
+    found.
     """
 
     state: TrainState
@@ -65,6 +68,7 @@ class Progress:
     measured: dict[str, float | None] = field(default_factory=dict)
     batches_left_out: list[int] = field(default_factory=list)
     halted_at: int | None = None
+    pruned: bool = False
     clock: TrainingClock = field(default_factory=TrainingClock)
 
     def batch_of(self, step: int) -> int:
@@ -86,68 +90,162 @@ class Progress:
         self.clock.seconds, self.clock.tokens = saved["seconds"], saved["tokens"]
 
 
+@dataclass(eq=False)
+class Member:
+    """A run as the loop sees it.
+
+    prune: given each evaluation's row but the last; True ends the run. active: whether it is trained; one that has
+    ended keeps its place in the pack, where nobody looks at its state, and needs no checkpoints.
+    """
+
+    progress: Progress
+    batch: Batches
+    checkpoints: Checkpoints | None = None
+    trackers: Sequence[Tracker] = ()
+    prune: Callable[[Row], bool] = lambda row: False
+    active: bool = True
+
+
+class _Due(NamedTuple):
+    """What a step does besides the update."""
+
+    logs: bool
+    evaluates: bool
+    studies: bool
+    saves: bool
+
+
+class _Pace:
+    """When to log, evaluate and save."""
+
+    def __init__(self, config: TrainerConfig):
+        self._config = config
+        self._saved_at = time.monotonic()
+
+    def due(self, step: int, *, stopping: bool) -> _Due:
+        config = self._config
+        last = step == config.steps
+        saves = (
+            last
+            or stopping
+            or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
+            or (
+                config.checkpoint_minutes is not None
+                and time.monotonic() - self._saved_at > 60 * config.checkpoint_minutes
+            )
+        )
+        return _Due(
+            logs=last or step % config.log_every == 0,
+            evaluates=last or step % config.eval_every == 0,
+            studies=config.attention_stats_every is not None and (last or step % config.attention_stats_every == 0),
+            saves=saves,
+        )
+
+    def saved(self) -> None:
+        self._saved_at = time.monotonic()
+
+
 def train(
     programs: Programs,
-    progress: Progress,
-    batch: Batches,
+    members: Sequence[Member],
     windows: Sequence[Windows],
-    checkpoints: Checkpoints,
-    trackers: Sequence[Tracker],
     config: TrainerConfig,
     *,
     bytes_per_token: float | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains to config.steps, to the update that halts it, or until ``stop()``, and keeps ``progress`` up to date.
+    """Trains the active members, all of which are at one step, and keeps their progress up to date.
+
+    Returns when they are at config.steps, when ``stop()`` was True, or when one has ended by itself: halted by an
+    update that is not finite, or pruned. Who has ended is active no more; the others may be trained on.
 
     Python runs ahead of the device: only a step that logs, evaluates or saves waits for it. There the order is: the
     update's own metrics, the evaluation of the parameters after it, the step's one row, and then the save, so that a
     checkpoint never exists without the rows that lead to it.
     """
-    tokens_per_step = config.batch_size * batch(0).weights.shape[1]
-    waited_at = progress.step
-    saved_at = time.monotonic()
-    progress.clock.resume()
-    for step in range(progress.step + 1, config.steps + 1):
-        progress.state, metrics = programs.step(progress.state, batch(progress.batch_of(step)))
-        last, stopping = step == config.steps, stop()
-        logs = last or step % config.log_every == 0
-        evaluates = last or step % config.eval_every == 0
-        studies = config.attention_stats_every is not None and (last or step % config.attention_stats_every == 0)
-        saves = (
-            last
-            or stopping
-            or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
-            or (config.checkpoint_minutes is not None and time.monotonic() - saved_at > 60 * config.checkpoint_minutes)
-        )
-        if not (logs or evaluates or studies or saves):
+    active = [member for member in members if member.active]
+    waited_at = active[0].progress.step
+    pace = _Pace(config)
+
+    def measure(progress: Progress, due: _Due) -> dict[str, Any]:
+        row = _evaluate(programs, progress, windows, bytes_per_token) if due.evaluates else {}
+        return row | (_study(programs, progress, windows) if due.studies else {})
+
+    state = programs.stack([member.progress.state for member in members])
+    for member in active:
+        member.progress.clock.resume()
+    for step in range(waited_at + 1, config.steps + 1):
+        batches = [member.batch(member.progress.batch_of(step)) for member in members]
+        state, metrics = programs.step(state, programs.stack_batches(batches))
+        stopping = stop()
+        due = pace.due(step, stopping=stopping)
+        if not any(due):
             continue
 
-        values = {name: value.item() for name, value in jax.device_get(metrics)._asdict().items()}
-        tokens_per_second = progress.clock.add((step - waited_at) * tokens_per_step)
+        reached = programs.split_metrics(metrics)
+        tokens = (step - waited_at) * config.batch_size * batches[0].weights.shape[1]
         waited_at = step
-        if (halted_at := values.pop("halted_at")) >= 0:
-            progress.halted_at, progress.step = halted_at, halted_at - 1
-            return
-        progress.step, progress.train_loss = step, finite_or_none(values["train_loss"])
-        row: dict[str, Any] = {"step": step}
-        if logs:
-            row |= values | {"tokens_per_second": tokens_per_second}
-        if evaluates:
-            row |= _evaluate(programs, progress, windows, bytes_per_token)
-            saves = saves or (progress.val_loss is not None and progress.val_loss == progress.best_val_loss)
-        if studies:
-            row |= _study(programs, progress, windows)
-        if logs or evaluates or studies:
-            for tracker in trackers:
-                tracker.log(row)
+        rows = [_reach(member, step, reached[members.index(member)], tokens) for member in active]
+        if due.evaluates or due.studies or due.saves or not all(member.active for member in active):
+            for member in active:
+                member.progress.state = programs.take(state, members.index(member))
+        going = [(member, row) for member, row in zip(active, rows, strict=True) if member.active]
+        saves = due.saves
+        for member, row in going:
+            saves |= _log(member, row, due, measure, last=step == config.steps)
         if saves:
-            val_loss = progress.val_loss if evaluates else None
-            checkpoints.save(step, progress.state, progress.saved(), val_loss=val_loss)
-            saved_at = time.monotonic()
-        if stopping:
+            _save([member for member, _ in going], evaluated=due.evaluates)
+            pace.saved()
+        for member, _ in going:
+            member.active = not (stopping or member.progress.pruned or step == config.steps)
+        if not all(member.active for member in active):
             return
-        progress.clock.resume()
+        for member in active:
+            member.progress.clock.resume()
+
+
+def _reach(member: Member, step: int, metrics: StepMetrics, tokens: int) -> dict[str, Any]:
+    """Takes over what the update came to: a training row's figures, nothing of use where it was not finite."""
+    progress, values = member.progress, metrics._asdict()
+    tokens_per_second = progress.clock.add(tokens)
+    if (halted_at := values.pop("halted_at")) >= 0:
+        progress.halted_at, progress.step = halted_at, halted_at - 1
+        member.active = False
+    else:
+        progress.step, progress.train_loss = step, finite_or_none(values["train_loss"])
+    return values | {"tokens_per_second": tokens_per_second}
+
+
+def _log(
+    member: Member,
+    figures: dict[str, Any],
+    due: _Due,
+    measure: Callable[[Progress, _Due], dict[str, Any]],
+    *,
+    last: bool,
+) -> bool:
+    """Measures and logs what is due; whether the step is worth a checkpoint for it."""
+    progress = member.progress
+    row: dict[str, Any] = {"step": progress.step} | (figures if due.logs else {})
+    row |= measure(progress, due)
+    if due.logs or due.evaluates or due.studies:
+        for tracker in member.trackers:
+            tracker.log(row)
+    if not due.evaluates:
+        return False
+    progress.pruned = not last and member.prune(row)
+    return progress.pruned or (progress.val_loss is not None and progress.val_loss == progress.best_val_loss)
+
+
+def _save(members: Sequence[Member], *, evaluated: bool) -> None:
+    """Members save together, and no save begins before the last one of all is done: so there is always a step that all
+    of a pack have."""
+    own = [(member.progress, member.checkpoints) for member in members if member.checkpoints is not None]
+    for _, checkpoints in own:
+        checkpoints.wait()
+    for progress, checkpoints in own:
+        val_loss = progress.val_loss if evaluated else None
+        checkpoints.save(progress.step, progress.state, progress.saved(), val_loss=val_loss)
 
 
 def _evaluate(

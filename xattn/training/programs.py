@@ -2,18 +2,21 @@
 
 What shapes a program is static: a :class:`Config` in which every number that is swept has been put at a fixed value.
 The numbers themselves are arrays in the train state, which the programs read. So runs that differ only in them share
-one compiled step, in one process through the cache of :func:`programs`.
+one compiled step, in one process through the cache of :func:`programs`; and several of them can train as one *pack*:
+the same step under ``vmap``, every leaf of its state with one more axis in front, the run.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from xattn.config import Config, shaping
@@ -75,40 +78,66 @@ def hyperparameters(config: Config) -> Hyperparameters:
 
 
 class Programs(NamedTuple):
-    """What a run calls on the device.
+    """What runs call on the device.
 
-    model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. step: (TrainState, Windows) →
-    (TrainState, StepMetrics), and the state it is given is used up. score, study: of evaluation.
+    model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. score, study: of evaluation.
+    These are of one run, also in a pack.
+    size: of the pack, n runs. step: (TrainState, Windows) → (TrainState, StepMetrics), for n > 1 with an axis n in
+    front of every array; the state it is given is used up. stack: n TrainStates → the step's. take: (the step's
+    TrainState, i) → that of run i.
     compile_seconds, peak_memory_bytes: of the step: its compilation, its arguments and temporaries.
-    flops_per_step: of its matrix products, by formula. layout: how state and batches lie on the devices; init, step and
-    score take batches from the host and place them.
+    flops_per_step: of one run's matrix products, by formula. layout: how state and batches lie on the devices; init,
+    step and score take batches from the host and place them.
     """
 
     model: LanguageModel
     init: Any
-    step: Any
     score: ScoreWindows
     study: Study
+    size: int
+    step: Any
+    stack: Callable[[Sequence[TrainState]], TrainState]
+    take: Callable[[TrainState, int], TrainState]
     compile_seconds: float
     peak_memory_bytes: int
     flops_per_step: int
     layout: Layout
 
+    def stack_batches(self, batches: Sequence[Windows]) -> Windows:
+        """The windows for a step of all runs."""
+        return batches[0] if self.size == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
-def programs(config: Config, vocab_size: int, *, segments: bool = False) -> tuple[Programs, bool]:
+    def split_metrics(self, metrics: StepMetrics) -> list[StepMetrics]:
+        """Each run's, Python numbers. Waits for the device."""
+        columns = [np.atleast_1d(value).tolist() for value in jax.device_get(metrics)]
+        return [StepMetrics(*values) for values in zip(*columns, strict=True)]
+
+
+def programs(config: Config, vocab_size: int, *, segments: bool = False, size: int = 1) -> tuple[Programs, bool]:
     """The programs of a config, compiled where this process has none for them yet, and whether it had to compile.
 
-    segments: whether the windows come with segment_ids.
+    segments: whether the windows come with segment_ids. size: of the pack, on one device.
     """
     before = _compile.cache_info().misses
-    compiled = _compile(shaping(config), vocab_size, segments, layout_of(config))
+    compiled = _compile(shaping(config), vocab_size, segments, layout_of(config), size)
     return compiled, _compile.cache_info().misses > before
 
 
+class _OneRun(NamedTuple):
+    """What packs of every size share: functions of one run. step is not compiled; shapes: of the state."""
+
+    model: LanguageModel
+    init: Any
+    score: ScoreWindows
+    study: Study
+    step: Callable[[TrainState, Windows], tuple[TrainState, StepMetrics]]
+    shapes: TrainState
+
+
 @lru_cache(maxsize=8)
-def _compile(config: Config, vocab_size: int, segments: bool, layout: Layout) -> Programs:
+def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
     model = LanguageModel(config.model, config.backend, vocab_size)
-    batch_size, context_length = config.trainer.batch_size, config.backend.context_length
+    context_length = config.backend.context_length
     schedule = learning_rate_factor(config.schedule, config.trainer.steps)
 
     def init(hyper: Hyperparameters) -> TrainState:
@@ -154,31 +183,65 @@ def _compile(config: Config, vocab_size: int, segments: bool, layout: Layout) ->
         return new, StepMetrics(loss, grad_norm, optax.tree.norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
+    score = layout.score(score_windows(model))
+    return _OneRun(model, layout.init(init, shapes), score, attention_study(model), step, shapes)
+
+
+@lru_cache(maxsize=8)
+def _compile(config: Config, vocab_size: int, segments: bool, layout: Layout, size: int) -> Programs:
+    assert size == 1 or layout.mesh is None, "a pack is on one device"
+    one = _one_run(config, vocab_size, layout)
+    batch_size, context_length = config.trainer.batch_size, config.backend.context_length
     shape = (batch_size, context_length)
     tokens = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
     segment_ids = jax.ShapeDtypeStruct(shape, jnp.int32) if segments else None
     windows = Windows(tokens, jax.ShapeDtypeStruct(shape, jnp.float32), segment_ids)  # type: ignore[arg-type]
+    step, state = one.step, one.shapes
+    if size > 1:
+        step, state, windows = jax.vmap(step), _with_runs(state, size), _with_runs(windows, size)
     start = time.perf_counter()
     with layout.tracing():
-        compiled = layout.jit_step(step, shapes).lower(shapes, windows).compile()
+        compiled = layout.jit_step(step, state).lower(state, windows).compile()
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     flops = matmul_flops_per_token(config.model, context_length=context_length, vocab_size=vocab_size)
     return Programs(
-        model,
-        layout.init(init, shapes),
-        layout.step(compiled),
-        layout.score(score_windows(model)),
-        attention_study(model),
-        seconds,
-        memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        3 * flops * batch_size * context_length,
-        layout,
+        model=one.model,
+        init=one.init,
+        score=one.score,
+        study=one.study,
+        size=size,
+        step=layout.step(compiled),
+        stack=_stack if size > 1 else lambda states: states[0],
+        take=_take if size > 1 else lambda state, index: state,
+        compile_seconds=seconds,
+        peak_memory_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        flops_per_step=3 * flops * batch_size * context_length,
+        layout=layout,
     )
+
+
+@jax.jit
+def _stack(states: Sequence[TrainState]) -> TrainState:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+@jax.jit
+def _take(stacked: TrainState, index: int) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+def _with_runs(shapes: Any, size: int) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), shapes)
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def ended(state: TrainState) -> TrainState:
+    """A state that no step changes."""
+    return state._replace(halted_at=jnp.int32(0))
 
 
 def num_params(state: TrainState) -> int:

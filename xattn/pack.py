@@ -1,0 +1,158 @@
+"""An attempt at a pack: runs that differ in numbers alone and train as one program, most often a single one.
+
+Each run keeps its own folder, rows, checkpoints and end (:class:`xattn.attempt.Attempt`); the corpus, the programs and
+the pace are shared. A pack that is resumed has the same members in the same places; those that have ended since keep
+theirs, where nothing changes any more: so the program is the same, and so are the bits.
+
+Importing this module imports no jax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from xattn.attempt import Attempt
+from xattn.config import Config
+from xattn.device import ask_for_determinism, hush_libraries, keep_compiled_programs
+from xattn.errors import BadInput, ExitCode, XattnError, storage_error
+
+if TYPE_CHECKING:
+    from xattn.backend.dispatch import Choice
+    from xattn.training.checkpoint import Restored
+    from xattn.training.loop import Member
+    from xattn.training.programs import Programs, TrainState
+
+
+class Pack:
+    """Attempts at runs of one program, data and pace, one of them at least not finished.
+
+    names: of the runs' folders. stop: asked at each step; True saves and leaves.
+    """
+
+    def __init__(self, attempts: Sequence[Attempt], names: Sequence[str], stop: Callable[[], bool]):
+        self._attempts, self._names, self._stop = attempts, names, stop
+        self._open = [attempt for attempt in attempts if not attempt.is_finished]
+        self._config: Config = self._open[0].config
+
+    def carry_out(self) -> list[ExitCode]:
+        """Each run's exit code. What a person can mend is raised as :class:`XattnError`."""
+        try:
+            for attempt in self._open:
+                attempt.look()
+            self._train()
+        except XattnError as error:
+            for attempt in self._without_result():
+                attempt.refused(error)
+            raise
+        except Exception as error:  # the outermost rim around a run
+            self._note(traceback.format_exc())
+            if (full := storage_error(error, self._open[0].folder.path)) is not None:
+                for attempt in self._without_result():
+                    attempt.code = full.exit_code
+                raise full from error
+            for attempt in self._without_result():
+                attempt.failed(error)
+        finally:
+            with ThreadPoolExecutor(len(self._open)) as pool:  # each may take wandb's time
+                list(pool.map(Attempt.part_from_wandb, self._open))
+        return [attempt.code for attempt in self._attempts]
+
+    def _without_result(self) -> list[Attempt]:
+        return [attempt for attempt in self._open if not attempt.is_concluded]
+
+    def _note(self, text: str) -> None:
+        for attempt in self._without_result():
+            attempt.note(text)
+
+    def _train(self) -> None:
+        from xattn.training.loop import train
+        from xattn.training.memory import refuse_what_does_not_fit
+        from xattn.training.programs import programs
+        from xattn.training.sharding import layout_of
+
+        config = self._config
+        hush_libraries(self._note)
+        if config.trainer.deterministic:
+            ask_for_determinism()
+        keep_compiled_programs()
+        layout, choice = layout_of(config), _choose_attention(config)
+        for attempt in self._attempts:
+            attempt.read_data()
+        data = self._open[0].data  # of the others only the batches differ
+        for attempt in self._open:
+            attempt.begin(choice, layout, self._names if len(self._names) > 1 else None)
+        with contextlib.ExitStack() as resources:
+            for attempt in self._open:
+                resources.enter_context(attempt.working())
+            compiled, compiled_now = programs(
+                config, data.tokenizer.vocab_size, segments=data.has_segments, size=len(self._attempts)
+            )
+            refuse_what_does_not_fit(compiled.peak_memory_bytes, config)
+            members = self._members(compiled)
+            for attempt in self._open:
+                first = compiled_now and attempt is self._open[0]
+                attempt.describe(compiled, compile_seconds=compiled.compile_seconds if first else None)
+            bytes_per_token = data.bytes_per_token()
+            while any(member.active for member in members):
+                training = [attempt for attempt in self._open if attempt.is_training]
+                train(
+                    compiled,
+                    members,
+                    data.windows,
+                    config.trainer,
+                    bytes_per_token=bytes_per_token,
+                    stop=self._stop,
+                )
+                for attempt in training:
+                    if not attempt.is_training and not attempt.rolls_back():
+                        attempt.conclude(compiled)
+
+    def _members(self, compiled: Programs) -> list[Member]:
+        """All runs in their places, each as it was at the newest step that is whole in all."""
+        from xattn.training.loop import Member, Progress
+        from xattn.training.programs import ended, hyperparameters
+
+        fresh = [compiled.init(hyperparameters(attempt.config)) for attempt in self._attempts]
+        restored = dict(zip(self._open, self._newest_of_all(fresh[0]), strict=True))
+        return [
+            attempt.go_on_from(restored[attempt], state)
+            if attempt in restored
+            else Member(Progress(ended(state)), attempt.data.batch, active=False)
+            for attempt, state in zip(self._attempts, fresh, strict=True)
+        ]
+
+    def _newest_of_all(self, shapes: TrainState) -> list[Restored | None]:
+        """A checkpoint of each open run, of one step; None where they begin."""
+        at_most: int | None = None
+        while True:
+            restored = [attempt.restore(shapes, at_most) for attempt in self._open]
+            steps = {0 if found is None else found.step for found in restored}
+            if len(steps) == 1:
+                return restored
+            at_most = min(steps)
+
+
+def _choose_attention(config: Config) -> Choice:
+    """What the dispatch table says to the attention of one training batch."""
+    from xattn.backend import dispatch
+
+    model, backend = config.model, config.backend
+    call = dispatch.Call(
+        activation=backend.activation,
+        dtype=model.dtype,
+        batch=config.trainer.batch_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.kv_heads,
+        sequence=backend.context_length,
+        head_dim_qk=model.head_dim,
+        head_dim_v=model.head_dim,
+        window=backend.window,
+    )
+    try:
+        return dispatch.choose(call, backend.implementation)
+    except ValueError as error:
+        raise BadInput(f"backend.implementation: {error}") from error
