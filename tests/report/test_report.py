@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Callable
 
@@ -15,7 +16,9 @@ from xattn.report import compare, main
 from xattn.report.command import judge, texts, write
 from xattn.report.content import Findings
 from xattn.report.cost import loss_spikes, speeds_are_comparable
+from xattn.report.curves import curve_of
 from xattn.report.design import show
+from xattn.report.figures import learning_curves
 from xattn.report.read import read_run, read_study
 from xattn.report.tables import EFFECT_COLUMNS
 from xattn.report.words import signflip_note, verdict
@@ -57,7 +60,7 @@ def test_a_study_is_reported(write_study: Callable[..., Writer], capsys: pytest.
     folder = write_study().folder
     assert main([str(folder)]) == ExitCode.DONE
     names = {path.name for path in (folder / "report").iterdir()}
-    figures = {"effects", "tuning-learning_rate", "curves-steps", "curves-tokens", "curves-seconds"}
+    figures = {"effects", "tuning-learning_rate", "curves-steps", "curves-tokens", "curves-seconds", "stability"}
     assert names == FILES | {f"{name}.{suffix}" for name in figures for suffix in ("svg", "pdf")}
     said = capsys.readouterr().out
     assert "backend.activation: none is worse than softmax: val_loss +0.19" in said
@@ -99,7 +102,7 @@ def test_results_csv_has_a_row_a_run(write_study: Callable[..., Writer]) -> None
 def test_the_page_stands_alone(write_study: Callable[..., Writer]) -> None:
     folder = write(judged(write_study()))
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert not re.search(r"https?:|//[a-z]|<script|<link|<img|@import|url\((?!#)", page)
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
@@ -333,9 +336,61 @@ def test_speeds_stand_side_by_side_only_under_equal_circumstances(writer: Writer
     assert "tokens/s" in written(writer)["report.md"]
     writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={"packed_with": 4})
     page = written(writer)["report.md"]
-    assert "tokens/s" not in page
+    assert "| tokens/s |" not in page
     assert "Speeds are not set side by side" in page
     assert not (write(judged(writer)) / "curves-seconds.svg").exists()
+
+
+def test_speeds_of_one_program_that_differ_show_another_load(writer: Writer) -> None:
+    small(writer)
+    assert "| tokens/s |" in written(writer)["report.md"]
+    writer.run({"backend.activation": "sigmoid", "seed": 2}, 2.0, summary={"tokens_per_second": 30_000.0})
+    assert "so that the load was not equal" in written(writer)["report.md"]
+
+
+def test_a_figure_by_itself_is_read_on_white_and_on_black(writer: Writer) -> None:
+    """WCAG's contrast of every colour of text is at least 4 on both."""
+    folder = write(judged(small(writer)))
+    svg = (folder / "effects.svg").read_text()
+    assert "#010203" not in svg
+    colours = set(re.findall(r"fill: (#[0-9a-f]{6})", re.sub(r"<path[^>]*>|<use[^>]*>", "", svg)))
+    assert colours
+    for colour in colours:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert min(1.05 / (luminance + 0.05), (luminance + 0.05) / 0.05) > 4
+
+
+def test_figures_of_an_earlier_report_do_not_stay(writer: Writer) -> None:
+    folder = write(judged(small(writer)))
+    assert (folder / "curves-seconds.svg").exists()
+    (folder / "notes.svg").write_text("somebody's")
+    writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={"packed_with": 4})
+    write(judged(writer))
+    assert not (folder / "curves-seconds.svg").exists()
+    assert (folder / "notes.svg").exists()
+
+
+def test_a_curve_of_two_points_is_seen(writer: Writer) -> None:
+    for seed in range(2):
+        writer.run({"seed": seed}, 2.0, rows=2)
+    found = judged(writer)
+    curves = {cell: curve for cell, each in found.chosen.items() if (curve := curve_of(each))}
+    figure = learning_curves(found.design, curves, "steps")
+    assert figure is not None
+    low, high = figure.axes[0].get_ylim()
+    (curve,) = curves.values()
+    assert low < curve.mean.min() < curve.mean.max() < high
+
+
+def test_every_number_leads_back(writer: Writer) -> None:
+    small(writer)
+    writer.run({"seed": 2}, 2.0, name="ü 1", provenance={"command": "python train.py -m seed=2"})
+    files = written(writer)
+    assert "[softmax0](../softmax0/)" in files["report.md"]
+    assert '<a href="../%C3%BC%201/">ü 1</a>' in files["report.html"]
+    assert "| 1 | `python train.py -m seed=2` |" in files["report.md"]
 
 
 def test_loss_spikes_are_counted_and_noise_and_descent_are_not() -> None:
@@ -347,13 +402,37 @@ def test_loss_spikes_are_counted_and_noise_and_descent_are_not() -> None:
     assert loss_spikes(smooth[:10]) == 0
 
 
-def test_probes_and_attention_statistics_are_shown(writer: Writer) -> None:
+def test_attention_statistics_are_shown(writer: Writer) -> None:
+    """Means over heads and seeds, of logits the largest; and a map of the heads beside the page."""
     small(writer)
-    found = {"attention/0/0/max_logit": 10.0, "attention/1/0/max_logit": 30.0, "attention/0/0/entropy": 2.0}
-    writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={**found, "attention/1/0/entropy": 4.0})
+    assert "## Attention" not in written(writer)["report.md"]
+    for seed in range(2):
+        found = {"0/0/max_logit": 10.0, "1/0/max_logit": 30.0 + seed, "0/0/entropy": 2.0, "1/0/entropy": 4.0 + 2 * seed}
+        found |= {"0/0/distance_0": 0.5, "0/0/distance_1": 0.25, "0/0/distance_4": 0.125, "0/0/weight_sum": None}
+        summary = {f"attention/{key}": value for key, value in found.items()}
+        path = writer.run({"backend.activation": "none", "seed": seed}, 2.0, summary=summary)
+        rows = [{"step": step, "attention/0/0/entropy": 1.0, "attention/1/0/entropy": 2.0} for step in (5, 10)]
+        (path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     page = written(writer)["report.md"]
-    (row,) = re.findall(r"\| none \|.*\| 3 \| 30 \|", page)
-    assert row
+    assert "| none | – | 3.5 | 31 | – | – | – |" in page
+    assert "| arm | 0 | 1–3 | 4 and more |\n" in page
+    assert "| none | 0.500 | 0.250 | 0.125 |" in page
+    folder = write(judged(writer))
+    assert {"attention-heads.svg", "stability.svg"} < {path.name for path in folder.iterdir()}
+    assert list(read_run(path).curves["attention/entropy"]) == [1.5, 1.5]
+
+
+def test_in_context_measures_are_judged_too(writer: Writer) -> None:
+    for arm, accuracy in (("softmax", 0.9), ("none", 0.4)):
+        for seed in range(3):
+            keys = {"backend.activation": arm, "seed": seed}
+            writer.run(keys, 2.0 + seed / 10, summary={"probe/recall/accuracy": accuracy - seed * accuracy / 100})
+    files = written(writer)
+    assert "| recall/accuracy | activation softmax (baseline) | 0.8910 |" in files["report.md"]
+    assert "| recall/accuracy | activation none | 0.3960 | −0.4950 [" in files["report.md"]
+    loss, recall = rows_of(files["effects.csv"])
+    assert (loss["metric"], recall["metric"]) == ("val_loss", "probe/recall/accuracy")
+    assert float(recall["difference"]) == pytest.approx(-0.495)
 
 
 # ---- xattn compare ---------------------------------------------------------------------------------------------------

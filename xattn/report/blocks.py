@@ -23,12 +23,16 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """words: the columns that hold words. code: those that hold what a person types. All others hold numbers."""
+    """words: the columns that hold words. code: those that hold what a person types. All others hold numbers.
+
+    folders: the column that holds names of run folders, which become links to them.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[str] = ()
     code: Sequence[str] = ()
+    folders: str = ""
     note: str = ""
 
 

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -19,12 +20,20 @@ from xattn.report.cost import speeds_are_comparable
 from xattn.report.curves import curve_of
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import SEED, TUNED, find_design
-from xattn.report.read import REPORT, Study, read_study
+from xattn.report.measures import STATISTICS, heads_of, probes_of
+from xattn.report.read import ATTENTION_CURVES, REPORT, Study, read_study
 from xattn.report.render import to_html, to_markdown
 from xattn.report.selection import Selection, choose
 from xattn.report.statistics import interactions, main_effects
 from xattn.report.tables import effects_csv, results_csv, table_tex
 from xattn.report.words import verdict
+
+# The files of every figure that there can be.
+_FIGURES = [
+    f"{name}.{suffix}"
+    for name in ("effects", "tuning-*", "curves-*", "stability", "attention-heads")
+    for suffix in ("svg", "pdf")
+]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,12 +81,19 @@ def judge(study: Study, *, metric: str, selection: Selection, tuned: Sequence[st
     design = find_design(study, conf_defaults(), (*TUNED, *tuned))
     chosen = choose(design, metric, selection)
     effects = [effect for factor in design.factors for effect in main_effects(design, chosen, factor, metric)]
+    probes_chosen = {probe: choose(design, probe, selection) for probe in probes_of(study.runs) if probe != metric}
+    probes = {
+        probe: [effect for factor in design.factors for effect in main_effects(design, at_chosen, factor, probe)]
+        for probe, at_chosen in probes_chosen.items()
+    }
     return Findings(
         study=study,
         design=design,
         chosen=chosen,
         effects=effects,
         interactions=interactions(design, chosen, metric),
+        probes=probes,
+        probes_chosen=probes_chosen,
         odd=what_is_odd(study, design, chosen, effects, selection),
         metric=metric,
         selection=selection,
@@ -89,6 +105,8 @@ def write(found: Findings) -> Path:
     """Writes the report's files, each whole or not at all; returns their folder."""
     folder = found.study.folder / REPORT
     folder.mkdir(exist_ok=True)
+    for old in (path for pattern in _FIGURES for path in folder.glob(pattern)):
+        old.unlink()  # of a study that was another then: the page would not show it
     captions, svgs = {}, {}
     for name, figure, caption in _figures(found):
         svgs[name] = figures.save(figure, folder, name)
@@ -107,7 +125,7 @@ def texts(found: Findings, captions: Mapping[str, str], svgs: Mapping[str, str])
         "report.md": to_markdown(page),
         "table.tex": table_tex(found.design, found.effects, found.chosen, found.metric, found.command),
         "results.csv": results_csv(found.study.runs, varying, found.chosen, found.metric),
-        "effects.csv": effects_csv(found.effects),
+        "effects.csv": effects_csv([*found.effects, *chain.from_iterable(found.probes.values())]),
     }
 
 
@@ -130,3 +148,16 @@ def _figures(found: Findings) -> Iterator[tuple[str, Figure, str]]:
             of = {"seconds": " Seconds are of training alone, as logged."}.get(axis, "")
             caption = f"Loss against {axis}: mean over seeds and their range; the other arms in grey.{of}"
             yield f"curves-{axis}", figure, caption
+    watched = {
+        key: {cell: curve for cell, each in found.chosen.items() if (curve := curve_of(each, [key])) is not None}
+        for key in ("grad_norm", *ATTENTION_CURVES)
+    }
+    if (figure := figures.stability(found.design, watched)) is not None:
+        yield "stability", figure, "Means over seeds; of the largest logit, over the seeds' largest of all heads."
+    maps = {
+        name: {cell: each for cell, chosen in found.chosen.items() if (each := heads_of(chosen, key)) is not None}
+        for key, name in STATISTICS.items()
+        if key in ("effective_keys", "max_logit", "first_token", "output_norm")
+    }
+    if (figure := figures.heads(found.design, maps)) is not None:
+        yield "attention-heads", figure, "Each head at the end of training; one scale for each row of panels."

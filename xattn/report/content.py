@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Picture, Table
-from xattn.report.cost import Cost, cost_of, speeds_are_comparable
+from xattn.report.cost import SAME_LOAD, cost_of, speeds_are_comparable
 from xattn.report.design import Cell, Design, show
+from xattn.report.measures import attention_blocks, probe_blocks
 from xattn.report.read import Study
 from xattn.report.selection import CHOSEN_BY, Chosen, Selection, sensitivity, split
 from xattn.report.statistics import BOOTSTRAP_FROM, Effect
@@ -19,13 +21,15 @@ from xattn.report.words import difference, number, p_value, precision, signflip_
 
 @dataclass(frozen=True)
 class Findings:
-    """All that the page is made from."""
+    """All that the page is made from. probes: in-context measure → its effects; probes_chosen: and its values."""
 
     study: Study
     design: Design
     chosen: Mapping[Cell, Chosen]
     effects: Sequence[Effect]
     interactions: Sequence[Effect]
+    probes: Mapping[str, Sequence[Effect]]
+    probes_chosen: Mapping[str, Mapping[Cell, Chosen]]
     odd: Sequence[str]
     metric: str
     selection: Selection
@@ -40,7 +44,8 @@ def page_of(found: Findings, pictures: Mapping[str, str]) -> Page:
         *_effects(found, pictures),
         *_tuning(found, pictures),
         *_learning(pictures),
-        *_cost(found),
+        *_cost(found, pictures),
+        *_measured(found, pictures),
         *_oddities(found),
         *_runs(found),
     ]
@@ -181,14 +186,14 @@ def _learning(pictures: Mapping[str, str]) -> Iterator[Block]:
         yield from _picture(name, pictures)
 
 
-def _cost(found: Findings) -> Iterator[Block]:
+def _cost(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
     costs = {
         cell: cost_of(each, [run for runs in found.design.runs[cell].values() for run in runs.values()])
         for cell, each in found.chosen.items()
     }
     if not costs:
         return
-    yield Heading("Cost and stability")
+    yield Heading("Cost")
     side_by_side = speeds_are_comparable(found.chosen.values())
     label = found.design.label
     rows = [
@@ -204,28 +209,39 @@ def _cost(found: Findings) -> Iterator[Block]:
     ]
     speed = ["tokens/s"] if side_by_side else []
     note = (
-        "Speeds of training alone, on one kind and number of devices and one pack size; how busy the machine was is "
-        "not on record."
+        "Speeds of training alone, on one kind and number of devices and one pack size. How busy the machine was is "
+        f"not on record; but the runs of one arm agree within {SAME_LOAD - 1:.0%}."
         if side_by_side
         else "Speeds are not set side by side: the runs differ in device_kind, device_count, packed_with or, on CPUs, "
-        "the host. They stand in results.csv."
+        f"the host, or runs of one arm in speed by more than {SAME_LOAD - 1:.0%}, so that the load was not equal. They "
+        "stand in results.csv."
     )
     yield Table(["arm", *speed, "compile s", "peak MiB", "parameters", "GFLOP a step"], rows, words=["arm"], note=note)
-    extra = sorted({name for cost in costs.values() for name in cost.extra})
-    rows = [
-        [label(cell), *_stability(cost), *(number(cost.extra.get(name)) for name in extra)]
-        for cell, cost in costs.items()
-    ]
+    yield Heading("Training stability")
+    rows = []
+    for cell, cost in costs.items():
+        diverged = f"{len(found.chosen[cell].diverged)} of {len(found.chosen[cell].runs)}"
+        norms = [number(cost.grad_norm, ".3g"), number(cost.max_grad_norm, ".3g")]
+        rows.append([label(cell), diverged, number(cost.spikes, ".2g"), *norms])
     yield Table(
-        ["arm", "loss spikes a run", "median grad norm", "largest grad norm", *extra],
+        ["arm", "diverged", "loss spikes a run", "median grad norm", "largest grad norm"],
         rows,
         words=["arm"],
         note="A spike: a logged training loss more than 6 robust standard deviations above the median of 20 before.",
     )
+    yield from _picture("stability", pictures)
 
 
-def _stability(cost: Cost) -> list[str]:
-    return [number(cost.spikes, ".2g"), number(cost.grad_norm, ".3g"), number(cost.max_grad_norm, ".3g")]
+def _measured(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
+    attention = attention_blocks(found.design, found.chosen)
+    if attention:
+        yield Heading("Attention")
+        yield from attention
+        yield from _picture("attention-heads", pictures)
+    probes = probe_blocks(found.design, found.probes_chosen, found.probes)
+    if probes:
+        yield Heading("In-context measures")
+        yield from probes
 
 
 def _oddities(found: Findings) -> Iterator[Block]:
@@ -235,6 +251,9 @@ def _oddities(found: Findings) -> Iterator[Block]:
 
 def _runs(found: Findings) -> Iterator[Block]:
     yield Heading("Every run")
+    commands = Counter(str(run.provenance["command"]) for run in found.study.runs if run.provenance.get("command"))
+    if commands:
+        yield Table(["runs", "begun by"], [[str(n), command] for command, n in commands.items()], code=["begun by"])
     varying = [*(factor.key for factor in found.design.factors), *found.design.tuned, "seed"]
     rows = []
     for run in found.study.runs:
@@ -245,7 +264,7 @@ def _runs(found: Findings) -> Iterator[Block]:
         rows.append([run.name, values, run.status, result, commit + dirty, run.command])
     words = ["folder", "differs in"]
     columns = ["folder", "differs in", "status", found.metric, "commit", "command"]
-    yield Table(columns, rows, words=words, code=["command"], note=f"Folders are below {found.study.folder.name}/.")
+    yield Table(columns, rows, words=words, code=["command"], folders="folder")
     later = [
         [run.name, show(each.get("step")), str(each.get("overrides")), str(each.get("results"))]
         for run in found.study.runs
@@ -253,7 +272,7 @@ def _runs(found: Findings) -> Iterator[Block]:
     ]
     if later:
         yield Paragraph("Evaluated later (evaluations.jsonl):")
-        yield Table(["run", "step", "overrides", "results"], later, words=["run"], code=["overrides", "results"])
+        yield Table(["run", "step", "overrides", "results"], later, code=["overrides", "results"], folders="run")
     yield Paragraph(f"Made by: {found.command}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +12,15 @@ from xattn.report.selection import Chosen
 
 WINDOW = 20  # logged rows before a row, that a spike is judged by
 SPIKE = 6.0  # robust standard deviations
+SAME_LOAD = 1.25  # the fastest run of one program over the slowest
 
 
 @dataclass(frozen=True)
 class Cost:
     """Means over a cell's finished runs at its chosen setting; None where no run says it.
 
-    compile_seconds is of the cell's runs that
-    compiled. spikes: mean number of loss spikes a run. grad_norm, max_grad_norm:
-    the median over the logged steps, and the largest of all. extra: probes and attention statistics by summary key,
-    without layer and head: the largest for those named ``max…``, else the mean.
+    compile_seconds is of the cell's runs that compiled. spikes: mean number of loss spikes a run. grad_norm,
+    max_grad_norm: the median over the logged steps, and the largest of all.
     """
 
     tokens_per_second: float | None
@@ -32,7 +31,6 @@ class Cost:
     spikes: float | None
     grad_norm: float | None
     max_grad_norm: float | None
-    extra: Mapping[str, float]
 
 
 def cost_of(chosen: Chosen, compiled: Iterable[Run]) -> Cost:
@@ -49,7 +47,6 @@ def cost_of(chosen: Chosen, compiled: Iterable[Run]) -> Cost:
         spikes=_mean(float(loss_spikes(run.curves["train_loss"])) for run in runs if run.curves["train_loss"].size),
         grad_norm=_mean(float(np.median(norm)) for norm in norms),
         max_grad_norm=max((float(norm.max()) for norm in norms), default=None),
-        extra=_extra(runs),
     )
 
 
@@ -78,25 +75,17 @@ def circumstances(run: Run) -> tuple[object, ...]:
 
 
 def speeds_are_comparable(cells: Iterable[Chosen]) -> bool:
-    runs = [run for chosen in cells for run in chosen.runs.values() if run.status == "done"]
-    return len({circumstances(run) for run in runs}) <= 1
+    """Whether all runs were made under the same circumstances, and nothing says that the load was not the same.
+
+    How busy a machine was stands in no file. But the runs of a cell are one program, so their speeds should agree:
+    where the fastest is more than a quarter faster than the slowest, something else was running.
+    """
+    by_cell = [[run for run in chosen.runs.values() if run.status == "done"] for chosen in cells]
+    speeds = [[s for run in runs if (s := run.number("tokens_per_second"))] for runs in by_cell]
+    equal_load = all(max(of_cell) <= SAME_LOAD * min(of_cell) for of_cell in speeds if of_cell)
+    return equal_load and len({circumstances(run) for runs in by_cell for run in runs}) <= 1
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def _extra(runs: Sequence[Run]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for run in runs:
-        for key in run.summary:
-            value = run.number(key) if key.startswith(("probe/", "attention/")) else None
-            if value is not None:
-                kind, _, rest = key.partition("/")
-                name = key if kind == "probe" else f"attention/{rest.rpartition('/')[2]}"
-                found.setdefault(name, []).append(value)
-    return {
-        name: float(max(values) if name.rpartition("/")[2].startswith("max") else np.mean(values))
-        for name, values in sorted(found.items())
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -26,14 +26,14 @@ class Curve:
     high: np.ndarray
 
 
-def curve_of(chosen: Chosen) -> Curve | None:
-    """Of val_loss, or of train_loss where fewer than two evaluations were logged; None where that is too little too.
+def curve_of(chosen: Chosen, keys: Sequence[str] = ("val_loss", "train_loss")) -> Curve | None:
+    """Of the first of the keys of which at least two values were logged; None where none has as many.
 
     Of the runs that are done; where none is, of those that diverged, up to there.
     """
     done = [run for run in chosen.runs.values() if run.status == "done"]
     runs = done or [run for run in chosen.runs.values() if run.status == "diverged"]
-    for key in ("val_loss", "train_loss"):
+    for key in keys:
         points = [_points(run, key) for run in runs]
         points = [each for each in points if each[0].size > 1]
         if not points:

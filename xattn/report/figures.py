@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from xattn.report.curves import AXES, Curve
@@ -24,9 +25,12 @@ MARKERS = "osD^vP"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 PANELS = 12  # at most
 _COLUMNS = 3
-# In the page these become the page's own colours, so that a figure follows light and dark.
+_HEAT_MAPS = 6  # columns, at most
+# In the page these become the page's own colours, so that a figure follows light and dark. A file by itself has greys
+# that are read on white and on black: text at more than 4 : 1 on both. A PDF is for paper, and stays black.
 _INK, _GRID, _FAINT = "#010203", "#dcdddd", "#c3c4c4"
 _ON_PAGE = {_INK: "currentColor", _GRID: "var(--grid)", _FAINT: "var(--faint)"}
+_ANYWHERE = {_INK: "#777b80", _GRID: "#80808040", _FAINT: "#80808070"}
 _RC: Any = {
     "font.size": 9,
     "font.family": "sans-serif",
@@ -109,7 +113,7 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
     tops, bottoms = [], []
     for cell in xs:
         mean = curves[cell].mean
-        tops.append(mean[min(len(mean) - 1, max(1, len(mean) // 10))])
+        tops.append(mean[len(mean) // 10])  # the steep beginning would press all else flat
         bottoms.append(curves[cell].low.min())
     with mpl.rc_context(_RC):
         figure, panels = _grid(len(xs))
@@ -127,6 +131,60 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
         return figure
 
 
+def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Figure | None:
+    """What tells a run that is about to diverge, against steps: a panel for each measure, a line for each cell."""
+    curves = {name: of_cells for name, of_cells in curves.items() if of_cells}
+    if not curves:
+        return None
+    with mpl.rc_context(_RC):
+        figure, panels = _grid(len(curves), columns=2, sharey=False)
+        for axes, (name, of_cells) in zip(panels, curves.items(), strict=False):
+            for i, (cell, curve) in enumerate(list(of_cells.items())[:PANELS]):
+                arm, rest = (design.factors[0].arms.index(cell[0]), cell[1:]) if cell else (0, ())
+                groups = list(dict.fromkeys(other[1:] for other in of_cells))
+                dash = DASHES[(groups.index(rest) if len(groups) > 1 else i) % len(DASHES)]
+                colour = _style(arm)["color"]
+                axes.plot(curve.x["steps"], curve.mean, color=colour, linestyle=dash, label=design.label(cell))
+            low, high = (over([over(curve.mean) for curve in of_cells.values()]) for over in (min, max))
+            if 0 < 10 * low < high:
+                axes.set_yscale("log")
+            axes.set_title(name.rpartition("/")[2].replace("_", " "), loc="left")
+        _label(panels[: len(curves)], "steps", "", columns=2)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if len(curves) > 1 else 1
+        )
+        return figure
+
+
+def heads(design: Design, maps: Mapping[str, Mapping[Cell, np.ndarray]]) -> Figure | None:
+    """Layer × head, a row of panels for each statistic, on one scale, and a column for each cell."""
+    maps = {name: of_cells for name, of_cells in maps.items() if of_cells}
+    if not maps:
+        return None
+    cells = list(dict.fromkeys(cell for of_cells in maps.values() for cell in of_cells))[:_HEAT_MAPS]
+    with mpl.rc_context(_RC | {"axes.grid": False}):
+        figure = Figure(figsize=(1.4 + 1.3 * len(cells), 1.35 * len(maps) + 0.3), layout="constrained")
+        panels = figure.subplots(len(maps), len(cells), squeeze=False, sharex=True, sharey=True)
+        for axes, cell in zip(panels[0], cells, strict=True):
+            axes.set_title(design.label(cell).replace(", ", "\n"), fontsize=8)
+        for axes in panels[-1]:
+            axes.set_xlabel("head")
+        for row, (name, of_cells) in zip(panels, maps.items(), strict=True):
+            values = np.concatenate([of_cells[cell].ravel() for cell in cells if cell in of_cells])
+            low, high = np.nanmin(values), np.nanmax(values)
+            scale = LogNorm(low, high) if 0 < 20 * low < high else Normalize(low, high)
+            for axes, cell in zip(row, cells, strict=True):
+                if cell in of_cells:
+                    mesh = axes.pcolormesh(of_cells[cell], cmap="cividis", norm=scale, edgecolor="none")
+                    layers, count = of_cells[cell].shape
+                    axes.set_xticks(*_numbered(count))
+                    axes.set_yticks(*_numbered(layers))
+                    axes.set_ylim(layers, 0)
+            row[0].set_ylabel("layer")
+            figure.colorbar(mesh, ax=list(row), label=name, shrink=0.9)
+        return figure
+
+
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Writes name.svg and name.pdf; returns the SVG for the page: its elements alone, in the page's colours."""
     with mpl.rc_context(_RC):
@@ -136,7 +194,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
         for suffix in ("svg", "pdf"):
             temporary = folder / f"{name}.{suffix}.tmp"
             if suffix == "svg":
-                temporary.write_text(text.getvalue(), "utf-8")
+                temporary.write_text(_coloured(text.getvalue(), _ANYWHERE), "utf-8")
             else:
                 figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
             temporary.replace(folder / f"{name}.{suffix}")
@@ -150,7 +208,11 @@ def _for_the_page(svg: str, name: str) -> str:
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
     svg = svg.replace("xlink:href=", "href=")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for ours, theirs in _ON_PAGE.items():
+    return _coloured(svg, _ON_PAGE)
+
+
+def _coloured(svg: str, colours: Mapping[str, str]) -> str:
+    for ours, theirs in colours.items():
         svg = svg.replace(ours, theirs)
     return svg
 
@@ -181,20 +243,26 @@ def _style(arm: int) -> dict[str, Any]:
     return {"color": COLOURS[arm % len(COLOURS)], "marker": MARKERS[arm % len(MARKERS)]}
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(_COLUMNS, count)
+def _numbered(count: int) -> tuple[np.ndarray, list[str]]:
+    """Ticks in the middle of the squares of a heat map, at most eight."""
+    shown = np.unique(np.linspace(0, count - 1, min(count, 8)).round().astype(int))
+    return shown + 0.5, [str(i) for i in shown]
+
+
+def _grid(count: int, columns: int = _COLUMNS, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, count)
     rows = -(-count // columns)
     width = 4.5 if columns == 1 else 9
     figure = Figure(figsize=(width, 2.5 * rows + 0.3), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey).flat)
     for axes in panels[count:]:
         axes.set_visible(False)
     return figure, panels
 
 
-def _label(panels: Sequence[Axes], x: str, y: str) -> None:
+def _label(panels: Sequence[Axes], x: str, y: str, columns: int = _COLUMNS) -> None:
     """At the lowest panel of each column, and at the first of each row."""
-    columns = min(_COLUMNS, len(panels))
+    columns = min(columns, len(panels))
     for axes in panels[-columns:]:
         axes.set_xlabel(x)
         axes.tick_params(labelbottom=True)

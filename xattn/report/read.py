@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,13 @@ from xattn.errors import BadInput
 
 REPORT = "report"
 EVALUATIONS = "evaluations.jsonl"
-CURVES = ("step", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
+# Of a row's attention statistics, over layers and heads: the largest logit, the mean of the others.
+ATTENTION_CURVES: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "attention/max_logit": max,
+    "attention/entropy": fmean,
+    "attention/output_norm": fmean,
+}
+CURVES = ("step", "train_loss", "val_loss", "grad_norm", "tokens_per_second", *ATTENTION_CURVES)
 _Loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 Values = Mapping[str, Any]
@@ -196,7 +203,7 @@ def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _curves(path: Path, problems: list[str]) -> dict[str, np.ndarray]:
-    rows = [row for row in _rows(path, problems) if finite(row.get("step")) is not None]
+    rows = [_with_attention(row) for row in _rows(path, problems) if finite(row.get("step")) is not None]
     columns: dict[str, np.ndarray] = {}
     for key in CURVES:
         values = [row.get(key) for row in rows]
@@ -205,3 +212,16 @@ def _curves(path: Path, problems: list[str]) -> dict[str, np.ndarray]:
         except (TypeError, ValueError):
             columns[key] = np.array([np.nan if finite(value) is None else value for value in values], dtype=float)
     return columns
+
+
+def _with_attention(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, and what :data:`ATTENTION_CURVES` makes of its ``attention/<layer>/<head>/<statistic>``."""
+    if "attention/0/0/entropy" not in row:
+        return row
+    of_heads = [key for key in row if key.startswith("attention/")]
+    for name, over in ATTENTION_CURVES.items():
+        ending = name[len("attention") :]
+        values = [value for key in of_heads if key.endswith(ending) and (value := finite(row[key])) is not None]
+        if values:
+            row[name] = over(values)
+    return row

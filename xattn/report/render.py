@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Picture, Table
 
@@ -43,13 +44,16 @@ def _html(block: Block, svgs: Mapping[str, str]) -> str:
 
 
 def _html_table(table: Table) -> str:
-    kinds = [' class="words"' if column in (*table.words, *table.code) else "" for column in table.columns]
+    wordy = (*table.words, *table.code, table.folders)
+    kinds = [' class="words"' if column in wordy else "" for column in table.columns]
     head = "".join(f"<th{kind}>{escape(column)}</th>" for column, kind in zip(table.columns, kinds, strict=True))
     rows = []
     for row in table.rows:
         cells = []
         for column, kind, text in zip(table.columns, kinds, row, strict=True):
             inner = f"<code>{escape(text)}</code>" if column in table.code else escape(text)
+            if column == table.folders:
+                inner = f'<a href="../{quote(text)}/">{inner}</a>'
             cells.append(f"<td{kind}>{inner}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f'\n<p class="note">{escape(table.note)}</p>' if table.note else ""
@@ -75,10 +79,16 @@ def _markdown_table(table: Table) -> str:
     def line(cells: list[str]) -> str:
         return f"| {' | '.join(cells)} |"
 
-    rules = [":--" if column in (*table.words, *table.code) else "--:" for column in table.columns]
+    rules = [":--" if column in (*table.words, *table.code, table.folders) else "--:" for column in table.columns]
     rows = []
     for row in table.rows:
         cells = [text.replace("|", "\\|") for text in row]
-        rows.append(line([f"`{c}`" if n in table.code and c else c for n, c in zip(table.columns, cells, strict=True)]))
+        rows.append(line([_markdown_cell(table, name, cell) for name, cell in zip(table.columns, cells, strict=True)]))
     text = "\n".join([line(list(table.columns)), line(rules), *rows])
     return f"{text}\n\n{table.note}" if table.note else text
+
+
+def _markdown_cell(table: Table, column: str, text: str) -> str:
+    if column == table.folders:
+        return f"[{text}](../{quote(text)}/)"
+    return f"`{text}`" if column in table.code and text else text

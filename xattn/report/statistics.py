@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,7 @@ def _adjusted(effects: Sequence[Effect]) -> list[Effect]:
     return [replace(effect, p_holm=p) for effect, p in zip(effects, adjusted, strict=True)]
 
 
+@lru_cache
 def _detectable_in_spreads(seeds: int) -> float:
     """The effect in units of s at which a two-sided paired t test at level 0.05 has power 0.8."""
     size = float(TTestPower().solve_power(nobs=seeds, alpha=1 - LEVEL, power=POWER))

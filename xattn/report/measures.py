@@ -1,0 +1,136 @@
+"""What the runs measured beside their loss: attention statistics, and in-context measures (probes)."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from xattn.report.blocks import Block, Paragraph, Table
+from xattn.report.design import Cell, Design, show
+from xattn.report.read import Run
+from xattn.report.selection import Chosen
+from xattn.report.statistics import Effect
+from xattn.report.tables import arm_mean
+from xattn.report.words import difference, number, p_value, precision
+
+# Statistic → its column; the mass at each distance has a table of its own.
+STATISTICS = {
+    "effective_keys": "effective keys",
+    "entropy": "entropy",
+    "max_logit": "largest logit",
+    "first_token": "first token",
+    "weight_sum": "sum of |weights|",
+    "output_norm": "output norm",
+}
+_MEANING = (
+    "Means over the heads, layers and seeds, at the end of training, of rows of one fixed set of windows; of the "
+    "largest logit the largest. Shares are of magnitudes, |weight| ÷ the row's sum of |weights|, so that the three "
+    "activations can be set side by side: under softmax they are the weights; under sigmoid a row may attend to little "
+    "in all, and under none weights have signs and any size, and the sum of |weights| says how much. Entropy: of the "
+    "shares, in nats. Effective keys: its exponential, row by row. First token: the share of the window's first. "
+    "Largest logit: before sigmoid's bias; under none it is the largest weight. Output norm: of each head's output, "
+    "before the projection."
+)
+
+
+def probes_of(runs: Sequence[Run]) -> list[str]:
+    """The in-context measures that some run that is done has."""
+    done = [run for run in runs if run.status == "done"]
+    return sorted(
+        {key for run in done for key in run.summary if key.startswith("probe/") and run.number(key) is not None}
+    )
+
+
+def heads_of(chosen: Chosen, statistic: str) -> np.ndarray | None:
+    """(layers, heads): the mean over the cell's runs, for a largest value the largest; None where no run has it."""
+    maps = []
+    for run in chosen.runs.values():
+        found = {}
+        for key in run.summary:
+            if place := re.fullmatch(rf"attention/(\d+)/(\d+)/{statistic}", key):
+                found[int(place[1]), int(place[2])] = run.number(key)
+        if found:
+            layers, heads = (1 + max(place[i] for place in found) for i in (0, 1))
+            value = {place: np.nan if x is None else x for place, x in found.items()}
+            maps.append(np.array([[value.get((i, j), np.nan) for j in range(heads)] for i in range(layers)]))
+    maps = [each for each in maps if each.shape == maps[0].shape and not np.isnan(each).all()]
+    if not maps:
+        return None
+    return np.nanmax(maps, axis=0) if statistic.startswith("max") else np.nanmean(maps, axis=0)
+
+
+def attention_blocks(design: Design, chosen: Mapping[Cell, Chosen]) -> list[Block]:
+    """Two tables: the statistics, and the mass at each distance; nothing where no run has any."""
+    rows, masses = [], []
+    distances = _distances(chosen)
+    for cell, each in chosen.items():
+        found = {name: heads_of(each, name) for name in (*STATISTICS, *distances)}
+        if any(heads is not None for heads in found.values()):
+            rows.append([design.label(cell), *(number(_over_heads(name, found[name])) for name in STATISTICS)])
+            masses.append([design.label(cell), *(number(_over_heads(d, found[d]), ".3f") for d in distances)])
+    if not rows:
+        return []
+    ranges = [_range(d, after) for d, after in itertools.zip_longest(distances, distances[1:])]
+    statistics = Table(["arm", *STATISTICS.values()], rows, words=["arm"], note=_MEANING)
+    if not distances:
+        return [statistics]
+    return [
+        statistics,
+        Table(
+            ["arm", *ranges],
+            masses,
+            words=["arm"],
+            note="Share of a row by distance, in tokens, of the key from the query. Maps of single heads are in "
+            "each run's artifacts/attention_maps.png.",
+        ),
+    ]
+
+
+def probe_blocks(
+    design: Design, at_chosen: Mapping[str, Mapping[Cell, Chosen]], effects: Mapping[str, Sequence[Effect]]
+) -> list[Block]:
+    """A table of every measure's mean and difference in each arm; nothing where no run has any."""
+    rows = []
+    for metric, of_metric in effects.items():
+        for i, factor in enumerate(design.factors):
+            for arm in factor.arms:
+                found = [e for e in of_metric if (e.factor, e.arm) == (factor.key, arm)]
+                mean = number(arm_mean(design, at_chosen[metric], i, arm), precision(metric))
+                name = f"{factor.name} {show(arm)}"
+                if found:
+                    (effect,) = found
+                    seeds = str(effect.paired.seeds)
+                    rows.append([metric[6:], name, mean, difference(effect), p_value(effect.p_holm), seeds])
+                else:
+                    rows.append([metric[6:], f"{name} (baseline)", mean, "", "", ""])
+    if not rows:
+        return []
+    columns = ["measure", "arm", "mean", "difference [95 % interval]", "Holm p", "seeds"]
+    return [
+        Paragraph("Validation loss can hide a loss of retrieval. At the settings that were chosen by the loss:"),
+        Table(columns, rows, words=["measure", "arm"], note="Holm: over the arms of one factor in one measure."),
+    ]
+
+
+def _over_heads(statistic: str, heads: np.ndarray | None) -> float | None:
+    if heads is None:
+        return None
+    return float(np.nanmax(heads) if statistic.startswith("max") else np.nanmean(heads))
+
+
+def _distances(chosen: Mapping[Cell, Chosen]) -> list[str]:
+    keys = {key.rpartition("/")[2] for each in chosen.values() for run in each.runs.values() for key in run.summary}
+    return sorted(
+        (key for key in keys if re.fullmatch(r"distance_\d+", key)), key=lambda key: int(key.partition("_")[2])
+    )
+
+
+def _range(key: str, after: str | None) -> str:
+    low = int(key.partition("_")[2])
+    if after is None:
+        return f"{low} and more"
+    high = int(after.partition("_")[2]) - 1
+    return str(low) if low == high else f"{low}–{high}"
