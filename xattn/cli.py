@@ -15,7 +15,7 @@ _COMMANDS = {
     "bench train": ("xattn.bench.train", "speed, utilisation and memory of training steps; nanoGPT beside them"),
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
     "report": ("xattn.report", "judge a study and write its report"),
-    "compare": ("xattn.report.compare", "set runs side by side"),
+    "compare": ("xattn.compare", "set runs side by side"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
 }
 

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from xattn.errors import BadInput, ExitCode
-from xattn.report import compare, main
+from xattn.report import main
 from xattn.report.command import judge, texts, write
 from xattn.report.content import Findings
 from xattn.report.cost import loss_spikes, speeds_are_comparable
@@ -433,22 +432,3 @@ def test_in_context_measures_are_judged_too(writer: Writer) -> None:
     loss, recall = rows_of(files["effects.csv"])
     assert (loss["metric"], recall["metric"]) == ("val_loss", "probe/recall/accuracy")
     assert float(recall["difference"]) == pytest.approx(-0.495)
-
-
-# ---- xattn compare ---------------------------------------------------------------------------------------------------
-
-
-def test_runs_are_compared_on_the_screen(writer: Writer, capsys: pytest.CaptureFixture[str]) -> None:
-    small(writer)
-    runs = [read_run(writer.folder / name) for name in ("softmax0", "sigmoid0")]
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(compare.comparison(runs))
-    lines = [line.split() for line in capture.get().splitlines()]
-    assert ["backend.activation", "softmax", "sigmoid"] in lines
-    assert ["val_loss", "2.0000", "2.1000"] in lines
-    assert ["−", "the", "first's", "+0.1000"] in lines
-    assert not any("seed" in line for line in lines)
-    assert compare.main([str(run.folder) for run in runs]) == ExitCode.DONE
-    with pytest.raises(BadInput, match="not a run folder"):
-        compare.main([str(writer.folder)])

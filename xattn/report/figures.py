@@ -150,9 +150,10 @@ def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Fig
                 axes.set_yscale("log")
             axes.set_title(name.rpartition("/")[2].replace("_", " "), loc="left")
         _label(panels[: len(curves)], "steps", "", columns=2)
-        figure.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if len(curves) > 1 else 1
-        )
+        entries = panels[0].get_legend_handles_labels()
+        columns = 3 if len(curves) > 1 else 1
+        figure.legend(*entries, loc="outside lower center", ncols=columns)
+        figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(entries[1]) // columns))
         return figure
 
 
@@ -166,7 +167,7 @@ def heads(design: Design, maps: Mapping[str, Mapping[Cell, np.ndarray]]) -> Figu
         figure = Figure(figsize=(1.4 + 1.3 * len(cells), 1.35 * len(maps) + 0.3), layout="constrained")
         panels = figure.subplots(len(maps), len(cells), squeeze=False, sharex=True, sharey=True)
         for axes, cell in zip(panels[0], cells, strict=True):
-            axes.set_title(design.label(cell).replace(", ", "\n"), fontsize=8)
+            axes.set_title(design.label(cell).replace(", ", "\n"), fontsize=6.5)
         for axes in panels[-1]:
             axes.set_xlabel("head")
         for row, (name, of_cells) in zip(panels, maps.items(), strict=True):

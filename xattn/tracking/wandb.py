@@ -10,12 +10,12 @@ import netrc
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from xattn.errors import BadInput
+from xattn.errors import BadInput, XattnError
 from xattn.run_folder import write_atomically
 from xattn.tracking.config import WandbConfig
 from xattn.tracking.tracker import Row
@@ -130,3 +130,39 @@ class WandbMirror:
                 run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         run.summary.update(self._summary)
         run.finish(exit_code=self._exit_code)
+
+
+def log_table(
+    config: WandbConfig,
+    *,
+    mode: Literal["online", "offline"],
+    group: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    folder: Path,
+) -> None:
+    """Logs one table, ``comparison``, as a wandb run of its own whose files are below ``folder``.
+
+    Raises :class:`XattnError` where wandb does: here it is what was asked for, and no mirror of anything.
+    """
+    import wandb
+
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=_INIT_SECONDS, disable_git=True, x_disable_stats=True
+    )
+    try:
+        run = wandb.init(
+            settings=settings,
+            reinit="create_new",
+            project=config.project,
+            entity=config.entity,
+            mode=mode,
+            name="compare",
+            job_type="compare",
+            group=group,
+            dir=str(folder),
+        )
+        run.log({"comparison": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+        run.finish()
+    except wandb.Error as error:
+        raise XattnError(f"wandb: {error}") from error

@@ -1,0 +1,53 @@
+"""``xattn compare``: runs side by side, on the screen and in wandb's offline files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xattn import compare
+from xattn.config import compose, save
+from xattn.errors import BadInput, ExitCode
+from xattn.report.compare import comparison
+from xattn.report.read import read_run
+
+from .folders import Writer
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    writer = Writer(tmp_path / "outputs" / "study")
+    return [writer.run({"backend.activation": a, "seed": 0}, x, name=a) for a, x in (("softmax", 2.0), ("none", 2.1))]
+
+
+def test_what_differs_and_what_was_measured_is_set_side_by_side(runs: list[Path]) -> None:
+    columns, rows = comparison([read_run(run) for run in runs])
+    assert columns == ["", "softmax", "none"]
+    assert rows[:4] == [
+        ["backend.activation", "softmax", "none"],
+        ["status", "done", "done"],
+        ["val_loss", "2.0000", "2.1000"],
+        ["  − the first's", "", "+0.1000"],
+    ]
+    assert not any("seed" in row[0] for row in rows)
+
+
+def test_it_is_printed(runs: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert compare.main([str(run) for run in runs]) == ExitCode.DONE
+    assert ["val_loss", "2.0000", "2.1000"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    with pytest.raises(BadInput, match="not a run folder"):
+        compare.main([str(tmp_path)])
+
+
+def test_wandb_gets_the_same_table(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    (runs[0] / "config.yaml").write_text(save(compose(["tracking.wandb.mode=auto"])))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert compare.main([*(str(run) for run in runs), "--wandb"]) == ExitCode.DONE
+    (file,) = runs[0].parent.glob("report/wandb/offline-run-*/files/media/table/comparison*.json")
+    columns, rows = comparison([read_run(run) for run in runs])
+    assert json.loads(file.read_text()) | {"columns": columns, "data": rows} == json.loads(file.read_text())
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(BadInput, match="disabled"):
+        compare.main([str(runs[0]), "--wandb"])

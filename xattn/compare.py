@@ -1,0 +1,52 @@
+"""``xattn compare RUN RUN…``: a quick look at runs side by side, on the screen, and as a table of wandb's."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from xattn import run_folder
+from xattn.errors import BadInput, ExitCode
+from xattn.report.compare import comparison
+from xattn.report.read import REPORT, read_run
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="xattn compare", description="Set runs side by side.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--wandb", action="store_true", help="log the same table to the wandb project of the first run")
+    asked = parser.parse_args(argv)
+    columns, rows = comparison([read_run(folder) for folder in asked.runs])
+    Console(highlight=False).print(_on_screen(columns, rows))
+    if asked.wandb:
+        _to_wandb(asked.runs[0], columns, rows)
+    return ExitCode.DONE
+
+
+def _on_screen(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(columns[0])
+    for name in columns[1:]:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _to_wandb(first: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """In the mode that the first run's config and WANDB_MODE say; offline, it is kept below its study's report/."""
+    import xattn.config
+    from xattn.tracking.wandb import log_table, resolve_mode
+
+    config = xattn.config.load(first / run_folder.CONFIG)
+    mode = resolve_mode(config.tracking.wandb)
+    if mode == "disabled":
+        raise BadInput(f"--wandb: tracking.wandb.mode of {first}, or WANDB_MODE, is disabled")
+    folder = first.absolute().parent / REPORT
+    folder.mkdir(exist_ok=True)
+    log_table(config.tracking.wandb, mode=mode, group=config.study, columns=columns, rows=rows, folder=folder)
+    print(f"wandb: logged as a table ({mode})")
