@@ -40,7 +40,7 @@ class AttentionStudy(NamedTuple):
 Study = Callable[[Any, ModelHyperparameters, Windows], AttentionStudy]
 
 
-def attention_study(model: LanguageModel) -> Study:
+def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
     """(params, hyperparameters, windows) → the study of every layer and head, in float32.
 
     With A, P and out as in :func:`xattn.backend.api.attention` and p the shares, over evenly spaced rows t of all
@@ -54,6 +54,8 @@ def attention_study(model: LanguageModel) -> Study:
     - ``first_token``: mean of p_t0, the share of the window's first token.
     - ``distance_<d>``: mean of Σ p_ts over d ≤ t − s < d', with d = 0, 1, 4, 16, … and d' the next of them.
     - ``output_norm``: mean of ‖out_t‖₂, before the output projection.
+
+    out_shardings: where the results lie, of parameters on several devices: a sharding that every host can read.
     """
 
     def study(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStudy:
@@ -89,7 +91,7 @@ def attention_study(model: LanguageModel) -> Study:
 
         return jax.lax.map(of_layer, (q, k, v, bias))
 
-    return jax.jit(study)
+    return jax.jit(study, out_shardings=out_shardings)
 
 
 def study_windows(windows: Sequence[Windows]) -> Windows:

@@ -184,7 +184,7 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
     score = layout.score(score_windows(model))
-    return _OneRun(model, layout.init(init, shapes), score, attention_study(model), step, shapes)
+    return _OneRun(model, layout.init(init, shapes), score, attention_study(model, layout.results()), step, shapes)
 
 
 @lru_cache(maxsize=8)

@@ -115,6 +115,10 @@ class Layout:
             return compiled
         return lambda state, batch: compiled(state, _place(batch, self.rows()))
 
+    def results(self) -> NamedSharding | None:
+        """Where a program's results lie that every host reads; None on one device."""
+        return None if self.mesh is None else self.whole()
+
     def score(self, score: Any) -> Any:
         """A program of (params, hyperparameters, batch on the host) with one result, the same on each device."""
         if self.mesh is None:
