@@ -29,6 +29,7 @@ from xattn.tracking.wandb import WandbMirror, resolve_mode
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Choice
+    from xattn.evaluation.probes import Probe
     from xattn.training.checkpoint import Checkpoints, Restored
     from xattn.training.loop import Member, Progress
     from xattn.training.programs import Programs, TrainState
@@ -70,6 +71,7 @@ class Attempt:
         self._summary: dict[str, Any] = {"step": 0, "committed_step": None} | dict(before) | {"status": "running"}
         self._mirror: WandbMirror | None = None
         self.data: RunData
+        self._probes: list[Probe]
         self._metrics: MetricsFile
         self._checkpoints: Checkpoints
         self._member: Member
@@ -88,7 +90,10 @@ class Attempt:
         with self._as_recorded():
             find_files(self.config.data)
 
-    def read_data(self) -> None:
+    def read_data(self, layout: Layout) -> None:
+        """The data, and the probes that are made from it."""
+        from xattn.evaluation.probes import make_probes
+
         config = self.config
         with self._as_recorded():
             self.data = load_data(
@@ -97,6 +102,14 @@ class Attempt:
                 batch_size=config.trainer.batch_size,
                 windows=config.evaluation.windows,
                 seed=config.seed,
+            )
+            self._probes = make_probes(
+                config.evaluation.probes,
+                data=config.data,
+                run_data=self.data,
+                backend=config.backend,
+                batch_size=config.trainer.batch_size,
+                rows=layout.sizes["data"] * layout.sizes["fsdp"],
             )
 
     @contextlib.contextmanager
@@ -220,7 +233,7 @@ class Attempt:
         trackers: list[Tracker] = [self._metrics, self.display, *self._job.watch]
         if self._mirror is not None:
             trackers.append(self._mirror)
-        self._member = Member(progress, self.data.batch, self._checkpoints, trackers, self._job.prune)
+        self._member = Member(progress, self.data.batch, self._checkpoints, trackers, self._job.prune, self._probes)
         return self._member
 
     def describe(self, compiled: Programs, *, compile_seconds: float | None) -> None:

@@ -81,7 +81,7 @@ class Pack:
         keep_compiled_programs()
         layout, choice = layout_of(config), _choose_attention(config)
         for attempt in self._attempts:
-            attempt.read_data()
+            attempt.read_data(layout)
         data = self._open[0].data  # of the others only the batches differ
         for attempt in self._open:
             attempt.begin(choice, layout, self._names if len(self._names) > 1 else None)

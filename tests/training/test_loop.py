@@ -13,7 +13,10 @@ import pytest
 
 from xattn.config import compose
 from xattn.data.batches import TrainingBatches, evaluation_windows
+from xattn.data.run_data import RunData
+from xattn.data.tokenizer import ByteTokenizer
 from xattn.evaluation.loss import held_out_loss
+from xattn.evaluation.probes import make_probes
 from xattn.training.checkpoint import Checkpoints
 from xattn.training.loop import Member, Progress, train
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs
@@ -54,12 +57,17 @@ def fresh(compiled: Programs) -> Progress:
 
 
 def run(
-    compiled: Programs, progress: Progress, folder: Path, stop: Callable[[], bool] = lambda: False, **trainer: Any
+    compiled: Programs,
+    progress: Progress,
+    folder: Path,
+    stop: Callable[[], bool] = lambda: False,
+    probes: Any = (),
+    **trainer: Any,
 ) -> Rows:
     rows = Rows()
     config = CONFIG.trainer.model_copy(update=trainer)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        member = Member(progress, BATCHES, checkpoints, [rows])
+        member = Member(progress, BATCHES, checkpoints, [rows], probes=probes)
         train(compiled, [member], WINDOWS, config, bytes_per_token=1.0, stop=stop)
         assert not member.active
     return rows
@@ -172,6 +180,26 @@ def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_bits(compiled: Prog
         whole.state.params, whole.state.opt_state
     )
     assert second.best_val_loss == whole.best_val_loss
+
+
+def test_probes_are_in_the_rows_and_change_no_bit(compiled: Programs, tmp_path: Path) -> None:
+    """Every evaluation's row has them, and the last values are kept; state and losses are those of a run without."""
+    plain, probed = fresh(compiled), fresh(compiled)
+    rows = run(compiled, plain, tmp_path / "plain")
+    data = RunData(BATCHES, WINDOWS, ByteTokenizer(), "", "")
+    names = ("in_context", "induction")
+    probes = make_probes(names, data=CONFIG.data, run_data=data, backend=CONFIG.backend, batch_size=4)
+    probed_rows = run(compiled, probed, tmp_path / "probed", probes=probes)
+    added = [{key: value for key, value in row.items() if key.startswith("probe/")} for row in probed_rows]
+    for row, probed_row, more in zip(rows, probed_rows, added, strict=True):
+        assert {"probe/in_context/score", "probe/induction/accuracy"} <= set(more) or "val_loss" not in row
+        same = {key: value for key, value in probed_row.items() if key not in more}
+        assert same | {"tokens_per_second": 0} == dict(row) | {"tokens_per_second": 0}
+    assert added[-1] == probed.measured
+    assert added[1] != added[-1]
+    assert state_sha256(plain.state.params, plain.state.opt_state) == state_sha256(
+        probed.state.params, probed.state.opt_state
+    )
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

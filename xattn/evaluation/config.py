@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from xattn.section import Section
+
+ProbeName = Literal["in_context", "extrapolation", "induction", "mqar", "copying", "selective_copying", "passkey"]
 
 
 class EvaluationConfig(Section):
@@ -14,6 +16,15 @@ class EvaluationConfig(Section):
 
     windows: how many windows of context_length tokens of the validation text are scored, spread evenly over it and
         the same at every evaluation of every run; ``all`` scores every token but the first.
+    probes: what is measured beside the loss (xattn/evaluation/probes.py). ``in_context``: loss late in a window minus
+        loss early in it. ``extrapolation``: loss to 8 · context_length. The others are the synthetic tasks of that
+        name, in the run's own vocabulary. A run on a task (``data=mqar``) measures that task anyway.
     """
 
     windows: PositiveInt | Literal["all"]
+    probes: tuple[ProbeName, ...] = Field(strict=False)
+
+    @field_validator("probes")
+    @classmethod
+    def _each_once(cls, probes: tuple[ProbeName, ...]) -> tuple[ProbeName, ...]:
+        return tuple(sorted(set(probes)))

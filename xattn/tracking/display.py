@@ -77,6 +77,9 @@ class Display:
             self._progress.update(self._task, completed=step, description=f"{loss}  {speed}")
         if row.get("val_loss") is not None:
             words.append(loss_text(row["val_loss"], row["val_bpb"]))
+        for key, value in row.items():
+            if key.startswith("probe/") and key.endswith("/accuracy") and value is not None:
+                words.append(f"{key.split('/')[1]} {value:.1%} right")
         if len(words) == 1:  # neither of the two: it is for the files
             return
         line = "  ".join(words)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from xattn.data.batches import Batches, Windows
 from xattn.evaluation.attention import statistics_row, study_windows
 from xattn.evaluation.loss import held_out_loss
+from xattn.evaluation.probes import Probe, run_probes
 from xattn.run_folder import finite_or_none
 from xattn.tracking.tracker import Row, Tracker
 from xattn.training.checkpoint import Checkpoints
@@ -103,6 +104,7 @@ class Member:
     checkpoints: Checkpoints | None = None
     trackers: Sequence[Tracker] = ()
     prune: Callable[[Row], bool] = lambda row: False
+    probes: Sequence[Probe] = ()
     active: bool = True
 
 
@@ -167,8 +169,10 @@ def train(
     waited_at = active[0].progress.step
     pace = _Pace(config)
 
-    def measure(progress: Progress, due: _Due) -> dict[str, Any]:
-        row = _evaluate(programs, progress, windows, bytes_per_token) if due.evaluates else {}
+    def measure(member: Member, due: _Due) -> dict[str, Any]:
+        progress, row = member.progress, {}
+        if due.evaluates:
+            row = _evaluate(programs, progress, windows, bytes_per_token) | _probe(programs, progress, member.probes)
         return row | (_study(programs, progress, windows) if due.studies else {})
 
     state = programs.stack([member.progress.state for member in members])
@@ -220,14 +224,14 @@ def _log(
     member: Member,
     figures: dict[str, Any],
     due: _Due,
-    measure: Callable[[Progress, _Due], dict[str, Any]],
+    measure: Callable[[Member, _Due], dict[str, Any]],
     *,
     last: bool,
 ) -> bool:
     """Measures and logs what is due; whether the step is worth a checkpoint for it."""
     progress = member.progress
     row: dict[str, Any] = {"step": progress.step} | (figures if due.logs else {})
-    row |= measure(progress, due)
+    row |= measure(member, due)
     if due.logs or due.evaluates or due.studies:
         for tracker in member.trackers:
             tracker.log(row)
@@ -259,6 +263,13 @@ def _evaluate(
     finite = [x for x in (progress.val_loss, progress.best_val_loss) if x is not None]
     progress.best_val_loss = min(finite, default=None)
     return loss._asdict()
+
+
+def _probe(programs: Programs, progress: Progress, probes: Sequence[Probe]) -> dict[str, float | None]:
+    state = progress.state
+    found = run_probes(programs.places, state.params, state.hyperparameters.model, probes)
+    progress.measured |= {name: finite_or_none(value) for name, value in found.items()}
+    return {name: progress.measured[name] for name in found}
 
 
 def _study(programs: Programs, progress: Progress, windows: Sequence[Windows]) -> dict[str, float | None]:

@@ -23,6 +23,7 @@ from xattn.config import Config, shaping
 from xattn.data.batches import Windows
 from xattn.evaluation.attention import Study, attention_study
 from xattn.evaluation.loss import ScoreWindows, score_windows
+from xattn.evaluation.probes import PlacesOf, places_of
 from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token
 from xattn.training.gradients import loss_and_gradient
 from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
@@ -80,8 +81,8 @@ def hyperparameters(config: Config) -> Hyperparameters:
 class Programs(NamedTuple):
     """What runs call on the device.
 
-    model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. score, study: of evaluation.
-    These are of one run, also in a pack.
+    model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. score, study,
+    places: of evaluation. These are of one run, also in a pack.
     size: of the pack, n runs. step: (TrainState, Windows) → (TrainState, StepMetrics), for n > 1 with an axis n in
     front of every array; the state it is given is used up. stack: n TrainStates → the step's. take: (the step's
     TrainState, i) → that of run i.
@@ -94,6 +95,7 @@ class Programs(NamedTuple):
     init: Any
     score: ScoreWindows
     study: Study
+    places: PlacesOf
     size: int
     step: Any
     stack: Callable[[Sequence[TrainState]], TrainState]
@@ -130,6 +132,7 @@ class _OneRun(NamedTuple):
     init: Any
     score: ScoreWindows
     study: Study
+    places: PlacesOf
     step: Callable[[TrainState, Windows], tuple[TrainState, StepMetrics]]
     shapes: TrainState
 
@@ -183,8 +186,9 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
         return new, StepMetrics(loss, grad_norm, optax.tree.norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
-    score = layout.score(score_windows(model))
-    return _OneRun(model, layout.init(init, shapes), score, attention_study(model, layout.results()), step, shapes)
+    score, places = layout.score(score_windows(model)), layout.score(places_of(model))
+    study = attention_study(model, layout.results())
+    return _OneRun(model, layout.init(init, shapes), score, study, places, step, shapes)
 
 
 @lru_cache(maxsize=8)
@@ -210,6 +214,7 @@ def _compile(config: Config, vocab_size: int, segments: bool, layout: Layout, si
         init=one.init,
         score=one.score,
         study=one.study,
+        places=one.places,
         size=size,
         step=layout.step(compiled),
         stack=_stack if size > 1 else lambda states: states[0],

@@ -1,0 +1,223 @@
+"""Probes: what a model can do with its context, which the mean loss does not show.
+
+Each is a set of sequences, and a few numbers made from the model's loss and hits at every place of them. They read the
+parameters and draw nothing from the run's generators: a run with probes ends with the same bits as one without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from xattn.backend.config import BackendConfig
+from xattn.data.batches import Windows, in_batches
+from xattn.data.config import DataConfig
+from xattn.data.run_data import RunData, load_data
+from xattn.data.task_config import (
+    CopyingConfig,
+    InductionConfig,
+    MQARConfig,
+    PasskeyConfig,
+    SelectiveCopyingConfig,
+    TaskConfig,
+)
+from xattn.data.tasks import check, evaluation_examples, measures
+from xattn.errors import BadInput
+from xattn.evaluation.config import ProbeName
+from xattn.model.transformer import LanguageModel, ModelHyperparameters, next_token_losses
+
+SEQUENCES = 64  # of a task that is a probe
+LONGEST = 8  # times context_length, for extrapolation
+LONG_SEQUENCES = 8
+
+
+class Places(NamedTuple):
+    """losses: −log p of each target, (n, S), in nats. correct: whether it is the likeliest token, bool (n, S)."""
+
+    losses: np.ndarray
+    correct: np.ndarray
+
+
+PlacesOf = Callable[[Any, ModelHyperparameters, Windows], Any]
+Measure = Callable[[Places], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """windows: batches of one shape. measure: from the places of all their rows, those that only fill up included, to
+    named numbers. sigmoid_bias: takes the place of the run's own; None leaves it."""
+
+    name: str
+    windows: Sequence[Windows]
+    measure: Measure
+    sigmoid_bias: float | None = None
+
+
+def places_of(model: LanguageModel) -> PlacesOf:
+    """(params, hyperparameters, windows) → :class:`Places` of the windows, on the device."""
+
+    def places(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> Any:
+        logits: Any = model.apply(
+            {"params": params}, windows.tokens[:, :-1], hyperparameters, segment_ids=windows.segment_ids
+        )
+        targets = jnp.asarray(windows.tokens[:, 1:])
+        return next_token_losses(logits, targets), logits.argmax(-1) == targets
+
+    return jax.jit(places)
+
+
+def run_probes(
+    places_of: PlacesOf, params: Any, hyperparameters: ModelHyperparameters, probes: Sequence[Probe]
+) -> dict[str, float]:
+    """``probe/<name>/<measure>`` → number, of all the probes."""
+    found: dict[str, float] = {}
+    for probe in probes:
+        hyper = hyperparameters
+        if probe.sigmoid_bias is not None:
+            hyper = hyper._replace(sigmoid_bias=jnp.float32(probe.sigmoid_bias))
+        batches = [places_of(params, hyper, windows) for windows in probe.windows]
+        losses, correct = (np.concatenate([_fetched(batch[i]) for batch in batches]) for i in range(2))
+        measured = probe.measure(Places(losses.astype(np.float64), correct))
+        found |= {f"probe/{probe.name}/{name}": value for name, value in measured.items()}
+    return found
+
+
+def make_probes(
+    names: Sequence[ProbeName],
+    *,
+    data: DataConfig,
+    run_data: RunData,
+    backend: BackendConfig,
+    batch_size: int,
+    rows: int = 1,
+) -> list[Probe]:
+    """The probes of those names, and for a run on a task that task itself.
+
+    rows: how many of the longest sequences are scored at a time.
+
+    Raises :class:`BadInput` for one that the run's vocabulary, context_length or text leaves no room for.
+    """
+    length = backend.context_length
+    probes: list[Probe] = []
+    own = data if isinstance(data, TaskConfig) else None
+    if own is not None:
+        probes.append(
+            _task_probe(own, length, batch_size, sum(int((w.weights.sum(1) > 0).sum()) for w in run_data.windows))
+        )
+    for name in names:
+        if name == "in_context":
+            probes.append(Probe(name, run_data.windows, _in_context(run_data.windows)))
+        elif name == "extrapolation":
+            probes += _extrapolation(data, backend, rows)
+        elif own is None or name != own.name:
+            task = _of_vocabulary(name, run_data.tokenizer.vocab_size, length)
+            try:
+                check(task, length)
+            except BadInput as error:
+                raise BadInput(f"evaluation.probes: {name} does not fit this run: {error}") from error
+            probes.append(_task_probe(task, length, batch_size, SEQUENCES))
+    return probes
+
+
+def _of_vocabulary(name: str, vocab_size: int, length: int) -> TaskConfig:
+    """The task as a probe, in the model's own vocabulary."""
+    if vocab_size < 8:
+        raise BadInput(f"evaluation.probes: {name} needs a vocabulary of 8 tokens, and this run's has {vocab_size}")
+    match name:
+        case "mqar":
+            return MQARConfig(
+                name="mqar", vocab_size=vocab_size, num_pairs=max(1, min(8, length // 4, vocab_size // 2 - 1))
+            )
+        case "induction":
+            return InductionConfig(name="induction", vocab_size=vocab_size)
+        case "copying":
+            return CopyingConfig(name="copying", vocab_size=vocab_size)
+        case "selective_copying":
+            return SelectiveCopyingConfig(
+                name="selective_copying", vocab_size=vocab_size, num_tokens=max(1, min(16, length // 2))
+            )
+        case _:
+            return PasskeyConfig(name="passkey", vocab_size=vocab_size, key_length=max(1, min(5, length // 2 - 1)))
+
+
+def _task_probe(config: TaskConfig, length: int, batch_size: int, number: int) -> Probe:
+    made = evaluation_examples(config, context_length=length, number=number)
+    windows = in_batches(made.tokens, made.windows.weights, batch_size)
+    distance = made.distance
+    return Probe(
+        config.name, windows, lambda places: measures(distance, places.losses[:number], places.correct[:number])
+    )
+
+
+def _in_context(windows: Sequence[Windows]) -> Measure:
+    """Loss late in a window minus loss early in it (Olsson et al., arXiv 2209.11895: token 500 minus token 50 of 512).
+
+    early: the mean over the places from S/16 to S/8; late: over the last S/8. score = late − early: the more negative,
+    the more is learned from what stands before.
+    """
+    weights = np.concatenate([w.weights for w in windows])
+    length = weights.shape[1]
+
+    def measure(places: Places) -> dict[str, float]:
+        early = _mean(places.losses, weights, length // 16, max(length // 8, length // 16 + 1))
+        late = _mean(places.losses, weights, length - max(length // 8, 1), length)
+        return {"score": late - early, "early_loss": early, "late_loss": late}
+
+    return measure
+
+
+def _extrapolation(data: DataConfig, backend: BackendConfig, rows: int) -> list[Probe]:
+    """Loss of places beyond the length of training, to 8 · context_length, on windows of held-out text that long.
+
+    loss_to_<x>: the mean over the places from x/2 to x, for x = 1, 2, 4, 8 times context_length. Sigmoid's n stays
+    context_length there. Under ``sigmoid_bias=auto`` the same places are scored once more by windows of x tokens with
+    the n of their own length, bias −log x: loss_to_<x>_n_<x>.
+    """
+    length = backend.context_length
+    longest = LONGEST * length
+    try:
+        # What is said of evaluation.windows="all" is not meant: these are a few long windows.
+        windows = load_data(data, context_length=longest, batch_size=rows, windows=LONG_SEQUENCES, seed=0).windows
+    except BadInput as error:
+        raise BadInput(f"evaluation.probes: extrapolation scores windows of {longest} tokens: {error}") from error
+
+    def measure(window: int, first: int, suffix: str) -> Measure:
+        weights = np.concatenate([w.weights[:, :window] for w in windows])
+
+        def measured(places: Places) -> dict[str, float]:
+            ends = [end for end in (length, 2 * length, 4 * length, 8 * length) if first <= end <= window]
+            return {f"loss_to_{end}{suffix}": _mean(places.losses, weights, end // 2, end) for end in ends}
+
+        return measured
+
+    probes = [Probe("extrapolation", windows, measure(longest, 0, ""))]
+    if backend.activation == "sigmoid" and backend.sigmoid_bias == "auto":
+        for window in (2 * length, 4 * length, 8 * length):
+            cut = [_cut(w, window) for w in windows]
+            probes.append(Probe("extrapolation", cut, measure(window, window, f"_n_{window}"), -math.log(window)))
+    return probes
+
+
+def _cut(windows: Windows, length: int) -> Windows:
+    segment_ids = None if windows.segment_ids is None else windows.segment_ids[:, :length]
+    return Windows(windows.tokens[:, : length + 1], windows.weights[:, :length], segment_ids)
+
+
+def _mean(losses: np.ndarray, weights: np.ndarray, start: int, end: int) -> float:
+    """Over the places from start to end that count; NaN where none does."""
+    part = weights[:, start:end].astype(np.float64)
+    return float((losses[:, start:end] * part).sum() / part.sum()) if part.any() else math.nan
+
+
+def _fetched(array: Any) -> np.ndarray:
+    """All rows on this host, also where other hosts computed some of them."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
