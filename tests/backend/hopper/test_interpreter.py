@@ -58,9 +58,17 @@ def arrays(dtype: str, width: int, heads: int, kv_heads: int) -> list[jax.Array]
     ("sigmoid", "causal", "dtype", "width", "kv_heads", "tuning"),
     [
         (True, True, "bfloat16", 64, 1, Tuning(keys=64, keys_dq=64)),
-        (False, True, "float16", 128, 2, Tuning.of("float16")),
+        (False, True, "float16", 128, 2, Tuning(exponential="polynomial4")),
         pytest.param(True, False, "float16", 128, 1, Tuning(stages=1, take_turns=False), marks=pytest.mark.slow),
-        pytest.param(True, True, "bfloat16", 128, 2, Tuning(queries_dkv=128, stages=3), marks=pytest.mark.slow),
+        pytest.param(
+            True,
+            True,
+            "bfloat16",
+            128,
+            2,
+            Tuning(exponential="polynomial3", queries_dkv=128, stages=3),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

@@ -25,20 +25,15 @@ BLOCK = ROWS * COMPUTE
 class Tuning:
     """Numbers that change the time and the rounding, not the meaning."""
 
-    exponential: Exponential = "polynomial3"
+    exponential: Exponential = "hardware"
     """Form of 2^x (xattn/backend/hopper/tile.py)."""
-    keys: Literal[64, 128] = 128
-    """Keys of a tile in the forward."""
-    keys_dq: Literal[64, 128] = 128
+    keys: int = 128
+    """Keys of a tile in the forward; 64 or 128, as the two below."""
+    keys_dq: int = 128
     """Keys of a tile in the kernel of q's gradient."""
-    queries_dkv: Literal[64, 128] = 64
+    queries_dkv: int = 64
     """Queries of a tile in the kernel of k's and v's gradients."""
     stages: int = 2
     """Tiles of each streamed array that shared memory holds, at least 1."""
     take_turns: bool = True
     """Whether the forward's compute warpgroups take turns: one multiplies while the other computes weights."""
-
-    @classmethod
-    def of(cls, dtype: str) -> Tuning:
-        """The numbers for bfloat16 or float16; the finer one takes the finer polynomial."""
-        return cls(exponential="polynomial4" if dtype == "float16" else "polynomial3")

@@ -1,0 +1,158 @@
+"""What the Hopper kernels are made of: places in the grid, tiles in shared memory, products, the ring that is streamed.
+
+A block is three warpgroups. Each of two keeps ROWS rows of its own; the third streams tiles of the other side through a
+ring in shared memory, by the copy engine (TMA), ahead of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS
+
+F32 = jnp.float32
+WGMMA = plgpu.Layout.WGMMA
+
+# setmaxnreg, as in JAX's own attention for this chip: 2 · 232 + 40 registers a thread of each, of 512.
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
+
+
+def launch(body: Callable[..., None], *, grid: tuple[int, int, int], out: Any, scratch: list[Any]) -> Any:
+    """The kernel as a function of arrays; the grid is (heads, blocks of rows, batch)."""
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("heads", "rows", "batch"),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        # ex2.approx and rsqrt.approx: off by about 2 units in the last place of float32.
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a warpgroup stands in the grid."""
+
+    batch: Any
+    head: Any
+    warpgroup: Any
+    first: Any
+    """First row of the block."""
+
+    @classmethod
+    def here(cls, length: int, *, last_first: bool) -> Block:
+        """``last_first`` starts the blocks of the last rows first: under a causal mask they have the most to do."""
+        index = lax.axis_index("rows")
+        index = length // BLOCK - 1 - index if last_first else index
+        return cls(lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("warpgroup"), index * BLOCK)
+
+    @property
+    def my_first(self) -> Any:
+        """First of the rows that this compute warpgroup keeps."""
+        return self.first + self.warpgroup * ROWS
+
+    @property
+    def my_rows(self) -> tuple[Any, ...]:
+        """Their index in an array (B, heads, S, …)."""
+        return self.batch, self.head, pl.ds(self.my_first, ROWS)
+
+
+def multiply(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> jax.Array:
+    """a · b of two references to shared memory, in float32; ``meanwhile`` runs while the tensor core works."""
+
+    def run(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, a, b)
+        if meanwhile is not None:
+            meanwhile()
+        return accumulator[...]
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), F32))
+
+
+def multiply_add(total: jax.Array, a: jax.Array, b: Any) -> jax.Array:
+    """total + a · b, float32; a is in registers, b a reference to shared memory.
+
+    The GPU interpreter can't do this one (jax 0.12): its tests put a plain product here.
+    """
+    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
+
+
+def zeros(rows: int, width: int) -> jax.Array:
+    """In the registers of a warpgroup, as an accumulator is."""
+    return plgpu.layout_cast(jnp.zeros((rows, width), F32), WGMMA)
+
+
+def _tiles(like: jax.Array, count: int, rows: int) -> Any:
+    """``count`` tiles (rows, D) in the layout that wgmma and the copy engine share: rows of 128 bytes, swizzled."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((count, rows, like.shape[-1]), like.dtype, transforms=transforms)
+
+
+def kept_tiles(like: jax.Array, arrays: int) -> Any:
+    """Room, and barriers, for what the compute warpgroups keep: ``arrays`` tiles each."""
+    return tuple((_tiles(like, COMPUTE, ROWS), plgpu.Barrier(num_barriers=COMPUTE)) for _ in range(arrays))
+
+
+def load(sources: list[Any], kept: Any, warpgroup: Any) -> list[Any]:
+    """Copies this warpgroup's own tiles in and returns them once they are there."""
+    for source, (tiles, ready) in zip(sources, kept, strict=True):
+        plgpu.copy_gmem_to_smem(source, tiles.at[warpgroup], ready.at[warpgroup])
+    for _, ready in kept:
+        plgpu.barrier_wait(ready.at[warpgroup])
+    return [tiles.at[warpgroup] for tiles, _ in kept]
+
+
+def store(results: list[tuple[jax.Array, Any, Any]]) -> None:
+    """Each of (array, room in shared memory, destination), rounded to the room's dtype."""
+    for array, room, _ in results:
+        room[...] = array.astype(room.dtype)
+    plgpu.commit_smem()
+    for _, room, destination in results:
+        plgpu.copy_smem_to_gmem(room, destination, commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0)
+
+
+def ring_of(like: jax.Array, rows: int, stages: int) -> Any:
+    """Two arrays' tiles, ``stages`` of each, with a barrier a tile that it is ready and one that it is free again."""
+    return (
+        (_tiles(like, stages, rows),) * 2,
+        (plgpu.Barrier(num_barriers=stages),) * 2,
+        (plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),) * 2,
+    )
+
+
+def slot(ring: Any, step: Any) -> Any:
+    """The ring at a step: (tiles, ready, free), two of each."""
+    return tuple(tuple(x.at[lax.rem(step, _stages(ring))] for x in part) for part in ring)
+
+
+def _stages(ring: Any) -> Any:
+    return jnp.int32(ring[0][0].shape[0])
+
+
+def stream(ring: Any, steps: Any, source: Callable[[Any], list[Any]]) -> None:
+    """The memory warpgroup: every step's tiles into the ring, each as soon as its slot is free."""
+    plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+
+    def fill(step: Any, _: None, wait: bool) -> None:
+        for reference, tiles, ready, free in zip(source(step), *slot(ring, step), strict=True):
+            if wait:
+                plgpu.barrier_wait(free)
+            plgpu.copy_gmem_to_smem(reference, tiles, ready)
+
+    at_once = jnp.minimum(_stages(ring), steps)
+    lax.fori_loop(0, at_once, partial(fill, wait=False), None)
+    lax.fori_loop(at_once, steps, partial(fill, wait=True), None)

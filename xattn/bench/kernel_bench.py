@@ -1,0 +1,83 @@
+"""What the stages of ``xattn bench kernels`` share: the record, a border around what may fail, what is measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from xattn.backend.hopper.tuning import Tuning
+
+PASSES = ("forward", "forward+backward")
+
+Function = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(q, k, v, bias) → out: (B, NH, S, D) of (B, NH, S, D) three times and (NH,)."""
+
+
+class Bench:
+    """Options, the screen, and the record."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.console = Console()
+        self.record: dict[str, Any] = {
+            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+            "jax": jax.__version__,
+            "failures": {},
+        }
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """One configuration. Whatever a compiler, a library or the device says about it, the others go on."""
+        try:
+            yield
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            self.record["failures"][what] = f"{type(error).__name__}: {lines[0][:300]}"
+            self.console.print(
+                f"failed: {what}: {type(error).__name__}: {lines[0][:300]}", markup=False, soft_wrap=True
+            )
+
+    def table(self, title: str, *columns: str) -> Table:
+        table = Table(*columns, title=title, title_justify="left")
+        for column in table.columns:
+            column.no_wrap = True
+        return table
+
+    def save(self) -> Path:
+        self.options.output.mkdir(parents=True, exist_ok=True)
+        path: Path = self.options.output / "kernels.json"
+        path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+        return path
+
+
+def kernel(activation: str, tuning: Tuning, *, causal: bool = True) -> Function:
+    """The kernels by themselves: q and k are taken as rotated."""
+    from xattn.backend.hopper.fused import fused
+    from xattn.backend.hopper.kernels import Meaning
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+        meaning = Meaning(sigmoid=activation == "sigmoid", causal=causal)
+        return fused(q, k, v, jnp.broadcast_to(bias, q.shape[:2]), meaning, tuning)
+
+    return run
+
+
+def program(function: Function, passes: str) -> Callable[..., Any]:
+    """(q, k, v, bias, g) → out, or (out, gradients of all four)."""
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, g: jax.Array) -> Any:
+        if passes == "forward":
+            return function(q, k, v, bias)
+        out, vjp = jax.vjp(function, q, k, v, bias)
+        return out, vjp(g)
+
+    return run

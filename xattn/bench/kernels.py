@@ -1,0 +1,126 @@
+"""``xattn bench kernels``: are the Hopper kernels right, how fast are they, which tuning is best? One command, one GPU.
+
+In this order: every configuration is compiled (registers and spills as the assembler reports them); errors against
+float64 (xattn/bench/kernel_accuracy.py); times beside cuDNN's softmax, XLA's S×S form and this package's others, and
+the tunings (xattn/bench/kernel_times.py). What fails is reported with its error, and the rest goes on.
+``kernels.json`` holds all that the tables show.
+
+``--stages compile`` needs no GPU, only the extra ``cuda`` and NVIDIA's ``ptxas``: it compiles for an H100 that isn't
+there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+
+from xattn.backend import dispatch
+from xattn.backend.hopper import WIDTHS
+from xattn.backend.hopper.tuning import Tuning
+from xattn.bench import kernel_accuracy, ptxas
+from xattn.bench.kernel_bench import PASSES, Bench, kernel, program
+from xattn.bench.kernel_times import sweep_stage, time_stage
+
+STAGES = ("compile", "accuracy", "time", "sweep")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, or 1 if anything failed or missed its accuracy. A missed bar of speed is a result, not an error."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    on_hopper = dispatch.platform() == "cuda" and dispatch.compute_capability() == "9.0"
+    if not on_hopper and options.stages != ["compile"]:
+        parser.error("needs a CUDA device of compute capability 9.0 (H100, H200); --stages compile needs none")
+    bench = Bench(options)
+    if on_hopper:
+        bench.record["device"] = jax.local_devices()[0].device_kind
+    accurate = True
+    if "compile" in options.stages:
+        compile_stage(bench, on_hopper)
+    bench.save()
+    if "accuracy" in options.stages:
+        accurate = accuracy_stage(bench)
+        bench.save()
+    if "time" in options.stages:
+        time_stage(bench)
+        bench.save()
+    if "sweep" in options.stages:
+        sweep_stage(bench)
+    bench.console.print(f"written: {bench.save()}", highlight=False, soft_wrap=True)
+    return 0 if accurate and not bench.record["failures"] else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xattn bench kernels", description="The Hopper kernels: right, fast, tuned?")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--activations", nargs="+", choices=("sigmoid", "none"), default=["sigmoid", "none"])
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16", "float16"])
+    parser.add_argument("--widths", nargs="+", type=int, choices=WIDTHS, default=list(WIDTHS))
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="S", default=[1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--accuracy-lengths", nargs="+", type=int, metavar="S", default=[128, 1000, 4096, 32768])
+    parser.add_argument("--sweep-length", type=int, metavar="S", default=4096)
+    parser.add_argument("--tokens", type=int, default=32768, help="B · S of what is timed")
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=15, help="timed turns of each subject")
+    parser.add_argument("--memory-limit", type=float, default=40.0, metavar="GB", help="larger programs are not timed")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    return parser
+
+
+def _cases(options: argparse.Namespace) -> list[tuple[str, bool, str, int]]:
+    """(activation, causal, dtype, D)."""
+    return list(itertools.product(options.activations, (True, False), options.dtypes, options.widths))
+
+
+def _named(activation: str, causal: bool, dtype: str, width: int) -> str:
+    return f"{activation}, {'causal' if causal else 'full'}, {dtype}, D {width}"
+
+
+def compile_stage(bench: Bench, on_hopper: bool) -> None:
+    """Each configuration to machine code: registers a thread, bytes spilled in and out, warnings."""
+    table = bench.table("compiled for sm_90a", "kernel", "registers", "spilled", "warnings")
+    bench.record["compiled"] = []
+    with bench.attempt("a device to compile for"), tempfile.TemporaryDirectory(prefix="xattn-kernels-") as scratch:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0] if on_hopper else ptxas.absent_h100())
+        for activation, causal, dtype, width in _cases(bench.options):
+            case = _named(activation, causal, dtype, width)
+            with bench.attempt(f"compiling {case}"):
+                x = jax.ShapeDtypeStruct((1, 4, 512, width), dtype, sharding=sharding)
+                k = jax.ShapeDtypeStruct((1, 2, 512, width), dtype, sharding=sharding)
+                bias = jax.ShapeDtypeStruct((4,), "float32", sharding=sharding)
+                function = program(kernel(activation, Tuning(), causal=causal), PASSES[1])
+                table.add_row(case)
+                for report in ptxas.compile_and_report(function, (x, k, k, bias, x), Path(scratch)):
+                    bench.record["compiled"].append(asdict(report) | {"case": case})
+                    spilled = f"{report.spill_stores} + {report.spill_loads}"
+                    table.add_row(f"  {report.kernel}", str(report.registers), spilled, "; ".join(report.warnings))
+    bench.console.print(table)
+
+
+def accuracy_stage(bench: Bench) -> bool:
+    """Errors against float64; whether every one could be measured and is at most 1.2 times the floor."""
+    table = bench.table("error over the dtype's own", "case", "S", *kernel_accuracy.RESULTS, "")
+    found = []
+    cases = list(itertools.product(_cases(bench.options), bench.options.accuracy_lengths))
+    for (activation, causal, dtype, width), length in cases:
+        case = _named(activation, causal, dtype, width)
+        with bench.attempt(f"accuracy of {case}, S {length}"):
+            function = kernel(activation, Tuning(), causal=causal)
+            accuracy = kernel_accuracy.measure(function, activation, dtype, width, length, causal=causal)
+            found.append(accuracy)
+            cells = [f"{accuracy.ratios[name]:.2f}" for name in kernel_accuracy.RESULTS]
+            table.add_row(case, str(length), *cells, "" if accuracy.holds else "MISSED")
+    bench.record["accuracy"] = [asdict(a) | {"ratios": a.ratios, "holds": a.holds} for a in found]
+    bench.console.print(table)
+    return len(found) == len(cases) and all(accuracy.holds for accuracy in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
