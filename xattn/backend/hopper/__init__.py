@@ -12,7 +12,7 @@ WIDTHS = (64, 128)
 """Head widths that the kernels are written for."""
 
 
-def hopper(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning = Tuning()) -> jax.Array:
+def hopper(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning | None = None) -> jax.Array:
     """:func:`xattn.backend.reference.reference` for causal sigmoid and ``none`` in bfloat16 or float16, DHQK = DHV in
     64, 128, on a Hopper GPU (compute capability 9.0).
 
@@ -29,4 +29,4 @@ def hopper(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning
     q, k = prepare(q, k, spec)
     bias = jnp.zeros(q.shape[1], jnp.float32) if spec.bias is None else spec.bias
     meaning = Meaning(sigmoid=spec.activation == "sigmoid", causal=True)
-    return fused(q, k, v, jnp.broadcast_to(bias, q.shape[:2]), meaning, tuning)
+    return fused(q, k, v, jnp.broadcast_to(bias, q.shape[:2]), meaning, tuning or Tuning())
