@@ -496,7 +496,7 @@ def test_a_loaded_run_reproduces_the_loss_of_its_summary(finished: Finished, loa
     assert loaded.summary == finished.summary
     corpus = load_corpus(loaded.config.data, 16)
     nats = count = 0.0
-    for windows in evaluation_windows(corpus.validation, context_length=16, batch_size=8, windows=8):
+    for windows in evaluation_windows(corpus.parts[0].validation, context_length=16, batch_size=8, windows=8):
         logits = loaded.model.apply({"params": loaded.params}, windows.tokens[:, :-1], loaded.hyperparameters)
         assert logits.shape == (8, 16, 256)
         log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)

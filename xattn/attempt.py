@@ -17,7 +17,9 @@ import xattn.config
 from xattn import run_folder
 from xattn.config import Config
 from xattn.data.baselines import gzip_bits_per_byte, unigram_bits_per_byte
-from xattn.data.corpus import find_files
+from xattn.data.batches import Batches
+from xattn.data.corpus import check
+from xattn.data.prefetch import Prefetch
 from xattn.data.run_data import RunData, load_data
 from xattn.data.tokenizer import Tokenizer
 from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError
@@ -72,6 +74,7 @@ class Attempt:
         self._mirror: WandbMirror | None = None
         self.data: RunData
         self._probes: list[Probe]
+        self._batch: Batches
         self._metrics: MetricsFile
         self._checkpoints: Checkpoints
         self._member: Member
@@ -88,10 +91,13 @@ class Attempt:
             )
         resolve_mode(self.config.tracking.wandb)
         with self._as_recorded():
-            find_files(self.config.data)
+            check(self.config.data)
 
-    def read_data(self, layout: Layout) -> None:
-        """The data, and the probes that are made from it."""
+    def read_data(self, layout: Layout, stop: Callable[[], bool]) -> None:
+        """The data, and the probes that are made from it.
+
+        stop: asked while the corpus is tokenised; True leaves with :class:`Preempted`.
+        """
         from xattn.evaluation.probes import make_probes
 
         config = self.config
@@ -102,6 +108,8 @@ class Attempt:
                 batch_size=config.trainer.batch_size,
                 windows=config.evaluation.windows,
                 seed=config.seed,
+                say=self.display.say,
+                stop=stop,
             )
             self._probes = make_probes(
                 config.evaluation.probes,
@@ -157,13 +165,17 @@ class Attempt:
             run_folder.write_atomically(folder / run_folder.CONFIG, xattn.config.save(self.config))
             overrides = xattn.config.save_overrides(self._job.overrides)
             run_folder.write_atomically(folder / run_folder.OVERRIDES, overrides)
+            if self.data.tokenizer_json is not None:
+                run_folder.write_atomically(folder / run_folder.TOKENIZER, self.data.tokenizer_json)
             origin = here
         else:
             if before["data_sha256"] != data_sha256:
                 raise IntegrityError(
-                    f"the training data are not those that this run began with (sha256 {data_sha256[:12]}…, then "
-                    f"{before['data_sha256'][:12]}…); bring them back, or begin anew with resume=never"
+                    f"the training data, or their tokenizer, are not those that this run began with (sha256 "
+                    f"{data_sha256[:12]}…, then {before['data_sha256'][:12]}…); bring them back, or begin anew with "
+                    "resume=never"
                 )
+            self.data.check_tokenizer(folder.path)
             origin = before
             if changed := changes(before, here):
                 self.display.warn(f"warning: changed since this run began: {', '.join(changed)}")
@@ -233,7 +245,7 @@ class Attempt:
         trackers: list[Tracker] = [self._metrics, self.display, *self._job.watch]
         if self._mirror is not None:
             trackers.append(self._mirror)
-        self._member = Member(progress, self.data.batch, self._checkpoints, trackers, self._job.prune, self._probes)
+        self._member = Member(progress, self._batch, self._checkpoints, trackers, self._job.prune, self._probes)
         return self._member
 
     def describe(self, compiled: Programs, *, compile_seconds: float | None) -> None:
@@ -259,7 +271,7 @@ class Attempt:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Shows the progress; in the end the last save is done, or raises what went wrong with it."""
-        with self.display, self._checkpoints:
+        with self.display, self._checkpoints, Prefetch(self.data.batch) as self._batch:
             yield
 
     def _committed(self, step: int) -> None:

@@ -295,9 +295,9 @@ def _nearest(word: str, options: Sequence[str]) -> str:
 
 def _nearest_key(key: str, overrides: Sequence[str]) -> str:
     group, _, name = key.rpartition(".")
-    for choice in _options(group):
-        if name in (yaml.safe_load((CONF / group / f"{choice}.yaml").read_text("utf-8")) or {}):
-            return f" here; {group}={choice} has it"
+    files = {choice: (CONF / group / f"{choice}.yaml").read_text("utf-8") for choice in _options(group)}
+    if having := [f"{group}={choice}" for choice, text in files.items() if name in (yaml.safe_load(text) or {})]:
+        return f" here; {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it"
     choices = [override for override in overrides if re.fullmatch(r"[\w/]+=[\w-]+", override)]
     try:
         known = _composed(choices)

@@ -52,6 +52,12 @@ class StorageError(XattnError):
     exit_code = ExitCode.STORAGE
 
 
+class Preempted(XattnError):
+    """Asked to stop, before there was anything to save that the same command would not find again."""
+
+    exit_code = ExitCode.PREEMPTED
+
+
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _STORAGE_WORDS = re.compile(
     "No space left|quota exceeded|File too large|Read-only file system|Input/output error", re.I

@@ -71,7 +71,7 @@ def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> L
     if summary is None or not (path / run_folder.CONFIG).is_file():
         raise BadInput(f"{path}: not a run folder, it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
     config = xattn.config.load(path / run_folder.CONFIG)
-    tokenizer = load_tokenizer(config.data)
+    tokenizer = load_tokenizer(config.data, path)
     model = LanguageModel(config.model, config.backend, tokenizer.vocab_size)
     hyper = hyperparameters(config).model
     tokens = jax.ShapeDtypeStruct((1, config.backend.context_length), jnp.int32)

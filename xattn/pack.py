@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from xattn.attempt import Attempt
 from xattn.config import Config
+from xattn.data.config import has_segments
 from xattn.device import ask_for_determinism, hush_libraries, keep_compiled_programs
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 
@@ -81,7 +82,7 @@ class Pack:
         keep_compiled_programs()
         layout, choice = layout_of(config), _choose_attention(config)
         for attempt in self._attempts:
-            attempt.read_data(layout)
+            attempt.read_data(layout, self._stop)
         data = self._open[0].data  # of the others only the batches differ
         for attempt in self._open:
             attempt.begin(choice, layout, self._names if len(self._names) > 1 else None)
@@ -151,6 +152,7 @@ def _choose_attention(config: Config) -> Choice:
         head_dim_qk=model.head_dim,
         head_dim_v=model.head_dim,
         window=backend.window,
+        has_segment_ids=has_segments(config.data),
     )
     try:
         return dispatch.choose(call, backend.implementation)

@@ -21,7 +21,8 @@ def test_any_bytes_can_be_encoded_and_shown() -> None:
     assert ByteTokenizer().encode(every).tobytes() == every
     assert ByteTokenizer().decode(np.frombuffer(every, np.uint8).astype(np.int32)).startswith("\0\x01")
     assert ByteTokenizer().decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
-    assert ByteTokenizer.vocab_size == 256
+    assert ByteTokenizer().vocab_size == 256
+    assert ByteTokenizer(end_of_text=True).vocab_size == 257
 
 
 @pytest.mark.parametrize("wrong", [256, -1])

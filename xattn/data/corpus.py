@@ -1,72 +1,316 @@
-"""Corpora: from the ``data`` group to two byte strings, training and validation, and the hash of what was read."""
+"""Corpora: from the ``data`` group to token ids, to train on and held out, and the hash of what was read."""
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
+import importlib.metadata
+import json
 import os
 import sysconfig
-import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from xattn.data.config import DataConfig, PythonStdlibConfig
+from xattn.data.batches import Ids
+from xattn.data.bpe import from_tiktoken, train_bpe
+from xattn.data.cache import Tokens, stored_text, stored_tokens
+from xattn.data.config import (
+    DataConfig,
+    HFConfig,
+    MemmapConfig,
+    MixtureConfig,
+    PythonStdlibConfig,
+    TextConfig,
+    Tokenised,
+)
+from xattn.data.documents import PIECE_BYTES, Block, Files, HFDataset, Piece, Source
+from xattn.data.memmap import open_memmaps
 from xattn.data.task_config import TaskConfig
+from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 
+IN_MEMORY_BYTES = 64 * 2**20  # a smaller corpus of bytes is read faster than a cache of it could be checked
+BPE_BYTES = 100 * 10**6  # of the training text, at its beginning: what BPE is trained on
+_BATCH_BYTES = 4 * 2**20  # tokenised at once
+_FORMAT = 1  # of the cache's content: another one where the same bytes would give other ids
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
+class Part:
+    """train, validation: what is trained on and held out. weight: the part's share of the windows."""
+
+    train: Ids
+    validation: Ids
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """train, validation: token ids, uint8 (N,), one a byte. sha256: of all bytes that were read, in order."""
+    """One part, or the sources of a mixture. sha256: of all bytes that were read, and of the tokenizer.
 
-    train: np.ndarray
-    validation: np.ndarray
+    end_of_text: the id that stands between documents, None where nothing does.
+    """
+
+    parts: tuple[Part, ...]
+    tokenizer: Tokenizer
     sha256: str
+    end_of_text: int | None
 
 
-def load_corpus(config: DataConfig, context_length: int) -> Corpus:
+def check(config: DataConfig) -> None:
+    """Raises :class:`BadInput` for what a look at the files, without reading them through, shows to be unusable."""
+    if isinstance(config, TaskConfig):
+        return  # it makes its own sequences
+    if isinstance(config, MemmapConfig):
+        open_memmaps(config)
+        _json_tokenizer(config)
+    elif not isinstance(config, HFConfig):
+        for source, _ in _file_sources(config):
+            source.look()
+    if isinstance(config, Tokenised) and config.tokenizer != "bpe":
+        _tokenizer_on_disk(config)
+
+
+def load_corpus(
+    config: DataConfig,
+    context_length: int,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Corpus:
     """Reads the corpus and splits it, the same way every time.
 
     Raises :class:`BadInput` for what is missing, unreadable, or too short for one window of context_length tokens
-    and their successors in each split.
+    and their successors in each split; :class:`Preempted` where ``stop()`` says so while it is tokenised.
     """
-    assert not isinstance(config, TaskConfig)
-    files = find_files(config)
-    if isinstance(config, PythonStdlibConfig):
-        train, validation = _split_by_file(
-            {name: _read(file) for name, file in files.items()}, config.validation_fraction
-        )
-        source = "data=python_stdlib"
+    if isinstance(config, MemmapConfig):
+        corpus = _mapped(config)
     else:
-        train, validation = _split_at_end(b"".join(map(_read, files.values())), config.validation_fraction)
-        source = f"data.path = {config.path!r}"
-    for split, text in (("training", train), ("validation", validation)):
-        if len(text) < context_length + 1:
-            raise BadInput(
-                f"{source}: its {split} part has {len(text)} bytes; at least backend.context_length + 1 = "
-                f"{context_length + 1} are needed"
-            )
-    digest = hashlib.sha256(train + validation).hexdigest()
-    return Corpus(np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8), digest)
+        assert isinstance(config, Tokenised)
+        corpus = _tokenised(config, say, stop)
+    unit = "bytes" if isinstance(corpus.tokenizer, ByteTokenizer) else "tokens"
+    for part, name in zip(corpus.parts, _names(config), strict=True):
+        for split, ids in (("training", part.train), ("validation", part.validation)):
+            if len(ids) < context_length + 1:
+                raise BadInput(
+                    f"{name}: its {split} part has {len(ids)} {unit}; at least backend.context_length + 1 = "
+                    f"{context_length + 1} are needed"
+                )
+    return corpus
 
 
-def find_files(config: DataConfig) -> dict[str, Path]:
+def find_files(config: PythonStdlibConfig | TextConfig) -> dict[str, Path]:
     """The corpus's files by name, sorted, not read yet. Raises :class:`BadInput` where there are none."""
-    if isinstance(config, TaskConfig):
-        return {}  # it makes its own sequences
+    if isinstance(config, TextConfig):
+        return _matching(config.path, f"data.path = {config.path!r}")
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = {file.relative_to(root): file for file in root.rglob("*.py")}
+    files = {name.as_posix(): file for name, file in modules.items() if _NOT_LIBRARY.isdisjoint(name.parts)}
+    if not files:
+        raise BadInput(f"data=python_stdlib: this Python has no sources in {root}; use data=text data.path=…")
+    return dict(sorted(files.items()))
+
+
+def _mapped(config: MemmapConfig) -> Corpus:
+    found = open_memmaps(config)
+    digests = [each.check_ids(config.vocab_size) for each in found]
+    if len(found) == 1:
+        part = _split_at_end(found[0].ids, config.validation_fraction)
+    else:
+        part = Part(found[0].ids, found[1].ids)
+    sha256 = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Corpus((part,), _json_tokenizer(config), sha256, config.end_of_text)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _tokenised(config: Tokenised, say: Callable[[str], None], stop: Callable[[], bool]) -> Corpus:
+    fraction = config.validation_fraction
+    sources: list[tuple[Source, float]]
     if isinstance(config, PythonStdlibConfig):
-        root = Path(sysconfig.get_path("stdlib"))
-        modules = {file.relative_to(root): file for file in root.rglob("*.py")}
-        files = {name.as_posix(): file for name, file in modules.items() if _NOT_LIBRARY.isdisjoint(name.parts)}
-        if not files:
-            raise BadInput(f"data=python_stdlib: this Python has no sources in {root}; use data=text data.path=…")
-        return dict(sorted(files.items()))
-    where = os.path.expanduser(config.path)
+        train, held_out = _split_by_file(find_files(config), fraction)
+        sources = [(Files(files, key="data=python_stdlib"), 1.0) for files in (train, held_out)]
+        to_learn = sources[:1]
+    else:
+        sources = [(HFDataset(config), 1.0)] if isinstance(config, HFConfig) else [*_file_sources(config)]
+        to_learn = sources
+    digests = [source.sha256() for source, _ in sources]
+    tokenizer = _bpe(config, to_learn, digests) if config.tokenizer == "bpe" else _tokenizer_on_disk(config)
+    ids = [
+        _ids(source, digest, tokenizer, say=say, stop=stop)
+        for (source, _), digest in zip(sources, digests, strict=True)
+    ]
+    if isinstance(config, HFConfig) and config.streaming:  # what was named is known, what came of it is not
+        digests = [
+            hashlib.sha256(each[i : i + 2**22].tobytes()).hexdigest()
+            for each in ids
+            for i in range(0, len(each), 2**22)
+        ]
+    sha256 = hashlib.sha256(json.dumps([digests, tokenizer.sha256()]).encode()).hexdigest()
+    if isinstance(config, PythonStdlibConfig):
+        return Corpus((Part(ids[0], ids[1]),), tokenizer, sha256, tokenizer.end_of_text)
+    parts = [_split_at_end(each, fraction, weight) for each, (_, weight) in zip(ids, sources, strict=True)]
+    return Corpus(tuple(parts), tokenizer, sha256, tokenizer.end_of_text)
+
+
+def _file_sources(config: DataConfig | Tokenised) -> list[tuple[Files, float]]:
+    match config:
+        case PythonStdlibConfig():
+            return [(Files([*find_files(config).values()], key="data=python_stdlib"), 1.0)]
+        case TextConfig():
+            return [(Files([*find_files(config).values()], key="data.path", field=config.field), 1.0)]
+    assert isinstance(config, MixtureConfig)
+    return [
+        (Files([*_matching(each.path, name).values()], key=name, field=each.field), each.weight)
+        for each, name in zip(config.sources, _names(config), strict=True)
+    ]
+
+
+def _names(config: DataConfig | Tokenised) -> list[str]:
+    """What a person calls each part."""
+    match config:
+        case PythonStdlibConfig():
+            return ["data=python_stdlib"]
+        case HFConfig():
+            return [f"data.dataset = {config.dataset!r}"]
+        case TextConfig() | MemmapConfig():
+            return [f"data.path = {config.path!r}"]
+    assert isinstance(config, MixtureConfig)
+    return [f"data.sources[{number}].path = {each.path!r}" for number, each in enumerate(config.sources)]
+
+
+def _ids(
+    source: Source, digest: str, tokenizer: TextTokenizer, *, say: Callable[[str], None], stop: Callable[[], bool]
+) -> Ids:
+    pieces = source.pieces()
+    dtype = np.dtype(np.uint8 if tokenizer.vocab_size <= 2**8 else "<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    if isinstance(tokenizer, ByteTokenizer) and 0 < sum(piece.size for piece in pieces) < IN_MEMORY_BYTES:
+        return np.concatenate([np.zeros(0, dtype), *_encode(source, pieces, tokenizer, dtype)])
+    shards = _grouped(pieces)
+    key = json.dumps([_FORMAT, digest, tokenizer.sha256(), tokenizer.end_of_text, shards])
+    return stored_tokens(
+        hashlib.sha256(key.encode()).hexdigest()[:32],
+        len(shards),
+        lambda number: _encode(source, shards[number], tokenizer, dtype),
+        dtype,
+        say=say,
+        stop=stop,
+    )
+
+
+def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces that follow each other, together about PIECE_BYTES."""
+    groups: list[list[Piece]] = []
+    for piece in pieces:
+        if not groups or sum(each.size for each in groups[-1]) + piece.size > PIECE_BYTES:
+            groups.append([])
+        groups[-1].append(piece)
+    return groups
+
+
+def _encode(source: Source, pieces: Sequence[Piece], tokenizer: TextTokenizer, dtype: np.dtype) -> Iterator[np.ndarray]:
+    border = [] if tokenizer.end_of_text is None else [np.array([tokenizer.end_of_text], dtype)]
+    batch: list[Block] = []
+    size = 0
+
+    def ids() -> np.ndarray:
+        encoded = tokenizer.encode_blocks([block.text for block in batch])
+        found = [[*(border if block.begins else []), each] for block, each in zip(batch, encoded, strict=True)]
+        return np.concatenate([np.zeros(0, dtype), *(array for each in found for array in each)], dtype=dtype)
+
+    for piece in pieces:
+        for block in source.read(piece):
+            batch.append(block)
+            size += len(block.text)
+            if size >= _BATCH_BYTES:
+                yield ids()
+                batch, size = [], 0
+    yield ids()
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
+    if config.tokenizer == "bytes":
+        return ByteTokenizer(end_of_text=config.documents != "joined")
+    path = Path(os.path.expanduser(config.tokenizer))
+    told = f"data.tokenizer = {config.tokenizer!r}"
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".tiktoken":
+            assert config.tiktoken_pattern is not None
+            digest = hashlib.sha256(content).hexdigest()[:24]
+            key = f"tiktoken-{config.tiktoken_pattern}-{digest}"
+            text = stored_text(key, lambda: from_tiktoken(content, str(config.tiktoken_pattern)))
+        else:
+            text = content.decode("utf-8")
+        return _with_border(JsonTokenizer(text, end_of_text=config.end_of_text, name=path.name), config)
+    except OSError as error:
+        raise BadInput(
+            f"{told}: {error.strerror}; allowed: bytes, bpe, the path of a tokenizer.json or a .tiktoken file"
+        ) from error
+    except ValueError as error:
+        raise BadInput(f"{told}: {error}") from error
+
+
+def _bpe(config: Tokenised, sources: Sequence[tuple[Source, float]], digests: Sequence[str]) -> TextTokenizer:
+    all_of_it = isinstance(config, PythonStdlibConfig)  # which holds out other files
+    weights = sum(weight for _, weight in sources)
+
+    def texts() -> Iterator[str]:
+        for source, weight in sources:
+            pieces = source.pieces()
+            left = BPE_BYTES * weight / weights
+            if not all_of_it and (size := sum(piece.size for piece in pieces)):
+                left = min(left, (1 - config.validation_fraction) * size)
+            for piece in pieces:
+                for block in source.read(piece):
+                    if left <= 0:
+                        break
+                    yield block.text[: int(left)].decode("utf-8", errors="replace")
+                    left -= len(block.text)
+
+    version = importlib.metadata.version("tokenizers")
+    named = [_FORMAT, [*digests], [w for _, w in sources], config.vocab_size, config.validation_fraction, BPE_BYTES]
+    key = hashlib.sha256(json.dumps([*named, version]).encode()).hexdigest()[:32]
+    text = stored_text(f"bpe-{key}", lambda: train_bpe(texts(), config.vocab_size))
+    return _with_border(JsonTokenizer(text, name=f"bpe of {config.vocab_size:,}"), config)
+
+
+def _with_border(tokenizer: JsonTokenizer, config: Tokenised) -> JsonTokenizer:
+    if config.documents == "joined":
+        return tokenizer.without_border()
+    if tokenizer.end_of_text is None:
+        raise BadInput(
+            f"data.documents = {config.documents!r}: {tokenizer.name} has no token of a usual name to stand between "
+            "documents; name one by data.end_of_text, or use data.documents=joined"
+        )
+    return tokenizer
+
+
+def _json_tokenizer(config: MemmapConfig) -> Tokenizer:
+    if config.tokenizer is None:
+        return IdTokenizer(config.vocab_size)
+    path = Path(os.path.expanduser(config.tokenizer))
+    try:
+        return JsonTokenizer(path.read_text("utf-8"), vocab_size=config.vocab_size, name=path.name)
+    except OSError as error:
+        raise BadInput(f"data.tokenizer = {config.tokenizer!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInput(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
+
+
+# ---- files and splits ------------------------------------------------------------------------------------------------
+
+
+def _matching(path: str, told: str) -> dict[str, Path]:
+    where = os.path.expanduser(path)
     is_folder = os.path.isdir(where)
     if is_folder:
         found = [file for file in Path(where).rglob("*") if not file.name.startswith(".")]
@@ -77,32 +321,25 @@ def find_files(config: DataConfig) -> dict[str, Path]:
     files = {str(file): file for file in sorted(found) if file.is_file()}
     if not files:
         kind = "the folder has no files" if is_folder else "no such file or folder, and no file matches it"
-        raise BadInput(f"data.path = {config.path!r}: {kind}")
+        raise BadInput(f"{told}: {kind}")
     return files
 
 
-def _split_by_file(files: dict[str, bytes], validation_fraction: float) -> tuple[bytes, bytes]:
+def _split_by_file(files: dict[str, Path], validation_fraction: float) -> tuple[list[Path], list[Path]]:
     """Holds out files, in the order of the hashes of their names, until they are that fraction of the bytes."""
-    held_out, wanted = set[str](), validation_fraction * sum(map(len, files.values()))
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    held_out, wanted = set[str](), validation_fraction * sum(sizes.values())
     for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if wanted <= 0:
             break
         held_out.add(name)
-        wanted -= len(files[name])
-    train = b"".join(text for name, text in files.items() if name not in held_out)
-    return train, b"".join(text for name, text in files.items() if name in held_out)
+        wanted -= sizes[name]
+    train = [file for name, file in files.items() if name not in held_out]
+    return train, [file for name, file in files.items() if name in held_out]
 
 
-def _read(file: Path) -> bytes:
-    try:
-        content = file.read_bytes()
-        return gzip.decompress(content) if file.suffix == ".gz" else content
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise BadInput(f"data.path: {file} is not whole gzip: {error}") from error
-    except OSError as error:
-        raise BadInput(f"data.path: {file} cannot be read: {error.strerror}") from error
-
-
-def _split_at_end(text: bytes, validation_fraction: float) -> tuple[bytes, bytes]:
-    border = len(text) - int(len(text) * validation_fraction)
-    return text[:border], text[border:]
+def _split_at_end(ids: Ids, validation_fraction: float, weight: float = 1.0) -> Part:
+    border = len(ids) - int(len(ids) * validation_fraction)
+    if isinstance(ids, Tokens):
+        return Part(ids.part(0, border), ids.part(border, len(ids)), weight)
+    return Part(ids[:border], ids[border:], weight)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, TypedDict
 
-from xattn.data.batches import Batches, TrainingBatches, Windows, evaluation_windows, in_batches
-from xattn.data.config import DataConfig
+import numpy as np
+
+from xattn import run_folder
+from xattn.data.batches import (
+    Batches,
+    EvaluationWindows,
+    MixtureBatches,
+    TrainingBatches,
+    Windows,
+    in_batches,
+    shares,
+    window_starts,
+)
+from xattn.data.config import DataConfig, MemmapConfig, has_segments
 from xattn.data.corpus import load_corpus
 from xattn.data.task_config import TaskConfig
 from xattn.data.tasks import TaskBatches, check, evaluation_examples
-from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, TextTokenizer, Tokenizer
-from xattn.errors import BadInput
+from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
+from xattn.errors import BadInput, IntegrityError
 
 
 @dataclass(frozen=True)
@@ -31,10 +45,23 @@ class RunData:
     sha256: str
     description: str
 
-    @property
+    @cached_property
     def has_segments(self) -> bool:
         """Whether all windows, of training and evaluation, come with segment_ids, or none do."""
         return self.windows[0].segment_ids is not None
+
+    @property
+    def tokenizer_json(self) -> str | None:
+        """What the run's folder keeps of the tokenizer; None for one that the config alone says."""
+        return self.tokenizer.text if isinstance(self.tokenizer, JsonTokenizer) else None
+
+    def check_tokenizer(self, folder: Path) -> None:
+        """Raises :class:`IntegrityError` where the run in that folder does not keep this tokenizer."""
+        if (here := self.tokenizer_json) is None:
+            return
+        file = folder / run_folder.TOKENIZER
+        if not file.is_file() or file.read_text("utf-8") != here:
+            raise IntegrityError(f"{file}: is not the tokenizer that this run began with; begin anew with resume=never")
 
     def scored_bytes(self) -> bytes | None:
         """What the targets of the evaluation stand for, window after window; None where they stand for no bytes."""
@@ -44,36 +71,82 @@ class RunData:
 
     def bytes_per_token(self) -> float | None:
         """Of the scored tokens; None where they stand for no bytes."""
-        scored = self.scored_bytes()
-        return None if scored is None else len(scored) / sum(float(w.weights.sum()) for w in self.windows)
+        if not isinstance(self.tokenizer, TextTokenizer):
+            return None
+        size = count = 0
+        for windows in self.windows:
+            targets = windows.tokens[:, 1:][windows.weights > 0]
+            size, count = size + len(self.tokenizer.to_bytes(targets)), count + len(targets)
+        return size / count
 
 
 def load_data(
-    config: DataConfig, *, context_length: int, batch_size: int, windows: int | Literal["all"], seed: int
+    config: DataConfig,
+    *,
+    context_length: int,
+    batch_size: int,
+    windows: int | Literal["all"],
+    seed: int,
+    say: Callable[[str], None] = lambda text: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> RunData:
-    """Reads the data, the same way every time. Raises :class:`BadInput` for what cannot be used.
+    """Reads the data, the same way every time. Raises :class:`BadInput` for what cannot be used, and
+    :class:`Preempted` where ``stop()`` says so while they are tokenised.
 
     windows: how many are scored.
     """
     if isinstance(config, TaskConfig):
         return _task_data(config, context_length, batch_size, windows, seed)
-    corpus = load_corpus(config, context_length)
+    corpus = load_corpus(config, context_length, say=say, stop=stop)
+    parts, weights, tokenizer = corpus.parts, [part.weight for part in corpus.parts], corpus.tokenizer
+    packed_at = None
+    if has_segments(config):
+        packed_at = corpus.end_of_text
+    sizes: _Sizes = {"context_length": context_length, "batch_size": batch_size, "packed_at": packed_at}
+    batches = [TrainingBatches(part.train, seed=seed, **sizes) for part in parts]
+    counts = ["all" for _ in parts] if windows == "all" else np.maximum(shares(weights, windows), 1).tolist()
+    scored = [
+        (part.validation, window_starts(part.validation, context_length, count))
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    size = sum(len(part.train) for part in parts)
+    if isinstance(tokenizer, ByteTokenizer):
+        description = f"{size:,} bytes of training text"
+    else:
+        description = f"{size:,} tokens to train on, of {tokenizer.vocab_size:,} kinds"
     return RunData(
-        batch=TrainingBatches(corpus.train, context_length=context_length, batch_size=batch_size, seed=seed),
-        windows=evaluation_windows(
-            corpus.validation, context_length=context_length, batch_size=batch_size, windows=windows
-        ),
-        tokenizer=ByteTokenizer(),
+        batch=batches[0] if len(parts) == 1 else MixtureBatches(batches, weights, batch_size=batch_size, seed=seed),
+        windows=EvaluationWindows(scored, **sizes),
+        tokenizer=tokenizer,
         sha256=corpus.sha256,
-        description=f"{len(corpus.train):,} bytes of training text",
+        description=description,
     )
 
 
-def load_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer of a run that is there already, without its data."""
-    if isinstance(config, TaskConfig):
+class _Sizes(TypedDict):
+    context_length: int
+    batch_size: int
+    packed_at: int | None
+
+
+def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
+    """The tokenizer of a run that is there already, from its folder: its source may be gone.
+
+    Raises :class:`IntegrityError` where the folder lacks it.
+    """
+    if isinstance(config, TaskConfig) or (isinstance(config, MemmapConfig) and config.tokenizer is None):
         return IdTokenizer(config.vocab_size)
-    return ByteTokenizer()
+    if not isinstance(config, MemmapConfig) and config.tokenizer == "bytes":
+        return ByteTokenizer(end_of_text=config.documents != "joined")
+    file = folder / run_folder.TOKENIZER
+    try:
+        text = file.read_text("utf-8")
+        if isinstance(config, MemmapConfig):
+            return JsonTokenizer(text, vocab_size=config.vocab_size)
+        tokenizer = JsonTokenizer(text, end_of_text=config.end_of_text)
+        return tokenizer.without_border() if config.documents == "joined" else tokenizer
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{file}: the run's tokenizer cannot be read: {error}") from error
 
 
 def _task_data(

@@ -47,9 +47,12 @@ def held_out_loss(
     bytes_per_token: float | None,
 ) -> HeldOutLoss:
     """The mean over every scored token. Waits for the device once. bytes_per_token: of the scored tokens."""
-    sums = [score(params, hyperparameters, w) for w in windows]
+    sums, weights = [], 0.0
+    for each in windows:
+        sums.append(score(params, hyperparameters, each))
+        weights += float(each.weights.sum())
     nats = sum(float(s) for s in jax.device_get(sums))  # in float64, batch after batch
-    per_token = nats / sum(float(w.weights.sum()) for w in windows)
+    per_token = nats / weights
     return HeldOutLoss(per_token, None if bytes_per_token is None else bits_per_byte(per_token, bytes_per_token))
 
 

@@ -1,0 +1,89 @@
+"""Datasets of Hugging Face's library: local ones, saved or as files. Nothing here reaches for the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xattn.data import documents
+from xattn.data.corpus import Corpus, load_corpus
+from xattn.errors import BadInput
+
+from .configs import hf_config
+
+datasets = pytest.importorskip("datasets")
+ROWS = [f"row {i} of some text, äöü\n" for i in range(250)]
+TEXT = "".join(ROWS).encode()
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    table = datasets.Dataset.from_dict({"id": list(range(250)), "text": ROWS})
+    datasets.DatasetDict({"train": table, "few": table.select(range(20))}).save_to_disk(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+def whole(corpus: Corpus) -> bytes:
+    (part,) = corpus.parts
+    return bytes(part.train[:].tobytes() + part.validation[:].tobytes())
+
+
+def test_a_saved_dataset_streaming_or_not(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_ROWS", 60)
+    for streaming in (False, True, True):  # the second time from the cache
+        assert whole(load_corpus(hf_config(dataset=saved, streaming=streaming), 4)) == TEXT
+        some = load_corpus(hf_config(dataset=saved, streaming=streaming, max_documents=101), 4)
+        assert whole(some) == "".join(ROWS[:101]).encode()
+    assert whole(load_corpus(hf_config(dataset=saved, split="few"), 4)) == "".join(ROWS[:20]).encode()
+    packed = load_corpus(hf_config(dataset=saved, documents="packed", tokenizer="bpe"), 4)
+    ids = [*packed.parts[0].train[:].tolist(), *packed.parts[0].validation[:].tolist()]
+    assert ids.count(packed.end_of_text) == 250
+
+
+def test_a_folder_of_files(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    datasets.Dataset.from_dict({"text": ROWS}).to_parquet(tmp_path / "files" / "rows.parquet")
+    assert whole(load_corpus(hf_config(dataset=str(tmp_path / "files")), 4)) == TEXT
+
+
+def test_other_content_is_another_hash(saved: str, tmp_path: Path) -> None:
+    before = load_corpus(hf_config(dataset=saved), 4).sha256
+    assert load_corpus(hf_config(dataset=saved), 4).sha256 == before
+    changed = datasets.Dataset.from_dict({"text": [*ROWS[:-1], "another row\n"]})
+    changed.save_to_disk(tmp_path / "other")
+    assert load_corpus(hf_config(dataset=str(tmp_path / "other")), 4).sha256 != before
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"split": "test"}, r"data\.split = 'test': no such split; allowed: train, few"),
+        ({"field": "body"}, r"no column 'body'; there are 'id', 'text'; data\.field names it"),
+        ({"field": "id"}, r"row 0: 'id' is not a string"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_not_there_is_bad_input(streaming: bool, values: dict[str, Any], told: str, saved: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        load_corpus(hf_config(dataset=saved, streaming=streaming, **values), 4)
+
+
+def test_a_dataset_that_cannot_be_found_is_bad_input() -> None:
+    with pytest.raises(BadInput, match=r"data\.dataset = 'no/such-dataset'"):
+        load_corpus(hf_config(dataset="no/such-dataset"), 4)
+
+
+def test_without_the_library_the_extra_is_named(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(BadInput, match=r"data=hf needs the extra hf: pip install 'xattn\[hf\]'"):
+        load_corpus(hf_config(dataset=saved), 4)

@@ -1,0 +1,323 @@
+"""Sources of documents: what there is to read, in pieces that can each be read by itself, and a hash of it all."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol, cast
+
+from xattn.data.config import HFConfig
+from xattn.errors import BadInput
+
+PIECE_BYTES = 32 * 2**20  # of a file, about; a piece is what is tokenised again after a kill
+PIECE_ROWS = 20_000
+BLOCK_BYTES = 2**17  # a longer document is tokenised in such blocks, cut after a line or before a space
+_GZIP_RATIO = 4
+
+
+class Piece(NamedTuple):
+    """Bytes or rows start to end of a file or a dataset; end −1: to its end. size: about how many bytes that is."""
+
+    file: str
+    start: int
+    end: int
+    size: int
+
+
+class Block(NamedTuple):
+    """UTF-8, as a rule: what the file holds. begins: whether a document begins with it."""
+
+    begins: bool
+    text: bytes
+
+
+class Source(Protocol):
+    """What a corpus is read from."""
+
+    def pieces(self) -> list[Piece]: ...
+
+    def read(self, piece: Piece) -> Iterator[Block]:
+        """The piece's documents. Raises :class:`BadInput` that names file and line where they cannot be read."""
+        ...
+
+    def sha256(self) -> str:
+        """Of the content; names and time stamps don't count."""
+        ...
+
+
+class Files:
+    """Text, ``.jsonl`` and ``.parquet`` files, each also as ``.gz``, one after the other.
+
+    key: of the config, for messages. field: of the lines and rows that holds the text.
+    """
+
+    def __init__(self, files: Sequence[Path], *, key: str, field: str = "text"):
+        self.files, self._key, self._field = files, key, field
+
+    def pieces(self) -> list[Piece]:
+        return [piece for file in self.files for piece in self._cut(file)]
+
+    def read(self, piece: Piece) -> Iterator[Block]:
+        file = Path(piece.file)
+        try:
+            match _format(file):
+                case "parquet":
+                    yield from self._rows(file, piece)
+                case "jsonl":
+                    yield from self._lines(file, piece)
+                case _:
+                    yield from _blocks(file, piece)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise BadInput(f"{self._key}: {file} is not whole gzip: {error}") from error
+        except OSError as error:
+            raise BadInput(f"{self._key}: {file} cannot be read: {error.strerror}") from error
+
+    def sha256(self) -> str:
+        def digest(file: Path) -> str:
+            try:
+                with file.open("rb") as opened:
+                    return hashlib.file_digest(opened, "sha256").hexdigest()
+            except OSError as error:
+                raise BadInput(f"{self._key}: {file} cannot be read: {error.strerror}") from error
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = list(pool.map(digest, self.files))
+        return hashlib.sha256(json.dumps([self._field, digests]).encode()).hexdigest()
+
+    def look(self) -> None:
+        """Reads the beginning of each file that is not text: what is bad there is told at once."""
+        for file in self.files:
+            if _format(file) == "jsonl" or file.suffix == ".gz":
+                next(self.read(Piece(str(file), 0, -1, 0)), None)
+            elif _format(file) == "parquet":
+                self._table(file)
+
+    def _cut(self, file: Path) -> list[Piece]:
+        kind, name = _format(file), str(file)
+        if kind == "parquet":
+            table = self._table(file)
+            sizes = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
+            return [Piece(name, i, i + 1, size) for i, size in enumerate(sizes)]
+        size = file.stat().st_size
+        if file.suffix == ".gz":
+            return [Piece(name, 0, -1, _GZIP_RATIO * size)]
+        with file.open("rb") as opened:
+            cuts = [_border(opened, cut, kind) for cut in range(PIECE_BYTES, size, PIECE_BYTES)]
+        borders = sorted({0, *cuts, size})
+        return [Piece(name, a, b, b - a) for a, b in itertools.pairwise(borders)]
+
+    def _lines(self, file: Path, piece: Piece) -> Iterator[Block]:
+        with _opened(file) as opened:
+            opened.seek(piece.start)
+            at = piece.start
+            for number, line in enumerate(opened):
+                if piece.end >= 0 and at >= piece.end:
+                    return
+                if line.strip():
+                    yield from _document(self._text_of(line, file, piece.start, number))
+                at += len(line)
+
+    def _text_of(self, line: bytes, file: Path, start: int, number: int) -> str:
+        reason = ""
+        try:
+            loaded = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = f"not JSON: {error}"
+        else:
+            if not isinstance(loaded, dict):
+                reason = "not a JSON object"
+            elif self._field not in loaded:
+                reason = f"no field {self._field!r}; there are {_some(list(loaded))}; data.field names it"
+            elif not isinstance(loaded[self._field], str):
+                reason = f"{self._field!r} is not a string"
+        if reason:
+            line_number = 1 + number + _lines_before(file, start)
+            raise BadInput(f"{self._key}: {file}, line {line_number}: {reason}")
+        return cast(str, loaded[self._field])
+
+    def _table(self, file: Path) -> Any:
+        parquet = _optional("pyarrow.parquet", f"{self._key}: {file}: .parquet")
+        try:
+            table = parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            raise BadInput(f"{self._key}: {file} is not whole parquet: {_first_line(error)}") from error
+        names = table.schema_arrow.names
+        if self._field not in names:
+            raise BadInput(f"{self._key}: {file}: no column {self._field!r}; there are {_some(names)}; data.field")
+        return table
+
+    def _rows(self, file: Path, piece: Piece) -> Iterator[Block]:
+        group = self._table(file).iter_batches(1024, row_groups=range(piece.start, piece.end), columns=[self._field])
+        try:
+            for batch in group:
+                for value in batch.column(0).to_pylist():
+                    if not isinstance(value, str):
+                        raise BadInput(f"{self._key}: {file}: column {self._field!r} holds what is not a string")
+                    yield from _document(value)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self._key}: {file} is not whole parquet: {_first_line(error)}") from error
+
+
+class HFDataset:
+    """A dataset of Hugging Face's ``datasets``, from the hub or from a local folder."""
+
+    def __init__(self, config: HFConfig):
+        self._config = config
+        self._name = f"data.dataset = {config.dataset!r}"
+        self._dataset = self._open()
+
+    def pieces(self) -> list[Piece]:
+        limit = self._config.max_documents
+        if self._config.streaming:
+            return [Piece("", 0, -1 if limit is None else limit, 0)]
+        rows = len(self._dataset) if limit is None else min(limit, len(self._dataset))
+        return [Piece("", i, min(i + PIECE_ROWS, rows), PIECE_BYTES) for i in range(0, rows, PIECE_ROWS)]
+
+    def read(self, piece: Piece) -> Iterator[Block]:
+        field = self._config.field
+        if self._config.streaming:
+            values = (row[field] for row in self._dataset)
+        else:
+            values = (value for i in range(piece.start, piece.end, 1000) for value in self._some(i, piece.end))
+        for number, value in enumerate(values, piece.start):
+            if number == piece.end:
+                return
+            if not isinstance(value, str):
+                raise BadInput(f"{self._name}: row {number}: {field!r} is not a string")
+            yield from _document(value)
+
+    def sha256(self) -> str:
+        """Of the dataset's own files; of a stream, which can't be hashed before it is read, of what names it."""
+        config = self._config
+        named = [config.field, config.max_documents]
+        if config.streaming:
+            named += [config.dataset, config.subset, config.split, config.revision]
+        elif self._dataset.cache_files:
+            named += [Files([Path(f["filename"]) for f in self._dataset.cache_files], key="data.dataset").sha256()]
+        else:
+            named += [self._dataset._fingerprint]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+    def _some(self, start: int, end: int) -> list[Any]:
+        return list(self._dataset[start : min(start + 1000, end)][self._config.field])
+
+    def _open(self) -> Any:
+        datasets, config = _optional("datasets", "data=hf"), self._config
+        datasets.disable_progress_bars()
+        folder = Path(os.path.expanduser(config.dataset))
+        saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+        try:
+            if saved:
+                opened = datasets.load_from_disk(str(folder))
+                if isinstance(opened, datasets.DatasetDict):
+                    if config.split not in opened:
+                        raise BadInput(f"data.split = {config.split!r}: no such split; allowed: {', '.join(opened)}")
+                    opened = opened[config.split]
+                if config.streaming:
+                    opened = opened.to_iterable_dataset()
+            else:
+                opened = datasets.load_dataset(
+                    str(folder) if folder.exists() else config.dataset,
+                    config.subset,
+                    split=config.split,
+                    revision=config.revision,
+                    streaming=config.streaming,
+                )
+        except BadInput:
+            raise
+        except Exception as error:  # whatever the library, its builders and the network say
+            raise BadInput(f"{self._name}: {type(error).__name__}: {_first_line(error)}") from error
+        names = opened.column_names or list(next(iter(opened), {}))
+        if config.field not in names:
+            raise BadInput(f"{self._name}: no column {config.field!r}; there are {_some(names)}; data.field names it")
+        return opened
+
+
+def _format(file: Path) -> str:
+    name = file.name.removesuffix(".gz")
+    return next((kind for kind in ("jsonl", "parquet") if name.endswith(f".{kind}")), "text")
+
+
+def _opened(file: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(file, "rb")) if file.suffix == ".gz" else file.open("rb")
+
+
+def _border(opened: IO[bytes], nominal: int, kind: str) -> int:
+    """Where to cut a file near ``nominal``: after a line; in text without lines before a space, or a character."""
+    opened.seek(nominal)
+    near = opened.readline() if kind == "jsonl" else opened.read(2**16)
+    after_line = near.find(b"\n") + 1
+    if kind == "jsonl" or after_line:
+        return nominal + (after_line or len(near))
+    return nominal + _character_border(near, max(near.find(b" "), 0))
+
+
+def _character_border(text: bytes, at: int) -> int:
+    """The first index from ``at`` on that doesn't stand inside a character of UTF-8."""
+    end = min(at + 3, len(text))
+    return next((i for i in range(at, end) if text[i] & 0xC0 != 0x80), end)
+
+
+def _blocks(file: Path, piece: Piece) -> Iterator[Block]:
+    with _opened(file) as opened:
+        opened.seek(piece.start)
+        left = piece.end - piece.start if piece.end >= 0 else None
+        kept, begins = b"", piece.start == 0
+        while read := opened.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left)):
+            left = None if left is None else left - len(read)
+            text = kept + read
+            cut = _cut_in(text)
+            yield Block(begins, text[:cut])
+            kept, begins = text[cut:], False
+        if kept:
+            yield Block(begins, kept)
+
+
+def _cut_in(text: bytes) -> int:
+    """Where to cut off the last line, word or character, which may go on in what follows."""
+    if line := text.rfind(b"\n", 1) + 1:
+        return line
+    if (space := text.rfind(b" ", 1)) > 0:
+        return space
+    last = range(len(text) - 1, max(len(text) - 5, 0), -1)  # a character has at most four bytes
+    return next((i for i in last if text[i] & 0xC0 != 0x80), len(text))
+
+
+def _document(text: str) -> Iterator[Block]:
+    encoded, start = text.encode("utf-8", errors="replace"), 0
+    while len(encoded) - start > BLOCK_BYTES:
+        end = start + _cut_in(encoded[start : start + BLOCK_BYTES])
+        yield Block(start == 0, encoded[start:end])
+        start = end
+    yield Block(start == 0, encoded[start:])
+
+
+def _lines_before(file: Path, end: int) -> int:
+    count = 0
+    with file.open("rb") as opened:
+        while (left := end - opened.tell()) > 0:
+            count += opened.read(min(left, BLOCK_BYTES)).count(b"\n")
+    return count
+
+
+def _optional(module: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadInput(f"{what} needs the extra hf: pip install 'xattn[hf]' ({error})") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,68 @@
+"""Token ids that somebody made before: ``.bin`` and ``.npy`` files, mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from xattn.data.config import MemmapConfig
+from xattn.errors import BadInput
+
+_BLOCK = 2**22
+
+
+class MappedIds:
+    """One file's ids (N,). Raises :class:`BadInput` where it is not a flat array of integers."""
+
+    def __init__(self, file: Path, dtype: str):
+        self.file = file
+        try:
+            if file.suffix == ".npy":
+                ids = np.load(file, mmap_mode="r", allow_pickle=False)
+            else:
+                size, width = file.stat().st_size, np.dtype(dtype).itemsize
+                if size % width:
+                    raise ValueError(f"{size} bytes are no whole number of {dtype}")
+                ids = np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r") if size else np.zeros(0, dtype)
+        except (ValueError, EOFError) as error:
+            raise BadInput(f"data.path: {file} is not an array of ids: {str(error).splitlines()[0]}") from error
+        except OSError as error:
+            raise BadInput(f"data.path: {file} cannot be read: {error.strerror}") from error
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise BadInput(f"data.path: {file} is not a flat array of integers: {ids.dtype} of shape {ids.shape}")
+        self.ids: np.ndarray = ids
+
+    def check_ids(self, vocab_size: int) -> str:
+        """The SHA-256 of the ids. Raises :class:`BadInput` where one of them is not below vocab_size: on a device it
+        would be clamped, silently."""
+        digest = hashlib.sha256()
+        for start in range(0, len(self.ids), _BLOCK):
+            block = self.ids[start : start + _BLOCK]
+            wrong = np.flatnonzero((block < 0) | (block >= vocab_size))
+            if len(wrong):
+                raise BadInput(
+                    f"data.path: {self.file}: id {block[wrong[0]]} at position {start + wrong[0]}; "
+                    f"data.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}"
+                )
+            digest.update(block.tobytes())
+        return digest.hexdigest()
+
+
+def open_memmaps(config: MemmapConfig) -> list[MappedIds]:
+    """The one file, or those of train and val. Raises :class:`BadInput` where they are not there."""
+    where = Path(os.path.expanduser(config.path))
+    if os.path.isfile(where):
+        return [MappedIds(where, config.dtype)]
+    if not os.path.isdir(where):
+        raise BadInput(f"data.path = {config.path!r}: no such file or folder")
+    found = []
+    for split in ("train", "val"):
+        files = [where / f"{split}.{kind}" for kind in ("bin", "npy") if (where / f"{split}.{kind}").is_file()]
+        if len(files) != 1:
+            there = "both" if files else "neither"
+            raise BadInput(f"data.path = {config.path!r}: one of {split}.bin and {split}.npy is needed; it has {there}")
+        found.append(MappedIds(files[0], config.dtype))
+    return found
