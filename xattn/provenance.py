@@ -18,7 +18,7 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = [
     *("xattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
-    *("hydra-core", "omegaconf", "pydantic", "wandb"),
+    *("hydra-core", "omegaconf", "pydantic", "wandb", "tokenizers"),
 ]
 
 

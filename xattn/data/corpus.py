@@ -192,7 +192,8 @@ def _ids(
     if isinstance(tokenizer, ByteTokenizer) and 0 < sum(piece.size for piece in pieces) < IN_MEMORY_BYTES:
         return np.concatenate([np.zeros(0, dtype), *_encode(source, pieces, tokenizer, dtype)])
     shards = _grouped(pieces)
-    key = json.dumps([_FORMAT, digest, tokenizer.sha256(), tokenizer.end_of_text, shards])
+    version = importlib.metadata.version("tokenizers")
+    key = json.dumps([_FORMAT, version, digest, tokenizer.sha256(), tokenizer.end_of_text, shards])
     return stored_tokens(
         hashlib.sha256(key.encode()).hexdigest()[:32],
         len(shards),
