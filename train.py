@@ -15,17 +15,15 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of 
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import xattn.config
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.run import run
-from xattn.signals import Interruption
+from xattn.signals import interruption
+from xattn.sweep import study
 
-_codes: dict[Path, ExitCode] = {}  # of each run, the last attempt's
-_asked = Interruption()
-_sweeps = set(sys.argv[1:]) & {"-m", "--multirun"}
+_codes: list[ExitCode] = []  # of the run, where it is a single one
 
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -36,21 +34,17 @@ def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def train(composed: DictConfig) -> ExitCode:
     hydra_config = HydraConfig.get()
-    folder, in_sweep = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
+    folder, typed = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
     try:
         config = xattn.config.from_hydra(composed)
-        typed = list(hydra_config.overrides.task)
-        code = run(config, folder, typed, stop=lambda: _asked.requested, quiet=in_sweep)
+        code = run(config, folder, typed, stop=lambda: interruption.requested)
     except XattnError as error:
         code = error.exit_code
-        if not (in_sweep and code == ExitCode.IN_USE):  # a sweep waits for it, and says so
-            print(f"xattn: {error}", file=sys.stderr)
+        print(f"xattn: {error}", file=sys.stderr)
     except Exception:  # the outermost rim: what run() itself does not catch is a fault of ours
         traceback.print_exc()
         code = ExitCode.ERROR
-    _codes[folder] = code
-    if in_sweep and _asked.requested:
-        sys.exit(ExitCode.PREEMPTED)
+    _codes.append(code)
     return code
 
 
@@ -61,7 +55,7 @@ def main() -> int:
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     xattn.config.register_resolvers()
     try:
-        with _asked.listening():
+        with interruption.listening():
             train()
     except XattnError as error:
         print(f"xattn: {error}", file=sys.stderr)
@@ -75,11 +69,7 @@ def main() -> int:
         refusal = storage_error(error, Path.cwd()) or BadInput(f"{error.filename}: {error.strerror}")
         print(f"xattn: {refusal}", file=sys.stderr)
         return refusal.exit_code
-    if _sweeps:
-        # One that another process was running is not in the way: the sweep has waited for its result.
-        ended_well = (ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE)
-        return ExitCode.DONE if all(code in ended_well for code in _codes.values()) else ExitCode.ERROR
-    return next(iter(_codes.values()), ExitCode.DONE)
+    return _codes[-1] if _codes else study.exit_code()
 
 
 def _leave(code: int) -> NoReturn:

@@ -5,56 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
-from xattn.errors import BadInput, ExitCode
-from xattn.sweep.study import Job, carry_out
+from xattn.attempt import Job
+from xattn.errors import BadInput
+from xattn.sweep.study import outcomes
+from xattn.sweep.workers import carry_out
 
 
 class XattnLauncher(Launcher):
-    """Validates every job before the first starts, then carries them out in this process, one program at a time."""
+    """Validates every job before the first starts, then makes the runs in this process or in one for each GPU."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._context, self._task, self._config = hydra_context, task_function, config
+        self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
-        composed: dict[Path, DictConfig] = {}
-        jobs: list[Job] = []
-        for number, overrides in enumerate(job_overrides, initial_job_idx):
-            config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
-            with open_dict(config):
-                config.hydra.job.id = config.hydra.job.num = number
-            typed = filter_overrides(overrides)
-            try:
-                validated = xattn.config.from_hydra(config)
-            except BadInput as error:
-                raise BadInput(f"of {len(job_overrides)} runs none is started: {error}") from error
-            folder = Path(OmegaConf.select(config, "hydra.sweep.dir"), OmegaConf.select(config, "hydra.sweep.subdir"))
-            if folder not in composed:
-                jobs.append(Job(validated, folder, tuple(typed)))
-            composed[folder] = config
-        returns: dict[Path, JobReturn] = {}
+        jobs = jobs_of(self.context, self.config, job_overrides, initial_job_idx)
+        carry_out(jobs)
+        return [
+            JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
+            for job in jobs
+        ]
 
-        def start(job: Job) -> ExitCode:
-            state = Singleton.get_state()
-            returned = run_job(
-                hydra_context=self._context,
-                task_function=self._task,
-                config=composed[job.folder],
-                job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir",
-            )
-            Singleton.set_state(state)
-            returns[job.folder] = returned
-            code: ExitCode = returned.return_value
-            return code
 
-        carry_out(jobs, start)
-        was_there = JobReturn(_return_value=ExitCode.DONE, status=JobStatus.COMPLETED)
-        return [returns.get(job.folder, was_there) for job in jobs]
+def jobs_of(
+    context: HydraContext, config: DictConfig, job_overrides: Sequence[Sequence[str]], first: int = 0
+) -> list[Job]:
+    """The runs that these overrides ask for, each once. Raises :class:`BadInput` where one of them is bad."""
+    jobs: dict[Path, Job] = {}
+    for number, overrides in enumerate(job_overrides, first):
+        composed = context.config_loader.load_sweep_config(config, list(overrides))
+        with open_dict(composed):
+            composed.hydra.job.id = composed.hydra.job.num = number
+        try:
+            validated = xattn.config.from_hydra(composed)
+        except BadInput as error:
+            raise BadInput(f"of {len(job_overrides)} runs none is started: {error}") from error
+        folder = Path(OmegaConf.select(composed, "hydra.sweep.dir"), OmegaConf.select(composed, "hydra.sweep.subdir"))
+        jobs[folder] = Job(validated, folder, tuple(filter_overrides(overrides)))
+    return list(jobs.values())

@@ -43,6 +43,10 @@ MAX_FAILURES_IN_A_ROW = 3
 MAX_ROLLBACKS = 3
 
 
+def prunes_nothing(row: Row) -> bool:
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run to make: its validated config, its folder, and what the person typed for it.
@@ -54,7 +58,7 @@ class Job:
     folder: Path
     overrides: tuple[str, ...] = ()
     watch: tuple[Tracker, ...] = ()
-    prune: Callable[[Row], bool] = lambda row: False
+    prune: Callable[[Row], bool] = prunes_nothing
 
 
 class Attempt:
@@ -176,12 +180,14 @@ class Attempt:
                     "resume=never"
                 )
             self.data.check_tokenizer(folder.path)
+            if self._before.get("committed_step") is None:  # nothing has come of that pack yet
+                before = before | {"pack": here["pack"]}
             origin = before
             if changed := changes(before, here):
                 self.display.warn(f"warning: changed since this run began: {', '.join(changed)}")
                 again = {key: here[key] for key in (*changed, "started_at", "command")}
                 origin = before | {"resumed_with": [*before.get("resumed_with", []), again]}
-        if origin is not before:
+        if origin != folder.read_json(run_folder.PROVENANCE):
             run_folder.write_atomically(folder / run_folder.PROVENANCE, run_folder.to_json(origin, indent=2) + "\n")
         run_folder.write_summary(folder.path, self._summary)
         return origin

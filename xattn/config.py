@@ -28,6 +28,7 @@ from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
 from xattn.model.config import ModelConfig
 from xattn.section import Section
+from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
 from xattn.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainerConfig
 
@@ -53,16 +54,18 @@ class Config(Section):
     evaluation: EvaluationConfig
     tracking: TrackingConfig
     parallel: ParallelConfig
+    sweep: SweepConfig
     seed: int = Field(ge=0, lt=2**32)
     study: str = Field(pattern=PathName, max_length=100)
     resume: Literal["auto", "never"]
 
 
-# Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped,
-# when it is saved.
+# Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped
+# and swept, when it is saved.
 _NOT_HASHED: Any = {
     "tracking": True,
     "parallel": True,
+    "sweep": True,
     "study": True,
     "resume": True,
     "trainer": {"checkpoint_every", "checkpoint_minutes"},
@@ -97,7 +100,7 @@ def shaping(config: Config) -> Config:
     pace = {"log_every": 1, "eval_every": 1} | dict.fromkeys(
         ("attention_stats_every", "checkpoint_every", "checkpoint_minutes")
     )
-    elsewhere = {"data": None, "evaluation": None, "tracking": None, "seed": 0, "study": "", "resume": "auto"}
+    elsewhere = dict.fromkeys(("data", "evaluation", "tracking", "sweep")) | {"seed": 0, "study": "", "resume": "auto"}
     return config.model_copy(
         update={
             "backend": config.backend.model_copy(update=numbers),
@@ -113,8 +116,14 @@ def shaping(config: Config) -> Config:
 
 def program_key(config: Config) -> str:
     """Equal for configs that share their compiled programs."""
-    parts = shaping(config).model_dump(mode="json", exclude={"data", "evaluation", "tracking"})
+    parts = shaping(config).model_dump(mode="json", exclude={"data", "evaluation", "tracking", "sweep"})
     return json.dumps(parts, sort_keys=True)
+
+
+def pack_key(config: Config) -> str:
+    """Equal for configs whose runs can train as one pack: program, data, evaluation and pace are the same."""
+    parts = config.model_dump(mode="json", include={"data", "evaluation", "trainer"})
+    return program_key(config) + json.dumps(parts, sort_keys=True)
 
 
 def varying_keys(configs: Sequence[Config]) -> list[str]:

@@ -80,7 +80,7 @@ class Pack:
         if config.trainer.deterministic:
             ask_for_determinism()
         keep_compiled_programs()
-        layout, choice = layout_of(config), _choose_attention(config)
+        layout, choice = layout_of(config), choose_attention(config)
         for attempt in self._attempts:
             attempt.read_data(layout, self._stop)
         data = self._open[0].data  # of the others only the batches differ
@@ -137,7 +137,7 @@ class Pack:
             at_most = min(steps)
 
 
-def _choose_attention(config: Config) -> Choice:
+def choose_attention(config: Config) -> Choice:
     """What the dispatch table says to the attention of one training batch."""
     from xattn.backend import dispatch
 

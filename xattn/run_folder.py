@@ -91,6 +91,11 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     return _read_json(path / SUMMARY)
 
 
+def read_provenance(path: Path) -> dict[str, Any] | None:
+    """The provenance.json of the run folder ``path``, or None where there is none."""
+    return _read_json(path / PROVENANCE)
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))

@@ -29,3 +29,7 @@ class Interruption:
         if self.requested:
             os._exit(128 + number)  # no cleaning up: what is committed is committed, and the lock goes with the process
         self.requested = True
+
+
+# Signals are the process's, and so is what they ask for.
+interruption = Interruption()

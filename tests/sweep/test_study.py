@@ -12,7 +12,8 @@ import xattn.config
 from xattn import run_folder
 from xattn.errors import ExitCode
 from xattn.sweep import runs, study
-from xattn.sweep.study import Job, carry_out
+from xattn.sweep.packing import is_finished
+from xattn.sweep.study import Job, Start, carry_out
 
 
 def jobs_of(outputs: Path, *overrides: Sequence[str]) -> list[Job]:
@@ -29,17 +30,17 @@ def finish(job: Job, status: str = "done", val_loss: float | None = 1.5) -> None
     run_folder.write_summary(job.folder, {"status": status, "step": 20, "val_loss": val_loss, "val_bpb": val_loss})
 
 
-def recorder(codes: Callable[[Job], ExitCode]) -> tuple[list[tuple[str, ...]], Callable[[Job], ExitCode]]:
+def recorder(codes: Callable[[Job], ExitCode]) -> tuple[list[tuple[str, ...]], Start]:
     started: list[tuple[str, ...]] = []
 
-    def start(job: Job) -> ExitCode:
+    def start_one(job: Job) -> ExitCode:
         started.append(job.overrides)
         code = codes(job)
         if code in (ExitCode.DONE, ExitCode.DIVERGED):
             finish(job, code.name.lower(), 1.5 if code == ExitCode.DONE else None)
         return code
 
-    return started, start
+    return started, lambda jobs: [start_one(job) for job in jobs]
 
 
 def test_what_is_done_or_diverged_is_not_started_again(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_one_in_use_is_waited_for_and_taken_over(tmp_path: Path, monkeypatch: py
     jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
     carry_out(jobs, start)
     assert started.count(("seed=0",)) == 3
-    assert all(job.is_finished() for job in jobs)
+    assert all(is_finished(job) for job in jobs)
 
 
 def test_one_in_use_that_its_process_finishes_is_not_started_again(
@@ -108,11 +109,11 @@ def test_one_in_use_that_its_process_finishes_is_not_started_again(
 def test_a_study_that_is_stopped_shows_the_table_of_what_there_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def start(job: Job) -> ExitCode:
-        if job.config.seed == 1:
+    def start(jobs: Sequence[Job]) -> list[ExitCode]:
+        if jobs[0].config.seed == 1:
             raise SystemExit(75)
-        finish(job, val_loss=1.2345)
-        return ExitCode.DONE
+        finish(jobs[0], val_loss=1.2345)
+        return [ExitCode.DONE]
 
     with pytest.raises(SystemExit):
         carry_out(jobs_of(tmp_path, ["seed=0"], ["seed=1"]), start)

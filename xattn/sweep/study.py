@@ -2,76 +2,122 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import sys
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import xattn.config
-from xattn.config import Config
-from xattn.errors import ExitCode
-from xattn.run_folder import read_summary
+from xattn.attempt import Job
+from xattn.errors import ExitCode, FolderInUse, StorageError, XattnError
+from xattn.run import run_pack
+from xattn.run_folder import read_summary, shown
+from xattn.signals import interruption
+from xattn.sweep.packing import is_finished, take_pack
 from xattn.sweep.table import print_table
+from xattn.sweep.view import StudyView
 
 _POLL_SECONDS = 1.0
 
+Start = Callable[[Sequence[Job]], Sequence[ExitCode]]
 
-@dataclass(frozen=True)
-class Job:
-    """A run to make: its validated config, its folder, and what the person typed for it."""
-
-    config: Config
-    folder: Path
-    overrides: tuple[str, ...]
-
-    def is_finished(self) -> bool:
-        """Whether its result is there already. ``resume=never`` asks for another."""
-        if self.config.resume == "never":
-            return False
-        return (read_summary(self.folder) or {}).get("status") in ("done", "diverged")
+# What each run that this process has swept came to; of several attempts at one, the last.
+outcomes: dict[Path, ExitCode] = {}
+_ENDED_WELL = {ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE}  # the last was waited for
 
 
-def carry_out(jobs: Sequence[Job], start: Callable[[Job], ExitCode]) -> None:
-    """Starts every job whose result is not there yet, and prints the table of all at the end.
+def exit_code() -> ExitCode:
+    """That of a sweep: done where every run is done, pruned or diverged."""
+    codes = set(outcomes.values())
+    if ExitCode.PREEMPTED in codes:
+        return ExitCode.PREEMPTED
+    return ExitCode.DONE if codes <= _ENDED_WELL else ExitCode.ERROR
 
-    Jobs of one program follow each other. One that another process is running is waited for, and taken over if that
-    dies; one that fails is told of, and the others go on. ``start`` makes a run and returns its exit code; SystemExit
-    from it ends the study with the table of what there is.
+
+def start(jobs: Sequence[Job]) -> list[ExitCode]:
+    """Makes the runs of one pack: the border around them, where an error ends a run and not the study.
+
+    A pack that is refused is halved, so that only those are refused who give reason to, and one that does not fit in
+    memory fits in the end.
     """
-    unfinished = [job for job in jobs if not job.is_finished()]
-    print(f"{len(jobs)} runs, {len(jobs) - len(unfinished)} of them done already")
-    queue = deque(sorted(unfinished, key=lambda job: xattn.config.program_key(job.config)))
-    varying = xattn.config.varying_keys([job.config for job in jobs])
-    began, made = time.monotonic(), 0
-    waiting_for: set[Path] = set()
     try:
-        while queue:
-            job = queue.popleft()
-            if job.folder in waiting_for:
-                if job.is_finished():
-                    print(f"  {_label(job, varying)}: done by another process")
-                    continue
-                if len(waiting_for) > len(queue):
-                    time.sleep(_POLL_SECONDS)  # nothing else is left to do
-            code = start(job)
-            if code == ExitCode.IN_USE:
-                if job.folder not in waiting_for:
-                    print(f"  {_label(job, varying)}: another process is at it")
-                waiting_for.add(job.folder)
-                queue.append(job)
-                continue
-            made += 1
-            left = (time.monotonic() - began) / made * len(queue)
-            print(f"  {_label(job, varying)}: {_outcome(job, code)}   {len(queue)} to go, about {_clock(left)}")
+        return run_pack(jobs, stop=lambda: interruption.requested, quiet=True)
+    except FolderInUse as error:
+        return [error.exit_code] * len(jobs)
+    except XattnError as error:
+        if len(jobs) > 1 and not isinstance(error, StorageError):
+            half = len(jobs) // 2
+            return start(jobs[:half]) + start(jobs[half:])
+        print(f"xattn: {error}", file=sys.stderr)
+        return [error.exit_code] * len(jobs)
+    except Exception:  # what run_pack() itself does not catch is a fault of ours
+        traceback.print_exc()
+        return [ExitCode.ERROR] * len(jobs)
+
+
+def carry_out(jobs: Sequence[Job], start: Start = start) -> None:
+    """Makes every run whose result is not there yet, in this process, and prints the table of all at the end.
+
+    ``start`` makes the runs of a pack and returns their exit codes. Where the process is asked to stop, SystemExit ends
+    the study.
+    """
+    with told_at_the_end(jobs):
+        make(jobs, start)
+
+
+@contextlib.contextmanager
+def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
+    """Prints the table of all runs, however it ends, and how to go on."""
+    try:
+        yield
     except SystemExit:
         print("stopped; the same command goes on with what is not done")
         raise
     finally:
-        print_table([job.folder for job in jobs], varying)
+        print_table([job.folder for job in jobs], xattn.config.varying_keys([job.config for job in jobs]))
+    if jobs:
+        print(f"a report on them: xattn report {shown(jobs[0].folder.absolute().parent)}")
 
 
-def _label(job: Job, varying: Sequence[str]) -> str:
+def make(jobs: Sequence[Job], start: Start = start) -> None:
+    """Runs of one program follow each other, or train as one. One that another process is running is waited for, and
+    taken over if that dies; one that fails is told of, and the others go on."""
+    varying = xattn.config.varying_keys([job.config for job in jobs])
+    waiting_for: set[Path] = set()
+    with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
+        jobs = [dataclasses.replace(job, watch=(*job.watch, view)) for job in jobs]
+        unfinished = [job for job in jobs if not is_finished(job)]
+        queue = deque(sorted(unfinished, key=lambda job: xattn.config.program_key(job.config)))
+        while queue:
+            if queue[0].folder in waiting_for:
+                if is_finished(queue[0]):
+                    view.ended(label(queue.popleft(), varying), "done by another process", len(queue))
+                    continue
+                if all(job.folder in waiting_for for job in queue):
+                    time.sleep(_POLL_SECONDS)  # nothing else is left to do
+            pack = take_pack(queue, jobs)
+            at_work = [job for job in pack if not is_finished(job)]
+            view.began([label(job, varying) for job in at_work], pack[0].config.trainer.steps)
+            outcomes.update(zip((job.folder for job in pack), start(pack), strict=True))
+            for job in at_work:
+                code = outcomes[job.folder]
+                if code != ExitCode.IN_USE:
+                    view.ended(label(job, varying), _outcome(job, code), len(queue), failed=code not in _ENDED_WELL)
+                    continue
+                if job.folder not in waiting_for:
+                    view.say(f"  {label(job, varying)}: another process is at it")
+                waiting_for.add(job.folder)
+                queue.append(job)
+            if interruption.requested and (queue or ExitCode.PREEMPTED in outcomes.values()):
+                raise SystemExit(ExitCode.PREEMPTED)
+
+
+def label(job: Job, varying: Sequence[str]) -> str:
+    """The run in a line: its values of the keys that differ within the study."""
     values = xattn.config.hashed_values(job.config)
     return " ".join(f"{key}={values[key]}" for key in varying if key in values) or job.folder.name
 
@@ -81,8 +127,3 @@ def _outcome(job: Job, code: ExitCode) -> str:
     if code in (ExitCode.DONE, ExitCode.DIVERGED) and summary.get("val_loss") is not None:
         return f"{summary['status']}, val_loss {summary['val_loss']:.4f}"
     return code.name.lower()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"

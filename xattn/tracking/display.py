@@ -43,7 +43,7 @@ class Display:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
             transient=True,
         )
         self._task = self._progress.add_task("compiling …", total=steps)

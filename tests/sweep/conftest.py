@@ -1,0 +1,16 @@
+"""A tiny run, many of which make a study of seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(text_file: Path) -> list[str]:
+    return [
+        *("trainer=debug", "tracking.wandb.mode=disabled", "data=text", f"data.path={text_file}"),
+        *("model.embedding_dim=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16"),
+        *("backend.context_length=16", "evaluation.windows=8"),
+    ]

@@ -1,0 +1,107 @@
+"""Which runs train as one program, and how many. Importing this module imports no jax."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import xattn.config
+from xattn import run_folder
+from xattn.attempt import Job
+from xattn.config import Config
+
+# What a layer's kernels cost to launch in a training step, and the rate at which a packed step of a small model works:
+# fitted to 4 layers of width 128 on an H100 (S 64, B 12: 0.59 ms a step alone, 1.85 ms for 16 runs, 6.9 ms for 64).
+_LAUNCH_SECONDS_PER_LAYER = 0.12e-3
+_FLOPS_PER_SECOND = 38e12
+_MOST = 64
+_WORTH_IT = 1.5  # times the throughput, or auto leaves it
+# Attention that is plain JAX, which vmap transforms; kernels are written for one run.
+_VMAPPED = ("reference", "blockwise", "linear")
+
+
+def take_pack(queue: deque[Job], jobs: Sequence[Job]) -> list[Job]:
+    """Takes the next runs to start together out of the queue.
+
+    They are those of a pack that was begun, in their places, the finished ones among them that are in the queue no
+    more; or as many as pay that have not begun. ``jobs`` are all of the study.
+    """
+    first = queue.popleft()
+    pack = _begun_pack(first, jobs) or [first]
+    if len(pack) == 1 and _is_fresh(first) and (size := pack_size(first.config)) > 1:
+        key = xattn.config.pack_key(first.config)
+        like = [job for job in queue if xattn.config.pack_key(job.config) == key and _is_fresh(job)]
+        pack += like[: size - 1]
+    for job in pack[:]:
+        if job in queue:
+            queue.remove(job)
+    return pack
+
+
+def _begun_pack(job: Job, jobs: Sequence[Job]) -> list[Job]:
+    """The pack that the run has trained in, where all its members are of the study and none has left it since."""
+    names = _names(job)
+    by_folder = {other.folder.absolute(): other for other in jobs}
+    folders = [job.folder.absolute().parent / name for name in names]
+    if job.config.sweep.pack == "off" or not all(folder in by_folder for folder in folders):
+        return []
+    pack = [by_folder[folder] for folder in folders]
+    return pack if all(is_finished(other) or _names(other) == names for other in pack) else []
+
+
+def _names(job: Job) -> list[str]:
+    """Of the folders in the run's pack; none where it has trained alone, if only for a while, or saved nothing yet."""
+    origin = run_folder.read_provenance(job.folder) or {}
+    alone_since = any("pack" in change for change in origin.get("resumed_with", []))
+    return [] if alone_since or _is_fresh(job) else origin.get("pack") or []
+
+
+def _is_fresh(job: Job) -> bool:
+    """Whether no step of it is kept."""
+    return (run_folder.read_summary(job.folder) or {}).get("committed_step") is None
+
+
+def is_finished(job: Job) -> bool:
+    """Whether its result is there already. ``resume=never`` asks for another."""
+    if job.config.resume == "never":
+        return False
+    return (run_folder.read_summary(job.folder) or {}).get("status") in ("done", "diverged")
+
+
+def pack_size(config: Config) -> int:
+    """How many runs of this config's program to train as one.
+
+    ``auto`` models a step of n runs on a GPU as a + n·w, the launches of one program and the arithmetic of n runs. It
+    takes the power of two at which four fifths of the gain are there, n·w ≥ 4a, at most 64, if all of it, 1 + a/w times
+    the throughput, is worth it. What does not fit in memory is halved when the program is there (:func:`xattn.sweep.study.start`).
+    """
+    one_device = all(size == 1 for size in config.parallel.axes().values())
+    if config.sweep.pack == "off" or config.trainer.nonfinite == "rollback" or not one_device:
+        return 1  # a run that rolls back is at another step than its pack
+    if config.sweep.pack == "auto":
+        import jax
+
+        if jax.default_backend() != "gpu":
+            return 1
+    if _attention(config) not in _VMAPPED:
+        return 1
+    return _paying(config) if config.sweep.pack == "auto" else config.sweep.pack
+
+
+def _attention(config: Config) -> str:
+    from xattn.pack import choose_attention
+
+    return choose_attention(config).name
+
+
+def _paying(config: Config) -> int:
+    from xattn.model.transformer import matmul_flops_per_token
+
+    context_length = config.backend.context_length
+    flops = matmul_flops_per_token(config.model, context_length=context_length, vocab_size=256)
+    work = 3 * flops * config.trainer.batch_size * context_length / _FLOPS_PER_SECOND
+    launches = _LAUNCH_SECONDS_PER_LAYER * config.model.num_layers
+    if 1 + launches / work < _WORTH_IT:
+        return 1
+    return min(_MOST, 2 ** math.ceil(math.log2(max(1.0, 4 * launches / work))))

@@ -1,0 +1,130 @@
+"""A sweep over several processes of this machine, each with a GPU of its own.
+
+Each carries out the whole study (:mod:`xattn.sweep.study`), and the locks of the run folders share the work among them,
+as among the terminals of a person who types the same command twice. Importing this module imports no jax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
+from typing import Any
+
+import xattn.config
+from xattn.attempt import Job
+from xattn.errors import ExitCode
+from xattn.run_folder import read_summary
+from xattn.signals import interruption
+from xattn.sweep import study
+from xattn.sweep.packing import is_finished
+from xattn.sweep.view import StudyView
+
+_POLL_SECONDS = 0.5
+
+
+def carry_out(jobs: Sequence[Job]) -> None:
+    """:func:`xattn.sweep.study.carry_out`, by as many processes as ``sweep.workers`` says."""
+    unfinished = [job for job in jobs if not is_finished(job)]
+    devices = gpus() if unfinished else []
+    wanted = unfinished[0].config.sweep.workers if unfinished else 1
+    workers = min(max(1, len(devices)) if wanted == "auto" else wanted, len(unfinished))
+    if workers <= 1:
+        study.carry_out(jobs)
+        return
+    with study.told_at_the_end(jobs):
+        _carry_out(jobs, unfinished, [devices[i % len(devices)] if devices else None for i in range(workers)])
+
+
+def gpus() -> list[str]:
+    """The GPUs that jax would see here, as CUDA_VISIBLE_DEVICES names them; without asking jax, which would take
+    them."""
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        return []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i, line in enumerate(filter(None, listed.stdout.splitlines()))] if not listed.returncode else []
+
+
+def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], devices: Sequence[str | None]) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = []
+    for device in devices:
+        with _environment({} if device is None else {"CUDA_VISIBLE_DEVICES": device}):
+            processes.append(context.Process(target=_work, args=(list(jobs), results)))
+            processes[-1].start()
+    varying, pending, told = xattn.config.varying_keys([job.config for job in jobs]), list(unfinished), False
+    with StudyView(len(jobs), len(jobs) - len(unfinished)) as view:
+        view.began([f"{len(devices)} processes"], len(jobs))
+        while alive := [process for process in processes if process.is_alive()]:
+            wait([process.sentinel for process in alive], _POLL_SECONDS)
+            for job in [job for job in pending if is_finished(job)]:
+                pending.remove(job)
+                status = (read_summary(job.folder) or {})["status"]
+                view.ended(study.label(job, varying), status, len(pending))
+            if interruption.requested and not told:
+                told = True
+                for process in alive:
+                    process.terminate()  # a request, as to any run: save and leave
+            while not results.empty():
+                _merge(results.get())
+    while not results.empty():
+        _merge(results.get())
+    if interruption.requested:
+        raise SystemExit(ExitCode.PREEMPTED)
+    for job in unfinished:
+        if not is_finished(job):  # its processes died
+            study.outcomes.setdefault(job.folder, ExitCode.ERROR)
+
+
+def _merge(outcomes: Mapping[Any, ExitCode]) -> None:
+    """A run that one process found in use, another has made."""
+    for folder, code in outcomes.items():
+        if code != ExitCode.IN_USE or folder not in study.outcomes:
+            study.outcomes[folder] = code
+
+
+def _work(jobs: Sequence[Job], results: Any) -> None:
+    """One of the processes. Signals come from the one that started it, and none from the terminal."""
+    os.setsid()
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
+    with interruption.listening(), contextlib.suppress(SystemExit):
+        study.make(jobs)
+    results.put(study.outcomes)
+
+
+def _leave_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+    os._exit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """For the processes that are started in it."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
