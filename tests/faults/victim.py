@@ -137,7 +137,7 @@ def kill_in_compile() -> None:
 def kill_restored() -> None:
     from xattn.training.checkpoint import Checkpoints
 
-    patch(Checkpoints, "restore_state", after=_die_when(lambda *a: True))
+    patch(Checkpoints, "restore_state", after=_die_when(lambda *a, **k: True))
 
 
 def kill_step(update: str) -> None:

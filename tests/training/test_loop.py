@@ -202,6 +202,14 @@ def test_probes_are_in_the_rows_and_change_no_bit(compiled: Programs, tmp_path: 
     )
 
 
+def test_a_run_restored_from_its_last_step_has_ended(compiled: Programs, tmp_path: Path) -> None:
+    """Killed between its last save and its summary, it has nothing left to train."""
+    done = fresh(compiled)
+    run(compiled, done, tmp_path, steps=3)
+    assert run(compiled, done, tmp_path, steps=3) == []
+    assert done.step == 3
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,8 @@ def pack_size(config: Config) -> int:
 
     ``auto`` models a step of n runs on a GPU as a + n·w, the launches of one program and the arithmetic of n runs. It
     takes the power of two at which four fifths of the gain are there, n·w ≥ 4a, at most 64, if all of it, 1 + a/w times
-    the throughput, is worth it. What does not fit in memory is halved when the program is there (:func:`xattn.sweep.study.start`).
+    the throughput, is worth it. What does not fit in memory is halved once the program is there (see
+    :func:`xattn.sweep.study.start`).
     """
     one_device = all(size == 1 for size in config.parallel.axes().values())
     if config.sweep.pack == "off" or config.trainer.nonfinite == "rollback" or not one_device:

@@ -206,6 +206,8 @@ def train(
             return
         for member in active:
             member.progress.clock.resume()
+    for member in active:  # restored from the last step, of which only the end was missing
+        member.active = False
 
 
 def _reach(member: Member, step: int, metrics: StepMetrics, tokens: int) -> dict[str, Any]:
