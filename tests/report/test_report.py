@@ -172,6 +172,14 @@ def test_a_missing_a_diverged_a_running_and_a_foreign_folder_are_said(writer: Wr
     )
 
 
+def test_a_run_that_the_tuner_stopped_is_said(writer: Writer) -> None:
+    small(writer)
+    writer.run({"backend.activation": "sigmoid", "seed": 2}, 2.0, name="sigmoid2", status="pruned")
+    found = judged(writer)
+    assert "1 run stopped early by the tuner, and not judged: sigmoid2." in found.odd
+    assert found.effects[0].paired.seeds == 2
+
+
 def test_a_study_in_which_nothing_has_ended_is_reported(writer: Writer) -> None:
     for arm in ("softmax", "sigmoid"):
         writer.run({"backend.activation": arm, "seed": 0}, status="preempted", rows=1)
@@ -390,6 +398,14 @@ def test_every_number_leads_back(writer: Writer) -> None:
     assert "[softmax0](../softmax0/)" in files["report.md"]
     assert '<a href="../%C3%BC%201/">ü 1</a>' in files["report.html"]
     assert "| 1 | `python train.py -m seed=2` |" in files["report.md"]
+
+
+def test_what_was_evaluated_later_is_shown(writer: Writer) -> None:
+    small(writer)
+    row = {"step": 200, "overrides": ["evaluation.windows=all"], "results": {"val_loss": 1.5}}
+    (writer.folder / "softmax0" / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    page = written(writer)["report.md"]
+    assert '| [softmax0](../softmax0/) | 200 | `["evaluation.windows=all"]` | `{"val_loss": 1.5}` |' in page
 
 
 def test_loss_spikes_are_counted_and_noise_and_descent_are_not() -> None:

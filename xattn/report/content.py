@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -266,7 +267,7 @@ def _runs(found: Findings) -> Iterator[Block]:
     columns = ["folder", "differs in", "status", found.metric, "commit", "command"]
     yield Table(columns, rows, words=words, code=["command"], folders="folder")
     later = [
-        [run.name, show(each.get("step")), str(each.get("overrides")), str(each.get("results"))]
+        [run.name, show(each.get("step")), *(json.dumps(each.get(key)) for key in ("overrides", "results"))]
         for run in found.study.runs
         for each in run.evaluations
     ]
