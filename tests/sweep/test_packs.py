@@ -44,6 +44,7 @@ def test_a_run_in_a_pack_is_the_run_alone(tiny: list[str], tmp_path: Path) -> No
     """200 steps in float32: every loss within 1e-4, the same steps and files. One that diverges is masked, and tells
     of the same update."""
     long = [*tiny, f"trainer.steps={STEPS}", "trainer.log_every=20", "trainer.eval_every=100"]
+    long.append("trainer.attention_stats_every=100")
     numbers = [
         ["optimizer.learning_rate=3e-3", "seed=0"],
         ["optimizer.learning_rate=1e-2", "seed=1", "optimizer.clip_norm=null", "backend.theta=100"],
