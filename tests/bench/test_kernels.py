@@ -115,7 +115,7 @@ def test_the_sweep_has_the_present_tuning_and_no_other_twice() -> None:
     for passes in PASSES:
         found = kernel_times.variants(passes)
         assert found[0] == kernel_times.Tuning()
-        assert len(set(found)) == len(found) == 24
+        assert len(set(found)) == len(found) == 32
 
 
 @pytest.mark.slow

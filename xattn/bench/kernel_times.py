@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from xattn.backend import attention
-from xattn.backend.hopper.tuning import Exponential, Tuning
+from xattn.backend.hopper.tuning import Form, Tuning
 from xattn.bench.kernel_bench import PASSES, Bench, Function, kernel, program
 
 Key = tuple[str, str]
@@ -183,13 +183,13 @@ def _quickest(found: list[Timing]) -> dict[str, str]:
 
 def variants(passes: str) -> list[Tuning]:
     """The present tuning, and every combination of the numbers that the pass's kernels read."""
-    exponentials: tuple[Exponential, ...] = get_args(Exponential)
+    forms: tuple[Form, ...] = get_args(Form)
     if passes == PASSES[0]:
-        of_forward = itertools.product(exponentials, (64, 128), (2, 3), (True, False))
-        grid = [replace(Tuning(), exponential=e, keys=k, stages=s, take_turns=t) for e, k, s, t in of_forward]
+        of_forward = itertools.product(forms, (64, 128), (2, 3), (True, False))
+        grid = [replace(Tuning(), form=e, keys=k, stages=s, take_turns=t) for e, k, s, t in of_forward]
     else:
-        of_backward = itertools.product(exponentials, (64, 128), (64, 128), (1, 2))
-        grid = [replace(Tuning(), exponential=e, keys_dq=k, queries_dkv=q, stages=s) for e, k, q, s in of_backward]
+        of_backward = itertools.product(forms, (64, 128), (64, 128), (1, 2))
+        grid = [replace(Tuning(), form=e, keys_dq=k, queries_dkv=q, stages=s) for e, k, q, s in of_backward]
     return list(dict.fromkeys([Tuning(), *grid]))
 
 

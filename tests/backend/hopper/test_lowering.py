@@ -32,9 +32,10 @@ def kernels(function: Any, *arrays: Any) -> int:
 # Each value of every choice, not each of their products: activation, causal, dtype, D, heads, S, tuning.
 CONFIGURATIONS = [
     (True, True, "bfloat16", 128, (4, 4), 256, Tuning()),
-    (True, False, "float16", 64, (4, 2), 200, Tuning(exponential="polynomial4", keys=64, take_turns=False)),
+    (True, False, "float16", 64, (4, 2), 200, Tuning(form="polynomial4", keys=64, take_turns=False)),
+    (True, True, "bfloat16", 64, (2, 1), 128, Tuning(form="split")),
     (False, True, "float16", 128, (4, 1), 1, Tuning(keys_dq=64, queries_dkv=128, stages=1)),
-    (False, False, "bfloat16", 64, (3, 3), 384, Tuning(exponential="polynomial3", stages=3)),
+    (False, False, "bfloat16", 64, (3, 3), 384, Tuning(form="polynomial3", stages=3)),
 ]
 
 

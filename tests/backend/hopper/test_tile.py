@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from xattn.backend.hopper import tile
-from xattn.backend.hopper.tuning import BLOCK, Exponential
+from xattn.backend.hopper.tuning import BLOCK, Form
 
-FORMS = get_args(Exponential)
+FORMS = get_args(Form)
 # The largest relative error of 2^y, and so about that of a small weight. ("hardware" is XLA:CPU's exp2 here; the chip's
 # own is off by 2 units in the last place.)
-ERROR = {"hardware": 8e-6, "polynomial3": 8e-5, "polynomial4": 4e-6}
+ERROR = {"hardware": 8e-6, "polynomial3": 8e-5, "polynomial4": 4e-6, "split": 4e-5}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_powers_of_two(form: Exponential) -> None:
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "split"])
+def test_powers_of_two(form: Form) -> None:
     y = np.concatenate([np.linspace(-125.9, 125.9, 200_001), np.arange(-126, 127), [0.5, -0.5, 1.5]]).astype(np.float32)
     got = np.asarray(jax.jit(tile.exp2, static_argnums=1)(jnp.asarray(y), form), np.float64)
     # XLA:CPU flushes what is not normal to 0: 2^−126 times a factor below 1.
@@ -29,9 +29,10 @@ def test_powers_of_two(form: Exponential) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_extremes_are_finite_and_not_a_number_stays_so(form: Exponential) -> None:
+def test_extremes_are_finite_and_not_a_number_stays_so(form: Form) -> None:
     x = jnp.array([jnp.inf, 1e30, 200.0, -200.0, -1e30, -jnp.inf, jnp.nan])
-    weights, slope = jax.jit(lambda x: tile.sigmoid(x, 1.0, jnp.float32(0.0), form))(x)
+    weights, slope = jax.jit(lambda x: tile.sigmoid(x[None], 1.0, jnp.float32(0.0), form))(x)
+    weights, slope = weights[0], slope[0]
     np.testing.assert_allclose(weights[:3], 1, rtol=1e-6)
     np.testing.assert_allclose(weights[3:6], 0, atol=1e-30)
     np.testing.assert_allclose(slope[:6], 0, atol=1e-30)
@@ -41,22 +42,23 @@ def test_extremes_are_finite_and_not_a_number_stays_so(form: Exponential) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("n", [1, 128, 32768])
-def test_small_and_large_weights_and_their_slopes_are_right_relative_to_themselves(form: Exponential, n: int) -> None:
-    products = np.linspace(-200, 200, 100_001).astype(np.float32)
+def test_small_and_large_weights_and_their_slopes_are_right_relative_to_themselves(form: Form, n: int) -> None:
+    products = np.linspace(-200, 200, 100_000).astype(np.float32)
     scale, bias = 0.125, np.float32(-np.log(n))
-    weights, slope = tile.sigmoid(jnp.asarray(products), scale, jnp.asarray(bias), form)
+    run = jax.vmap(lambda tile_: tile.sigmoid(tile_, scale, jnp.asarray(bias), form))  # in tiles of one row
+    weights, slope = (x.ravel() for x in run(jnp.asarray(products).reshape(-1, 1, 10)))
     x = products.astype(np.float64) * scale + float(bias)
     exact = 1 / (1 + np.exp(-x))
     # 3e-6: what the float32 argument is off by, up to 50 in units of ln 2.
     np.testing.assert_allclose(weights, exact, rtol=ERROR[form] + 3e-6)
-    np.testing.assert_allclose(slope, exact / (1 + np.exp(x)), rtol=2 * ERROR[form] + 6e-6)
+    # split takes σ (1 − σ), which is off by what float32 is beside 1 where a weight is close to 1.
+    allowed = (2 * ERROR[form] + 6e-6) * exact / (1 + np.exp(x)) + (2e-7 if form == "split" else 0) * (exact > 0.1)
+    assert np.all(np.abs(slope - exact / (1 + np.exp(x))) <= allowed)
 
 
 @pytest.mark.parametrize(("form", "dtype"), [(form, dtype) for form in FORMS for dtype in ("bfloat16", "float16")])
 @pytest.mark.parametrize("n", [128, 32768])
-def test_a_form_costs_less_than_a_fifth_of_the_error_that_the_dtype_costs(
-    form: Exponential, dtype: str, n: int
-) -> None:
+def test_a_form_costs_less_than_a_fifth_of_the_error_that_the_dtype_costs(form: Form, dtype: str, n: int) -> None:
     """Some rows against n others: P V is the output, Pᵀ dO the gradient of v (the same sum, seen from the
     other side), dS K the gradient of q or k; the sum of dS is that of the bias."""
     width, rng = 64, np.random.default_rng(7)

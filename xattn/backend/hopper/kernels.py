@@ -239,7 +239,7 @@ def _weigher(meaning: Meaning, tuning: Tuning, bias_ref: Any, batch: Any, head: 
     scale = 1 / math.sqrt(width)
     if not meaning.sigmoid:
         return lambda products: (products * scale, 1.0)
-    return partial(tile.sigmoid, scale=scale, bias=bias_ref[batch, head], exponential=tuning.exponential)
+    return partial(tile.sigmoid, scale=scale, bias=bias_ref[batch, head], form=tuning.form)
 
 
 def _causal(x: jax.Array, masked: bool, first_query: Any, first_key: Any, *, transposed: bool = False) -> jax.Array:

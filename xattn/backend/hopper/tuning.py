@@ -1,4 +1,4 @@
-"""How the Hopper kernels cut their work and which form of 2^x they take. Importing this module imports no jax.
+"""How the Hopper kernels cut their work and which form of sigmoid they take. Importing this module imports no jax.
 
 None of these numbers has been measured yet: they are those of a forward prototype (64×128 tiles, two stages) and of
 arithmetic. ``xattn bench kernels`` measures them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Exponential = Literal["hardware", "polynomial3", "polynomial4"]
+Form = Literal["hardware", "polynomial3", "polynomial4", "split"]
 
 ROWS = 64
 """Rows of a tile that a compute warpgroup keeps: those of one wgmma instruction."""
@@ -25,8 +25,8 @@ BLOCK = ROWS * COMPUTE
 class Tuning:
     """Numbers that change the time and the rounding, not the meaning."""
 
-    exponential: Exponential = "hardware"
-    """Form of 2^x (xattn/backend/hopper/tile.py)."""
+    form: Form = "hardware"
+    """How sigmoid is computed (xattn/backend/hopper/tile.py)."""
     keys: int = 128
     """Keys of a tile in the forward; 64 or 128, as the two below."""
     keys_dq: int = 128
