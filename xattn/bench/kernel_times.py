@@ -189,7 +189,7 @@ def variants(passes: str) -> list[Tuning]:
         grid = [replace(Tuning(), form=e, keys=k, stages=s, take_turns=t) for e, k, s, t in of_forward]
     else:
         of_backward = itertools.product(forms, (64, 128), (64, 128), (1, 2))
-        grid = [replace(Tuning(), form=e, keys_dq=k, queries_dkv=q, stages=s) for e, k, q, s in of_backward]
+        grid = [replace(Tuning(), form_backward=e, keys_dq=k, queries_dkv=q, stages=s) for e, k, q, s in of_backward]
     return list(dict.fromkeys([Tuning(), *grid]))
 
 

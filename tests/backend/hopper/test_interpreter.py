@@ -57,7 +57,7 @@ def arrays(dtype: str, width: int, heads: int, kv_heads: int) -> list[jax.Array]
 @pytest.mark.parametrize(
     ("sigmoid", "causal", "dtype", "width", "kv_heads", "tuning"),
     [
-        (True, True, "bfloat16", 64, 1, Tuning(form="split", keys=64, keys_dq=64)),
+        (True, True, "bfloat16", 64, 1, Tuning(form="split", form_backward="polynomial3", keys=64, keys_dq=64)),
         (False, True, "float16", 128, 2, Tuning(form="polynomial4")),
         pytest.param(True, False, "float16", 128, 1, Tuning(stages=1, take_turns=False), marks=pytest.mark.slow),
         pytest.param(
@@ -66,7 +66,7 @@ def arrays(dtype: str, width: int, heads: int, kv_heads: int) -> list[jax.Array]
             "bfloat16",
             128,
             2,
-            Tuning(form="polynomial3", queries_dkv=128, stages=3),
+            Tuning(form="polynomial4", form_backward="split", queries_dkv=128, stages=3),
             marks=pytest.mark.slow,
         ),
     ],

@@ -32,8 +32,16 @@ def kernels(function: Any, *arrays: Any) -> int:
 # Each value of every choice, not each of their products: activation, causal, dtype, D, heads, S, tuning.
 CONFIGURATIONS = [
     (True, True, "bfloat16", 128, (4, 4), 256, Tuning()),
-    (True, False, "float16", 64, (4, 2), 200, Tuning(form="polynomial4", keys=64, take_turns=False)),
-    (True, True, "bfloat16", 64, (2, 1), 128, Tuning(form="split")),
+    (
+        True,
+        False,
+        "float16",
+        64,
+        (4, 2),
+        200,
+        Tuning(form="polynomial4", form_backward="polynomial3", keys=64, take_turns=False),
+    ),
+    (True, True, "bfloat16", 64, (2, 1), 128, Tuning(form="split", form_backward="split")),
     (False, True, "float16", 128, (4, 1), 1, Tuning(keys_dq=64, queries_dkv=128, stages=1)),
     (False, False, "bfloat16", 64, (3, 3), 384, Tuning(form="polynomial3", stages=3)),
 ]

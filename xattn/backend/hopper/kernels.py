@@ -47,7 +47,7 @@ from xattn.backend.hopper.block import (
     stream,
     zeros,
 )
-from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS, Tuning
+from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS, Form, Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: 
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             (q_tile,) = load([q_ref.at[at.my_rows]], kept, at.warpgroup)
-            weigh = _weigher(meaning, tuning, bias_ref, at.batch, at.head, width)
+            weigh = _weigher(meaning, tuning.form, bias_ref, at.batch, at.head, width)
 
             def step(masked: bool, n: Any, out: jax.Array) -> jax.Array:
                 (k_tile, v_tile), (k_ready, v_ready), (k_free, v_free) = slot(ring, n)
@@ -135,7 +135,7 @@ def gradient_of_q(
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             q_tile, g_tile = load([q_ref.at[at.my_rows], g_ref.at[at.my_rows]], kept, at.warpgroup)
-            weigh = _weigher(meaning, tuning, bias_ref, at.batch, at.head, width)
+            weigh = _weigher(meaning, tuning.form_backward, bias_ref, at.batch, at.head, width)
 
             def step(masked: bool, n: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 d_q, sums = carry
@@ -197,7 +197,7 @@ def gradients_of_k_and_v(
             k_tile, v_tile = load([k_ref.at[at.my_rows], v_ref.at[at.my_rows]], kept, at.warpgroup)
 
             def of_head(member: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                weigh = _weigher(meaning, tuning, bias_ref, at.batch, at.head * group + member, width)
+                weigh = _weigher(meaning, tuning.form_backward, bias_ref, at.batch, at.head * group + member, width)
 
                 # Tiles are (keys, queries) here: both products that sum over queries find them in the columns.
                 def step(masked: bool, n: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -234,12 +234,12 @@ def gradients_of_k_and_v(
     )(q, k, v, bias, g)
 
 
-def _weigher(meaning: Meaning, tuning: Tuning, bias_ref: Any, batch: Any, head: Any, width: int) -> Any:
+def _weigher(meaning: Meaning, form: Form, bias_ref: Any, batch: Any, head: Any, width: int) -> Any:
     """products of queries and keys → (weights, their derivative by the logits), for one head."""
     scale = 1 / math.sqrt(width)
     if not meaning.sigmoid:
         return lambda products: (products * scale, 1.0)
-    return partial(tile.sigmoid, scale=scale, bias=bias_ref[batch, head], form=tuning.form)
+    return partial(tile.sigmoid, scale=scale, bias=bias_ref[batch, head], form=form)
 
 
 def _causal(x: jax.Array, masked: bool, first_query: Any, first_key: Any, *, transposed: bool = False) -> jax.Array:

@@ -26,7 +26,9 @@ class Tuning:
     """Numbers that change the time and the rounding, not the meaning."""
 
     form: Form = "hardware"
-    """How sigmoid is computed (xattn/backend/hopper/tile.py)."""
+    """How the forward computes sigmoid (xattn/backend/hopper/tile.py)."""
+    form_backward: Form = "hardware"
+    """How the two kernels of the backward compute it again."""
     keys: int = 128
     """Keys of a tile in the forward; 64 or 128, as the two below."""
     keys_dq: int = 128
