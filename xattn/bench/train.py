@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +32,7 @@ from xattn.config import Config, compose
 from xattn.data.batches import Windows
 from xattn.device import keep_compiled_programs
 from xattn.errors import BadInput
-from xattn.hardware import hardware_of
+from xattn.hardware import hardware_of, measured_peak
 from xattn.provenance import git_state, versions
 from xattn.training.programs import Programs, TrainState, hyperparameters, num_params, programs
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.peer is not None:
         peer = Peer(options.peer, options.peer_python, _peer_settings(subjects, options))
     peer_seconds = _measure(subjects, peer, options.steps, options.repeats)
-    peak = _peak(subjects[0].config.model.dtype)
+    peak = _peak(subjects[0])
     results = [_result(subject, peak, peer_seconds) for subject in subjects]
     record = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
@@ -176,20 +176,13 @@ def _measure(subjects: list[Subject], peer: Peer | None, steps: int, repeats: in
     return peer_seconds
 
 
-def _peak(dtype: str) -> float:
-    """Of all devices together: from the table, else what a large product reaches here."""
+def _peak(subject: Subject) -> float:
+    """Operations a second of the devices of a step together: from the table, else what a large product reaches here."""
+    dtype = subject.config.model.dtype
     known = hardware_of(jax.local_devices()[0].device_kind)
-    if known is not None:
-        return known.peak(dtype) * jax.device_count()
-    size = 1024
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: x @ x).lower(x).compile()
-    seconds = []
-    for _ in range(20):
-        began = time.perf_counter()
-        product(x).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+    if known is None:
+        return measured_peak(dtype)
+    return known.peak(dtype) * math.prod(subject.programs.layout.sizes.values())
 
 
 def _result(subject: Subject, peak: float, peer_seconds: list[float]) -> Result:

@@ -28,6 +28,15 @@ def refuse_what_does_not_fit(needed: int, config: Config) -> None:
     available = available_bytes()
     if needed <= available:
         return
+    raise BadInput(
+        f"trainer.batch_size = {config.trainer.batch_size}, backend.context_length = {config.backend.context_length}: "
+        f"a training step needs {needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are available\n"
+        f"what helps: {what_helps(config)}"
+    )
+
+
+def what_helps(config: Config) -> str:
+    """The keys that save memory and are not at their end yet, with what they cost."""
     helps = []
     if config.trainer.gradient_accumulation < config.trainer.batch_size:
         parts = [n for n in range(2, config.trainer.batch_size + 1) if config.trainer.batch_size % n == 0]
@@ -38,11 +47,7 @@ def refuse_what_does_not_fit(needed: int, config: Config) -> None:
     if config.model.dtype == "float32" and jax.default_backend() != "cpu":
         helps.append("model.dtype=bfloat16")
     helps.append("a smaller trainer.batch_size, backend.context_length or model")
-    raise BadInput(
-        f"trainer.batch_size = {config.trainer.batch_size}, backend.context_length = {config.backend.context_length}: "
-        f"a training step needs {needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are available\n"
-        f"what helps: {'; '.join(helps)}"
-    )
+    return "; ".join(helps)
 
 
 def _machine_bytes() -> int:

@@ -155,8 +155,10 @@ def layout_of(config: Config) -> Layout:
     """
     sizes = mesh_sizes(config.parallel, jax.device_count(), jax.process_count())
     rows, model = sizes["data"] * sizes["fsdp"], config.model
+    parts = config.trainer.gradient_accumulation
+    batch = "trainer.batch_size" if parts == 1 else "trainer.batch_size / trainer.gradient_accumulation"
     divided = {
-        "trainer.batch_size": (config.trainer.batch_size, "data × fsdp", rows),
+        batch: (config.trainer.batch_size // parts, "data × fsdp", rows),
         "backend.context_length": (config.backend.context_length, "context", sizes["context"]),
         "model.embedding_dim": (model.embedding_dim, "fsdp", sizes["fsdp"]),
         "model.num_heads": (model.num_heads, "tensor", sizes["tensor"]),

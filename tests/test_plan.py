@@ -1,0 +1,103 @@
+"""The plan of a run against what its compiled step says: parameters, FLOPs and memory."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import pytest
+
+from xattn.cli import main
+from xattn.config import Config, compose
+from xattn.hardware import HARDWARE, hardware_of
+from xattn.plan import Plan, plan
+from xattn.training.programs import hyperparameters, num_params, programs
+
+ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+SMALL = [
+    *("model.num_layers=3", "model.num_heads=2", "model.embedding_dim=64", "model.mlp_dim=160"),
+    *("backend.context_length=128", "trainer.batch_size=8", "model.layers=scanned"),
+]
+
+
+def planned(config: Config, mesh: dict[str, int] = ONE, vocab_size: int = 256) -> Plan:
+    return plan(config, vocab_size, HARDWARE["h100"], mesh)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.remat=full"],
+        ["trainer.gradient_accumulation=4", "optimizer=muon"],
+        ["model.mlp=gelu", "model.norm_placement=pre", "model.qk_norm=none", "backend.implementation=reference"],
+    ],
+)
+def test_it_is_what_the_compiled_step_needs(overrides: list[str]) -> None:
+    config = compose([*SMALL, *overrides])
+    compiled, _ = programs(config, 256)
+    found = planned(config)
+    assert found.parameters == num_params(jax.eval_shape(compiled.init, hyperparameters(config)))
+    assert found.flops_per_step == compiled.flops_per_step
+    assert compiled.peak_memory_bytes / 2 < found.memory_bytes < compiled.peak_memory_bytes * 2
+
+
+def test_the_flops_are_those_that_xla_counts() -> None:
+    """In the program as it is before XLA optimises it, attention over all of S×S: within a quarter."""
+    config = compose([*SMALL, "backend.implementation=reference", "model.layers=unrolled"])
+    import jax.numpy as jnp
+
+    from xattn.model.transformer import LanguageModel, ModelHyperparameters
+
+    model = LanguageModel(config.model, config.backend, 256)
+    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    hyper = ModelHyperparameters(1e4, 0.0)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 128), jnp.int32), hyper)["params"])
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        losses: Any = model.apply({"params": params}, tokens, hyper, targets=tokens)
+        return losses.sum()
+
+    counted = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"]
+    assert 0.75 < counted / planned(config).flops_per_step < 1.25
+
+
+def test_a_mesh_shares_out_what_it_should() -> None:
+    config = compose([*SMALL, "trainer.batch_size=32"])
+    one = planned(config)
+    assert one.communication == {}
+    fsdp = planned(config, ONE | {"fsdp": 4})
+    assert fsdp.memory["parameters"] == one.memory["parameters"] // 4
+    assert fsdp.memory["activations"] == one.memory["activations"] // 4
+    data = planned(config, ONE | {"data": 4})
+    assert data.memory["parameters"] == one.memory["parameters"]
+    assert data.memory["activations"] == one.memory["activations"] // 4
+    # A sum over n devices sends 2 (n − 1)/n of the gradient; fsdp gathers the parameters twice and scatters the sum.
+    assert data.communication == {"data": 2 * 3 * 4 * one.parameters // 4}
+    assert fsdp.communication == {"fsdp": 3 * 3 * 4 * one.parameters // 4}
+    assert data.compute_seconds < one.compute_seconds
+    assert data.communication_seconds == pytest.approx(data.communication["data"] / HARDWARE["h100"].link)
+    far = planned(compose([*SMALL, "trainer.batch_size=32"]), ONE | {"data": 16})
+    assert far.communication_seconds > data.communication_seconds * 8  # between machines
+
+
+def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--device", "h100", "--devices", "8"]
+    assert main(["plan", *SMALL, "parallel=fsdp", *where, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["mesh"]["fsdp"] == 8
+    assert record["vocab_size"] >= 256
+    assert main(["plan", *SMALL, "trainer.batch_size=65536", *where, "parallel=data", "--vocab-size", "50304"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 × h100 (data 8)" in printed
+    assert "does not fit; what helps: trainer.gradient_accumulation=2" in printed
+    assert main(["plan", "--device", "h100", "--devices", "8", "parallel.data=3"]) == 2
+    assert "a mesh of 3 devices" in capsys.readouterr().err
+
+
+def test_devices_are_known_by_what_jax_calls_them() -> None:
+    assert hardware_of("NVIDIA H100 80GB HBM3") == HARDWARE["h100"]
+    assert hardware_of("TPU v5 lite") == HARDWARE["tpu-v5e"]
+    assert hardware_of("TPU v5p") == HARDWARE["tpu-v5p"]
+    assert hardware_of("cpu") is None

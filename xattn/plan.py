@@ -1,0 +1,249 @@
+"""``xattn plan``: what a run will cost, before anything is compiled, on the devices here or on others.
+
+    xattn plan model=gpt2 trainer.batch_size=512 parallel.fsdp=null --device h100 --devices 8 --vocab-size 50304
+
+Parameters and optimizer state are counted exactly, FLOPs are those of the matrix products by formula. Memory and time
+are estimates: docs/cost.md has the formulas and how far they were off where they could be measured.
+
+Shape letters: B batch, NH heads, S sequence, D embedding, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from xattn.backend import dispatch
+from xattn.config import Config, compose
+from xattn.data.run_data import load_tokenizer
+from xattn.hardware import HARDWARE, NETWORK, Hardware, hardware_of, measured_peak
+from xattn.model.loss import MOST_LOGITS
+from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token
+from xattn.training.memory import available_bytes, what_helps
+from xattn.training.optimizer import OptimizerHyperparameters, optimizer
+from xattn.training.sharding import mesh_sizes
+
+# The share of a device's peak that whole training steps of large models reach: the products' own, without what waits.
+EFFICIENCY = 0.45
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one update costs, of one device unless said otherwise.
+
+    mesh: the size of each axis. parameters, flops_per_step: of the whole model and batch. memory: bytes, by what they
+    are for. communication: bytes that a device sends, by axis. compute_seconds, communication_seconds: of an update;
+    they add up where nothing hides the one behind the other.
+    """
+
+    mesh: dict[str, int]
+    parameters: int
+    flops_per_step: int
+    tokens_per_step: int
+    memory: dict[str, int]
+    communication: dict[str, int]
+    compute_seconds: float
+    communication_seconds: float
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, int]) -> Plan:
+    """The cost of the config's training step on so many such devices."""
+    parameters, optimizer_state = _state_sizes(config, vocab_size)
+    tokens = config.trainer.batch_size * config.backend.context_length
+    flops = (
+        3
+        * tokens
+        * matmul_flops_per_token(config.model, context_length=config.backend.context_length, vocab_size=vocab_size)
+    )
+    again = 4 / 3 if config.model.remat == "full" else 1.0
+    memory = _memory(config, vocab_size, parameters, optimizer_state, mesh)
+    sent = _communication(config, parameters, mesh)
+    peak = EFFICIENCY * hardware.peak(config.model.dtype)
+    # Parameters, gradient and optimizer state are read, and all but the gradient written, once an update.
+    passes = 2 * (memory["parameters"] + memory["optimizer state"]) + memory["gradient"]
+    return Plan(
+        mesh=mesh,
+        parameters=parameters,
+        flops_per_step=flops,
+        tokens_per_step=tokens,
+        memory=memory,
+        communication=sent,
+        compute_seconds=again * flops / math.prod(mesh.values()) / peak + passes / hardware.bandwidth,
+        communication_seconds=sum(amount / _speed(axis, mesh, hardware) for axis, amount in sent.items()),
+    )
+
+
+def _state_sizes(config: Config, vocab_size: int) -> tuple[int, int]:
+    """Numbers in the parameters and in the optimizer's state."""
+    model = LanguageModel(config.model, config.backend, vocab_size)
+    tokens = jax.ShapeDtypeStruct((1, config.backend.context_length), jnp.int32)
+    hyper = ModelHyperparameters(1.0, 0.0)
+    params: Any = jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, hyper)["params"], tokens)
+    state = jax.eval_shape(optimizer(config.optimizer, OptimizerHyperparameters(1.0, 0.0, 1.0)).init, params)
+    return tuple(sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, state))  # type: ignore[return-value]
+
+
+def _memory(
+    config: Config, vocab_size: int, parameters: int, optimizer_state: int, mesh: dict[str, int]
+) -> dict[str, int]:
+    model, shards = config.model, mesh["fsdp"] * mesh["tensor"]
+    narrow = 2 if model.dtype == "bfloat16" else 4
+    rows = config.trainer.batch_size / (mesh["data"] * mesh["fsdp"] * config.trainer.gradient_accumulation)
+    tokens = rows * config.backend.context_length / mesh["context"]
+    everything = tokens * _kept_by_a_layer(config, int(rows)) * narrow / mesh["tensor"]
+    stream = tokens * model.embedding_dim * narrow
+    match model.remat:
+        case "none":
+            kept = model.num_layers * everything
+        case "dots":
+            up = (3 if model.mlp == "swiglu" else 1) * model.mlp_dim
+            projections = 3 * model.embedding_dim + 2 * model.kv_heads * model.head_dim + up
+            kept = model.num_layers * (stream + tokens * projections * narrow / mesh["tensor"])
+        case "full":
+            kept = model.num_layers * stream
+    working = 2 * everything  # while a layer's gradient is computed: what comes in and goes out, or all of it again
+    logits = min(tokens * vocab_size * narrow / mesh["tensor"], MOST_LOGITS[model.dtype])
+    sums = 2 if config.trainer.gradient_accumulation > 1 else 1
+    cast = 0 if narrow == 4 else 2
+    return {
+        "parameters": (4 + cast) * parameters // shards,
+        "optimizer state": 4 * optimizer_state // shards,
+        "gradient": 4 * sums * parameters // shards,
+        "activations": int(kept + working),
+        "logits": int(2 * logits),
+    }
+
+
+def _kept_by_a_layer(config: Config, rows: int) -> float:
+    """Numbers a token that the backward pass of a layer reads: inputs of its norms, products and functions."""
+    model, backend = config.model, config.backend
+    d, kv = model.embedding_dim, model.kv_heads * model.head_dim
+    projected = d + 2 * kv
+    rotated = d + kv
+    normed = d + kv if model.qk_norm == "rmsnorm" else 0
+    attention = 3 * d + projected + normed + rotated  # the stream, its norm, the output before its projection
+    if model.norm_placement == "hybrid":
+        attention += d
+    call = dispatch.Call(
+        activation=backend.activation,
+        dtype=model.dtype,
+        batch=max(rows, 1),
+        num_heads=model.num_heads,
+        num_kv_heads=model.kv_heads,
+        sequence=backend.context_length,
+        head_dim_qk=model.head_dim,
+        head_dim_v=model.head_dim,
+        window=backend.window,
+    )
+    if dispatch.choose(call, backend.implementation).name == "reference":
+        attention += 2 * model.num_heads * backend.context_length
+    return attention + 2 * d + (4 if model.mlp == "swiglu" else 3) * model.mlp_dim
+
+
+def _communication(config: Config, parameters: int, mesh: dict[str, int]) -> dict[str, int]:
+    """Bytes that a device sends in an update. Of n devices a gather or a scatter sends (n − 1)/n of what is gathered,
+    and a sum over all devices is one of each."""
+    model, parts = config.model, config.trainer.gradient_accumulation
+    narrow = 2 if model.dtype == "bfloat16" else 4
+    rows = config.trainer.batch_size / (mesh["data"] * mesh["fsdp"])
+    tokens = rows * config.backend.context_length / mesh["context"]
+    share = {axis: (size - 1) / size for axis, size in mesh.items()}
+    keys_values = 2 * rows * config.backend.context_length * model.kv_heads * model.head_dim * narrow / mesh["tensor"]
+    volumes = {
+        # The sum of the gradients.
+        "data": 2 * share["data"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
+        # The parameters forward and backward, for each part of a batch, and the scattered sum of the gradients.
+        "fsdp": (2 * parts + 1) * share["fsdp"] * 4 * parameters / mesh["tensor"],
+        # Keys and values forward and backward, and the scattered sum of their gradients.
+        "context": 3 * share["context"] * model.num_layers * keys_values,
+        # Two sums of the stream a layer, forward and backward.
+        "tensor": 8 * share["tensor"] * model.num_layers * tokens * model.embedding_dim * narrow,
+    }
+    return {axis: round(volume) for axis, volume in volumes.items() if volume}
+
+
+def _speed(axis: str, mesh: dict[str, int], hardware: Hardware) -> float:
+    """Bytes a second along an axis: within a machine where it and the axes inside it fit there."""
+    inner = list(mesh)[list(mesh).index(axis) :]
+    within = math.prod(mesh[name] for name in inner) <= hardware.per_machine
+    return hardware.link if within else NETWORK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    config = compose(options.overrides)
+    vocab_size = options.vocab_size or load_tokenizer(config.data).vocab_size
+    hardware = HARDWARE[options.device] if options.device else _here()
+    devices = options.devices or (1 if options.device else jax.device_count())
+    found = plan(config, vocab_size, hardware, mesh_sizes(config.parallel, devices))
+    if options.json:
+        print(json.dumps(asdict(found) | {"vocab_size": vocab_size, "device_memory": hardware.memory}, indent=1))
+        return 0
+    _print(found, config, hardware, options.device or jax.local_devices()[0].device_kind)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xattn plan", description="What a run will cost, before it is started.")
+    parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
+    parser.add_argument("--device", choices=sorted(HARDWARE), help="default: what is here")
+    parser.add_argument("--devices", type=int, metavar="N", help="how many; the group `parallel` says how they share")
+    parser.add_argument("--vocab-size", type=int, metavar="V", help="default: of the data's tokenizer")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def _here() -> Hardware:
+    known = hardware_of(jax.local_devices()[0].device_kind)
+    if known is not None:
+        return known
+    # A CPU: bandwidth of its memory and of copies between its devices is a guess that matters little.
+    return Hardware(measured_peak("bfloat16"), measured_peak("float32"), available_bytes(), 20e9, 10e9, 64)
+
+
+def _print(found: Plan, config: Config, hardware: Hardware, device: str) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    devices = math.prod(found.mesh.values())
+    axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1)
+    console.print(f"{devices} × {device}" + (f" ({axes})" if axes else ""))
+    console.print(
+        f"parameters    {found.parameters:,}\n"
+        f"an update     {found.flops_per_step:.3g} FLOPs, {found.tokens_per_step:,} tokens"
+    )
+    table = Table("a device's", "GB", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name, amount in found.memory.items():
+        table.add_row(name, f"{amount / 1e9:.3f}")
+    for axis, amount in found.communication.items():
+        table.add_row(f"sent along {axis}", f"{amount / 1e9:.3f}")
+    console.print(table)
+    fits = found.memory_bytes <= hardware.memory
+    console.print(
+        f"memory        {found.memory_bytes / 1e9:.2f} GB of {hardware.memory / 1e9:.1f}"
+        + ("" if fits else f": does not fit; what helps: {what_helps(config)}")
+    )
+    least, most = found.compute_seconds, found.compute_seconds + found.communication_seconds
+    hours = config.trainer.steps * most / 3600
+    least, most = found.compute_seconds, found.compute_seconds + found.communication_seconds
+    seconds = f"{least * 1e3:.2f} ms" if least == most else f"{least * 1e3:.2f} to {most * 1e3:.2f} ms"
+    console.print(f"time          {seconds} an update, by how much of the communication hides behind the products")
+    rate, hours = found.tokens_per_step / most, config.trainer.steps * most / 3600
+    console.print(f"              {rate:,.0f} tokens/s, {hours:.2f} h for {config.trainer.steps:,} updates")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
