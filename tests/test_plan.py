@@ -88,7 +88,7 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(capsys.readouterr().out)
     assert record["mesh"]["fsdp"] == 8
     assert record["vocab_size"] >= 256
-    assert main(["plan", *SMALL, "trainer.batch_size=65536", *where, "parallel=data", "--vocab-size", "50304"]) == 0
+    assert main(["plan", *SMALL, "trainer.batch_size=1048576", *where, "parallel=data", "--vocab-size", "50304"]) == 0
     printed = capsys.readouterr().out
     assert "8 × h100 (data 8)" in printed
     assert "does not fit; what helps: trainer.gradient_accumulation=2" in printed

@@ -14,6 +14,7 @@ _COMMANDS = {
     "bench generation": ("xattn.bench.generation", "time generation through the cache against forward passes"),
     "bench train": ("xattn.bench.train", "speed, utilisation and memory of training steps; nanoGPT beside them"),
     "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times beside cuDNN's softmax, tuning"),
+    "bench start": ("xattn.bench.start", "seconds from the command to the first step, cold and warm"),
     "plan": ("xattn.plan", "what a run will cost in memory and time, here or on other devices"),
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
     "report": ("xattn.report", "judge a study and write its report"),

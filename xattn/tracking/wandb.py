@@ -116,6 +116,8 @@ class WandbMirror:
             self._say(f"wandb: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; mirror off")
 
     def _mirror(self) -> None:
+        # Its import and start are seconds of the interpreter, in which the run's first step would have to wait.
+        row = self._rows.get()
         import wandb
 
         settings = wandb.Settings(
@@ -124,10 +126,11 @@ class WandbMirror:
         self._mark.parent.mkdir(exist_ok=True)
         mark = int(self._mark.read_text()) if self._mark.exists() else 0
         run = wandb.init(settings=settings, reinit="create_new", **self._init)
-        while (row := self._rows.get()) is not None:
+        while row is not None:
             if row["step"] > mark:
                 write_atomically(self._mark, str(row["step"]))
                 run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+            row = self._rows.get()
         run.summary.update(self._summary)
         run.finish(exit_code=self._exit_code)
 
