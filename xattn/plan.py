@@ -184,7 +184,7 @@ def _speed(axis: str, mesh: dict[str, int], hardware: Hardware) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     config = compose(options.overrides)
     vocab_size = options.vocab_size or load_tokenizer(config.data).vocab_size
     hardware = HARDWARE[options.device] if options.device else _here()

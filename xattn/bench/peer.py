@@ -5,6 +5,7 @@ Nothing of it is copied: a checkout of github.com/karpathy/nanoGPT is named, and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from pathlib import Path
@@ -91,5 +92,6 @@ class Peer:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait(timeout=60)

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
     parser.add_argument("--repeats", type=int, default=3, help="warm starts; the quickest counts")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         cold = _seconds_to_first_step(options.overrides, Path(folder), "cold")
         warm = [_seconds_to_first_step(options.overrides, Path(folder), f"warm-{i}") for i in range(options.repeats)]

@@ -1,7 +1,7 @@
 """``xattn bench train``: speed, utilisation and memory of whole training steps, and nanoGPT's as their peer.
 
     xattn bench train --models nano --activations softmax sigmoid none
-    xattn bench train --peer ~/nanoGPT --peer-python ~/torch/bin/python experiment=shakespeare_cpu optimizer=adamw
+    xattn bench train --peer nanoGPT --peer-python torch/bin/python experiment=shakespeare_cpu optimizer=adamw
 
 What is compared takes turns in one sitting, a block of steps each, so that a disturbed machine disturbs all alike. A
 subject's figure is its median step over all blocks. Ratios to the peer are of medians, above 1 where ours is faster.
@@ -85,7 +85,7 @@ class Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     if options.cache:
         keep_compiled_programs()
     subjects = [_prepare(model, activation, options) for model in options.models for activation in options.activations]

@@ -13,7 +13,6 @@ those that write to the residual stream divided by √(2 · num_layers); norm sc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from xattn.backend import attention
 from xattn.backend.config import BackendConfig
 from xattn.backend.decode import Cache, Entry, append, attend, decoding_spec, prefill
 from xattn.model.config import ModelConfig
+from xattn.model.functions import layer_norm, rms_norm, swiglu
 from xattn.model.loss import next_token_losses as next_token_losses
 from xattn.model.loss import projected_losses
 from xattn.model.projection import projection
@@ -181,8 +181,8 @@ class Attention(nn.Module):
         k = heads("key", config.kv_heads)
         v = heads("value", config.kv_heads)
         if config.qk_norm == "rmsnorm":
-            q = nn.RMSNorm(dtype=x.dtype, name="query_norm")(q)
-            k = nn.RMSNorm(dtype=x.dtype, name="key_norm")(k)
+            q = Norm("rmsnorm", name="query_norm")(q)
+            k = Norm("rmsnorm", name="key_norm")(k)
         bias = hyperparameters.sigmoid_bias if backend.activation == "sigmoid" else None
         if bias is not None and backend.sigmoid_bias == "learned":
             init = nn.initializers.constant(-math.log(backend.context_length))
@@ -218,7 +218,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
         if config.mlp == "swiglu":
-            hidden = nn.silu(_dense(config, config.mlp_dim, "gate")(x)) * _dense(config, config.mlp_dim, "up")(x)
+            hidden = swiglu(_dense(config, config.mlp_dim, "gate")(x), _dense(config, config.mlp_dim, "up")(x))
         else:
             hidden = nn.gelu(_dense(config, config.mlp_dim, "up")(x))
         return _dense(config, config.embedding_dim, "down", residual=True)(hidden)
@@ -231,10 +231,19 @@ def _dense(config: ModelConfig, features: int, name: str, *, residual: bool = Fa
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, dot_general=projection, name=name)
 
 
-def _norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(dtype=jnp.dtype(config.dtype), name=name)
-    return nn.LayerNorm(use_bias=False, dtype=jnp.dtype(config.dtype), name=name)
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm with a scale and no bias, over the last axis."""
+
+    kind: Literal["rmsnorm", "layernorm"]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return (rms_norm if self.kind == "rmsnorm" else layer_norm)(x, scale)
+
+
+def _norm(config: ModelConfig, name: str) -> Norm:
+    return Norm(config.norm, name=name)
 
 
 def matmul_flops_per_token(config: ModelConfig, *, context_length: int, vocab_size: int) -> int:
