@@ -25,7 +25,8 @@ from rich.table import Table
 
 from xattn.backend import dispatch
 from xattn.config import Config, compose
-from xattn.data.run_data import load_tokenizer
+from xattn.data.config import DataConfig, Tokenised
+from xattn.data.tokenizer import ByteTokenizer
 from xattn.hardware import HARDWARE, NETWORK, Hardware, hardware_of, measured_peak
 from xattn.model.loss import MOST_LOGITS
 from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token
@@ -186,7 +187,7 @@ def _speed(axis: str, mesh: dict[str, int], hardware: Hardware) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(argv)
     config = compose(options.overrides)
-    vocab_size = options.vocab_size or load_tokenizer(config.data).vocab_size
+    vocab_size = options.vocab_size or _vocab_size(config.data)
     hardware = HARDWARE[options.device] if options.device else _here()
     devices = options.devices or (1 if options.device else jax.device_count())
     found = plan(config, vocab_size, hardware, mesh_sizes(config.parallel, devices))
@@ -205,6 +206,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=int, metavar="V", help="default: of the data's tokenizer")
     parser.add_argument("--json", action="store_true")
     return parser
+
+
+def _vocab_size(config: DataConfig) -> int:
+    """Of the data's tokenizer, none of which is read."""
+    if isinstance(config, Tokenised) and config.tokenizer == "bytes":
+        return ByteTokenizer(end_of_text=config.documents != "joined").vocab_size
+    return config.vocab_size
 
 
 def _here() -> Hardware:
