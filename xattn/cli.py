@@ -11,6 +11,7 @@ from xattn.errors import ExitCode, XattnError
 # Command → the module whose main(argv) carries it out, and what it is for.
 _COMMANDS = {
     "bench attention": ("xattn.bench.attention", "time implementations × activations × sizes of attention"),
+    "bench data": ("xattn.bench.data", "ingest a big corpus as bytes and as BPE, and train: MB/s and memory"),
     "bench generation": ("xattn.bench.generation", "time generation through the cache against forward passes"),
     "bench train": ("xattn.bench.train", "speed, utilisation and memory of training steps; nanoGPT beside them"),
     "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times beside cuDNN's softmax, tuning"),

@@ -6,6 +6,9 @@ import gzip
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,6 +50,44 @@ def test_data_that_cannot_be_used_are_two_at_a_first_start(kind: str, cwd: Path)
 
 def test_a_glob_without_a_match_is_two(cwd: Path) -> None:
     assert_refused(train(*TINY, "data=text", "data.path=nothing-*.txt", cwd=cwd), cwd, "nothing-*.txt")
+
+
+JSONL = b"".join(b'{"text": "line %d"}\n' % i for i in range(99))
+IDS = (np.arange(400) % 50).astype("<u2").tobytes()
+
+# Name of the file → its content, what is typed besides its path, and what is told.
+BAD_FORMATS: dict[str, tuple[str, bytes, list[str], list[str]]] = {
+    "a bad JSON line": ("a.jsonl", JSONL + b'{"text": "half\n' + JSONL, [], ["a.jsonl, line 100: not JSON"]),
+    "a line without the field": ("a.jsonl", JSONL, ["data.field=body"], ["line 1", "'body'", "'text'", "data.field"]),
+    "half a packed jsonl": ("a.jsonl.gz", gzip.compress(JSONL)[:99], [], ["a.jsonl.gz is not whole gzip"]),
+    "no parquet": ("a.parquet", JSONL, [], ["a.parquet is not whole parquet"]),
+    "no tokenizer": ("a.txt", TEXT, ["data.tokenizer=nowhere.json"], ["data.tokenizer = 'nowhere.json'", "bpe"]),
+    "no such tokenizer": ("a.txt", TEXT, ["data.tokenizer=a.txt"], ["data.tokenizer = 'a.txt'"]),
+    "ranks without a pattern": ("a.txt", TEXT, ["data.tokenizer=a.tiktoken"], ["data.tiktoken_pattern"]),
+    "too few tokens": ("a.txt", TEXT[:160], ["data.tokenizer=bpe", "data.vocab_size=300"], ["tokens; at least"]),
+    "ids out of range": ("a.bin", IDS, ["data=memmap", "data.vocab_size=49"], ["id 49 at position 49", "0 to 48"]),
+    "half an id": ("a.bin", IDS[:-1], ["data=memmap"], ["a.bin", "uint16"]),
+    "no ids": ("a.bin", b"", ["data=memmap"], ["0 tokens"]),
+    "no borders": ("a.bin", IDS, ["data=memmap", "data.documents=packed"], ["data.end_of_text"]),
+    "no array": ("a.npy", TEXT, ["data=memmap"], ["a.npy is not an array of ids"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FORMATS)
+def test_files_of_each_format_that_cannot_be_used_are_two_and_named(kind: str, cwd: Path) -> None:
+    name, content, typed, told = BAD_FORMATS[kind]
+    (cwd / name).write_bytes(content)
+    assert_refused(train(*TINY, "data=text", f"data.path={name}", *typed, cwd=cwd), cwd, *told)
+
+
+def test_a_missing_column_and_a_missing_source_are_two(cwd: Path) -> None:
+    pq.write_table(pa.table({"body": ["text " * 99]}), cwd / "a.parquet")
+    assert_refused(train(*TINY, "data=text", "data.path=a.parquet", cwd=cwd), cwd, "no column 'text'", "'body'")
+    sources = "[{path: a.parquet, weight: 1, field: body}, {path: nowhere, weight: 1}]"
+    told = train(*TINY, "data=mixture", f"data.sources={sources}", cwd=cwd)
+    assert_refused(told, cwd, "data.sources[1].path = 'nowhere'")
+    assert_refused(train(*TINY, "data=mixture", "data.sources=[]", cwd=cwd), cwd, "data.sources")
+    assert_refused(train(*TINY, "data=hf", "data.dataset=./nothing", cwd=cwd), cwd, "data.dataset = './nothing'")
 
 
 GOOD_DATA = {

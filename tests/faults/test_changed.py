@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import xattn
 import xattn.config
+from xattn.data.bpe import train_bpe
 from xattn.errors import BadInput
 from xattn.run import run
 
@@ -26,6 +28,7 @@ OTHER = {
     "model.dropout": "0.2",
     "model.embeddings": "tied",
     "data.validation_fraction": "0.2",
+    "data.documents": "packed",
     "optimizer.learning_rate": "0.001",
     "optimizer.clip_norm": "null",
     "optimizer.beta2": "0.999",
@@ -106,6 +109,32 @@ def test_other_data_are_four_and_with_the_first_ones_back_the_run_goes_on(
     training = train(*own_command, cwd=cwd)
     assert training.wait() == 0, training.out + training.err
     assert differences(the_run(cwd), reference) == []
+
+
+@pytest.mark.parametrize("change", ["another", "gone", "the run's own"])
+def test_another_tokenizer_is_four_and_with_the_first_one_back_the_run_goes_on(
+    change: str, text_file: Path, cwd: Path
+) -> None:
+    """And a run whose data and tokenizer are gone can still be opened: it keeps the tokenizer."""
+    source = cwd / "tokenizer.json"
+    source.write_text(train_bpe(iter([text_file.read_text()]), 300))
+    (data := cwd / "text.txt").write_bytes(text_file.read_bytes())
+    command = [*TINY, "data=text", "data.path=text.txt", "data.tokenizer=tokenizer.json", "data.documents=packed"]
+    assert train(*command, cwd=cwd, points=["step:9"]).wait() != 0
+    changed = the_run(cwd) / "tokenizer.json" if change == "the run's own" else source
+    before = changed.read_text()
+    changed.write_text(train_bpe(iter([text_file.read_text()]), 299)) if change != "gone" else changed.unlink()
+    training = train(*command, cwd=cwd)
+    assert training.wait() == 4, training.out + training.err
+    assert "tokenizer" in training.err
+    changed.write_text(before)
+    training = train(*command, cwd=cwd)
+    assert training.wait() == 0, training.out + training.err
+    source.unlink()
+    data.unlink()
+    loaded = xattn.load(the_run(cwd))
+    assert loaded.tokenizer.vocab_size == 300
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("line 7: 7 + 5")) == "line 7: 7 + 5"
 
 
 def test_a_folder_that_was_moved_goes_on_in_its_new_place(command: list[str], cwd: Path, reference: Reference) -> None:

@@ -292,6 +292,21 @@ def limit_file_size(size: str, update: str = "0") -> None:
         _step_metrics_wrapper(around)
 
 
+def shard_bytes(size: str) -> None:
+    """Every corpus is kept in the cache, in shards that are read from about so many bytes."""
+    from xattn.data import corpus, documents
+
+    corpus.IN_MEMORY_BYTES = 0
+    corpus.PIECE_BYTES = documents.PIECE_BYTES = int(size)
+
+
+def slow_shard(milliseconds: str) -> None:
+    """Each shard of tokens takes so much longer."""
+    from xattn.data import cache
+
+    patch(cache, "_write", before=lambda *a: time.sleep(int(milliseconds) / 1000))
+
+
 def first_on_path(folder: str) -> None:
     sys.path.insert(0, folder)
 
@@ -462,6 +477,8 @@ POINTS: dict[str, Callable[..., None]] = {
     "error-in-data": error_in_data,
     "limit-file-size": limit_file_size,
     "path": first_on_path,
+    "shard-bytes": shard_bytes,
+    "slow-shard": slow_shard,
     "bad-batch": bad_batch,
     "nonfinite": nonfinite,
     "nonfinite-evaluation": nonfinite_evaluation,
