@@ -42,7 +42,10 @@ def test_each_model_and_activation_has_a_row(tmp_path: Path, capsys: pytest.Capt
     assert record["results"][0]["memory_bytes"] == compiled.peak_memory_bytes
     assert set(record["commit"]) == {"git_commit", "git_dirty"}
     assert record["versions"]["jax"]
-    assert "tokens/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tokens/s" in printed
+    assert "softmax" in printed
+    assert "…" not in printed  # it fits on 80 columns
 
 
 def test_a_folder_without_the_peers_model_is_refused(tmp_path: Path) -> None:

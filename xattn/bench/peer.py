@@ -92,6 +92,8 @@ class Peer:
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait(timeout=60)

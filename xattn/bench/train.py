@@ -208,19 +208,17 @@ def _result(subject: Subject, peak: float, peer_seconds: list[float]) -> Result:
 
 
 def _print(results: list[Result], peer_seconds: list[float]) -> None:
-    table = Table(
-        "model", "activation", "M params", "B×S", "ms", "from", "to", "tokens/s", "MFU", "MB", "compile", "×peer"
-    )
+    columns = ("model", "activation", "M", "ms", "range", "tokens/s", "MFU", "MB", "compile", "×peer")
+    table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns:
         column.no_wrap = True
     for result in results:
-        times = (result.median_seconds, result.lowest_seconds, result.highest_seconds)
         table.add_row(
             result.model,
             result.activation,
             f"{result.num_params / 1e6:.2f}",
-            f"{result.batch_size}×{result.context_length}",
-            *(f"{seconds * 1e3:.1f}" for seconds in times),
+            f"{result.median_seconds * 1e3:.1f}",
+            _range(result.lowest_seconds, result.highest_seconds),
             f"{result.tokens_per_second:,.0f}",
             f"{result.mfu:.2f}",
             f"{result.memory_bytes / 1e6:.0f}",
@@ -228,9 +226,13 @@ def _print(results: list[Result], peer_seconds: list[float]) -> None:
             "" if result.ratio_to_peer is None else f"{result.ratio_to_peer:.2f}",
         )
     if peer_seconds:
-        times = (statistics.median(peer_seconds), min(peer_seconds), max(peer_seconds))
-        table.add_row(PEER, "softmax", "", "", *(f"{seconds * 1e3:.1f}" for seconds in times))
+        spread = _range(min(peer_seconds), max(peer_seconds))
+        table.add_row(PEER, "softmax", "", f"{statistics.median(peer_seconds) * 1e3:.1f}", spread)
     Console().print(table)
+
+
+def _range(lowest: float, highest: float) -> str:
+    return f"{lowest * 1e3:.1f}–{highest * 1e3:.1f}"
 
 
 if __name__ == "__main__":
