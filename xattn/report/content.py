@@ -294,8 +294,9 @@ def _numbers(effect: Effect, boot: bool) -> list[str]:
 
 def _note(boot: bool) -> str:
     text = (
-        "Difference: arm − baseline, paired by seed and averaged over the other factors, with t interval. p: paired "
-        "t test; Holm: corrected over the factor's arms. Detectable: the difference found with probability 0.8."
+        "Difference: arm − baseline, paired by seed and averaged over the other factors (the combinations that both "
+        "were run with; a mean is of all that its arm was run with), with t interval. p: paired t test; Holm: "
+        "corrected over the factor's arms. Detectable: the difference found with probability 0.8."
     )
     return f"{text} BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on." if boot else text
 

@@ -112,8 +112,7 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
         return None
     tops, bottoms = [], []
     for cell in xs:
-        mean = curves[cell].mean
-        tops.append(mean[len(mean) // 10])  # the steep beginning would press all else flat
+        tops.append(curves[cell].high[len(curves[cell].high) // 10])  # the steep beginning would press all else flat
         bottoms.append(curves[cell].low.min())
     with mpl.rc_context(_RC):
         figure, panels = _grid(len(xs))
@@ -151,7 +150,7 @@ def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Fig
             axes.set_title(name.rpartition("/")[2].replace("_", " "), loc="left")
         _label(panels[: len(curves)], "steps", "", columns=2)
         entries = panels[0].get_legend_handles_labels()
-        columns = 3 if len(curves) > 1 else 1
+        columns = min(2, len(curves))
         figure.legend(*entries, loc="outside lower center", ncols=columns)
         figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(entries[1]) // columns))
         return figure
