@@ -1,0 +1,228 @@
+"""One run over several processes, on one host or many: who they are, how they meet, and how they stay together.
+
+Each process is started by the same command and runs the same program. The first writes the run's folder and the screen;
+the others do all that it does in a scratch folder that is thrown away. What only one of them can see (the folder, a
+signal, a mistake) is shared before anybody acts on it. Importing this module imports no jax, and a run of one process
+never does because of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from xattn.errors import BadInput, ExitCode, XattnError
+
+COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# What a signal's answer waits for: so many steps pass until every process knows of it, and Python runs ahead meanwhile.
+_STEPS_TO_AGREE = 2
+
+
+class Place(NamedTuple):
+    """Which of how many processes this is. coordinator: host:port of the first; None leaves it to jax to find."""
+
+    index: int
+    count: int
+    coordinator: str | None
+
+
+def place(environment: Mapping[str, str]) -> Place:
+    """By the environment: our three variables, else SLURM's, else Open MPI's; one process where there are none.
+
+    In a Kubernetes indexed job JOB_COMPLETION_INDEX stands for JAX_PROCESS_ID. SLURM and Open MPI count only where they
+    started more than one task. Raises :class:`BadInput` where the variables do not fit together.
+    """
+    coordinator = environment.get(COORDINATOR)
+    if COUNT in environment:
+        count = _number(environment, COUNT)
+        index = _number(environment, INDEX if INDEX in environment else "JOB_COMPLETION_INDEX")
+        if not 0 <= index < count:
+            raise BadInput(f"{INDEX} = {index}: must be from 0 to {COUNT} − 1 = {count - 1}")
+        if count > 1 and (coordinator is None or not coordinator.rpartition(":")[2].isdigit()):
+            raise BadInput(f"{COORDINATOR} = {coordinator!r}: must be host:port of process 0")
+        return Place(index, count, coordinator)
+    for count_of, index_of in (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        if count_of in environment and _number(environment, count_of) > 1:
+            return Place(_number(environment, index_of), _number(environment, count_of), coordinator)
+    return Place(0, 1, None)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name)
+    if value is None or not value.isdigit():
+        raise BadInput(f"{name} = {value!r}: must be a number, of the environment of one process of several")
+    return int(value)
+
+
+class ToldByFirst(XattnError):
+    """An error of some process, in one that need not tell of it: the first does."""
+
+    def __init__(self, code: int):
+        super().__init__()
+        self.exit_code = ExitCode(code)
+
+
+class Team:
+    """The processes of a run, as one of them sees them. Alone it agrees with itself, at no cost."""
+
+    def __init__(self, index: int = 0, count: int = 1, patience: float = 0.0):
+        self.index, self.count = index, count
+        self.is_first = index == 0
+        self._patience = patience
+
+    def all_say(self, value: Any) -> list[Any]:
+        """The JSON values of all processes, in their order."""
+        if self.count == 1:
+            return [value]
+        import numpy as np
+        from jax.experimental.multihost_utils import process_allgather
+
+        said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        lengths = np.asarray(process_allgather(np.int32(len(said))))
+        padded = np.zeros(lengths.max(), np.uint8)
+        padded[: len(said)] = said
+        rows = np.asarray(process_allgather(padded))
+        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+    def from_first(self, value: Any) -> Any:
+        """The first's JSON value, in all."""
+        return self.all_say(value if self.is_first else None)[0]
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """What goes wrong here in one process ends all, with one message and one exit code."""
+        mine: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.count == 1:
+                raise
+            mine = error
+        if self.count == 1:
+            return
+        code = mine.exit_code if isinstance(mine, XattnError) else ExitCode.ERROR
+        told = self.all_say(None if mine is None else [int(code), str(mine) or type(mine).__name__])
+        wrong = {index: said for index, said in enumerate(told) if said is not None}
+        if not wrong:
+            return
+        if self.is_first and mine is None:
+            index, (code, text) = next(iter(wrong.items()))
+            error = XattnError(f"process {index} of {self.count}: {text}")
+            error.exit_code = ExitCode(code)
+            raise error
+        if self.is_first or not isinstance(mine, XattnError | None):
+            assert mine is not None
+            raise mine
+        raise ToldByFirst(next(iter(wrong.values()))[0])
+
+    def agreed(self, stop: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether ``stop`` was true in any process: asked at each step, the same answer at the same step in all."""
+        if self.count == 1:
+            return stop
+        import jax
+        import numpy as np
+        from jax.sharding import Mesh, NamedSharding
+        from jax.sharding import PartitionSpec as P
+
+        mesh = Mesh(np.array(jax.devices()), ("devices",))
+        split = NamedSharding(mesh, P("devices"))
+        count = jax.jit(lambda flags: flags.sum(), out_shardings=NamedSharding(mesh, P()))
+        answers: deque[Any] = deque()
+
+        def ask() -> bool:
+            mine = np.full(len(jax.local_devices()), stop(), np.int32)
+            answers.append(count(jax.make_array_from_process_local_data(split, mine)))
+            return len(answers) > _STEPS_TO_AGREE and bool(answers.popleft())
+
+        return ask
+
+    def outlive(self, error: Exception) -> None:
+        """After an error of the devices: where it was a lost peer's, jax ends this process here (134)."""
+        if self.count > 1 and ("Gloo" in str(error) or type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")):
+            time.sleep(self._patience)
+
+    @contextlib.contextmanager
+    def folder(self, path: Path) -> Iterator[Path]:
+        """The run's folder for the first; for another a scratch folder, gone at the end."""
+        if self.is_first:
+            yield path
+            return
+        scratch = Path(tempfile.mkdtemp(prefix=f"xattn-process{self.index}-"))
+        try:
+            yield scratch / path.name
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+_team = Team()
+
+
+def team() -> Team:
+    """The processes that this one belongs to: itself alone until :func:`join`."""
+    return _team
+
+
+def join(*, heartbeat_seconds: int, connect_seconds: int) -> Team:
+    """Meets the others, where the environment says that there are others; a second call finds them met.
+
+    Raises :class:`BadInput` where the coordinator's port is in use, :class:`XattnError` where the others don't come.
+    """
+    global _team
+    here = place(os.environ)
+    if here.count == 1 or _team.count > 1:
+        return _team
+    if here.index == 0 and here.coordinator is not None:
+        _refuse_port_in_use(here.coordinator)
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    try:
+        jax.distributed.initialize(
+            here.coordinator,
+            here.count,
+            here.index,
+            cluster_detection_method=None if here.coordinator is None else "deactivate",
+            initialization_timeout=connect_seconds,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            shutdown_timeout_seconds=connect_seconds,
+        )
+    except Exception as error:
+        raise XattnError(
+            f"process {here.index} of {here.count} has not met the others at {here.coordinator} within "
+            f"{connect_seconds} s (parallel.connect_seconds): {str(error).splitlines()[0]}"
+        ) from error
+    _team = Team(here.index, here.count, patience=heartbeat_seconds + 10)
+    return _team
+
+
+def _refuse_port_in_use(coordinator: str) -> None:
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise BadInput(f"{COORDINATOR} = {coordinator}: the port cannot be had: {error.strerror}") from error
+
+
+def part() -> None:
+    """Leaves the others, who leave too. Waits for them."""
+    global _team
+    if _team.count > 1:
+        import jax
+
+        jax.distributed.shutdown()
+        _team = Team()
+
+
+def exit_now(code: int) -> NoReturn:
+    """For a process that fails alone: the others cannot be told, and notice that it is gone."""
+    os._exit(code)
