@@ -18,7 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import xattn.config
+from xattn import hosts
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
+from xattn.hosts import ToldByFirst
 from xattn.run import run
 from xattn.signals import interruption
 from xattn.sweep import study
@@ -38,6 +40,8 @@ def train(composed: DictConfig) -> ExitCode:
     try:
         config = xattn.config.from_hydra(composed)
         code = run(config, folder, typed, stop=lambda: interruption.requested)
+    except ToldByFirst as error:
+        code = error.exit_code
     except XattnError as error:
         code = error.exit_code
         print(f"xattn: {error}", file=sys.stderr)
@@ -55,6 +59,8 @@ def main() -> int:
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     xattn.config.register_resolvers()
     try:
+        if set(sys.argv[1:]) & {"-m", "--multirun"} and hosts.place(os.environ).count > 1:
+            raise BadInput("-m: a sweep over several processes; start one run by them, or sweep by a launcher")
         with interruption.listening():
             train()
     except XattnError as error:
@@ -80,6 +86,7 @@ def _leave(code: int) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
         if not isinstance(error, BrokenPipeError):
             code = code or ExitCode.STORAGE
+    hosts.part(code)
     sys.exit(code)
 
 

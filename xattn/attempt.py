@@ -10,11 +10,12 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xattn.config
-from xattn import run_folder
+from xattn import hosts, run_folder
 from xattn.config import Config
 from xattn.data.baselines import gzip_bits_per_byte, unigram_bits_per_byte
 from xattn.data.batches import Batches
@@ -78,6 +79,7 @@ class Attempt:
         self._mirror: WandbMirror | None = None
         self.data: RunData
         self._probes: list[Probe]
+        self._rows: slice
         self._batch: Batches
         self._metrics: MetricsFile
         self._checkpoints: Checkpoints
@@ -149,6 +151,7 @@ class Attempt:
         self._mirror = self._wandb_mirror(origin["wandb_id"])
         self._summary |= {"implementation": choice.name, "passed_over": choice.passed_over}
         self._open_checkpoints(origin)
+        self._rows = layout.rows_here(config.trainer.batch_size)
 
     def _origin(self, mesh: dict[str, int], pack: Sequence[str] | None) -> dict[str, Any]:
         """provenance.json: written at a first start, checked and amended later. config.yaml comes first: it makes the
@@ -227,11 +230,13 @@ class Attempt:
         if steps := self._checkpoints.steps():  # the newest may have been renamed into place just before a kill
             self._summary["committed_step"] = steps[-1]
         restored = self._checkpoints.restore_state(shapes, at_most=at_most)
-        if restored is None and at_most is None and self._summary["committed_step"] is not None:
-            raise IntegrityError(
-                f"{self._checkpoints.folder}: a checkpoint of step {self._summary['committed_step']} was there and is "
-                "gone; bring it back, or begin anew with resume=never"
-            )
+        with hosts.team().in_step():
+            committed = self._summary["committed_step"]
+            if restored is None and at_most is None and committed is not None:
+                raise IntegrityError(
+                    f"{self._checkpoints.folder}: a checkpoint of step {committed} was there and is gone; bring it back, "
+                    "or begin anew with resume=never"
+                )
         return restored
 
     def go_on_from(self, restored: Restored | None, state: TrainState) -> Member:
@@ -251,7 +256,8 @@ class Attempt:
         trackers: list[Tracker] = [self._metrics, self.display, *self._job.watch]
         if self._mirror is not None:
             trackers.append(self._mirror)
-        self._member = Member(progress, self._batch, self._checkpoints, trackers, self._job.prune, self._probes)
+        batch = partial(self._batch, rows=self._rows)
+        self._member = Member(progress, batch, self._checkpoints, trackers, self._job.prune, self._probes)
         return self._member
 
     def describe(self, compiled: Programs, *, compile_seconds: float | None) -> None:

@@ -138,6 +138,12 @@ def tracked_values(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json") | {"hash": run_hash(config)}
 
 
+def untracked(config: Config) -> Config:
+    """The same run, of which wandb is told nothing."""
+    wandb = config.tracking.wandb.model_copy(update={"mode": "disabled"})
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb": wandb})})
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The hashed keys whose values differ, each with both; a key that one side lacks is None there."""
     before, after = hashed_values(old), hashed_values(new)

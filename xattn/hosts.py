@@ -17,17 +17,20 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from xattn.errors import BadInput, ExitCode, XattnError
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_MANAGERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
 # What a signal's answer waits for: so many steps pass until every process knows of it, and Python runs ahead meanwhile.
 _STEPS_TO_AGREE = 2
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Which of how many processes this is. coordinator: host:port of the first; None leaves it to jax to find."""
 
     index: int
@@ -50,7 +53,10 @@ def place(environment: Mapping[str, str]) -> Place:
         if count > 1 and (coordinator is None or not coordinator.rpartition(":")[2].isdigit()):
             raise BadInput(f"{COORDINATOR} = {coordinator!r}: must be host:port of process 0")
         return Place(index, count, coordinator)
-    for count_of, index_of in (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+    for count_of, index_of in (
+        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ):
         if count_of in environment and _number(environment, count_of) > 1:
             return Place(_number(environment, index_of), _number(environment, count_of), coordinator)
     return Place(0, 1, None)
@@ -72,12 +78,17 @@ class ToldByFirst(XattnError):
 
 
 class Team:
-    """The processes of a run, as one of them sees them. Alone it agrees with itself, at no cost."""
+    """The processes of a run, as one of them sees them. Alone it agrees with itself, at no cost.
+
+    What a method exchanges, all processes must come to: where one may fail before, :meth:`in_step` stands around that
+    part and holds no other exchange. ends_together: whether all are known to leave, by the same reason.
+    """
 
     def __init__(self, index: int = 0, count: int = 1, patience: float = 0.0):
         self.index, self.count = index, count
         self.is_first = index == 0
         self._patience = patience
+        self.ends_together = False
 
     def all_say(self, value: Any) -> list[Any]:
         """The JSON values of all processes, in their order."""
@@ -97,6 +108,18 @@ class Team:
         """The first's JSON value, in all."""
         return self.all_say(value if self.is_first else None)[0]
 
+    def the_same(self, values: Mapping[str, Any]) -> None:
+        """Raises :class:`BadInput` where the values are not the same in all, with those that differ."""
+        first, *others = self.all_say(dict(values))
+        for index, there in enumerate(others, start=1):
+            if keys := [key for key in first if there.get(key) != first[key]]:
+                self.ends_together = True
+                if not self.is_first:
+                    raise ToldByFirst(ExitCode.BAD_INPUT)
+                told = [f"  {key}: {first[key]!r} in process 0, {there.get(key)!r} in process {index}" for key in keys]
+                more = [f"  and {len(told) - 3} more"] if len(told) > 3 else []
+                raise BadInput("\n".join(["the processes of this run do not have the same", *told[:3], *more]))
+
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
         """What goes wrong here in one process ends all, with one message and one exit code."""
@@ -114,20 +137,24 @@ class Team:
         wrong = {index: said for index, said in enumerate(told) if said is not None}
         if not wrong:
             return
+        self.ends_together = True
         if self.is_first and mine is None:
             index, (code, text) = next(iter(wrong.items()))
-            error = XattnError(f"process {index} of {self.count}: {text}")
-            error.exit_code = ExitCode(code)
-            raise error
+            theirs = XattnError(f"process {index} of {self.count}: {text}")
+            theirs.exit_code = ExitCode(code)
+            raise theirs
         if self.is_first or not isinstance(mine, XattnError | None):
             assert mine is not None
             raise mine
         raise ToldByFirst(next(iter(wrong.values()))[0])
 
-    def agreed(self, stop: Callable[[], bool]) -> Callable[[], bool]:
-        """Whether ``stop`` was true in any process: asked at each step, the same answer at the same step in all."""
+    def agreed(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether ``asked`` was true in any process: called at each step, the same answer at the same step in all.
+
+        It comes some steps late, so that nobody waits for it, and once for what was asked meanwhile.
+        """
         if self.count == 1:
-            return stop
+            return asked
         import jax
         import numpy as np
         from jax.sharding import Mesh, NamedSharding
@@ -139,9 +166,12 @@ class Team:
         answers: deque[Any] = deque()
 
         def ask() -> bool:
-            mine = np.full(len(jax.local_devices()), stop(), np.int32)
+            mine = np.full(len(jax.local_devices()), asked(), np.int32)
             answers.append(count(jax.make_array_from_process_local_data(split, mine)))
-            return len(answers) > _STEPS_TO_AGREE and bool(answers.popleft())
+            if len(answers) <= _STEPS_TO_AGREE or not answers.popleft():
+                return False
+            answers.clear()
+            return True
 
         return ask
 
@@ -213,16 +243,15 @@ def _refuse_port_in_use(coordinator: str) -> None:
             raise BadInput(f"{COORDINATOR} = {coordinator}: the port cannot be had: {error.strerror}") from error
 
 
-def part() -> None:
-    """Leaves the others, who leave too. Waits for them."""
+def part(code: int) -> None:
+    """The end of a process that leaves with that code. Where all leave they wait for each other; one that fails alone
+    goes at once, since the others stand in the middle of a step: they notice (134)."""
     global _team
-    if _team.count > 1:
-        import jax
+    if _team.count == 1:
+        return
+    if not _team.ends_together:
+        os._exit(code)
+    import jax
 
-        jax.distributed.shutdown()
-        _team = Team()
-
-
-def exit_now(code: int) -> NoReturn:
-    """For a process that fails alone: the others cannot be told, and notice that it is gone."""
-    os._exit(code)
+    jax.distributed.shutdown()
+    _team = Team()

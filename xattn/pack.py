@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from xattn import hosts
 from xattn.attempt import Attempt
 from xattn.config import Config
 from xattn.data.config import has_segments
@@ -42,14 +43,16 @@ class Pack:
     def carry_out(self) -> list[ExitCode]:
         """Each run's exit code. What a person can mend is raised as :class:`XattnError`."""
         try:
-            for attempt in self._open:
-                attempt.look()
+            with hosts.team().in_step():
+                for attempt in self._open:
+                    attempt.look()
             self._train()
         except XattnError as error:
             for attempt in self._without_result():
                 attempt.refused(error)
             raise
         except Exception as error:  # the outermost rim around a run
+            hosts.team().outlive(error)
             self._note(traceback.format_exc())
             if (full := storage_error(error, self._open[0].folder.path)) is not None:
                 for attempt in self._without_result():
@@ -80,12 +83,15 @@ class Pack:
         if config.trainer.deterministic:
             ask_for_determinism()
         keep_compiled_programs()
-        layout, choice = layout_of(config), choose_attention(config)
-        for attempt in self._attempts:
-            attempt.read_data(layout, self._stop)
+        with hosts.team().in_step():
+            layout, choice = layout_of(config), choose_attention(config)
+            for attempt in self._attempts:
+                attempt.read_data(layout, self._stop)
         data = self._open[0].data  # of the others only the batches differ
-        for attempt in self._open:
-            attempt.begin(choice, layout, self._names if len(self._names) > 1 else None)
+        hosts.team().the_same({"data_sha256": data.sha256})
+        with hosts.team().in_step():
+            for attempt in self._open:
+                attempt.begin(choice, layout, self._names if len(self._names) > 1 else None)
         with contextlib.ExitStack() as resources:
             for attempt in self._open:
                 resources.enter_context(attempt.working())
@@ -98,6 +104,7 @@ class Pack:
                 first = compiled_now and attempt is self._open[0]
                 attempt.describe(compiled, compile_seconds=compiled.compile_seconds if first else None)
             bytes_per_token = data.bytes_per_token()
+            stop = hosts.team().agreed(self._stop)
             while any(member.active for member in members):
                 training = [attempt for attempt in self._open if attempt.is_training]
                 train(
@@ -106,7 +113,7 @@ class Pack:
                     data.windows,
                     config.trainer,
                     bytes_per_token=bytes_per_token,
-                    stop=self._stop,
+                    stop=stop,
                 )
                 for attempt in training:
                     if not attempt.is_training and not attempt.rolls_back():

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import xattn.config
-from xattn import run_folder
+from xattn import hosts, run_folder
 from xattn.attempt import Attempt, Job
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.pack import Pack
-from xattn.provenance import changes, provenance
+from xattn.provenance import changes, provenance, source_sha256
 from xattn.run_folder import RunFolder, result_line, shown
 
 
@@ -31,9 +31,20 @@ def run(
 
     overrides: what the person typed, for overrides.yaml. stop: asked at each step; True saves and leaves. quiet: on the
     screen only what went wrong. Errors that a person can mend are raised as :class:`XattnError`; any other leaves its
-    traceback in log.txt, a line on the screen, and ExitCode.ERROR.
+    traceback in log.txt, a line on the screen, and ExitCode.ERROR. Of several processes (:mod:`xattn.hosts`) all call
+    this; they return the same, or fail.
     """
-    (code,) = run_pack([Job(config, path, tuple(overrides))], stop=stop, quiet=quiet)
+    together = hosts.join(
+        heartbeat_seconds=config.parallel.heartbeat_seconds, connect_seconds=config.parallel.connect_seconds
+    )
+    if together.count > 1:
+        values = xattn.config.hashed_values(config) | {"parallel": config.parallel.model_dump(), "study": config.study}
+        together.the_same(values | {"source_sha256": source_sha256()})
+    if not together.is_first:
+        config, quiet = xattn.config.untracked(config), True
+    with together.folder(path) as own:
+        (code,) = run_pack([Job(config, own, tuple(overrides))], stop=stop, quiet=quiet)
+    together.ends_together = together.ends_together or code != ExitCode.ERROR
     return code
 
 
@@ -45,12 +56,15 @@ def run_pack(jobs: Sequence[Job], *, stop: Callable[[], bool], quiet: bool) -> l
     folders: list[RunFolder] = []
     attempts: list[Attempt] = []
     try:
-        for job in jobs:
-            folders.append(RunFolder(job.folder))
-        for job, folder in zip(jobs, folders, strict=True):
-            attempts.append(Attempt(job, folder, _look(job.config, folder) or {}, quiet=quiet))
+        with hosts.team().in_step():
+            for job in jobs:
+                folders.append(RunFolder(job.folder))
+            found = [_look(job.config, folder) or {} for job, folder in zip(jobs, folders, strict=True)]
+        before = hosts.team().from_first(found)
+        for job, folder, summary in zip(jobs, folders, before, strict=True):
+            attempts.append(Attempt(job, folder, summary, quiet=quiet))
         if all(attempt.is_finished for attempt in attempts):
-            return [_show(folder.summary() or {}, folder, quiet=quiet) for folder in folders]
+            return [_show(summary, folder, quiet=quiet) for summary, folder in zip(before, folders, strict=True)]
         return Pack(attempts, [folder.path.name for folder in folders], stop).carry_out()
     except BadInput:
         for job, folder in zip(jobs, folders, strict=False):

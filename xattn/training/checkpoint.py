@@ -23,9 +23,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from xattn.errors import IntegrityError, storage_error
+from xattn.hosts import team
 from xattn.run_folder import fsync
 from xattn.training.programs import TrainState
-from xattn.training.sharding import like
+from xattn.training.sharding import from_first, like, to_host
 
 Which = Literal["last", "best"]
 KEPT = 2  # of the newest, besides the best
@@ -66,7 +67,12 @@ class Checkpoints:
         self._say = say
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
-        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        alone = ocp.options.MultiprocessingOptions(  # of several processes only the first reads and writes
+            primary_host=team().index, active_processes={team().index}, barrier_sync_key_prefix=f"process{team().index}"
+        )
+        self._orbax = ocp.Checkpointer(
+            ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
+        )
 
     # ---- saving
 
@@ -74,11 +80,13 @@ class Checkpoints:
         """Copies the state to the host and writes it in a thread; waits first for the save before it.
 
         progress: JSON values that come back with the checkpoint. val_loss: of these parameters; None where they were
-        not evaluated or it is not finite, and they are then never the best. Raises :class:`StorageError` where the
-        save before this one found no room.
+        not evaluated or it is not finite, and they are then never the best. Of several processes all call this, and
+        the first writes. Raises :class:`StorageError` where the save before this one found no room.
         """
         self.wait()
-        host: TrainState = jax.device_get(state)
+        host: TrainState = to_host(state)
+        if not team().is_first:
+            return
         parts = {
             "params": host.params,
             "training": {name: value for name, value in host._asdict().items() if name != "params"},
@@ -148,10 +156,20 @@ class Checkpoints:
         """The newest :class:`TrainState` that passes the check, of no later step than ``at_most``, or None where none
         of these has a folder.
 
-        Its leaves lie on the devices as those of ``shapes``, on whichever they lay when it was saved.
-
-        Steps that fail are moved to ``checkpoints/.bad/`` and told of. Raises :class:`IntegrityError` where all fail.
+        Its leaves lie on the devices as those of ``shapes``, on whichever they lay when it was saved. Of several
+        processes all call this, and the first reads. Steps that fail are moved to ``checkpoints/.bad/`` and told of.
+        Raises :class:`IntegrityError` where all fail.
         """
+        with team().in_step():
+            found = self._newest_whole(shapes, at_most) if team().is_first else None
+        known = team().from_first(found and (found.step, found.progress))
+        if known is None:
+            return None
+        step, progress = known
+        return Restored(step, like(from_first(found and found.tree, shapes), shapes), progress)
+
+    def _newest_whole(self, shapes: TrainState, at_most: int | None) -> Restored | None:
+        """With a tree of host arrays."""
         self._clear_half_done()
         steps = [step for step in self.steps() if at_most is None or step <= at_most]
         for step in reversed(steps):
@@ -162,7 +180,7 @@ class Checkpoints:
             except IntegrityError as error:
                 self._say(f"checkpoint {step} is broken ({error}); it is moved to {self._move_aside(step)}")
                 continue
-            return Restored(step, like(TrainState(params=params, **training), shapes), progress)
+            return Restored(step, TrainState(params=params, **training), progress)
         if steps:
             raise IntegrityError(f"{self.folder}: none of the checkpoints {steps} is whole")
         return None

@@ -15,6 +15,7 @@ from xattn.data.batches import Batches, Windows
 from xattn.evaluation.attention import statistics_row, study_windows
 from xattn.evaluation.loss import held_out_loss
 from xattn.evaluation.probes import Probe, run_probes
+from xattn.hosts import team
 from xattn.run_folder import finite_or_none
 from xattn.tracking.tracker import Row, Tracker
 from xattn.training.checkpoint import Checkpoints
@@ -123,6 +124,7 @@ class _Pace:
     def __init__(self, config: TrainerConfig):
         self._config = config
         self._saved_at = time.monotonic()
+        self._is_late = team().agreed(self._is_late_here)
 
     def due(self, step: int, *, stopping: bool) -> _Due:
         config = self._config
@@ -131,10 +133,7 @@ class _Pace:
             last
             or stopping
             or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
-            or (
-                config.checkpoint_minutes is not None
-                and time.monotonic() - self._saved_at > 60 * config.checkpoint_minutes
-            )
+            or (config.checkpoint_minutes is not None and self._is_late())
         )
         return _Due(
             logs=last or step % config.log_every == 0,
@@ -145,6 +144,10 @@ class _Pace:
 
     def saved(self) -> None:
         self._saved_at = time.monotonic()
+
+    def _is_late_here(self) -> bool:
+        minutes = self._config.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
 
 def train(

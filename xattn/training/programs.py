@@ -216,7 +216,7 @@ def _compile(config: Config, vocab_size: int, segments: bool, layout: Layout, si
         study=one.study,
         places=one.places,
         size=size,
-        step=layout.step(compiled),
+        step=layout.step(compiled, batch_size),
         stack=_stack if size > 1 else lambda states: states[0],
         take=_take if size > 1 else lambda state, index: state,
         compile_seconds=seconds,

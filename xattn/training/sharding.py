@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,6 +74,14 @@ class Layout:
         """The same on each device."""
         return self._sharding(P())
 
+    def rows_here(self, batch_size: int) -> slice:
+        """The rows of a batch that this process's devices work on, from the first to the last."""
+        if self.mesh is None:
+            return slice(0, batch_size)
+        parts = self.rows().addressable_devices_indices_map((batch_size,)).values()
+        bounds = [part[0].indices(batch_size) for part in parts if part is not None]
+        return slice(min(first for first, _, _ in bounds), max(last for _, last, _ in bounds))
+
     def _sharding(self, spec: P) -> NamedSharding:
         assert self.mesh is not None, "one device has no mesh"
         return NamedSharding(self.mesh, spec)
@@ -109,11 +118,11 @@ class Layout:
         state = self.state(shapes)
         return jax.jit(step, donate_argnums=0, in_shardings=(state, self.rows()), out_shardings=(state, self.whole()))
 
-    def step(self, compiled: Any) -> Any:
-        """The compiled step for a batch that is on the host."""
+    def step(self, compiled: Any, batch_size: int) -> Any:
+        """The compiled step for a batch that is on the host: its :meth:`rows_here`, or all of it."""
         if self.mesh is None:
             return compiled
-        return lambda state, batch: compiled(state, _place(batch, self.rows()))
+        return lambda state, batch: compiled(state, _place(batch, self.rows(), batch_size, self.rows_here(batch_size)))
 
     def results(self) -> NamedSharding | None:
         """Where a program's results lie that every host reads; None on one device."""
@@ -205,20 +214,53 @@ def like(host: Any, state: Any) -> Any:
     return jax.tree.map(lambda leaf, there: _place(leaf, there.sharding), host, state)
 
 
-def _place(tree: Any, sharding: Any) -> Any:
-    """Host arrays, of which each process has at least its own part, onto the mesh."""
+def _place(tree: Any, sharding: Any, size: int | None = None, here: slice = slice(None)) -> Any:
+    """Host arrays onto the mesh; those that are shorter than ``size`` are the rows ``here`` of it."""
     if not isinstance(sharding, NamedSharding):
         return jax.device_put(tree)
 
     def place(leaf: Any) -> jax.Array:
         array = np.asarray(leaf)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        if size is None or len(array) == size:
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        def rows(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(size)
+            return array[(slice(first - here.start, last - here.start), *index[1:])]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, rows)
 
     return jax.tree.map(place, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """The whole of each leaf as a NumPy array, in every process; all of them call this."""
+
+    def gathered(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        return process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(gathered, tree))
+
+
+def from_first(host: Any, shapes: Any) -> Any:
+    """The first process's host arrays, in every process; the others give None. Bytes travel, not numbers: −0 stays."""
+    if jax.process_count() == 1:
+        return host
+    if host is None:
+        host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def sent(leaf: Any) -> np.ndarray:
+        flat = np.ascontiguousarray(leaf).reshape(-1)
+        received = np.asarray(broadcast_one_to_all(flat.view(np.uint8)))
+        return received.view(flat.dtype).reshape(np.shape(leaf))
+
+    return jax.tree.map(sent, host)
 
 
 def on_one_device(tree: Any) -> Any:
     """For programs that know no mesh: each leaf whole on this process's first device."""
     if all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(tree)):
         return tree
-    return jax.device_put(jax.device_get(tree), jax.local_devices()[0])
+    return jax.device_put(to_host(tree), jax.local_devices()[0])
