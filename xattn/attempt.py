@@ -234,8 +234,8 @@ class Attempt:
             committed = self._summary["committed_step"]
             if restored is None and at_most is None and committed is not None:
                 raise IntegrityError(
-                    f"{self._checkpoints.folder}: a checkpoint of step {committed} was there and is gone; bring it back, "
-                    "or begin anew with resume=never"
+                    f"{self._checkpoints.folder}: a checkpoint of step {committed} was there and is gone; bring it "
+                    "back, or begin anew with resume=never"
                 )
         return restored
 
