@@ -17,6 +17,7 @@ _COMMANDS = {
     "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times beside cuDNN's softmax, tuning"),
     "bench start": ("xattn.bench.start", "seconds from the command to the first step, cold and warm"),
     "plan": ("xattn.plan", "what a run will cost in memory and time, here or on other devices"),
+    "launch": ("xattn.launch", "one run over several processes of this machine"),
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
     "report": ("xattn.report", "judge a study and write its report"),
     "compare": ("xattn.compare", "set runs side by side"),

@@ -1,0 +1,101 @@
+"""``xattn launch --processes N -- train.py OVERRIDES…``: one run over several processes of this machine.
+
+Each process is told its place by the environment variables of :mod:`xattn.hosts`. They live and die together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from xattn.errors import BadInput
+from xattn.hosts import COORDINATOR, COUNT, INDEX
+
+# Exit codes with which all processes of a run leave by themselves; with any other one has died, and the rest is lost.
+_TOGETHER = {0, 2, 3, 4, 5, 6, 75}
+_SECONDS_TO_LEAVE = 30.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code of the first process that failed, else 0. Raises :class:`BadInput`."""
+    parser = argparse.ArgumentParser(
+        prog="xattn launch",
+        description="Starts a Python program as several processes of one run on this machine. Process i gets GPU i.",
+        epilog="xattn launch --processes 2 -- train.py parallel=data",
+    )
+    parser.add_argument("--processes", type=int, required=True, metavar="N")
+    parser.add_argument(
+        "--port", type=int, default=None, help="of process 0, where the others find it; default: a free one"
+    )
+    parser.add_argument("command", nargs="+", metavar="-- PROGRAM ARGUMENTS", help="a Python file and its arguments")
+    arguments = parser.parse_args(argv)
+    if arguments.processes < 1:
+        raise BadInput(f"--processes {arguments.processes}: must be at least 1")
+    return _Processes(arguments.command, arguments.processes, arguments.port or _free_port()).wait()
+
+
+class _Processes:
+    def __init__(self, command: Sequence[str], count: int, port: int):
+        self._signals: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+        # In sessions of their own: a terminal's Ctrl-C reaches this process alone, which hands it on once.
+        self._running = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=os.environ | _place(index, count, port),
+                stdout=None if index == 0 else subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            for index in range(count)
+        ]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+    def wait(self) -> int:
+        """Hands signals on; ends the rest when one has died, or when one has left and the rest does not follow."""
+        first_failure, deadline = 0, float("inf")
+        while self._running:
+            for number in self._take_signals():
+                self._send(number)
+            for process in list(self._running):
+                if (code := process.poll()) is None:
+                    continue
+                self._running.remove(process)
+                code = code if code >= 0 else 128 - code
+                first_failure = first_failure or code
+                patience = _SECONDS_TO_LEAVE if code in _TOGETHER else 0.0
+                if code:
+                    deadline = min(deadline, time.monotonic() + patience)
+            if time.monotonic() >= deadline:
+                self._send(signal.SIGKILL)
+            time.sleep(0.05)
+        return first_failure
+
+    def _take_signals(self) -> list[int]:
+        taken, self._signals = self._signals, []
+        return taken
+
+    def _send(self, number: int) -> None:
+        for process in self._running:
+            process.send_signal(number)
+
+
+def _place(index: int, count: int, port: int) -> dict[str, str]:
+    here = {COORDINATOR: f"localhost:{port}", COUNT: str(count), INDEX: str(index)}
+    return here if "JAX_LOCAL_DEVICE_IDS" in os.environ else here | {"JAX_LOCAL_DEVICE_IDS": str(index)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
