@@ -19,6 +19,8 @@ _COMMANDS = {
     "plan": ("xattn.plan", "what a run will cost in memory and time, here or on other devices"),
     "launch": ("xattn.launch", "one run over several processes of this machine"),
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
+    "sample": ("xattn.sample", "text from a run's model"),
+    "evaluate": ("xattn.evaluate", "a run's model on any text, at any length, with any probes"),
     "report": ("xattn.report", "judge a study and write its report"),
     "compare": ("xattn.compare", "set runs side by side"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),

@@ -170,6 +170,29 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         raise BadInput(explain(error, overrides)) from error
 
 
+def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]) -> Config:
+    """The config with overrides such as train.py takes, of keys that are or begin with one of ``may_differ``.
+
+    A group (``data=text``) takes the place of its whole section; a key (``data.path=x``) that of its value.
+
+    Raises :class:`BadInput`.
+    """
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    for override, key in zip(overrides, keys, strict=True):
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_differ):
+            raise BadInput(f"{override}: cannot be changed here; what can is {', '.join(may_differ)}")
+    own = [f"{group}={getattr(config, group).name}" for group in ("data", "optimizer") if group not in keys]
+    try:
+        composed = OmegaConf.to_container(_composed([*own, *overrides]), resolve=False, throw_on_missing=False)
+    except COMPOSITION_ERRORS as error:
+        raise BadInput(explain(error, overrides)) from error
+    values = OmegaConf.create(config.model_dump(mode="json"))
+    for key in sorted(keys, key=lambda key: key.count(".")):  # groups first: keys change what they brought
+        value = OmegaConf.select(OmegaConf.create(composed), key)
+        OmegaConf.update(values, key, value, merge=False)
+    return from_hydra(values)
+
+
 def save(config: Config) -> str:
     """The YAML text of config.yaml."""
     return _to_yaml(config.model_dump(mode="json"))

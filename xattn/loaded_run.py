@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import xattn.config
 from xattn import run_folder
 from xattn.config import Config
-from xattn.data.run_data import load_tokenizer
-from xattn.data.tokenizer import Tokenizer
+from xattn.data.run_data import load_data, load_tokenizer
+from xattn.data.tokenizer import JsonTokenizer, Tokenizer
+from xattn.device import keep_compiled_programs
 from xattn.errors import BadInput
+from xattn.run_folder import finite_or_none
 
 if TYPE_CHECKING:
     from xattn.model.transformer import LanguageModel, ModelHyperparameters
+
+# What an evaluation may change of a run's config.
+_MAY_DIFFER = (
+    *("data", "evaluation", "trainer.batch_size"),
+    *(f"backend.{key}" for key in ("context_length", "theta", "sigmoid_bias", "window", "implementation")),
+)
+
+
+class Piece(NamedTuple):
+    """A part of a text as it is made: text may be empty where the tokens so far end within a letter."""
+
+    text: str
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -34,24 +50,117 @@ class LoadedRun:
     tokenizer: Tokenizer
     step: int
 
-    def generate(self, prompt: str, *, max_tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
-        """Continues a prompt of at least one character; temperature 0 takes the likeliest token each time."""
+    def generate(self, prompt: str = "", **choices: Any) -> str:
+        """The continuation of a prompt, without it; choices are those of :meth:`stream`."""
+        return "".join(piece.text for piece in self.stream(prompt, **choices))
+
+    def stream(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        sample: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """Continues a prompt, in pieces of text that are handed out as soon as no later token can change them.
+
+        An empty prompt is the token that the tokenizer starts with. temperature 0 takes the likeliest token each time.
+        top_k, top_p: see :class:`xattn.model.generation.Sampling`. (seed, sample) say the same again, however many
+        tokens are asked for. stop: the text ends before the first of these.
+        """
         import jax
 
-        from xattn.model.generation import Sampling, generate
+        from xattn.model.generation import Sampling, stream
 
-        if not prompt:
-            raise ValueError("prompt: at least one character is needed")
-        tokens = generate(
+        try:
+            tokens: Sequence[int] = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.start]
+        except ValueError as error:
+            raise BadInput(f"prompt = {prompt!r}: {error}") from error
+        drawn = stream(
             self.model,
             self.params,
             self.hyperparameters,
-            self.tokenizer.encode(prompt),
+            tokens,
             num_tokens=max_tokens,
-            sampling=Sampling(temperature),
-            key=jax.random.key(seed),
+            sampling=Sampling(temperature, top_k, top_p),
+            key=jax.random.fold_in(jax.random.key(seed), sample),
         )
-        return self.tokenizer.decode(tokens)
+        return _text(self.tokenizer, drawn, stop)
+
+    def evaluate(self, overrides: Sequence[str] = ()) -> dict[str, float | None]:
+        """val_loss, val_bpb and ``probe/<name>/<measure>`` under the run's own config with these overrides.
+
+        With none the figures are those of the run's last evaluation, where the checkpoint is that step's. Another
+        backend.context_length is another length of the windows; sigmoid's n stays that of training unless
+        backend.sigmoid_bias is given. A number that is not finite is None.
+
+        Raises :class:`BadInput` for an override that does not fit, or a corpus of another vocabulary.
+        """
+        from xattn.evaluation.loss import held_out_loss, score_windows
+        from xattn.evaluation.probes import make_probes, places_of, run_probes
+        from xattn.model.transformer import LanguageModel
+        from xattn.training.programs import hyperparameters
+
+        config = xattn.config.amend(self.config, overrides, may_differ=_MAY_DIFFER)
+        if config.backend.sigmoid_bias == "learned" != self.config.backend.sigmoid_bias:
+            raise BadInput("backend.sigmoid_bias = learned: this run has learned none")
+        batch_size, data_config = config.trainer.batch_size, config.data
+        if isinstance(self.tokenizer, JsonTokenizer) and data_config != self.config.data:
+            # Another text in the model's own tokens, not in some that are made for it.
+            data_config = data_config.model_copy(update={"tokenizer": str(self.path / run_folder.TOKENIZER)})
+        data = load_data(
+            data_config,
+            context_length=config.backend.context_length,
+            batch_size=batch_size,
+            windows=config.evaluation.windows,
+            seed=config.seed,
+        )
+        if data.tokenizer.vocab_size != self.model.vocab_size:
+            raise BadInput(
+                f"data = {config.data.name}: has a vocabulary of {data.tokenizer.vocab_size} tokens; the model's is of "
+                f"{self.model.vocab_size}"
+            )
+        model = LanguageModel(config.model, config.backend, self.model.vocab_size)
+        hyper = hyperparameters(config).model
+        if not any(override.lstrip("+").startswith("backend.sigmoid_bias=") for override in overrides):
+            hyper = hyper._replace(sigmoid_bias=self.hyperparameters.sigmoid_bias)
+        loss = held_out_loss(
+            score_windows(model), self.params, hyper, data.windows, bytes_per_token=data.bytes_per_token()
+        )
+        probes = make_probes(
+            config.evaluation.probes, data=data_config, run_data=data, backend=config.backend, batch_size=batch_size
+        )
+        found = loss._asdict() | run_probes(places_of(model), self.params, hyper, probes)
+        return {name: None if value is None else finite_or_none(value) for name, value in found.items()}
+
+
+def _text(tokenizer: Tokenizer, drawn: Iterable[Any], stop: Sequence[str]) -> Iterator[Piece]:
+    ids: list[int] = []
+    shown = told = 0
+    for tokens in drawn:
+        ids += tokens.tolist()
+        text = tokenizer.decode(ids)
+        ends = [place for word in stop if (place := text.find(word, shown)) >= 0]
+        if ends:
+            yield Piece(text[shown : min(ends)], len(ids) - told)
+            return
+        # A letter that is not whole yet is decoded to U+FFFD, up to three of them; and a stop may have begun.
+        settled = max(shown, len(text) - _unsettled(text, stop))
+        yield Piece(text[shown:settled], len(ids) - told)
+        shown, told = settled, len(ids)
+    yield Piece(tokenizer.decode(ids)[shown:], 0)
+
+
+def _unsettled(text: str, stop: Sequence[str]) -> int:
+    """Letters at the end that later tokens may change, or that may belong to a stop."""
+    whole = text.rstrip("\ufffd")
+    open_letters = min(3, len(text) - len(whole))
+    begun = (size for word in stop for size in range(1, len(word)) if whole.endswith(word[:size]))
+    return max(begun, default=0) + open_letters
 
 
 def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> LoadedRun:
@@ -59,6 +168,13 @@ def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> L
 
     Raises :class:`BadInput` where it is not a run's, :class:`IntegrityError` where it holds no whole checkpoint.
     """
+    path = Path(path).absolute()
+    summary = run_folder.read_summary(path)
+    if summary is None or not (path / run_folder.CONFIG).is_file():
+        raise BadInput(f"{path}: not a run folder, it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
+    config = xattn.config.load(path / run_folder.CONFIG)
+    tokenizer = load_tokenizer(config.data, path)
+
     import jax
     import jax.numpy as jnp
 
@@ -66,12 +182,7 @@ def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> L
     from xattn.training.checkpoint import Checkpoints
     from xattn.training.programs import hyperparameters
 
-    path = Path(path).absolute()
-    summary = run_folder.read_summary(path)
-    if summary is None or not (path / run_folder.CONFIG).is_file():
-        raise BadInput(f"{path}: not a run folder, it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
-    config = xattn.config.load(path / run_folder.CONFIG)
-    tokenizer = load_tokenizer(config.data, path)
+    keep_compiled_programs()
     model = LanguageModel(config.model, config.backend, tokenizer.vocab_size)
     hyper = hyperparameters(config).model
     tokens = jax.ShapeDtypeStruct((1, config.backend.context_length), jnp.int32)

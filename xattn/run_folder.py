@@ -19,6 +19,7 @@ from xattn.errors import BadInput, FolderInUse, storage_error
 
 CONFIG, OVERRIDES, PROVENANCE = "config.yaml", "overrides.yaml", "provenance.json"
 METRICS, SUMMARY, LOG = "metrics.jsonl", "summary.json", "log.txt"
+EVALUATIONS = "evaluations.jsonl"
 CHECKPOINTS, ARTIFACTS = "checkpoints", "artifacts"
 TOKENIZER = "tokenizer.json"
 LOCK = ".lock"

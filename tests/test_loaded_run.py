@@ -1,0 +1,202 @@
+"""A run opened again: sampled from, evaluated, and what a person is told who asks for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import xattn
+from xattn.cli import main
+from xattn.config import compose
+from xattn.data.tokenizer import ByteTokenizer
+from xattn.errors import BadInput
+from xattn.loaded_run import _text
+from xattn.run import run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    overrides = [
+        *("data=text", f"data.path={text_file}", "backend=sigmoid", "backend.context_length=16"),
+        *("trainer=debug", "trainer.steps=6", "trainer.eval_every=3", "tracking.wandb.mode=disabled"),
+        *("model.embedding_dim=16", "model.num_heads=2", "model.num_layers=1", "model.mlp_dim=16"),
+        *("evaluation.windows=10", "evaluation.probes=[in_context,mqar]", "optimizer.learning_rate=1e-2"),
+    ]
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert run(compose(overrides), folder, overrides, quiet=True) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(trained: Path) -> xattn.LoadedRun:
+    return xattn.load(trained)
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(words)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluating_again_gives_the_summarys_figures(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
+    code, out, _ = told(capsys, "evaluate", str(trained), "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["step"] == 6
+    assert found["overrides"] == []
+    assert found["val_loss"] == summary["val_loss"]
+    assert found["val_bpb"] == summary["val_bpb"]
+    probes = {key: value for key, value in summary.items() if key.startswith("probe/")}
+    assert {"probe/in_context/score", "probe/mqar/accuracy"} <= set(probes)
+    assert {key: value for key, value in found.items() if key.startswith("probe/")} == probes
+    assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
+    code, out, _ = told(capsys, "evaluate", str(trained))
+    assert f"{summary['val_loss']:.4f}" in out
+
+
+def test_a_saved_evaluation_is_a_line_of_its_own(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = trained / "evaluations.jsonl"
+    file.write_text('{"step": 1')  # a line that was cut short
+    override = "evaluation.windows=3"
+    for _ in range(2):
+        assert told(capsys, "evaluate", str(trained), override, "--save")[0] == 0
+    lines = file.read_text().splitlines()
+    assert lines[0] == '{"step": 1'
+    rows = [json.loads(line) for line in lines[1:]]
+    assert rows[0] == rows[1]
+    assert (rows[0]["step"], rows[0]["overrides"]) == (6, [override])
+    assert rows[0]["results"]["val_loss"] != json.loads((trained / "summary.json").read_text())["val_loss"]
+    file.unlink()
+
+
+def test_another_corpus_and_another_length(loaded: xattn.LoadedRun, tmp_path: Path) -> None:
+    """Against the model itself; sigmoid's n stays that of training unless it is asked for."""
+    text = tmp_path / "other.txt"
+    text.write_text("to be or not to be, that is the question: " * 30)
+    held_out = text.read_bytes()[-500:]
+    data = [f"data.path={text}", f"data.validation_fraction={500 / text.stat().st_size}", "evaluation.windows=all"]
+    overrides = ["evaluation.probes=[]", "backend.context_length=40", *data]
+
+    def expected(bias: float) -> float:
+        hyper = loaded.hyperparameters._replace(sigmoid_bias=np.float32(bias))
+        nats = 0.0
+        for start in range(0, 499, 40):
+            tokens = np.frombuffer(held_out[start : start + 41], np.uint8)
+            logits = np.asarray(loaded.model.apply({"params": loaded.params}, tokens[None, :-1].astype(int), hyper)[0])
+            logits = logits.astype(np.float64)
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            nats -= log_p[np.arange(len(tokens) - 1), tokens[1:]].sum()
+        return nats / 499
+
+    fixed = loaded.evaluate(overrides)["val_loss"]
+    longer = loaded.evaluate([*overrides, "backend.sigmoid_bias=auto"])["val_loss"]
+    assert fixed == pytest.approx(expected(-math.log(16)), rel=1e-5)
+    assert longer == pytest.approx(expected(-math.log(40)), rel=1e-5)
+    assert abs(fixed - longer) > 1e-5
+    assert loaded.evaluate(["data=text", *overrides])["val_loss"] == fixed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "RUN", "model.num_layers=2"], "model.num_layers=2: cannot be changed here"),
+        (["evaluate", "RUN", "evaluation.windows=0"], "evaluation.windows = 0"),
+        (["evaluate", "RUN", "evaluation.widows=3"], "did you mean evaluation.windows"),
+        (["evaluate", "RUN", "evaluation.probes=[nothing]"], "evaluation.probes"),
+        (["evaluate", "RUN", "data.path=/nowhere/at.all"], "data.path = '/nowhere/at.all': no such file"),
+        (["evaluate", "RUN", "data=mqar", "evaluation.probes=[]", "data.num_pairs=2"], "a vocabulary of 8192 tokens; the model's is of 256"),
+        (["evaluate", "RUN", "backend.sigmoid_bias=learned"], "this run has learned none"),
+        (["evaluate", "RUN", "--chekpoint", "best"], "--chekpoint"),
+        (["evaluate", "/nowhere"], "/nowhere: not a run folder"),
+        (["evaluate"], "run"),
+        (["sample", "/nowhere"], "/nowhere: not a run folder"),
+        (["sample", "RUN", "--temperature", "-1"], "--temperature: -1: must be at least 0"),
+        (["sample", "RUN", "--temperature", "nan"], "--temperature: nan"),
+        (["sample", "RUN", "--temperature", "warm"], "--temperature: invalid number value: 'warm'"),
+        (["sample", "RUN", "--top-p", "0"], "--top-p: 0: must be above 0 and at most 1"),
+        (["sample", "RUN", "--top-k", "0"], "--top-k: 0: must be at least 1"),
+        (["sample", "RUN", "--max-tokens", "0"], "--max-tokens: 0: must be at least 1"),
+        (["sample", "RUN", "--seed", "-1"], "--seed: -1"),
+        (["sample", "RUN", "--stop", ""], "--stop"),
+        (["sample", "RUN", "--checkpoint", "first"], "--checkpoint: invalid choice: 'first'"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[2:]) if isinstance(value, list) else "",
+)
+def test_bad_input_is_told_in_a_few_lines(
+    trained: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    code, out, err = told(capsys, *(str(trained) if word == "RUN" else word for word in words))
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.startswith("xattn: ")
+    assert len(err.splitlines()) <= 5
+
+
+# ---- sample ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_all_that_stdout_gets(
+    trained: Path, loaded: xattn.LoadedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", str(trained), "--prompt", "line 7", "--max-tokens", "40", "--temperature", "1.5"]
+    code, out, err = told(capsys, *words)
+    assert code == 0
+    assert "40 tokens" in err
+    assert "tokens/s" in err
+    choices: dict[str, Any] = {"max_tokens": 40, "temperature": 1.5}
+    assert out == loaded.generate("line 7", **choices) + "\n"
+    assert told(capsys, *words, "--seed", "1")[1] != out
+    two = told(capsys, *words, "--num-samples", "2")[1]
+    assert two == out + loaded.generate("line 7", sample=1, **choices) + "\n"
+    assert two != out + out
+    assert told(capsys, *words, "--top-k", "1")[1] == told(capsys, *words, "--temperature", "0")[1]
+    letter = out[20]
+    assert told(capsys, *words, "--stop", letter)[1] == out[: out.index(letter)] + "\n"
+    assert loaded.generate("", max_tokens=3, temperature=0.0) == loaded.generate("\n", max_tokens=3, temperature=0.0)
+
+
+def pieces(text: str, size: int) -> Iterator[np.ndarray]:
+    tokens = ByteTokenizer().encode(text)
+    return (tokens[i : i + size] for i in range(0, len(tokens), size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+@pytest.mark.parametrize(
+    ("stop", "end"), [([], None), (["never"], None), (["öö"], 6), (["a€", "öö", "b"], 3), (["€€"], None), (["🙂"], 8)]
+)
+def test_text_comes_in_pieces_that_no_later_token_changes(size: int, stop: list[str], end: int | None) -> None:
+    """Letters of two, three and four bytes, cut anywhere; a stop may begin in one piece and end in the next."""
+    text = "abcöa€öö🙂 x€"
+    if "b" in stop:
+        text, end = "abcöa€öö🙂 x€"[2:], 2
+    told = list(_text(ByteTokenizer(), pieces(text, size), stop))
+    assert "".join(piece.text for piece in told) == text[:end]
+    assert not any("\ufffd" in piece.text for piece in told)
+
+
+def test_bytes_that_are_no_text_are_shown_in_the_end() -> None:
+    told = list(_text(ByteTokenizer(), iter([np.array([65, 0xE2]), np.array([0x82])]), []))
+    assert "".join(piece.text for piece in told) == "A\ufffd"
+    assert sum(piece.num_tokens for piece in told) == 3
+
+
+def test_a_prompt_that_the_vocabulary_lacks() -> None:
+    from xattn.data.tokenizer import IdTokenizer
+    from xattn.loaded_run import LoadedRun
+
+    nothing: Any = None
+    opened = LoadedRun(Path(), nothing, {}, nothing, nothing, nothing, IdTokenizer(8), 0)
+    with pytest.raises(BadInput, match=r"prompt = '9': 9: not an id; they are 0 to 7"):
+        opened.stream("9")

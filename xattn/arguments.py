@@ -1,0 +1,47 @@
+"""Command-line arguments whose mistakes are told in a line, and numbers with bounds."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+from xattn.errors import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a mistake is a :class:`BadInput`: one line in place of nine of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def whole(at_least: int, below: int | None = None) -> Callable[[str], int]:
+    """The type of an argument: an integer that is at least so much."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < at_least or (below is not None and value >= below):
+            rule = f"at least {at_least}" + ("" if below is None else f" and below {below}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def number(at_least: float = 0.0, at_most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """The type of an argument: a finite number within bounds; above: the lower one itself is not allowed."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value) or not at_least <= value <= at_most or (above and value == at_least):
+            rule = f"{'above' if above else 'at least'} {at_least:g}" + (
+                "" if at_most == math.inf else f" and at most {at_most:g}"
+            )
+            raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
