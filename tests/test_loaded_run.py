@@ -115,7 +115,10 @@ def test_another_corpus_and_another_length(loaded: xattn.LoadedRun, tmp_path: Pa
         (["evaluate", "RUN", "evaluation.widows=3"], "did you mean evaluation.windows"),
         (["evaluate", "RUN", "evaluation.probes=[nothing]"], "evaluation.probes"),
         (["evaluate", "RUN", "data.path=/nowhere/at.all"], "data.path = '/nowhere/at.all': no such file"),
-        (["evaluate", "RUN", "data=mqar", "evaluation.probes=[]", "data.num_pairs=2"], "a vocabulary of 8192 tokens; the model's is of 256"),
+        (
+            ["evaluate", "RUN", "data=mqar", "evaluation.probes=[]", "data.num_pairs=2"],
+            "a vocabulary of 8192 tokens; the model's is of 256",
+        ),
         (["evaluate", "RUN", "backend.sigmoid_bias=learned"], "this run has learned none"),
         (["evaluate", "RUN", "--chekpoint", "best"], "--chekpoint"),
         (["evaluate", "/nowhere"], "/nowhere: not a run folder"),
