@@ -421,3 +421,23 @@ def test_what_the_backward_pass_computes_again_changes_no_gradient(remat: str) -
     assert jax.tree.structure(kept) == jax.tree.structure(again)
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(kept), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+def test_a_document_in_a_window_is_read_as_if_it_stood_alone(activation: str) -> None:
+    """Positions count from the window's start; RoPE sees their differences only."""
+    model = model_of(f"backend.activation={activation}")
+    params = random_params(model)
+    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1]] * 3, jnp.int32)
+
+    @jax.jit
+    def logits(tokens: jax.Array, segment_ids: jax.Array | None) -> Any:
+        return model.apply({"params": params}, tokens, HYPER, segment_ids=segment_ids)
+
+    packed = logits(TOKENS, segments)
+    for part in (slice(0, 3), slice(3, 7)):
+        np.testing.assert_allclose(packed[:, part], logits(TOKENS[:, part], None), rtol=1e-3, atol=1e-4)
+    assert not np.allclose(packed[:, 3:], logits(TOKENS, None)[:, 3:], atol=1e-2)
