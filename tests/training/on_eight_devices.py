@@ -77,6 +77,16 @@ def test_the_loss_is_one_devices_at_each_step(mesh: tuple[str, ...]) -> None:
     np.testing.assert_allclose(score(run, state), evaluated, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("activation", "implementation"), [("none", "linear"), ("softmax", "blockwise")])
+def test_a_split_sequence_computes_the_same_by_other_implementations(activation: str, implementation: str) -> None:
+    """Keys, values and the chunks' states come from the neighbours."""
+    chosen = (f"backend={activation}", f"backend.implementation={implementation}")
+    one, _ = alone(*chosen)
+    run = compiled(*chosen, "parallel=context", "parallel.data=2")
+    _, losses = trained(run, run.init(hyperparameters(config_of(*chosen))), 0, STEPS)
+    np.testing.assert_allclose(losses, one, rtol=1e-5)
+
+
 def test_state_is_made_and_stays_split_as_the_table_says() -> None:
     run = compiled("backend=sigmoid", *MIXED)
     state = run.init(hyperparameters(config_of("backend=sigmoid")))
