@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
@@ -11,10 +11,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
-from xattn.attempt import Job
+from xattn.attempt import Job, prunes_nothing
 from xattn.errors import BadInput
 from xattn.sweep.study import outcomes
 from xattn.sweep.workers import carry_out
+from xattn.tracking.tracker import Row
 
 
 class XattnLauncher(Launcher):
@@ -34,9 +35,17 @@ class XattnLauncher(Launcher):
 
 
 def jobs_of(
-    context: HydraContext, config: DictConfig, job_overrides: Sequence[Sequence[str]], first: int = 0
+    context: HydraContext,
+    config: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    first: int = 0,
+    *,
+    prunes: Sequence[Callable[[Row], bool]] | None = None,
 ) -> list[Job]:
-    """The runs that these overrides ask for, each once. Raises :class:`BadInput` where one of them is bad."""
+    """The runs that these overrides ask for, each once. Raises :class:`BadInput` where one of them is bad.
+
+    prunes: for each, what may end it early.
+    """
     jobs: dict[Path, Job] = {}
     for number, overrides in enumerate(job_overrides, first):
         composed = context.config_loader.load_sweep_config(config, list(overrides))
@@ -47,5 +56,6 @@ def jobs_of(
         except BadInput as error:
             raise BadInput(f"of {len(job_overrides)} runs none is started: {error}") from error
         folder = Path(OmegaConf.select(composed, "hydra.sweep.dir"), OmegaConf.select(composed, "hydra.sweep.subdir"))
-        jobs[folder] = Job(validated, folder, tuple(filter_overrides(overrides)))
+        prune = prunes[number - first] if prunes else prunes_nothing
+        jobs[folder] = Job(validated, folder, tuple(filter_overrides(overrides)), prune=prune)
     return list(jobs.values())

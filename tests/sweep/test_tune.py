@@ -1,0 +1,148 @@
+"""Tuning: what is drawn, counted, pruned and continued, with a stand-in for the run; and once for real."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import xattn.config
+from xattn import run_folder
+from xattn.errors import BadInput
+from xattn.sweep.tune import STORAGE, Dimension, Tuning, tune
+
+optuna = pytest.importorskip("optuna", reason="the extra tune is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+BASE = xattn.config.compose([])
+RATE = "optimizer.learning_rate"
+OPTIONS: dict[str, Any] = {
+    "n_trials": 6,
+    "objective": "val_loss",
+    "direction": "minimize",
+    "sampler": "tpe",
+    "pruner": "none",
+    "at_once": 1,
+    "seed": 0,
+}
+
+
+class Runs:
+    """Makes runs at once: the loss is least at a learning rate of 1e-3."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.made, self.status = folder, list[tuple[str, ...]](), "done"
+
+    def __call__(self, trials: Sequence[list[str]], prunes: Sequence[Any]) -> list[Path]:
+        return [self._one(trial, prune) for trial, prune in zip(trials, prunes, strict=True)]
+
+    def _one(self, overrides: list[str], prune: Any) -> Path:
+        self.made.append(tuple(overrides))
+        run = self.folder / "-".join(overrides)
+        run.mkdir(parents=True, exist_ok=True)
+        loss = 1 + abs(math.log10(float(overrides[0].partition("=")[2])) + 3)
+        pruned = any(prune({"step": step, "val_loss": loss + 1 / step}) for step in (1, 2, 3))
+        run_folder.write_summary(
+            run, {"status": "pruned" if pruned else self.status, "val_loss": loss, "tokens_per_second": 10 / loss}
+        )
+        return run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path / "study")
+
+
+def search(runs: Runs, space: dict[str, Dimension] | None = None, **options: Any) -> None:
+    space = space or {RATE: Dimension(low=1e-5, high=1e-1, log=True)}
+    tune(Tuning.model_validate(OPTIONS | options), space, [], BASE, runs.folder, runs)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])
+def test_trials_are_counted_and_the_same_command_goes_on_with_the_study(
+    sampler: str, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search(runs, sampler=sampler)
+    assert len(set(runs.made)) == 6
+    assert (runs.folder / STORAGE).is_file()
+    search(runs, sampler=sampler)
+    assert len(runs.made) == 6  # they are there
+    search(runs, sampler=sampler, n_trials=8)
+    assert len(set(runs.made)) == 8
+    assert "best of 8 trials" in capsys.readouterr().out
+
+
+def test_tpe_draws_where_the_loss_is_low(runs: Runs) -> None:
+    search(runs, n_trials=30)
+    late = [abs(math.log10(float(trial[0].partition("=")[2])) + 3) for trial in runs.made[15:]]
+    assert sorted(late)[len(late) // 2] < 0.7  # of four decades; a random draw's median is 1
+
+
+def test_the_objective_is_any_number_of_the_summary(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    space = {RATE: Dimension(choices=["0.001", "0.1"])}
+    search(runs, space, sampler="grid", objective="tokens_per_second", direction="maximize")
+    assert f"with {RATE}=0.001" in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"'loss': no number in summary.json; there: val_loss"):
+        search(runs, space, sampler="grid", objective="loss")
+
+
+def test_a_grid_is_gone_through_once(runs: Runs) -> None:
+    space = {RATE: Dimension(choices=["0.001", "0.01"]), "seed": Dimension(choices=["0", "1", "2"])}
+    search(runs, space, sampler="grid", n_trials=100)
+    assert len(runs.made) == len(set(runs.made)) == 6
+    with pytest.raises(BadInput, match=f"{RATE}.*not an interval"):
+        search(runs, sampler="grid")
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+def test_what_goes_badly_is_pruned_on_its_evaluations(pruner: str, runs: Runs) -> None:
+    search(runs, sampler="random", pruner=pruner, n_trials=25)
+    statuses = [(run_folder.read_summary(run) or {})["status"] for run in runs.folder.iterdir() if run.is_dir()]
+    assert len(runs.made) == 25  # a pruned trial counts
+    assert set(statuses) == ({"done", "pruned"} if pruner == "median" else set(statuses) & {"done", "pruned"})
+
+
+def test_failures_are_not_counted_and_not_drawn_for_ever(runs: Runs) -> None:
+    runs.status = "failed"
+    search(runs, n_trials=3)
+    assert len(runs.made) == 3
+    runs.status = "done"
+    search(runs, n_trials=3)
+    assert len(runs.made) == 6
+
+
+def test_a_trial_whose_process_died_is_drawn_again_as_it_was(runs: Runs) -> None:
+    class Killed(BaseException):
+        pass
+
+    def dies(trials: Sequence[list[str]], prunes: Sequence[Any]) -> list[Path]:
+        runs(trials, prunes)
+        raise Killed
+
+    space = {RATE: Dimension(low=1e-5, high=1e-1, log=True)}
+    with pytest.raises(Killed):
+        tune(Tuning.model_validate(OPTIONS), space, [], BASE, runs.folder, dies)
+    search(runs, n_trials=2)
+    assert runs.made[1] == runs.made[0]
+    assert len(runs.made) == 3
+
+
+@pytest.mark.slow
+def test_for_real(tiny: list[str], tmp_path: Path) -> None:
+    """By the command line: an interval and a choice, two trials, and again: nothing trains."""
+    root = Path(__file__).resolve().parent.parent.parent
+    command = [sys.executable, str(root / "train.py"), "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", *tiny]
+    command += ["trainer.steps=4", f"{RATE}=tag(log, interval(1e-4, 1e-2))", "backend.theta=choice(100, 10000)"]
+    for expected in (2, 0):
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("done, val_loss") == expected
+        assert "best of 2 trials: val_loss" in done.stdout
+    folders = [run for run in (tmp_path / "outputs" / "default").iterdir() if run.is_dir() and run.name[0] != "."]
+    assert len(folders) == 2

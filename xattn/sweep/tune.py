@@ -1,0 +1,219 @@
+"""Tuning: trials drawn by optuna, each an ordinary run. The extra ``tune`` has optuna.
+
+The study is kept in the study's folder, and a trial's truth is its run folder: a trial that was under way when its
+process died is drawn again as it was, and finds its run where it stopped. Importing this module imports no optuna.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from xattn import run_folder
+from xattn.config import Config
+from xattn.errors import BadInput, ExitCode
+from xattn.run_folder import shown
+from xattn.section import Section
+from xattn.signals import interruption
+from xattn.sweep.table import print_table
+from xattn.tracking.tracker import Row
+
+if TYPE_CHECKING:
+    import optuna
+
+STORAGE = "tuning.journal"
+
+
+class Tuning(Section):
+    """``hydra/sweeper=optuna``: see conf/hydra/sweeper/optuna.yaml."""
+
+    n_trials: PositiveInt
+    objective: str
+    direction: Literal["minimize", "maximize"]
+    sampler: Literal["tpe", "random", "grid", "cmaes"]
+    pruner: Literal["none", "median", "hyperband"]
+    at_once: PositiveInt
+    seed: NonNegativeInt
+
+
+class Dimension(Section):
+    """The values that a key may take: one of ``choices``, or a number from low to high, whole where both are."""
+
+    choices: list[str] | None = None
+    low: int | float = 0
+    high: int | float = 0
+    log: bool = False
+
+
+# Makes runs of lists of overrides, each with what may prune it; their folders.
+Make = Callable[[list[list[str]], list[Any]], list[Path]]
+
+
+def tune(
+    tuning: Tuning,
+    space: Mapping[str, Dimension],
+    fixed: Sequence[str],
+    base: Config,
+    folder: Path,
+    make: Make,
+) -> None:
+    """Draws and makes trials until n_trials of this study have come to an end, and prints the table of them."""
+    study = _study(tuning, space, fixed, base, folder)
+    _draw_again(study, folder)
+    import optuna
+
+    distributions = {key: _distribution(dimension) for key, dimension in space.items()}
+    over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    if tuning.sampler == "grid":
+        _enqueue_grid(study, space)
+    failed = 0  # in this process: they are not counted, and not drawn for ever
+    try:
+        while (left := _wanted(tuning, space) - len(study.get_trials(deepcopy=False, states=over)) - failed) > 0:
+            trials = [study.ask(distributions) for _ in range(min(left, tuning.at_once))]
+            overrides = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
+            prunes = [_pruner_of(trial, tuning) for trial in trials]
+            folders = make(overrides, prunes)
+            for trial, run in zip(trials, folders, strict=True):
+                trial.set_user_attr("run", run.name)
+                failed += not _tell(study, trial, run, tuning)
+            if interruption.requested:
+                raise SystemExit(ExitCode.PREEMPTED)
+    finally:
+        runs = [folder / t.user_attrs["run"] for t in study.get_trials(deepcopy=False) if "run" in t.user_attrs]
+        print_table(list(dict.fromkeys(runs)), list(space))
+    ended = study.get_trials(deepcopy=False, states=over)
+    if any(trial.state == over[0] for trial in ended):
+        best = " ".join(f"{key}={value}" for key, value in study.best_params.items())
+        print(f"best of {len(ended)} trials: {tuning.objective} {study.best_value:.4f} with {best}")
+    print(f"a report on them: xattn report {shown(folder.absolute())}")
+
+
+def _study(
+    tuning: Tuning, space: Mapping[str, Dimension], fixed: Sequence[str], base: Config, folder: Path
+) -> optuna.Study:
+    """The one of this objective, space and overrides: another command in the same folder has another."""
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise BadInput(f"hydra/sweeper=optuna: needs the extra tune (pip install 'xattn[tune]'): {error}") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    dimensions = {key: dimension.model_dump() for key, dimension in space.items()}
+    question = [tuning.objective, tuning.direction, sorted(fixed), dimensions]
+    name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:10]
+    storage = JournalStorage(JournalFileBackend(str(folder / STORAGE)))
+    study = optuna.create_study(
+        storage=storage, study_name=name, direction=tuning.direction, load_if_exists=True, pruner=_pruner(tuning, base)
+    )
+    study.sampler = _sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
+    return study
+
+
+def _sampler(tuning: Tuning, *, drawn: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    seed = tuning.seed + drawn  # a study that goes on does not draw its first points again
+    match tuning.sampler:
+        case "tpe":
+            return optuna.samplers.TPESampler(seed=seed, constant_liar=tuning.at_once > 1)
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        case _:
+            return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _pruner(tuning: Tuning, base: Config) -> optuna.pruners.BasePruner:
+    import optuna
+
+    match tuning.pruner:
+        case "median":
+            return optuna.pruners.MedianPruner()
+        case "hyperband":
+            trainer = base.trainer
+            return optuna.pruners.HyperbandPruner(min_resource=trainer.eval_every, max_resource=trainer.steps)
+        case _:
+            return optuna.pruners.NopPruner()
+
+
+def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if dimension.choices is not None:
+        return CategoricalDistribution(dimension.choices)
+    if isinstance(dimension.low, int) and isinstance(dimension.high, int):
+        return IntDistribution(dimension.low, dimension.high, log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def _wanted(tuning: Tuning, space: Mapping[str, Dimension]) -> int:
+    if tuning.sampler != "grid":
+        return tuning.n_trials
+    return min(tuning.n_trials, math.prod(len(dimension.choices or ()) for dimension in space.values()))
+
+
+def _enqueue_grid(study: optuna.Study, space: Mapping[str, Dimension]) -> None:
+    for key, dimension in space.items():
+        if dimension.choices is None:
+            raise BadInput(f"{key}: hydra.sweeper.sampler=grid takes choice(…) and range(…), not an interval")
+    for values in itertools.product(*(dimension.choices or () for dimension in space.values())):
+        study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
+
+
+def _draw_again(study: optuna.Study, folder: Path) -> None:
+    """Trials that were under way when their process died; what another process is at is left to it."""
+    import optuna
+
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        run = trial.user_attrs.get("run")
+        if run is None or not run_folder.is_held(folder / run):
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+
+
+def _pruner_of(trial: optuna.Trial, tuning: Tuning) -> Callable[[Row], bool]:
+    told: set[int] = set()
+
+    def prune(row: Row) -> bool:
+        value = row.get(tuning.objective, row["val_loss"])
+        if tuning.pruner == "none" or value is None or not math.isfinite(value) or row["step"] in told:
+            return False
+        told.add(row["step"])
+        trial.report(value, row["step"])
+        return trial.should_prune()
+
+    return prune
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, run: Path, tuning: Tuning) -> bool:
+    """Tells optuna what the run came to; whether it came to an end."""
+    from optuna.trial import TrialState
+
+    summary = run_folder.read_summary(run) or {}
+    match summary.get("status"):
+        case "done":
+            if not isinstance(summary.get(tuning.objective), int | float):
+                numbers = [key for key, value in summary.items() if isinstance(value, int | float)]
+                raise BadInput(
+                    f"hydra.sweeper.objective = {tuning.objective!r}: no number in summary.json; there: "
+                    f"{', '.join(numbers)}"
+                )
+            study.tell(trial, summary[tuning.objective])
+        case "pruned":
+            study.tell(trial, state=TrialState.PRUNED)
+        case "diverged":
+            study.tell(trial, math.inf if tuning.direction == "minimize" else -math.inf)
+        case _:
+            study.tell(trial, state=TrialState.FAIL)
+            if interruption.requested:
+                study.enqueue_trial(trial.params)
+            return False
+    return True
