@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import xattn.config
 from xattn.attempt import Job, prunes_nothing
 from xattn.errors import BadInput
-from xattn.sweep.study import outcomes
+from xattn.sweep.study import carry_out_elsewhere, outcomes
 from xattn.sweep.workers import carry_out
 from xattn.tracking.tracker import Row
 
@@ -32,6 +32,32 @@ class XattnLauncher(Launcher):
             JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
             for job in jobs
         ]
+
+
+class ElsewhereLauncher(XattnLauncher):
+    """Validates every job, skips those that are done, hands the others to a launcher of SLURM or Ray, and reads what
+    came of them from the run folders."""
+
+    def __init__(self, launcher: Launcher):
+        self._launcher = launcher
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self._launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        setup_globals()
+        by_folder = {
+            jobs_of(self.context, self.config, [overrides], number)[0].folder: overrides
+            for number, overrides in enumerate(job_overrides, initial_job_idx)
+        }
+        jobs = jobs_of(self.context, self.config, job_overrides, initial_job_idx)
+
+        def launch(unfinished: Sequence[Job]) -> None:
+            self._launcher.launch([list(by_folder[job.folder]) for job in unfinished], initial_job_idx)
+
+        carry_out_elsewhere(jobs, launch)
+        return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=0) for job in jobs]
 
 
 def jobs_of(

@@ -116,6 +116,23 @@ def make(jobs: Sequence[Job], start: Start = start) -> None:
                 raise SystemExit(ExitCode.PREEMPTED)
 
 
+def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None]) -> None:
+    """Has ``launch`` make every run whose result is not there yet, on other machines; what they came to is read from
+    the run folders, which all machines see."""
+    unfinished = [job for job in jobs if not is_finished(job)]
+    print(f"{len(jobs)} runs, {len(jobs) - len(unfinished)} of them done already")
+    with told_at_the_end(jobs):
+        try:
+            if unfinished:
+                launch(unfinished)
+        except Exception:  # theirs: the folders tell what there is all the same
+            traceback.print_exc()
+        codes = {"done": ExitCode.DONE, "diverged": ExitCode.DIVERGED, "preempted": ExitCode.PREEMPTED}
+        for job in unfinished:
+            status = (read_summary(job.folder) or {}).get("status", "")
+            outcomes[job.folder] = codes.get(status, ExitCode.ERROR)
+
+
 def label(job: Job, varying: Sequence[str]) -> str:
     """The run in a line: its values of the keys that differ within the study."""
     values = xattn.config.hashed_values(job.config)

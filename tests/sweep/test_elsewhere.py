@@ -1,0 +1,59 @@
+"""Sweeps whose runs are made by other launchers' processes: results and exit code come from the run folders."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xattn.run_folder import read_summary
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.slow
+
+
+def sweep(cwd: Path, *overrides: str) -> tuple[int, str]:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides]
+    done = subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def statuses(cwd: Path) -> list[str]:
+    runs = sorted((cwd / "outputs" / "default").glob("*/summary.json"))
+    return [(read_summary(run.parent) or {})["status"] for run in runs]
+
+
+def test_submitit(tiny: list[str], tmp_path: Path) -> None:
+    """By its local executor, two runs; again: nothing is started."""
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    command = ["hydra/launcher=submitit_local", *tiny, "trainer.steps=4", "seed=0,1"]
+    code, out = sweep(tmp_path, *command)
+    assert code == 0, out
+    assert statuses(tmp_path) == ["done", "done"]
+    code, out = sweep(tmp_path, *command)
+    assert code == 0, out
+    assert "2 runs, 2 of them done already" in out
+
+
+def test_ray(tiny: list[str], tmp_path: Path) -> None:
+    """By a cluster of this machine with two workers; a run that diverges is no failure."""
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    local = ["hydra.launcher.launcher.ray.remote.num_gpus=0", "+hydra.launcher.launcher.ray.init.num_cpus=2"]
+    code, out = sweep(
+        tmp_path, "hydra/launcher=ray", *local, *tiny, "trainer.steps=4", "optimizer.learning_rate=1e-3,1e30"
+    )
+    assert code == 0, out
+    assert sorted(statuses(tmp_path)) == ["diverged", "done"]
+
+
+def test_several_processes_share_a_sweep(tiny: list[str], tmp_path: Path) -> None:
+    """As they would on a machine with several GPUs, here without one."""
+    command = ["sweep.workers=2", *tiny, "trainer.steps=4", "seed=0,1,2"]
+    code, out = sweep(tmp_path, *command)
+    assert code == 0, out
+    assert statuses(tmp_path) == ["done", "done", "done"]
+    for run in (tmp_path / "outputs" / "default").glob("*/log.txt"):
+        assert run.read_text("utf-8").count("computed by") == 1
