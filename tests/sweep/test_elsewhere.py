@@ -29,7 +29,7 @@ def statuses(cwd: Path) -> list[str]:
 def test_submitit(tiny: list[str], tmp_path: Path) -> None:
     """By its local executor, two runs; again: nothing is started."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
-    command = ["hydra/launcher=submitit_local", *tiny, "trainer.steps=4", "seed=0,1"]
+    command = ["hydra/launcher=slurm_local", *tiny, "trainer.steps=4", "seed=0,1"]
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
     assert statuses(tmp_path) == ["done", "done"]
@@ -43,7 +43,7 @@ def test_ray(tiny: list[str], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     local = ["hydra.launcher.launcher.ray.remote.num_gpus=0", "+hydra.launcher.launcher.ray.init.num_cpus=2"]
     code, out = sweep(
-        tmp_path, "hydra/launcher=ray", *local, *tiny, "trainer.steps=4", "optimizer.learning_rate=1e-3,1e30"
+        tmp_path, "hydra/launcher=on_ray", *local, *tiny, "trainer.steps=4", "optimizer.learning_rate=1e-3,1e30"
     )
     assert code == 0, out
     assert sorted(statuses(tmp_path)) == ["diverged", "done"]
