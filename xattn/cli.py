@@ -21,6 +21,7 @@ _COMMANDS = {
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
     "sample": ("xattn.sample", "text from a run's model"),
     "evaluate": ("xattn.evaluate", "a run's model on any text, at any length, with any probes"),
+    "export": ("xattn.interchange", "a run's parameters as safetensors, or as a Llama for transformers"),
     "report": ("xattn.report", "judge a study and write its report"),
     "compare": ("xattn.compare", "set runs side by side"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
