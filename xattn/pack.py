@@ -96,7 +96,7 @@ class Pack:
             for attempt in self._open:
                 resources.enter_context(attempt.working())
             compiled, compiled_now = programs(
-                config, data.tokenizer.vocab_size, segments=data.has_segments, size=len(self._attempts)
+                config, data.tokenizer.vocab_size, optional=data.optional, size=len(self._attempts)
             )
             refuse_what_does_not_fit(compiled.peak_memory_bytes, config)
             members = self._members(compiled)

@@ -55,10 +55,10 @@ def test_every_byte_is_scored_and_bits_per_byte_are_over_them(documents: str, to
 def test_only_packed_windows_have_segments_and_they_begin_at_the_border(jsonl: str) -> None:
     for documents in ("joined", "separated"):
         data = data_of(jsonl, documents=documents)
-        assert not data.has_segments
+        assert data.optional == ()
         assert data.batch(3).segment_ids is None
     data = data_of(jsonl, documents="packed")
-    assert data.has_segments
+    assert data.optional == ("segment_ids",)
     assert isinstance(data.tokenizer, TextTokenizer)
     for windows in (data.batch(0), data.batch(7), *data.windows):
         assert windows.segment_ids is not None

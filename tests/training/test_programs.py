@@ -145,19 +145,23 @@ def test_the_numbers_of_a_config_are_those_of_the_state() -> None:
 
 WEIGHTS = np.random.default_rng(2).integers(0, 3, (4, 8)).astype(np.float32)
 SEGMENTS = np.arange(8, dtype=np.int32) // 3 + np.zeros((4, 1), np.int32)
+ANSWERS = np.random.default_rng(3).integers(0, 256, (4, 8), dtype=np.int32)
+OTHER = Windows(TOKENS, WEIGHTS, SEGMENTS, ANSWERS)
 
 
-@pytest.mark.parametrize("windows", [BATCH, BATCH._replace(weights=WEIGHTS, segment_ids=SEGMENTS)], ids=["all", "some"])
-def test_a_step_is_the_gradient_of_the_mean_loss(windows: Windows) -> None:
+@pytest.mark.parametrize(
+    ("windows", "targets"), [(BATCH, TOKENS[:, 1:]), (OTHER, ANSWERS)], ids=["next tokens", "everything optional"]
+)
+def test_a_step_is_the_gradient_of_the_mean_loss(windows: Windows, targets: np.ndarray) -> None:
     """SGD without momentum or clip: parameters − rate · gradient; metrics are of the update that was made."""
-    tiny, _ = programs(config_of(), 256, segments=windows.segment_ids is not None)
+    tiny, _ = programs(config_of(), 256, optional=windows.optional)
     state = fresh(tiny, "optimizer.learning_rate=0.5")
 
     def loss(params: Any) -> jax.Array:
         logits = tiny.model.apply(
             {"params": params}, TOKENS[:, :-1], state.hyperparameters.model, segment_ids=windows.segment_ids
         )
-        return jnp.average(next_token_losses(logits, TOKENS[:, 1:]), weights=windows.weights)
+        return jnp.average(next_token_losses(logits, targets), weights=windows.weights)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
     new, metrics = tiny.step(copied(state), windows)

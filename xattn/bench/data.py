@@ -130,7 +130,7 @@ def _train(config: Config, data: Any) -> tuple[float, float]:
     from xattn.data.prefetch import Prefetch
     from xattn.training.programs import hyperparameters, programs
 
-    compiled, _ = programs(config, data.tokenizer.vocab_size, segments=data.has_segments)
+    compiled, _ = programs(config, data.tokenizer.vocab_size, optional=data.optional)
     state, waits, steps = compiled.init(hyperparameters(config)), list[float](), list[float]()
     with Prefetch(data.batch) as batch:
         for step in range(STEPS):

@@ -14,14 +14,35 @@ ALL_ROWS = slice(None)
 class Windows(NamedTuple):
     """A batch, of training and of evaluation: the loss is Σ weights · loss / Σ weights.
 
-    tokens: int32 (B, S + 1), a window's inputs and, shifted by one, its targets. weights: float32 (B, S), 1 where the
-    target counts, 0 where it is padding or nothing that is asked for. segment_ids: int32 (B, S), of the inputs; tokens
-    of different segments don't attend to each other. None: each window is one segment.
+    tokens: int32 (B, S + 1), a window's inputs and the token after them. weights: float32 (B, S), 1 where the target
+    counts, 0 where it is padding or nothing that is asked for. segment_ids: int32 (B, S), of the inputs; tokens of
+    different segments don't attend to each other. None: each window is one segment. answers: int32 (B, S), what is
+    asked for at each input where that is not the next token. None: it is.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     segment_ids: np.ndarray | None = None
+    answers: np.ndarray | None = None
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """int32 (B, S)."""
+        return self.tokens[:, :-1]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int32 (B, S): the answers, or the tokens shifted by one."""
+        return self.tokens[:, 1:] if self.answers is None else self.answers
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The names of the optional arrays, int32 (B, S) each, that are given."""
+        return tuple(name for name in ("segment_ids", "answers") if getattr(self, name) is not None)
+
+    def rows(self, rows: slice | np.ndarray) -> Windows:
+        """Some of its rows."""
+        return Windows(*(None if array is None else array[rows] for array in self))  # type: ignore[arg-type]
 
 
 class Ids(Protocol):
@@ -185,8 +206,9 @@ def window_starts(tokens: Ids, context_length: int, windows: int | Literal["all"
     return context_length * np.unique(np.linspace(0, full - 1, min(windows, full)).round().astype(np.int64))
 
 
-def in_batches(tokens: np.ndarray, weights: np.ndarray, batch_size: int) -> list[Windows]:
-    """Windows (N, ·) in batches of one shape; rows of zeros, which don't count, fill the last."""
-    missing = -len(tokens) % batch_size
-    tokens, weights = (np.pad(array, ((0, missing), (0, 0))) for array in (tokens, weights))
-    return [Windows(tokens[i : i + batch_size], weights[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
+def in_batches(windows: Windows, batch_size: int) -> list[Windows]:
+    """The same windows in batches of one shape; rows of zeros, which don't count, fill the last."""
+    number = len(windows.tokens)
+    fill = ((0, -number % batch_size), (0, 0))
+    filled = Windows(*(None if array is None else np.pad(array, fill) for array in windows))  # type: ignore[arg-type]
+    return [filled.rows(slice(first, first + batch_size)) for first in range(0, number, batch_size)]

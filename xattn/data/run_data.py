@@ -46,9 +46,9 @@ class RunData:
     description: str
 
     @cached_property
-    def has_segments(self) -> bool:
-        """Whether all windows, of training and evaluation, come with segment_ids, or none do."""
-        return self.windows[0].segment_ids is not None
+    def optional(self) -> tuple[str, ...]:
+        """The optional arrays that all windows come with, of training and evaluation."""
+        return self.windows[0].optional
 
     @property
     def tokenizer_json(self) -> str | None:
@@ -67,7 +67,7 @@ class RunData:
         """What the targets of the evaluation stand for, window after window; None where they stand for no bytes."""
         if not isinstance(self.tokenizer, TextTokenizer):
             return None
-        return b"".join(self.tokenizer.to_bytes(w.tokens[:, 1:][w.weights > 0]) for w in self.windows)
+        return b"".join(self.tokenizer.to_bytes(w.targets[w.weights > 0]) for w in self.windows)
 
     def bytes_per_token(self) -> float | None:
         """Of the scored tokens; None where they stand for no bytes."""
@@ -75,7 +75,7 @@ class RunData:
             return None
         size = count = 0
         for windows in self.windows:
-            targets = windows.tokens[:, 1:][windows.weights > 0]
+            targets = windows.targets[windows.weights > 0]
             size, count = size + len(self.tokenizer.to_bytes(targets)), count + len(targets)
         return size / count
 
@@ -159,11 +159,11 @@ def _task_data(
     scored = evaluation_examples(config, context_length=context_length, number=windows).windows
     # Nothing is read: what is hashed is what the generator makes of this config, which NumPy's version has a part in.
     made = hashlib.sha256()
-    for array in (*TaskBatches(config, context_length, 1, seed=0)(0)[:2], *scored[:2]):
-        made.update(array.tobytes())
+    for array in (*TaskBatches(config, context_length, 1, seed=0)(0), *scored):
+        made.update(b"" if array is None else array.tobytes())
     return RunData(
         batch=batch,
-        windows=in_batches(scored.tokens, scored.weights, batch_size),
+        windows=in_batches(scored, batch_size),
         tokenizer=IdTokenizer(config.vocab_size),
         sha256=made.hexdigest(),
         description=f"sequences of {config.name}, made as they are needed",

@@ -2,7 +2,8 @@
 
 Each is a corpus (``data=mqar``), whose examples never repeat and are a pure function of (seed, step), and a probe of a
 model that was trained on something else (``evaluation.probes=[induction]``). Letters: n sequences, S inputs of each
-(context_length), V vocabulary. A sequence has S + 1 tokens; weights, (n, S), are 1 where the next token is an answer.
+(context_length), V vocabulary. A sequence has S + 1 tokens; weights, (n, S), are 1 at inputs that ask for an answer.
+The answer is the next token, but in MQAR, whose answers don't stand in the sequence.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ TRAINING, EVALUATION = 0, 1
 
 
 class Examples(NamedTuple):
-    """tokens: int32 (n, S + 1). distance: int32 (n, S), how many tokens before an answer the same token stands, from
-    which it can be known; 0 where the next token is no answer."""
+    """tokens: int32 (n, S + 1). distance: int32 (n, S), how many places before the next input the token stands that is
+    the answer; 0 where nothing is asked for. answers: int32 (n, S), see :class:`Windows`."""
 
     tokens: np.ndarray
     distance: np.ndarray
+    answers: np.ndarray | None = None
 
     @property
     def windows(self) -> Windows:
-        return Windows(self.tokens, (self.distance > 0).astype(np.float32))
+        return Windows(self.tokens, (self.distance > 0).astype(np.float32), answers=self.answers)
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class TaskBatches:
 
     def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows:
         generator = np.random.default_rng([self.seed, TRAINING, step])
-        windows = examples(self.config, generator, self.batch_size, self.context_length).windows
-        return Windows(windows.tokens[rows], windows.weights[rows])
+        return examples(self.config, generator, self.batch_size, self.context_length).windows.rows(rows)
 
 
 def evaluation_examples(config: TaskConfig, *, context_length: int, number: int) -> Examples:
@@ -102,10 +103,10 @@ def mqar(config: MQARConfig, generator: np.random.Generator, number: int, length
 
     Arora et al., Zoology (arXiv 2312.04927), section 4 and appendix: vocabulary 8192, keys from its lower half (0 left
     out), values from its upper, all different; the gap from the pairs to a query is drawn without replacement with
-    p(i) ∝ i^(α − 1), α = 0.01, in steps of two tokens. Two differences: the answer stands in the input behind its
-    query, where theirs has a random token; and random tokens are values, never keys, which in a small vocabulary would
-    make questions ambiguous. Known result: attention solves it at every width from 64 on, with two layers, at lengths
-    64–512 with 4–64 pairs; gated convolutions need a width that grows with the length.
+    p(i) ∝ i^(α − 1), α = 0.01, in steps of two tokens. The answer is asked for at its query, and what follows there is
+    a random token. One difference: random tokens are all but the sequence's own keys, of which theirs has a few by
+    chance: hardly any of 8192, but many in a small vocabulary. Known result: attention solves it at every width from 64
+    on, with two layers, at lengths 64–512 with 4–64 pairs; gated convolutions need a width that grows with the length.
     """
     half, pairs = config.vocab_size // 2, config.num_pairs
     keys = 1 + _distinct(generator, number, pairs, half - 1)
@@ -115,13 +116,15 @@ def mqar(config: MQARConfig, generator: np.random.Generator, number: int, length
     # Gumbel's trick: the largest of log p + noise are a draw without replacement, for all sequences at once.
     noise = np.log(weights) + generator.gumbel(size=(number, places))
     queries = 2 * pairs + 2 * np.argsort(-noise, axis=1)[:, :pairs]
-    tokens = generator.integers(half, config.vocab_size, (number, length + 1))
+    tokens = generator.integers(0, config.vocab_size - pairs, (number, length + 1))
+    for key in np.sort(keys, axis=1).T:  # ascending: each is stepped over
+        tokens += tokens >= key[:, None]
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
-    distance = np.zeros((number, length), np.int32)
+    distance, answers = np.zeros((2, number, length), np.int32)
     np.put_along_axis(tokens, queries, keys, axis=1)
-    np.put_along_axis(tokens, queries + 1, values, axis=1)
+    np.put_along_axis(answers, queries, values, axis=1)
     np.put_along_axis(distance, queries, queries - 2 * np.arange(pairs), axis=1)
-    return Examples(tokens.astype(np.int32), distance)
+    return Examples(tokens.astype(np.int32), distance, answers)
 
 
 def induction(config: InductionConfig, generator: np.random.Generator, number: int, length: int) -> Examples:

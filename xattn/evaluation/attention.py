@@ -59,9 +59,9 @@ def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
     """
 
     def study(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStudy:
-        tokens, segment_ids = windows.tokens[:, :-1], windows.segment_ids
+        segment_ids = windows.segment_ids
         _, seen = model.apply(
-            {"params": params}, tokens, hyperparameters, segment_ids=segment_ids, mutable=["intermediates"]
+            {"params": params}, windows.inputs, hyperparameters, segment_ids=segment_ids, mutable=["intermediates"]
         )
         ((q, k, v, bias),) = seen["intermediates"]["layers"]["attention"]["inputs"]
         backend, (num_heads, length) = model.backend, (q.shape[2], q.shape[3])
@@ -97,9 +97,7 @@ def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
 def study_windows(windows: Sequence[Windows]) -> Windows:
     """What every study of a run looks at: the first four evaluation windows that score, or as many as there are."""
     first = windows[0]
-    chosen = np.flatnonzero(first.weights.any(-1))[:WINDOWS]
-    segment_ids = None if first.segment_ids is None else first.segment_ids[chosen]
-    return Windows(first.tokens[chosen], first.weights[chosen], segment_ids)
+    return first.rows(np.flatnonzero(first.weights.any(-1))[:WINDOWS])
 
 
 def statistics_row(study: AttentionStudy) -> dict[str, float]:

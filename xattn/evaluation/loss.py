@@ -28,10 +28,10 @@ def score_windows(model: LanguageModel) -> ScoreWindows:
     def score(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> jax.Array:
         losses: Any = model.apply(
             {"params": params},
-            windows.tokens[:, :-1],
+            windows.inputs,
             hyperparameters,
             segment_ids=windows.segment_ids,
-            targets=windows.tokens[:, 1:],
+            targets=windows.targets,
         )
         return jnp.sum(losses * windows.weights)
 

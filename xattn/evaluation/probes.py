@@ -64,10 +64,8 @@ def places_of(model: LanguageModel) -> PlacesOf:
     """(params, hyperparameters, windows) → :class:`Places` of the windows, on the device."""
 
     def places(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> Any:
-        logits: Any = model.apply(
-            {"params": params}, windows.tokens[:, :-1], hyperparameters, segment_ids=windows.segment_ids
-        )
-        targets = jnp.asarray(windows.tokens[:, 1:])
+        logits: Any = model.apply({"params": params}, windows.inputs, hyperparameters, segment_ids=windows.segment_ids)
+        targets = jnp.asarray(windows.targets)
         return next_token_losses(logits, targets), logits.argmax(-1) == targets
 
     return jax.jit(places)
@@ -149,7 +147,7 @@ def _of_vocabulary(name: str, vocab_size: int, length: int) -> TaskConfig:
 
 def _task_probe(config: TaskConfig, length: int, batch_size: int, number: int) -> Probe:
     made = evaluation_examples(config, context_length=length, number=number)
-    windows = in_batches(made.tokens, made.windows.weights, batch_size)
+    windows = in_batches(made.windows, batch_size)
     distance = made.distance
     return Probe(
         config.name, windows, lambda places: measures(distance, places.losses[:number], places.correct[:number])
@@ -206,8 +204,9 @@ def _extrapolation(data: DataConfig, backend: BackendConfig, rows: int) -> list[
 
 
 def _cut(windows: Windows, length: int) -> Windows:
-    segment_ids = None if windows.segment_ids is None else windows.segment_ids[:, :length]
-    return Windows(windows.tokens[:, : length + 1], windows.weights[:, :length], segment_ids)
+    tokens, *others = windows
+    cut: list[Any] = [None if array is None else array[:, :length] for array in others]
+    return Windows(tokens[:, : length + 1], *cut)
 
 
 def _mean(losses: np.ndarray, weights: np.ndarray, start: int, end: int) -> float:

@@ -18,7 +18,6 @@ from xattn import run_folder
 from xattn.errors import BadInput
 
 REPORT = "report"
-EVALUATIONS = "evaluations.jsonl"
 # Of a row's attention statistics, over layers and heads: the largest logit, the mean of the others.
 ATTENTION_CURVES: Mapping[str, Callable[[Sequence[float]], float]] = {
     "attention/max_logit": max,
@@ -128,7 +127,7 @@ def read_run(folder: Path) -> Run:
         provenance=provenance,
         summary=summary,
         curves=_curves(folder / run_folder.METRICS, problems),
-        evaluations=tuple(_rows(folder / EVALUATIONS, problems)),
+        evaluations=tuple(_rows(folder / run_folder.EVALUATIONS, problems)),
         status=status,
         problems=tuple(problems),
     )

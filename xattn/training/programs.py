@@ -115,13 +115,15 @@ class Programs(NamedTuple):
         return [StepMetrics(*values) for values in zip(*columns, strict=True)]
 
 
-def programs(config: Config, vocab_size: int, *, segments: bool = False, size: int = 1) -> tuple[Programs, bool]:
+def programs(
+    config: Config, vocab_size: int, *, optional: tuple[str, ...] = (), size: int = 1
+) -> tuple[Programs, bool]:
     """The programs of a config, compiled where this process has none for them yet, and whether it had to compile.
 
-    segments: whether the windows come with segment_ids. size: of the pack, on one device.
+    optional: the optional arrays that the windows come with. size: of the pack, on one device.
     """
     before = _compile.cache_info().misses
-    compiled = _compile(shaping(config), vocab_size, segments, layout_of(config), size)
+    compiled = _compile(shaping(config), vocab_size, optional, layout_of(config), size)
     return compiled, _compile.cache_info().misses > before
 
 
@@ -153,10 +155,10 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
     def summed_loss(hyper: Hyperparameters, params: Any, windows: Windows, dropout: jax.Array) -> jax.Array:
         losses: Any = model.apply(
             {"params": params},
-            windows.tokens[:, :-1],
+            windows.inputs,
             hyper.model,
             segment_ids=windows.segment_ids,
-            targets=windows.tokens[:, 1:],
+            targets=windows.targets,
             train=True,
             rngs={"dropout": dropout},
         )
@@ -192,14 +194,15 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
 
 
 @lru_cache(maxsize=8)
-def _compile(config: Config, vocab_size: int, segments: bool, layout: Layout, size: int) -> Programs:
+def _compile(config: Config, vocab_size: int, optional: tuple[str, ...], layout: Layout, size: int) -> Programs:
     assert size == 1 or layout.mesh is None, "a pack is on one device"
     one = _one_run(config, vocab_size, layout)
     batch_size, context_length = config.trainer.batch_size, config.backend.context_length
     shape = (batch_size, context_length)
-    tokens = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
-    segment_ids = jax.ShapeDtypeStruct(shape, jnp.int32) if segments else None
-    windows = Windows(tokens, jax.ShapeDtypeStruct(shape, jnp.float32), segment_ids)  # type: ignore[arg-type]
+    tokens: Any = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
+    weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    others: dict[str, Any] = dict.fromkeys(optional, jax.ShapeDtypeStruct(shape, jnp.int32))
+    windows = Windows(tokens, weights, **others)
     step, state = one.step, one.shapes
     if size > 1:
         step, state, windows = jax.vmap(step), _with_runs(state, size), _with_runs(windows, size)
