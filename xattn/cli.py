@@ -16,6 +16,7 @@ _COMMANDS = {
     "bench train": ("xattn.bench.train", "speed, utilisation and memory of training steps; nanoGPT beside them"),
     "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times beside cuDNN's softmax, tuning"),
     "bench start": ("xattn.bench.start", "seconds from the command to the first step, cold and warm"),
+    "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one; packs against a run alone"),
     "plan": ("xattn.plan", "what a run will cost in memory and time, here or on other devices"),
     "launch": ("xattn.launch", "one run over several processes of this machine"),
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),

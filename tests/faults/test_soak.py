@@ -30,11 +30,12 @@ def test_twenty_random_kills_and_no_hard_failure(kinds: list[Kind], cwd: Path) -
         ("mutate-step", "other bits"),
         ("mutate-optimizer-state", "other bits"),
         ("mutate-batch", "other bits"),
+        ("mutate-rng", "other bits"),
     ],
 )
 def test_the_soak_fails_where_the_product_is_broken_on_purpose(
     mutation: str, noticed: str, kinds: list[Kind], cwd: Path
 ) -> None:
-    """The rename, the step, the optimizer's state, the batch's dependence on the step."""
+    """The rename, the step, the optimizer's state, the batch's and the dropout's dependence on the step."""
     score = soak(kinds[:1] * 2, cwd, kills=40, seed=7, points=[mutation])
     assert any(noticed in failure for failure in score.hard), str(score)

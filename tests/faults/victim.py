@@ -63,24 +63,30 @@ def _die_when(condition: Callable[..., bool], times: int = 1) -> Callable[..., N
     return look
 
 
-def _step_metrics_wrapper(around: Callable[[int, Callable[[], Any]], Any]) -> None:
-    """Puts ``around(update, call)`` around each call of the compiled step."""
-    import numpy as np
-
+def _replace_step(change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Changes the compiled step of every program."""
     from xattn.training import programs as module
 
     original = module.programs
 
     def patched(*args: Any, **kwargs: Any) -> Any:
         compiled, now = original(*args, **kwargs)
-        step = compiled.step
+        return compiled._replace(step=change(compiled.step)), now
 
+    module.programs = patched  # type: ignore[assignment]
+
+
+def _around_step(around: Callable[[int, Callable[[], Any]], Any]) -> None:
+    """Puts ``around(update, call)`` around each call of the compiled step."""
+    import numpy as np
+
+    def change(step: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(state: Any, tokens: Any) -> Any:
             return around(int(np.max(state.step)) + 1, lambda: step(state, tokens))  # of a pack: of who is furthest
 
-        return compiled._replace(step=wrapped), now
+        return wrapped
 
-    module.programs = patched  # type: ignore[assignment]
+    _replace_step(change)
 
 
 # ---- points that kill ------------------------------------------------------------------------------------------------
@@ -151,7 +157,7 @@ def kill_step(update: str) -> None:
             die()
         return result
 
-    _step_metrics_wrapper(around)
+    _around_step(around)
 
 
 def kill_log(step: str) -> None:
@@ -238,7 +244,7 @@ def pace(milliseconds: str) -> None:
         time.sleep(int(milliseconds) / 1000)
         return call()
 
-    _step_metrics_wrapper(around)
+    _around_step(around)
 
 
 def slow_save(milliseconds: str) -> None:
@@ -261,7 +267,7 @@ def error(update: str) -> None:
             raise RuntimeError("planted")
         return call()
 
-    _step_metrics_wrapper(around)
+    _around_step(around)
 
 
 def error_in_data() -> None:
@@ -289,7 +295,7 @@ def limit_file_size(size: str, update: str = "0") -> None:
     if update == "0":
         limit()
     else:
-        _step_metrics_wrapper(around)
+        _around_step(around)
 
 
 def shard_bytes(size: str) -> None:
@@ -313,12 +319,11 @@ def first_on_path(folder: str) -> None:
 
 def bad_batch(*updates: str) -> None:
     """The batches of these updates, in an untouched run's counting, make the loss NaN, whenever they are read."""
-    import jax
     import jax.numpy as jnp
 
     from xattn.data.batches import TrainingBatches
 
-    read, original = TrainingBatches.__call__, jax.value_and_grad
+    read = TrainingBatches.__call__
 
     def marked(self: Any, step: int, *rows: slice) -> Any:
         windows = read(self, step, *rows)
@@ -326,15 +331,8 @@ def bad_batch(*updates: str) -> None:
             windows.tokens[0, 0] = 255  # no byte of UTF-8
         return windows
 
-    def value_and_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-        def poisoned(params: Any, hyper: Any, windows: Any, dropout: Any) -> Any:
-            loss, gradient = original(function)(params, hyper, windows, dropout)
-            return jnp.where(jnp.any(windows.tokens == 255), jnp.nan, loss), gradient
-
-        return poisoned
-
     TrainingBatches.__call__ = marked  # type: ignore[method-assign]
-    jax.value_and_grad = value_and_grad  # type: ignore[assignment]
+    _poison_step(lambda hyper, windows, key: jnp.any(windows.tokens == 255), "loss", "nan")
 
 
 def nonfinite(what: str, value: str, *updates: str) -> None:
@@ -342,23 +340,34 @@ def nonfinite(what: str, value: str, *updates: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    original = jax.value_and_grad
+    def is_one_of_them(hyper: Any, windows: Any, key: Any) -> Any:
+        base = jax.random.fold_in(jax.random.key(hyper.seed), 1)  # the step is told by its dropout key
+        keys = [jax.random.key_data(jax.random.fold_in(base, int(update) - 1)) for update in updates]
+        return jnp.any(jnp.stack([jnp.all(each == jax.random.key_data(key)) for each in keys]))
 
-    def value_and_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-        def poisoned(params: Any, hyper: Any, windows: Any, dropout: Any) -> Any:
-            loss, gradient = original(function)(params, hyper, windows, dropout)
-            base = jax.random.fold_in(jax.random.key(hyper.seed), 1)  # the step is told by its dropout key
-            keys = [jax.random.key_data(jax.random.fold_in(base, int(update) - 1)) for update in updates]
-            now = jnp.any(jnp.stack([jnp.all(key == jax.random.key_data(dropout)) for key in keys]))
-            if what == "loss":
-                return jnp.where(now, jnp.float32(float(value)), loss), gradient
-            leaves, structure = jax.tree.flatten(gradient)
-            leaves[0] = jnp.where(now, jnp.float32(float(value)), leaves[0])
-            return loss, jax.tree.unflatten(structure, leaves)
+    _poison_step(is_one_of_them, what, value)
 
-        return poisoned
 
-    jax.value_and_grad = value_and_grad  # type: ignore[assignment]
+def _poison_step(when: Callable[[Any, Any, Any], Any], what: str, value: str) -> None:
+    """``when`` is asked inside the compiled step: of its hyperparameters, windows and dropout key."""
+    import jax
+    import jax.numpy as jnp
+
+    from xattn.training import programs
+
+    original = programs.loss_and_gradient
+
+    def poisoned(summed_loss: Any, params: Any, windows: Any, key: Any, *, parts: int) -> Any:
+        loss, gradient = original(summed_loss, params, windows, key, parts=parts)
+        (hyper,) = summed_loss.args
+        now = when(hyper, windows, key)
+        if what == "loss":
+            return jnp.where(now, jnp.float32(float(value)), loss), gradient
+        leaves, structure = jax.tree.flatten(gradient)
+        leaves[0] = jnp.where(now, jnp.float32(float(value)), leaves[0])
+        return loss, jax.tree.unflatten(structure, leaves)
+
+    programs.loss_and_gradient = poisoned
 
 
 def nonfinite_evaluation(*times: str) -> None:
@@ -440,14 +449,37 @@ def mutate_batch() -> None:
     """What a step reads depends on how many this process has made."""
     from xattn.data.batches import TrainingBatches
 
-    original, first = TrainingBatches.__call__, list[int]()
+    original, first = TrainingBatches.__call__, dict[Any, int]()
 
     def patched(self: Any, step: int, *rows: slice) -> Any:
-        if step:
-            first.append(step)
-        return original(self, step - (first[0] if first else 0), *rows)
+        return original(self, step - first.setdefault(self, step), *rows)
 
     TrainingBatches.__call__ = patched  # type: ignore[method-assign]
+
+
+def mutate_rng() -> None:
+    """The dropout of a run that is resumed is another one: its seed is shifted by the step that it goes on from."""
+    from xattn.training.loop import Progress
+
+    shift = [0]
+
+    def restored(self: Any, step: int, *args: Any) -> None:
+        shift[0] = step
+
+    patch(Progress, "restore", after=restored)
+
+    def seeded(state: Any, by: int) -> Any:
+        hyper = state.hyperparameters
+        return state._replace(hyperparameters=hyper._replace(seed=hyper.seed + by))
+
+    def shifted(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def call(state: Any, tokens: Any) -> Any:
+            new, metrics = step(seeded(state, shift[0]), tokens)
+            return seeded(new, -shift[0]), metrics
+
+        return call
+
+    _replace_step(shifted)
 
 
 POINTS: dict[str, Callable[..., None]] = {
@@ -488,6 +520,7 @@ POINTS: dict[str, Callable[..., None]] = {
     "mutate-step": mutate_step,
     "mutate-optimizer-state": mutate_optimizer_state,
     "mutate-batch": mutate_batch,
+    "mutate-rng": mutate_rng,
 }
 
 
