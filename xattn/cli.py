@@ -47,3 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         file=sys.stdout if asked_for else sys.stderr,
     )
     return ExitCode.DONE if asked_for else ExitCode.BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -84,7 +84,8 @@ class Pack:
             ask_for_determinism()
         keep_compiled_programs()
         with hosts.team().in_step():
-            layout, choice = layout_of(config), choose_attention(config)
+            layout = layout_of(config)
+            choice = choose_attention(config, context=layout.sizes["context"])
             for attempt in self._attempts:
                 attempt.read_data(layout, self._stop)
         data = self._open[0].data  # of the others only the batches differ
@@ -144,8 +145,8 @@ class Pack:
             at_most = min(steps)
 
 
-def choose_attention(config: Config) -> Choice:
-    """What the dispatch table says to the attention of one training batch."""
+def choose_attention(config: Config, *, context: int) -> Choice:
+    """What the dispatch table says to the attention of one training batch, its sequence over so many devices."""
     from xattn.backend import dispatch
 
     model, backend = config.model, config.backend
@@ -160,6 +161,7 @@ def choose_attention(config: Config) -> Choice:
         head_dim_v=model.head_dim,
         window=backend.window,
         has_segment_ids=has_segments(config.data),
+        context=context,
     )
     try:
         return dispatch.choose(call, backend.implementation)

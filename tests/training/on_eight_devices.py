@@ -77,14 +77,31 @@ def test_the_loss_is_one_devices_at_each_step(mesh: tuple[str, ...]) -> None:
     np.testing.assert_allclose(score(run, state), evaluated, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("activation", "implementation"), [("none", "linear"), ("softmax", "blockwise")])
-def test_a_split_sequence_computes_the_same_by_other_implementations(activation: str, implementation: str) -> None:
-    """Keys, values and the chunks' states come from the neighbours."""
-    chosen = (f"backend={activation}", f"backend.implementation={implementation}")
-    one, _ = alone(*chosen)
-    run = compiled(*chosen, "parallel=context", "parallel.data=2")
-    _, losses = trained(run, run.init(hyperparameters(config_of(*chosen))), 0, STEPS)
+CONTEXT = ("parallel.context=4", "parallel.data=2")
+CONTEXT_AND_HEADS = ("parallel.context=4", "parallel.tensor=2")
+
+
+@pytest.mark.parametrize(
+    ("meaning", "computed"),
+    [
+        (("backend=none",), ("backend.implementation=linear", *CONTEXT)),
+        (("backend=softmax",), ("backend.implementation=ring", "trainer.gradient_accumulation=2", *CONTEXT)),
+        (
+            ("backend=sigmoid", "backend.window=6", "backend.sigmoid_bias=learned", "model.num_kv_heads=2"),
+            ("backend.implementation=ring", *CONTEXT_AND_HEADS),
+        ),
+    ],
+    ids=["states", "ring", "ring with everything"],
+)
+def test_a_split_sequence_computes_the_same_where_nothing_is_gathered(
+    meaning: tuple[str, ...], computed: tuple[str, ...]
+) -> None:
+    """The neighbours' states, or their keys and values in turn; a batch in parts, and heads split too."""
+    one, evaluated = alone(*meaning)
+    run = compiled(*meaning, *computed)
+    state, losses = trained(run, run.init(hyperparameters(config_of(*meaning))), 0, STEPS)
     np.testing.assert_allclose(losses, one, rtol=1e-5)
+    np.testing.assert_allclose(score(run, state), evaluated, rtol=1e-5)
 
 
 def test_state_is_made_and_stays_split_as_the_table_says() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,6 @@ class Tuning:
     """Most queries, and keys, of a tile. The extra memory is a few times B · NH · T² · 4 bytes, whatever S is."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning = Tuning()) -> jax.Array:
     """:func:`xattn.backend.reference.reference`, all of it, in O(S) memory.
 
@@ -40,26 +39,109 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tun
     plain sums. The backward keeps q, k, v as given, the output, and for softmax the log of the row's sum in float32;
     the rest is computed again. Reverse mode only, and once: it is a custom_vjp.
     """
-    return _forward(q, k, v, spec, tuning)[0]
+    return prepared(q, k, v, spec, Here(tuning))
+
+
+class Work(Protocol):
+    """Attention of rotated queries (B, NKV, G, S, DHQK), grouped, and keys: forward and backward."""
+
+    def forward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The output in v's dtype, and of softmax each row's log-sum-exp (B, NKV, G, S, 1)."""
+
+    def backward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, results: Results, g: jax.Array
+    ) -> Gradients:
+        """From the forward's results and the gradient of its output."""
+
+
+Results = tuple[jax.Array, jax.Array | None]
+Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Of q in its dtype or float32, of k and v in float32, of the bias (NKV, G)."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """All of it in one piece."""
+
+    tuning: Tuning
+
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Results:
+        return forward_tiles(q, k, v, spec.segment_ids, spec, 0, self.tuning, v.dtype)
+
+    def backward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, results: Results, g: jax.Array
+    ) -> Gradients:
+        return backward_tiles(q, k, v, spec.segment_ids, spec, 0, results, g, self.tuning, q.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def prepared(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, work: Work) -> jax.Array:
+    """Pre-activation and RoPE, then the work; whoever does it, the backward keeps the same."""
+    return _forward(q, k, v, spec, work)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, work: Work
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """The output, and what the backward needs."""
-    tile, padded = _cuts(q.shape[2], tuning)
     rotated_q, rotated_k = prepare(q, k, spec)
-    rotated_q = _pad(_group(rotated_q, k.shape[1]), padded)
-    rotated_k, padded_v, padded_spec = _pad(rotated_k, padded), _pad(v, padded), _pad_spec(spec, padded)
-    rows = (*rotated_q.shape[:3], tile)
+    out, lse = work.forward(_group(rotated_q, k.shape[1]), rotated_k, v, spec)
+    out = out.reshape(*q.shape[:3], v.shape[-1])
+    return out, (q, k, v, spec, out, lse)
+
+
+def _backward(work: Work, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+    q, k, v, spec, out, lse = residuals
+    (rotated_q, rotated_k), unprepare = jax.vjp(
+        lambda q, k, theta: prepare(q, k, replace(spec, theta=theta)), q, k, spec.theta
+    )
+    rotated_q, g, out = (_group(x, k.shape[1]) for x in (rotated_q, g, out))
+    d_q, d_k, d_v, d_bias = work.backward(rotated_q, rotated_k, v, spec, (out, lse), g)
+    d_q, d_k, d_theta = unprepare((d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype)))
+    d_spec = replace(
+        spec,
+        theta=d_theta,
+        bias=None if spec.bias is None else d_bias.reshape(spec.bias.shape),
+        mask=None,
+        segment_ids=None,
+    )
+    return d_q, d_k, d_v.astype(v.dtype), d_spec
+
+
+prepared.defvjp(_forward, _backward)
+
+
+def forward_tiles(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_segments: jax.Array | None,
+    spec: AttentionSpec,
+    offset: jax.Array | int,
+    tuning: Tuning,
+    dtype: jnp.dtype,
+) -> Results:
+    """A stretch of queries (B, NKV, G, S, DHQK) and one of as many keys, both rotated.
+
+    key_segments: (B, S), of the keys; those of the queries are the spec's. offset: the first query's position less the
+    first key's; other than 0 only without a given mask. dtype: of the output (B, NKV, G, S, DHV). A row that may attend
+    to none of these keys has the output 0 and, under softmax, the log-sum-exp LOWEST.
+    """
+    length = q.shape[-2]
+    tile, padded = _cuts(length, tuning)
+    q, k, v = (_pad(x, padded) for x in (q, k, v))
+    key_segments, spec = _pad_rows(key_segments, padded), _pad_spec(spec, padded)
+    rows = (*q.shape[:3], tile)
 
     def of_queries(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out, lse = carry
-        q_ = _cut(rotated_q, i, tile)
+        q_ = _cut(q, i, tile)
 
         def of_keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             sums, top, total = carry
-            logits, keep = _logits(q_, _cut(rotated_k, j, tile), i, j, padded_spec)
+            logits, keep = _logits(q_, _cut(k, j, tile), key_segments, i, j, spec, offset, length)
             match spec.activation:
                 case "softmax":
                     new_top = jnp.maximum(top, jnp.max(jnp.where(keep, logits, LOWEST), axis=-1, keepdims=True))
@@ -70,48 +152,59 @@ def _forward(
                     weights = jnp.where(keep, jax.nn.sigmoid(logits), 0)
                 case "none":
                     weights = jnp.where(keep, logits, 0)
-            return sums + product("bkgts,bksd->bkgtd", weights.astype(v.dtype), _cut(padded_v, j, tile)), top, total
+            return sums + product("bkgts,bksd->bkgtd", weights.astype(v.dtype), _cut(v, j, tile)), top, total
 
         zeros = jnp.zeros((*rows, 1), F32)
-        first, last = _tiles_of_keys(i, tile, padded, spec)
+        first, last = _tiles_of_keys(i, tile, padded, spec, offset)
         start = (jnp.zeros((*rows, v.shape[-1]), F32), zeros + LOWEST, zeros)
         sums, top, total = jax.lax.fori_loop(first, last, of_keys, start)
         if spec.activation == "softmax":
-            # A row that may attend to nothing has a total of 0. Its output is 0; the largest float as its log-sum-exp
-            # makes its weights 0 in the backward too.
-            empty = total == 0
-            total = jnp.where(empty, 1, total)
-            sums, lse = sums / total, _put(lse, jnp.where(empty, -LOWEST, top + jnp.log(total)), i)
+            # A row that may attend to nothing has a total of 0.
+            total = jnp.where(empty := total == 0, 1, total)
+            sums, lse = sums / total, _put(lse, jnp.where(empty, LOWEST, top + jnp.log(total)), i)
         return _put(out, sums, i), lse
 
-    start = (jnp.zeros((*rotated_q.shape[:-1], v.shape[-1]), v.dtype), jnp.zeros((*rotated_q.shape[:-1], 1), F32))
-    out, lse = jax.lax.fori_loop(0, padded // tile, of_queries, start)
-    out = out[..., : q.shape[2], :].reshape(*q.shape[:3], v.shape[-1])
-    return out, (q, k, v, spec, out, lse if spec.activation == "softmax" else None)
+    start = (jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.zeros((*q.shape[:-1], 1), F32))
+    out, lse = (x[..., :length, :] for x in jax.lax.fori_loop(0, padded // tile, of_queries, start))
+    return out, lse if spec.activation == "softmax" else None
 
 
-def _backward(tuning: Tuning, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
-    q, k, v, spec, out, lse = residuals
-    tile, padded = _cuts(q.shape[2], tuning)
-    (rotated_q, rotated_k), unprepare = jax.vjp(
-        lambda q, k, theta: prepare(q, k, replace(spec, theta=theta)), q, k, spec.theta
-    )
-    rotated_q, g, out = (_pad(_group(x, k.shape[1]), padded) for x in (rotated_q, g, out))
-    rotated_k, padded_v, padded_spec = _pad(rotated_k, padded), _pad(v, padded), _pad_spec(spec, padded)
+def backward_tiles(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_segments: jax.Array | None,
+    spec: AttentionSpec,
+    offset: jax.Array | int,
+    results: Results,
+    g: jax.Array,
+    tuning: Tuning,
+    dtype: jnp.dtype,
+) -> Gradients:
+    """What these queries and these keys give one another.
+
+    results: of the queries over *all* their keys. g: the gradient of that output. dtype: of q's gradient; the others
+    are float32.
+    """
+    length = q.shape[-2]
+    tile, padded = _cuts(length, tuning)
+    q, k, v, g, out = (_pad(x, padded) for x in (q, k, v, g, results[0]))
+    lse = None if results[1] is None else _pad(results[1], padded)
+    key_segments, spec = _pad_rows(key_segments, padded), _pad_spec(spec, padded)
     scale = 1 / math.sqrt(q.shape[-1])
 
     def of_queries(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_q, *rest = carry
-        q_, g_ = _cut(rotated_q, i, tile), _cut(g, i, tile)
-        if spec.activation == "softmax":
+        q_, g_ = _cut(q, i, tile), _cut(g, i, tile)
+        if lse is not None:
             lse_ = _cut(lse, i, tile)
             delta = jnp.sum(g_.astype(F32) * _cut(out, i, tile).astype(F32), axis=-1, keepdims=True)
 
         def of_keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             d_q_, d_k, d_v, d_bias = carry
-            k_ = _cut(rotated_k, j, tile)
-            logits, keep = _logits(q_, k_, i, j, padded_spec)
-            d_weights = product("bkgtd,bksd->bkgts", g_, _cut(padded_v, j, tile))
+            k_ = _cut(k, j, tile)
+            logits, keep = _logits(q_, k_, key_segments, i, j, spec, offset, length)
+            d_weights = product("bkgtd,bksd->bkgts", g_, _cut(v, j, tile))
             match spec.activation:
                 case "softmax":
                     weights = jnp.where(keep, jnp.exp(logits - lse_), 0)
@@ -130,24 +223,13 @@ def _backward(tuning: Tuning, residuals: tuple[Any, ...], g: jax.Array) -> tuple
             d_v = _add(d_v, product("bkgts,bkgtd->bksd", weights, g_), j)
             return d_q_, d_k, d_v, d_bias
 
-        first, last = _tiles_of_keys(i, tile, padded, spec)
+        first, last = _tiles_of_keys(i, tile, padded, spec, offset)
         d_q_, *rest = jax.lax.fori_loop(first, last, of_keys, (jnp.zeros(q_.shape, F32), *rest))
         return _put(d_q, d_q_, i), *rest
 
-    start = (
-        jnp.zeros(rotated_q.shape, q.dtype),
-        jnp.zeros(rotated_k.shape, F32),
-        jnp.zeros(padded_v.shape, F32),
-        jnp.zeros(rotated_q.shape[1:3], F32),
-    )
+    start = (jnp.zeros(q.shape, dtype), jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32), jnp.zeros(q.shape[1:3], F32))
     d_q, d_k, d_v, d_bias = jax.lax.fori_loop(0, padded // tile, of_queries, start)
-    d_q, d_k, d_v = (x[..., : q.shape[2], :] for x in (d_q, d_k, d_v))
-    d_q, d_k, d_theta = unprepare((d_q.reshape(q.shape), d_k.astype(k.dtype)))
-    d_bias = None if spec.bias is None else d_bias.reshape(spec.bias.shape)
-    return d_q, d_k, d_v.astype(v.dtype), replace(spec, theta=d_theta, bias=d_bias, mask=None, segment_ids=None)
-
-
-blockwise.defvjp(_forward, _backward)
+    return d_q[..., :length, :], d_k[..., :length, :], d_v[..., :length, :], d_bias
 
 
 def _cuts(length: int, tuning: Tuning) -> tuple[int, int]:
@@ -159,26 +241,43 @@ def _cuts(length: int, tuning: Tuning) -> tuple[int, int]:
     return tile, tile * -(-length // tile)
 
 
-def _tiles_of_keys(i: jax.Array, tile: int, padded: int, spec: AttentionSpec) -> tuple[Any, Any]:
-    """The tiles, first to last (excluded), that hold every key which a query of block i may attend to."""
+def _tiles_of_keys(
+    i: jax.Array, tile: int, padded: int, spec: AttentionSpec, offset: jax.Array | int
+) -> tuple[Any, Any]:
+    """The tiles, first to last (excluded), that hold every key which a query of block i may attend to: none at all of
+    keys that come after the queries, or that the window has left behind."""
+    count = padded // tile
     causal = spec.mask is None or spec.window is not None
-    first = 0 if spec.window is None else jnp.maximum(i * tile - spec.window + 1, 0) // tile
-    return first, i + 1 if causal else padded // tile
+    last = jnp.clip((i * tile + offset + tile - 1) // tile + 1, 0, count) if causal else count
+    first = 0 if spec.window is None else jnp.maximum(i * tile + offset - spec.window + 1, 0) // tile
+    return first, last
 
 
-def _logits(q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+def _logits(
+    q: jax.Array,
+    k: jax.Array,
+    key_segments: jax.Array | None,
+    i: jax.Array,
+    j: jax.Array,
+    spec: AttentionSpec,
+    offset: jax.Array | int,
+    length: int,
+) -> tuple[jax.Array, jax.Array]:
     """Logits (B, NKV, G, T, T) of query block i and key block j, sigmoid's bias included, and which may attend."""
     logits = product("bkgtd,bksd->bkgts", q, k) / math.sqrt(q.shape[-1])
     if spec.bias is not None:
         logits = logits + spec.bias.reshape(1, *q.shape[1:3], 1, 1)
     tile = q.shape[-2]
-    t, s = i * tile + jnp.arange(tile)[:, None], j * tile + jnp.arange(tile)[None, :]
+    t, s = offset + i * tile + jnp.arange(tile)[:, None], j * tile + jnp.arange(tile)[None, :]
     keep = s <= t if spec.mask is None else jax.lax.dynamic_slice(spec.mask, (i * tile, j * tile), (tile, tile))
+    if length % tile:  # padding comes after all queries of the same stretch, not after those of a later one
+        keep = keep & (s < length)
     if spec.window is not None:
         keep = keep & (s <= t) & (t - spec.window < s)
     keep = keep[None]
-    if spec.segment_ids is not None:
-        of_queries, of_keys = (jax.lax.dynamic_slice_in_dim(spec.segment_ids, n * tile, tile, axis=1) for n in (i, j))
+    if spec.segment_ids is not None and key_segments is not None:
+        of_queries = jax.lax.dynamic_slice_in_dim(spec.segment_ids, i * tile, tile, axis=1)
+        of_keys = jax.lax.dynamic_slice_in_dim(key_segments, j * tile, tile, axis=1)
         keep = keep & (of_queries[:, :, None] == of_keys[:, None, :])
     return logits, jnp.broadcast_to(keep[:, None, None], logits.shape)
 
@@ -193,14 +292,15 @@ def _pad(x: jax.Array, padded: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padded - x.shape[-2]), (0, 0)])
 
 
+def _pad_rows(x: jax.Array | None, padded: int) -> jax.Array | None:
+    """Zeros after the sequence, the last axis."""
+    return None if x is None else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
+
+
 def _pad_spec(spec: AttentionSpec, padded: int) -> AttentionSpec:
-    """No query attends to the padding: it comes after all of them, and a given mask is False there."""
-    mask, segment_ids = spec.mask, spec.segment_ids
-    if mask is not None:
-        mask = jnp.pad(mask, (0, padded - mask.shape[0]))
-    if segment_ids is not None:
-        segment_ids = jnp.pad(segment_ids, [(0, 0), (0, padded - segment_ids.shape[1])])
-    return replace(spec, mask=mask, segment_ids=segment_ids)
+    """A given mask is False in the padding."""
+    mask = None if spec.mask is None else jnp.pad(spec.mask, (0, padded - spec.mask.shape[0]))
+    return replace(spec, mask=mask, segment_ids=_pad_rows(spec.segment_ids, padded))
 
 
 def _cut(x: jax.Array, i: jax.Array, tile: int) -> jax.Array:

@@ -15,7 +15,9 @@ from xattn.backend.config import Activation
 from xattn.backend.cudnn import cudnn
 from xattn.backend.hopper import WIDTHS, hopper
 from xattn.backend.linear import linear
+from xattn.backend.mesh import context_devices
 from xattn.backend.reference import reference
+from xattn.backend.ring import ring
 from xattn.backend.spec import AttentionSpec
 
 AUTO = "auto"
@@ -51,6 +53,8 @@ class Call:
     has_segment_ids: bool = False
     platform: str = field(default_factory=lambda: platform())
     """cpu, cuda, rocm, tpu, …: where it will run."""
+    context: int = field(default_factory=lambda: context_devices())
+    """Devices over which the mesh splits the sequence."""
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Call:
@@ -112,6 +116,8 @@ def _not_cudnn(call: Call) -> str | None:
         return f"the head widths {call.head_dim_qk} and {call.head_dim_v}: equal, a multiple of 8, at most 128"
     if call.has_mask or call.has_segment_ids:
         return "a given mask or segment_ids: it would need an S×S bias"
+    if call.context > 1:
+        return "a split sequence: jax does not take its kernels apart along it"
     if float(compute_capability()) < 8:
         return f"compute capability {compute_capability()}: it needs 8.0"
     return None
@@ -128,6 +134,8 @@ def _not_hopper(call: Call) -> str | None:
         return f"the head widths {call.head_dim_qk} and {call.head_dim_v}: equal, {' or '.join(map(str, WIDTHS))}"
     if call.has_mask or call.has_segment_ids or call.window is not None:
         return "a given mask, segment_ids or a window: its kernels are causal and no more"
+    if call.context > 1:
+        return "a split sequence: its kernels see one device"
     if compute_capability() != "9.0":
         return f"compute capability {compute_capability()}: its instructions are those of 9.0 alone"
     return None
@@ -149,6 +157,25 @@ def _not_linear(call: Call) -> str | None:
     return None
 
 
+def _not_ring(call: Call) -> str | None:
+    if call.has_mask:
+        return "a given mask: no device has more than a stretch of the sequence"
+    if call.sequence % call.context:
+        return f"S = {call.sequence} on {call.context} devices: it must be a multiple"
+    return None
+
+
+def _no_ring(call: Call) -> str | None:
+    """Below these lengths the reference, which gathers K and V, is as fast."""
+    return "the mesh has no context axis" if call.context == 1 else _short(**_SHORTEST_BLOCKWISE)(call)
+
+
+def _no_blockwise(call: Call) -> str | None:
+    if call.context > 1:
+        return "a split sequence: each device would go through all of it"
+    return _short(**_SHORTEST_BLOCKWISE)(call)
+
+
 def _short(**lengths: int) -> Reason:
     """Against calls below an activation's length, where the reference was measured to be at least as fast (two CPU
     cores, forward and backward)."""
@@ -160,12 +187,15 @@ def _short(**lengths: int) -> Reason:
     return reason
 
 
+_SHORTEST_BLOCKWISE = {"softmax": 256, "sigmoid": 512, "none": 1024}
+
 # In the order in which auto tries them. The last serves every call.
 TABLE: tuple[Implementation, ...] = (
     Implementation("cudnn", cudnn, _not_cudnn, _never),
     Implementation("hopper", hopper, _not_hopper, _unmeasured),
     Implementation("linear", linear, _not_linear, _short(none=256)),
-    Implementation("blockwise", blockwise, _never, _short(softmax=256, sigmoid=512, none=1024)),
+    Implementation("ring", ring, _not_ring, _no_ring),
+    Implementation("blockwise", blockwise, _never, _no_blockwise),
     Implementation("reference", reference, _never, _never),
 )
 

@@ -11,12 +11,14 @@ DHQK query/key head width, DHV value head width. In einsum: b, k, g, n, t or s, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from xattn.backend.mesh import CONTEXT, SEQUENCE_SPLIT, context_devices, on_each
 from xattn.backend.rope import rotary_tables, rotate
 from xattn.backend.spec import AttentionSpec, prepare, product
 
@@ -39,8 +41,39 @@ class Tuning:
 
 
 def linear(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning | None = None) -> jax.Array:
-    """:func:`xattn.backend.reference.reference` for ``none``, causal, without window, segments or a given mask."""
-    return linear_with_state(q, k, v, spec, None, tuning)[0]
+    """:func:`xattn.backend.reference.reference` for ``none``, causal, without window, segments or a given mask.
+
+    Where the mesh that is set splits the sequence, each device computes its stretch; what stands before it arrives as
+    the other devices' states, and no key or value travels.
+    """
+    devices = context_devices()
+    if devices == 1 or q.shape[2] % devices:
+        return linear_with_state(q, k, v, spec, None, tuning)[0]
+    _check(spec)
+    places = replace(spec, theta=P())  # type: ignore[arg-type]
+    run = on_each(
+        partial(_of_device, tuning=tuning or Tuning.of_platform()),
+        in_specs=(*[SEQUENCE_SPLIT] * 3, places),
+        out_specs=SEQUENCE_SPLIT,
+    )
+    return run(q, k, v, spec)
+
+
+def _of_device(
+    index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, *, tuning: Tuning
+) -> jax.Array:
+    """The output of device ``index``; all arrays are its own stretches, at positions from index · their length on."""
+    first = index * q.shape[2]
+
+    @jax.checkpoint
+    def state(k: jax.Array, v: jax.Array, theta: jax.Array) -> jax.Array:
+        _, rotated_k = prepare(k, k, replace(spec, theta=theta), first)
+        return product("bksd,bkse->bkde", rotated_k, v) / math.sqrt(k.shape[-1])
+
+    states = jax.lax.all_gather(state(k, v, spec.theta), CONTEXT)
+    earlier = (jnp.arange(states.shape[0]) < index).astype(F32)
+    initial = jnp.sum(states * earlier.reshape(-1, 1, 1, 1, 1), axis=0)
+    return chunked(q, k, v, spec, initial, tuning, first)[0]
 
 
 def linear_with_state(
@@ -68,10 +101,7 @@ def linear_with_state(
         out (B, NH, S, DHV) in v's dtype, and the state (B, NKV, DHQK, DHV), float32. For the backward only the
         arguments are kept; everything else is recomputed.
     """
-    assert spec.activation == "none"
-    assert spec.mask is None
-    assert spec.window is None
-    assert spec.segment_ids is None
+    _check(spec)
     if initial is None:
         initial = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
     out, state = chunked(q, k, v, spec, initial.astype(F32), tuning or Tuning.of_platform())
@@ -79,13 +109,29 @@ def linear_with_state(
     return out, rotate(state.swapaxes(-1, -2), sin, cos).swapaxes(-1, -2)
 
 
+def _check(spec: AttentionSpec) -> None:
+    assert spec.activation == "none"
+    assert spec.mask is None
+    assert spec.window is None
+    assert spec.segment_ids is None
+
+
 # Nothing of the forward is kept for the backward: inside, each step is checkpointed too, so that computing it again
 # keeps a state a step and no weights.
 @partial(jax.checkpoint, static_argnums=5)
 def chunked(
-    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, initial: jax.Array, tuning: Tuning
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: AttentionSpec,
+    initial: jax.Array,
+    tuning: Tuning,
+    first: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """As :func:`linear_with_state`, but the returned state has its keys where they are: Σ_s R(s) k_s v_sᵀ / √DHQK."""
+    """As :func:`linear_with_state`, but the states have their keys where they are: Σ_s R(s) k_s v_sᵀ / √DHQK.
+
+    first: the position of the first token.
+    """
     length, kv_heads = k.shape[2], k.shape[1]
     chunk = min(tuning.chunk, length)
     concurrent = min(tuning.concurrent, -(-length // chunk))
@@ -107,7 +153,7 @@ def chunked(
         out += product("bkgntd,bknde->bkgnte", q, before.astype(v.dtype))
         return after[:, :, -1], out.reshape(q.shape[0], -1, *out.shape[3:]).astype(v.dtype)
 
-    rotated_q, rotated_k = prepare(q, k, spec)
+    rotated_q, rotated_k = prepare(q, k, spec, first)
     arrays = (cut(rotated_q), cut(rotated_k), cut(v))
     state, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), initial, arrays)
     return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], -1, v.shape[-1])[:, :, :length], state

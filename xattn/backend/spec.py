@@ -46,9 +46,10 @@ def pre_activate(x: jax.Array, spec: AttentionSpec) -> jax.Array:
     return jax.nn.silu(x) if spec.qk_pre_activation == "swish" else x
 
 
-def prepare(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
-    """Pre-activation and RoPE at positions 0 … S − 1: steps 1 and 2 of the mathematics, in the dtype of q and k."""
-    sin, cos = rotary_tables(jnp.arange(q.shape[-2]), q.shape[-1], spec.theta)
+def prepare(q: jax.Array, k: jax.Array, spec: AttentionSpec, first: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
+    """Pre-activation and RoPE at S positions from the first on: steps 1 and 2 of the mathematics, in the dtype of q and
+    k."""
+    sin, cos = rotary_tables(first + jnp.arange(q.shape[-2]), q.shape[-1], spec.theta)
     return rotate(pre_activate(q, spec), sin, cos), rotate(pre_activate(k, spec), sin, cos)
 
 

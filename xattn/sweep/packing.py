@@ -93,7 +93,7 @@ def pack_size(config: Config) -> int:
 def _attention(config: Config) -> str:
     from xattn.pack import choose_attention
 
-    return choose_attention(config).name
+    return choose_attention(config, context=1).name
 
 
 def _paying(config: Config) -> int:

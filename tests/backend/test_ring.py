@@ -1,0 +1,188 @@
+"""A sequence over 2 and 4 devices: by the ring, and for ``none`` by its states, it is the formula, and no device ever
+holds all keys or values."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xattn.backend import blockwise as blockwise_module
+from xattn.backend import linear as linear_module
+from xattn.backend.arguments import checked_spec
+from xattn.backend.config import Activation
+from xattn.backend.dispatch import Call, Implementation, choose, row
+from xattn.backend.linear import linear
+from xattn.backend.mesh import context_devices
+from xattn.backend.ring import ring
+
+from .contract import Case, check_theta_gradient, check_values
+from .test_mutations import broken_copy
+
+ACTIVATIONS = get_args(Activation)
+TILES = blockwise_module.Tuning(tile=4)
+RING = replace(row("ring"), function=partial(ring, tuning=TILES))
+LINEAR = replace(row("linear"), function=partial(linear, tuning=linear_module.Tuning(chunk=4)))
+
+# Stretches of 12 and of 6 tokens: one is a multiple of the tile, the other is not; a window of 4 reaches into one
+# neighbour's.
+LENGTH = 24
+RINGS = [
+    *(Case(activation=a, length=LENGTH) for a in ACTIVATIONS),
+    *(Case(activation=a, length=LENGTH, mask="window", heads=4, kv_heads=2) for a in ACTIVATIONS),
+    *(Case(activation=a, length=LENGTH, mask="segments", pre_activation="swish") for a in ACTIVATIONS),
+]
+STATES = [
+    Case(activation="none", length=LENGTH),
+    Case(activation="none", length=LENGTH, heads=4, kv_heads=2, pre_activation="swish"),
+]
+
+
+@contextmanager
+def mesh_of(context: int) -> Iterator[jax.sharding.Mesh]:
+    """Four devices, the others of which split the batch."""
+    mesh = jax.make_mesh((4 // context, context), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [*((RING, case) for case in RINGS), *((LINEAR, case) for case in STATES)],
+    ids=lambda x: x.name if isinstance(x, Implementation) else str(x),
+)
+def test_output_and_gradients_are_the_formulas(implementation: Implementation, case: Case, devices: int) -> None:
+    with mesh_of(devices):
+        assert implementation.unsupported(replace(case.call(), context=devices)) is None
+        check_values(implementation, case)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [*((RING, case) for case in RINGS[:3]), (LINEAR, STATES[0])],
+    ids=lambda x: x.name if isinstance(x, Implementation) else str(x),
+)
+def test_theta_has_the_right_gradient(implementation: Implementation, case: Case) -> None:
+    with mesh_of(4):
+        check_theta_gradient(implementation, case)
+
+
+def test_bfloat16_is_joined_in_float32() -> None:
+    with mesh_of(4):
+        check_values(RING, Case(activation="softmax", length=LENGTH, dtype="bfloat16"))
+
+
+def compiled(function: Any, activation: str, length: int) -> tuple[Any, int]:
+    """Value and gradients of a call that lies split by its sequence over four devices, and the numbers in its keys."""
+    spec = checked_spec(
+        batch=1,
+        num_heads=2,
+        length=length,
+        activation_function=activation,
+        qk_pre_activation_function="none",
+        theta=100.0,
+    )
+    shape = (1, 2, length, 16)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(function(q, k, v, spec) ** 2)
+
+    with mesh_of(4) as mesh:
+        split = NamedSharding(mesh, P(None, None, "context"))
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)] * 3
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), out_shardings=(None, (split,) * 3))
+        return program.lower(*arrays).compile(), math.prod(shape)
+
+
+def gathered(program: Any) -> int:
+    """Numbers in the largest array that a collective brings together on each device; 0 where none does."""
+    found = re.findall(r"= \(?(?:f32|bf16)\[([\d,]*)\][^=]*? (?:all-gather|all-reduce|all-to-all)\(", program.as_text())
+    return max((math.prod(int(n) for n in shape.split(",") if n) for shape in found), default=0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_keys_and_values_go_round_and_are_never_together(activation: str) -> None:
+    program, keys = compiled(partial(ring, tuning=TILES), activation, 64)
+    assert "collective-permute(" in program.as_text() or "collective-permute-start(" in program.as_text()
+    assert gathered(program) < keys / 4
+
+
+def test_only_states_are_gathered() -> None:
+    program, keys = compiled(partial(linear, tuning=linear_module.Tuning(chunk=16)), "none", 2048)
+    assert "collective-permute(" not in program.as_text()
+    assert 0 < gathered(program) <= 4 * 2 * 16 * 16 < keys / 4
+
+
+def test_the_ring_saves_the_memory_that_gathering_takes() -> None:
+    tuning = blockwise_module.Tuning(tile=32)
+    by_ring, keys = compiled(partial(ring, tuning=tuning), "softmax", 4096)
+    by_gathering, _ = compiled(partial(blockwise_module.blockwise, tuning=tuning), "softmax", 4096)
+    assert gathered(by_gathering) >= keys, "the measure sees nothing"
+    ours, theirs = (program.memory_analysis().temp_size_in_bytes for program in (by_ring, by_gathering))
+    assert ours < theirs / 2
+
+
+def test_auto_takes_the_ring_for_a_long_split_sequence_and_says_why_not_before() -> None:
+    def chosen(activation: Activation, length: int, **more: Any) -> Any:
+        return choose(replace(Case(activation=activation, length=length).call(), **{"context": 4, **more}))
+
+    assert chosen("softmax", 1024).name == chosen("sigmoid", 1024).name == "ring"
+    assert chosen("none", 1024).name == "linear"
+    assert chosen("none", 1024, window=7).name == "ring"
+    assert chosen("softmax", 64).passed_over["ring"] == "no faster than the reference below S = 256"
+    assert chosen("softmax", 1024, context=1).passed_over["ring"] == "the mesh has no context axis"
+    assert "go through all of it" in chosen("softmax", 1024, has_mask=True).passed_over["blockwise"]
+    with pytest.raises(ValueError, match="S = 10 on 4 devices"):
+        choose(Call(**{**vars(Case(activation="none", length=10).call()), "context": 4}), "ring")
+    with pytest.raises(ValueError, match="a given mask"):
+        choose(replace(Case(activation="none", mask="arbitrary").call(), context=1), "ring")
+
+
+def test_a_call_sees_the_mesh_that_is_set_and_not_the_one_that_it_is_inside_of() -> None:
+    seen = []
+
+    def look(x: jax.Array) -> jax.Array:
+        seen.append(context_devices())
+        return x
+
+    assert context_devices() == 1
+    with mesh_of(2):
+        assert context_devices() == 2
+        jax.jit(jax.shard_map(look, in_specs=P("context"), out_specs=P("context"))).lower(jnp.ones(4))
+    assert seen == [1]
+
+
+# (what is broken, where, the code, what it becomes, a case that notices)
+MUTATIONS = [
+    ("gradients stay abroad", "ring", "_pass_on((d_k, d_v), -last, devices)", "d_k, d_v", RINGS[2]),
+    ("parts joined without weight", "ring", "b[0] * jnp.exp(b[1] - lse)", "b[0]", RINGS[0]),
+    ("window's last stretch unseen", "ring", "1 + -(-(window - 1) // length)", "1", RINGS[5]),
+    ("segments stay at home", "ring", "backward_tiles(q, k, v, segments,", "backward_tiles(q, k, v, None,", RINGS[8]),
+    ("bias of one device", "ring", "jax.lax.psum(d_bias, CONTEXT)", "d_bias", RINGS[1]),
+    ("a device's own state twice", "linear", "< index)", "<= index)", STATES[0]),
+    ("positions of one device", "linear", "initial, tuning, first)[0]", "initial, tuning)[0]", STATES[0]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "replacement", "case"),
+    [pytest.param(*mutation, id=f"{mutation[0]}: {what}") for what, *mutation in MUTATIONS],
+)
+def test_a_broken_one_fails(
+    name: str, code: str, replacement: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = TILES if name == "ring" else linear_module.Tuning(chunk=4)
+    broken = partial(getattr(broken_copy(name, code, replacement, monkeypatch), name), tuning=tuning)
+    with mesh_of(4), pytest.raises(AssertionError, match="is off by"):
+        check_values(replace(row(name), function=broken), case)

@@ -1,0 +1,38 @@
+"""The axis of a device mesh that splits the sequence, as an implementation sees it while it is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+CONTEXT = "context"
+SEQUENCE_SPLIT = P(None, None, CONTEXT)
+"""Of (B, NH or NKV, S, ·)."""
+
+
+def context_devices() -> int:
+    """Devices over which the mesh that is set (``jax.set_mesh``) splits the sequence; 1 where none is set, or where the
+    caller is on a device of that axis already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[CONTEXT] if types.get(CONTEXT) == AxisType.Auto else 1
+
+
+def on_each(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """The function (index, *arguments) of one device of the axis, as one of whole arrays (*arguments).
+
+    The index comes in as data: in a program that is split by hand along one axis and by XLA along the others, asking a
+    device for its own index is not supported by every compiler. The other axes stay XLA's.
+    """
+    split = jax.shard_map(
+        lambda index, *arguments: function(index[0], *arguments),
+        in_specs=(P(CONTEXT), *in_specs),
+        out_specs=out_specs,
+        axis_names={CONTEXT},
+        check_vma=False,
+    )
+    return lambda *arguments: split(jax.numpy.arange(context_devices()), *arguments)

@@ -1,0 +1,168 @@
+"""A sequence over several devices: keys and values go round the mesh's context axis, and none is ever gathered.
+
+Each of n devices has S/n queries, keys and values. It attends to its own, passes them to the next, attends to those
+that it was passed, and so on (Ring Attention, Liu et al., arXiv 2310.01889). What it does with a stretch of keys is
+:mod:`xattn.backend.blockwise`; softmax's partial results are joined by their log-sum-exps, sigmoid's and ``none``'s
+added. A stretch that comes after its queries costs no product. In the backward the gradients of keys and values travel
+with them, and go home at the end.
+
+Shape letters: as in blockwise; S is all of the sequence, L = S/n a device's stretch of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from xattn.backend.blockwise import (
+    F32,
+    LOWEST,
+    Gradients,
+    Results,
+    Tuning,
+    backward_tiles,
+    blockwise,
+    forward_tiles,
+    prepared,
+)
+from xattn.backend.mesh import CONTEXT, SEQUENCE_SPLIT, context_devices, on_each
+from xattn.backend.spec import AttentionSpec
+
+_GROUPED = P(None, None, None, CONTEXT)
+
+
+def ring(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning | None = None) -> jax.Array:
+    """:func:`xattn.backend.reference.reference` without a given mask, in O(S/n) memory a device.
+
+    The mesh is the one that is set; S is a multiple of its context axis n. Where it has none, n = 1, this is
+    :func:`xattn.backend.blockwise.blockwise`. Of K and V a device sends (n − 1)/n of the whole forward and again
+    backward, and their gradients in float32; with a window, only as far as that reaches.
+    """
+    assert spec.mask is None
+    tuning = tuning or Tuning()
+    if context_devices() == 1:
+        return blockwise(q, k, v, spec, tuning)
+    assert q.shape[2] % context_devices() == 0
+    return prepared(q, k, v, spec, Ring(tuning))
+
+
+@dataclass(frozen=True)
+class Ring:
+    """:class:`xattn.backend.blockwise.Work` on all devices of the axis."""
+
+    tuning: Tuning
+
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Results:
+        lse = _GROUPED if spec.activation == "softmax" else None
+        run = on_each(
+            partial(_forward, tuning=self.tuning, devices=context_devices()),
+            in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec)),
+            out_specs=(_GROUPED, lse),
+        )
+        return run(q, k, v, spec)
+
+    def backward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, results: Results, g: jax.Array
+    ) -> Gradients:
+        lse = _GROUPED if spec.activation == "softmax" else None
+        run = on_each(
+            partial(_backward, tuning=self.tuning, devices=context_devices()),
+            in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec), (_GROUPED, lse), _GROUPED),
+            out_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, P()),
+        )
+        return run(q, k, v, spec, results, g)
+
+
+def _forward(
+    index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, *, tuning: Tuning, devices: int
+) -> Results:
+    """What device ``index`` does; all arrays are its own stretches."""
+    length = q.shape[-2]
+
+    def attend(turn: Any, keys: Any, results: Results) -> Results:
+        k, v, segments = keys
+        part = forward_tiles(q, k, v, segments, spec, _offset(index, turn, devices, length), tuning, F32)
+        return _join(results, part)
+
+    def step(turn: Any, carry: Any) -> Any:
+        keys, results = carry
+        return _pass_on(keys, 1, devices), attend(turn, keys, results)
+
+    lse = jnp.full((*q.shape[:-1], 1), LOWEST, F32) if spec.activation == "softmax" else None
+    start = (k, v, spec.segment_ids), (jnp.zeros((*q.shape[:-1], v.shape[-1]), F32), lse)
+    last = _stretches(devices, length, spec.window) - 1
+    keys, results = jax.lax.fori_loop(0, last, step, start)
+    out, lse = attend(last, keys, results)
+    return out.astype(v.dtype), lse
+
+
+def _backward(
+    index: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: AttentionSpec,
+    results: Results,
+    g: jax.Array,
+    *,
+    tuning: Tuning,
+    devices: int,
+) -> Gradients:
+    length = q.shape[-2]
+
+    def attend(turn: Any, keys: Any, gradients: Gradients) -> Gradients:
+        k, v, segments = keys
+        offset = _offset(index, turn, devices, length)
+        part = backward_tiles(q, k, v, segments, spec, offset, results, g, tuning, F32)
+        return jax.tree.map(jnp.add, gradients, part)
+
+    def step(turn: Any, carry: Any) -> Any:
+        keys, gradients = carry
+        d_q, d_k, d_v, d_bias = attend(turn, keys, gradients)
+        d_k, d_v = _pass_on((d_k, d_v), 1, devices)
+        return _pass_on(keys, 1, devices), (d_q, d_k, d_v, d_bias)
+
+    zeros = (*(jnp.zeros(x.shape, F32) for x in (q, k, v)), jnp.zeros(q.shape[1:3], F32))
+    last = _stretches(devices, length, spec.window) - 1
+    keys, gradients = jax.lax.fori_loop(0, last, step, ((k, v, spec.segment_ids), zeros))
+    d_q, d_k, d_v, d_bias = attend(last, keys, gradients)
+    d_k, d_v = _pass_on((d_k, d_v), -last, devices)
+    return d_q, d_k, d_v, jax.lax.psum(d_bias, CONTEXT)
+
+
+def _offset(index: jax.Array, turn: Any, devices: int, length: int) -> jax.Array:
+    """Position of the device's queries less that of the keys which it has after so many turns."""
+    return (index - (index - turn) % devices) * length
+
+
+def _stretches(devices: int, length: int, window: int | None) -> int:
+    """How many stretches a device has to see, its own and those before it."""
+    return devices if window is None else min(devices, 1 + -(-(window - 1) // length))
+
+
+def _join(a: Results, b: Results) -> Results:
+    """The results over the keys of both."""
+    if a[1] is None or b[1] is None:
+        return a[0] + b[0], None
+    lse = jnp.logaddexp(a[1], b[1])
+    return a[0] * jnp.exp(a[1] - lse) + b[0] * jnp.exp(b[1] - lse), lse
+
+
+def _pass_on(tree: Any, distance: int, devices: int) -> Any:
+    pairs = [(i, (i + distance) % devices) for i in range(devices)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, CONTEXT, pairs), tree)
+
+
+def _split(spec: AttentionSpec) -> Any:
+    """Where the spec's arrays lie."""
+    places: dict[str, Any] = {
+        "theta": P(),
+        "bias": None if spec.bias is None else P(),
+        "segment_ids": None if spec.segment_ids is None else P(None, CONTEXT),
+    }
+    return replace(spec, **places)
