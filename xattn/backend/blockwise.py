@@ -23,6 +23,11 @@ from xattn.backend.spec import AttentionSpec, prepare, product
 F32 = jnp.float32
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
+Results = tuple[jax.Array, jax.Array | None]
+"""The output (B, NKV, G, S, DHV), and of softmax each row's log-sum-exp (B, NKV, G, S, 1) in float32."""
+Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Of q in its dtype or float32, of k and v in float32, of the bias (NKV, G) in float32."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -43,22 +48,15 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tun
 
 
 class Work(Protocol):
-    """Attention of rotated queries (B, NKV, G, S, DHQK), grouped, and keys: forward and backward."""
+    """Attention of rotated queries (B, NKV, G, S, DHQK), grouped, to rotated keys: forward and backward."""
 
-    def forward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The output in v's dtype, and of softmax each row's log-sum-exp (B, NKV, G, S, 1)."""
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Results:
+        """The output is in v's dtype."""
 
     def backward(
         self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, results: Results, g: jax.Array
     ) -> Gradients:
         """From the forward's results and the gradient of its output."""
-
-
-Results = tuple[jax.Array, jax.Array | None]
-Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""Of q in its dtype or float32, of k and v in float32, of the bias (NKV, G)."""
 
 
 @dataclass(frozen=True)
