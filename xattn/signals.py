@@ -29,6 +29,8 @@ class Interruption:
         if self.requested:
             os._exit(128 + number)  # no cleaning up: what is committed is committed, and the lock goes with the process
         self.requested = True
+        if number == signal.SIGINT and os.isatty(2):  # a person who pressed Ctrl-C
+            os.write(2, b"\nsaving, to go on from there later; Ctrl-C again leaves at once\n")
 
 
 # Signals are the process's, and so is what they ask for.

@@ -78,28 +78,30 @@ def test_a_run_in_a_pack_is_the_run_alone(tiny: list[str], tmp_path: Path) -> No
     assert len(set(losses)) == 3  # and they are not one run three times
 
 
+@pytest.mark.slow
 def test_one_that_is_pruned_ends_and_the_others_go_on(tiny: list[str], tmp_path: Path) -> None:
+    """With the programs of the test before: packs of three, and one run alone."""
     asked: list[int] = []
 
     def prune(row: Any) -> bool:
         asked.append(row["step"])
-        return row["step"] == 20
+        return row["step"] == 100
 
-    long = [*tiny, "trainer.steps=40", "trainer.eval_every=10"]
-    first, second = job(tmp_path, *long, "seed=0"), job(tmp_path, *long, "seed=1")
+    long = [*tiny, f"trainer.steps={STEPS}", "trainer.log_every=20", "trainer.eval_every=50"]
+    first, second, third = (job(tmp_path, *long, f"seed={seed}") for seed in range(3))
     pruned = Job(first.config, first.folder, first.overrides, prune=prune)
-    assert train([pruned, second]) == [ExitCode.DONE, ExitCode.DONE]
+    assert train([pruned, second, third]) == [ExitCode.DONE] * 3
     one, other = run_folder.read_summary(first.folder), run_folder.read_summary(second.folder)
     assert one is not None
     assert other is not None
-    assert (one["status"], one["step"], one["committed_step"]) == ("pruned", 20, 20)
-    assert (other["status"], other["step"]) == ("done", 40)
-    assert asked == [10, 20]
-    assert rows(first.folder)[-1]["step"] == 20
+    assert (one["status"], one["step"], one["committed_step"]) == ("pruned", 100, 100)
+    assert (other["status"], other["step"]) == ("done", STEPS)
+    assert asked == [50, 100]
+    assert rows(first.folder)[-1]["step"] == 100
     assert train([first]) == [ExitCode.DONE]  # by itself it goes on, and says that the pack is left
     again = run_folder.read_summary(first.folder)
     assert again is not None
-    assert (again["status"], again["step"], again["packed_with"]) == ("done", 40, 1)
+    assert (again["status"], again["step"], again["packed_with"]) == ("done", STEPS, 1)
     origin = run_folder.read_provenance(first.folder)
     assert origin is not None
     assert [list(change) for change in origin["resumed_with"]] == [["pack", "started_at", "command"]]

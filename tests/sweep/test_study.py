@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 import xattn.config
 from xattn import run_folder
 from xattn.errors import ExitCode
-from xattn.sweep import runs, study
+from xattn.signals import interruption
+from xattn.sweep import runs, study, view
 from xattn.sweep.packing import is_finished
 from xattn.sweep.study import Job, Start, carry_out
+from xattn.sweep.view import StudyView
 
 
 def jobs_of(outputs: Path, *overrides: Sequence[str]) -> list[Job]:
@@ -119,7 +122,7 @@ def test_a_study_that_is_stopped_shows_the_table_of_what_there_is(
         carry_out(jobs_of(tmp_path, ["seed=0"], ["seed=1"]), start)
     out = capsys.readouterr().out
     assert "1.2345" in out
-    assert "not begun" in out
+    assert re.search(r"^1 +not begun", out, re.MULTILINE)  # seed=1
 
 
 def test_the_table_has_the_best_first_and_the_keys_that_differ(
@@ -133,6 +136,49 @@ def test_the_table_has_the_best_first_and_the_keys_that_differ(
     assert lines[0].endswith("default: 3 runs")
     assert lines[1].split()[:3] == ["activation", "status", "val_loss"]
     assert [line.split()[0] for line in lines[2:5]] == ["softmax", "sigmoid", "none"]
+
+
+def test_one_that_is_stopped_has_not_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def start(jobs: Sequence[Job]) -> list[ExitCode]:
+        finish(jobs[0], "preempted", None)
+        interruption.requested = True
+        return [ExitCode.PREEMPTED]
+
+    try:
+        with pytest.raises(SystemExit) as left:
+            carry_out(jobs_of(tmp_path, ["seed=0"], ["seed=1"]), start)
+    finally:
+        interruption.requested = False
+    assert left.value.code == ExitCode.PREEMPTED
+    out = capsys.readouterr().out
+    assert "seed=0: stopped at step" in out
+    assert "failed" not in out
+    assert "the same command goes on" in out
+
+
+def test_the_view_tells_how_long_the_rest_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the work of this process alone: of a run that is resumed, what it has not found there."""
+    now = [100.0]
+    monkeypatch.setattr(view.time, "monotonic", lambda: now[0])
+    shown = StudyView(4, 1)
+    line = shown._progress.tasks[0]
+    shown.began(["seed=1"], 20, 10)
+    assert line.description == "1 of 4 done, 1 running"
+    now[0] += 30  # of compiling, which says nothing about the rest
+    shown.log({"step": 12, "train_loss": 2.0})
+    now[0] += 10
+    shown.log({"step": 15, "train_loss": 2.0})
+    assert line.description == "1 of 4 done, 1 running, about 2:30 left"  # two and a quarter runs to go
+    now[0] += 10
+    shown.ended("seed=1", "done", 2)  # half a run in 50 s
+    assert "seed=1: done   2 to go, about 3:20 left" in capsys.readouterr().out
+    shown.began(["seed=2", "seed=3"], 20)
+    shown.ended("seed=2", "diverged", 1)
+    shown.ended("seed=3", "error", 0, failed=True)
+    assert line.description == "3 of 4 done, 1 failed"
+    assert line.finished
 
 
 def _hold(path: str, ready: multiprocessing.Queue[bool], leave: multiprocessing.Queue[bool]) -> None:

@@ -78,7 +78,8 @@ def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
         print("stopped; the same command goes on with what is not done")
         raise
     finally:
-        print_table([job.folder for job in jobs], xattn.config.varying_keys([job.config for job in jobs]))
+        asked = {job.folder: job.config for job in jobs}
+        print_table(list(asked), xattn.config.varying_keys(list(asked.values())), asked)
     if jobs:
         print(f"a report on them: xattn report {shown(jobs[0].folder.absolute().parent)}")
 
@@ -101,10 +102,14 @@ def make(jobs: Sequence[Job], start: Start = start) -> None:
                     time.sleep(_POLL_SECONDS)  # nothing else is left to do
             pack = take_pack(queue, jobs)
             at_work = [job for job in pack if not is_finished(job)]
-            view.began([label(job, varying) for job in at_work], pack[0].config.trainer.steps)
+            begins_at = max(map(_saved_step, at_work), default=0)
+            view.began([label(job, varying) for job in at_work], pack[0].config.trainer.steps, begins_at)
             outcomes.update(zip((job.folder for job in pack), start(pack), strict=True))
             for job in at_work:
                 code = outcomes[job.folder]
+                if code == ExitCode.PREEMPTED:
+                    view.say(f"  {label(job, varying)}: stopped at step {_saved_step(job)}, and saved")
+                    continue
                 if code != ExitCode.IN_USE:
                     view.ended(label(job, varying), _outcome(job, code), len(queue), failed=code not in _ENDED_WELL)
                     continue
@@ -137,6 +142,11 @@ def label(job: Job, varying: Sequence[str]) -> str:
     """The run in a line: its values of the keys that differ within the study."""
     values = xattn.config.hashed_values(job.config)
     return " ".join(f"{key}={values[key]}" for key in varying if key in values) or job.folder.name
+
+
+def _saved_step(job: Job) -> int:
+    saved = None if job.config.resume == "never" else (read_summary(job.folder) or {}).get("committed_step")
+    return saved or 0
 
 
 def _outcome(job: Job, code: ExitCode) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,14 @@ from rich.table import Table
 
 import xattn.config
 from xattn import run_folder
+from xattn.config import Config
 
 
-def print_table(folders: Sequence[Path], keys: Sequence[str]) -> None:
-    """One line a run, the best val_loss first: the values of ``keys``, status, losses, speed, folder."""
+def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Path, Config] | None = None) -> None:
+    """One line a run, the best val_loss first: the values of ``keys``, status, losses, speed, folder.
+
+    asked: the configs of runs that may not have begun.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     numbers = ("val_loss", "val_bpb", "step", "tokens/s")
     for column in (*(key.rpartition(".")[2] for key in keys), "status"):
@@ -26,7 +30,8 @@ def print_table(folders: Sequence[Path], keys: Sequence[str]) -> None:
     table.add_column("run", no_wrap=True)
     for folder in sorted(folders, key=_rank):
         summary = run_folder.read_summary(folder) or {}
-        values = _values(folder)
+        config = asked[folder] if asked is not None else _config(folder)
+        values = {} if config is None else xattn.config.hashed_values(config)
         speed = summary.get("tokens_per_second")
         table.add_row(
             *(_text(values.get(key)) for key in keys),
@@ -53,9 +58,9 @@ def _rank(folder: Path) -> tuple[float, str]:
     return (math.inf if loss is None else loss, folder.name)
 
 
-def _values(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> Config | None:
     path = folder / run_folder.CONFIG
-    return xattn.config.hashed_values(xattn.config.load(path)) if path.is_file() else {}
+    return xattn.config.load(path) if path.is_file() else None
 
 
 def _text(value: Any, form: str = "") -> str:

@@ -28,43 +28,63 @@ class StudyView:
             disable=not self._console.is_terminal,
             transient=True,
         )
-        self._runs, self._done, self._failed, self._made = runs, done, 0, 0
-        self._since = time.monotonic()
+        self._runs, self._done, self._failed, self._running = runs, done, 0, 0
+        # In whole runs, what this process has made of those that ended, and the seconds until the last of them did.
+        self._made, self._made_seconds, self._began = 0.0, 0.0, time.monotonic()
+        self._from, self._at, self._steps = 0, 0, 1  # of the runs at work
+        self._first_row: tuple[int, float] | None = None
         self._study = self._progress.add_task("", total=runs, completed=done)
-        self._run = self._progress.add_task("", total=None)
+        self._run = self._progress.add_task("", total=None, visible=False)
         self.say(f"{runs} runs, {done} of them done already")
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def began(self, labels: Sequence[str], steps: int) -> None:
-        """Runs that train as one have started."""
-        what = labels[0] if len(labels) == 1 else f"a pack of {len(labels)}"
-        self._tell(running=len(labels))
-        self._progress.reset(self._run, total=steps, description=what)
-        self._title = what
+    def began(self, labels: Sequence[str], steps: int, at: int = 0) -> None:
+        """Runs that train as one have started, from that step on."""
+        self._title = labels[0] if len(labels) == 1 else f"a pack of {len(labels)}"
+        self._running, self._steps, self._from, self._at, self._first_row = len(labels), steps, at, at, None
+        self._progress.reset(self._run, total=steps, completed=at, visible=True, description=f"{self._title}  starting")
+        self._tell()
 
     def log(self, row: Row) -> None:
-        loss = f"  loss {row['train_loss']:.4f}" if row.get("train_loss") is not None else ""
-        self._progress.update(self._run, completed=row["step"], description=f"{self._title}{loss}")
+        self._at = row["step"]
+        self._first_row = self._first_row or (self._at, time.monotonic())
+        self._progress.update(self._run, completed=self._at)
+        if row.get("train_loss") is not None:
+            self._progress.update(self._run, description=f"{self._title}  loss {row['train_loss']:.4f}")
+        self._tell()
 
     def ended(self, label: str, outcome: str, to_go: int, *, failed: bool = False) -> None:
         """A run has ended; ``to_go`` are left."""
-        self._made += 1
+        self._running -= 1
+        self._made += 1 - self._from / self._steps
+        self._made_seconds = time.monotonic() - self._began
         self._done += not failed
         self._failed += failed
-        left = (time.monotonic() - self._since) / self._made * to_go
-        self.say(f"  {label}: {outcome}   {to_go} to go, about {_clock(left)}")
-        self._tell(running=0)
+        self._progress.update(self._run, visible=False)
+        self.say(f"  {label}: {outcome}" + (f"   {to_go} to go{self._time_left()}" if to_go else ""))
+        self._tell()
 
-    def _tell(self, *, running: int) -> None:
+    def _tell(self) -> None:
         words = [f"{self._done} of {self._runs} done"]
-        words += [f"{running} running"] if running else []
+        words += [f"{self._running} running"] if self._running > 0 else []
         words += [f"{self._failed} failed"] if self._failed else []
-        left = self._runs - self._done - self._failed
+        description = ", ".join(words) + self._time_left()
+        self._progress.update(self._study, completed=self._done + self._failed, description=description)
+
+    def _time_left(self) -> str:
+        """By the runs that have ended, their starts and compiling included; before there is one, by the steps of those
+        at work since their first row."""
+        under_way = max(0, self._running)
+        left = self._runs - self._done - self._failed - under_way * self._at / self._steps
+        seconds = 0.0
         if self._made:
-            words.append(f"{_clock((time.monotonic() - self._since) / self._made * left)} left")
-        self._progress.update(self._study, completed=self._done + self._failed, description=", ".join(words))
+            seconds = self._made_seconds / self._made
+        elif self._first_row is not None and self._at > self._first_row[0]:
+            step, since = self._first_row
+            seconds = (time.monotonic() - since) / (self._at - step) * self._steps / max(1, under_way)
+        return f", about {_clock(seconds * left)} left" if seconds and left > 0 else ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -78,4 +98,5 @@ class StudyView:
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

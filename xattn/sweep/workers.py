@@ -67,7 +67,7 @@ def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], devices: Sequence
             processes[-1].start()
     varying, pending, told = xattn.config.varying_keys([job.config for job in jobs]), list(unfinished), False
     with StudyView(len(jobs), len(jobs) - len(unfinished)) as view:
-        view.began([f"{len(devices)} processes"], len(jobs))
+        view.began([f"{len(devices)} processes"], 1)
         while alive := [process for process in processes if process.is_alive()]:
             wait([process.sentinel for process in alive], _POLL_SECONDS)
             for job in [job for job in pending if is_finished(job)]:
