@@ -21,6 +21,13 @@ from xattn.loaded_run import _text
 from xattn.run import run
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _fast_to_compile() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     overrides = [

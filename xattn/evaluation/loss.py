@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ class HeldOutLoss(NamedTuple):
     val_bpb: float | None
 
 
+@lru_cache(maxsize=8)  # or each call would compile anew
 def score_windows(model: LanguageModel) -> ScoreWindows:
     """(params, hyperparameters, windows) → Σ weights · loss, in nats, a float32 scalar."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +61,7 @@ class Probe:
     sigmoid_bias: float | None = None
 
 
+@lru_cache(maxsize=8)
 def places_of(model: LanguageModel) -> PlacesOf:
     """(params, hyperparameters, windows) → :class:`Places` of the windows, on the device."""
 
