@@ -15,10 +15,13 @@ import pytest
 import xattn
 from xattn.cli import main
 from xattn.config import compose
-from xattn.data.tokenizer import ByteTokenizer
+from xattn.data.bpe import train_bpe
+from xattn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from xattn.errors import BadInput
 from xattn.loaded_run import _text
+from xattn.model.transformer import LanguageModel
 from xattn.run import run
+from xattn.training.programs import hyperparameters
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -115,6 +118,36 @@ def test_another_corpus_and_another_length(loaded: xattn.LoadedRun, tmp_path: Pa
     assert longer == pytest.approx(expected(-math.log(40)), rel=1e-5)
     assert abs(fixed - longer) > 1e-5
     assert loaded.evaluate(["data=text", *overrides])["val_loss"] == fixed
+
+
+def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None:
+    """Not in a vocabulary that is learned from that text; and bits are counted by its own bytes."""
+    tokenizer = JsonTokenizer(train_bpe(iter(["to be or not to be, that is the question\n"] * 9), 270)).without_border()
+    (tmp_path / "tokenizer.json").write_text(tokenizer.text, "utf-8")
+    text = tmp_path / "other.txt"
+    text.write_text("whether 'tis nobler in the mind to suffer " * 20)
+    small = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
+    config = compose([*small, "data=text", "data.path=gone", "data.tokenizer=bpe", "backend.context_length=8"])
+    model, hyper = LanguageModel(config.model, config.backend, 270), hyperparameters(config).model
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
+    opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, tokenizer, 0)
+    found = opened.evaluate([f"data.path={text}", "data.validation_fraction=0.5", "evaluation.windows=all"])
+
+    ids = tokenizer.encode(text.read_text())
+    held_out = ids[len(ids) - len(ids) // 2 :]
+    assert held_out.max() > 256  # pairs that the model's own text has taught
+    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens, hyper))
+    nats = 0.0
+    for start in range(0, len(held_out) - 1, 8):
+        window = held_out[start : start + 9]
+        logits = np.asarray(forward(np.resize(window[:-1], (1, 8)))[0, : len(window) - 1], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats -= log_p[np.arange(len(window) - 1), window[1:]].sum()
+    assert found["val_loss"] == pytest.approx(nats / (len(held_out) - 1), rel=1e-5)
+    size = len(tokenizer.decode(held_out[1:]).encode())
+    assert found["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    with pytest.raises(BadInput, match="a vocabulary of 64 tokens; the model's is of 270"):
+        opened.evaluate(["data=mqar", "data.vocab_size=64", "data.num_pairs=2"])
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,9 @@ def test_tiny_texts_fill_batches(length: int) -> None:
 def test_all_scores_every_token_but_the_first_once(length: int, batch_size: int) -> None:
     windows = evaluation_windows(np.arange(length), context_length=7, batch_size=batch_size, windows="all")
     scored: Counter[int] = Counter()
-    for tokens, weights, _ in windows:
+    for batch in windows:
+        tokens, weights = batch.tokens, batch.weights
+        assert batch.optional == ()
         assert tokens.shape == (batch_size, 8)
         assert weights.shape == (batch_size, 7)
         assert tokens.dtype == np.int32
