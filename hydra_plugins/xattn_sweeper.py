@@ -1,11 +1,13 @@
-"""``hydra/sweeper=optuna``. Hydra finds plugins in this package only; the logic is in xattn.sweep.tune."""
+"""The sweeper of ``-m``, and ``hydra/sweeper=optuna``. Hydra finds plugins in this package only; the logic of tuning is
+in xattn.sweep.tune."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
@@ -17,6 +19,14 @@ from hydra_plugins.xattn_launcher import XattnLauncher, jobs_of
 from xattn.errors import BadInput
 from xattn.sweep import study
 from xattn.sweep.tune import Dimension, Tuning, tune
+
+
+class GridSweeper(BasicSweeper):
+    """Hydra's own, which composes every job's config only to see that it can be; the launcher does it once more, and
+    for many runs that are done that is all the time there is."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        pass
 
 
 class OptunaSweeper(Sweeper):

@@ -134,15 +134,20 @@ def test_a_trial_whose_process_died_is_drawn_again_as_it_was(runs: Runs) -> None
 
 
 @pytest.mark.slow
-def test_for_real(tiny: list[str], tmp_path: Path) -> None:
-    """By the command line: an interval and a choice, two trials, and again: nothing trains."""
+def test_the_same_command_in_another_process_repeats_nothing(tiny: list[str], tmp_path: Path) -> None:
+    """By the command line: an interval and a choice, two trials; again: nothing trains; three asked for: one does."""
     root = Path(__file__).resolve().parent.parent.parent
-    command = [sys.executable, str(root / "train.py"), "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", *tiny]
-    command += ["trainer.steps=4", f"{RATE}=tag(log, interval(1e-4, 1e-2))", "backend.theta=choice(100, 10000)"]
-    for expected in (2, 0):
-        done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True)
+    command = [sys.executable, str(root / "train.py"), "-m", "hydra/sweeper=optuna", *tiny, "trainer.steps=4"]
+    command += [f"{RATE}=tag(log, interval(1e-4, 1e-2))", "backend.theta=choice(100, 10000)"]
+    before: dict[Path, bytes] = {}
+    for wanted, expected in ((2, 2), (2, 0), (3, 1)):
+        done = subprocess.run(
+            [*command, f"hydra.sweeper.n_trials={wanted}"], cwd=tmp_path, env=os.environ, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("done, val_loss") == expected
-        assert "best of 2 trials: val_loss" in done.stdout
-    folders = [run for run in (tmp_path / "outputs" / "default").iterdir() if run.is_dir() and run.name[0] != "."]
-    assert len(folders) == 2
+        assert f"best of {wanted} trials: val_loss" in done.stdout
+        made = {path: path.read_bytes() for path in (tmp_path / "outputs" / "default").glob("*/summary.json")}
+        assert len(made) == wanted
+        assert before.items() <= made.items()
+        before = made
