@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 
 from xattn.config import Config, compose
 from xattn.data.batches import TrainingBatches, evaluation_windows
+from xattn.model.loss import MOST_LOGITS
+from xattn.model.transformer import LanguageModel, ModelHyperparameters
 from xattn.training.checkpoint import Checkpoints
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs
-from xattn.training.sharding import on_one_device
+from xattn.training.sharding import layout_of, on_one_device
 from xattn.training.state_hash import state_sha256
 
 STEPS = 20
@@ -102,6 +106,31 @@ def test_a_split_sequence_computes_the_same_where_nothing_is_gathered(
     state, losses = trained(run, run.init(hyperparameters(config_of(*meaning))), 0, STEPS)
     np.testing.assert_allclose(losses, one, rtol=1e-5)
     np.testing.assert_allclose(score(run, state), evaluated, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_device_has_its_stretch_of_a_split_sequence_and_no_more(
+    activation: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of loss and gradient, projections and logits included; where these are made in parts, too."""
+    monkeypatch.setitem(MOST_LOGITS, "float32", 8 * 1024 * 256 * 4 // parts)
+    sizes = ("backend.context_length=1024", "model.embedding_dim=32", "parallel.context=4", "parallel.data=2")
+    config = config_of(f"backend={activation}", *sizes)
+    layout, model = layout_of(config), LanguageModel(config.model, config.backend, 256)
+    hyper, tokens = ModelHyperparameters(1e4, -6.0), jax.ShapeDtypeStruct((8, 1024), np.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, hyper)["params"]
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        losses: Any = model.apply({"params": params}, tokens, hyper, targets=tokens)
+        return losses.sum()
+
+    state = layout.state(shapes)
+    with layout.tracing():
+        program = jax.jit(jax.value_and_grad(loss), in_shardings=(state, layout.rows()), out_shardings=(None, state))
+        text = program.lower(shapes, tokens).compile().as_text()
+    gathered = re.findall(r"= \(?f32\[([\d,]*)\][^=]*? (?:all-gather|all-to-all)\(", text)
+    assert all(math.prod(map(int, shape.split(","))) < 4 * 1024 * 32 / 4 for shape in gathered), gathered
 
 
 def test_state_is_made_and_stays_split_as_the_table_says() -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xattn.backend.mesh import context_devices
 from xattn.model.projection import projection
 
 # The most bytes of logits that are there at once. In a narrower dtype than float32 they may be many: the log-sum-exp
@@ -42,15 +43,17 @@ def projected_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array) -> 
         return losses(x, targets)
     parts = -(-length // positions)
     positions = -(-length // parts)  # parts of equal size: what they are padded with is least
+    positions += -positions % context_devices()
 
     def in_parts(array: jax.Array) -> jax.Array:
-        """(B, S, …) → (parts, B, positions, …)."""
+        """(B, S, …) → (parts, B, positions, …): every so many positions, so that each device has its share of each part
+        of a sequence that is split over several."""
         padding = [(0, 0), (0, parts * positions - length)] + [(0, 0)] * (array.ndim - 2)
-        padded = jnp.pad(array, padding).reshape(batch, parts, positions, *array.shape[2:])
-        return jnp.moveaxis(padded, 1, 0)
+        padded = jnp.pad(array, padding).reshape(batch, positions, parts, *array.shape[2:])
+        return jnp.moveaxis(padded, 2, 0)
 
     def part(_: None, arrays: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         return None, losses(*arrays)
 
     _, found = jax.lax.scan(jax.checkpoint(part, prevent_cse=False), None, (in_parts(x), in_parts(targets)))
-    return jnp.moveaxis(found, 0, 1).reshape(batch, -1)[:, :length]
+    return jnp.moveaxis(found, 0, 2).reshape(batch, -1)[:, :length]

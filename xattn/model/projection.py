@@ -6,10 +6,14 @@ from typing import Any
 
 import jax
 
+from xattn.backend.mesh import context_devices
+
 
 def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, precision: Any = None) -> jax.Array:
     """x (…, in) · kernel (in, out). What nn.Dense passes besides is for this product always the same."""
-    return project_on_cpu(x, kernel) if jax.default_backend() == "cpu" else x @ kernel
+    # Rows and sequence as one axis can't stay split by the sequence: all of it would be gathered on each device.
+    on_cpu = jax.default_backend() == "cpu" and context_devices() == 1
+    return project_on_cpu(x, kernel) if on_cpu else x @ kernel
 
 
 @jax.custom_vjp
