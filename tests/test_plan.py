@@ -82,6 +82,20 @@ def test_a_mesh_shares_out_what_it_should() -> None:
     assert far.communication_seconds > data.communication_seconds * 8  # between machines
 
 
+def test_a_split_sequence_sends_what_its_implementation_exchanges() -> None:
+    def sent(*overrides: str, length: int) -> float:
+        config = compose([*SMALL, f"backend.context_length={length}", *overrides])
+        found = planned(config, ONE | {"context": 4})
+        return found.communication["context"] - 2 * 3 * 4 * found.parameters // 4  # less the sum of the gradients
+
+    rows, layers, width, heads = 8, 3, 64, 2
+    keys_values = 2 * 4 * rows * width  # bytes a token
+    assert sent("backend=softmax", length=128) == layers * 3 * 3 * keys_values * 128 // 4
+    assert sent("backend=softmax", length=1024) == layers * (2 * 3 + 4) * keys_values * 1024 // 4
+    states = 4 * 4 * rows * heads * (width // heads) ** 2
+    assert sent("backend=none", length=1024) == sent("backend=none", length=4096) == layers * 2 * 3 * states // 4
+
+
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--device", "h100", "--devices", "8"]
     assert main(["plan", *SMALL, "parallel=fsdp", *where, "--json"]) == 0

@@ -105,7 +105,7 @@ def _memory(
     narrow = 2 if model.dtype == "bfloat16" else 4
     rows = config.trainer.batch_size / (mesh["data"] * mesh["fsdp"] * config.trainer.gradient_accumulation)
     tokens = rows * config.backend.context_length / mesh["context"]
-    everything = tokens * _kept_by_a_layer(config, int(rows)) * narrow / mesh["tensor"]
+    everything = tokens * _kept_by_a_layer(config, int(rows), mesh) * narrow / mesh["tensor"]
     stream = tokens * model.embedding_dim * narrow
     match model.remat:
         case "none":
@@ -129,7 +129,7 @@ def _memory(
     }
 
 
-def _kept_by_a_layer(config: Config, rows: int) -> float:
+def _kept_by_a_layer(config: Config, rows: int, mesh: dict[str, int]) -> float:
     """Numbers a token that the backward pass of a layer reads: inputs of its norms, products and functions."""
     model, backend = config.model, config.backend
     d, kv = model.embedding_dim, model.kv_heads * model.head_dim
@@ -139,6 +139,14 @@ def _kept_by_a_layer(config: Config, rows: int) -> float:
     attention = 3 * d + projected + normed + rotated  # the stream, its norm, the output before its projection
     if model.norm_placement == "hybrid":
         attention += d
+    if _implementation(config, rows, mesh) == "reference":
+        attention += 2 * model.num_heads * backend.context_length
+    return attention + 2 * d + (4 if model.mlp == "swiglu" else 3) * model.mlp_dim
+
+
+def _implementation(config: Config, rows: int, mesh: dict[str, int]) -> str:
+    """What computes the attention of so many rows, on a device like the one here."""
+    model, backend = config.model, config.backend
     call = dispatch.Call(
         activation=backend.activation,
         dtype=model.dtype,
@@ -149,10 +157,9 @@ def _kept_by_a_layer(config: Config, rows: int) -> float:
         head_dim_qk=model.head_dim,
         head_dim_v=model.head_dim,
         window=backend.window,
+        context=mesh["context"],
     )
-    if dispatch.choose(call, backend.implementation).name == "reference":
-        attention += 2 * model.num_heads * backend.context_length
-    return attention + 2 * d + (4 if model.mlp == "swiglu" else 3) * model.mlp_dim
+    return dispatch.choose(call, backend.implementation).name
 
 
 def _communication(config: Config, parameters: int, mesh: dict[str, int]) -> dict[str, int]:
@@ -164,13 +171,22 @@ def _communication(config: Config, parameters: int, mesh: dict[str, int]) -> dic
     tokens = rows * config.backend.context_length / mesh["context"]
     share = {axis: (size - 1) / size for axis, size in mesh.items()}
     keys_values = 2 * rows * config.backend.context_length * model.kv_heads * model.head_dim * narrow / mesh["tensor"]
+    match _implementation(config, int(rows), mesh):
+        case "ring":  # keys and values, forward and backward; their gradients in float32, all the way round
+            exchanged = (2 * share["context"] + 4 / narrow) * keys_values
+        case "linear":  # each device's state, forward, and backward its gradient
+            states = mesh["context"] * rows * model.kv_heads * model.head_dim**2 * 4 / mesh["tensor"]
+            exchanged = 2 * share["context"] * states
+        case _:  # keys and values, forward and backward, and the scattered sum of their gradients
+            exchanged = 3 * share["context"] * keys_values
     volumes = {
         # The sum of the gradients.
         "data": 2 * share["data"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
         # The parameters forward and backward, for each part of a batch, and the scattered sum of the gradients.
         "fsdp": (2 * parts + 1) * share["fsdp"] * 4 * parameters / mesh["tensor"],
-        # Keys and values forward and backward, and the scattered sum of their gradients.
-        "context": 3 * share["context"] * model.num_layers * keys_values,
+        # What attention exchanges in each layer, and the sum of the parameters' gradients.
+        "context": (mesh["context"] > 1) * model.num_layers * exchanged
+        + 2 * share["context"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
         # Two sums of the stream a layer, forward and backward.
         "tensor": 8 * share["tensor"] * model.num_layers * tokens * model.embedding_dim * narrow,
     }

@@ -170,8 +170,8 @@ MUTATIONS = [
     ("window's last stretch unseen", "ring", "1 + -(-(window - 1) // length)", "1", RINGS[5]),
     ("segments stay at home", "ring", "backward_tiles(q, k, v, segments,", "backward_tiles(q, k, v, None,", RINGS[8]),
     ("bias of one device", "ring", "jax.lax.psum(d_bias, CONTEXT)", "d_bias", RINGS[1]),
-    ("a device's own state twice", "linear", "< index)", "<= index)", STATES[0]),
-    ("positions of one device", "linear", "initial, tuning, first)[0]", "initial, tuning)[0]", STATES[0]),
+    ("a device's own state twice", "linear", "jnp.tri(devices, k=-1,", "jnp.tri(devices,", STATES[0]),
+    ("positions of one device", "linear", "tuning, index * q.shape[2])[0]", "tuning)[0]", STATES[0]),
 ]
 
 

@@ -51,29 +51,39 @@ def linear(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning
         return linear_with_state(q, k, v, spec, None, tuning)[0]
     _check(spec)
     places = replace(spec, theta=P())  # type: ignore[arg-type]
+    states = on_each(_state_of_device, in_specs=(SEQUENCE_SPLIT, SEQUENCE_SPLIT, places), out_specs=P(CONTEXT))(
+        k, v, spec
+    )
+    # Summed outside of what is split by hand, so that rows and heads stay split as they are.
+    earlier = jnp.tri(devices, k=-1, dtype=F32)
+    before = jnp.einsum("mn,nbkde->mbkde", earlier, states, precision=jax.lax.Precision.HIGHEST)
     run = on_each(
-        partial(_of_device, tuning=tuning or Tuning.of_platform()),
-        in_specs=(*[SEQUENCE_SPLIT] * 3, places),
+        partial(_output_of_device, tuning=tuning or Tuning.of_platform()),
+        in_specs=(*[SEQUENCE_SPLIT] * 3, places, P(CONTEXT)),
         out_specs=SEQUENCE_SPLIT,
     )
-    return run(q, k, v, spec)
+    return run(q, k, v, spec, before)
 
 
-def _of_device(
-    index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, *, tuning: Tuning
+@jax.checkpoint
+def _state_of_device(index: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """Σ_s R(s) k_s v_sᵀ / √DHQK over the device's own stretch, (1, B, NKV, DHQK, DHV)."""
+    _, rotated_k = prepare(k, k, spec, index * k.shape[2])
+    return product("bksd,bkse->bkde", rotated_k, v)[None] / math.sqrt(k.shape[-1])
+
+
+def _output_of_device(
+    index: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: AttentionSpec,
+    before: jax.Array,
+    *,
+    tuning: Tuning,
 ) -> jax.Array:
-    """The output of device ``index``; all arrays are its own stretches, at positions from index · their length on."""
-    first = index * q.shape[2]
-
-    @jax.checkpoint
-    def state(k: jax.Array, v: jax.Array, theta: jax.Array) -> jax.Array:
-        _, rotated_k = prepare(k, k, replace(spec, theta=theta), first)
-        return product("bksd,bkse->bkde", rotated_k, v) / math.sqrt(k.shape[-1])
-
-    states = jax.lax.all_gather(state(k, v, spec.theta), CONTEXT)
-    earlier = (jnp.arange(states.shape[0]) < index).astype(F32)
-    initial = jnp.sum(states * earlier.reshape(-1, 1, 1, 1, 1), axis=0)
-    return chunked(q, k, v, spec, initial, tuning, first)[0]
+    """Of the device's own stretch, after the state ``before`` (1, B, NKV, DHQK, DHV)."""
+    return chunked(q, k, v, spec, before[0], tuning, index * q.shape[2])[0]
 
 
 def linear_with_state(
