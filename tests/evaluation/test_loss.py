@@ -29,7 +29,7 @@ def test_every_token_but_the_first_counts_once() -> None:
     assert sum(w.weights.sum() for w in windows) == 51
 
     forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens, HYPER))
-    nats = 0.0
+    nats = answers_nats = 0.0
     for start in range(0, 51, 7):
         window = np.zeros(8, np.int32)
         length = len(TEXT[start : start + 8])
@@ -37,7 +37,12 @@ def test_every_token_but_the_first_counts_once() -> None:
         logits = np.asarray(forward(window[None, :-1])[0], np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         nats -= sum(log_p[t, window[t + 1]] for t in range(length - 1))
+        answers_nats -= sum(log_p[t, (window[t + 1] + 3) % 11] for t in range(length - 1))
 
-    loss = held_out_loss(score_windows(model), params, HYPER, windows, bytes_per_token=2.0)
+    score = score_windows(model)
+    loss = held_out_loss(score, params, HYPER, windows, bytes_per_token=2.0)
     assert loss.val_loss == pytest.approx(nats / 51, rel=1e-5)
     assert loss.val_bpb == pytest.approx(nats / 51 / math.log(2) / 2, rel=1e-5)
+    asked = [each._replace(answers=(each.targets + 3) % 11) for each in windows]  # not for the next token
+    loss = held_out_loss(score, params, HYPER, asked, bytes_per_token=None)
+    assert loss == (pytest.approx(answers_nats / 51, rel=1e-5), None)
