@@ -87,6 +87,15 @@ def test_a_key_draws_the_same_tokens_again() -> None:
         generate(model, params, HYPER, np.zeros(0, np.int32), num_tokens=1, sampling=GREEDY, key=KEY)
 
 
+def test_each_place_has_randomness_of_its_own() -> None:
+    """Of a model that finds all tokens equally likely, whose text is nothing but what was drawn."""
+    model, params = model_and_params("backend=softmax")
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    tokens = generate(model, nothing, HYPER, [3], num_tokens=3 * CHUNK, sampling=Sampling(1.0), key=KEY)
+    assert len(set(tokens.tolist())) > V // 2
+    assert len({chunk.tobytes() for chunk in tokens.reshape(3, CHUNK)}) == 3
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p", "kept"),
     [
