@@ -43,6 +43,8 @@ class Case:
     kv_heads: int = HEADS
     length: int = LENGTH
     context_length: int | None = None
+    bias_step: float = 0.0
+    """By how much sigmoid's bias grows from head to head, from −log n."""
 
     def call(self) -> Call:
         """The case as the table sees it, without making an array."""
@@ -64,7 +66,8 @@ class Case:
     def __str__(self) -> str:
         swish = "+swish" if self.pre_activation == "swish" else ""
         kv = f"-{self.heads}/{self.kv_heads}" if self.heads != self.kv_heads else ""
-        return f"{self.activation}{swish}-{self.mask}-{self.dtype}-S{self.length}{kv}"
+        bias = "-biases" if self.bias_step else ""
+        return f"{self.activation}{swish}-{self.mask}-{self.dtype}-S{self.length}{kv}{bias}"
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def inputs(case: Case) -> Inputs:
         )
     )
     restrictions = _restrictions(case.mask, case.length, rng)
+    bias = -np.log(case.context_length or case.length) + case.bias_step * np.arange(case.heads)
     spec = checked_spec(
         batch=BATCH,
         num_heads=case.heads,
@@ -101,12 +105,12 @@ def inputs(case: Case) -> Inputs:
         qk_pre_activation_function=case.pre_activation,
         theta=THETA,
         context_length=case.context_length,
+        sigmoid_bias=jnp.asarray(bias, jnp.float32) if case.bias_step else None,
         attention_mask=restrictions.get("mask"),
         segment_ids=restrictions.get("segments"),
         window=restrictions.get("window"),
     )
     sin, cos = precompute_freqs(WIDTH_QK, case.length, THETA)
-    n = case.context_length or case.length
     problem = oracle.Problem(
         q=_f64(q),
         k=_f64(k),
@@ -116,7 +120,7 @@ def inputs(case: Case) -> Inputs:
         sin=_f64(sin),
         cos=_f64(cos),
         keep=oracle.keep_of(BATCH, case.length, **restrictions),
-        bias=np.full(case.heads, -np.log(n)),
+        bias=bias,
     )
     return Inputs(q, k, v, g, spec, problem)
 

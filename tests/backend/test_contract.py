@@ -40,14 +40,16 @@ CASES = [
         for a, p, m in itertools.product(ACTIVATIONS, get_args(QKPreActivation), MASKS)
     ),
     *(Case(activation=a, pre_activation="swish", mask=m, dtype="bfloat16") for a in ACTIVATIONS for m in MASKS[:4]),
-    Case(activation="softmax", dtype="float16"),
-    # Grouped heads; one token; a context that is not the sequence.
+    *(Case(activation=a, dtype="float16") for a in ACTIVATIONS),
+    # Grouped heads; one token; a context that is not the sequence; biases that differ from head to head.
     *(
         Case(activation=a, heads=6, kv_heads=2, mask=m)
         for a, m in zip(ACTIVATIONS, MASKS[-1:] * 2 + MASKS[:1], strict=True)
     ),
     *(Case(activation=a, length=1) for a in ACTIVATIONS),
     Case(activation="sigmoid", context_length=64),
+    Case(activation="sigmoid", bias_step=0.3),
+    Case(activation="sigmoid", bias_step=0.3, heads=6, kv_heads=2),
 ]
 
 PLAIN = [Case(activation=a) for a in ACTIVATIONS]
@@ -89,6 +91,18 @@ def test_the_table_sees_a_call_as_it_is(mask: str) -> None:
 def test_the_default_tuning_is_the_formula_too(name: str, case: Case) -> None:
     if row(name).unsupported(case.call()) is None:
         check_values(row(name), case)
+
+
+def test_a_state_that_float16_cannot_hold_gives_an_output_that_it_can() -> None:
+    """The reference has no state: its weights, and the sum of them, are far below 65504."""
+    rng = np.random.default_rng(5)
+    q = jnp.asarray(0.002 * rng.standard_normal((1, 1, 700, 8)), jnp.float16)
+    k, v = (jnp.asarray(20 + rng.standard_normal(q.shape), jnp.float16) for _ in range(2))
+    spec = replace(inputs(Case(activation="none")).spec, theta=jnp.float32(1e6))
+    state = linear_module.linear_with_state(q, k, v, spec, None)[1]
+    assert jnp.max(state) > 65504
+    arrays = [np.asarray(row(name).function(q, k, v, spec), np.float64) for name in ("linear", "reference")]
+    np.testing.assert_allclose(*arrays, rtol=0, atol=4e-3 * np.max(np.abs(arrays[1])))
 
 
 @pairs(CASES)

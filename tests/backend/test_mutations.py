@@ -20,6 +20,8 @@ SOFTMAX, SIGMOID, NONE = (Case(activation=a) for a in ("softmax", "sigmoid", "no
 EMPTY = Case(activation="softmax", mask="empty rows")
 WINDOW = Case(activation="none", mask="window")
 SEGMENTS = Case(activation="none", mask="segments")
+BIASED = Case(activation="sigmoid", bias_step=0.3)
+BIASED_GROUPED = Case(activation="sigmoid", bias_step=0.3, heads=6, kv_heads=2)
 GROUPED = Case(activation="none", heads=6, kv_heads=2)
 SWISH = Case(activation="none", pre_activation="swish")
 TUNING: dict[str, dict[str, int]] = {"blockwise": {"tile": 4}, "linear": {"chunk": 3}, "reference": {}}
@@ -29,6 +31,7 @@ MUTATIONS: list[tuple[str, str, str, str, Case]] = [
     ("scale dropped", "reference", "q, k) / math.sqrt(q.shape[-1])", "q, k)", SIGMOID),
     ("mask shifted by one", "reference", "s <= t if spec.mask", "s < t if spec.mask", NONE),
     ("bias dropped", "reference", "logits + spec.bias[None, :, None, None]", "logits", SIGMOID),
+    ("another head's bias", "reference", "spec.bias[None,", "spec.bias[::-1][None,", BIASED),
     ("axes swapped", "reference", '"bhtd,bhsd->bhts", q, k', '"bhtd,bhsd->bhst", q, k', NONE),
     ("wrong key heads", "reference", "jnp.repeat(k, group, axis=1)", "jnp.tile(k, (1, group, 1, 1))", GROUPED),
     ("empty rows are means", "reference", "jnp.where(keep, jax.nn.softmax(", "jnp.where(True, jax.nn.softmax(", EMPTY),
@@ -44,9 +47,17 @@ MUTATIONS: list[tuple[str, str, str, str, Case]] = [
         "offset + tile - 1) // tile, 0, count)",
         NONE,
     ),
+    ("another head's bias", "blockwise", "spec.bias.reshape(1,", "spec.bias[::-1].reshape(1,", BIASED),
+    (
+        "biases grouped the other way",
+        "blockwise",
+        "spec.bias.reshape(1, *q.shape[1:3], 1, 1)",
+        "spec.bias.reshape(1, *q.shape[2:0:-1], 1, 1).swapaxes(1, 2)",
+        BIASED_GROUPED,
+    ),
     ("keys not added up", "blockwise", "d_k = _add(", "d_k = _put(", NONE),
     ("window's first tile skipped", "blockwise", "offset - spec.window + 1, 0)", "offset, 0)", WINDOW),
-    ("chunk sees itself twice", "linear", "q, before.astype", "q, after.astype", NONE),
+    ("chunk sees itself twice", "linear", "before.astype", "after.astype", NONE),
     ("past forgotten", "linear", "axis=2) + state[:, :, None]", "axis=2)", NONE),
     ("keys not rotated", "linear", "cut(rotated_k)", "cut(k)", NONE),
     ("pre-activation dropped", "spec", "jax.nn.silu(x) if", "x if", SWISH),

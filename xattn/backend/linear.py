@@ -146,6 +146,8 @@ def chunked(
     chunk = min(tuning.chunk, length)
     concurrent = min(tuning.concurrent, -(-length // chunk))
     scale = 1 / math.sqrt(q.shape[-1])
+    # A state grows with the sequence: what float16 can't hold (65504) is not what the output can't.
+    past = F32 if v.dtype == jnp.float16 else v.dtype
 
     def cut(x: jax.Array) -> jax.Array:
         # (steps, B, heads, N, T, ·), filled with zeros: a key of zeros adds nothing to any sum.
@@ -160,7 +162,7 @@ def chunked(
         after = jnp.cumsum(product("bknsd,bknse->bknde", k, v) * scale, axis=2) + state[:, :, None]
         before = jnp.concatenate([state[:, :, None], after[:, :, :-1]], axis=2)
         out = product("bkgnts,bknse->bkgnte", weights.astype(v.dtype), v)
-        out += product("bkgntd,bknde->bkgnte", q, before.astype(v.dtype))
+        out += product("bkgntd,bknde->bkgnte", q.astype(past), before.astype(past))
         return after[:, :, -1], out.reshape(q.shape[0], -1, *out.shape[3:]).astype(v.dtype)
 
     rotated_q, rotated_k = prepare(q, k, spec, first)
