@@ -25,7 +25,7 @@ CALL = Call(
 
 
 def _row(name: str, unsupported: Any = None, unfavourable: Any = None) -> dispatch.Implementation:
-    return dispatch.Implementation(name, dispatch.reference, lambda _: unsupported, lambda _: unfavourable)
+    return dispatch.Implementation(name, dispatch.reference, lambda _: unsupported, lambda _: unfavourable, vmaps=True)
 
 
 def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from xattn.backend.spec import AttentionSpec, prepare
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
     """:func:`xattn.backend.reference.reference` for causal softmax in bfloat16 or float16, on a CUDA device.
 
-    RoPE and pre-activation come before it, as XLA fuses them. JAX 0.10 to 0.12 have releases in which vmap of this
-    kernel is broken (jax issue 38495).
+    RoPE and pre-activation come before it, as XLA fuses them. vmap of its gradient is an error in releases of JAX
+    (jax issue 38495).
     """
     assert spec.activation == "softmax"
     assert spec.mask is None

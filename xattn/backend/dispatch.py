@@ -53,6 +53,8 @@ class Call:
     has_segment_ids: bool = False
     platform: str = field(default_factory=lambda: platform())
     """cpu, cuda, rocm, tpu, …: where it will run."""
+    compute_capability: str | None = None
+    """That of the CUDA device where it will run, such as 9.0; None is the first one here, asked when it matters."""
     context: int = field(default_factory=lambda: context_devices())
     """Devices over which the mesh splits the sequence."""
 
@@ -73,6 +75,10 @@ class Call:
             has_segment_ids=spec.segment_ids is not None,
         )
 
+    @property
+    def capability(self) -> str:
+        return self.compute_capability or compute_capability()
+
 
 Reason = Callable[[Call], str | None]
 
@@ -88,6 +94,8 @@ class Implementation:
     """What of the call it does not support, or None: then it takes the call when named."""
     unfavourable: Reason
     """Why ``auto`` should rather pass it over though it could serve, or None."""
+    vmaps: bool
+    """Whether vmap transforms it, forward and backward: only then do runs that take it train as one program."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +120,15 @@ def _not_cudnn(call: Call) -> str | None:
         return f"{call.activation}: cuDNN has softmax only"
     if call.dtype not in ("bfloat16", "float16"):
         return f"{call.dtype}: cuDNN takes bfloat16 and float16"
-    if call.head_dim_qk != call.head_dim_v or call.head_dim_qk % 8 or call.head_dim_qk > 128:
-        return f"the head widths {call.head_dim_qk} and {call.head_dim_v}: equal, a multiple of 8, at most 128"
     if call.has_mask or call.has_segment_ids:
         return "a given mask or segment_ids: it would need an S×S bias"
     if call.context > 1:
         return "a split sequence: jax does not take its kernels apart along it"
-    if float(compute_capability()) < 8:
-        return f"compute capability {compute_capability()}: it needs 8.0"
+    if float(call.capability) < 8:
+        return f"compute capability {call.capability}: it needs 8.0"
+    widest = 256 if float(call.capability) >= 9 else 128
+    if call.head_dim_qk != call.head_dim_v or call.head_dim_qk % 8 or call.head_dim_qk > widest:
+        return f"the head widths {call.head_dim_qk} and {call.head_dim_v}: equal, a multiple of 8, at most {widest}"
     return None
 
 
@@ -136,8 +145,8 @@ def _not_hopper(call: Call) -> str | None:
         return "a given mask, segment_ids or a window: its kernels are causal and no more"
     if call.context > 1:
         return "a split sequence: its kernels see one device"
-    if compute_capability() != "9.0":
-        return f"compute capability {compute_capability()}: its instructions are those of 9.0 alone"
+    if call.capability != "9.0":
+        return f"compute capability {call.capability}: its instructions are those of 9.0 alone"
     return None
 
 
@@ -191,12 +200,14 @@ _SHORTEST_BLOCKWISE = {"softmax": 256, "sigmoid": 512, "none": 1024}
 
 # In the order in which auto tries them. The last serves every call.
 TABLE: tuple[Implementation, ...] = (
-    Implementation("cudnn", cudnn, _not_cudnn, _never),
-    Implementation("hopper", hopper, _not_hopper, _unmeasured),
-    Implementation("linear", linear, _not_linear, _short(none=256)),
-    Implementation("ring", ring, _not_ring, _no_ring),
-    Implementation("blockwise", blockwise, _never, _no_blockwise),
-    Implementation("reference", reference, _never, _never),
+    # JAX's rule for its backward takes operands that vmap leaves whole for mapped ones (jax issue 38495).
+    Implementation("cudnn", cudnn, _not_cudnn, _never, vmaps=False),
+    Implementation("hopper", hopper, _not_hopper, _unmeasured, vmaps=True),
+    Implementation("linear", linear, _not_linear, _short(none=256), vmaps=True),
+    # Runs that train as one program have one device; ring is blockwise there.
+    Implementation("ring", ring, _not_ring, _no_ring, vmaps=True),
+    Implementation("blockwise", blockwise, _never, _no_blockwise, vmaps=True),
+    Implementation("reference", reference, _never, _never, vmaps=True),
 )
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job
 from xattn.config import Config
+
+if TYPE_CHECKING:
+    from xattn.backend.dispatch import Implementation
 
 # What a layer's kernels cost to launch in a training step, and the rate at which a packed step of a small model works:
 # fitted to 4 layers of width 128 on an H100 (S 64, B 12: 0.59 ms a step alone, 1.85 ms for 16 runs, 6.9 ms for 64).
@@ -17,8 +21,6 @@ _LAUNCH_SECONDS_PER_LAYER = 0.12e-3
 _FLOPS_PER_SECOND = 38e12
 _MOST = 64
 _WORTH_IT = 1.5  # times the throughput, or auto leaves it
-# Attention that is plain JAX, which vmap transforms; kernels are written for one run.
-_VMAPPED = ("reference", "blockwise", "linear")
 
 
 def take_pack(queue: deque[Job], jobs: Sequence[Job]) -> list[Job]:
@@ -85,15 +87,16 @@ def pack_size(config: Config) -> int:
 
         if jax.default_backend() != "gpu":
             return 1
-    if _attention(config) not in _VMAPPED:
+    if not _attention(config).vmaps:
         return 1
     return _paying(config) if config.sweep.pack == "auto" else config.sweep.pack
 
 
-def _attention(config: Config) -> str:
+def _attention(config: Config) -> Implementation:
+    from xattn.backend import dispatch
     from xattn.pack import choose_attention
 
-    return choose_attention(config, context=1).name
+    return dispatch.row(choose_attention(config, context=1).name)
 
 
 def _paying(config: Config) -> int:
