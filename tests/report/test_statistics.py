@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import Design, find_design
 from xattn.report.read import read_study
 from xattn.report.selection import choose, split
 from xattn.report.simulate import promises, some_rejected
-from xattn.report.statistics import Effect, holm, interactions, main_effects, paired, smallest_signflip_p
+from xattn.report.statistics import Effect, detectable, holm, interactions, main_effects, paired, smallest_signflip_p
 
 from .folders import Writer
 
@@ -54,21 +55,35 @@ def test_the_smallest_signflip_p_is_reached_and_not_passed(seeds: int) -> None:
     )
 
 
-def test_the_detectable_difference_has_the_power_it_says() -> None:
+@pytest.mark.parametrize(("seeds", "arms"), [(3, 1), (3, 2), (3, 5), (8, 3)])
+def test_the_detectable_difference_is_found_four_times_in_five_by_holm(seeds: int, arms: int) -> None:
+    """One arm differs by it, the others by nothing; what is found is what the verdict calls found."""
     rng = np.random.default_rng(0)
-    d = rng.standard_normal(8)
-    found = paired(d)
-    assert found.detectable is not None
-    trials = rng.standard_normal((4000, 8)) * d.std(ddof=1) + found.detectable
-    t = trials.mean(1) / (trials.std(1, ddof=1) / math.sqrt(8))
-    assert np.mean(np.abs(t) > 2.364624) == pytest.approx(0.8, abs=0.02)  # t(0.975, 7)
+    trials = 0.01 * rng.standard_normal((20_000, arms, seeds))
+    trials[:, 0] += detectable(0.01, seeds, arms)
+    p_values = stats.ttest_1samp(trials, 0.0, axis=-1).pvalue
+    found = [min(row) == row[0] and row[0] <= 0.05 / arms for row in p_values]  # Holm's first step
+    assert np.mean(found) == pytest.approx(0.8, abs=0.015)
+
+
+def test_what_a_study_would_have_found_is_less_with_more_arms(writer: Writer) -> None:
+    found = []
+    for arm in ("softmax", "sigmoid", "none"):
+        for seed, own in enumerate((0.0, 0.02, 0.01)):
+            writer.run({"backend.activation": arm, "seed": seed}, 2.0 + (own if arm != "softmax" else 0.0))
+        found += [effects_of(writer)[0]] if arm != "softmax" else []
+    one, two = found
+    assert (one.comparisons, two.comparisons) == (1, 2)
+    assert one.paired == two.paired
+    assert one.detectable == pytest.approx(0.01 * 3.264, rel=1e-3)  # by statsmodels' TTestPower
+    assert two.detectable == pytest.approx(0.01 * 4.625, rel=1e-3)
 
 
 @pytest.mark.parametrize(("differences", "mean"), [([], None), ([0.5], 0.5), ([0.5, 0.5, 0.5], 0.5), ([0.0, 0.0], 0.0)])
 def test_nothing_is_said_of_what_has_no_spread(differences: list[float], mean: float | None) -> None:
     found = paired(differences)
     assert found.difference == mean
-    assert (found.ci_low, found.ci_high, found.p, found.p_signflip, found.detectable) == (None,) * 5
+    assert (found.ci_low, found.ci_high, found.p, found.p_signflip, found.spread) == (None,) * 5
 
 
 @pytest.mark.parametrize(("seeds", "there"), [(19, False), (20, True)])

@@ -285,7 +285,7 @@ def _columns(boot: bool) -> list[str]:
 def _numbers(effect: Effect, boot: bool) -> list[str]:
     found = effect.paired
     cells = [difference(effect), p_value(found.p), p_value(effect.p_holm), p_value(found.p_signflip)]
-    cells += [number(found.detectable, ".2g"), str(found.seeds)]
+    cells += [number(effect.detectable, ".2g"), str(found.seeds)]
     if boot:
         low, high = found.bootstrap or (None, None)
         cells.append(f"[{number(low, '+.4f')}, {number(high, '+.4f')}]")
@@ -295,8 +295,9 @@ def _numbers(effect: Effect, boot: bool) -> list[str]:
 def _note(boot: bool) -> str:
     text = (
         "Difference: arm − baseline, paired by seed and averaged over the other factors (the combinations that both "
-        "were run with; a mean is of all that its arm was run with), with t interval. p: paired t test; Holm: "
-        "corrected over the factor's arms. Detectable: the difference found with probability 0.8."
+        "were run with; a mean is of all that its arm was run with), with t interval, of one arm alone. p: paired t "
+        "test; Holm: corrected over the factor's arms. Detectable: the difference that is found after Holm with "
+        "probability 0.8, if seeds differ as much as these did."
     )
     return f"{text} BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on." if boot else text
 

@@ -54,9 +54,14 @@ def verdict(effect: Effect) -> str:
     )
     if effect.p_holm is not None and effect.p_holm <= 1 - LEVEL:
         return f"{arm} is {_direction(effect)} {baseline}: {facts}.{tail}"
+    alone = ""
+    if found.ci_low > 0 or found.ci_high < 0:
+        alone = (
+            f" The interval is of this arm alone; p is corrected for the {effect.comparisons} arms that were looked at."
+        )
     return (
-        f"No difference between {arm} and {baseline} is shown: {facts}. This study would have found one of "
-        f"{number(found.detectable, '.2g')} four times in five.{tail}"
+        f"No difference between {arm} and {baseline} is shown: {facts}.{alone} If seeds differ as much as these did, "
+        f"such a study finds a difference of {number(effect.detectable, '.2g')} four times in five.{tail}"
     )
 
 
