@@ -163,12 +163,12 @@ def test_a_missing_a_diverged_a_running_and_a_foreign_folder_are_said(writer: Wr
     assert "1 run killed or left without an end, and not judged: none1." in said
     assert "1 run failed, and not judged: none2." in said
     assert "Missing seeds: sigmoid has no run with seed 2." in said
-    assert "Diverged: 1 of 3 runs of backend.activation = none and 0 of 3 of softmax" in said
+    assert "Diverged: 1 of 1 runs of backend.activation = none and 0 of 3 of softmax that ended" in said
     write(found)
     none = next(effect for effect in found.effects if effect.arm == "none")
     assert verdict(none) == (
         "Nothing can be said of none against softmax: no seed has both finished. "
-        "1 of 3 runs of none diverged, and 0 of 3 of softmax."
+        "Of the runs that ended, 1 of 1 of none diverged, and 0 of 3 of softmax."
     )
 
 
@@ -324,8 +324,23 @@ def test_an_arm_that_diverged_is_not_called_better(writer: Writer) -> None:
     (effect,) = judged(writer).effects
     assert verdict(effect).startswith("none is lower where it did not diverge, but less stable, than softmax: ")
     assert verdict(effect).endswith(
-        "1 of 6 runs of none diverged, and 0 of 6 of softmax; the difference is of the others."
+        "Of the runs that ended, 1 of 6 of none diverged, and 0 of 6 of softmax; the difference is of the others."
     )
+
+
+def test_stability_is_compared_by_shares_of_the_runs_that_ended(writer: Writer) -> None:
+    """2 of 5 are more than 3 of 10; runs that were killed count on neither side."""
+    for seed in range(10):
+        lost = seed >= 7
+        keys = {"backend.activation": "softmax", "seed": seed}
+        writer.run(keys, None if lost else 2.0, status="diverged" if lost else "done")
+        lost = seed in (3, 4)
+        status = "killed" if seed >= 5 else "diverged" if lost else "done"
+        keys = {"backend.activation": "none", "seed": seed}
+        writer.run(keys, None if seed >= 3 else 1.5 + seed / 1000, status=status)
+    (effect,) = judged(writer).effects
+    assert verdict(effect).startswith("none is lower where it did not diverge, but less stable, than softmax: ")
+    assert "2 of 5 of none diverged, and 3 of 10 of softmax" in verdict(effect)
 
 
 def test_no_difference_shown_says_what_would_have_been_found(writer: Writer) -> None:

@@ -12,7 +12,7 @@ from scipy import stats
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import Design, find_design
 from xattn.report.read import read_study
-from xattn.report.selection import choose, split
+from xattn.report.selection import Candidate, choose, split
 from xattn.report.simulate import promises, some_rejected
 from xattn.report.statistics import Effect, detectable, holm, interactions, main_effects, paired, smallest_signflip_p
 
@@ -201,6 +201,13 @@ def test_a_diverged_run_is_worse_than_any_loss(writer: Writer) -> None:
     assert chosen_settings[("sigmoid",)] == (1e-3,)
 
 
+def test_settings_without_a_seed_in_common_are_ranked_by_the_share_that_diverged() -> None:
+    seeds = range(6)
+    few = Candidate((1e-3,), {0: 1.0}, (1,))
+    many = Candidate((3e-3,), {2: 2.0, 3: 2.0, 4: 2.0}, (5,))
+    assert many.rank(seeds) < few.rank(seeds)
+
+
 def test_diverged_runs_are_counted(writer: Writer) -> None:
     for arm in ("softmax", "none"):
         for seed in range(4):
@@ -208,8 +215,8 @@ def test_diverged_runs_are_counted(writer: Writer) -> None:
             loss = None if lost else (2.0 if arm == "softmax" else 1.9 + seed / 100)
             writer.run({"backend.activation": arm, "seed": seed}, loss, status="diverged" if lost else "done")
     (effect,) = effects_of(writer)
-    assert (effect.paired.seeds, effect.diverged, effect.runs) == (3, 1, 4)
-    assert (effect.baseline_diverged, effect.baseline_runs) == (0, 4)
+    assert (effect.paired.seeds, effect.diverged, effect.ended) == (3, 1, 4)
+    assert (effect.baseline_diverged, effect.baseline_ended) == (0, 4)
 
 
 def test_a_missing_seed_does_not_change_the_choice(writer: Writer) -> None:

@@ -154,10 +154,10 @@ def _diverged(effects: Sequence[Effect]) -> list[str]:
     for effect in effects:
         if effect.diverged or effect.baseline_diverged:
             said.append(
-                f"Diverged: {effect.diverged} of {effect.runs} runs of {effect.factor} = {show(effect.arm)} and "
-                f"{effect.baseline_diverged} of {effect.baseline_runs} of {show(effect.baseline)}, at the chosen "
-                "settings. A diverged run is worse than any loss; it has no difference, so the mean is of the pairs "
-                "that ended, and flatters the side that diverged more."
+                f"Diverged: {effect.diverged} of {effect.ended} runs of {effect.factor} = {show(effect.arm)} and "
+                f"{effect.baseline_diverged} of {effect.baseline_ended} of {show(effect.baseline)} that ended, at the "
+                "chosen settings. A diverged run is worse than any loss; it has no difference, so the mean is of the "
+                "pairs that ended, and flatters the side that diverged more."
             )
         if effect.cells_left_out:
             said.append(

@@ -221,7 +221,7 @@ def _cost(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
     yield Heading("Training stability")
     rows = []
     for cell, cost in costs.items():
-        diverged = f"{len(found.chosen[cell].diverged)} of {len(found.chosen[cell].runs)}"
+        diverged = f"{len(found.chosen[cell].diverged)} of {found.chosen[cell].ended}"
         norms = [number(cost.grad_norm, ".3g"), number(cost.max_grad_norm, ".3g")]
         rows.append([label(cell), diverged, number(cost.spikes, ".2g"), *norms])
     yield Table(
@@ -289,7 +289,7 @@ def _numbers(effect: Effect, boot: bool) -> list[str]:
     if boot:
         low, high = found.bootstrap or (None, None)
         cells.append(f"[{number(low, '+.4f')}, {number(high, '+.4f')}]")
-    return [*cells, f"{effect.diverged} of {effect.runs}"]
+    return [*cells, f"{effect.diverged} of {effect.ended}"]
 
 
 def _note(boot: bool) -> str:
@@ -297,7 +297,7 @@ def _note(boot: bool) -> str:
         "Difference: arm − baseline, paired by seed and averaged over the other factors (the combinations that both "
         "were run with; a mean is of all that its arm was run with), with t interval, of one arm alone. p: paired t "
         "test; Holm: corrected over the factor's arms. Detectable: the difference that is found after Holm with "
-        "probability 0.8, if seeds differ as much as these did."
+        "probability 0.8, if seeds differ as much as these did. Diverged: of the runs that ended."
     )
     return f"{text} BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on." if boot else text
 

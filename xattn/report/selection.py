@@ -34,9 +34,10 @@ class Candidate:
         return (*self.losses, *self.diverged)
 
     def rank(self, seeds: Collection[Any]) -> tuple[int, float]:
-        """The less the better: how many of these seeds diverged, then the mean loss of those that did not."""
+        """The less the better: the share of its runs with these seeds that diverged, then the others' mean loss."""
         losses = [loss for seed, loss in self.losses.items() if seed in seeds]
-        return (sum(seed in seeds for seed in self.diverged), float(np.mean(losses)) if losses else np.inf)
+        diverged = sum(seed in seeds for seed in self.diverged)
+        return (diverged / max(1, diverged + len(losses)), float(np.mean(losses)) if losses else np.inf)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Chosen:
     diverged: tuple[Any, ...]
     runs: Mapping[Any, Run]
     at_edge: tuple[str, ...]
+
+    @property
+    def ended(self) -> int:
+        """How many of the runs have a result, be it that they diverged."""
+        return sum(run.status in ("done", "diverged") for run in self.runs.values())
 
 
 def split(seeds: Sequence[Any], selection: Selection, tuned: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

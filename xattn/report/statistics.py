@@ -46,7 +46,8 @@ class Effect:
     factor and arm are written ``a × b`` where the comparison is an interaction: how much more (a's arm − a's baseline)
     is under b's arm than under b's baseline. p_holm: p after Holm's correction over the factor's comparisons, of which
     there are `comparisons`. detectable: see :func:`detectable`, corrected as p_holm is; the interval is not. diverged,
-    baseline_diverged: runs, of as many judged as `runs` and `baseline_runs` say. cells: how many were averaged.
+    baseline_diverged: runs, of as many that ended (done or diverged) as `ended` and `baseline_ended` say. cells: how
+    many were averaged.
     """
 
     factor: str
@@ -58,11 +59,16 @@ class Effect:
     comparisons: int = 1
     detectable: float | None = None
     diverged: int = 0
-    runs: int = 0
+    ended: int = 0
     baseline_diverged: int = 0
-    baseline_runs: int = 0
+    baseline_ended: int = 0
     cells: int = 1
     cells_left_out: int = 0
+
+    @property
+    def more_diverged(self) -> float:
+        """The share of the arm's runs that diverged − the baseline's, of those that ended."""
+        return self.diverged / max(1, self.ended) - self.baseline_diverged / max(1, self.baseline_ended)
 
 
 def smallest_signflip_p(seeds: int) -> float:
@@ -169,9 +175,9 @@ def _effect(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: 
         metric,
         paired(differences),
         diverged=sum(len(ours.diverged) for ours, _ in cells),
-        runs=sum(len(ours.runs) for ours, _ in cells),
+        ended=sum(ours.ended for ours, _ in cells),
         baseline_diverged=sum(len(theirs.diverged) for _, theirs in cells),
-        baseline_runs=sum(len(theirs.runs) for _, theirs in cells),
+        baseline_ended=sum(theirs.ended for _, theirs in cells),
         cells=len(usable),
         cells_left_out=judged - len(usable),
     )

@@ -31,14 +31,14 @@ def difference(effect: Effect) -> str:
 
 
 def verdict(effect: Effect) -> str:
-    """One sentence or two on an arm against the baseline. An arm that diverged more often is never called better."""
+    """One or two sentences on an arm against its baseline; it is never called better if a larger share of it diverged."""
     found, arm, baseline = effect.paired, show(effect.arm), show(effect.baseline)
     tail = ""
     if effect.diverged or effect.baseline_diverged:
         of_others = "" if found.difference is None else "; the difference is of the others"
         tail = (
-            f" {effect.diverged} of {effect.runs} runs of {arm} diverged, and {effect.baseline_diverged} of "
-            f"{effect.baseline_runs} of {baseline}{of_others}."
+            f" Of the runs that ended, {effect.diverged} of {effect.ended} of {arm} diverged, and "
+            f"{effect.baseline_diverged} of {effect.baseline_ended} of {baseline}{of_others}."
         )
     if found.difference is None:
         return f"Nothing can be said of {arm} against {baseline}: no seed has both finished.{tail}"
@@ -82,8 +82,8 @@ def _direction(effect: Effect) -> str:
     lower = effect.paired.difference < 0
     if not effect.metric.endswith(("loss", "bpb")):
         return "lower than" if lower else "higher than"
-    if lower and effect.diverged > effect.baseline_diverged:
+    if lower and effect.more_diverged > 0:
         return "lower where it did not diverge, but less stable, than"
-    if not lower and effect.baseline_diverged > effect.diverged:
+    if not lower and effect.more_diverged < 0:
         return "higher where the baseline did not diverge, but more stable, than"
     return "better than" if lower else "worse than"
