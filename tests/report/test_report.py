@@ -343,6 +343,18 @@ def test_stability_is_compared_by_shares_of_the_runs_that_ended(writer: Writer) 
     assert "2 of 5 of none diverged, and 3 of 10 of softmax" in verdict(effect)
 
 
+def test_the_table_for_a_paper_says_what_diverged(writer: Writer) -> None:
+    small(writer)
+    writer.run({"backend.activation": "sigmoid", "seed": 2}, None, status="diverged")
+    writer.run({"backend.activation": "sigmoid", "seed": 3}, None, status="failed")
+    lines = written(writer)["table.tex"].splitlines()
+    assert "& seeds & diverged" in lines[4]
+    assert [line.split(" & ")[-1] for line in lines[6:8]] == ["0 of 2 \\\\", "1 of 3 \\\\"]
+    columns = re.search(r"\{(l+r+)\}", lines[2])
+    assert columns is not None
+    assert {len(line.split(" & ")) for line in (lines[4], *lines[6:8])} == {len(columns[1])}
+
+
 def test_no_difference_shown_says_what_would_have_been_found(writer: Writer) -> None:
     for seed, difference in enumerate((-0.01, 0.01, 0.02)):
         writer.run({"backend.activation": "softmax", "seed": seed}, 2.0)
@@ -377,6 +389,16 @@ def test_speeds_stand_side_by_side_only_under_equal_circumstances(writer: Writer
     assert "| tokens/s |" not in page
     assert "Speeds are not set side by side" in page
     assert not (write(judged(writer)) / "curves-seconds.svg").exists()
+
+
+def test_no_verdict_on_speeds_is_given_under_other_circumstances(writer: Writer) -> None:
+    small(writer)
+    assert "tokens_per_second" in verdict(judged(writer, "tokens_per_second").effects[0])
+    writer.run({"backend.activation": "sigmoid", "seed": 2}, 2.0, provenance={"device_kind": "NVIDIA H100"})
+    for metric in ("tokens_per_second", "compile_seconds"):
+        with pytest.raises(BadInput, match=f"--metric {metric}: no verdict on speeds, because the runs differ in dev"):
+            judged(writer, metric)
+    assert judged(writer, "num_params").effects
 
 
 def test_speeds_of_one_program_that_differ_show_another_load(writer: Writer) -> None:

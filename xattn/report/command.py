@@ -16,7 +16,7 @@ from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.report import figures
 from xattn.report.checks import what_is_odd
 from xattn.report.content import Findings, page_of
-from xattn.report.cost import speeds_are_comparable
+from xattn.report.cost import NOT_COMPARABLE, is_speed, speeds_are_comparable
 from xattn.report.curves import curve_of
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import SEED, TUNED, find_design
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def judge(study: Study, *, metric: str, selection: Selection, tuned: Sequence[str] = (), command: str = "") -> Findings:
-    """All that the page says. Raises :class:`BadInput` where runs are done and none has the metric."""
+    """All that the page says. Raises :class:`BadInput` where runs are done and none has the metric, and for a
+    speed where speeds are not comparable."""
     done = [run for run in study.runs if run.status == "done"]
     if done and all(run.number(metric) is None for run in done):
         known = sorted({key for run in done for key in run.summary if run.number(key) is not None})
@@ -80,6 +81,8 @@ def judge(study: Study, *, metric: str, selection: Selection, tuned: Sequence[st
         raise BadInput(f"--metric {metric}: no run's summary.json has such a number{hint}")
     design = find_design(study, conf_defaults(), (*TUNED, *tuned))
     chosen = choose(design, metric, selection)
+    if is_speed(metric) and not speeds_are_comparable(chosen.values()):
+        raise BadInput(f"--metric {metric}: no verdict on speeds, because {NOT_COMPARABLE}; they stand in results.csv")
     effects = [effect for factor in design.factors for effect in main_effects(design, chosen, factor, metric)]
     probes_chosen = {probe: choose(design, probe, selection) for probe in probes_of(study.runs) if probe != metric}
     probes = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Picture, Table
-from xattn.report.cost import SAME_LOAD, cost_of, speeds_are_comparable
+from xattn.report.cost import NOT_COMPARABLE, SAME_LOAD, cost_of, speeds_are_comparable
 from xattn.report.design import Cell, Design, show
 from xattn.report.measures import attention_blocks, probe_blocks
 from xattn.report.read import Study
@@ -213,9 +213,7 @@ def _cost(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
         "Speeds of training alone, on one kind and number of devices and one pack size. How busy the machine was is "
         f"not on record; but the runs of one arm agree within {SAME_LOAD - 1:.0%}."
         if side_by_side
-        else "Speeds are not set side by side: the runs differ in device_kind, device_count, packed_with or, on CPUs, "
-        f"the host, or runs of one arm in speed by more than {SAME_LOAD - 1:.0%}, so that the load was not equal. They "
-        "stand in results.csv."
+        else f"Speeds are not set side by side: {NOT_COMPARABLE}. They stand in results.csv."
     )
     yield Table(["arm", *speed, "compile s", "peak MiB", "parameters", "GFLOP a step"], rows, words=["arm"], note=note)
     yield Heading("Training stability")

@@ -13,6 +13,10 @@ from xattn.report.selection import Chosen
 WINDOW = 20  # logged rows before a row, that a spike is judged by
 SPIKE = 6.0  # robust standard deviations
 SAME_LOAD = 1.25  # the fastest run of one program over the slowest
+NOT_COMPARABLE = (
+    "the runs differ in device_kind, device_count, packed_with or, on CPUs, the host, or runs of one arm in speed by "
+    f"more than {SAME_LOAD - 1:.0%}, so that the load was not equal"
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ def circumstances(run: Run) -> tuple[object, ...]:
     kind = run.provenance.get("device_kind")
     host = run.provenance.get("host") if kind == "cpu" else None
     return (kind, run.provenance.get("device_count"), run.summary.get("packed_with"), host)
+
+
+def is_speed(metric: str) -> bool:
+    """Whether it says how fast the machine was: tokens_per_second, wall_seconds, compile_seconds."""
+    return metric.endswith(("_per_second", "_seconds"))
 
 
 def speeds_are_comparable(cells: Iterable[Chosen]) -> bool:

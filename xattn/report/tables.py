@@ -56,25 +56,28 @@ def results_csv(runs: Sequence[Run], varying: Sequence[str], chosen: Mapping[Cel
 def table_tex(
     design: Design, effects: Sequence[Effect], chosen: Mapping[Cell, Chosen], metric: str, made_by: str
 ) -> str:
-    """A booktabs table: each arm's mean, and its difference to the baseline."""
+    """A booktabs table: each arm's mean, its difference to the baseline, and how many of its runs diverged."""
     lines = [
         f"% {made_by}",
         "% needs \\usepackage{booktabs}",
-        "\\begin{tabular}{llrrrr}",
+        "\\begin{tabular}{llrrrrr}",
         "\\toprule",
-        f"factor & arm & {_tex(metric)} & difference [95\\,\\%] & $p$ (Holm) & seeds \\\\",
+        f"factor & arm & {_tex(metric)} & difference [95\\,\\%] & $p$ (Holm) & seeds & diverged \\\\",
     ]
     for factor in design.factors:
         lines.append("\\midrule")
         of_arm = {effect.arm: effect for effect in effects if effect.factor == factor.key}
         for arm in factor.arms:
-            mean = number(arm_mean(design, chosen, design.factors.index(factor), arm), precision(metric))
+            i = design.factors.index(factor)
+            mean = number(arm_mean(design, chosen, i, arm), precision(metric))
             cells = [_tex(factor.key) if arm == factor.baseline else "", _tex(show(arm)), _math(mean)]
             if arm in of_arm:
                 effect = of_arm[arm]
                 cells += [_math(difference(effect)), _math(p_value(effect.p_holm)), str(effect.paired.seeds)]
             else:
                 cells += ["baseline", "", ""]
+            theirs = [each for cell, each in chosen.items() if cell[i] == arm]
+            cells.append(f"{sum(len(each.diverged) for each in theirs)} of {sum(each.ended for each in theirs)}")
             lines.append(" & ".join(cells) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 

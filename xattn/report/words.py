@@ -31,7 +31,7 @@ def difference(effect: Effect) -> str:
 
 
 def verdict(effect: Effect) -> str:
-    """One or two sentences on an arm against its baseline; it is never called better if a larger share of it diverged."""
+    """One or two sentences on an arm against its baseline, never called better if a larger share of it diverged."""
     found, arm, baseline = effect.paired, show(effect.arm), show(effect.baseline)
     tail = ""
     if effect.diverged or effect.baseline_diverged:
