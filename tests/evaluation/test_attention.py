@@ -109,6 +109,17 @@ def test_rows_are_named_by_layer_and_head_and_windows_that_only_pad_are_passed_o
     assert len(row) == 2 * HEADS * len(study.statistics)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("packed_at", [None, 5])
+def test_the_same_windows_are_looked_at_whatever_a_batch_holds(batch_size: int, packed_at: int | None) -> None:
+    ids = np.random.default_rng(2).integers(0, 11, 6 * LENGTH + 1)
+    starts = {"context_length": LENGTH, "windows": "all", "packed_at": packed_at}
+    (whole,) = evaluation_windows(ids, batch_size=6, **starts)
+    chosen = study_windows(evaluation_windows(ids, batch_size=batch_size, **starts))
+    assert (chosen.segment_ids is None) == (packed_at is None)
+    jax.tree.map(np.testing.assert_array_equal, chosen, whole.rows(slice(4)))
+
+
 def test_the_maps_are_drawn(tmp_path: Path) -> None:
     model, params = model_of("softmax")
     study = attention_study(model)(params, HYPER, WINDOWS)

@@ -96,8 +96,13 @@ def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
 
 def study_windows(windows: Sequence[Windows]) -> Windows:
     """What every study of a run looks at: the first four evaluation windows that score, or as many as there are."""
-    first = windows[0]
-    return first.rows(np.flatnonzero(first.weights.any(-1))[:WINDOWS])
+    found: list[Windows] = []
+    for batch in windows:
+        missing = WINDOWS - sum(len(each.tokens) for each in found)
+        if not missing:
+            break
+        found.append(batch.rows(np.flatnonzero(batch.weights.any(-1))[:missing]))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
 
 def statistics_row(study: AttentionStudy) -> dict[str, float]:

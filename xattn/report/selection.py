@@ -33,7 +33,7 @@ class Candidate:
         """The seeds that have a result, be it that they diverged."""
         return (*self.losses, *self.diverged)
 
-    def rank(self, seeds: Collection[Any]) -> tuple[int, float]:
+    def rank(self, seeds: Collection[Any]) -> tuple[float, float]:
         """The less the better: the share of its runs with these seeds that diverged, then the others' mean loss."""
         losses = [loss for seed, loss in self.losses.items() if seed in seeds]
         diverged = sum(seed in seeds for seed in self.diverged)

@@ -117,7 +117,7 @@ def detectable(spread: float, seeds: int, comparisons: int) -> float:
     That of the t test at level 0.05 / comparisons, at which Holm rejects whatever the others say: where some of the
     others are rejected too, it is found more often. The chance of rejecting on the wrong side is left out (< 10⁻⁵).
     """
-    threshold = stats.t.isf((1 - LEVEL) / 2 / comparisons, seeds - 1)
+    threshold = special.stdtrit(seeds - 1, 1 - (1 - LEVEL) / 2 / comparisons)
     return spread * float(special.nctdtrinc(seeds - 1, 1 - POWER, threshold)) / seeds**0.5
 
 
