@@ -10,6 +10,7 @@ import pytest
 
 from xattn.cli import main
 from xattn.config import Config, compose
+from xattn.errors import BadInput
 from xattn.hardware import HARDWARE, hardware_of
 from xattn.plan import Plan, plan
 from xattn.training.programs import hyperparameters, num_params, programs
@@ -96,6 +97,33 @@ def test_a_split_sequence_sends_what_its_implementation_exchanges() -> None:
     assert sent("backend=none", length=1024) == sent("backend=none", length=4096) == layers * 2 * 3 * states // 4
 
 
+def test_attention_is_what_it_would_be_on_the_devices_that_are_planned() -> None:
+    """Whatever is here: a CPU, most often."""
+    gpt2 = ["model=gpt2", "backend.context_length=128", "trainer.batch_size=8"]
+
+    def activations(device: str, *overrides: str) -> int:
+        return plan(compose([*gpt2, *overrides]), 256, HARDWARE[device], ONE).memory["activations"]
+
+    # cuDNN keeps no S×S weights; the table's first choice for so short a sequence elsewhere does.
+    assert activations("h100") == activations("h100", "backend.implementation=blockwise") < activations("tpu-v4")
+    assert activations("tpu-v4") == activations("h100", "backend.implementation=reference")
+    hopper = ["backend=sigmoid", "backend.implementation=hopper"]
+    assert activations("h200", *hopper) == activations("h200", "backend=sigmoid", "backend.implementation=blockwise")
+    with pytest.raises(BadInput, match=r"backend.implementation: .*'hopper' does not support compute capability 8.0"):
+        activations("a100", *hopper)
+    with pytest.raises(BadInput, match="'cudnn' does not support the platform tpu"):
+        activations("tpu-v5p", "backend.implementation=cudnn")
+
+
+def test_packed_documents_go_round_the_ring_as_they_would_in_the_run() -> None:
+    config = [*SMALL, "backend=none", "backend.context_length=4096"]
+    joined, packed = (
+        planned(compose([*config, f"data.documents={documents}"]), ONE | {"context": 4}).communication["context"]
+        for documents in ("joined", "packed")
+    )
+    assert packed > 2 * joined  # a state a device, or all keys and values
+
+
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--device", "h100", "--devices", "8"]
     assert main(["plan", *SMALL, "parallel=fsdp", *where, "--json"]) == 0
@@ -106,6 +134,13 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "8 × h100 (data 8)" in printed
     assert "does not fit; what helps: trainer.gradient_accumulation=2" in printed
+    assert "model.dtype=bfloat16" in printed  # it is a GPU's plan, whatever is here
+    assert "idle" not in printed
+    assert main(["plan", *SMALL, *where]) == 0
+    printed = capsys.readouterr().out
+    assert "1 × h100\n7 more stay idle: parallel=data, fsdp" in printed
+    assert main(["plan", *SMALL, "backend.implementation=cudnn", "--device", "h100"]) == 2
+    assert "'cudnn' does not support float32" in capsys.readouterr().err
     assert main(["plan", "--device", "h100", "--devices", "8", "parallel.data=3"]) == 2
     assert "a mesh of 3 devices" in capsys.readouterr().err
 

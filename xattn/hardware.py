@@ -18,6 +18,7 @@ class Hardware:
 
     bfloat16, float32: most operations a second of a matrix product. memory: bytes. bandwidth: of that memory, bytes a
     second. link: bytes a second, in one direction, to the devices of its own machine. per_machine: devices in one.
+    platform: cpu, cuda, rocm or tpu. compute_capability: of a CUDA device, None where it is the one here.
     """
 
     bfloat16: float
@@ -26,6 +27,8 @@ class Hardware:
     bandwidth: float
     link: float
     per_machine: int
+    platform: str
+    compute_capability: str | None = None
 
     def peak(self, dtype: str) -> float:
         """Operations a second of a product in this dtype."""
@@ -36,14 +39,14 @@ class Hardware:
 NETWORK = 50e9
 
 HARDWARE = {
-    "a100": Hardware(312e12, 156e12, 80e9, 2.0e12, 300e9, 8),
-    "h100": Hardware(989e12, 494e12, 80e9, 3.35e12, 450e9, 8),
-    "h200": Hardware(989e12, 494e12, 141e9, 4.8e12, 450e9, 8),
-    "b200": Hardware(2250e12, 1125e12, 180e9, 8.0e12, 900e9, 8),
-    "rtx4090": Hardware(165e12, 83e12, 24e9, 1.0e12, 32e9, 8),
-    "tpu-v4": Hardware(275e12, 275e12, 32e9, 1.2e12, 300e9, 4),
-    "tpu-v5e": Hardware(197e12, 197e12, 16e9, 0.82e12, 200e9, 8),
-    "tpu-v5p": Hardware(459e12, 459e12, 95e9, 2.77e12, 600e9, 4),
+    "a100": Hardware(312e12, 156e12, 80e9, 2.0e12, 300e9, 8, "cuda", "8.0"),
+    "h100": Hardware(989e12, 494e12, 80e9, 3.35e12, 450e9, 8, "cuda", "9.0"),
+    "h200": Hardware(989e12, 494e12, 141e9, 4.8e12, 450e9, 8, "cuda", "9.0"),
+    "b200": Hardware(2250e12, 1125e12, 180e9, 8.0e12, 900e9, 8, "cuda", "10.0"),
+    "rtx4090": Hardware(165e12, 83e12, 24e9, 1.0e12, 32e9, 8, "cuda", "8.9"),
+    "tpu-v4": Hardware(275e12, 275e12, 32e9, 1.2e12, 300e9, 4, "tpu"),
+    "tpu-v5e": Hardware(197e12, 197e12, 16e9, 0.82e12, 200e9, 8, "tpu"),
+    "tpu-v5p": Hardware(459e12, 459e12, 95e9, 2.77e12, 600e9, 4, "tpu"),
 }
 
 # What jax calls them: the beginning of device_kind.

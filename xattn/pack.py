@@ -13,7 +13,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xattn import hosts
 from xattn.attempt import Attempt
@@ -24,6 +24,7 @@ from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Choice
+    from xattn.hardware import Hardware
     from xattn.training.checkpoint import Restored
     from xattn.training.loop import Member
     from xattn.training.programs import Programs, TrainState
@@ -145,11 +146,17 @@ class Pack:
             at_most = min(steps)
 
 
-def choose_attention(config: Config, *, context: int) -> Choice:
-    """What the dispatch table says to the attention of one training batch, its sequence over so many devices."""
+def choose_attention(config: Config, *, context: int, hardware: Hardware | None = None) -> Choice:
+    """What the dispatch table says to the attention of one training batch, its sequence over so many devices.
+
+    hardware: what the devices are; None is what is here. Raises :class:`BadInput`.
+    """
     from xattn.backend import dispatch
 
     model, backend = config.model, config.backend
+    where: dict[str, Any] = {}
+    if hardware is not None:
+        where = {"platform": hardware.platform, "compute_capability": hardware.compute_capability}
     call = dispatch.Call(
         activation=backend.activation,
         dtype=model.dtype,
@@ -162,6 +169,7 @@ def choose_attention(config: Config, *, context: int) -> Choice:
         window=backend.window,
         has_segment_ids=has_segments(config.data),
         context=context,
+        **where,
     )
     try:
         return dispatch.choose(call, backend.implementation)

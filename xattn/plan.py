@@ -23,13 +23,14 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from xattn.backend import dispatch
+from xattn.backend.dispatch import AUTO, platform
 from xattn.config import Config, compose
 from xattn.data.config import DataConfig, Tokenised
 from xattn.data.tokenizer import ByteTokenizer
 from xattn.hardware import HARDWARE, NETWORK, Hardware, hardware_of, measured_peak
 from xattn.model.loss import MOST_LOGITS
 from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token
+from xattn.pack import choose_attention
 from xattn.training.memory import available_bytes, what_helps
 from xattn.training.optimizer import OptimizerHyperparameters, optimizer
 from xattn.training.sharding import mesh_sizes
@@ -62,7 +63,9 @@ class Plan:
 
 
 def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, int]) -> Plan:
-    """The cost of the config's training step on so many such devices."""
+    """The cost of the config's training step on so many such devices. Raises :class:`xattn.errors.BadInput` where they
+    can't do it."""
+    attention = choose_attention(config, context=mesh["context"], hardware=hardware).name
     parameters, optimizer_state = _state_sizes(config, vocab_size)
     tokens = config.trainer.batch_size * config.backend.context_length
     flops = (
@@ -71,8 +74,8 @@ def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, in
         * matmul_flops_per_token(config.model, context_length=config.backend.context_length, vocab_size=vocab_size)
     )
     again = 4 / 3 if config.model.remat == "full" else 1.0
-    memory = _memory(config, vocab_size, parameters, optimizer_state, mesh)
-    sent = _communication(config, parameters, mesh)
+    memory = _memory(config, vocab_size, parameters, optimizer_state, mesh, attention)
+    sent = _communication(config, parameters, mesh, attention)
     peak = EFFICIENCY * hardware.peak(config.model.dtype)
     # Parameters, gradient and optimizer state are read, and all but the gradient written, once an update.
     passes = 2 * (memory["parameters"] + memory["optimizer state"]) + memory["gradient"]
@@ -90,7 +93,9 @@ def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, in
 
 def _state_sizes(config: Config, vocab_size: int) -> tuple[int, int]:
     """Numbers in the parameters and in the optimizer's state."""
-    model = LanguageModel(config.model, config.backend, vocab_size)
+    # What computes the attention has no parameters, and need not serve the device here.
+    backend = config.backend.model_copy(update={"implementation": AUTO})
+    model = LanguageModel(config.model, backend, vocab_size)
     tokens = jax.ShapeDtypeStruct((1, config.backend.context_length), jnp.int32)
     hyper = ModelHyperparameters(1.0, 0.0)
     params: Any = jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, hyper)["params"], tokens)
@@ -99,13 +104,13 @@ def _state_sizes(config: Config, vocab_size: int) -> tuple[int, int]:
 
 
 def _memory(
-    config: Config, vocab_size: int, parameters: int, optimizer_state: int, mesh: dict[str, int]
+    config: Config, vocab_size: int, parameters: int, optimizer_state: int, mesh: dict[str, int], attention: str
 ) -> dict[str, int]:
     model, shards = config.model, mesh["fsdp"] * mesh["tensor"]
     narrow = 2 if model.dtype == "bfloat16" else 4
     rows = config.trainer.batch_size / (mesh["data"] * mesh["fsdp"] * config.trainer.gradient_accumulation)
     tokens = rows * config.backend.context_length / mesh["context"]
-    everything = tokens * _kept_by_a_layer(config, int(rows), mesh) * narrow / mesh["tensor"]
+    everything = tokens * _kept_by_a_layer(config, attention) * narrow / mesh["tensor"]
     stream = tokens * model.embedding_dim * narrow
     match model.remat:
         case "none":
@@ -129,40 +134,22 @@ def _memory(
     }
 
 
-def _kept_by_a_layer(config: Config, rows: int, mesh: dict[str, int]) -> float:
+def _kept_by_a_layer(config: Config, attention: str) -> float:
     """Numbers a token that the backward pass of a layer reads: inputs of its norms, products and functions."""
     model, backend = config.model, config.backend
     d, kv = model.embedding_dim, model.kv_heads * model.head_dim
     projected = d + 2 * kv
     rotated = d + kv
     normed = d + kv if model.qk_norm == "rmsnorm" else 0
-    attention = 3 * d + projected + normed + rotated  # the stream, its norm, the output before its projection
+    kept = 3 * d + projected + normed + rotated  # the stream, its norm, the output before its projection
     if model.norm_placement == "hybrid":
-        attention += d
-    if _implementation(config, rows, mesh) == "reference":
-        attention += 2 * model.num_heads * backend.context_length
-    return attention + 2 * d + (4 if model.mlp == "swiglu" else 3) * model.mlp_dim
+        kept += d
+    if attention == "reference":
+        kept += 2 * model.num_heads * backend.context_length
+    return kept + 2 * d + (4 if model.mlp == "swiglu" else 3) * model.mlp_dim
 
 
-def _implementation(config: Config, rows: int, mesh: dict[str, int]) -> str:
-    """What computes the attention of so many rows, on a device like the one here."""
-    model, backend = config.model, config.backend
-    call = dispatch.Call(
-        activation=backend.activation,
-        dtype=model.dtype,
-        batch=max(rows, 1),
-        num_heads=model.num_heads,
-        num_kv_heads=model.kv_heads,
-        sequence=backend.context_length,
-        head_dim_qk=model.head_dim,
-        head_dim_v=model.head_dim,
-        window=backend.window,
-        context=mesh["context"],
-    )
-    return dispatch.choose(call, backend.implementation).name
-
-
-def _communication(config: Config, parameters: int, mesh: dict[str, int]) -> dict[str, int]:
+def _communication(config: Config, parameters: int, mesh: dict[str, int], attention: str) -> dict[str, int]:
     """Bytes that a device sends in an update. Of n devices a gather or a scatter sends (n − 1)/n of what is gathered,
     and a sum over all devices is one of each."""
     model, parts = config.model, config.trainer.gradient_accumulation
@@ -171,7 +158,7 @@ def _communication(config: Config, parameters: int, mesh: dict[str, int]) -> dic
     tokens = rows * config.backend.context_length / mesh["context"]
     share = {axis: (size - 1) / size for axis, size in mesh.items()}
     keys_values = 2 * rows * config.backend.context_length * model.kv_heads * model.head_dim * narrow / mesh["tensor"]
-    match _implementation(config, int(rows), mesh):
+    match attention:
         case "ring":  # keys and values, forward and backward; their gradients in float32, all the way round
             exchanged = (2 * share["context"] + 4 / narrow) * keys_values
         case "linear":  # each device's state, forward, and backward its gradient
@@ -210,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(asdict(found) | {"vocab_size": vocab_size, "device_memory": hardware.memory}, indent=1))
         return 0
-    _print(found, config, hardware, options.device or jax.local_devices()[0].device_kind)
+    idle = devices - math.prod(found.mesh.values())
+    _print(found, config, hardware, options.device or jax.local_devices()[0].device_kind, idle)
     return 0
 
 
@@ -236,14 +224,16 @@ def _here() -> Hardware:
     if known is not None:
         return known
     # A CPU: bandwidth of its memory and of copies between its devices is a guess that matters little.
-    return Hardware(measured_peak("bfloat16"), measured_peak("float32"), available_bytes(), 20e9, 10e9, 64)
+    return Hardware(measured_peak("bfloat16"), measured_peak("float32"), available_bytes(), 20e9, 10e9, 64, platform())
 
 
-def _print(found: Plan, config: Config, hardware: Hardware, device: str) -> None:
+def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     devices = math.prod(found.mesh.values())
     axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1)
     console.print(f"{devices} × {device}" + (f" ({axes})" if axes else ""))
+    if idle:
+        console.print(f"{idle} more stay idle: parallel=data, fsdp, context or tensor takes all of them")
     console.print(
         f"parameters    {found.parameters:,}\n"
         f"an update     {found.flops_per_step:.3g} FLOPs, {found.tokens_per_step:,} tokens"
@@ -258,10 +248,8 @@ def _print(found: Plan, config: Config, hardware: Hardware, device: str) -> None
     fits = found.memory_bytes <= hardware.memory
     console.print(
         f"memory        {found.memory_bytes / 1e9:.2f} GB of {hardware.memory / 1e9:.1f}"
-        + ("" if fits else f": does not fit; what helps: {what_helps(config)}")
+        + ("" if fits else f": does not fit; what helps: {what_helps(config, hardware.platform)}")
     )
-    least, most = found.compute_seconds, found.compute_seconds + found.communication_seconds
-    hours = config.trainer.steps * most / 3600
     least, most = found.compute_seconds, found.compute_seconds + found.communication_seconds
     seconds = f"{least * 1e3:.2f} ms" if least == most else f"{least * 1e3:.2f} to {most * 1e3:.2f} ms"
     console.print(f"time          {seconds} an update, by how much of the communication hides behind the products")

@@ -31,12 +31,12 @@ def refuse_what_does_not_fit(needed: int, config: Config) -> None:
     raise BadInput(
         f"trainer.batch_size = {config.trainer.batch_size}, backend.context_length = {config.backend.context_length}: "
         f"a training step needs {needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are available\n"
-        f"what helps: {what_helps(config)}"
+        f"what helps: {what_helps(config, jax.default_backend())}"
     )
 
 
-def what_helps(config: Config) -> str:
-    """The keys that save memory and are not at their end yet, with what they cost."""
+def what_helps(config: Config, platform: str) -> str:
+    """The keys that save memory on the platform and are not at their end yet, with what they cost."""
     helps = []
     if config.trainer.gradient_accumulation < config.trainer.batch_size:
         parts = [n for n in range(2, config.trainer.batch_size + 1) if config.trainer.batch_size % n == 0]
@@ -44,7 +44,7 @@ def what_helps(config: Config) -> str:
         helps.append(f"trainer.gradient_accumulation={finer} (same result)")
     if config.model.remat != "full":
         helps.append("model.remat=full (same result, a third more work)")
-    if config.model.dtype == "float32" and jax.default_backend() != "cpu":
+    if config.model.dtype == "float32" and platform != "cpu":
         helps.append("model.dtype=bfloat16")
     helps.append("a smaller trainer.batch_size, backend.context_length or model")
     return "; ".join(helps)
