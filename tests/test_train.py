@@ -514,8 +514,9 @@ def test_a_loaded_run_writes_text(loaded: xattn.LoadedRun) -> None:
     prompt = jnp.asarray(loaded.tokenizer.encode("line 1: "), jnp.int32)[None]
     logits = loaded.model.apply({"params": loaded.params}, prompt, loaded.hyperparameters)
     assert once.startswith(loaded.tokenizer.decode([int(logits[0, -1].argmax())])[:1])
-    with pytest.raises(ValueError, match="prompt"):
-        loaded.generate("")
+    # Nothing to continue is the token that a text starts with.
+    start = loaded.tokenizer.decode([loaded.tokenizer.start])
+    assert loaded.generate(max_tokens=5, temperature=0.0) == loaded.generate(start, max_tokens=5, temperature=0.0)
 
 
 def test_what_is_no_run_cannot_be_loaded(finished: Finished, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from xattn.backend import dispatch
 from xattn.bench.attention import main
 
 SMALL = ["--heads", "2", "--head-dim", "8", "--repeats", "2"]
@@ -22,7 +23,7 @@ def test_everything_is_measured_or_named_with_a_reason(tmp_path: Path, capsys: p
     record = run(tmp_path, "--lengths", "24", "--activations", "softmax", "none")
     measured = {(r["name"], r["activation"], r["length"]) for r in record["results"]}
     skipped = {(s["name"], s["activation"], s["length"]): s["reason"] for s in record["skipped"]}
-    names = ("auto", "cudnn", "hopper", "linear", "blockwise", "reference", "jax.nn")
+    names = (*dispatch.names(), "jax.nn")
     assert measured | skipped.keys() == {(n, a, 24) for n in names for a in ("softmax", "none")}
     assert not measured & skipped.keys()
     assert "sum of outer products" in skipped["linear", "softmax", 24]
