@@ -15,7 +15,7 @@ from xattn.report import main
 from xattn.report.command import judge, texts, write
 from xattn.report.content import Findings
 from xattn.report.cost import loss_spikes, speeds_are_comparable
-from xattn.report.curves import curve_of
+from xattn.report.curves import loss_curves
 from xattn.report.design import show
 from xattn.report.figures import learning_curves
 from xattn.report.read import read_run, read_study
@@ -436,12 +436,28 @@ def test_a_curve_of_two_points_is_seen(writer: Writer) -> None:
     for seed in range(2):
         writer.run({"seed": seed}, 2.0, rows=2)
     found = judged(writer)
-    curves = {cell: curve for cell, each in found.chosen.items() if (curve := curve_of(each))}
+    curves = loss_curves(found.chosen)
     figure = learning_curves(found.design, curves, "steps")
     assert figure is not None
     low, high = figure.axes[0].get_ylim()
     (curve,) = curves.values()
     assert low < curve.mean.min() < curve.mean.max() < high
+
+
+def test_learning_curves_are_of_one_loss(writer: Writer) -> None:
+    """Of the training loss in every panel where an arm was not evaluated on its way, and the page says which."""
+    small(writer)
+    assert {curve.key for curve in loss_curves(judged(writer).chosen).values()} == {"val_loss"}
+    for path in writer.folder.glob("sigmoid*/metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row | {"val_loss": None}) + "\n" for row in rows))
+    found = judged(writer)
+    curves = loss_curves(found.chosen)
+    assert [curve.key for curve in curves.values()] == ["train_loss", "train_loss"]
+    figure = learning_curves(found.design, curves, "steps")
+    assert figure is not None
+    assert figure.axes[0].get_ylabel() == "train_loss"
+    assert "train_loss against steps: mean over seeds" in (write(found) / "report.md").read_text()
 
 
 def test_every_number_leads_back(writer: Writer) -> None:

@@ -17,7 +17,7 @@ from xattn.report import figures
 from xattn.report.checks import what_is_odd
 from xattn.report.content import Findings, page_of
 from xattn.report.cost import NOT_COMPARABLE, is_speed, speeds_are_comparable
-from xattn.report.curves import curve_of
+from xattn.report.curves import curves_of, loss_curves
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import SEED, TUNED, find_design
 from xattn.report.measures import STATISTICS, heads_of, probes_of
@@ -143,18 +143,16 @@ def _figures(found: Findings) -> Iterator[tuple[str, Figure, str]]:
                 "the value chosen, a cross at the top a value at which a seed diverged."
             )
             yield f"tuning-{key.rpartition('.')[2]}", figure, caption
-    curves = {cell: curve for cell, each in found.chosen.items() if (curve := curve_of(each)) is not None}
+    curves = loss_curves(found.chosen)
     comparable = speeds_are_comparable(found.chosen.values())
     for axis in ("steps", "tokens", *(["seconds"] if comparable else [])):
         figure = figures.learning_curves(found.design, curves, axis)
         if figure is not None:
             of = {"seconds": " Seconds are of training alone, as logged."}.get(axis, "")
-            caption = f"Loss against {axis}: mean over seeds and their range; the other arms in grey.{of}"
+            (loss,) = {curve.key for curve in curves.values()}
+            caption = f"{loss} against {axis}: mean over seeds and their range; the other arms in grey.{of}"
             yield f"curves-{axis}", figure, caption
-    watched = {
-        key: {cell: curve for cell, each in found.chosen.items() if (curve := curve_of(each, [key])) is not None}
-        for key in ("grad_norm", *ATTENTION_CURVES)
-    }
+    watched = {key: curves_of(found.chosen, key) for key in ("grad_norm", *ATTENTION_CURVES)}
     if (figure := figures.stability(found.design, watched)) is not None:
         yield "stability", figure, "Means over seeds; of the largest logit, over the seeds' largest of all heads."
     maps = {

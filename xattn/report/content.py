@@ -15,7 +15,7 @@ from xattn.report.design import Cell, Design, show
 from xattn.report.measures import attention_blocks, probe_blocks
 from xattn.report.read import Study
 from xattn.report.selection import CHOSEN_BY, Chosen, Selection, sensitivity, split
-from xattn.report.statistics import BOOTSTRAP_FROM, Effect
+from xattn.report.statistics import BOOTSTRAP_FROM, EXACT_TO, Effect
 from xattn.report.tables import arm_mean
 from xattn.report.words import difference, number, p_value, precision, signflip_note, verdict
 
@@ -89,7 +89,8 @@ def _selection(found: Findings) -> str:
     return (
         f"{text} over the same runs that it is judged by. The least of several means flatters: where one arm had more "
         "or flatter settings to choose from, its loss is underestimated, and an interval can miss too often. "
-        "Measured in simulated studies: 93 to 98 % with five settings an arm (python -m xattn.report.simulate). "
+        "Measured in simulated studies (python -m xattn.report.simulate): 95 % intervals hold the truth in 96.6 to "
+        "98.2 % where both sides chose among five settings, in 93.2 to 94.5 % where the baseline had one. "
         "--selection heldout chooses on other seeds than it judges by."
     )
 
@@ -295,7 +296,8 @@ def _note(boot: bool) -> str:
         "Difference: arm − baseline, paired by seed and averaged over the other factors (the combinations that both "
         "were run with; a mean is of all that its arm was run with), with t interval, of one arm alone. p: paired t "
         "test; Holm: corrected over the factor's arms. Detectable: the difference that is found after Holm with "
-        "probability 0.8, if seeds differ as much as these did. Diverged: of the runs that ended."
+        "probability 0.8, if seeds differ as much as these did. Diverged: of the runs that ended. Sign-flip: exact up "
+        f"to {EXACT_TO} seeds, from more of 9,999 random flips."
     )
     return f"{text} BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on." if boot else text
 

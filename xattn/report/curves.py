@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 
+from xattn.report.design import Cell
 from xattn.report.read import Run
 from xattn.report.selection import Chosen
 
@@ -26,25 +27,30 @@ class Curve:
     high: np.ndarray
 
 
-def curve_of(chosen: Chosen, keys: Sequence[str] = ("val_loss", "train_loss")) -> Curve | None:
-    """Of the first of the keys of which at least two values were logged; None where none has as many.
+def loss_curves(chosen: Mapping[Cell, Chosen]) -> dict[Cell, Curve]:
+    """Of one loss, so that they can be set side by side: val_loss, or train_loss where more cells have that."""
+    return max((curves_of(chosen, key) for key in ("val_loss", "train_loss")), key=len)
+
+
+def curves_of(chosen: Mapping[Cell, Chosen], key: str) -> dict[Cell, Curve]:
+    """Of the cells that have one."""
+    return {cell: curve for cell, each in chosen.items() if (curve := curve_of(each, key)) is not None}
+
+
+def curve_of(chosen: Chosen, key: str) -> Curve | None:
+    """None where less than two values were logged.
 
     Of the runs that are done; where none is, of those that diverged, up to there.
     """
     done = [run for run in chosen.runs.values() if run.status == "done"]
     runs = done or [run for run in chosen.runs.values() if run.status == "diverged"]
-    for key in keys:
-        points = [_points(run, key) for run in runs]
-        points = [each for each in points if each[0].size > 1]
-        if not points:
-            continue
-        steps = reduce(np.intersect1d, [steps for steps, _ in points])
-        if steps.size < 2:
-            continue
-        steps = steps[np.unique(np.linspace(0, steps.size - 1, POINTS).round().astype(int))]
-        values = np.stack([losses[np.searchsorted(own, steps)] for own, losses in points])
-        return Curve(key, _axes(runs, steps), values.mean(0), values.min(0), values.max(0))
-    return None
+    points = [each for run in runs if (each := _points(run, key))[0].size > 1]
+    steps = reduce(np.intersect1d, [steps for steps, _ in points]) if points else np.empty(0)
+    if steps.size < 2:
+        return None
+    steps = steps[np.unique(np.linspace(0, steps.size - 1, POINTS).round().astype(int))]
+    values = np.stack([losses[np.searchsorted(own, steps)] for own, losses in points])
+    return Curve(key, _axes(runs, steps), values.mean(0), values.min(0), values.max(0))
 
 
 def training_seconds(run: Run, steps: np.ndarray) -> np.ndarray | None:
