@@ -27,6 +27,7 @@ from xattn.data.config import DataConfig
 from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
 from xattn.model.config import ModelConfig
+from xattn.run_folder import has_effect
 from xattn.section import Section
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
@@ -60,21 +61,9 @@ class Config(Section):
     resume: Literal["auto", "never"]
 
 
-# Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped
-# and swept, when it is saved.
-_NOT_HASHED: Any = {
-    "tracking": True,
-    "parallel": True,
-    "sweep": True,
-    "study": True,
-    "resume": True,
-    "trainer": {"checkpoint_every", "checkpoint_minutes"},
-}
-
-
 def hashed_values(config: Config) -> dict[str, Any]:
     """The dotted keys, with their values, that say what the run computes: the hash is over these."""
-    return dict(_flatten(config.model_dump(mode="json", exclude=_NOT_HASHED)))
+    return {key: value for key, value in _flatten(config.model_dump(mode="json")) if has_effect(key)}
 
 
 def run_hash(config: Config) -> str:

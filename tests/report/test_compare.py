@@ -34,6 +34,14 @@ def test_what_differs_and_what_was_measured_is_set_side_by_side(runs: list[Path]
     assert not any("seed" in row[0] for row in rows)
 
 
+def test_where_a_run_was_tracked_and_spread_is_passed_over(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "study")
+    same = {"study": "a", "trainer.checkpoint_every": 5, "tracking.level": 1, "resume": "auto"}
+    other = {"study": "b", "trainer.checkpoint_every": 9, "tracking.level": 2, "resume": "never"}
+    found = [read_run(writer.run(keys, name=keys["study"])) for keys in (same, other)]  # type: ignore[arg-type]
+    assert comparison(found)[1][0][0] == "status"
+
+
 def test_it_is_printed(runs: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert compare.main([str(run) for run in runs]) == ExitCode.DONE
     assert ["val_loss", "2.0000", "2.1000"] in [line.split() for line in capsys.readouterr().out.splitlines()]

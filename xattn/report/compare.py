@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from xattn.report.design import show
 from xattn.report.read import Run
 from xattn.report.words import number
+from xattn.run_folder import has_effect
 
 _ROWS = {
     "val_loss": ".4f",
@@ -21,13 +22,12 @@ _ROWS = {
     "num_params": ",.0f",
     "flops_per_step": ",.0f",
 }
-_PASSED_OVER = ("tracking.", "study", "resume")
 
 
 def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): a column a run; the keys that differ, then what was measured, the probes too. The first run is
-    what val_loss's difference is taken to."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if not key.startswith(_PASSED_OVER))
+    """(columns, rows): a column a run; the keys that differ and say what was computed, then what was measured, the
+    probes too. The first run is what val_loss's difference is taken to."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if has_effect(key))
     rows = []
     for key in keys:
         values = [run.config.get(key) for run in runs]

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from xattn.report.read import Run, Study
+from xattn.run_folder import has_effect
 
 SEED = "seed"
 TUNED = ("optimizer.learning_rate",)
-# Keys that do not change what a run computes (the run's hash leaves them out too).
-_NO_FACTOR = ("tracking.", "study", "sweep.", "resume", "parallel.", "hydra.", "checkpoint")
-_NO_FACTOR_KEYS = {"trainer.checkpoint_every", "trainer.checkpoint_minutes"}
 
 Cell = tuple[Any, ...]  # a value for each factor
 Setting = tuple[Any, ...]  # a value for each tuned key
@@ -72,7 +70,8 @@ class Design:
 def find_design(study: Study, defaults: Mapping[str, Any], tuned: Sequence[str] = TUNED) -> Design:
     """Finds the keys that differ and what each is: the pairing (seed), tuned, a factor, or a companion of a factor."""
     runs = [run for run in study.runs if run.config]
-    varying = [key for key in _keys(runs) if _is_choice(key) and len({run.config.get(key) for run in runs}) > 1]
+    choices = [key for key in _keys(runs) if key != SEED and has_effect(key)]
+    varying = [key for key in choices if len({run.config.get(key) for run in runs}) > 1]
     groups = _grouped([key for key in varying if key not in tuned], runs)
     settled = {key for leader in groups for key in tuned if key in varying and _settles([leader], key, runs)}
     free = [key for key in varying if key in tuned and key not in settled]
@@ -124,10 +123,6 @@ def show(value: Any) -> str:
     if isinstance(value, float) and float(short := f"{value:g}") == value:
         return short
     return str(value)
-
-
-def _is_choice(key: str) -> bool:
-    return key != SEED and key not in _NO_FACTOR_KEYS and not key.startswith(_NO_FACTOR)
 
 
 def _keys(runs: Sequence[Run]) -> list[str]:
