@@ -136,16 +136,22 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
 
 
 @pytest.mark.slow
-def test_200_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
+def test_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
+    """A tenth of a second a run: 200 in 20 seconds. What the figures take does not grow with the runs."""
     from xattn.report.command import judge, write
 
     first = writer.run({"seed": 0}, 2.0, rows=10_000)
-    rows = (first / "metrics.jsonl").read_text()
-    for seed in range(5):
-        for theta in range(1, 41):
+    for seed in range(4):
+        for theta in range(1, 6):
             if (seed, theta) != (0, 1):
                 path = writer.run({"seed": seed, "backend.theta": float(theta)}, 2.0 + theta / 100 + seed / 1e3, rows=1)
-                (path / "metrics.jsonl").write_text(rows)
+                (path / "metrics.jsonl").unlink()
+                (path / "metrics.jsonl").hardlink_to(first / "metrics.jsonl")
     start = time.process_time()  # it is one thread's: on a quiet machine the same as the wall's, on a busy one fair
-    write(judge(read_study(writer.folder), metric="val_loss", selection="same"))
-    assert time.process_time() - start < 20
+    study = read_study(writer.folder)
+    read = time.process_time() - start
+    write(judge(study, metric="val_loss", selection="same"))
+    assert len(study.runs) == 20
+    assert all(run.curves["step"].size == 10_000 for run in study.runs)
+    assert read < 2
+    assert time.process_time() - start < 10
