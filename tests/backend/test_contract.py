@@ -105,6 +105,22 @@ def test_a_state_that_float16_cannot_hold_gives_an_output_that_it_can() -> None:
     np.testing.assert_allclose(*arrays, rtol=0, atol=4e-3 * np.max(np.abs(arrays[1])))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_accelerator_multiplies_float32_as_float32(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward; what is narrower is left to its tensor cores."""
+    x = inputs(Case(activation="softmax", dtype=dtype))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def loss(q: jax.Array) -> jax.Array:
+        return jnp.sum(row("reference").function(q, x.k, x.v, x.spec), dtype="float32")
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(x.q))
+    products = [part for part in text.split("dot_general[") if "([0, 1], [0, 1])" in part]  # not those of the rotation
+    assert len(products) == 4
+    exact = {"precision=(Precision.HIGHEST, Precision.HIGHEST)" in part for part in products}
+    assert exact == {dtype == "float32"}
+
+
 @pairs(CASES)
 def test_output_and_gradients_are_the_formulas(implementation: Implementation, case: Case) -> None:
     check_values(implementation, case)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from xattn.backend import dispatch
+from xattn.backend.hopper.tuning import refuse_what_does_not_fit
 from xattn.bench import kernel_accuracy, kernel_times, kernels, ptxas
 from xattn.bench.kernel_bench import PASSES, Bench
 
@@ -116,6 +117,10 @@ def test_the_sweep_has_the_present_tuning_and_no_other_twice() -> None:
         found = kernel_times.variants(passes)
         assert found[0] == kernel_times.Tuning()
         assert len(set(found)) == len(found) == 32
+        for t in found:  # none is refused
+            refuse_what_does_not_fit(kept=1, tile=t.keys, stages=t.stages, width=128)
+            if passes == PASSES[1]:
+                refuse_what_does_not_fit(kept=2, tile=max(t.keys_dq, t.queries_dkv), stages=t.stages, width=128)
 
 
 @pytest.mark.slow

@@ -54,9 +54,16 @@ def prepare(q: jax.Array, k: jax.Array, spec: AttentionSpec, first: jax.Array | 
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """einsum of two arrays of one dtype, accumulated in float32 and returned in it."""
+    """einsum of two arrays of one dtype, accumulated in float32 and returned in it.
+
+    float32 is multiplied as float32 on every device, where XLA by itself rounds it to TF32 on a GPU and to bfloat16 on
+    a TPU: who wants that speed says so with the dtype.
+    """
+    precision = None
     if jax.default_backend() == "cpu":
         # XLA:CPU multiplies bfloat16 in float32 anyway, and on some products of several batch axes fails instead, with
         # "Unsupported element type for DotThunk" (jax 0.10.2 and 0.12.0).
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+    elif x.dtype == jnp.float32:
+        precision = jax.lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)

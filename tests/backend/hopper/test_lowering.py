@@ -64,6 +64,29 @@ def test_forward_and_backward_are_three_kernels(
     assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in (q, k, k, bias)]
 
 
+@pytest.mark.parametrize(
+    "tuning",
+    [Tuning(stages=3), Tuning(keys_dq=64, queries_dkv=128, stages=3), Tuning(stages=4), Tuning(stages=0)],
+    ids=str,
+)
+def test_what_shared_memory_cannot_hold_is_refused(tuning: Tuning) -> None:
+    """At D 128: q's gradient, those of k and v, the forward; a GPU would only notice at the first call."""
+    q = jax.ShapeDtypeStruct((1, 1, 128, 128), "bfloat16")
+
+    def loss(q: jax.Array) -> jax.Array:
+        return jnp.sum(fused(q, q, q, jnp.zeros((1, 1)), Meaning(sigmoid=True, causal=True), tuning), dtype="float32")
+
+    with pytest.raises(ValueError, match=r"head width 128: a block needs [\d,]+ bytes .* may have 232,448; stages ≥ 1"):
+        jax.eval_shape(jax.grad(loss), q)
+
+
+def test_a_tuning_is_refused_by_the_kernel_that_it_does_not_fit_alone() -> None:
+    """The bench sweeps the forward by itself: 224 KiB at D 128 and three stages."""
+    q = jax.ShapeDtypeStruct((1, 1, 128, 128), "bfloat16")
+    meaning = Meaning(sigmoid=True, causal=True)
+    assert jax.eval_shape(lambda q: fused(q, q, q, jnp.zeros((1, 1)), meaning, Tuning(stages=3)), q).shape == q.shape
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])
 @pytest.mark.usefixtures("hopper")
 def test_a_named_choice_takes_the_kernels_and_a_pack_of_runs_too(activation: str) -> None:

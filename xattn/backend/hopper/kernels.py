@@ -47,7 +47,7 @@ from xattn.backend.hopper.block import (
     stream,
     zeros,
 )
-from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS, Form, Tuning
+from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS, Form, Tuning, refuse_what_does_not_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: 
     """out (B, NH, S, D) of q (B, NH, S, D), k and v (B, NKV, S, D), all rotated, of one dtype; bias (B, NH) float32."""
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tuning.keys
+    refuse_what_does_not_fit(kept=1, tile=keys, stages=tuning.stages, width=width)
 
     def attention_forward(*refs: Any) -> None:
         q_ref, k_ref, v_ref, bias_ref, out_ref, kept, ring, turn = refs
@@ -122,6 +123,7 @@ def gradient_of_q(
     output's cotangent."""
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tuning.keys_dq
+    refuse_what_does_not_fit(kept=2, tile=keys, stages=tuning.stages, width=width)
 
     def attention_gradient_of_q(*refs: Any) -> None:
         q_ref, k_ref, v_ref, bias_ref, g_ref, d_q_ref, sums_ref, kept, ring, sums_room = refs
@@ -178,6 +180,7 @@ def gradients_of_k_and_v(
     """dK and dV (B, NKV, S, D): the sum over the query heads of a key/value head is taken inside, in float32."""
     batch, heads, length, width = q.shape
     group, rows = heads // k.shape[1], tuning.queries_dkv
+    refuse_what_does_not_fit(kept=2, tile=rows, stages=tuning.stages, width=width)
 
     def attention_gradients_of_k_and_v(*refs: Any) -> None:
         q_ref, k_ref, v_ref, bias_ref, g_ref, d_k_ref, d_v_ref, kept, ring = refs

@@ -20,6 +20,9 @@ COMPUTE = 2
 BLOCK = ROWS * COMPUTE
 """Rows that a block of warpgroups keeps. A sequence is padded to a multiple of it, and of no more."""
 
+SHARED_MEMORY = 232_448
+"""Bytes that a block may have at compute capability 9.0."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
@@ -36,6 +39,25 @@ class Tuning:
     queries_dkv: int = 64
     """Queries of a tile in the kernel of k's and v's gradients."""
     stages: int = 2
-    """Tiles of each streamed array that shared memory holds, at least 1."""
+    """Tiles of each streamed array that shared memory holds, at least 1; at most what :func:`refuse_what_does_not_fit`
+    lets pass in each of the three kernels."""
     take_turns: bool = True
     """Whether the forward's compute warpgroups take turns: one multiplies while the other computes weights."""
+
+
+def refuse_what_does_not_fit(*, kept: int, tile: int, stages: int, width: int) -> None:
+    """A block keeps BLOCK rows of ``kept`` arrays and streams ``stages`` tiles, of ``tile`` rows, of each of two; a row
+    has ``width`` numbers of two bytes: 2 · width · (kept · BLOCK + 2 · stages · tile) bytes, and 1 KiB for barriers and
+    sums, must be at most SHARED_MEMORY.
+
+    kept is 1 in the forward and 2 in both kernels of the backward.
+
+    Raises:
+        ValueError: they are more, or stages is less than 1.
+    """
+    needed = 2 * width * (kept * BLOCK + 2 * stages * tile) + 1024
+    if stages < 1 or needed > SHARED_MEMORY:
+        raise ValueError(
+            f"stages = {stages} tiles of {tile} rows, head width {width}: a block needs {needed:,} bytes of shared "
+            f"memory, and may have {SHARED_MEMORY:,}; stages ≥ 1"
+        )
