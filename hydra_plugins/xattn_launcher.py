@@ -26,7 +26,7 @@ class XattnLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
-        jobs = jobs_of(self.context, self.config, job_overrides, initial_job_idx)
+        jobs = each_once(jobs_of(self.context, self.config, job_overrides, initial_job_idx))
         carry_out(jobs)
         return [
             JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
@@ -34,7 +34,7 @@ class XattnLauncher(Launcher):
         ]
 
 
-class ElsewhereLauncher(XattnLauncher):
+class ElsewhereLauncher(Launcher):
     """Validates every job, skips those that are done, hands the others to a launcher of SLURM or Ray, and reads what
     came of them from the run folders."""
 
@@ -42,16 +42,14 @@ class ElsewhereLauncher(XattnLauncher):
         self._launcher = launcher
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.context, self.config = hydra_context, config
         self._launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
-        by_folder = {
-            jobs_of(self.context, self.config, [overrides], number)[0].folder: overrides
-            for number, overrides in enumerate(job_overrides, initial_job_idx)
-        }
-        jobs = jobs_of(self.context, self.config, job_overrides, initial_job_idx)
+        asked = jobs_of(self.context, self.config, job_overrides, initial_job_idx)
+        by_folder = {job.folder: overrides for job, overrides in zip(asked, job_overrides, strict=True)}
+        jobs = each_once(asked)
 
         def launch(unfinished: Sequence[Job]) -> None:
             self._launcher.launch([list(by_folder[job.folder]) for job in unfinished], initial_job_idx)
@@ -68,20 +66,32 @@ def jobs_of(
     *,
     prunes: Sequence[Callable[[Row], bool]] | None = None,
 ) -> list[Job]:
-    """The runs that these overrides ask for, each once. Raises :class:`BadInput` where one of them is bad.
+    """The runs that these overrides ask for, one for each. Raises :class:`BadInput` where one of them is bad.
 
     prunes: for each, what may end it early.
     """
-    jobs: dict[Path, Job] = {}
+    jobs: list[Job] = []
     for number, overrides in enumerate(job_overrides, first):
-        composed = context.config_loader.load_sweep_config(config, list(overrides))
-        with open_dict(composed):
-            composed.hydra.job.id = composed.hydra.job.num = number
         try:
+            composed = context.config_loader.load_sweep_config(config, list(overrides))
+            with open_dict(composed):
+                composed.hydra.job.id = composed.hydra.job.num = number
             validated = xattn.config.from_hydra(composed)
-        except BadInput as error:
-            raise BadInput(f"of {len(job_overrides)} runs none is started: {error}") from error
-        folder = Path(OmegaConf.select(composed, "hydra.sweep.dir"), OmegaConf.select(composed, "hydra.sweep.subdir"))
+            folder = Path(*(OmegaConf.select(composed, f"hydra.sweep.{part}") for part in ("dir", "subdir")))
+        except (BadInput, *xattn.config.COMPOSITION_ERRORS) as error:
+            told = xattn.config.explain(error, overrides)
+            raise BadInput(f"of {len(job_overrides)} runs none is started: {told}") from error
         prune = prunes[number - first] if prunes else prunes_nothing
-        jobs[folder] = Job(validated, folder, tuple(filter_overrides(overrides)), prune=prune)
-    return list(jobs.values())
+        jobs.append(Job(validated, folder, tuple(filter_overrides(overrides)), prune=prune))
+    return jobs
+
+
+def each_once(jobs: Sequence[Job]) -> list[Job]:
+    """Without those that are the same run as another. Raises :class:`BadInput` where two runs have one folder."""
+    by_folder: dict[Path, Job] = {}
+    for job in jobs:
+        other = by_folder.setdefault(job.folder, job)
+        if xattn.config.run_hash(other.config) != xattn.config.run_hash(job.config):
+            keys = ", ".join(xattn.config.varying_keys([other.config, job.config]))
+            raise BadInput(f"{job.folder}: is the folder of runs that differ in {keys}; hydra.sweep.subdir must differ")
+    return list(by_folder.values())

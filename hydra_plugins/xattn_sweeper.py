@@ -3,7 +3,7 @@ in xattn.sweep.tune."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,46 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.xattn_launcher import XattnLauncher, jobs_of
+from hydra_plugins.xattn_launcher import XattnLauncher, each_once, jobs_of
 from xattn.errors import BadInput
 from xattn.sweep import study
 from xattn.sweep.tune import Dimension, Tuning, tune
 
 
-class GridSweeper(BasicSweeper):
-    """Hydra's own, which composes every job's config only to see that it can be; the launcher does it once more, and
-    for many runs that are done that is all the time there is."""
+class GridSweeper(Sweeper):
+    """All combinations, by Hydra's own grammar, in the order in which Hydra's own sweeper has them.
 
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        pass
+    That one validates each batch when the one before it is done, and leaves a multirun.yaml also where nothing runs.
+    """
+
+    def __init__(self, max_batch_size: int | None = None, params: Mapping[str, Any] | None = None):
+        self._max_batch_size = max_batch_size
+        self._params = [f"{key}={value}" for key, value in (params or {}).items()]
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._config = hydra_context, config
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
+        parsed = parser.parse_overrides([*self._params, *arguments])
+        batches = BasicSweeper.split_arguments(parsed, self._max_batch_size)
+        if len(batches) > 1:
+            each_once(jobs_of(self._context, self._config, [overrides for batch in batches for overrides in batch]))
+        results, first = [], 0
+        for batch in batches:
+            results.append(self._launcher.launch(batch, initial_job_idx=first))
+            first += len(batch)
+            for result in results[-1]:
+                _ = result.return_value  # raises what another launcher's job raised
+        return results
 
 
 class OptunaSweeper(Sweeper):
@@ -53,16 +77,22 @@ class OptunaSweeper(Sweeper):
             raise BadInput("hydra/sweeper=optuna: no key has several values; write key=choice(a,b) or interval(a,b)")
         base = jobs_of(self._context, self._config, [fixed])[0]
 
-        def make(trials: list[list[str]], prunes: list[Any]) -> list[Path]:
-            jobs = jobs_of(self._context, self._config, [[*fixed, *trial] for trial in trials], prunes=prunes)
-            if isinstance(self._launcher, XattnLauncher):
-                study.make(jobs)
-            else:
-                self._launcher.launch([[*fixed, *trial] for trial in trials], initial_job_idx=0)
-            return [job.folder for job in jobs]
+        def plan(trials: list[list[str]], prunes: list[Any]) -> tuple[list[Path], Callable[[], None]]:
+            overrides = [[*fixed, *trial] for trial in trials]
+            asked = jobs_of(self._context, self._config, overrides, prunes=prunes)
+            jobs = each_once(asked)
+
+            def make() -> None:
+                if isinstance(self._launcher, XattnLauncher):
+                    study.make(jobs)
+                else:
+                    distinct = {job.folder: typed for job, typed in zip(asked, overrides, strict=True)}
+                    self._launcher.launch(list(distinct.values()), initial_job_idx=0)
+
+            return [job.folder for job in asked], make
 
         folder = Path(OmegaConf.select(self._config, "hydra.sweep.dir"))
-        tune(tuning, space, fixed, base.config, folder, make)
+        tune(tuning, space, fixed, base.config, folder, plan)
 
 
 def _dimension(override: Override) -> Dimension:

@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,23 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder, self.made, self.status = folder, list[tuple[str, ...]](), "done"
 
-    def __call__(self, trials: Sequence[list[str]], prunes: Sequence[Any]) -> list[Path]:
-        return [self._one(trial, prune) for trial, prune in zip(trials, prunes, strict=True)]
+    def __call__(self, trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[], None]]:
+        folders = [self.folder / "-".join(trial) for trial in trials]
 
-    def _one(self, overrides: list[str], prune: Any) -> Path:
+        def make() -> None:
+            for trial, run, prune in zip(trials, folders, prunes, strict=True):
+                self._one(trial, run, prune)
+
+        return folders, make
+
+    def _one(self, overrides: list[str], run: Path, prune: Any) -> None:
         self.made.append(tuple(overrides))
-        run = self.folder / "-".join(overrides)
         run.mkdir(parents=True, exist_ok=True)
         loss = 1 + abs(math.log10(float(overrides[0].partition("=")[2])) + 3)
         pruned = any(prune({"step": step, "val_loss": loss + 1 / step}) for step in (1, 2, 3))
         run_folder.write_summary(
             run, {"status": "pruned" if pruned else self.status, "val_loss": loss, "tokens_per_second": 10 / loss}
         )
-        return run
 
 
 @pytest.fixture
@@ -96,6 +100,11 @@ def test_a_grid_is_gone_through_once(runs: Runs) -> None:
     space = {RATE: Dimension(choices=["0.001", "0.01"]), "seed": Dimension(choices=["0", "1", "2"])}
     search(runs, space, sampler="grid", n_trials=100)
     assert len(runs.made) == len(set(runs.made)) == 6
+    runs.status = "failed"
+    search(runs, space | {"seed": Dimension(choices=["3"])}, sampler="grid")
+    runs.status = "done"
+    search(runs, space | {"seed": Dimension(choices=["3"])}, sampler="grid")  # failed points are not there
+    assert sorted(runs.made[6:8]) == sorted(runs.made[8:])
     with pytest.raises(BadInput, match=f"{RATE}.*not an interval"):
         search(runs, sampler="grid")
 
@@ -121,9 +130,14 @@ def test_a_trial_whose_process_died_is_drawn_again_as_it_was(runs: Runs) -> None
     class Killed(BaseException):
         pass
 
-    def dies(trials: Sequence[list[str]], prunes: Sequence[Any]) -> list[Path]:
-        runs(trials, prunes)
-        raise Killed
+    def dies(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[], None]]:
+        folders, make = runs(trials, prunes)
+
+        def die() -> None:
+            make()
+            raise Killed
+
+        return folders, die
 
     space = {RATE: Dimension(low=1e-5, high=1e-1, log=True)}
     with pytest.raises(Killed):
@@ -131,6 +145,34 @@ def test_a_trial_whose_process_died_is_drawn_again_as_it_was(runs: Runs) -> None
     search(runs, n_trials=2)
     assert runs.made[1] == runs.made[0]
     assert len(runs.made) == 3
+
+
+def test_a_second_terminal_leaves_alone_what_the_first_is_at(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins while the first's trial is under way, makes the two others, and then waits."""
+    space = {RATE: Dimension(choices=["0.001", "0.01", "0.1"])}
+    second = Runs(runs.folder)
+
+    class Waits(Exception):
+        pass
+
+    def wait(seconds: float) -> None:
+        raise Waits
+
+    def first(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[], None]]:
+        folders, make = runs(trials, prunes)
+
+        def begin_the_second_meanwhile() -> None:
+            with pytest.raises(Waits):
+                search(second, space, sampler="grid")
+            make()
+
+        return folders, begin_the_second_meanwhile
+
+    monkeypatch.setattr("xattn.sweep.tune.time.sleep", wait)
+    tune(Tuning.model_validate(OPTIONS | {"sampler": "grid"}), space, [], BASE, runs.folder, first)
+    assert (len(runs.made), len(second.made)) == (1, 2)
+    assert len({*runs.made, *second.made}) == 3
+    assert not list(runs.folder.glob(".tuning-*"))  # nobody is there any more
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Tuning: trials drawn by optuna, each an ordinary run. The extra ``tune`` has optuna.
 
 The study is kept in the study's folder, and a trial's truth is its run folder: a trial that was under way when its
-process died is drawn again as it was, and finds its run where it stopped. Importing this module imports no optuna.
+process died is drawn again as it was, and finds its run where it stopped. Several processes may be at one study
+(:mod:`xattn.sweep.presence`). Importing this module imports no optuna.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import hashlib
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +25,7 @@ from xattn.errors import BadInput, ExitCode
 from xattn.run_folder import shown
 from xattn.section import Section
 from xattn.signals import interruption
+from xattn.sweep.presence import drawing, is_present, present
 from xattn.sweep.table import print_table
 from xattn.tracking.tracker import Row
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     import optuna
 
 STORAGE = "tuning.journal"
+_POLL_SECONDS = 1.0
 
 
 class Tuning(Section):
@@ -52,8 +57,9 @@ class Dimension(Section):
     log: bool = False
 
 
-# Makes runs of lists of overrides, each with what may prune it; their folders.
-Make = Callable[[list[list[str]], list[Any]], list[Path]]
+# Lists of overrides, each with what may prune its run → the runs' folders, of which two may be one, and what makes
+# them. Raises BadInput where one is bad.
+Plan = Callable[[list[list[str]], list[Any]], tuple[list[Path], Callable[[], None]]]
 
 
 def tune(
@@ -62,37 +68,77 @@ def tune(
     fixed: Sequence[str],
     base: Config,
     folder: Path,
-    make: Make,
+    plan: Plan,
 ) -> None:
     """Draws and makes trials until n_trials of this study have come to an end, and prints the table of them."""
     study = _study(tuning, space, fixed, base, folder)
-    _draw_again(study, folder)
-    import optuna
-
-    distributions = {key: _distribution(dimension) for key, dimension in space.items()}
-    over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    if tuning.sampler == "grid":
-        _enqueue_grid(study, space)
-    failed = 0  # in this process: they are not counted, and not drawn for ever
     try:
-        while (left := _wanted(tuning, space) - len(study.get_trials(deepcopy=False, states=over)) - failed) > 0:
-            trials = [study.ask(distributions) for _ in range(min(left, tuning.at_once))]
-            overrides = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
-            prunes = [_pruner_of(trial, tuning) for trial in trials]
-            folders = make(overrides, prunes)
-            for trial, run in zip(trials, folders, strict=True):
-                trial.set_user_attr("run", run.name)
-                failed += not _tell(study, trial, run, tuning)
-            if interruption.requested:
-                raise SystemExit(ExitCode.PREEMPTED)
+        with present(folder) as me:
+            _draw_and_make(study, tuning, space, folder, plan, me)
     finally:
         runs = [folder / t.user_attrs["run"] for t in study.get_trials(deepcopy=False) if "run" in t.user_attrs]
         print_table(list(dict.fromkeys(runs)), list(space))
-    ended = study.get_trials(deepcopy=False, states=over)
-    if any(trial.state == over[0] for trial in ended):
+    over = _over(study)
+    if any(trial.value is not None for trial in over):
         best = " ".join(f"{key}={value}" for key, value in study.best_params.items())
-        print(f"best of {len(ended)} trials: {tuning.objective} {study.best_value:.4f} with {best}")
+        print(f"best of {len(over)} trials: {tuning.objective} {study.best_value:.4f} with {best}")
     print(f"a report on them: xattn report {shown(folder.absolute())}")
+
+
+def _draw_and_make(
+    study: optuna.Study, tuning: Tuning, space: Mapping[str, Dimension], folder: Path, plan: Plan, me: str
+) -> None:
+    """The trials that another process is at are waited for, and taken over if it dies."""
+    from optuna.trial import TrialState
+
+    distributions = {key: _distribution(dimension) for key, dimension in space.items()}
+    failed = 0  # in this process: they are not counted, and not drawn for ever
+    with drawing(folder):
+        study.sampler = _sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
+        _draw_again(study, folder)
+        if tuning.sampler == "grid":
+            _enqueue_grid(study, space)
+    while True:
+        with drawing(folder):
+            _draw_again(study, folder)
+            elsewhere = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+            left = _wanted(tuning, space) - len(_over(study)) - elsewhere - failed
+            if tuning.sampler == "grid":
+                left = min(left, len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,))))
+            trials = [study.ask(distributions) for _ in range(min(left, tuning.at_once))]
+            for trial in trials:
+                trial.set_user_attr("by", me)
+        if trials:
+            failed += _make(study, trials, tuning, plan)
+        elif elsewhere:
+            time.sleep(_POLL_SECONDS)
+        else:
+            return
+        if interruption.requested:
+            raise SystemExit(ExitCode.PREEMPTED)
+
+
+def _make(study: optuna.Study, trials: Sequence[optuna.Trial], tuning: Tuning, plan: Plan) -> int:
+    """How many of the trials failed."""
+    from optuna.trial import TrialState
+
+    overrides = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
+    try:
+        folders, make = plan(overrides, [_pruner_of(trial, tuning) for trial in trials])
+    except BadInput:
+        for trial in trials:
+            study.tell(trial, state=TrialState.FAIL)
+        raise
+    for trial, run in zip(trials, folders, strict=True):
+        trial.set_user_attr("run", run.name)
+    make()
+    return sum(not _tell(study, trial, run, tuning) for trial, run in zip(trials, folders, strict=True))
+
+
+def _over(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
 def _study(
@@ -111,11 +157,9 @@ def _study(
     question = [tuning.objective, tuning.direction, sorted(fixed), dimensions]
     name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:10]
     storage = JournalStorage(JournalFileBackend(str(folder / STORAGE)))
-    study = optuna.create_study(
+    return optuna.create_study(
         storage=storage, study_name=name, direction=tuning.direction, load_if_exists=True, pruner=_pruner(tuning, base)
     )
-    study.sampler = _sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
-    return study
 
 
 def _sampler(tuning: Tuning, *, drawn: int) -> optuna.samplers.BaseSampler:
@@ -161,22 +205,31 @@ def _wanted(tuning: Tuning, space: Mapping[str, Dimension]) -> int:
 
 
 def _enqueue_grid(study: optuna.Study, space: Mapping[str, Dimension]) -> None:
+    """Every point that is not there yet, or has failed."""
+    from optuna.trial import TrialState
+
     for key, dimension in space.items():
         if dimension.choices is None:
             raise BadInput(f"{key}: hydra.sweeper.sampler=grid takes choice(…) and range(…), not an interval")
+    there = [_params(trial) for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
     for values in itertools.product(*(dimension.choices or () for dimension in space.values())):
-        study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
+        if (point := dict(zip(space, values, strict=True))) not in there:
+            study.enqueue_trial(point)
 
 
 def _draw_again(study: optuna.Study, folder: Path) -> None:
-    """Trials that were under way when their process died; what another process is at is left to it."""
-    import optuna
+    """Trials that were under way when their process died; what a living one is at is left to it."""
+    from optuna.trial import TrialState
 
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        run = trial.user_attrs.get("run")
-        if run is None or not run_folder.is_held(folder / run):
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if (by := trial.user_attrs.get("by")) is None or not is_present(folder, by):
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(_params(trial))
+
+
+def _params(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """Its values, also before it is drawn or while it is, where they were enqueued."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def _pruner_of(trial: optuna.Trial, tuning: Tuning) -> Callable[[Row], bool]:
@@ -198,6 +251,7 @@ def _tell(study: optuna.Study, trial: optuna.Trial, run: Path, tuning: Tuning) -
     from optuna.trial import TrialState
 
     summary = run_folder.read_summary(run) or {}
+    tell = partial(study.tell, trial, skip_if_finished=True)  # where locks do not work, another may have ended it
     match summary.get("status"):
         case "done":
             if not isinstance(summary.get(tuning.objective), int | float):
@@ -206,13 +260,13 @@ def _tell(study: optuna.Study, trial: optuna.Trial, run: Path, tuning: Tuning) -
                     f"hydra.sweeper.objective = {tuning.objective!r}: no number in summary.json; there: "
                     f"{', '.join(numbers)}"
                 )
-            study.tell(trial, summary[tuning.objective])
+            tell(summary[tuning.objective])
         case "pruned":
-            study.tell(trial, state=TrialState.PRUNED)
+            tell(state=TrialState.PRUNED)
         case "diverged":
-            study.tell(trial, math.inf if tuning.direction == "minimize" else -math.inf)
+            tell(math.inf if tuning.direction == "minimize" else -math.inf)
         case _:
-            study.tell(trial, state=TrialState.FAIL)
+            tell(state=TrialState.FAIL)
             if interruption.requested:
                 study.enqueue_trial(trial.params)
             return False
