@@ -158,7 +158,7 @@ def test_keys_that_change_together_are_one_factor(writer: Writer) -> None:
 def test_where_a_run_is_tracked_is_no_factor(writer: Writer) -> None:
     writer.run({"seed": 0, "study": "a", "trainer.checkpoint_every": 5, "backend.theta": 10.0})
     writer.run({"seed": 0, "study": "b", "trainer.checkpoint_every": 9, "backend.theta": 10000.0})
-    assert [factor.key for factor in design_of(writer).factors] == ["backend.theta"]
+    assert [(factor.key, factor.also) for factor in design_of(writer).factors] == [("backend.theta", ())]
 
 
 def test_without_its_default_the_baseline_is_the_arm_with_most_runs(writer: Writer) -> None:
