@@ -290,11 +290,15 @@ class Attempt:
         self._summary |= {"step": step, "committed_step": step}
         run_folder.write_summary(self.folder.path, self._summary)
 
-    def rolls_back(self) -> bool:
+    def rolls_back(self, compiled: Programs) -> bool:
         """Whether an update that is not finite is answered by going back to the last checkpoint, without its batch.
 
-        The batches before it are seen as they were, so the result does not depend on which checkpoints there are.
+        Where there is none yet it goes back to the beginning. The batches before it are seen as they were, so the
+        result does not depend on which checkpoints there are.
         """
+        from xattn.training.loop import Progress
+        from xattn.training.programs import hyperparameters
+
         progress = self._member.progress
         halted_at = progress.halted_at
         if halted_at is None or self.config.trainer.nonfinite != "rollback":
@@ -302,17 +306,17 @@ class Attempt:
         if len(progress.batches_left_out) >= MAX_ROLLBACKS:
             return False
         self._checkpoints.wait()
-        restored = self._checkpoints.restore_state(progress.state)
-        if restored is None:
-            self.display.warn("no checkpoint to roll back to yet")
-            return False
+        restored = self.restore(progress.state, None)
         left_out = [*progress.batches_left_out, progress.batch_of(halted_at)]
-        progress.restore(restored.step, restored.tree, restored.progress)
+        if restored is None:
+            progress = self._member.progress = Progress(compiled.init(hyperparameters(self.config)))
+        else:
+            progress.restore(restored.step, restored.tree, restored.progress)
         progress.batches_left_out = left_out
         self._metrics.rewind(progress.step)
         self._member.active = True
         self.display.warn(
-            f"update {halted_at} is not finite: back to step {restored.step}, its batch is left out "
+            f"update {halted_at} is not finite: back to step {progress.step}, its batch is left out "
             f"({len(left_out)} of at most {MAX_ROLLBACKS} times)"
         )
         return True

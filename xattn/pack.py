@@ -118,7 +118,7 @@ class Pack:
                     stop=stop,
                 )
                 for attempt in training:
-                    if not attempt.is_training and not attempt.rolls_back():
+                    if not attempt.is_training and not attempt.rolls_back(compiled):
                         attempt.conclude(compiled)
 
     def _members(self, compiled: Programs) -> list[Member]:

@@ -133,6 +133,20 @@ def test_rollback_passes_the_bad_batch_and_comes_to_the_same_bits_however_it_was
     assert differences(the_run(folder), untouched) == []
 
 
+def test_rollback_before_the_first_checkpoint_goes_back_to_the_beginning(command: list[str], cwd: Path) -> None:
+    """How often checkpoints are written decides nothing."""
+    results = []
+    for every in ("null", "1"):
+        (folder := cwd / every).mkdir()
+        rollback = [*command, "trainer.nonfinite=rollback", f"trainer.checkpoint_every={every}"]
+        training = train(*rollback, cwd=folder, points=["bad-batch:1:3"])
+        assert training.wait() == 0, training.out + training.err
+        results.append(Reference.of(the_run(folder)))
+    assert results[0].state_sha256 == results[1].state_sha256
+    assert results[0].rows == results[1].rows
+    assert [row["step"] for row in results[0].rows] == list(range(2, STEPS + 1, 2))
+
+
 def test_rollback_gives_up_after_three_times(command: list[str], cwd: Path) -> None:
     """Also with a row logged, gone back behind, and logged again."""
     training = train(

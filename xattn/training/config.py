@@ -103,7 +103,7 @@ class TrainerConfig(Section):
         besides at the best evaluations and at the end; null means not for that reason.
     nonfinite: what a loss or gradient that is not finite does: ``stop`` ends the run as diverged with the parameters
         of the step before; ``skip`` leaves that update out and goes on, and stops after 10 in a row; ``rollback``
-        returns to the last checkpoint, leaves that update's batch out, and stops after 3 times.
+        returns to the last checkpoint or the beginning, leaves that update's batch out, and stops after 3 times.
     deterministic: the same bits on a GPU too, where some of XLA's faster operations do not promise them. A CPU's are
         the same anyway.
     """
