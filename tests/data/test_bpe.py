@@ -15,11 +15,13 @@ import pytest
 import tiktoken
 from tiktoken_ext import openai_public
 
+from xattn import run_folder
 from xattn.data.bpe import END_OF_TEXT, from_tiktoken, train_bpe
 from xattn.data.corpus import load_corpus
-from xattn.data.run_data import load_tokenizer
+from xattn.data.run_data import load_data, load_tokenizer
 from xattn.data.tokenizer import JsonTokenizer
 from xattn.errors import BadInput, IntegrityError
+from xattn.run_folder import write_atomically
 
 from .configs import memmap_config, text_config
 
@@ -163,3 +165,19 @@ def test_the_run_folder_keeps_the_tokenizer(trained: str, tmp_path: Path) -> Non
     padded = load_tokenizer(memmap_config(path="gone", vocab_size=512, tokenizer="gone.json"), tmp_path)
     assert padded.vocab_size == 512
     assert padded.decode([511]) == ""
+
+
+def test_a_tokenizer_with_crlf_is_kept_to_the_byte(tmp_path: Path) -> None:
+    """What the run's folder keeps is what the next start compares."""
+    (tmp_path / "text").write_text("".join(TEXTS))
+    text = json.dumps(json.loads(train_bpe(iter(TEXTS), 300)), indent=1).replace("\n", "\r\n")
+    (tmp_path / "crlf.json").write_bytes(text.encode())
+    config = text_config(path=str(tmp_path / "text"), tokenizer=str(tmp_path / "crlf.json"))
+    data = load_data(config, context_length=8, batch_size=2, windows=2, seed=0)
+    assert data.tokenizer_json is not None
+    write_atomically(tmp_path / run_folder.TOKENIZER, data.tokenizer_json)
+    assert b"\r\n" in (tmp_path / run_folder.TOKENIZER).read_bytes()
+    data.check_tokenizer(tmp_path)
+    (tmp_path / run_folder.TOKENIZER).write_bytes(text.encode() + b" ")
+    with pytest.raises(IntegrityError, match="not the tokenizer"):
+        data.check_tokenizer(tmp_path)

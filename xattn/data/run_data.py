@@ -60,7 +60,7 @@ class RunData:
         if (here := self.tokenizer_json) is None:
             return
         file = folder / run_folder.TOKENIZER
-        if not file.is_file() or file.read_text("utf-8") != here:
+        if not file.is_file() or file.read_bytes() != here.encode():
             raise IntegrityError(f"{file}: is not the tokenizer that this run began with; begin anew with resume=never")
 
     def scored_bytes(self) -> bytes | None:
