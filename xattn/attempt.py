@@ -74,6 +74,8 @@ class Attempt:
         self.is_finished = before.get("status") in ("done", "diverged")
         self.code = ExitCode[before["status"].upper()] if self.is_finished else ExitCode.ERROR
         self.is_concluded = False
+        self._supersedes = job.config.resume == "never" and folder.is_ours()  # moved aside once nothing is refused
+        self._has_begun = False
         self._start = time.perf_counter()
         self._summary: dict[str, Any] = {"step": 0, "committed_step": None} | dict(before) | {"status": "running"}
         self._mirror: WandbMirror | None = None
@@ -132,14 +134,17 @@ class Attempt:
         try:
             yield
         except BadInput as error:
-            if self.folder.read_json(run_folder.PROVENANCE) is None:
+            if self._supersedes or self.folder.read_json(run_folder.PROVENANCE) is None:
                 raise
             raise IntegrityError(f"the training data are not those that this run began with: {error}") from error
 
     def begin(self, choice: Choice, layout: Layout, pack: Sequence[str] | None) -> None:
         """Makes the folder a run's, or goes on with the run in it. pack: the names of the runs in its pack."""
         config, display = self.config, self.display
+        if self._supersedes:
+            self._move_aside()
         origin = self._origin(layout.sizes, pack)
+        self._has_begun = True
         display.say(f"run folder  {shown(self.folder.path)}")
         display.say(f"attention   {config.backend.activation}, computed by {choice.name}")
         if layout.mesh is not None:
@@ -152,6 +157,13 @@ class Attempt:
         self._summary |= {"implementation": choice.name, "passed_over": choice.passed_over}
         self._open_checkpoints(origin)
         self._rows = layout.rows_here(config.trainer.batch_size)
+
+    def _move_aside(self) -> None:
+        """The run that is there, which ``resume=never`` is to begin anew."""
+        status = (self.folder.summary() or {"status": "not begun"})["status"]
+        self.display.close()  # its log.txt goes with it
+        self.display.warn(f"the earlier run here ({status}) is moved to {shown(self.folder.move_aside())}")
+        self._supersedes = False
 
     def _origin(self, mesh: dict[str, int], pack: Sequence[str] | None) -> dict[str, Any]:
         """provenance.json: written at a first start, checked and amended later. config.yaml comes first: it makes the
@@ -407,15 +419,20 @@ class Attempt:
         """Notes an error that a person is told of otherwise."""
         if self.folder.is_ours():
             self.note(f"error: {error}")
+        if self._has_begun and isinstance(error, BadInput):  # a step that does not fit in memory
+            self._summary["status"] = self._before.get("status", "failed")
+            run_folder.write_summary(self.folder.path, self._summary)
         self.code = error.exit_code
 
     def failed(self, error: Exception) -> None:
-        """Counts failures without a new step between them; a run that fails at the same place is not tried for ever."""
-        before, step = self._before.get("failures"), self._summary["step"]
-        count = before["count"] + 1 if before and before["step"] >= step else 1
-        same = {key: provenance()[key] for key in ("source_sha256", "versions")}
+        """Counts failures of one source without a new step between them; a run that fails at the same place is not tried
+        for ever."""
+        before, step, here = self._before.get("failures"), self._summary["step"], provenance()
+        again = before and before["step"] >= step and not changes(before, here)
+        count = before["count"] + 1 if before and again else 1
+        same = {key: here[key] for key in ("source_sha256", "versions")}
         self._summary |= {"status": "failed", "failures": {"count": count, "step": step} | same}
-        if self.folder.is_ours():  # before that nothing has begun
+        if self.folder.is_ours() and not self._supersedes:  # before that nothing has begun
             run_folder.write_summary(self.folder.path, self._summary)
         self.display.warn(f"{type(error).__name__}: {error}".splitlines()[0])
         self.display.warn(f"the traceback is in {shown(self.folder / run_folder.LOG)}")

@@ -81,12 +81,8 @@ def run_pack(jobs: Sequence[Job], *, stop: Callable[[], bool], quiet: bool) -> l
 
 
 def _look(config: Config, folder: RunFolder) -> dict[str, Any] | None:
-    """The summary of the run that is in the folder, None where none has begun. ``resume=never`` moves it aside."""
-    if not folder.is_ours():
-        return None
-    if config.resume == "never":
-        status = (folder.summary() or {"status": "not begun"})["status"]
-        print(f"the earlier run here ({status}) is moved to {shown(folder.move_aside())}")
+    """The summary of the run that is in the folder, None where none has begun or ``resume=never`` begins anew."""
+    if not folder.is_ours() or config.resume == "never":
         return None
     differing = xattn.config.differences(xattn.config.load(folder / run_folder.CONFIG), config)
     if differing:

@@ -109,8 +109,10 @@ class Display:
         return [f"{_clock((now - then) / (step - first_step) * (self._steps - step))} left"]
 
     def close(self) -> None:
+        """Closes log.txt, until the next line."""
         if self._log is not None:
             self._log.close()
+            self._log = None
 
 
 def _clock(seconds: float) -> str:

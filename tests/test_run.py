@@ -1,0 +1,92 @@
+"""A run that is refused leaves what was there as it was; what its folder says of failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import xattn.config
+from xattn import run_folder
+from xattn.attempt import Attempt, Job
+from xattn.config import compose
+from xattn.errors import BadInput
+from xattn.provenance import provenance
+from xattn.run import run
+from xattn.run_folder import RunFolder
+from xattn.training import memory
+
+TINY = [
+    *("trainer=debug", "trainer.steps=2", "tracking.wandb.mode=disabled", "model.embedding_dim=16"),
+    *("model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16", "backend.context_length=16"),
+]
+
+
+@pytest.fixture
+def command(text_file: Path) -> list[str]:
+    return [*TINY, "data=text", f"data.path={text_file}", "evaluation.windows=8"]
+
+
+def put_run(folder: Path, command: list[str], summary: dict[str, object]) -> None:
+    folder.mkdir()
+    (folder / run_folder.CONFIG).write_text(xattn.config.save(compose(command)))
+    run_folder.write_summary(folder, summary)
+    (folder / run_folder.METRICS).write_text('{"step": 2}\n')
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("tracking.wandb.mode=online", "no API key"),
+        ("data.path=nowhere.txt", "nowhere.txt"),
+        ("parallel.data=64", "parallel.data"),
+        ("backend.implementation=cudnn", "backend.implementation"),
+    ],
+)
+def test_resume_never_moves_nothing_aside_before_all_is_accepted(
+    override: str, told: str, command: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    put_run(folder, command, {"status": "running", "step": 2})
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(BadInput, match=told):
+        run(compose([*command, override, "resume=never"]), folder, quiet=True)
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {name: content for name, content in after.items() if name in before} == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_resume_never_moves_aside_what_a_new_run_takes_the_place_of(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a run that does not fit in memory has failed: its folder does not say that it is running."""
+    folder = tmp_path / "run"
+    put_run(folder, command, {"status": "done", "step": 2})
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    with pytest.raises(BadInput, match="GB are available"):
+        run(compose([*command, "resume=never"]), folder, quiet=True)
+    (aside,) = (tmp_path / run_folder.SUPERSEDED).iterdir()
+    assert run_folder.read_summary(aside) == {"status": "done", "step": 2}
+    assert aside.name in capsys.readouterr().out
+    assert aside.name in (folder / run_folder.LOG).read_text()
+    found = run_folder.read_summary(folder)
+    assert found is not None
+    assert (found["status"], found["step"]) == ("failed", 0)
+    assert "failures" not in found
+
+
+def test_failures_of_other_source_are_not_counted(command: list[str], tmp_path: Path) -> None:
+    """Changed source has three tries of its own."""
+    here = {key: provenance()[key] for key in ("source_sha256", "versions")}
+    for before, count in ((here, 3), (here | {"source_sha256": "other"}, 1)):
+        path = tmp_path / str(count)
+        put_run(path, command, {})
+        folder = RunFolder(path)
+        failures = {"count": 2, "step": 0} | before
+        attempt = Attempt(Job(compose(command), path), folder, {"status": "failed", "failures": failures}, quiet=True)
+        attempt.failed(RuntimeError("planted"))
+        attempt.display.close()
+        folder.release()
+        found = run_folder.read_summary(path)
+        assert found is not None
+        assert found["failures"] == here | {"count": count, "step": 0}
