@@ -93,6 +93,15 @@ def test_a_file_where_a_folder_should_be_is_bad_input(path: str, tmp_path: Path)
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("path", ["link", "link/below"])
+@pytest.mark.parametrize("target", ["nowhere", "link"])
+def test_a_link_to_nothing_is_bad_input_and_not_waited_for(path: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(BadInput, match="link"):
+        RunFolder(tmp_path / path)
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_a_name_too_long_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be written"):
         RunFolder(tmp_path / ("x" * 300))

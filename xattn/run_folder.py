@@ -171,6 +171,8 @@ def _acquire(path: Path) -> int:
             for there in (path, *path.parents):
                 if there.exists() and not there.is_dir():
                     raise BadInput(f"{there}: is a file, and a run needs a folder there") from error
+                if there.is_symlink() and not there.exists():
+                    raise BadInput(f"{there}: is a link to what is not there") from error
             continue  # moved aside by another process in between
         except OSError as error:
             raise storage_error(error, path) or BadInput(f"{path}: cannot be written: {error.strerror}") from error
