@@ -53,10 +53,7 @@ def place(environment: Mapping[str, str]) -> Place:
         if count > 1 and (coordinator is None or not coordinator.rpartition(":")[2].isdigit()):
             raise BadInput(f"{COORDINATOR} = {coordinator!r}: must be host:port of process 0")
         return Place(index, count, coordinator)
-    for count_of, index_of in (
-        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ):
+    for count_of, index_of in _MANAGERS:
         if count_of in environment and _number(environment, count_of) > 1:
             return Place(_number(environment, index_of), _number(environment, count_of), coordinator)
     return Place(0, 1, None)
@@ -236,7 +233,11 @@ def join(*, heartbeat_seconds: int, connect_seconds: int) -> Team:
 
 def _refuse_port_in_use(coordinator: str) -> None:
     port = int(coordinator.rpartition(":")[2])
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+    try:
+        probe = socket.socket(socket.AF_INET6)
+    except OSError:  # the kernel has IPv6 off
+        probe = socket.socket(socket.AF_INET)
+    with probe:
         try:
             probe.bind(("", port))
         except OSError as error:

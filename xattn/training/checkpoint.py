@@ -127,7 +127,7 @@ class Checkpoints:
             text = json.dumps(manifest, indent=1, allow_nan=False).encode()
             (temporary / _MANIFEST).write_bytes(text)
             (temporary / _SEAL).write_bytes(sha256(text).hexdigest().encode())
-            for path in [*_files(temporary), temporary]:
+            for path in [*temporary.rglob("*"), temporary]:  # a folder's names too, at every depth
                 fsync(path)
             if final.exists():  # a step saved again after a resume from an older one
                 _delete(final)
