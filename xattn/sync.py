@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import xattn.config
 from xattn import run_folder
-from xattn.errors import BadInput, ExitCode
+from xattn.arguments import Parser
+from xattn.errors import BadInput, ExitCode, XattnError
 from xattn.run_folder import RunFolder
 from xattn.tracking.wandb import WandbMirror, resolve_mode
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="xattn sync", description="Rebuild runs of wandb from their metrics.jsonl.")
+    parser = Parser(prog="xattn sync", description="Rebuild runs of wandb from their metrics.jsonl.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     for path in parser.parse_args(argv).runs:
         sync(path)
@@ -23,10 +23,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def sync(path: Path) -> None:
-    """Sends every row and the summary again, under the run's own wandb id.
+    """Sends every row and the summary again, under the run's own wandb id, however long that takes.
 
     Raises :class:`BadInput` where ``path`` is not a run that has finished or stopped, :class:`FolderInUse` where it is
-    running.
+    running, :class:`XattnError` where wandb fails.
     """
     if not (path / run_folder.CONFIG).is_file():
         raise BadInput(f"{path}: not a run folder, it holds no {run_folder.CONFIG}")
@@ -50,8 +50,11 @@ def sync(path: Path) -> None:
             say=print,
             from_the_start=True,
         )
-        for line in (folder / run_folder.METRICS).read_text("utf-8").splitlines():
+        metrics = folder / run_folder.METRICS
+        for line in metrics.read_text("utf-8").split("\n")[:-1] if metrics.is_file() else ():  # the last may be torn
             mirror.log(json.loads(line))
-        mirror.finish(summary, 0 if summary["status"] == "done" else 1)
+        mirror.finish(summary, 0 if summary["status"] == "done" else 1, for_ever=True)
+        if mirror.failure is not None:
+            raise XattnError(f"{path}: not synced: {mirror.failure}")
     finally:
         folder.release()

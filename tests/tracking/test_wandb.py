@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from xattn.errors import BadInput
+from xattn import run_folder
+from xattn.config import compose, save
+from xattn.errors import BadInput, XattnError
+from xattn.sync import sync
 from xattn.tracking import wandb as adapter
 from xattn.tracking.config import WandbConfig
 from xattn.tracking.wandb import WandbMirror, resolve_mode
@@ -211,3 +214,27 @@ def test_a_real_offline_run(tmp_path: Path) -> None:
     content = log.read_bytes()
     for written in (b"train_loss", b"a study", b"0123456789"):
         assert written in content
+
+
+# ---- xattn sync ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", ["", "init", "finish"])
+def test_sync_sends_every_whole_row_and_says_where_it_failed(
+    fails: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However long wandb takes."""
+    fake = FakeWandb(fails, init=lambda: time.sleep(0.3))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(adapter, "_FINISH_SECONDS", 0.01)
+    (tmp_path / run_folder.CONFIG).write_text(save(compose(["tracking.wandb.mode=offline"])))
+    (tmp_path / run_folder.PROVENANCE).write_text('{"wandb_id": "abcd1234"}')
+    (tmp_path / run_folder.SUMMARY).write_text('{"status": "running"}')
+    (tmp_path / run_folder.METRICS).write_text('{"step": 1, "train_loss": 5.5}\n{"step": 2, "tr')
+    if fails:
+        with pytest.raises(XattnError, match=f"not synced: RuntimeError: {fails} broke"):
+            sync(tmp_path)
+        return
+    sync(tmp_path)
+    assert fake.rows == [(1, {"train_loss": 5.5})]
+    assert fake.summary == {"status": "running"}

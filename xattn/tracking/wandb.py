@@ -59,6 +59,7 @@ class WandbMirror:
 
     from_the_start: forget that mark, and send every row that comes.
     say: told, once, how to look at an offline run, or what failed; from then on rows are dropped.
+    failure: what failed, None while nothing has.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class WandbMirror:
         from_the_start: bool = False,
     ):
         self._say = say
+        self.failure: str | None = None
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._init: dict[str, Any] = {
             "project": config.project,
@@ -101,11 +103,11 @@ class WandbMirror:
     def log(self, row: Row) -> None:
         self._rows.put(row)
 
-    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
-        """Sends what summary.json says, and waits for wandb, but not for ever."""
+    def finish(self, summary: Mapping[str, Any], exit_code: int, *, for_ever: bool = False) -> None:
+        """Sends what summary.json says, and waits for wandb, but not for ever unless that is asked for."""
         self._summary, self._exit_code = dict(summary), exit_code
         self._rows.put(None)
-        self._thread.join(_FINISH_SECONDS)
+        self._thread.join(None if for_ever else _FINISH_SECONDS)
         if self._thread.is_alive():
             self._say(f"wandb: not finished after {_FINISH_SECONDS} s; the run folder has everything without it")
 
@@ -113,7 +115,8 @@ class WandbMirror:
         try:
             self._mirror()
         except Exception as error:  # the rim: any failure of wandb's ends the mirror and nothing else
-            self._say(f"wandb: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; mirror off")
+            self.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self._say(f"wandb: {self.failure}; mirror off")
 
     def _mirror(self) -> None:
         # Its import and start are seconds of the interpreter, in which the run's first step would have to wait.
