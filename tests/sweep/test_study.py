@@ -138,6 +138,20 @@ def test_the_table_has_the_best_first_and_the_keys_that_differ(
     assert [line.split()[0] for line in lines[2:5]] == ["softmax", "sigmoid", "none"]
 
 
+def test_a_config_that_cannot_be_read_hides_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
+    for job in jobs:
+        finish(job, "done", 1.5)
+    with (jobs[0].folder / run_folder.CONFIG).open("a") as file:
+        file.write("key_of_tomorrow: 1\n")
+    assert runs.main([str(tmp_path)]) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    (odd,) = (line for line in lines if jobs[0].folder.name in line)
+    assert "config of another version" in odd
+    assert "1.5000" in odd
+
+
 def test_one_that_is_stopped_has_not_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def start(jobs: Sequence[Job]) -> list[ExitCode]:
         finish(jobs[0], "preempted", None)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import xattn.config
 from xattn import run_folder
+from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
-from xattn.sweep.table import print_table
+from xattn.sweep.table import print_table, read_config
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="xattn runs", description="List runs, a table for each study.")
+    parser = Parser(prog="xattn runs", description="List runs, a table for each study.")
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs")], help="outputs/, or a study in it")
     studies: dict[Path, list[Path]] = {}
     for folder in parser.parse_args(argv).folders:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
                 studies.setdefault(config.parent.parent, []).append(config.parent)
     for study, runs in studies.items():
         print(f"{study}: {len(runs)} runs")
-        readable = [xattn.config.load(run / run_folder.CONFIG) for run in runs]
+        readable = [config for run in runs if (config := read_config(run)) is not None]
         print_table(runs, xattn.config.varying_keys(readable))
     if not studies:
         print("no runs")

@@ -14,6 +14,7 @@ from rich.table import Table
 import xattn.config
 from xattn import run_folder
 from xattn.config import Config
+from xattn.errors import BadInput
 
 
 def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Path, Config] | None = None) -> None:
@@ -30,12 +31,12 @@ def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Pat
     table.add_column("run", no_wrap=True)
     for folder in sorted(folders, key=_rank):
         summary = run_folder.read_summary(folder) or {}
-        config = asked[folder] if asked is not None else _config(folder)
+        config = asked[folder] if asked is not None else read_config(folder)
         values = {} if config is None else xattn.config.hashed_values(config)
         speed = summary.get("tokens_per_second")
         table.add_row(
             *(_text(values.get(key)) for key in keys),
-            _status(folder, summary),
+            _status(folder, summary, config),
             _text(summary.get("val_loss"), ".4f"),
             _text(summary.get("val_bpb"), ".4f"),
             _text(summary.get("step")),
@@ -47,8 +48,10 @@ def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Pat
     Console(highlight=False, width=max(wanted, console.width)).print(table)
 
 
-def _status(folder: Path, summary: dict[str, Any]) -> str:
+def _status(folder: Path, summary: dict[str, Any], config: Config | None) -> str:
     """As in the summary, but a run that was killed cannot say so itself: nobody holds its folder any more."""
+    if config is None and (folder / run_folder.CONFIG).is_file():
+        return "config of another version"
     status: str = summary.get("status", "not begun")
     return "killed" if status == "running" and not run_folder.is_held(folder) else status
 
@@ -58,9 +61,12 @@ def _rank(folder: Path) -> tuple[float, str]:
     return (math.inf if loss is None else loss, folder.name)
 
 
-def _config(folder: Path) -> Config | None:
-    path = folder / run_folder.CONFIG
-    return xattn.config.load(path) if path.is_file() else None
+def read_config(folder: Path) -> Config | None:
+    """The config of the run there, None where there is none or this version cannot read it."""
+    try:
+        return xattn.config.load(folder / run_folder.CONFIG)
+    except BadInput:
+        return None
 
 
 def _text(value: Any, form: str = "") -> str:
