@@ -425,8 +425,7 @@ class Attempt:
         self.code = error.exit_code
 
     def failed(self, error: Exception) -> None:
-        """Counts failures of one source without a new step between them; a run that fails at the same place is not tried
-        for ever."""
+        """Counts failures of one source without a new step between them; the same place is not tried for ever."""
         before, step, here = self._before.get("failures"), self._summary["step"], provenance()
         again = before and before["step"] >= step and not changes(before, here)
         count = before["count"] + 1 if before and again else 1
