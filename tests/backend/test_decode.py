@@ -167,6 +167,15 @@ def test_errors() -> None:
     x, spec, cache = start(CASES[0], capacity=4)
     with pytest.raises(ValueError, match=r"13 tokens .* capacity of 4"):
         prefill(x.q, x.k, x.v, cache, spec)
+    with pytest.raises(ValueError, match="'hopper' does not support"):
+        prefill(x.q[:, :, :4], x.k[:, :, :4], x.v[:, :, :4], cache, spec, implementation="hopper")
+    y, of_none, state = start(Case(activation="none", context_length=CONTEXT))
+    arrays = (y.q, y.k, y.v, state, of_none)
+    np.testing.assert_array_equal(prefill(*arrays, implementation="linear")[0], prefill(*arrays)[0])
+    with pytest.raises(ValueError, match="'blockwise' does not keep the state"):
+        prefill(*arrays, implementation="blockwise")
+    with pytest.raises(ValueError, match="unknown attention implementation 'quick'"):
+        prefill(*arrays, implementation="quick")
     with pytest.raises(ValueError, match="one token, got 13"):
         decode_step(x.q, x.k, x.v, cache, spec)
     with pytest.raises(ValueError, match="context_length"):

@@ -41,7 +41,7 @@ def model_and_params(*overrides: str) -> tuple[LanguageModel, Any]:
         (["backend=softmax"], [3, 1, 4, 1]),
         (["backend=sigmoid"], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 1, 2]),
         (["backend=sigmoid", "backend.sigmoid_bias=learned", "model.num_kv_heads=1"], [1]),
-        (["backend=none"], [9, 9, 9, 1, 2, 3, 4, 5, 6]),
+        (["backend=none", "backend.implementation=reference"], [9, 9, 9, 1, 2, 3, 4, 5, 6]),
         (["backend=softmax", "backend.window=5"], [2, 7]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) else "",

@@ -11,7 +11,8 @@ import pytest
 
 from xattn.backend import dispatch
 from xattn.config import compose
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, next_token_losses
+from xattn.model.loss import next_token_losses
+from xattn.model.transformer import LanguageModel, ModelHyperparameters
 
 SMALL = ["backend.context_length=128", "model.dtype=bfloat16", "model.num_heads=2", "model.embedding_dim=128"]
 

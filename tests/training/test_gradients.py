@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -87,3 +88,21 @@ def test_a_step_that_does_not_fit_is_refused_with_both_numbers_and_what_helps(mo
         refuse_what_does_not_fit(3_500_000_000, exhausted)
     assert "gradient_accumulation=" not in str(refusal.value)
     assert "remat" not in str(refusal.value)
+    dropping = compose([*TINY, "model.dropout=0.1"])
+    assert "gradient_accumulation=2 (same result but for dropout's draws)" in memory.what_helps(dropping, "cpu")
+
+
+def test_of_a_containers_memory_only_what_it_has_not_used_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def available(limit: str, used: int) -> int:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        (tmp_path / "memory.stat").write_text("anon 50000\ninactive_file 20000\nactive_file 7\n")
+        return memory._machine_bytes()
+
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    assert memory._machine_bytes() > 1e6  # no such files
+    assert available("100000", 70_000) == 50_000  # the page cache is given back
+    assert available("100000", 130_000) == 0
+    assert available("max", 70_000) > 1e6

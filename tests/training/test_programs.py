@@ -12,7 +12,7 @@ import pytest
 
 from xattn.config import Config, compose
 from xattn.data.batches import Windows, evaluation_windows
-from xattn.model.transformer import next_token_losses
+from xattn.model.loss import next_token_losses
 from xattn.training.optimizer import learning_rate_factor
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs
 

@@ -44,10 +44,10 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tun
     plain sums. The backward keeps q, k, v as given, the output, and for softmax the log of the row's sum in float32;
     the rest is computed again. Reverse mode only, and once: it is a custom_vjp.
     """
-    return prepared(q, k, v, spec, Here(tuning))
+    return prepared(q, k, v, spec, OneDevice(tuning))
 
 
-class Work(Protocol):
+class Passes(Protocol):
     """Attention of rotated queries (B, NKV, G, S, DHQK), grouped, to rotated keys: forward and backward."""
 
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Results:
@@ -60,8 +60,8 @@ class Work(Protocol):
 
 
 @dataclass(frozen=True)
-class Here:
-    """All of it in one piece."""
+class OneDevice:
+    """On one device, or as XLA splits it: all of it in one piece."""
 
     tuning: Tuning
 
@@ -75,28 +75,28 @@ class Here:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def prepared(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, work: Work) -> jax.Array:
-    """Pre-activation and RoPE, then the work; whoever does it, the backward keeps the same."""
-    return _forward(q, k, v, spec, work)[0]
+def prepared(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, passes: Passes) -> jax.Array:
+    """Pre-activation and RoPE, then the passes; whichever they are, the backward keeps the same."""
+    return _forward(q, k, v, spec, passes)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, work: Work
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, passes: Passes
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """The output, and what the backward needs."""
     rotated_q, rotated_k = prepare(q, k, spec)
-    out, lse = work.forward(_group(rotated_q, k.shape[1]), rotated_k, v, spec)
+    out, lse = passes.forward(_group(rotated_q, k.shape[1]), rotated_k, v, spec)
     out = out.reshape(*q.shape[:3], v.shape[-1])
     return out, (q, k, v, spec, out, lse)
 
 
-def _backward(work: Work, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+def _backward(passes: Passes, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     q, k, v, spec, out, lse = residuals
     (rotated_q, rotated_k), unprepare = jax.vjp(
         lambda q, k, theta: prepare(q, k, replace(spec, theta=theta)), q, k, spec.theta
     )
     rotated_q, g, out = (_group(x, k.shape[1]) for x in (rotated_q, g, out))
-    d_q, d_k, d_v, d_bias = work.backward(rotated_q, rotated_k, v, spec, (out, lse), g)
+    d_q, d_k, d_v, d_bias = passes.backward(rotated_q, rotated_k, v, spec, (out, lse), g)
     d_q, d_k, d_theta = unprepare((d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype)))
     d_spec = replace(
         spec,

@@ -173,17 +173,21 @@ def prefill(
         spec: from :func:`decoding_spec`.
         length: tokens of the prompt that count, at most S; a number or a traced scalar. What follows is padding, for
             which the output means nothing. None is all.
-        implementation: as of :func:`xattn.backend.api.attention`; ``none`` without a window is always ``linear``.
+        implementation: as of :func:`xattn.backend.api.attention`; ``none`` without a window takes ``auto`` and
+            ``linear``, which are the same there.
 
     Returns:
         out (B, NH, S, DHV), or (B, S, DHV), and the cache.
 
     Raises:
-        ValueError: arrays that don't fit each other, or a prompt longer than the cache's capacity.
+        ValueError: arrays that don't fit each other, a prompt longer than the cache's capacity, or an implementation
+            that is unknown or does not support the call.
     """
     q, k, v = checked_arrays(queries, keys, values)
     seen = jnp.asarray(q.shape[2] if length is None else length, jnp.int32)
     if isinstance(cache, StateCache):
+        if implementation != dispatch.AUTO and dispatch.row(implementation).name != "linear":
+            raise ValueError(f"attention implementation {implementation!r} does not keep the state that this cache is")
         counts = (jnp.arange(v.shape[2]) < seen)[None, None, :, None]
         out, state = chunked(q, k, jnp.where(counts, v, 0), spec, cache.state, Tuning.of_platform())
         after: Cache = StateCache(state, seen)

@@ -53,7 +53,7 @@ def ring(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: 
 
 @dataclass(frozen=True)
 class Ring:
-    """:class:`xattn.backend.blockwise.Work` on all devices of the axis."""
+    """:class:`xattn.backend.blockwise.Passes` on all devices of the axis."""
 
     tuning: Tuning
 

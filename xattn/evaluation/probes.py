@@ -32,7 +32,8 @@ from xattn.data.task_config import (
 from xattn.data.tasks import check, evaluation_examples, measures
 from xattn.errors import BadInput
 from xattn.evaluation.config import ProbeName
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, next_token_losses
+from xattn.model.loss import next_token_losses
+from xattn.model.transformer import LanguageModel, ModelHyperparameters
 
 SEQUENCES = 64  # of a task that is a probe
 LONGEST = 8  # times context_length, for extrapolation

@@ -21,10 +21,9 @@ from flax import linen as nn
 
 from xattn.backend import attention
 from xattn.backend.config import BackendConfig
-from xattn.backend.decode import Cache, Entry, append, attend, decoding_spec, prefill
+from xattn.backend.decode import Cache, Entry, StateCache, append, attend, decoding_spec, prefill
 from xattn.model.config import ModelConfig
 from xattn.model.functions import layer_norm, rms_norm, swiglu
-from xattn.model.loss import next_token_losses as next_token_losses
 from xattn.model.loss import projected_losses
 from xattn.model.projection import projection
 
@@ -204,7 +203,9 @@ class Attention(nn.Module):
             if tokens == 1:
                 out, new = attend(q, k, v, cache, spec)
             else:
-                out, new = prefill(q, k, v, cache, spec, length=length, implementation=backend.implementation)
+                # A state has one implementation, whatever the run was trained with.
+                implementation = "auto" if isinstance(cache, StateCache) else backend.implementation
+                out, new = prefill(q, k, v, cache, spec, length=length, implementation=implementation)
         out = out.transpose(0, 2, 1, 3).reshape(batch, tokens, config.embedding_dim)
         return _dense(config, config.embedding_dim, "output", residual=True)(out), new
 

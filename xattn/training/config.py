@@ -96,7 +96,7 @@ class TrainerConfig(Section):
     steps: updates to make.
     batch_size: sequences of context_length tokens in each.
     gradient_accumulation: parts, one after the other, in which a batch's gradient is computed: the same result up to
-        rounding, with a part's memory; a divisor of batch_size.
+        rounding, and up to dropout's draws, with a part's memory; a divisor of batch_size.
     log_every, eval_every: every so many steps (and at the last) a training row is logged, the model is evaluated.
     attention_stats_every: every so many steps (and at the last) each head's attention is measured; null means never.
     checkpoint_every, checkpoint_minutes: a checkpoint is written every so many steps, and when the last one is so old,

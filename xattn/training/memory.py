@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import jax
 
 from xattn.config import Config
 from xattn.errors import BadInput
+
+_CONTAINER = Path("/sys/fs/cgroup")  # of the one that this may be, as version 2 of cgroups shows it
 
 
 def available_bytes() -> int:
@@ -41,7 +44,8 @@ def what_helps(config: Config, platform: str) -> str:
     if config.trainer.gradient_accumulation < config.trainer.batch_size:
         parts = [n for n in range(2, config.trainer.batch_size + 1) if config.trainer.batch_size % n == 0]
         finer = next(n for n in parts if n > config.trainer.gradient_accumulation)
-        helps.append(f"trainer.gradient_accumulation={finer} (same result)")
+        but = " but for dropout's draws" if config.model.dropout else ""
+        helps.append(f"trainer.gradient_accumulation={finer} (same result{but})")
     if config.model.remat != "full":
         helps.append("model.remat=full (same result, a third more work)")
     if config.model.dtype == "float32" and platform != "cpu":
@@ -51,14 +55,23 @@ def what_helps(config: Config, platform: str) -> str:
 
 
 def _machine_bytes() -> int:
-    """Of the machine's memory what is available, within the limit of the container that this may be."""
+    """Of the machine's memory what is available, and no more than the container's limit leaves."""
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
         available = int(kilobytes) * 1024
     except (OSError, StopIteration):  # not Linux: all that it has
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(available, _container_bytes()))
+
+
+def _container_bytes() -> float:
+    """What the container's processes have not used of its limit; infinite without one. Pages of files that were
+    not read lately do not count as used: they are given back when memory is asked for."""
     try:
-        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
-    except (OSError, ValueError):  # no such file, or "max"
-        return available
+        limit, used = (int((_CONTAINER / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        lines = (_CONTAINER / "memory.stat").read_text("ascii").splitlines()
+        reclaimable = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, ValueError, StopIteration):  # no such file, or "max"
+        return math.inf
+    return max(limit - used + reclaimable, 0)
