@@ -121,3 +121,20 @@ def test_one_bad_run_in_any_batch_and_nothing_begins(
     assert list(tmp_path.iterdir()) == []
     start(GridSweeper(batch), XattnLauncher(), f"{RATE}=1e-3,2e-3")
     assert [job.config.optimizer.learning_rate for job in made] == [1e-3, 2e-3]
+
+
+def test_what_is_bad_for_one_run_alone_starts_none(
+    start: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As far as it shows without training: the files of the corpus, the mesh, the attention on these devices."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "start", lambda jobs: pytest.fail("started"))
+    monkeypatch.setattr(study, "make", lambda jobs, start: pytest.fail("started"))
+    for typed, told in (
+        (["data.path=/nonexistent,/dev/null"], r"data\.path = '/nonexistent'"),
+        (["parallel.data=2048", "seed=0,1"], r"parallel\.data = 2048"),
+        (["backend.implementation=reference,hopper", "sweep.pack=2"], r"backend\.implementation: .*hopper"),
+    ):
+        with pytest.raises(BadInput, match=f"of 2 runs none is started: {told}"):
+            start(GridSweeper(), XattnLauncher(), *typed, "sweep.workers=1")
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job
 from xattn.config import Config
+from xattn.errors import BadInput
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Implementation
@@ -87,8 +88,11 @@ def pack_size(config: Config) -> int:
 
         if jax.default_backend() != "gpu":
             return 1
-    if not _attention(config).vmaps:
-        return 1
+    try:
+        if not _attention(config).vmaps:
+            return 1
+    except BadInput:
+        return 1  # it is told of when the run is started, and the others go on
     return _paying(config) if config.sweep.pack == "auto" else config.sweep.pack
 
 

@@ -7,6 +7,9 @@ as among the terminals of a person who types the same command twice. Importing t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
 import multiprocessing
 import os
 import signal
@@ -19,11 +22,13 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import xattn.config
+from xattn import run_folder
 from xattn.attempt import Job
-from xattn.errors import ExitCode
+from xattn.errors import BadInput, ExitCode, FolderInUse
 from xattn.run_folder import read_summary
 from xattn.signals import interruption
 from xattn.sweep import study
+from xattn.sweep.check import check_data, check_devices
 from xattn.sweep.packing import is_finished
 from xattn.sweep.view import StudyView
 
@@ -31,30 +36,73 @@ _POLL_SECONDS = 0.5
 
 
 def carry_out(jobs: Sequence[Job]) -> None:
-    """:func:`xattn.sweep.study.carry_out`, by as many processes as ``sweep.workers`` says."""
+    """:func:`xattn.sweep.study.carry_out`, by as many processes as ``sweep.workers`` says.
+
+    Raises :class:`BadInput`, and starts nothing, where a run is found to be one that cannot be made.
+    """
     unfinished = [job for job in jobs if not is_finished(job)]
-    devices = gpus() if unfinished else []
-    wanted = unfinished[0].config.sweep.workers if unfinished else 1
-    workers = min(max(1, len(devices)) if wanted == "auto" else wanted, len(unfinished))
-    if workers <= 1:
+    check_data(unfinished)
+    devices = _devices(unfinished)
+    if len(devices) <= 1:
+        check_devices(unfinished)
         study.carry_out(jobs)
         return
+    jobs = [_begun_anew(job) for job in jobs]
     with study.told_at_the_end(jobs):
-        _carry_out(jobs, unfinished, [devices[i % len(devices)] if devices else None for i in range(workers)])
+        _carry_out(jobs, [job for job in jobs if not is_finished(job)], devices)
+
+
+def _devices(unfinished: Sequence[Job]) -> list[str | None]:
+    """For each process the GPU that is its own; None where it has no GPU of its own."""
+    if not unfinished:
+        return [None]
+    asked = unfinished[0].config.sweep.workers
+    spread = [job.config for job in unfinished if set(job.config.parallel.axes().values()) != {1}]
+    if asked == "auto" and (spread or len(unfinished) == 1):
+        return [None]
+    found = [] if asked == 1 else gpus()
+    if found and spread:
+        sizes = ", ".join(f"parallel.{axis} = {size}" for axis, size in spread[0].parallel.axes().items() if size != 1)
+        raise BadInput(
+            f"sweep.workers = {asked}: each has one GPU, and a run is over several: {sizes}; allowed: 1, auto"
+        )
+    workers = min(max(1, len(found)) if asked == "auto" else asked, len(unfinished))
+    return [found[i % len(found)] if found else None for i in range(workers)]
 
 
 def gpus() -> list[str]:
-    """The GPUs that jax would see here, as CUDA_VISIBLE_DEVICES names them; without asking jax, which would take
-    them."""
-    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+    """The GPUs that jax would use here, as CUDA_VISIBLE_DEVICES names them; without asking jax, which would take
+    them. None where jax has no plugin for CUDA, or JAX_PLATFORMS puts another platform first."""
+    first, _, _ = os.environ.get("JAX_PLATFORMS", "").partition(",")
+    has_plugin = any("cuda" in plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins"))
+    if first not in ("", "cuda", "gpu") or not has_plugin:
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in visible.split(",") if name]
+        names = [name.strip() for name in visible.split(",")]
+        return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [str(i) for i, line in enumerate(filter(None, listed.stdout.splitlines()))] if not listed.returncode else []
+    cards = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # not the lines of their MIG parts
+    return [str(i) for i in range(len(cards))] if not listed.returncode else []
+
+
+def _begun_anew(job: Job) -> Job:
+    """``resume=never`` moves a folder aside once a command, and not once a process."""
+    if job.config.resume != "never":
+        return job
+    while (job.folder / run_folder.CONFIG).is_file():
+        try:
+            folder = run_folder.RunFolder(job.folder)
+        except FolderInUse:
+            if interruption.requested:
+                raise SystemExit(ExitCode.PREEMPTED) from None
+            time.sleep(_POLL_SECONDS)
+            continue
+        print(f"an earlier run is moved to {run_folder.shown(folder.move_aside())}")
+        folder.release()
+    return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}))
 
 
 def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], devices: Sequence[str | None]) -> None:

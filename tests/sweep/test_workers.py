@@ -1,0 +1,86 @@
+"""How many processes share a sweep, each with which GPU; with stand-ins for the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import xattn.config
+from xattn import run_folder
+from xattn.attempt import Job
+from xattn.errors import BadInput
+from xattn.sweep import study, workers
+from xattn.sweep.workers import carry_out, gpus
+
+
+def jobs_of(outputs: Path, *overrides: str) -> list[Job]:
+    configs = [xattn.config.compose(["trainer=debug", f"seed={seed}", *overrides]) for seed in range(2)]
+    return [Job(config, outputs / "default" / xattn.config.run_name(config)) for config in configs]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str | None]]:
+    """The GPUs of the processes that were to be started; on a machine with two."""
+    started: list[list[str | None]] = []
+    monkeypatch.setattr(workers, "gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(workers, "check_devices", lambda jobs: None)
+    monkeypatch.setattr(study, "carry_out", lambda jobs: started.append([None]))
+    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: started.append(list(devices)))
+    return started
+
+
+def test_auto_is_a_process_for_each_gpu_unless_a_run_is_over_several(
+    started: list[list[str | None]], tmp_path: Path
+) -> None:
+    carry_out(jobs_of(tmp_path))
+    carry_out(jobs_of(tmp_path, "parallel.data=2"))
+    carry_out(jobs_of(tmp_path, "parallel.fsdp=null"))
+    carry_out(jobs_of(tmp_path, "parallel.data=2", "sweep.workers=1"))
+    carry_out(jobs_of(tmp_path, "sweep.workers=2"))
+    assert started == [["0", "1"], [None], [None], [None], ["0", "1"]]
+    with pytest.raises(BadInput, match=r"sweep\.workers = 2: each has one GPU.*parallel\.data = 2"):
+        carry_out(jobs_of(tmp_path, "parallel.data=2", "sweep.workers=2"))
+    assert len(started) == 5
+
+
+def test_resume_never_is_once_a_command(
+    started: list[list[str | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each of the processes would move aside what another has just made."""
+    handed: list[Job] = []
+    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: handed.extend(unfinished))
+    jobs = jobs_of(tmp_path, "resume=never")
+    earlier = jobs[0].folder
+    earlier.mkdir(parents=True)
+    (earlier / run_folder.CONFIG).write_text(xattn.config.save(jobs[0].config))
+    run_folder.write_summary(earlier, {"status": "done"})
+    carry_out(jobs)
+    assert [job.config.resume for job in handed] == ["auto", "auto"]
+    assert [job.folder for job in handed] == [job.folder for job in jobs]
+    assert run_folder.read_summary(earlier) is None
+    (aside,) = (earlier.parent / run_folder.SUPERSEDED).iterdir()
+    assert (run_folder.read_summary(aside) or {})["status"] == "done"
+
+
+def test_the_gpus_are_those_that_jax_would_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins: list[Any] = []
+    listed = "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g.10gb Device 0: (UUID: MIG-b)\nGPU 1: H100 (UUID: GPU-c)"
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: SimpleNamespace(stdout=listed, returncode=0))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus() == []  # jax for CPUs alone, whatever cards there are
+    plugins.append(SimpleNamespace(name="xla_cuda12"))
+    assert gpus() == ["0", "1"]
+    for platforms, found in (("cpu", []), ("cpu,cuda", []), ("cuda,cpu", ["0", "1"]), ("tpu", [])):
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        assert gpus() == found
+    monkeypatch.delenv("JAX_PLATFORMS")
+    for visible, found in (("", []), ("-1", []), ("1, 3", ["1", "3"]), ("GPU-a,-1,GPU-c", ["GPU-a"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpus() == found

@@ -1,0 +1,56 @@
+"""What is wrong with a run of a sweep that its config alone does not show: told before the first run starts.
+
+A run that has begun is left to its own start, which tells changed data from bad ones. Importing this module imports no
+jax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import xattn.config
+from xattn.attempt import Job
+from xattn.config import Config
+from xattn.data import corpus
+from xattn.device import ask_for_determinism
+from xattn.errors import BadInput
+from xattn.pack import choose_attention
+from xattn.run_folder import read_provenance
+from xattn.tracking.wandb import resolve_mode
+
+
+def check_data(jobs: Sequence[Job]) -> None:
+    """Raises :class:`BadInput` where the files of a run are unusable at a glance, or wandb has no key for it."""
+    configs = _fresh(jobs)
+    with _none_is_started(jobs):
+        for config in {config.data.model_dump_json(): config for config in configs}.values():
+            corpus.check(config.data)
+        for config in {config.tracking.wandb.model_dump_json(): config for config in configs}.values():
+            resolve_mode(config.tracking.wandb)
+
+
+def check_devices(jobs: Sequence[Job]) -> None:
+    """Raises :class:`BadInput` where this process's devices cannot have the mesh or the attention of a run."""
+    configs = _fresh(jobs)
+    if not configs:
+        return
+    with _none_is_started(jobs):
+        if any(config.trainer.deterministic for config in configs):
+            ask_for_determinism()  # before the first look at a device
+        from xattn.training.sharding import layout_of
+
+        for config in {xattn.config.pack_key(config): config for config in configs}.values():
+            choose_attention(config, context=layout_of(config).sizes["context"])
+
+
+def _fresh(jobs: Sequence[Job]) -> list[Config]:
+    return [job.config for job in jobs if job.config.resume == "never" or read_provenance(job.folder) is None]
+
+
+@contextlib.contextmanager
+def _none_is_started(jobs: Sequence[Job]) -> Iterator[None]:
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"of {len(jobs)} runs none is started: {error}") from error
