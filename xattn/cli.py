@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
-from xattn.errors import ExitCode, XattnError
+from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 
 # Command → the module whose main(argv) carries it out, and what it is for.
 _COMMANDS = {
@@ -32,21 +38,57 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 where it went well, else that of the error, after one message."""
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _carry_out(words)
+        sys.stdout.flush()
+    except XattnError as error:
+        print(f"xattn: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # who read what we print has read enough: `xattn runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
+        return ExitCode.DONE
+    except KeyboardInterrupt:
+        print("xattn: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:  # the outermost rim: a fault of ours
+        if (full := storage_error(error, Path.cwd())) is not None:
+            print(f"xattn: {full}", file=sys.stderr)
+            return full.exit_code
+        print(f"xattn: {type(error).__name__}: {error}".splitlines()[0] + _kept(), file=sys.stderr)
+        return ExitCode.ERROR
+    return code
+
+
+def _carry_out(words: Sequence[str]) -> int:
     for command, (module, _) in _COMMANDS.items():
         length = len(command.split())
         if " ".join(words[:length]) == command:
-            try:
-                return int(import_module(module).main(words[length:]))
-            except XattnError as error:
-                print(f"xattn: {error}", file=sys.stderr)
-                return error.exit_code
-    lines = [f"  xattn {command:16} {purpose}" for command, (_, purpose) in _COMMANDS.items()]
-    asked_for = words in (["-h"], ["--help"])
-    print(
-        "\n".join(["xattn's tools besides train.py; each takes --help:", *lines]),
-        file=sys.stdout if asked_for else sys.stderr,
+            return int(import_module(module).main(words[length:]))
+    if not words or words[0] in ("-h", "--help"):
+        lines = [f"  xattn {command:16} {purpose}" for command, (_, purpose) in _COMMANDS.items()]
+        print("\n".join(["xattn's tools besides train.py; each takes --help:", *lines]))
+        return ExitCode.DONE if words else ExitCode.BAD_INPUT
+    raise BadInput(f"{' '.join(words[:2])}: no such command{_nearest(words)}; `xattn --help` shows them all")
+
+
+def _nearest(words: Sequence[str]) -> str:
+    """The command that was probably meant: of one word or of two."""
+    typed = {" ".join(words[:length]) for length in (1, 2)}
+    matches = [match for text in typed for match in difflib.get_close_matches(text, _COMMANDS, n=1, cutoff=0.6)]
+    likest = max(
+        matches, key=lambda match: max(difflib.SequenceMatcher(None, t, match).ratio() for t in typed), default=""
     )
-    return ExitCode.DONE if asked_for else ExitCode.BAD_INPUT
+    return f" (did you mean {likest}?)" if likest else ""
+
+
+def _kept() -> str:
+    """Where the traceback of the error at hand is kept; there is no log.txt here."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="xattn-", suffix=".log", delete=False, encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        return ""
+    return f"; the traceback is in {file.name}"
 
 
 if __name__ == "__main__":
