@@ -17,6 +17,7 @@ from xattn.data.run_data import RunData
 from xattn.data.tokenizer import ByteTokenizer
 from xattn.evaluation.loss import held_out_loss
 from xattn.evaluation.probes import make_probes
+from xattn.training import checkpoint
 from xattn.training.checkpoint import Checkpoints
 from xattn.training.loop import Member, Progress, train
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs
@@ -234,6 +235,20 @@ def test_the_newest_and_the_best_are_kept_to_the_bit(compiled: Programs, tmp_pat
         for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
             assert a.dtype == b.dtype
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_every_file_and_folder_of_a_checkpoint_is_synced_before_it_has_its_name(
+    compiled: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(checkpoint, "fsync", synced.append)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(7, fresh(compiled).state, {}, val_loss=None)
+    there = {path.relative_to(tmp_path / "checkpoints" / "7") for path in (tmp_path / "checkpoints" / "7").rglob("*")}
+    assert {Path("params"), Path("training"), Path("manifest.json")} < there
+    *before, last = synced
+    assert {path.relative_to(tmp_path / "checkpoints" / ".tmp-7") for path in before} == there | {Path()}
+    assert last == tmp_path / "checkpoints"
 
 
 def test_the_fingerprint_of_a_state() -> None:

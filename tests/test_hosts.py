@@ -1,0 +1,55 @@
+"""Who a process is among several, and whether it can be found."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import pytest
+
+from xattn import hosts
+from xattn.errors import BadInput
+from xattn.hosts import Place, place
+
+OURS = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "there:99"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Place(0, 1, None)),
+        (OURS, Place(1, 2, "there:99")),
+        (OURS | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "7"}, Place(1, 2, "there:99")),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "7"}, Place(7, 8, None)),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Place(0, 1, None)),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, Place(3, 4, None)),
+    ],
+)
+def test_the_environment_says_which_of_how_many(environment: dict[str, str], expected: Place) -> None:
+    assert place(environment) == expected
+
+
+@pytest.mark.parametrize("wrong", [{"JAX_PROCESS_ID": "2"}, {"JAX_PROCESS_ID": "x"}, {"JAX_COORDINATOR_ADDRESS": "a"}])
+def test_variables_that_do_not_fit_together_are_bad_input(wrong: dict[str, str]) -> None:
+    with pytest.raises(BadInput, match=next(iter(wrong))):
+        place(OURS | wrong)
+
+
+@pytest.mark.parametrize("has_ipv6", [True, False])
+def test_a_port_in_use_is_noticed_also_where_the_kernel_has_no_ipv6(
+    has_ipv6: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Socket(socket.socket):
+        def __init__(self, family: int = socket.AF_INET):
+            if family == socket.AF_INET6 and not has_ipv6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family)
+
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        coordinator = f"localhost:{other.getsockname()[1]}"
+        monkeypatch.setattr(hosts.socket, "socket", Socket)
+        with pytest.raises(BadInput, match="the port cannot be had"):
+            hosts._refuse_port_in_use(coordinator)
+    hosts._refuse_port_in_use(coordinator)
