@@ -283,7 +283,8 @@ BAD = [
     (["evaluation.window=5"], ["evaluation.window", "did you mean evaluation.windows?"]),
     (["optimizer=sgd", "optimizer.momentm=0.5"], ["optimizer.momentm", "did you mean optimizer.momentum?"]),
     (["optimizer=sgd", "optimizer.beta1=0.5"], ["optimizer.beta1", "no such key"]),
-    (["lr=3"], ["lr", "no such key"]),
+    (["lr=3"], ["lr", "no such key", "did you mean optimizer.learning_rate?"]),
+    (["optimizer.wd=0"], ["optimizer.wd", "did you mean optimizer.weight_decay?"]),
     (["+foo=1"], ["foo", "no such key"]),
     (["+backend.foo=1"], ["backend.foo", "no such key"]),
     (["data.path=x"], ["data.path", "no such key", "data=text"]),
@@ -294,6 +295,7 @@ BAD = [
     (["trainer=debg"], ["trainer", "debg", "did you mean debug?", "debug, default"]),
     (["optimizer=adam"], ["optimizer", "adam", "did you mean adamw?", "lion", "muon", "sgd"]),
     (["experiment=nothing"], ["experiment", "nothing", "shakespeare_cpu"]),
+    (["experiment=null"], ["experiment = null", "leave it out", "shakespeare_cpu"]),
     (["backend=base"], ["backend", "base", "none, sigmoid, softmax"]),
     (["backend=null"], ["backend", "none, sigmoid, softmax"]),
     (["backend=3"], ["backend", "3", "none, sigmoid, softmax"]),
@@ -350,6 +352,7 @@ BAD = [
     (["data.validation_fraction=1"], ["data.validation_fraction", "1", "less than 1"]),
     (["evaluation.windows=some"], ["evaluation.windows", "'some'", "integer", "'all'"]),
     (["evaluation.windows=0"], ["evaluation.windows", "0", "'all'"]),
+    (["evaluation.probes=induction"], ["evaluation.probes = 'induction': must be a list, [induction]"]),
     # numbers that do not fit together
     (["model.embedding_dim=130"], ["embedding_dim", "130", "num_heads", "4"]),
     (["model.embedding_dim=100"], ["embedding_dim", "25", "odd"]),
@@ -358,6 +361,10 @@ BAD = [
     (
         ["schedule=wsd", "schedule.warmup_fraction=0.9"],
         ["warmup_fraction", "0.9", "decay_fraction", "0.2", "more than 1"],
+    ),
+    (
+        ["data=memmap", "data.path=x", "data.vocab_size=50", "data.end_of_text=50"],
+        ["data.end_of_text must be below data.vocab_size = 50"],
     ),
     # missing values and interpolations
     (["data=text"], ["data.path", "a value is needed", "data.path="]),
@@ -386,6 +393,11 @@ def test_a_bad_value_is_a_short_message_that_names_it(overrides: list[str], expe
     assert 1 <= len(message.splitlines()) <= 5
     assert "Traceback" not in message
     assert "pydantic" not in message
+
+
+def test_a_key_of_the_runs_own_choice_is_suggested_where_a_config_is_amended() -> None:
+    with pytest.raises(BadInput, match=r"data\.pth: no such key \(did you mean data\.path\?\)"):
+        xconfig.amend(compose(TEXT), ["data.pth=y"], may_differ=["data"])
 
 
 def test_many_bad_values_are_five_lines() -> None:

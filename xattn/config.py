@@ -174,7 +174,7 @@ def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]
     try:
         composed = OmegaConf.to_container(_composed([*own, *overrides]), resolve=False, throw_on_missing=False)
     except COMPOSITION_ERRORS as error:
-        raise BadInput(explain(error, overrides)) from error
+        raise BadInput(explain(error, [*own, *overrides])) from error
     values = OmegaConf.create(config.model_dump(mode="json"))
     for key in sorted(keys, key=lambda key: key.count(".")):  # groups first: keys change what they brought
         value = OmegaConf.select(OmegaConf.create(composed), key)
@@ -256,8 +256,9 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         group, _, choices = override.lstrip("+").partition("=")
         options = _options(group)
         for choice in choices.split(","):
-            if options and choice not in options and override != "experiment=null":
-                return f"{group} = {choice}: no such choice{_nearest(choice, options)}; allowed: {', '.join(options)}"
+            if options and choice not in options:
+                hint = " (leave it out for none)" if override == "experiment=null" else _nearest(choice, options)
+                return f"{group} = {choice}: no such choice{hint}; allowed: {', '.join(options)}"
     if unknown := re.search(r"Could not override '([^']+)'|Interpolation key '([^']+)' not found", text):
         key = unknown[1] or unknown[2]
         return f"{key}: no such key{_nearest_key(key, overrides)}; `python train.py --cfg job` shows them all"
@@ -286,6 +287,8 @@ def _explain_validation(error: ValidationError, raw: Mapping[str, Any]) -> str:
             message = f"a value is needed, for example {key}=…"
         elif kind == "string_pattern_mismatch":
             message = "letters, digits, '.', '_' and '-' are allowed, the first a letter or a digit"
+        elif kind == "tuple_type":
+            message = f"a list, [{detail['input']}]" if isinstance(detail["input"], str) else "a list"
         elif kind == "union_tag_invalid":
             key, message = f"{key}.name", str(context["expected_tags"])
             given[key], nearest[key] = repr(context["tag"]), _nearest(context["tag"], re.findall(r"'(.*?)'", message))
@@ -334,7 +337,9 @@ def _nearest_key(key: str, overrides: Sequence[str]) -> str:
 
     def likeness(candidate: str) -> float:
         """Mostly of the last word: a person forgets or mistakes the group more often than the key."""
-        leaf = _similar(key.rpartition(".")[2], candidate.rpartition(".")[2])
+        typed, known = key.rpartition(".")[2], candidate.rpartition(".")[2]
+        initials = "".join(word[0] for word in known.split("_") if word)
+        leaf = 0.9 if typed == initials and len(typed) > 1 else _similar(typed, known)
         return 0.8 * leaf + 0.2 * _similar(key, candidate) if leaf >= 0.6 else 0.0
 
     best = max(keys, key=likeness)

@@ -116,6 +116,8 @@ class MemmapConfig(Section):
     def _packed_needs_a_border(self) -> Self:
         if self.documents == "packed" and self.end_of_text is None:
             raise ValueError("data.documents=packed needs data.end_of_text: the id between documents")
+        if self.end_of_text is not None and self.end_of_text >= self.vocab_size:
+            raise ValueError(f"data.end_of_text must be below data.vocab_size = {self.vocab_size}")
         return self
 
 
