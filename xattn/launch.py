@@ -5,7 +5,6 @@ Each process is told its place by the environment variables of :mod:`xattn.hosts
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from xattn.arguments import Parser
 from xattn.errors import BadInput
 from xattn.hosts import COORDINATOR, COUNT, INDEX
 
@@ -25,7 +25,7 @@ _SECONDS_TO_LEAVE = 30.0
 
 def main(argv: Sequence[str]) -> int:
     """The exit code of the first process that failed, else 0. Raises :class:`BadInput`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="xattn launch",
         description="Starts a Python program as several processes of one run on this machine. Process i gets GPU i.",
         epilog="xattn launch --processes 2 -- train.py parallel=data",
@@ -61,7 +61,8 @@ class _Processes:
         self._signals.append(number)
 
     def wait(self) -> int:
-        """Hands signals on; ends the rest when one has died, or when one has left and the rest does not follow."""
+        """Hands signals on; ends the rest when one has died, or has left with another code than 0 and the rest does not
+        follow. Who is done waits for the first, which may have wandb's end to wait for."""
         first_failure, deadline = 0, float("inf")
         while self._running:
             for number in self._take_signals():

@@ -55,7 +55,7 @@ class Ids(Protocol):
 
 class Batches(Protocol):
     """``batch(step)``: the windows of update number ``step``, counted from 0. It is a pure function: nothing is
-    remembered between calls. ``rows`` takes some of its rows, as a host of several does, and makes no others."""
+    remembered between calls. ``rows`` takes some of its rows, as a host of several does."""
 
     def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows: ...
 
@@ -99,8 +99,8 @@ class TrainingBatches:
 class MixtureBatches:
     """Windows of several sources, each source's by its own epochs. A function of (seed, step, tokens) alone, too.
 
-    Of every 1000 windows that follow each other from a multiple of 1000 on, each source has its share, rounded, at
-    least one; their order is drawn anew each time.
+    Of every 1000 windows that follow each other from a multiple of 1000 on, each source has its share, rounded; their
+    order is drawn anew each time. A source whose share rounds to none has one window, and the 1000 are one more.
     """
 
     PERIOD = 1000
