@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
@@ -12,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
 from xattn.attempt import Job, prunes_nothing
-from xattn.errors import BadInput
+from xattn.errors import BadInput, ExitCode
 from xattn.sweep.study import carry_out_elsewhere, outcomes
 from xattn.sweep.workers import carry_out
 from xattn.tracking.tracker import Row
@@ -95,3 +97,13 @@ def each_once(jobs: Sequence[Job]) -> list[Job]:
             keys = ", ".join(xattn.config.varying_keys([other.config, job.config]))
             raise BadInput(f"{job.folder}: is the folder of runs that differ in {keys}; hydra.sweep.subdir must differ")
     return list(by_folder.values())
+
+
+@contextlib.contextmanager
+def own_faults() -> Iterator[None]:
+    """Around what is not composing: train.py would take these for malformed overrides, and they are faults of ours."""
+    try:
+        yield
+    except (ValueError, TypeError):
+        traceback.print_exc()
+        raise SystemExit(ExitCode.ERROR) from None

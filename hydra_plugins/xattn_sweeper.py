@@ -16,7 +16,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.xattn_launcher import XattnLauncher, each_once, jobs_of
+import xattn.config
+from hydra_plugins.xattn_launcher import XattnLauncher, each_once, jobs_of, own_faults
 from xattn.errors import BadInput
 from xattn.sweep import study
 from xattn.sweep.tune import Dimension, Tuning, tune
@@ -39,17 +40,19 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        if self._max_batch_size is not None and self._max_batch_size < 1:
+            raise BadInput(f"hydra.sweeper.max_batch_size = {self._max_batch_size}: must be at least 1, or null")
         parser = OverridesParser.create(config_loader=self._context.config_loader)
         parsed = parser.parse_overrides([*self._params, *arguments])
         batches = BasicSweeper.split_arguments(parsed, self._max_batch_size)
-        if len(batches) > 1:
-            each_once(jobs_of(self._context, self._config, [overrides for batch in batches for overrides in batch]))
-        results, first = [], 0
-        for batch in batches:
-            results.append(self._launcher.launch(batch, initial_job_idx=first))
-            first += len(batch)
-            for result in results[-1]:
-                _ = result.return_value  # raises what another launcher's job raised
+        results: list[Sequence[JobReturn]] = []
+        with own_faults():
+            if len(batches) > 1:
+                each_once(jobs_of(self._context, self._config, [overrides for batch in batches for overrides in batch]))
+            for batch in batches:
+                results.append(self._launcher.launch(batch, initial_job_idx=sum(map(len, results))))
+                for result in results[-1]:
+                    _ = result.return_value  # raises what another launcher's job raised
         return results
 
 
@@ -67,7 +70,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        tuning = Tuning.model_validate(self._options)
+        tuning = xattn.config.section(Tuning, self._options, at="hydra.sweeper")
         typed = {key: f"{key}={value}" for key, value in self._params.items()}
         typed |= {argument.partition("=")[0]: argument for argument in arguments}
         parsed = OverridesParser.create().parse_overrides(list(typed.values()))
@@ -75,6 +78,10 @@ class OptunaSweeper(Sweeper):
         fixed = [each.input_line or "" for each in parsed if not each.is_sweep_override()]
         if not space:
             raise BadInput("hydra/sweeper=optuna: no key has several values; write key=choice(a,b) or interval(a,b)")
+        with own_faults():
+            self._tune(tuning, space, fixed)
+
+    def _tune(self, tuning: Tuning, space: Mapping[str, Dimension], fixed: list[str]) -> None:
         base = jobs_of(self._context, self._config, [fixed])[0]
 
         def plan(trials: list[list[str]], prunes: list[Any]) -> tuple[list[Path], Callable[[], None]]:
@@ -102,7 +109,8 @@ def _dimension(override: Override) -> Dimension:
     log = "log" in getattr(value, "tags", ())
     if isinstance(value, RangeSweep):
         return Dimension(choices=[str(number) for number in value.range()])
-    assert isinstance(value, IntervalSweep)
+    if not isinstance(value, IntervalSweep):
+        raise BadInput(f"{override.input_line}: hydra/sweeper=optuna takes choice(…), range(…) and interval(…)")
     assert value.start is not None
     assert value.end is not None
     return Dimension(low=value.start, high=value.end, log=log)

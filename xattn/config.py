@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
@@ -34,6 +34,7 @@ from xattn.tracking.config import TrackingConfig
 from xattn.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainerConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+SectionT = TypeVar("SectionT", bound=Section)
 PathName = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -211,6 +212,14 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(from_hydra(_root_)), replace=True)
 
 
+def section(kind: type[SectionT], values: Mapping[str, Any], *, at: str) -> SectionT:
+    """Validates the values of a section that is not of :class:`Config`; ``at`` is the key that it stands at."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise BadInput(_explain_validation(error, values, at=f"{at}.")) from error
+
+
 def _validated(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
@@ -273,13 +282,13 @@ def _options(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
-def _explain_validation(error: ValidationError, raw: Mapping[str, Any]) -> str:
+def _explain_validation(error: ValidationError, raw: Mapping[str, Any], *, at: str = "") -> str:
     expected: dict[str, list[str]] = {}  # key → what each member of its type allows
     given: dict[str, str] = {}
     nearest: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         kind, context = detail["type"], detail.get("ctx", {})
-        key = _dotted(detail["loc"], raw)
+        key = at + _dotted(detail["loc"], raw)
         message = re.sub(r"^(Value error, |Input should be )", "", detail["msg"])
         if kind == "extra_forbidden":
             message, nearest[key] = "no such key", _nearest_key(key, ())

@@ -21,7 +21,7 @@ from hydra_plugins.xattn_launcher import ElsewhereLauncher, XattnLauncher
 from hydra_plugins.xattn_sweeper import GridSweeper, OptunaSweeper
 from xattn import run_folder
 from xattn.attempt import Job
-from xattn.errors import BadInput
+from xattn.errors import BadInput, ExitCode
 from xattn.sweep import study
 
 RATE = "optimizer.learning_rate"
@@ -138,3 +138,46 @@ def test_what_is_bad_for_one_run_alone_starts_none(
         with pytest.raises(BadInput, match=f"of 2 runs none is started: {told}"):
             start(GridSweeper(), XattnLauncher(), *typed, "sweep.workers=1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"n_trials": 0}, r"hydra\.sweeper\.n_trials = 0: must be greater than 0"),
+        ({"sampler": "tpee"}, r"hydra\.sweeper\.sampler = 'tpee': must be 'tpe', .*did you mean tpe\?"),
+        ({"objective": "val_los"}, r"hydra\.sweeper\.objective = 'val_los': must be .*did you mean val_loss\?"),
+    ],
+    ids=str,
+)
+def test_options_of_tuning_that_are_bad_are_told_by_key_value_and_choices(
+    option: dict[str, Any], told: str, made: list[Job], start: Callable[..., None]
+) -> None:
+    with pytest.raises(BadInput, match=told) as refused:
+        start(optuna_sweeper(**option), XattnLauncher(), f"{RATE}=choice(0.001, 0.01)")
+    assert len(str(refused.value).splitlines()) == 1
+    assert made == []
+
+
+@pytest.mark.parametrize("sweeper", ["grid", "optuna"])
+def test_a_fault_of_ours_is_no_bad_input(
+    sweeper: str,
+    made: list[Job],
+    start: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fault(jobs: Sequence[Job]) -> None:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(study, "make", fault)
+    monkeypatch.setattr(xattn_launcher, "carry_out", fault)
+    with pytest.raises(SystemExit) as left:
+        start(GridSweeper() if sweeper == "grid" else optuna_sweeper(), XattnLauncher(), f"{RATE}=choice(0.001, 0.01)")
+    assert left.value.code == ExitCode.ERROR
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_hydra_cannot_compose_is_bad_input(made: list[Job], start: Callable[..., None]) -> None:
+    with pytest.raises(BadInput, match=r"optimizer = adamx: no such choice"):
+        start(GridSweeper(), XattnLauncher(), "optimizer=adamw,adamx")
+    assert made == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import xattn.config
 from xattn import run_folder
 from xattn.errors import BadInput
-from xattn.sweep.tune import STORAGE, Dimension, Tuning, tune
+from xattn.sweep.tune import OBJECTIVES, STORAGE, Dimension, Tuning, tune
 
 optuna = pytest.importorskip("optuna", reason="the extra tune is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -92,8 +93,15 @@ def test_the_objective_is_any_number_of_the_summary(runs: Runs, capsys: pytest.C
     space = {RATE: Dimension(choices=["0.001", "0.1"])}
     search(runs, space, sampler="grid", objective="tokens_per_second", direction="maximize")
     assert f"with {RATE}=0.001" in capsys.readouterr().out
-    with pytest.raises(BadInput, match=r"'loss': no number in summary.json; there: val_loss"):
-        search(runs, space, sampler="grid", objective="loss")
+    with pytest.raises(BadInput, match=r"'probe/x/y': no number in summary.json; there: val_loss"):
+        search(runs, space, sampler="grid", objective="probe/x/y")
+
+
+@pytest.mark.parametrize(("low", "high", "log"), [(0.0, 0.1, True), (0.1, 0.01, False)])
+def test_an_interval_that_cannot_be_drawn_from_is_refused(low: float, high: float, log: bool, runs: Runs) -> None:
+    with pytest.raises(BadInput, match=f"{RATE}: from {low} to {high}"):
+        search(runs, {RATE: Dimension(low=low, high=high, log=log)})
+    assert runs.made == []
 
 
 def test_a_grid_is_gone_through_once(runs: Runs) -> None:
@@ -192,4 +200,5 @@ def test_the_same_command_in_another_process_repeats_nothing(tiny: list[str], tm
         made = {path: path.read_bytes() for path in (tmp_path / "outputs" / "default").glob("*/summary.json")}
         assert len(made) == wanted
         assert before.items() <= made.items()
+        assert all(set(OBJECTIVES) <= json.loads(summary).keys() for summary in made.values())
         before = made

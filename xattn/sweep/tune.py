@@ -7,6 +7,7 @@ process died is drawn again as it was, and finds its run where it stopped. Sever
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 
 from xattn import run_folder
 from xattn.config import Config
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 
 STORAGE = "tuning.journal"
 _POLL_SECONDS = 1.0
+# The numbers of summary.json that are of the run's result, and what those begin with that depend on its config.
+OBJECTIVES = (
+    *("val_loss", "val_bpb", "best_val_loss", "train_loss"),
+    *("tokens_per_second", "wall_seconds", "peak_memory_bytes", "num_params", "flops_per_step"),
+)
+MEASURED = ("probe/", "attention/")
 
 
 class Tuning(Section):
@@ -46,6 +53,15 @@ class Tuning(Section):
     pruner: Literal["none", "median", "hyperband"]
     at_once: PositiveInt
     seed: NonNegativeInt
+
+    @field_validator("objective")
+    @classmethod
+    def _is_a_number_of_the_summary(cls, value: str) -> str:
+        if value not in OBJECTIVES and not value.startswith(MEASURED):
+            nearest = difflib.get_close_matches(value, OBJECTIVES, n=1)
+            meant = f" (did you mean {nearest[0]}?)" if nearest else ""
+            raise ValueError(f"one of {', '.join([*OBJECTIVES, *MEASURED])}…{meant}")
+        return value
 
 
 class Dimension(Section):
@@ -91,7 +107,7 @@ def _draw_and_make(
     """The trials that another process is at are waited for, and taken over if it dies."""
     from optuna.trial import TrialState
 
-    distributions = {key: _distribution(dimension) for key, dimension in space.items()}
+    distributions = {key: _distribution(key, dimension) for key, dimension in space.items()}
     failed = 0  # in this process: they are not counted, and not drawn for ever
     with drawing(folder):
         study.sampler = _sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
@@ -188,14 +204,17 @@ def _pruner(tuning: Tuning, base: Config) -> optuna.pruners.BasePruner:
             return optuna.pruners.NopPruner()
 
 
-def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+def _distribution(key: str, dimension: Dimension) -> optuna.distributions.BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if dimension.choices is not None:
         return CategoricalDistribution(dimension.choices)
-    if isinstance(dimension.low, int) and isinstance(dimension.high, int):
-        return IntDistribution(dimension.low, dimension.high, log=dimension.log)
-    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    try:
+        if isinstance(dimension.low, int) and isinstance(dimension.high, int):
+            return IntDistribution(dimension.low, dimension.high, log=dimension.log)
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    except ValueError as error:
+        raise BadInput(f"{key}: from {dimension.low} to {dimension.high}: {error}") from error
 
 
 def _wanted(tuning: Tuning, space: Mapping[str, Dimension]) -> int:
