@@ -20,6 +20,7 @@ import xattn.config
 from hydra_plugins.xattn_launcher import XattnLauncher, each_once, jobs_of, own_faults
 from xattn.errors import BadInput
 from xattn.sweep import study
+from xattn.sweep.check import check_data
 from xattn.sweep.tune import Dimension, Tuning, tune
 
 
@@ -83,6 +84,8 @@ class OptunaSweeper(Sweeper):
 
     def _tune(self, tuning: Tuning, space: Mapping[str, Dimension], fixed: list[str]) -> None:
         base = jobs_of(self._context, self._config, [fixed])[0]
+        if isinstance(self._launcher, XattnLauncher) and not any(key.partition(".")[0] == "data" for key in space):
+            check_data([base])
 
         def plan(trials: list[list[str]], prunes: list[Any]) -> tuple[list[Path], Callable[[], None]]:
             overrides = [[*fixed, *trial] for trial in trials]

@@ -365,6 +365,7 @@ BAD = [
     (["study=../outside"], ["study", "../outside"]),
     (["nonsense"], ["nonsense", "key=value"]),
     (["-m", "backend.activation=softmax,sigmod"], ["backend.activation", "sigmod", "sigmoid"]),
+    (["-m", "data=text", "data.path=missing.txt", "seed=0,1"], ["of 2 runs none is started", "missing.txt"]),
     (["--unknown"], ["--unknown"]),
     (["data=text", "data.path=missing.txt"], ["data.path", "missing.txt"]),
 ]

@@ -181,3 +181,12 @@ def test_what_hydra_cannot_compose_is_bad_input(made: list[Job], start: Callable
     with pytest.raises(BadInput, match=r"optimizer = adamx: no such choice"):
         start(GridSweeper(), XattnLauncher(), "optimizer=adamw,adamx")
     assert made == []
+
+
+def test_no_trial_is_drawn_where_the_corpus_is_missing(
+    made: list[Job], start: Callable[..., None], tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match="/nonexistent"):
+        start(optuna_sweeper(), XattnLauncher(), f"{RATE}=choice(0.001, 0.01)", "data.path=/nonexistent")
+    assert made == []
+    assert list(tmp_path.iterdir()) == []

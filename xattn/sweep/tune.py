@@ -60,7 +60,7 @@ class Tuning(Section):
         if value not in OBJECTIVES and not value.startswith(MEASURED):
             nearest = difflib.get_close_matches(value, OBJECTIVES, n=1)
             meant = f" (did you mean {nearest[0]}?)" if nearest else ""
-            raise ValueError(f"one of {', '.join([*OBJECTIVES, *MEASURED])}…{meant}")
+            raise ValueError(f"one of {', '.join(OBJECTIVES)}, {'…, '.join(MEASURED)}…{meant}")
         return value
 
 
