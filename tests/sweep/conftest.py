@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hydra.core.plugins import Plugins
+
+Plugins.instance()  # it executes the modules of hydra_plugins anew: whoever imported one before has other classes
 
 
 @pytest.fixture(scope="session")

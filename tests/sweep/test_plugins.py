@@ -131,7 +131,7 @@ def test_what_is_bad_for_one_run_alone_starts_none(
     monkeypatch.setattr(study, "start", lambda jobs: pytest.fail("started"))
     monkeypatch.setattr(study, "make", lambda jobs, start: pytest.fail("started"))
     for typed, told in (
-        (["data.path=/nonexistent,/dev/null"], r"data\.path = '/nonexistent'"),
+        (["data.path=missing.txt,/dev/null"], r"data\.path = 'missing\.txt'"),
         (["parallel.data=2048", "seed=0,1"], r"parallel\.data = 2048"),
         (["backend.implementation=reference,hopper", "sweep.pack=2"], r"backend\.implementation: .*hopper"),
     ):
@@ -186,7 +186,7 @@ def test_what_hydra_cannot_compose_is_bad_input(made: list[Job], start: Callable
 def test_no_trial_is_drawn_where_the_corpus_is_missing(
     made: list[Job], start: Callable[..., None], tmp_path: Path
 ) -> None:
-    with pytest.raises(BadInput, match="/nonexistent"):
-        start(optuna_sweeper(), XattnLauncher(), f"{RATE}=choice(0.001, 0.01)", "data.path=/nonexistent")
+    with pytest.raises(BadInput, match=r"missing\.txt"):
+        start(optuna_sweeper(), XattnLauncher(), f"{RATE}=choice(0.001, 0.01)", "data.path=missing.txt")
     assert made == []
     assert list(tmp_path.iterdir()) == []
