@@ -173,7 +173,7 @@ def test_a_kill_leaves_no_process_of_wandb_behind(command: list[str], cwd: Path,
     "environment",
     [
         {"HOME": None},
-        {"HOME": "/nonexistent", "XDG_CACHE_HOME": None},
+        {"HOME": "/proc/nobody", "XDG_CACHE_HOME": None},  # where not even root can make it
         {"LC_ALL": "C", "LANG": "C"},
         {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
     ],
