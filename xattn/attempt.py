@@ -241,6 +241,7 @@ class Attempt:
         """The newest whole checkpoint, of no later step than ``at_most``."""
         if steps := self._checkpoints.steps():  # the newest may have been renamed into place just before a kill
             self._summary["committed_step"] = steps[-1]
+            run_folder.write_summary(self.folder.path, self._summary)  # before a broken one is moved aside
         restored = self._checkpoints.restore_state(shapes, at_most=at_most)
         with hosts.team().in_step():
             committed = self._summary["committed_step"]
