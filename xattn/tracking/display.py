@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -111,7 +112,8 @@ class Display:
     def close(self) -> None:
         """Closes log.txt, until the next line."""
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # what cannot be written was told of when it was tried
+                self._log.close()
             self._log = None
 
 
