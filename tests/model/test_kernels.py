@@ -14,7 +14,10 @@ from xattn.config import compose
 from xattn.model.loss import next_token_losses
 from xattn.model.transformer import LanguageModel, ModelHyperparameters
 
-SMALL = ["backend.context_length=128", "model.dtype=bfloat16", "model.num_heads=2", "model.embedding_dim=128"]
+SMALL = [
+    *("backend.context_length=128", "model.dtype=bfloat16", "model.num_heads=2", "model.embedding_dim=128"),
+    "model.layers=scanned",
+]
 
 
 @pytest.mark.parametrize(("implementation", "kernels"), [("hopper", 3), ("auto", 0)])
