@@ -22,6 +22,7 @@ _COMMANDS = {
     "bench train": ("xattn.bench.train", "speed, utilisation and memory of training steps; nanoGPT beside them"),
     "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times beside cuDNN's softmax, tuning"),
     "bench start": ("xattn.bench.start", "seconds from the command to the first step, cold and warm"),
+    "bench checkpoints": ("xattn.bench.checkpoints", "what saving costs a run, and how long a save takes"),
     "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one; packs against a run alone"),
     "plan": ("xattn.plan", "what a run will cost in memory and time, here or on other devices"),
     "launch": ("xattn.launch", "one run over several processes of this machine"),

@@ -11,8 +11,6 @@ means something for one implementation at one length only:
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
 import statistics
 import sys
@@ -31,6 +29,7 @@ from rich.table import Table
 from xattn.backend import attention, dispatch
 from xattn.backend.arguments import DTYPES
 from xattn.backend.config import Activation
+from xattn.bench.record import write_record
 
 PEER = "jax.nn"
 """The name under which ``jax.nn.dot_product_attention`` stands in the results."""
@@ -90,21 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     subjects.append(made)
             results += _measure(subjects, arrays, options.repeats)
     _print(results, skipped)
-    options.output.mkdir(parents=True, exist_ok=True)
-    record = {
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "machine": {
-            "platform": dispatch.platform(),
-            "device": jax.local_devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "jax": jax.__version__,
-        },
+    found = {
         "process_peak_bytes": _process_peak_bytes(),
         "results": [asdict(result) for result in results],
         "skipped": [asdict(skip) for skip in skipped],
     }
-    (options.output / "attention.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    device = jax.local_devices()[0].device_kind
+    write_record(options, "attention", found, platform=dispatch.platform(), device=device)
     if results:
         _draw(results, options.output / "attention.png")
     return 0

@@ -9,7 +9,6 @@ metrics.jsonl; then the run is stopped. wandb records offline, as it does where 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,10 +16,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from xattn.bench.record import write_record
 from xattn.errors import XattnError
-from xattn.provenance import git_state, versions
 
 _TRAIN = Path(__file__).resolve().parent.parent.parent / "train.py"
 _PATIENCE = 600
@@ -36,16 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cold = _seconds_to_first_step(options.overrides, Path(folder), "cold")
         warm = [_seconds_to_first_step(options.overrides, Path(folder), f"warm-{i}") for i in range(options.repeats)]
     print(f"first step    cold {cold:.1f} s, warm {min(warm):.1f} s")
-    record: dict[str, Any] = {
-        "overrides": options.overrides,
-        "commit": dict(zip(("git_commit", "git_dirty"), git_state(), strict=True)),
-        "versions": versions(),
-        "machine": {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
-        "cold_seconds": cold,
-        "warm_seconds": warm,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "start.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options, "start", {"cold_seconds": cold, "warm_seconds": warm})
     return 0
 
 

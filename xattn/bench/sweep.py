@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -26,8 +25,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from xattn.bench.record import write_record
 from xattn.errors import BadInput, XattnError
-from xattn.provenance import git_state, versions
 
 _TRAIN = Path(__file__).resolve().parent.parent.parent / "train.py"
 # Four layers of width 128, 64 tokens, 12 rows: a model too small to fill a GPU.
@@ -37,15 +36,7 @@ _SMALL = ["model.num_layers=4", "model.embedding_dim=128", "backend.context_leng
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(argv)
     name, found = ("packs", _packs(options)) if options.packs else ("sweep", _sweep(options))
-    record: dict[str, Any] = {
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "commit": dict(zip(("git_commit", "git_dirty"), git_state(), strict=True)),
-        "versions": versions(),
-        "machine": {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
-        **found,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options, name, found)
     return 0
 
 

@@ -10,9 +10,7 @@ subject's figure is its median step over all blocks. Ratios to the peer are of m
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -28,12 +26,12 @@ from rich.table import Table
 
 from xattn.backend.config import Activation
 from xattn.bench.peer import Peer
+from xattn.bench.record import write_record
 from xattn.config import Config, compose
 from xattn.data.batches import Windows
 from xattn.device import keep_compiled_programs
 from xattn.errors import BadInput
 from xattn.hardware import hardware_of, measured_peak
-from xattn.provenance import git_state, versions
 from xattn.training.programs import Programs, TrainState, hyperparameters, num_params, programs
 
 PEER = "nanoGPT"
@@ -95,25 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     peer_seconds = _measure(subjects, peer, options.steps, options.repeats)
     peak = _peak(subjects[0])
     results = [_result(subject, peak, peer_seconds) for subject in subjects]
-    record = {
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "commit": dict(zip(("git_commit", "git_dirty"), git_state(), strict=True)),
-        "versions": versions(),
-        "machine": {
-            "device": jax.local_devices()[0].device_kind,
-            "devices": jax.device_count(),
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "peak_flops_per_second": peak,
-        },
+    found = {
         "results": [asdict(result) for result in results],
         "peer": peer and {**peer.facts, "median_seconds": statistics.median(peer_seconds), "name": PEER},
     }
     if peer is not None:
         peer.close()
     _print(results, peer_seconds)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    device = {"device": jax.local_devices()[0].device_kind, "devices": jax.device_count()}
+    write_record(options, "train", found, **device, peak_flops_per_second=peak)
     return 0
 
 

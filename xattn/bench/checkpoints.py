@@ -1,0 +1,132 @@
+"""``xattn bench checkpoints``: what saving costs a run, and how long a save takes.
+
+    xattn bench checkpoints                    # python train.py, saving every 50 steps, against never
+    xattn bench checkpoints --every 10 model=small
+
+Stretches of the training loop with and without saves take turns in one process, on one compiled program; every other
+pair is turned around. A stretch's seconds are those of the loop's own clock, which runs on while a save is written
+beside the steps, and those that it waited for saves, the end of the last one included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from xattn.bench.record import write_record
+from xattn.config import Config, compose
+from xattn.data.batches import Windows
+from xattn.data.prefetch import Prefetch
+from xattn.data.run_data import load_data
+from xattn.training.checkpoint import Checkpoints
+from xattn.training.loop import Member, Progress, train
+from xattn.training.programs import Programs, TrainState, hyperparameters, programs
+
+
+class TimedCheckpoints(Checkpoints):
+    """Checkpoints that keep the seconds of each save: those that its caller stood still, and those until it was there.
+
+    waited: seconds that its caller waited for the end of saves.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, on_commit=self._there)
+        self.blocking: list[float] = []
+        self.in_all: list[float] = []
+        self.waited = 0.0
+
+    def save(self, step: int, state: TrainState, progress: Mapping[str, Any], *, val_loss: float | None) -> None:
+        self._began = time.perf_counter()
+        super().save(step, state, progress, val_loss=val_loss)
+        self.blocking.append(time.perf_counter() - self._began)
+
+    def wait(self) -> None:
+        began = time.perf_counter()
+        super().wait()
+        self.waited += time.perf_counter() - began
+
+    def _there(self, step: int) -> None:
+        self.in_all.append(time.perf_counter() - self._began)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints what was found, and writes ``checkpoints.json``. Returns an exit code."""
+    options = _parser().parse_intermixed_args(argv)
+    config = compose(options.overrides)
+    data = load_data(
+        config.data,
+        context_length=config.backend.context_length,
+        batch_size=config.trainer.batch_size,
+        windows=1,
+        seed=config.seed,
+    )
+    compiled, _ = programs(config, data.tokenizer.vocab_size, optional=data.optional)
+    pairs, blocking, in_all = [], list[float](), list[float]()
+    with tempfile.TemporaryDirectory() as scratch, Prefetch(data.batch) as batch:
+        for pair in range(options.repeats + 1):
+            seconds = dict[bool, float]()
+            for saving in (True, False) if pair % 2 else (False, True):
+                checkpoints = TimedCheckpoints(Path(scratch) / f"{pair}") if saving else None
+                seconds[saving] = _stretch(config, compiled, batch, data.windows, checkpoints, options)
+                if checkpoints is not None and pair:
+                    blocking += checkpoints.blocking
+                    in_all += checkpoints.in_all
+            if pair:  # the first is a warm-up
+                pairs.append({"with": seconds[True], "without": seconds[False]})
+    ratios = [pair["with"] / pair["without"] for pair in pairs]
+    print(f"{options.steps} steps with a save every {options.every} / without: {statistics.median(ratios):.3f}")
+    print(f"  in pairs: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    print(
+        f"a save: {statistics.median(blocking) * 1e3:.1f} ms blocking, {statistics.median(in_all) * 1e3:.0f} ms in all"
+    )
+    found = {"pairs": pairs, "ratio": statistics.median(ratios), "blocking_seconds": blocking, "seconds": in_all}
+    write_record(options, "checkpoints", found)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xattn bench checkpoints", description="What saving costs a run.")
+    parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
+    parser.add_argument("--every", type=int, default=50, help="steps between two saves")
+    parser.add_argument("--steps", type=int, default=200, help="in a stretch")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of stretches; the median counts")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    return parser
+
+
+def _stretch(
+    config: Config,
+    compiled: Programs,
+    batch: Prefetch,
+    windows: Sequence[Windows],
+    checkpoints: TimedCheckpoints | None,
+    options: argparse.Namespace,
+) -> float:
+    """Seconds of so many steps from the beginning, those included that the loop waited for a save."""
+    pace = {
+        "steps": options.steps,
+        "eval_every": options.steps,
+        "checkpoint_every": options.every if checkpoints else None,
+        "checkpoint_minutes": None,
+    }
+    progress = Progress(compiled.init(hyperparameters(config)))
+    jax.block_until_ready(progress.state)
+    member = Member(progress, batch, checkpoints)
+    trainer = config.trainer.model_copy(update=pace)
+    train(compiled, [member], windows, trainer, bytes_per_token=None)
+    if checkpoints is None:
+        return progress.clock.seconds
+    checkpoints.wait()
+    return progress.clock.seconds + sum(checkpoints.blocking) + checkpoints.waited
+
+
+if __name__ == "__main__":
+    sys.exit(main())
