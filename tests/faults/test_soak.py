@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_twenty_random_kills_and_no_hard_failure(kinds: list[Kind], cwd: Path) -
     ("mutation", "noticed"),
     [
         ("mutate-rename", "checkpoint"),
-        ("mutate-step", "other bits"),
+        ("mutate-step", "other bits|is gone"),  # or it sets the checkpoint aside from which it came
         ("mutate-optimizer-state", "other bits"),
         ("mutate-batch", "other bits"),
         ("mutate-rng", "other bits"),
@@ -38,4 +39,4 @@ def test_the_soak_fails_where_the_product_is_broken_on_purpose(
 ) -> None:
     """The rename, the step, the optimizer's state, the batch's and the dropout's dependence on the step."""
     score = soak(kinds[:1] * 2, cwd, kills=40, seed=7, points=[mutation])
-    assert any(noticed in failure for failure in score.hard), str(score)
+    assert any(re.search(noticed, failure) for failure in score.hard), str(score)
