@@ -5,7 +5,8 @@
 
 Stretches of the training loop with and without saves take turns in one process, on one compiled program; every other
 pair is turned around. A stretch's seconds are those of the loop's own clock, which runs on while a save is written
-beside the steps, and those that it waited for saves, the end of the last one included.
+beside the steps, and those that it stood still for saves. The end of the last save, for which every run waits, is not
+counted.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _stretch(
     checkpoints: TimedCheckpoints | None,
     options: argparse.Namespace,
 ) -> float:
-    """Seconds of so many steps from the beginning, those included that the loop waited for a save."""
+    """Seconds of so many steps from the beginning, those included that the loop stood still for saves."""
     pace = {
         "steps": options.steps,
         "eval_every": options.steps,
@@ -124,8 +125,9 @@ def _stretch(
     train(compiled, [member], windows, trainer, bytes_per_token=None)
     if checkpoints is None:
         return progress.clock.seconds
+    stood_still = sum(checkpoints.blocking) + checkpoints.waited
     checkpoints.wait()
-    return progress.clock.seconds + sum(checkpoints.blocking) + checkpoints.waited
+    return progress.clock.seconds + stood_still
 
 
 if __name__ == "__main__":
