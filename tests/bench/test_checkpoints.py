@@ -25,3 +25,10 @@ def test_pairs_of_stretches_and_every_save_of_them(tmp_path: Path, capsys: pytes
     )
     assert all(pair["with"] > 0 and pair["without"] > 0 for pair in record["pairs"])
     assert "a save:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--every", "0"], ["--every", "7", "--steps", "6"], ["--repeats", "0"]])
+def test_a_pace_without_a_save_is_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*TINY, *wrong])
+    assert "--every from 1 to --steps" in capsys.readouterr().err

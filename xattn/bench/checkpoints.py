@@ -12,6 +12,7 @@ counted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -60,7 +61,10 @@ class TimedCheckpoints(Checkpoints):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints what was found, and writes ``checkpoints.json``. Returns an exit code."""
-    options = _parser().parse_intermixed_args(argv)
+    parser = _parser()
+    options = parser.parse_intermixed_args(argv)
+    if options.repeats < 1 or not 1 <= options.every <= options.steps:
+        parser.error("--repeats is at least 1, and --every from 1 to --steps")
     config = compose(options.overrides)
     data = load_data(
         config.data,
@@ -122,11 +126,9 @@ def _stretch(
     jax.block_until_ready(progress.state)
     member = Member(progress, batch, checkpoints)
     trainer = config.trainer.model_copy(update=pace)
-    train(compiled, [member], windows, trainer, bytes_per_token=None)
-    if checkpoints is None:
-        return progress.clock.seconds
-    stood_still = sum(checkpoints.blocking) + checkpoints.waited
-    checkpoints.wait()
+    with checkpoints or contextlib.nullcontext():
+        train(compiled, [member], windows, trainer, bytes_per_token=None)
+        stood_still = sum(checkpoints.blocking) + checkpoints.waited if checkpoints else 0.0
     return progress.clock.seconds + stood_still
 
 
