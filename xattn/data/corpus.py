@@ -108,8 +108,11 @@ def find_files(config: PythonStdlibConfig | TextConfig) -> dict[str, Path]:
     if isinstance(config, TextConfig):
         return _matching(config.path, f"data.path = {config.path!r}")
     root = Path(sysconfig.get_path("stdlib"))
-    modules = {file.relative_to(root): file for file in root.rglob("*.py")}
-    files = {name.as_posix(): file for name, file in modules.items() if _NOT_LIBRARY.isdisjoint(name.parts)}
+    files = {}
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_LIBRARY]  # not looked into
+        modules = [Path(folder, name) for name in names if name.endswith(".py")]
+        files |= {module.relative_to(root).as_posix(): module for module in modules}
     if not files:
         raise BadInput(f"data=python_stdlib: this Python has no sources in {root}; use data=text data.path=…")
     return dict(sorted(files.items()))

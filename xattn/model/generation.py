@@ -138,7 +138,7 @@ def _read(
     length: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    result: Any = model.apply({"params": params}, tokens, hyperparameters, cache=cache, length=length)
+    result: Any = model.scanned().apply({"params": params}, tokens, hyperparameters, cache=cache, length=length)
     return result[0][0, 0], result[1]
 
 
