@@ -108,7 +108,7 @@ def find_files(config: PythonStdlibConfig | TextConfig) -> dict[str, Path]:
     if isinstance(config, TextConfig):
         return _matching(config.path, f"data.path = {config.path!r}")
     root = Path(sysconfig.get_path("stdlib"))
-    files = {}
+    files: dict[str, Path] = {}
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in _NOT_LIBRARY]  # not looked into
         modules = [Path(folder, name) for name in names if name.endswith(".py")]

@@ -32,7 +32,7 @@ from xattn.training.sharding import Layout, layout_of
 
 # Without YNNPACK, which XLA:CPU takes many products and sums to by default: on two cores a step of trainer=default is
 # 1.13 times as fast without it under jax 0.10, and one of nanoGPT's CPU setting, or under jax 0.12, as fast as with it.
-_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
+_ON_CPU: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 # ``trainer.nonfinite=skip`` gives up after so many updates in a row that it had to leave out.
 MAX_SKIPPED_IN_A_ROW = 10
