@@ -366,6 +366,15 @@ BAD = [
         ["data=memmap", "data.path=x", "data.vocab_size=50", "data.end_of_text=50"],
         ["data.end_of_text must be below data.vocab_size = 50"],
     ),
+    (
+        ["data=text", "data.path=x", "data.end_of_text=xyz"],
+        ["data.end_of_text is a name in a tokenizer.json; bytes has an end of its own"],
+    ),
+    (
+        ["data=mixture", "data.sources=[{path: a, weight: 1}, {path: b, weight: 0}]"],
+        ["data.sources[1].weight = 0: must be greater than 0"],
+    ),
+    (["data=mixture", "data.sources=[{path: a}]"], ["data.sources[0].weight: a value is needed"]),
     # missing values and interpolations
     (["data=text"], ["data.path", "a value is needed", "data.path="]),
     (["trainer.steps=???"], ["trainer.steps", "a value is needed"]),

@@ -116,3 +116,30 @@ def test_what_is_no_llama_is_refused(tmp_path: Path) -> None:
         _write(tmp_path, {}, {})
     with pytest.raises(BadInput, match="not a Llama folder"):
         from_llama(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act = gelu; ours is silu"),
+        ({"head_dim": 2}, "head_dim = 2; ours is"),
+        ({"vocab_size": 999}, r"weight is of shape .*; its config\.json says \(999"),
+        ({"num_hidden_layers": 9}, "it lacks 'model.layers"),
+        ({"rms_norm_eps": 1e-2}, "rms_norm_eps = 0.01"),
+        ({"attention_bias": True}, "only a plain Llama"),
+    ],
+)
+def test_a_llama_that_ours_does_not_compute_is_refused(changed: dict[str, object], told: str, tmp_path: Path) -> None:
+    exported(tmp_path / "llama")
+    file = tmp_path / "llama" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(BadInput, match=told):
+        from_llama(str(tmp_path / "llama"))
+
+
+def test_half_a_llama_is_refused(tmp_path: Path) -> None:
+    exported(tmp_path / "llama")
+    weights = tmp_path / "llama" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BadInput, match="not a Llama folder"):
+        from_llama(tmp_path / "llama")

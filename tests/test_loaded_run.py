@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from xattn.cli import main
 from xattn.config import compose
 from xattn.data.bpe import train_bpe
 from xattn.data.tokenizer import ByteTokenizer, JsonTokenizer
-from xattn.errors import BadInput
+from xattn.errors import BadInput, IntegrityError
 from xattn.loaded_run import _text
 from xattn.model.transformer import LanguageModel
 from xattn.run import run
@@ -120,6 +121,34 @@ def test_another_corpus_and_another_length(loaded: xattn.LoadedRun, tmp_path: Pa
     assert loaded.evaluate(["data=text", *overrides])["val_loss"] == fixed
 
 
+def test_without_data_given_the_text_has_to_be_what_it_was(
+    trained: Path, loaded: xattn.LoadedRun, tmp_path: Path
+) -> None:
+    """And once they are given, it is read as it is now."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"another text than the one it was trained on " * 300)
+    data = loaded.config.data.model_copy(update={"path": str(text)})
+    moved = dataclasses.replace(loaded, config=loaded.config.model_copy(update={"data": data}))
+    with pytest.raises(IntegrityError, match=r"the data are not those that this run began with .*then "):
+        moved.evaluate(["evaluation.probes=[]"])
+    assert moved.evaluate(["evaluation.probes=[]", f"data.path={text}"])["val_loss"] is not None
+
+
+def test_documents_are_the_runs_own_unless_they_are_given(tmp_path: Path) -> None:
+    """A model of bytes with ends of text, 257 tokens, reads a text that has none, and one that has."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"document {i} of some"}) for i in range(60)))
+    small = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
+    config = compose([*small, "data.documents=separated", "backend.context_length=8", "evaluation.windows=9"])
+    model, hyper = LanguageModel(config.model, config.backend, 257), hyperparameters(config).model
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
+    opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, ByteTokenizer(end_of_text=True), 0)
+    path = f"data.path={text}"
+    separated = opened.evaluate(["data=text", path])
+    assert separated == opened.evaluate(["data=text", path, "data.documents=separated"])
+    assert separated != opened.evaluate(["data=text", path, "data.documents=joined"])
+
+
 def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None:
     """Not in a vocabulary that is learned from that text; and bits are counted by its own bytes."""
     tokenizer = JsonTokenizer(train_bpe(iter(["to be or not to be, that is the question\n"] * 9), 270)).without_border()
@@ -166,6 +195,8 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
         (["evaluate", "RUN", "--chekpoint", "best"], "--chekpoint"),
         (["evaluate", "/nowhere"], "/nowhere: not a run folder"),
         (["evaluate"], "run"),
+        (["evaluate", "RUN", "data.tokenizer=bpe"], "data.tokenizer: text is read in the model's own tokens"),
+        (["evaluate", "RUN", "backend.implementation=cudnn"], "backend.implementation: "),
         (["sample", "/nowhere"], "/nowhere: not a run folder"),
         (["sample", "RUN", "--temperature", "-1"], "--temperature: -1: must be at least 0"),
         (["sample", "RUN", "--temperature", "nan"], "--temperature: nan"),
@@ -246,3 +277,23 @@ def test_a_prompt_that_the_vocabulary_lacks() -> None:
     opened = LoadedRun(Path(), nothing, {}, nothing, nothing, nothing, IdTokenizer(8), 0)
     with pytest.raises(BadInput, match=r"prompt = '9': 9: not an id; they are 0 to 7"):
         opened.stream("9")
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"temperature": -1.0}, "temperature = -1.0: must be at least 0"),
+        ({"top_k": 0}, "top_k = 0: must be at least 1"),
+        ({"top_p": 0.0}, "top_p = 0.0: must be above 0 and at most 1"),
+        ({"max_tokens": 0}, "max_tokens = 0: must be at least 1"),
+    ],
+)
+def test_a_number_out_of_range_is_told_in_python_too(
+    loaded: xattn.LoadedRun, choice: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        loaded.generate(**choice)
+
+
+def test_a_single_stop_is_one_word_and_not_its_letters(loaded: xattn.LoadedRun) -> None:
+    assert loaded.generate("line", stop="never said") == loaded.generate("line")

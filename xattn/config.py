@@ -318,13 +318,16 @@ def _explain_validation(error: ValidationError, raw: Mapping[str, Any], *, at: s
 
 def _dotted(loc: Sequence[int | str], raw: Mapping[str, Any]) -> str:
     """The key as a person types it: pydantic's path without the names of union members."""
-    parts: list[str] = []
+    found = ""
     node: Any = raw
     for i, part in enumerate(loc):
         if isinstance(node, Mapping) and (part in node or i == len(loc) - 1):
-            parts.append(str(part))
+            found += f".{part}" if found else str(part)
             node = node.get(part)
-    return ".".join(parts)
+        elif isinstance(node, list | tuple) and isinstance(part, int) and part < len(node):
+            found += f"[{part}]"
+            node = node[part]
+    return found
 
 
 def _nearest(word: str, options: Sequence[str]) -> str:

@@ -120,25 +120,61 @@ def to_llama(arrays: Mapping[str, np.ndarray], config: Config) -> Arrays:
     return {name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
 
 
-def from_llama(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def from_llama(folder: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a Llama folder of one model.safetensors: (overrides of the groups ``model`` and ``backend`` by dotted key,
     with ``vocab_size``; parameters as :class:`xattn.model.transformer.LanguageModel` has them).
 
-    Raises :class:`BadInput` where the folder is not one, or holds what our model does not compute: biases, scaled RoPE.
+    Raises :class:`BadInput` where the folder is not one, holds what our model does not compute (biases, scaled RoPE,
+    another activation, heads of another width), or weights that its config.json does not tell of.
     """
+    folder = Path(folder)
+    load_file = _numpy_safetensors().load_file
+    from safetensors import SafetensorError
+
     try:
         theirs = json.loads((folder / CONFIG).read_text("utf-8"))
-        weights: Arrays = _numpy_safetensors().load_file(folder / WEIGHTS)
-    except (OSError, ValueError) as error:
+        weights: Arrays = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"{folder}: not a Llama folder: {error}") from error
+    try:
+        return _from_llama(folder, theirs, weights)
+    except KeyError as error:
+        raise BadInput(f"{folder}: not a Llama folder: it lacks {error}") from error
+
+
+def _from_llama(folder: Path, theirs: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     if theirs.get("model_type") != "llama" or theirs.get("attention_bias") or theirs.get("mlp_bias") or scaled:
         raise BadInput(f"{folder}: only a plain Llama without biases and without scaled RoPE can be taken over")
     if not np.isclose(theirs.get("rms_norm_eps", NORM_EPSILON), NORM_EPSILON, rtol=1e-3):
         raise BadInput(f"{folder}: rms_norm_eps = {theirs['rms_norm_eps']}; ours is {NORM_EPSILON}")
+    if (act := theirs.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise BadInput(f"{folder}: hidden_act = {act}; ours is silu")
     width, heads, layers = theirs["hidden_size"], theirs["num_attention_heads"], theirs["num_hidden_layers"]
     head_dim, tied = width // heads, bool(theirs.get("tie_word_embeddings"))
+    if (theirs.get("head_dim") or head_dim) * heads != width:
+        raise BadInput(f"{folder}: head_dim = {theirs['head_dim']}; ours is hidden_size / num_attention_heads")
+    kv_width, hidden, vocab_size = (
+        theirs.get("num_key_value_heads", heads) * head_dim,
+        theirs["intermediate_size"],
+        theirs["vocab_size"],
+    )
+    expected = {
+        "embed_tokens": (vocab_size, width),
+        "lm_head": (vocab_size, width),
+        "q_proj": (width, width),
+        "k_proj": (kv_width, width),
+        "v_proj": (kv_width, width),
+        "o_proj": (width, width),
+        "gate_proj": (hidden, width),
+        "up_proj": (hidden, width),
+        "down_proj": (width, hidden),
+    }
+    for name, array in weights.items():
+        shape = expected.get(name.split(".")[-2], (width,))
+        if array.shape != shape:
+            raise BadInput(f"{folder}: {name} is of shape {array.shape}; its {CONFIG} says {shape}")
     order = np.argsort(np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)]))
     params: dict[str, Any] = {
         "token_embedding": {"embedding": weights["model.embed_tokens.weight"]},
@@ -159,9 +195,9 @@ def from_llama(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     overrides = {
         "model.num_layers": layers,
         "model.num_heads": heads,
-        "model.num_kv_heads": theirs.get("num_key_value_heads", heads),
+        "model.num_kv_heads": kv_width // head_dim,
         "model.embedding_dim": width,
-        "model.mlp_dim": theirs["intermediate_size"],
+        "model.mlp_dim": hidden,
         "model.mlp": "swiglu",
         "model.norm": "rmsnorm",
         "model.norm_placement": "pre",
@@ -169,7 +205,7 @@ def from_llama(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "model.embeddings": "tied" if tied else "untied",
         "backend.theta": float(rope.get("rope_theta", theirs.get("rope_theta", 10000.0))),
         "backend.context_length": theirs["max_position_embeddings"],
-        "vocab_size": theirs["vocab_size"],
+        "vocab_size": vocab_size,
     }
     return overrides, params
 

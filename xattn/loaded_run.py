@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import xattn.config
 from xattn import run_folder
 from xattn.config import Config
-from xattn.data.run_data import load_data, load_tokenizer
-from xattn.data.tokenizer import JsonTokenizer, Tokenizer
+from xattn.data.config import Tokenised
+from xattn.data.run_data import RunData, as_documents, load_data, load_tokenizer
+from xattn.data.tokenizer import TextTokenizer, Tokenizer
 from xattn.device import keep_compiled_programs
-from xattn.errors import BadInput
+from xattn.errors import BadInput, IntegrityError
 from xattn.run_folder import finite_or_none
 
 if TYPE_CHECKING:
@@ -64,21 +65,31 @@ class LoadedRun:
         top_p: float | None = None,
         seed: int = 0,
         sample: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Iterator[Piece]:
         """Continues a prompt, in pieces of text that are handed out as soon as no later token can change them.
 
         An empty prompt is the token that the tokenizer starts with. temperature 0 takes the likeliest token each time.
         top_k, top_p: see :class:`xattn.model.generation.Sampling`. (seed, sample) say the same again, however many
         tokens are asked for. stop: the text ends before the first of these.
+
+        Raises :class:`BadInput` for a number out of its range.
         """
+        for name, value, fits, rule in (
+            ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
+            ("temperature", temperature, temperature >= 0, "at least 0"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not fits:
+                raise BadInput(f"{name} = {value}: must be {rule}")
         import jax
 
         from xattn.model.generation import Sampling, stream
 
         try:
             tokens: Sequence[int] = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.start]
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError: the tokenizers library on letters that are none
             raise BadInput(f"prompt = {prompt!r}: {error}") from error
         drawn = stream(
             self.model,
@@ -89,37 +100,52 @@ class LoadedRun:
             sampling=Sampling(temperature, top_k, top_p),
             key=jax.random.fold_in(jax.random.key(seed), sample),
         )
-        return _text(self.tokenizer, drawn, stop)
+        return _text(self.tokenizer, drawn, [stop] if isinstance(stop, str) else stop)
 
     def evaluate(self, overrides: Sequence[str] = ()) -> dict[str, float | None]:
         """val_loss, val_bpb and ``probe/<name>/<measure>`` under the run's own config with these overrides.
 
-        With none the figures are those of the run's last evaluation, where the checkpoint is that step's. Another
+        With none the figures are those of the run's last evaluation, where the checkpoint is that step's. Another text
+        is read in the model's own tokens, and in the run's data.documents unless they are given. Another
         backend.context_length is another length of the windows; sigmoid's n stays that of training unless
         backend.sigmoid_bias is given. A number that is not finite is None.
 
-        Raises :class:`BadInput` for an override that does not fit, or a corpus of another vocabulary.
+        Raises :class:`BadInput` for an override that does not fit, or a corpus of another vocabulary;
+        :class:`IntegrityError` where no data are given, and the run's own are not what they were.
         """
         from xattn.evaluation.loss import held_out_loss, score_windows
         from xattn.evaluation.probes import make_probes, places_of, run_probes
         from xattn.model.transformer import LanguageModel
+        from xattn.pack import choose_attention
         from xattn.training.programs import hyperparameters
 
         config = xattn.config.amend(self.config, overrides, may_differ=_MAY_DIFFER)
         if config.backend.sigmoid_bias == "learned" != self.config.backend.sigmoid_bias:
             raise BadInput("backend.sigmoid_bias = learned: this run has learned none")
+        choose_attention(config, context=1)
+        typed = {override.lstrip("+~").partition("=")[0] for override in overrides}
         batch_size, data_config = config.trainer.batch_size, config.data
-        if isinstance(self.tokenizer, JsonTokenizer) and data_config != self.config.data:
-            # Another text in the model's own tokens, not in some that are made for it.
-            data_config = data_config.model_copy(update={"tokenizer": str(self.path / run_folder.TOKENIZER)})
+        tokenizer = None
+        if isinstance(data_config, Tokenised) and isinstance(self.tokenizer, TextTokenizer):
+            if chosen := typed & {"data.tokenizer", "data.vocab_size", "data.tiktoken_pattern"}:
+                raise BadInput(f"{', '.join(sorted(chosen))}: text is read in the model's own tokens; leave it out")
+            trained = self.config.data
+            if isinstance(trained, Tokenised) and "data.documents" not in typed:
+                data_config = data_config.model_copy(update={"documents": trained.documents})
+            tokenizer = as_documents(self.tokenizer, data_config)
         data = load_data(
             data_config,
             context_length=config.backend.context_length,
             batch_size=batch_size,
             windows=config.evaluation.windows,
             seed=config.seed,
+            tokenizer=tokenizer,
         )
-        if data.tokenizer.vocab_size != self.model.vocab_size:
+        if not any(key.startswith("data") for key in typed):
+            self._check_data(data)
+        # Fewer text tokens than the model has are some of its own: it was trained with ends of text.
+        too_many = data.tokenizer.vocab_size > self.model.vocab_size
+        if too_many or (tokenizer is None and data.tokenizer.vocab_size < self.model.vocab_size):
             raise BadInput(
                 f"data = {config.data.name}: has a vocabulary of {data.tokenizer.vocab_size} tokens; the model's is of "
                 f"{self.model.vocab_size}"
@@ -136,6 +162,14 @@ class LoadedRun:
         )
         found = loss._asdict() | run_probes(places_of(model), self.params, hyper, probes)
         return {name: None if value is None else finite_or_none(value) for name, value in found.items()}
+
+    def _check_data(self, data: RunData) -> None:
+        began_with = (run_folder.read_provenance(self.path) or {}).get("data_sha256")
+        if began_with not in (None, data.sha256):
+            raise IntegrityError(
+                f"{self.path}: the data are not those that this run began with (sha256 {data.sha256[:12]}…, then "
+                f"{began_with[:12]}…); bring them back, or say by data.… what to evaluate on"
+            )
 
 
 def _text(tokenizer: Tokenizer, drawn: Iterable[Any], stop: Sequence[str]) -> Iterator[Piece]:

@@ -70,7 +70,6 @@ def test_any_text_comes_back_and_its_ids_stand_for_its_bytes(trained: str) -> No
     assert sum(map(len, blocks)) < 0.6 * sum(len(text.encode()) for text in TEXTS)
     assert tokenizer.encode_blocks([b"ab\xff\xfec"])[0].tolist() == tokenizer.encode("ab\ufffd\ufffdc").tolist()
     assert tokenizer.to_bytes(np.array([0, *tokenizer.encode("a"), 0])) == b"a"
-    assert tokenizer.encode(END_OF_TEXT).tolist() == [0]
     with pytest.raises(ValueError, match="400: not an id"):
         tokenizer.decode([400])
 
@@ -114,6 +113,28 @@ def test_what_is_no_tiktoken_file_is_told(content: bytes, tmp_path: Path) -> Non
     config = text_config(path=str(tmp_path / "text"), tokenizer=str(tmp_path / "a.tiktoken"), tiktoken_pattern="gpt2")
     with pytest.raises(BadInput, match=r"data\.tokenizer = .*a\.tiktoken.*not a \.tiktoken file"):
         load_corpus(config, 4)
+
+
+def test_the_name_of_a_special_token_is_text(trained: str) -> None:
+    """Or a page of HTML would have documents end within it, and bytes that nobody counts."""
+    tokenizer = JsonTokenizer(trained)
+    text = f"a {END_OF_TEXT} b"
+    for ids in (tokenizer.encode(text), *tokenizer.encode_blocks([text.encode()])):
+        assert tokenizer.end_of_text not in ids
+        assert tokenizer.to_bytes(ids) == text.encode()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_bpe_has_not_seen_what_is_held_out(name: str, tmp_path: Path) -> None:
+    """In a file of rows too, most of which may be other than text."""
+    rows = [f"{'ZZZZ YYYY' if i >= 120 else 'alpha beta'} {i}\n" for i in range(200)]
+    other = "x" * 500
+    lines = rows if name == "a.txt" else [json.dumps({"text": row, "other": other[i:]}) for i, row in enumerate(rows)]
+    (tmp_path / name).write_text("\n".join(lines))
+    config = text_config(path=str(tmp_path / name), tokenizer="bpe", validation_fraction=0.5, vocab_size=300)
+    corpus = load_corpus(config, 4)
+    assert isinstance(corpus.tokenizer, JsonTokenizer)
+    assert len(corpus.tokenizer.encode("alpha")) < len(corpus.tokenizer.encode("ZZZZ")) == 4
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": 3}'])

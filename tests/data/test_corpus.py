@@ -114,6 +114,8 @@ def test_a_folder_a_glob_and_gzip_are_joined_in_sorted_order(tmp_path: Path) -> 
     assert whole(text(tmp_path / "*.txt")) == parts["a.txt"] + parts["z.txt"]
     before = sha256_of(tmp_path)
     (tmp_path / ".hidden").write_bytes(b"not this")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "object").write_bytes(b"nor this")
     assert whole(text(tmp_path)) == joined
     assert sha256_of(tmp_path) == before
 

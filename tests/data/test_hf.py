@@ -64,6 +64,40 @@ def test_other_content_is_another_hash(saved: str, tmp_path: Path) -> None:
     assert load_corpus(hf_config(dataset=str(tmp_path / "other")), 4).sha256 != before
 
 
+def test_each_part_of_a_file_is_a_corpus_of_its_own(tmp_path: Path) -> None:
+    """The library keeps both halves in one file, and ours keeps their tokens: under keys that differ."""
+    (tmp_path / "files").mkdir()
+    datasets.Dataset.from_dict({"text": ROWS}).to_parquet(tmp_path / "files" / "rows.parquet")
+    values = {"dataset": str(tmp_path / "files"), "tokenizer": "bpe", "vocab_size": 257}
+    first, second = (load_corpus(hf_config(split=split, **values), 4) for split in ("train[:50%]", "train[50%:]"))
+    assert first.sha256 != second.sha256
+    assert first.parts[0].train[:].tolist() != second.parts[0].train[:].tolist()
+
+
+def test_a_streamed_folder_that_has_changed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it has the same name in another place."""
+    found = []
+    for number in range(2):
+        (tmp_path / f"{number}" / "corpus").mkdir(parents=True)
+        rows = [f"{number} {row}" for row in ROWS]
+        datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / f"{number}" / "corpus" / "rows.parquet")
+        monkeypatch.chdir(tmp_path / f"{number}")
+        found.append(load_corpus(hf_config(dataset="corpus", streaming=True), 4))
+        assert whole(found[-1]) == "".join(rows).encode()
+    assert found[0].sha256 != found[1].sha256
+
+
+def test_what_a_saved_dataset_does_not_have_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ROWS}).save_to_disk(tmp_path / "plain")
+    for values, told in (
+        ({"split": "test"}, r"data\.split = 'test': .* has no splits"),
+        ({"subset": "x"}, r"data\.subset"),
+        ({"revision": "x"}, r"data\.revision"),
+    ):
+        with pytest.raises(BadInput, match=told):
+            load_corpus(hf_config(dataset=str(tmp_path / "plain"), **values), 4)
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [

@@ -21,7 +21,8 @@ class Tokenised(Section):
         tokenizer.json or of a .tiktoken file of ranks, which goes with a tiktoken_pattern.
     documents: ``joined`` end to end; ``separated`` by an end-of-text token before each; ``packed``: separated, and
         tokens of different documents don't attend to each other.
-    end_of_text: its name in a tokenizer.json; null takes the first of the usual names that the file has.
+    end_of_text: its name in a tokenizer.json; null takes the first of the usual names that the file has. ``bytes`` and
+        ``bpe`` have their own.
     """
 
     validation_fraction: ValidationFraction
@@ -32,9 +33,11 @@ class Tokenised(Section):
     end_of_text: str | None
 
     @model_validator(mode="after")
-    def _tiktoken_needs_its_pattern(self) -> Self:
+    def _names_go_with_their_file(self) -> Self:
         if self.tokenizer.endswith(".tiktoken") and self.tiktoken_pattern is None:
             raise ValueError("a .tiktoken file needs data.tiktoken_pattern: gpt2, cl100k or o200k")
+        if self.tokenizer in ("bytes", "bpe") and self.end_of_text is not None:
+            raise ValueError(f"data.end_of_text is a name in a tokenizer.json; {self.tokenizer} has an end of its own")
         return self
 
 
@@ -51,7 +54,8 @@ class TextConfig(Tokenised):
     """``data=text``: files of your own.
 
     path: a file, a folder (all files below it) or a glob; files are joined in sorted order. ``.jsonl``: a document a
-        line; ``.parquet``: a document a row; any other file is one document of text. ``.gz`` is unpacked.
+        line; ``.parquet``: a document a row; any other file is one document of text. Hidden files and folders of a
+        folder are left out; text and ``.jsonl`` may be ``.gz``.
     field: the name of the text in each line or row.
     validation_fraction: of the tokens, at the end.
     """

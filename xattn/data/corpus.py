@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import sysconfig
@@ -35,7 +36,7 @@ from xattn.errors import BadInput
 IN_MEMORY_BYTES = 64 * 2**20  # a smaller corpus of bytes is read faster than a cache of it could be checked
 BPE_BYTES = 100 * 10**6  # of the training text, at its beginning: what BPE is trained on
 _BATCH_BYTES = 4 * 2**20  # tokenised at once
-_FORMAT = 1  # of the cache's content: another one where the same bytes would give other ids
+_FORMAT = 2  # of the cache's content: another one where the same bytes would give other ids
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -79,10 +80,13 @@ def load_corpus(
     config: DataConfig,
     context_length: int,
     *,
+    tokenizer: TextTokenizer | None = None,
     say: Callable[[str], None] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Corpus:
     """Reads the corpus and splits it, the same way every time.
+
+    tokenizer: what text is read by, in the place of the config's own.
 
     Raises :class:`BadInput` for what is missing, unreadable, or too short for one window of context_length tokens
     and their successors in each split; :class:`Preempted` where ``stop()`` says so while it is tokenised.
@@ -91,7 +95,7 @@ def load_corpus(
         corpus = _mapped(config)
     else:
         assert isinstance(config, Tokenised)
-        corpus = _tokenised(config, say, stop)
+        corpus = _tokenised(config, tokenizer, say, stop)
     unit = "bytes" if isinstance(corpus.tokenizer, ByteTokenizer) else "tokens"
     for part, name in zip(corpus.parts, _names(config), strict=True):
         for split, ids in (("training", part.train), ("validation", part.validation)):
@@ -132,7 +136,9 @@ def _mapped(config: MemmapConfig) -> Corpus:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def _tokenised(config: Tokenised, say: Callable[[str], None], stop: Callable[[], bool]) -> Corpus:
+def _tokenised(
+    config: Tokenised, tokenizer: TextTokenizer | None, say: Callable[[str], None], stop: Callable[[], bool]
+) -> Corpus:
     fraction = config.validation_fraction
     sources: list[tuple[Source, float]]
     if isinstance(config, PythonStdlibConfig):
@@ -143,7 +149,8 @@ def _tokenised(config: Tokenised, say: Callable[[str], None], stop: Callable[[],
         sources = [(HFDataset(config), 1.0)] if isinstance(config, HFConfig) else [*_file_sources(config)]
         to_learn = sources
     digests = [source.sha256() for source, _ in sources]
-    tokenizer = _bpe(config, to_learn, digests) if config.tokenizer == "bpe" else _tokenizer_on_disk(config)
+    if tokenizer is None:
+        tokenizer = _bpe(config, to_learn, digests) if config.tokenizer == "bpe" else _tokenizer_on_disk(config)
     ids = [
         _ids(source, digest, tokenizer, say=say, stop=stop)
         for (source, _), digest in zip(sources, digests, strict=True)
@@ -196,7 +203,9 @@ def _ids(
         return np.concatenate([np.zeros(0, dtype), *_encode(source, pieces, tokenizer, dtype)])
     shards = _grouped(pieces)
     version = importlib.metadata.version("tokenizers")
-    key = json.dumps([_FORMAT, version, digest, tokenizer.sha256(), tokenizer.end_of_text, shards])
+    files = {file: number for number, file in enumerate(dict.fromkeys(piece.file for piece in pieces))}
+    cuts = [[(files[piece.file], piece.start, piece.end) for piece in shard] for shard in shards]  # not their names
+    key = json.dumps([_FORMAT, version, digest, tokenizer.sha256(), tokenizer.end_of_text, cuts])
     return stored_tokens(
         hashlib.sha256(key.encode()).hexdigest()[:32],
         len(shards),
@@ -267,18 +276,23 @@ def _bpe(config: Tokenised, sources: Sequence[tuple[Source, float]], digests: Se
     all_of_it = isinstance(config, PythonStdlibConfig)  # which holds out other files
     weights = sum(weight for _, weight in sources)
 
+    def trained_on(source: Source, most: float) -> float:
+        """Bytes of the source's text before what is held out, or ``most`` of them."""
+        share, counted = 1.0 if all_of_it else 1 - config.validation_fraction, 0
+        for block in itertools.chain.from_iterable(map(source.read, source.pieces())):
+            counted += len(block.text)
+            if counted * share >= most:
+                return most
+        return counted * share
+
     def texts() -> Iterator[str]:
         for source, weight in sources:
-            pieces = source.pieces()
-            left = BPE_BYTES * weight / weights
-            if not all_of_it and (size := sum(piece.size for piece in pieces)):
-                left = min(left, (1 - config.validation_fraction) * size)
-            for piece in pieces:
-                for block in source.read(piece):
-                    if left <= 0:
-                        break
-                    yield block.text[: int(left)].decode("utf-8", errors="replace")
-                    left -= len(block.text)
+            left = trained_on(source, BPE_BYTES * weight / weights)
+            for block in itertools.chain.from_iterable(map(source.read, source.pieces())):
+                if left <= 0:
+                    break
+                yield block.text[: int(left)].decode("utf-8", errors="replace")
+                left -= len(block.text)
 
     version = importlib.metadata.version("tokenizers")
     named = [_FORMAT, [*digests], [w for _, w in sources], config.vocab_size, config.validation_fraction, BPE_BYTES]
@@ -317,16 +331,17 @@ def _matching(path: str, told: str) -> dict[str, Path]:
     where = os.path.expanduser(path)
     is_folder = os.path.isdir(where)
     if is_folder:
-        found = [file for file in Path(where).rglob("*") if not file.name.startswith(".")]
+        files = ((file, file.relative_to(where).parts) for file in Path(where).rglob("*"))
+        found = [file for file, parts in files if not any(part.startswith(".") for part in parts)]
     elif os.path.isfile(where):
         found = [Path(where)]  # though its name may look like a glob
     else:
         found = [Path(file) for file in glob.glob(where, recursive=True)]
-    files = {str(file): file for file in sorted(found) if file.is_file()}
-    if not files:
+    named = {str(file): file for file in sorted(found) if file.is_file()}
+    if not named:
         kind = "the folder has no files" if is_folder else "no such file or folder, and no file matches it"
         raise BadInput(f"{told}: {kind}")
-    return files
+    return named
 
 
 def _split_by_file(files: dict[str, Path], validation_fraction: float) -> tuple[list[Path], list[Path]]:

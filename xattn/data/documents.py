@@ -54,7 +54,7 @@ class Source(Protocol):
 
 
 class Files:
-    """Text, ``.jsonl`` and ``.parquet`` files, each also as ``.gz``, one after the other.
+    """Text, ``.jsonl``, both also as ``.gz``, and ``.parquet`` files, one after the other.
 
     key: of the config, for messages. field: of the lines and rows that holds the text.
     """
@@ -195,13 +195,18 @@ class HFDataset:
             yield from _document(value)
 
     def sha256(self) -> str:
-        """Of the dataset's own files; of a stream, which can't be hashed before it is read, of what names it."""
-        config = self._config
-        named = [config.field, config.max_documents]
-        if config.streaming:
-            named += [config.dataset, config.subset, config.split, config.revision]
+        """Of the dataset's own files and of which part of them is asked for; of a stream from the hub, which can't be
+        hashed before it is read, of what names it."""
+        config, folder = self._config, Path(os.path.expanduser(self._config.dataset))
+        named = [config.field, config.max_documents, config.subset, config.split]
+        if config.streaming and not folder.is_dir():
+            named += [config.dataset, config.revision]
+        elif config.streaming:
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            named += [Files(files, key="data.dataset").sha256()]
         elif self._dataset.cache_files:
-            named += [Files([Path(f["filename"]) for f in self._dataset.cache_files], key="data.dataset").sha256()]
+            files = [Path(f["filename"]) for f in self._dataset.cache_files]
+            named += [len(self._dataset), Files(files, key="data.dataset").sha256()]
         else:
             named += [self._dataset._fingerprint]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
@@ -221,6 +226,11 @@ class HFDataset:
                     if config.split not in opened:
                         raise BadInput(f"data.split = {config.split!r}: no such split; allowed: {', '.join(opened)}")
                     opened = opened[config.split]
+                elif config.split != "train":
+                    raise BadInput(f"data.split = {config.split!r}: {folder} has no splits; leave it out")
+                for key in ("subset", "revision"):
+                    if getattr(config, key) is not None:
+                        raise BadInput(f"data.{key}: {folder} was written by save_to_disk and has none; leave it out")
                 if config.streaming:
                     opened = opened.to_iterable_dataset()
             else:

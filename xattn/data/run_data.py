@@ -22,7 +22,7 @@ from xattn.data.batches import (
     shares,
     window_starts,
 )
-from xattn.data.config import DataConfig, MemmapConfig, has_segments
+from xattn.data.config import DataConfig, MemmapConfig, Tokenised, has_segments
 from xattn.data.corpus import load_corpus
 from xattn.data.task_config import TaskConfig
 from xattn.data.tasks import TaskBatches, check, evaluation_examples
@@ -87,18 +87,19 @@ def load_data(
     batch_size: int,
     windows: int | Literal["all"],
     seed: int,
+    tokenizer: TextTokenizer | None = None,
     say: Callable[[str], None] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RunData:
     """Reads the data, the same way every time. Raises :class:`BadInput` for what cannot be used, and
     :class:`Preempted` where ``stop()`` says so while they are tokenised.
 
-    windows: how many are scored.
+    windows: how many are scored. tokenizer: what text is read by, in the place of the config's own.
     """
     if isinstance(config, TaskConfig):
         return _task_data(config, context_length, batch_size, windows, seed)
-    corpus = load_corpus(config, context_length, say=say, stop=stop)
-    parts, weights, tokenizer = corpus.parts, [part.weight for part in corpus.parts], corpus.tokenizer
+    corpus = load_corpus(config, context_length, tokenizer=tokenizer, say=say, stop=stop)
+    parts, weights = corpus.parts, [part.weight for part in corpus.parts]
     packed_at = None
     if has_segments(config):
         packed_at = corpus.end_of_text
@@ -110,14 +111,14 @@ def load_data(
         for part, count in zip(parts, counts, strict=True)
     ]
     size = sum(len(part.train) for part in parts)
-    if isinstance(tokenizer, ByteTokenizer):
+    if isinstance(corpus.tokenizer, ByteTokenizer):
         description = f"{size:,} bytes of training text"
     else:
-        description = f"{size:,} tokens to train on, of {tokenizer.vocab_size:,} kinds"
+        description = f"{size:,} tokens to train on, of {corpus.tokenizer.vocab_size:,} kinds"
     return RunData(
         batch=batches[0] if len(parts) == 1 else MixtureBatches(batches, weights, batch_size=batch_size, seed=seed),
         windows=EvaluationWindows(scored, **sizes),
-        tokenizer=tokenizer,
+        tokenizer=corpus.tokenizer,
         sha256=corpus.sha256,
         description=description,
     )
@@ -147,6 +148,26 @@ def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
         return tokenizer.without_border() if config.documents == "joined" else tokenizer
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{file}: the run's tokenizer cannot be read: {error}") from error
+
+
+def as_documents(tokenizer: TextTokenizer, config: Tokenised) -> TextTokenizer:
+    """The same tokens, with an end of text between documents where ``data.documents`` of another corpus asks for it.
+
+    Raises :class:`BadInput` where the tokenizer has none.
+    """
+    joined = config.documents == "joined"
+    if isinstance(tokenizer, ByteTokenizer):
+        return ByteTokenizer(end_of_text=not joined)
+    assert isinstance(tokenizer, JsonTokenizer)
+    if joined:
+        return tokenizer.without_border()
+    try:
+        tokenizer = JsonTokenizer(tokenizer.text, end_of_text=config.end_of_text, vocab_size=tokenizer.vocab_size)
+    except ValueError as error:
+        raise BadInput(f"data.end_of_text: the run's tokenizer {error}") from error
+    if tokenizer.end_of_text is None:
+        raise BadInput(f"data.documents = {config.documents}: the run's tokenizer has no end of text; allowed: joined")
+    return tokenizer
 
 
 def _task_data(

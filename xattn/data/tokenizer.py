@@ -87,7 +87,8 @@ class JsonTokenizer:
     """A tokenizer.json of Hugging Face's ``tokenizers``: byte-level BPE, or any other that it knows.
 
     Text that is not UTF-8 is read with U+FFFD in the place of what is broken. ``to_bytes`` is exact for byte-level
-    tokenizers; for the others it is what the library decodes. Nothing is added to a text and nothing is cut off.
+    tokenizers; for the others it is what the library decodes. Nothing is added to a text and nothing is cut off, and
+    the name of a special token in it, ``</s>``, is text.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class JsonTokenizer:
             raise ValueError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # that is: as the letters that they are
         self.text = text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         taken = max(ids.values(), default=0) + 1

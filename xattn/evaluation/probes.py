@@ -30,6 +30,7 @@ from xattn.data.task_config import (
     TaskConfig,
 )
 from xattn.data.tasks import check, evaluation_examples, measures
+from xattn.data.tokenizer import TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 from xattn.evaluation.config import ProbeName
 from xattn.model.loss import next_token_losses
@@ -116,7 +117,7 @@ def make_probes(
         if name == "in_context":
             probes.append(Probe(name, run_data.windows, _in_context(run_data.windows)))
         elif name == "extrapolation":
-            probes += _extrapolation(data, backend, rows)
+            probes += _extrapolation(data, run_data.tokenizer, backend, rows)
         elif own is None or name != own.name:
             task = _of_vocabulary(name, run_data.tokenizer.vocab_size, length)
             try:
@@ -174,7 +175,7 @@ def _in_context(windows: Sequence[Windows]) -> Measure:
     return measure
 
 
-def _extrapolation(data: DataConfig, backend: BackendConfig, rows: int) -> list[Probe]:
+def _extrapolation(data: DataConfig, tokenizer: Tokenizer, backend: BackendConfig, rows: int) -> list[Probe]:
     """Loss of places beyond the length of training, to 8 · context_length, on windows of held-out text that long.
 
     loss_to_<x>: the mean over the places from x/2 to x, for x = 1, 2, 4, 8 times context_length. Sigmoid's n stays
@@ -185,7 +186,14 @@ def _extrapolation(data: DataConfig, backend: BackendConfig, rows: int) -> list[
     longest = LONGEST * length
     try:
         # What is said of evaluation.windows="all" is not meant: these are a few long windows.
-        windows = load_data(data, context_length=longest, batch_size=rows, windows=LONG_SEQUENCES, seed=0).windows
+        windows = load_data(
+            data,
+            context_length=longest,
+            batch_size=rows,
+            windows=LONG_SEQUENCES,
+            seed=0,
+            tokenizer=tokenizer if isinstance(tokenizer, TextTokenizer) else None,
+        ).windows
     except BadInput as error:
         raise BadInput(f"evaluation.probes: extrapolation scores windows of {longest} tokens: {error}") from error
 

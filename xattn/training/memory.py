@@ -26,7 +26,7 @@ def available_bytes() -> int:
 def refuse_what_does_not_fit(needed: int, config: Config) -> None:
     """Raises :class:`BadInput`, naming both numbers and the keys that help, where a step needs more than there is.
 
-    needed: bytes of the compiled step on one device, arguments and temporaries.
+    needed: bytes of the compiled step on one device.
     """
     available = available_bytes()
     if needed <= available:

@@ -89,9 +89,9 @@ class Programs(NamedTuple):
     model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. score, study,
     places: of evaluation. These are of one run, also in a pack.
     size: of the pack, n runs. step: (TrainState, Windows) → (TrainState, StepMetrics), for n > 1 with an axis n in
-    front of every array; the state it is given is used up. stack: n TrainStates → the step's. take: (the step's
+    front of every array; the state it is given may be used up. stack: n TrainStates → the step's. take: (the step's
     TrainState, i) → that of run i.
-    compile_seconds, peak_memory_bytes: of the step: its compilation, its arguments and temporaries.
+    compile_seconds, peak_memory_bytes: of the step: its compilation; its arguments, results and temporaries.
     flops_per_step: of one run's matrix products, by formula. layout: how state and batches lie on the devices; init,
     step and score take batches from the host and place them.
     """
@@ -228,7 +228,10 @@ def _compile(config: Config, vocab_size: int, optional: tuple[str, ...], layout:
         stack=_stack if size > 1 else lambda states: states[0],
         take=_take if size > 1 else lambda state, index: state,
         compile_seconds=seconds,
-        peak_memory_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        peak_memory_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes  # results that take an argument's place
+        + memory.temp_size_in_bytes,
         flops_per_step=3 * flops * batch_size * context_length,
         layout=layout,
     )

@@ -113,10 +113,14 @@ class Layout:
         return lambda hyperparameters: program(jax.device_get(hyperparameters))
 
     def jit_step(self, step: Any, shapes: Any) -> Any:
+        """The state it is given is used up, but on a CPU: where XLA:CPU writes the new one over it, it first copies all
+        of the optimizer's statistics, which costs more than room for them."""
+        donated = () if jax.default_backend() == "cpu" else (0,)
         if self.mesh is None:
-            return jax.jit(step, donate_argnums=0)
+            return jax.jit(step, donate_argnums=donated)
         state = self.state(shapes)
-        return jax.jit(step, donate_argnums=0, in_shardings=(state, self.rows()), out_shardings=(state, self.whole()))
+        given, made = (state, self.rows()), (state, self.whole())
+        return jax.jit(step, donate_argnums=donated, in_shardings=given, out_shardings=made)
 
     def step(self, compiled: Any, batch_size: int) -> Any:
         """The compiled step for a batch that is on the host: its :meth:`rows_here`, or all of it."""
