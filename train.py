@@ -59,8 +59,12 @@ def main() -> int:
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     xattn.config.register_resolvers()
     try:
-        if set(sys.argv[1:]) & {"-m", "--multirun"} and hosts.place(os.environ).count > 1:
+        sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
+        if sweeps and hosts.place(os.environ).count > 1:
             raise BadInput("-m: a sweep over several processes; start one run by them, or sweep by a launcher")
+        for argument in [] if sweeps else sys.argv[1:]:
+            if argument.startswith(("hydra/launcher=", "hydra/sweeper=")):
+                raise BadInput(f"{argument}: is for a sweep, and needs -m")
         with interruption.listening():
             train()
     except XattnError as error:

@@ -82,7 +82,8 @@ def jobs_of(
             folder = Path(*(OmegaConf.select(composed, f"hydra.sweep.{part}") for part in ("dir", "subdir")))
         except (BadInput, *xattn.config.COMPOSITION_ERRORS) as error:
             told = xattn.config.explain(error, overrides)
-            raise BadInput(f"of {len(job_overrides)} runs none is started: {told}") from error
+            none_is = f"of {len(job_overrides)} runs none is started: " if len(job_overrides) > 1 else ""
+            raise BadInput(f"{none_is}{told}") from error
         prune = prunes[number - first] if prunes else prunes_nothing
         jobs.append(Job(validated, folder, tuple(filter_overrides(overrides)), prune=prune))
     return jobs

@@ -12,6 +12,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.errors import InstantiationException
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +24,23 @@ from xattn.errors import BadInput
 from xattn.sweep import study
 from xattn.sweep.check import check_data
 from xattn.sweep.tune import Dimension, Tuning, tune
+
+
+def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launcher:
+    """The chosen launcher. Raises :class:`BadInput` where its library is not installed."""
+    try:
+        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ImportError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        chosen = OmegaConf.select(config, "hydra.runtime.choices")["hydra/launcher"]
+        extra = "ray" if "ray" in chosen else "slurm"
+        raise BadInput(
+            f"hydra/launcher={chosen}: needs the extra {extra} (pip install 'xattn[{extra}]'): {cause}"
+        ) from error
 
 
 class GridSweeper(Sweeper):
@@ -36,12 +55,11 @@ class GridSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = hydra_context, config
-        self._launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self._launcher = _launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        if self._max_batch_size is not None and self._max_batch_size < 1:
+        size = self._max_batch_size
+        if size is not None and (not isinstance(size, int) or size < 1):
             raise BadInput(f"hydra.sweeper.max_batch_size = {self._max_batch_size}: must be at least 1, or null")
         parser = OverridesParser.create(config_loader=self._context.config_loader)
         parsed = parser.parse_overrides([*self._params, *arguments])
@@ -66,9 +84,7 @@ class OptunaSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = hydra_context, config
-        self._launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self._launcher = _launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
         tuning = xattn.config.section(Tuning, self._options, at="hydra.sweeper")
@@ -84,6 +100,11 @@ class OptunaSweeper(Sweeper):
 
     def _tune(self, tuning: Tuning, space: Mapping[str, Dimension], fixed: list[str]) -> None:
         base = jobs_of(self._context, self._config, [fixed])[0]
+        if (workers := base.config.sweep.workers) not in ("auto", 1):
+            raise BadInput(
+                f"sweep.workers = {workers}: a process tunes alone; the same command in {workers} terminals shares the "
+                "trials, CUDA_VISIBLE_DEVICES=… a GPU for each"
+            )
         if isinstance(self._launcher, XattnLauncher) and not any(key.partition(".")[0] == "data" for key in space):
             check_data([base])
 
@@ -102,7 +123,7 @@ class OptunaSweeper(Sweeper):
             return [job.folder for job in asked], make
 
         folder = Path(OmegaConf.select(self._config, "hydra.sweep.dir"))
-        tune(tuning, space, fixed, base.config, folder, plan)
+        tune(tuning, space, base.config, folder, plan)
 
 
 def _dimension(override: Override) -> Dimension:

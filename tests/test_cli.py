@@ -22,7 +22,6 @@ ROOT = Path(cli.__file__).resolve().parent.parent
         ("rnus", "runs"),
         ("rnus outputs", "runs"),
         ("bench trian", "bench train"),
-        ("bench", "bench"),
         ("evalute", "evaluate"),
         ("x", None),
     ],
@@ -42,6 +41,11 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"xattn {command} " in out for command in cli._COMMANDS)
+    for words, code in ((["bench"], 2), (["bench", "--help"], 0), ([], 2)):
+        assert cli.main(words) == code
+        listed = capsys.readouterr().out
+        assert "xattn bench train " in listed
+        assert ("xattn runs " in listed) == (not words)
 
 
 @pytest.mark.parametrize(

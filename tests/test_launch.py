@@ -90,7 +90,17 @@ def test_a_signal_reaches_all_and_their_code_is_the_answer(program: Path) -> Non
     assert process.returncode == 75
 
 
-@pytest.mark.parametrize("words", [["--processes", "0", "--", "x.py"]])
-def test_a_number_of_processes_that_cannot_be(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--processes", "0", "--", __file__], "--processes: 0: must be at least 1"),
+        (["--processes", "2", "--port", "65536", "--", __file__], "--port: 65536: must be at least 1 and below 65536"),
+        (["--processes", "2", "--", "nope.py"], "nope.py: no such file"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_starts(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["launch", *words]) == 2
-    assert "--processes 0: must be at least 1" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line

@@ -143,6 +143,13 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'cudnn' does not support float32" in capsys.readouterr().err
     assert main(["plan", "--device", "h100", "--devices", "8", "parallel.data=3"]) == 2
     assert "a mesh of 3 devices" in capsys.readouterr().err
+    for words, told in (
+        (["parallel=tensor", "model.num_heads=4"], "model.num_heads = 4 is not a multiple of tensor = 8"),
+        (["parallel=context", "backend.context_length=100"], "backend.context_length = 100 is not a multiple"),
+        (["--vocab-size", "0"], "--vocab-size: 0: must be at least 1"),
+    ):
+        assert main(["plan", *SMALL, *where, *words]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_devices_are_known_by_what_jax_calls_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -260,6 +261,26 @@ def test_withdrawing_takes_away_what_was_made_and_nothing_else(tmp_path: Path) -
         if name is not None:
             (tmp_path / "run" / name).unlink()
             (tmp_path / "run").rmdir()
+
+
+def test_withdrawing_leaves_no_empty_outputs(tmp_path: Path) -> None:
+    for path, left in (("outputs/study/run", []), ("elsewhere/study/run", ["elsewhere"])):
+        folder = RunFolder(tmp_path / path)
+        folder.withdraw()
+        folder.release()
+        assert os.listdir(tmp_path) == left
+
+
+def test_who_only_looks_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
+    """``xattn runs`` takes a shared lock for a moment, and a run that starts just then waits that long."""
+    RunFolder(tmp_path / "run").release()
+    with (tmp_path / "run" / run_folder.LOCK).open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.02, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        RunFolder(tmp_path / "run").release()
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        with pytest.raises(FolderInUse):
+            RunFolder(tmp_path / "run")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

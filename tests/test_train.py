@@ -367,6 +367,7 @@ BAD = [
     (["-m", "backend.activation=softmax,sigmod"], ["backend.activation", "sigmod", "sigmoid"]),
     (["-m", "data=text", "data.path=missing.txt", "seed=0,1"], ["of 2 runs none is started", "missing.txt"]),
     (["--unknown"], ["--unknown"]),
+    (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "needs -m"]),
     (["data=text", "data.path=missing.txt"], ["data.path", "missing.txt"]),
 ]
 
@@ -375,14 +376,14 @@ BAD = [
 def test_bad_input_is_two_and_a_short_message(
     overrides: list[str], expected: list[str], tmp_path: Path, without_jax: str
 ) -> None:
-    """It is judged without jax, and it leaves no folder."""
+    """It is judged without jax, and it leaves nothing."""
     code, out, err = train(*overrides, cwd=tmp_path, stubs=without_jax)
     assert code == 2
     for fragment in expected:
         assert fragment in err
     assert 1 <= len(err.splitlines()) <= 5
     assert out == ""
-    assert [entry.name for entry in (tmp_path / "outputs").rglob("*") if entry.is_file()] == []
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

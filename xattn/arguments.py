@@ -14,6 +14,9 @@ class Parser(argparse.ArgumentParser):
     """argparse's, but a mistake is a :class:`BadInput`: one line in place of nine of usage."""
 
     def error(self, message: str) -> NoReturn:
+        for action in self._actions:  # parse_intermixed_args names as required what may be left out
+            if not action.option_strings and action.nargs in ("*", "?"):
+                message = message.replace(f", {action.metavar or action.dest}", "")
         raise BadInput(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 

@@ -65,10 +65,14 @@ def _carry_out(words: Sequence[str]) -> int:
         length = len(command.split())
         if " ".join(words[:length]) == command:
             return int(import_module(module).main(words[length:]))
-    if not words or words[0] in ("-h", "--help"):
-        lines = [f"  xattn {command:16} {purpose}" for command, (_, purpose) in _COMMANDS.items()]
+    group = (
+        {command: told for command, told in _COMMANDS.items() if command.startswith(f"{words[0]} ")} if words else {}
+    )
+    asks = words[1:] in ([], ["-h"], ["--help"]) if group else words in ([], ["-h"], ["--help"])
+    if asks:
+        lines = [f"  xattn {command:16} {purpose}" for command, (_, purpose) in (group or _COMMANDS).items()]
         print("\n".join(["xattn's tools besides train.py; each takes --help:", *lines]))
-        return ExitCode.DONE if words else ExitCode.BAD_INPUT
+        return ExitCode.DONE if words[-1:] in (["-h"], ["--help"]) else ExitCode.BAD_INPUT
     raise BadInput(f"{' '.join(words[:2])}: no such command{_nearest(words)}; `xattn --help` shows them all")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from xattn import run_folder
+from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
 from xattn.report.compare import comparison
 from xattn.report.read import REPORT, read_run
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="xattn compare", description="Set runs side by side.")
+    parser = Parser(prog="xattn compare", description="Set runs side by side.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--wandb", action="store_true", help="log the same table to the wandb project of the first run")
     asked = parser.parse_args(argv)

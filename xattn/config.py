@@ -270,7 +270,9 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
                 return f"{group} = {choice}: no such choice{hint}; allowed: {', '.join(options)}"
     if unknown := re.search(r"Could not override '([^']+)'|Interpolation key '([^']+)' not found", text):
         key = unknown[1] or unknown[2]
-        return f"{key}: no such key{_nearest_key(key, overrides)}; `python train.py --cfg job` shows them all"
+        shown = "hydra" if key.startswith("hydra.") else "job"
+        near = "" if shown == "hydra" else _nearest_key(key, overrides)
+        return f"{key}: no such key{near}; `python train.py --cfg {shown}` shows them all"
     key_of_value = re.search(r"full_key: (\S+)", text)
     return f"{key_of_value[1]}: {_first_line(error)}" if key_of_value else _first_line(error)
 

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
-from xattn.arguments import Parser
+from xattn.arguments import Parser, whole
 from xattn.errors import BadInput
 from xattn.hosts import COORDINATOR, COUNT, INDEX
 
@@ -30,14 +31,14 @@ def main(argv: Sequence[str]) -> int:
         description="Starts a Python program as several processes of one run on this machine. Process i gets GPU i.",
         epilog="xattn launch --processes 2 -- train.py parallel=data",
     )
-    parser.add_argument("--processes", type=int, required=True, metavar="N")
+    parser.add_argument("--processes", type=whole(1), required=True, metavar="N")
     parser.add_argument(
-        "--port", type=int, default=None, help="of process 0, where the others find it; default: a free one"
+        "--port", type=whole(1, 65536), help="of process 0, where the others find it; default: a free one"
     )
     parser.add_argument("command", nargs="+", metavar="-- PROGRAM ARGUMENTS", help="a Python file and its arguments")
     arguments = parser.parse_args(argv)
-    if arguments.processes < 1:
-        raise BadInput(f"--processes {arguments.processes}: must be at least 1")
+    if not Path(arguments.command[0]).is_file():
+        raise BadInput(f"{arguments.command[0]}: no such file; a Python program is started")
     return _Processes(arguments.command, arguments.processes, arguments.port or _free_port()).wait()
 
 

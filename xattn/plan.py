@@ -10,7 +10,6 @@ Shape letters: B batch, NH heads, S sequence, D embedding, V vocabulary.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from xattn.arguments import Parser, whole
 from xattn.backend.dispatch import AUTO, platform
 from xattn.config import Config, compose
 from xattn.data.config import DataConfig, Tokenised
@@ -33,7 +33,7 @@ from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_
 from xattn.pack import choose_attention
 from xattn.training.memory import available_bytes, what_helps
 from xattn.training.optimizer import OptimizerHyperparameters, optimizer
-from xattn.training.sharding import mesh_sizes
+from xattn.training.sharding import check_mesh, mesh_sizes
 
 # The share of a device's peak that whole training steps of large models reach: the products' own, without what waits.
 EFFICIENCY = 0.45
@@ -193,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     vocab_size = options.vocab_size or _vocab_size(config.data)
     hardware = HARDWARE[options.device] if options.device else _here()
     devices = options.devices or (1 if options.device else jax.device_count())
-    found = plan(config, vocab_size, hardware, mesh_sizes(config.parallel, devices))
+    sizes = mesh_sizes(config.parallel, devices)
+    check_mesh(config, sizes)
+    found = plan(config, vocab_size, hardware, sizes)
     if options.json:
         print(json.dumps(asdict(found) | {"vocab_size": vocab_size, "device_memory": hardware.memory}, indent=1))
         return 0
@@ -202,12 +204,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="xattn plan", description="What a run will cost, before it is started.")
+def _parser() -> Parser:
+    parser = Parser(prog="xattn plan", description="What a run will cost, before it is started.")
     parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
     parser.add_argument("--device", choices=sorted(HARDWARE), help="default: what is here")
-    parser.add_argument("--devices", type=int, metavar="N", help="how many; the group `parallel` says how they share")
-    parser.add_argument("--vocab-size", type=int, metavar="V", help="default: of the data's tokenizer")
+    parser.add_argument(
+        "--devices", type=whole(1), metavar="N", help="how many; the group `parallel` says how they share"
+    )
+    parser.add_argument("--vocab-size", type=whole(1), metavar="V", help="default: of the data's tokenizer")
     parser.add_argument("--json", action="store_true")
     return parser
 

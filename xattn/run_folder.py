@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,8 @@ _WITHOUT_EFFECT = (
     *("tracking", "parallel", "sweep", "study", "resume"),
     *("trainer.checkpoint_every", "trainer.checkpoint_minutes"),
 )
+# Who only looks whether a folder is held (is_held) holds it for that moment.
+_TRIES, _TRY_SECONDS = 5, 0.01
 # What a start that died before its config.yaml may have left: a folder with no more than this counts as empty.
 _NOTHING_YET = {LOCK, LOG, CONFIG + _TEMPORARY}
 
@@ -54,10 +57,13 @@ class RunFolder:
         os.close(self._lock)
 
     def withdraw(self) -> None:
-        """Takes the lock file away, and the folder with it if that leaves it empty."""
+        """Takes the lock file away, and the folder with it if that leaves it empty, its study's and outputs/ alike."""
         (self / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something, or is gone already
             self.path.rmdir()
+            if self.path.parent.parent.name == "outputs":
+                self.path.parent.rmdir()
+                self.path.parent.parent.rmdir()
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None where no run has written one yet."""
@@ -72,8 +78,8 @@ class RunFolder:
 
     def move_aside(self) -> Path:
         """Moves the folder to ``<parent>/.superseded/<name>-<UTC time>`` and begins a new one, held by this process."""
-        time = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        target = self.path.parent / SUPERSEDED / f"{self.path.name}-{time}"
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        target = self.path.parent / SUPERSEDED / f"{self.path.name}-{now}"
         target.parent.mkdir(exist_ok=True)
         self.path.rename(target)
         moved_lock, self._lock = self._lock, _acquire(self.path)
@@ -160,6 +166,7 @@ def _finite(value: Any) -> Any:
 
 
 def _acquire(path: Path) -> int:
+    tries = 0
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -180,6 +187,9 @@ def _acquire(path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
+            if (tries := tries + 1) <= _TRIES:
+                time.sleep(_TRY_SECONDS)
+                continue
             raise FolderInUse(f"{path}: another process is running in this folder") from error
         if _is_at(descriptor, path / LOCK):
             return descriptor

@@ -14,6 +14,16 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
+        self._breaks = False
+
+    @contextmanager
+    def breaking(self) -> Iterator[None]:
+        """While it is entered a request raises KeyboardInterrupt: for who waits for others, and cannot be asked."""
+        self._breaks = True
+        try:
+            yield
+        finally:
+            self._breaks = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -29,6 +39,8 @@ class Interruption:
         if self.requested:
             os._exit(128 + number)  # no cleaning up: what is committed is committed, and the lock goes with the process
         self.requested = True
+        if self._breaks:
+            raise KeyboardInterrupt
         if number == signal.SIGINT and os.isatty(2):  # a person who pressed Ctrl-C
             os.write(2, b"\nsaving, to go on from there later; Ctrl-C again leaves at once\n")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
+import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -79,6 +82,68 @@ def test_one_that_fails_is_told_of_and_the_others_go_on(tmp_path: Path, capsys: 
     carry_out(jobs_of(tmp_path, ["seed=0"], ["seed=1"], ["seed=2"]), start)
     assert len(started) == 3
     assert "seed=1: error" in capsys.readouterr().out
+
+
+def test_one_that_another_process_has_failed_is_not_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or three processes at a study would use up its three attempts; the same command later tries it again."""
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
+
+    def fail_the_other(job: Job) -> ExitCode:
+        (other,) = (each for each in jobs if each is not job and each.overrides != job.overrides)
+        finish(other, "failed")
+        run_folder.write_summary(other.folder, {"status": "failed", "failures": {"count": 1, "step": 0}})
+        return ExitCode.DONE
+
+    started, start = recorder(fail_the_other)
+    carry_out(jobs, start)
+    assert len(started) == 1
+    assert "failed in another process" in capsys.readouterr().out
+    started, start = recorder(lambda job: ExitCode.DONE)
+    carry_out(jobs, start)
+    assert len(started) == 1
+
+
+def test_a_summary_that_cannot_be_read_hides_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
+    finish(jobs[0])
+    finish(jobs[1])
+    (jobs[0].folder / run_folder.SUMMARY).write_text("")
+    runs.main([str(tmp_path), str(tmp_path / "default")])
+    out = capsys.readouterr().out
+    assert "default: 2 runs" in out
+    assert "summary not readable" in out
+    assert jobs[1].folder.name in out
+    assert out.count(jobs[1].folder.name) == 1
+    runs.main([str(jobs[1].folder)])
+    assert jobs[1].folder.name in capsys.readouterr().out
+
+
+def test_what_others_make_can_be_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A signal ends the wait for another launcher's jobs, and a job that failed is told of with its log."""
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
+
+    def launch(unfinished: Sequence[Job]) -> None:
+        finish(unfinished[0], "failed")
+        (unfinished[0].folder / run_folder.LOG).write_text("why")
+        finish(unfinished[1])
+
+    study.carry_out_elsewhere(jobs, launch)
+    err = capsys.readouterr().err
+    assert f"{jobs[0].folder.name}: failed; see " in err
+    assert "log.txt" in err
+
+    def wait(unfinished: Sequence[Job]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with interruption.listening(), pytest.raises(SystemExit) as left:
+        study.carry_out_elsewhere(jobs, wait)
+    asked, interruption.requested = interruption.requested, False
+    assert asked
+    assert left.value.code == ExitCode.PREEMPTED
+    assert "the same command goes on" in capsys.readouterr().out
 
 
 def test_one_in_use_is_waited_for_and_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def runs(tmp_path: Path) -> Runs:
 
 def search(runs: Runs, space: dict[str, Dimension] | None = None, **options: Any) -> None:
     space = space or {RATE: Dimension(low=1e-5, high=1e-1, log=True)}
-    tune(Tuning.model_validate(OPTIONS | options), space, [], BASE, runs.folder, runs)
+    tune(Tuning.model_validate(OPTIONS | options), space, BASE, runs.folder, runs)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])
@@ -149,7 +149,7 @@ def test_a_trial_whose_process_died_is_drawn_again_as_it_was(runs: Runs) -> None
 
     space = {RATE: Dimension(low=1e-5, high=1e-1, log=True)}
     with pytest.raises(Killed):
-        tune(Tuning.model_validate(OPTIONS), space, [], BASE, runs.folder, dies)
+        tune(Tuning.model_validate(OPTIONS), space, BASE, runs.folder, dies)
     search(runs, n_trials=2)
     assert runs.made[1] == runs.made[0]
     assert len(runs.made) == 3
@@ -177,10 +177,62 @@ def test_a_second_terminal_leaves_alone_what_the_first_is_at(runs: Runs, monkeyp
         return folders, begin_the_second_meanwhile
 
     monkeypatch.setattr("xattn.sweep.tune.time.sleep", wait)
-    tune(Tuning.model_validate(OPTIONS | {"sampler": "grid"}), space, [], BASE, runs.folder, first)
+    tune(Tuning.model_validate(OPTIONS | {"sampler": "grid"}), space, BASE, runs.folder, first)
     assert (len(runs.made), len(second.made)) == (1, 2)
     assert len({*runs.made, *second.made}) == 3
     assert not list(runs.folder.glob(".tuning-*"))  # nobody is there any more
+
+
+def test_points_that_no_config_can_have_are_left_out(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a batch too; where all are such, it is bad input."""
+    space = {RATE: Dimension(choices=["0.001", "1", "0.1"])}
+
+    def plan(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[], None]]:
+        if any(trial == [f"{RATE}=1"] for trial in trials):
+            raise BadInput("1 is too much")
+        return runs(trials, prunes)
+
+    options = Tuning.model_validate(OPTIONS | {"sampler": "grid", "at_once": 3})
+    tune(options, space, BASE, runs.folder, plan)
+    assert sorted(runs.made) == [(f"{RATE}=0.001",), (f"{RATE}=0.1",)]
+    assert "left out: 1 is too much" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="1 is too much"):
+        tune(options, {RATE: Dimension(choices=["1"])}, BASE, runs.folder, plan)
+
+
+def test_another_config_behind_the_same_command_is_another_study(runs: Runs) -> None:
+    """What a run computes counts; how it is made, and the key that is drawn, do not."""
+    space = {RATE: Dimension(choices=["0.001", "0.01"])}
+    for change, made in (("sweep.pack=off", 2), (f"{RATE}=0.5", 2), ("trainer.steps=7", 4)):
+        base = xattn.config.compose([change])
+        for _ in range(2):
+            tune(Tuning.model_validate(OPTIONS | {"sampler": "grid"}), space, base, runs.folder, runs)
+        assert len(runs.made) == made, change
+    with pytest.raises(BadInput, match="resume = never"):
+        tune(Tuning.model_validate(OPTIONS), space, xattn.config.compose(["resume=never"]), runs.folder, runs)
+
+
+def test_a_journal_that_ends_within_a_line_is_gone_on_with(runs: Runs) -> None:
+    search(runs, n_trials=3)
+    journal = runs.folder / STORAGE
+    journal.write_bytes(journal.read_bytes()[:-20])
+    search(runs, n_trials=4)
+    assert len(set(runs.made)) == 4
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+def test_nothing_is_pruned_by_what_is_not_the_objective(pruner: str, runs: Runs) -> None:
+    for objective in ("tokens_per_second", "train_loss"):
+        with pytest.raises(ValueError, match=f"{objective} is not known before the end"):
+            Tuning.model_validate(OPTIONS | {"objective": objective, "pruner": pruner})
+    for objective in ("best_val_loss", "val_bpb", "probe/mqar/accuracy"):
+        Tuning.model_validate(OPTIONS | {"objective": objective, "pruner": pruner})
+
+
+def test_where_none_is_finite_none_is_best(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.status = "diverged"
+    search(runs, n_trials=2)
+    assert "best of" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from xattn.arguments import Parser
 from xattn.backend import attention, dispatch
 from xattn.backend.arguments import DTYPES
 from xattn.backend.config import Activation
@@ -101,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="xattn bench attention", description="Time and memory of attention implementations, side by side."
     )
     everything = [*dispatch.names(), PEER]

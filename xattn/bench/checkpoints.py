@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 
+from xattn.arguments import Parser
 from xattn.bench.record import write_record
 from xattn.config import Config, compose
 from xattn.data.batches import Windows
@@ -97,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="xattn bench checkpoints", description="What saving costs a run.")
+def _parser() -> Parser:
+    parser = Parser(prog="xattn bench checkpoints", description="What saving costs a run.")
     parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
     parser.add_argument("--every", type=int, default=50, help="steps between two saves")
     parser.add_argument("--steps", type=int, default=200, help="in a stretch")

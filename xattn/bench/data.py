@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from xattn.arguments import Parser
 from xattn.config import CONF, Config, compose
 from xattn.errors import BadInput, ExitCode
 
@@ -33,7 +34,7 @@ STEPS = 12
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="xattn bench data", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="xattn bench data", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=2000, help="size of the corpus")
     parser.add_argument("--tokenizers", nargs="+", default=["bytes", "bpe"], help="values of data.tokenizer")
     parser.add_argument("--folder", type=Path, help="where corpus and cache are put; default: a temporary folder")

@@ -7,7 +7,6 @@ process; medians are reported, without compilation. The cache's time includes re
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xattn.arguments import Parser
 from xattn.config import compose
 from xattn.model.generation import Sampling, generate
 from xattn.model.transformer import LanguageModel
@@ -30,7 +30,7 @@ FORWARDS = 20
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints one JSON object. Returns an exit code."""
-    parser = argparse.ArgumentParser(prog="xattn bench generation", description=main.__doc__)
+    parser = Parser(prog="xattn bench generation", description=main.__doc__)
     parser.add_argument("overrides", nargs="*", help="of the config, backend.context_length=1024 before them")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=512)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 
+from xattn.arguments import Parser
 from xattn.backend import dispatch
 from xattn.backend.hopper import WIDTHS
 from xattn.backend.hopper.tuning import Tuning
@@ -57,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if accurate and not bench.record["failures"] else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="xattn bench kernels", description="The Hopper kernels: right, fast, tuned?")
+def _parser() -> Parser:
+    parser = Parser(prog="xattn bench kernels", description="The Hopper kernels: right, fast, tuned?")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--activations", nargs="+", choices=("sigmoid", "none"), default=["sigmoid", "none"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16", "float16"])

@@ -8,7 +8,6 @@ metrics.jsonl; then the run is stopped. wandb records offline, as it does where 
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from xattn.arguments import Parser
 from xattn.bench.record import write_record
 from xattn.errors import XattnError
 
@@ -25,7 +25,7 @@ _PATIENCE = 600
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="xattn bench start", description="Seconds to the first step, cold and warm.")
+    parser = Parser(prog="xattn bench start", description="Seconds to the first step, cold and warm.")
     parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
     parser.add_argument("--repeats", type=int, default=3, help="warm starts; the quickest counts")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))

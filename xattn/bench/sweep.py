@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from xattn.arguments import Parser
 from xattn.bench.record import write_record
 from xattn.errors import BadInput, XattnError
 
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="xattn bench sweep", description="A sweep against its runs one by one; packs against a run alone."
     )
     parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")

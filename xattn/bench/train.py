@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from xattn.arguments import Parser
 from xattn.backend.config import Activation
 from xattn.bench.peer import Peer
 from xattn.bench.record import write_record
@@ -105,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="xattn bench train", description="Speed, utilisation and memory of training steps, side by side."
     )
     parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from xattn import run_folder
+from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.report import figures
 from xattn.report.checks import what_is_odd
@@ -37,7 +37,7 @@ _FIGURES = [
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="xattn report", description="Judge a study and write its report.")
+    parser = Parser(prog="xattn report", description="Judge a study and write its report.")
     parser.add_argument("study", type=Path, help="outputs/<study>")
     parser.add_argument(
         "--selection",
@@ -79,6 +79,14 @@ def judge(study: Study, *, metric: str, selection: Selection, tuned: Sequence[st
         nearest = difflib.get_close_matches(metric, known, n=1)
         hint = f" (did you mean {nearest[0]}?)" if nearest else f"; there are {', '.join(known[:12])}"
         raise BadInput(f"--metric {metric}: no run's summary.json has such a number{hint}")
+    keys = sorted({key for run in done for key in run.config})
+    for key in tuned:
+        if keys and key not in keys:
+            nearest = difflib.get_close_matches(key, keys, n=1)
+            hint = (
+                f" (did you mean {nearest[0]}?)" if nearest else "; it is a key of the config, optimizer.weight_decay"
+            )
+            raise BadInput(f"--tuned {key}: no run's config has it{hint}")
     design = find_design(study, conf_defaults(), (*TUNED, *tuned))
     chosen = choose(design, metric, selection)
     if is_speed(metric) and not speeds_are_comparable(chosen.values()):
@@ -154,7 +162,7 @@ def _figures(found: Findings) -> Iterator[tuple[str, Figure, str]]:
             yield f"curves-{axis}", figure, caption
     watched = {key: curves_of(found.chosen, key) for key in ("grad_norm", *ATTENTION_CURVES)}
     if (figure := figures.stability(found.design, watched)) is not None:
-        yield "stability", figure, "Means over seeds; of the largest logit, over the seeds' largest of all heads."
+        yield "stability", figure, "Means over seeds. The largest logit is the largest of all heads in each seed."
     maps = {
         name: {cell: each for cell, chosen in found.chosen.items() if (each := heads_of(chosen, key)) is not None}
         for key, name in STATISTICS.items()

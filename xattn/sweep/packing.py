@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xattn.config
 from xattn import run_folder
@@ -34,7 +34,7 @@ def take_pack(queue: deque[Job], jobs: Sequence[Job]) -> list[Job]:
     pack = _begun_pack(first, jobs) or [first]
     if len(pack) == 1 and _is_fresh(first) and (size := pack_size(first.config)) > 1:
         key = xattn.config.pack_key(first.config)
-        like = [job for job in queue if xattn.config.pack_key(job.config) == key and _is_fresh(job)]
+        like = [job for job in queue if xattn.config.pack_key(job.config) == key and _is_free(job)]
         pack += like[: size - 1]
     for job in pack[:]:
         if job in queue:
@@ -60,16 +60,29 @@ def _names(job: Job) -> list[str]:
     return [] if alone_since or _is_fresh(job) else origin.get("pack") or []
 
 
+def _is_free(job: Job) -> bool:
+    """Whether it may train with others: no step of it is kept, and no process is at it."""
+    return _is_fresh(job) and not run_folder.is_held(job.folder)
+
+
 def _is_fresh(job: Job) -> bool:
     """Whether no step of it is kept."""
-    return (run_folder.read_summary(job.folder) or {}).get("committed_step") is None
+    return summary_of(job).get("committed_step") is None
+
+
+def summary_of(job: Job) -> dict[str, Any]:
+    """Its summary; empty where there is none, or one that its run will be refused for."""
+    try:
+        return run_folder.read_summary(job.folder) or {}
+    except BadInput:
+        return {}
 
 
 def is_finished(job: Job) -> bool:
     """Whether its result is there already. ``resume=never`` asks for another."""
     if job.config.resume == "never":
         return False
-    return (run_folder.read_summary(job.folder) or {}).get("status") in ("done", "diverged")
+    return summary_of(job).get("status") in ("done", "diverged")
 
 
 def pack_size(config: Config) -> int:

@@ -14,18 +14,21 @@ from xattn.sweep.table import print_table, read_config
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="xattn runs", description="List runs, a table for each study.")
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs")], help="outputs/, or a study in it")
-    studies: dict[Path, list[Path]] = {}
+    parser.add_argument(
+        "folders", nargs="*", type=Path, default=[Path("outputs")], help="outputs/, a study or a run in it"
+    )
+    studies: dict[Path, dict[Path, None]] = {}
     for folder in parser.parse_args(argv).folders:
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder")
-        for config in sorted([*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]):
+        found = [config for depth in ("", "*/", "*/*/") for config in folder.glob(f"{depth}config.yaml")]
+        for config in sorted(found):
             if run_folder.SUPERSEDED not in config.parts:
-                studies.setdefault(config.parent.parent, []).append(config.parent)
+                studies.setdefault(config.parent.parent, {})[config.parent] = None
     for study, runs in studies.items():
         print(f"{study}: {len(runs)} runs")
         readable = [config for run in runs if (config := read_config(run)) is not None]
-        print_table(runs, xattn.config.varying_keys(readable))
+        print_table(list(runs), xattn.config.varying_keys(readable))
     if not studies:
         print("no runs")
     return ExitCode.DONE

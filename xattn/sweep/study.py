@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import xattn.config
+from xattn import run_folder
 from xattn.attempt import Job
 from xattn.errors import ExitCode, FolderInUse, StorageError, XattnError
 from xattn.run import run_pack
 from xattn.run_folder import read_summary, shown
 from xattn.signals import interruption
-from xattn.sweep.packing import is_finished, take_pack
+from xattn.sweep.packing import is_finished, summary_of, take_pack
 from xattn.sweep.table import print_table
 from xattn.sweep.view import StudyView
 
@@ -86,14 +87,18 @@ def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
 
 def make(jobs: Sequence[Job], start: Start = start) -> None:
     """Runs of one program follow each other, or train as one. One that another process is running is waited for, and
-    taken over if that dies; one that fails is told of, and the others go on."""
+    taken over if that dies; one that fails, here or there, is told of, and the others go on."""
     varying = xattn.config.varying_keys([job.config for job in jobs])
     waiting_for: set[Path] = set()
     with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
         jobs = [dataclasses.replace(job, watch=(*job.watch, view)) for job in jobs]
         unfinished = [job for job in jobs if not is_finished(job)]
         queue = deque(sorted(unfinished, key=lambda job: xattn.config.program_key(job.config)))
+        failures = {job.folder: summary_of(job).get("failures") for job in queue}
         while queue:
+            if summary_of(queue[0]).get("failures") != failures[queue[0].folder]:  # once a sweep is enough
+                view.ended(label(queue.popleft(), varying), "failed in another process", len(queue), failed=True)
+                continue
             if queue[0].folder in waiting_for:
                 if is_finished(queue[0]):
                     view.ended(label(queue.popleft(), varying), "done by another process", len(queue))
@@ -129,13 +134,21 @@ def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], N
     with told_at_the_end(jobs):
         try:
             if unfinished:
-                launch(unfinished)
-        except Exception:  # theirs: the folders tell what there is all the same
-            traceback.print_exc()
+                with interruption.breaking():
+                    launch(unfinished)
+        except KeyboardInterrupt:
+            print("what was handed over goes on where it is, and has to be ended there")
+            raise SystemExit(ExitCode.PREEMPTED) from None
+        except Exception as error:  # theirs: the folders tell what there is all the same
+            print(f"xattn: {traceback.format_exception_only(error)[-1].strip()}", file=sys.stderr)
         codes = {"done": ExitCode.DONE, "diverged": ExitCode.DIVERGED, "preempted": ExitCode.PREEMPTED}
         for job in unfinished:
-            status = (read_summary(job.folder) or {}).get("status", "")
+            status = summary_of(job).get("status", "not begun")
             outcomes[job.folder] = codes.get(status, ExitCode.ERROR)
+            if outcomes[job.folder] == ExitCode.ERROR:
+                log, theirs = job.folder / run_folder.LOG, job.folder.parent / ".submitit"
+                told = [f"; see {shown(path)}" for path in (log, theirs) if path.exists()][:1]
+                print(f"xattn: {job.folder.name}: {status}{''.join(told)}", file=sys.stderr)
 
 
 def label(job: Job, varying: Sequence[str]) -> str:

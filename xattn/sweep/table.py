@@ -30,7 +30,7 @@ def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Pat
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("run", no_wrap=True)
     for folder in sorted(folders, key=_rank):
-        summary = run_folder.read_summary(folder) or {}
+        summary = _summary(folder)
         config = asked[folder] if asked is not None else read_config(folder)
         values = {} if config is None else xattn.config.hashed_values(config)
         speed = summary.get("tokens_per_second")
@@ -56,8 +56,15 @@ def _status(folder: Path, summary: dict[str, Any], config: Config | None) -> str
     return "killed" if status == "running" and not run_folder.is_held(folder) else status
 
 
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        return run_folder.read_summary(folder) or {}
+    except BadInput:
+        return {"status": "summary not readable"}
+
+
 def _rank(folder: Path) -> tuple[float, str]:
-    loss = (run_folder.read_summary(folder) or {}).get("val_loss")
+    loss = _summary(folder).get("val_loss")
     return (math.inf if loss is None else loss, folder.name)
 
 

@@ -12,14 +12,16 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
+import xattn.config
 from xattn import run_folder
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode
@@ -41,6 +43,8 @@ OBJECTIVES = (
     *("tokens_per_second", "wall_seconds", "peak_memory_bytes", "num_params", "flops_per_step"),
 )
 MEASURED = ("probe/", "attention/")
+# What is known at an evaluation of a run that is under way, and in which column of its row.
+_IN_ROWS = {"val_loss": "val_loss", "best_val_loss": "val_loss", "val_bpb": "val_bpb"}
 
 
 class Tuning(Section):
@@ -63,6 +67,15 @@ class Tuning(Section):
             raise ValueError(f"one of {', '.join(OBJECTIVES)}, {'…, '.join(MEASURED)}…{meant}")
         return value
 
+    @model_validator(mode="after")
+    def _prunes_by_what_is_measured(self) -> Tuning:
+        if self.pruner != "none" and self.objective not in _IN_ROWS and not self.objective.startswith(MEASURED):
+            raise ValueError(
+                f"hydra.sweeper.pruner = {self.pruner}: {self.objective} is not known before the end; allowed: none, "
+                f"or one of {', '.join(_IN_ROWS)}, {'…, '.join(MEASURED)}… as objective"
+            )
+        return self
+
 
 class Dimension(Section):
     """The values that a key may take: one of ``choices``, or a number from low to high, whole where both are."""
@@ -81,23 +94,33 @@ Plan = Callable[[list[list[str]], list[Any]], tuple[list[Path], Callable[[], Non
 def tune(
     tuning: Tuning,
     space: Mapping[str, Dimension],
-    fixed: Sequence[str],
     base: Config,
     folder: Path,
     plan: Plan,
 ) -> None:
-    """Draws and makes trials until n_trials of this study have come to an end, and prints the table of them."""
-    study = _study(tuning, space, fixed, base, folder)
+    """Draws and makes trials until n_trials of this study have come to an end, and prints the table of them.
+
+    Points that a config cannot have are told of and left out. Raises :class:`BadInput` where no other was drawn.
+    """
+    if base.resume == "never":
+        raise BadInput("resume = never: tuning goes on with its study; another study=<name> begins one")
+    study = _study(tuning, space, base, folder)
     try:
         with present(folder) as me:
             _draw_and_make(study, tuning, space, folder, plan, me)
+    except SystemExit:
+        print("stopped; the same command goes on with what is not done")
+        raise
     finally:
         runs = [folder / t.user_attrs["run"] for t in study.get_trials(deepcopy=False) if "run" in t.user_attrs]
-        print_table(list(dict.fromkeys(runs)), list(space))
+        if runs:
+            print_table(list(dict.fromkeys(runs)), list(space))
     over = _over(study)
-    if any(trial.value is not None for trial in over):
-        best = " ".join(f"{key}={value}" for key, value in study.best_params.items())
-        print(f"best of {len(over)} trials: {tuning.objective} {study.best_value:.4f} with {best}")
+    if finite := [trial for trial in over if trial.value is not None and math.isfinite(trial.value)]:
+        complete = [trial for trial in finite if trial.state.name == "COMPLETE"] or finite
+        best = (min if tuning.direction == "minimize" else max)(complete, key=lambda trial: trial.value or 0.0)
+        values = " ".join(f"{key}={value}" for key, value in best.params.items())
+        print(f"best of {len(over)} trials: {tuning.objective} {best.value:.4f} with {values}")
     print(f"a report on them: xattn report {shown(folder.absolute())}")
 
 
@@ -109,6 +132,7 @@ def _draw_and_make(
 
     distributions = {key: _distribution(key, dimension) for key, dimension in space.items()}
     failed = 0  # in this process: they are not counted, and not drawn for ever
+    refused: dict[str, None] = {}  # why, each reason once
     with drawing(folder):
         study.sampler = _sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
         _draw_again(study, folder)
@@ -125,26 +149,34 @@ def _draw_and_make(
             for trial in trials:
                 trial.set_user_attr("by", me)
         if trials:
-            failed += _make(study, trials, tuning, plan)
+            failed += _make(study, trials, tuning, plan, refused)
         elif elsewhere:
             time.sleep(_POLL_SECONDS)
         else:
-            return
+            break
         if interruption.requested:
             raise SystemExit(ExitCode.PREEMPTED)
+    if refused and not _over(study):
+        raise BadInput(next(iter(refused)))
+    for reason in refused:
+        print(f"xattn: left out: {reason}", file=sys.stderr)
 
 
-def _make(study: optuna.Study, trials: Sequence[optuna.Trial], tuning: Tuning, plan: Plan) -> int:
-    """How many of the trials failed."""
+def _make(
+    study: optuna.Study, trials: Sequence[optuna.Trial], tuning: Tuning, plan: Plan, refused: dict[str, None]
+) -> int:
+    """How many of the trials failed. refused: gets the reasons of those that no config can have."""
     from optuna.trial import TrialState
 
     overrides = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
     try:
         folders, make = plan(overrides, [_pruner_of(trial, tuning) for trial in trials])
-    except BadInput:
-        for trial in trials:
-            study.tell(trial, state=TrialState.FAIL)
-        raise
+    except BadInput as error:
+        if len(trials) > 1:
+            return sum(_make(study, [trial], tuning, plan, refused) for trial in trials)
+        study.tell(trials[0], state=TrialState.FAIL)
+        refused[str(error)] = None
+        return 1
     for trial, run in zip(trials, folders, strict=True):
         trial.set_user_attr("run", run.name)
     make()
@@ -157,10 +189,9 @@ def _over(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
-def _study(
-    tuning: Tuning, space: Mapping[str, Dimension], fixed: Sequence[str], base: Config, folder: Path
-) -> optuna.Study:
-    """The one of this objective, space and overrides: another command in the same folder has another."""
+def _study(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: Path) -> optuna.Study:
+    """The one of this objective and space, and of all else in the config that a result depends on: where that differs
+    there is another in the same folder."""
     try:
         import optuna
         from optuna.storages import JournalStorage
@@ -170,12 +201,29 @@ def _study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     dimensions = {key: dimension.model_dump() for key, dimension in space.items()}
-    question = [tuning.objective, tuning.direction, sorted(fixed), dimensions]
+    others = {
+        key: value
+        for key, value in xattn.config.hashed_values(base).items()
+        if not any(key == drawn or key.startswith(f"{drawn}.") for drawn in space)
+    }
+    question = [tuning.objective, tuning.direction, others, dimensions]
     name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:10]
+    _mend(folder)
     storage = JournalStorage(JournalFileBackend(str(folder / STORAGE)))
     return optuna.create_study(
         storage=storage, study_name=name, direction=tuning.direction, load_if_exists=True, pruner=_pruner(tuning, base)
     )
+
+
+def _mend(folder: Path) -> None:
+    """Cuts off a last line that a full disk or a power cut has left half: optuna would refuse the file for ever."""
+    journal = folder / STORAGE
+    with drawing(folder):
+        if journal.is_file() and not any(is_present(folder, lock.name) for lock in folder.glob(".tuning-*")):
+            content = journal.read_bytes()
+            if not content.endswith(b"\n"):
+                with journal.open("r+b") as file:
+                    file.truncate(content.rfind(b"\n") + 1)
 
 
 def _sampler(tuning: Tuning, *, drawn: int) -> optuna.samplers.BaseSampler:
@@ -255,7 +303,7 @@ def _pruner_of(trial: optuna.Trial, tuning: Tuning) -> Callable[[Row], bool]:
     told: set[int] = set()
 
     def prune(row: Row) -> bool:
-        value = row.get(tuning.objective, row["val_loss"])
+        value = row.get(_IN_ROWS.get(tuning.objective, tuning.objective))
         if tuning.pruner == "none" or value is None or not math.isfinite(value) or row["step"] in told:
             return False
         told.add(row["step"])

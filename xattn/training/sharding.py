@@ -167,6 +167,12 @@ def layout_of(config: Config) -> Layout:
     Raises :class:`BadInput` where mesh and devices, or mesh and model, do not fit.
     """
     sizes = mesh_sizes(config.parallel, jax.device_count(), jax.process_count())
+    check_mesh(config, sizes)
+    return _layout(tuple(sizes.items()))
+
+
+def check_mesh(config: Config, sizes: dict[str, int]) -> None:
+    """Raises :class:`BadInput` where the mesh does not divide the batch or the model."""
     rows, model = sizes["data"] * sizes["fsdp"], config.model
     parts = config.trainer.gradient_accumulation
     batch = "trainer.batch_size" if parts == 1 else "trainer.batch_size / trainer.gradient_accumulation"
@@ -180,7 +186,6 @@ def layout_of(config: Config) -> Layout:
     for key, (value, axis, size) in divided.items():
         if value % size:
             raise BadInput(f"parallel: {key} = {value} is not a multiple of {axis} = {size}")
-    return _layout(tuple(sizes.items()))
 
 
 @lru_cache(maxsize=8)
