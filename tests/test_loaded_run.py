@@ -183,6 +183,7 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
     ("words", "message"),
     [
         (["evaluate", "RUN", "model.num_layers=2"], "model.num_layers=2: cannot be changed here"),
+        (["evaluate", "RUN", "modle=nano"], "modle=nano: no such key (did you mean model"),
         (["evaluate", "RUN", "evaluation.windows=0"], "evaluation.windows = 0"),
         (["evaluate", "RUN", "evaluation.widows=3"], "did you mean evaluation.windows"),
         (["evaluate", "RUN", "evaluation.probes=[nothing]"], "evaluation.probes"),

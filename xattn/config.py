@@ -170,7 +170,10 @@ def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for override, key in zip(overrides, keys, strict=True):
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_differ):
-            raise BadInput(f"{override}: cannot be changed here; what can is {', '.join(may_differ)}")
+            known = key in type(config).model_fields or key in hashed_values(config)
+            near = "" if known else _nearest_key(key, ())
+            told = "cannot be changed here" if known else f"no such key{near}"
+            raise BadInput(f"{override}: {told}; what can be changed here is {', '.join(may_differ)}")
     own = [f"{group}={getattr(config, group).name}" for group in ("data", "optimizer") if group not in keys]
     try:
         composed = OmegaConf.to_container(_composed([*own, *overrides]), resolve=False, throw_on_missing=False)

@@ -14,7 +14,7 @@ from xattn.errors import BadInput, ExitCode
 from xattn.report import main
 from xattn.report.command import judge, texts, write
 from xattn.report.content import Findings
-from xattn.report.cost import loss_spikes, speeds_are_comparable
+from xattn.report.cost import loss_spikes, why_speeds_differ
 from xattn.report.curves import loss_curves
 from xattn.report.design import show
 from xattn.report.figures import learning_curves
@@ -382,12 +382,12 @@ def test_an_interval_that_the_verdict_seems_to_contradict_is_explained(writer: W
 
 def test_speeds_stand_side_by_side_only_under_equal_circumstances(writer: Writer) -> None:
     small(writer)
-    assert speeds_are_comparable(judged(writer).chosen.values())
+    assert why_speeds_differ(judged(writer).chosen.values()) is None
     assert "tokens/s" in written(writer)["report.md"]
     writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={"packed_with": 4})
     page = written(writer)["report.md"]
     assert "| tokens/s |" not in page
-    assert "Speeds are not set side by side" in page
+    assert "Speeds are not set side by side: the runs differ in packed_with. They" in page
     assert not (write(judged(writer)) / "curves-seconds.svg").exists()
 
 
@@ -398,6 +398,19 @@ def test_no_verdict_on_speeds_is_given_under_other_circumstances(writer: Writer)
     for metric in ("tokens_per_second", "compile_seconds"):
         with pytest.raises(BadInput, match=f"--metric {metric}: no verdict on speeds, because the runs differ in dev"):
             judged(writer, metric)
+
+
+def test_a_busy_machine_shows_in_runs_of_one_arm(writer: Writer) -> None:
+    small(writer)
+    writer.run({"backend.activation": "softmax", "seed": 3}, 2.0, summary={"tokens_per_second": 1.0})
+    with pytest.raises(BadInput, match="because runs of one arm differ in speed by more than 25%"):
+        judged(writer, "tokens_per_second")
+
+
+def test_a_key_that_no_run_has_was_not_tuned(writer: Writer) -> None:
+    small(writer)
+    with pytest.raises(BadInput, match=r"--tuned backend\.thta: no run's config has it \(did you mean backend\.theta"):
+        judge(read_study(writer.folder), metric="val_loss", selection="same", tuned=["backend.thta"])
     assert judged(writer, "num_params").effects
 
 

@@ -16,7 +16,7 @@ from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.report import figures
 from xattn.report.checks import what_is_odd
 from xattn.report.content import Findings, page_of
-from xattn.report.cost import NOT_COMPARABLE, is_speed, speeds_are_comparable
+from xattn.report.cost import is_speed, why_speeds_differ
 from xattn.report.curves import curves_of, loss_curves
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import SEED, TUNED, find_design
@@ -89,8 +89,8 @@ def judge(study: Study, *, metric: str, selection: Selection, tuned: Sequence[st
             raise BadInput(f"--tuned {key}: no run's config has it{hint}")
     design = find_design(study, conf_defaults(), (*TUNED, *tuned))
     chosen = choose(design, metric, selection)
-    if is_speed(metric) and not speeds_are_comparable(chosen.values()):
-        raise BadInput(f"--metric {metric}: no verdict on speeds, because {NOT_COMPARABLE}; they stand in results.csv")
+    if is_speed(metric) and (why_not := why_speeds_differ(chosen.values())) is not None:
+        raise BadInput(f"--metric {metric}: no verdict on speeds, because {why_not}; they stand in results.csv")
     effects = [effect for factor in design.factors for effect in main_effects(design, chosen, factor, metric)]
     probes_chosen = {probe: choose(design, probe, selection) for probe in probes_of(study.runs) if probe != metric}
     probes = {
@@ -152,7 +152,7 @@ def _figures(found: Findings) -> Iterator[tuple[str, Figure, str]]:
             )
             yield f"tuning-{key.rpartition('.')[2]}", figure, caption
     curves = loss_curves(found.chosen)
-    comparable = speeds_are_comparable(found.chosen.values())
+    comparable = why_speeds_differ(found.chosen.values()) is None
     for axis in ("steps", "tokens", *(["seconds"] if comparable else [])):
         figure = figures.learning_curves(found.design, curves, axis)
         if figure is not None:

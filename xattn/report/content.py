@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Picture, Table
-from xattn.report.cost import NOT_COMPARABLE, SAME_LOAD, cost_of, speeds_are_comparable
+from xattn.report.cost import SAME_LOAD, cost_of, why_speeds_differ
 from xattn.report.design import Cell, Design, show
 from xattn.report.measures import attention_blocks, probe_blocks
 from xattn.report.read import Study
@@ -196,12 +196,12 @@ def _cost(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
     if not costs:
         return
     yield Heading("Cost")
-    side_by_side = speeds_are_comparable(found.chosen.values())
+    why_not = why_speeds_differ(found.chosen.values())
     label = found.design.label
     rows = [
         [
             label(cell),
-            *([number(cost.tokens_per_second, ",.0f")] if side_by_side else []),
+            *([number(cost.tokens_per_second, ",.0f")] if why_not is None else []),
             number(cost.compile_seconds, ".1f"),
             number(_scaled(cost.peak_memory_bytes, 2**20), ",.1f"),
             number(cost.num_params, ",.0f"),
@@ -209,12 +209,12 @@ def _cost(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
         ]
         for cell, cost in costs.items()
     ]
-    speed = ["tokens/s"] if side_by_side else []
+    speed = ["tokens/s"] if why_not is None else []
     note = (
         "Speeds of training alone, on one kind and number of devices and one pack size. How busy the machine was is "
         f"not on record; but the runs of one arm agree within {SAME_LOAD - 1:.0%}."
-        if side_by_side
-        else f"Speeds are not set side by side: {NOT_COMPARABLE}. They stand in results.csv."
+        if why_not is None
+        else f"Speeds are not set side by side: {why_not}. They stand in results.csv."
     )
     yield Table(["arm", *speed, "compile s", "peak MiB", "parameters", "GFLOP a step"], rows, words=["arm"], note=note)
     yield Heading("Training stability")

@@ -13,10 +13,6 @@ from xattn.report.selection import Chosen
 WINDOW = 20  # logged rows before a row, that a spike is judged by
 SPIKE = 6.0  # robust standard deviations
 SAME_LOAD = 1.25  # the fastest run of one program over the slowest
-NOT_COMPARABLE = (
-    "the runs differ in device_kind, device_count, packed_with or, on CPUs, the host, or runs of one arm in speed by "
-    f"more than {SAME_LOAD - 1:.0%}, so that the load was not equal"
-)
 
 
 @dataclass(frozen=True)
@@ -68,14 +64,18 @@ def loss_spikes(losses: np.ndarray) -> int:
     return int(high[:1].sum() + (high[1:] & ~high[:-1]).sum())
 
 
-def circumstances(run: Run) -> tuple[object, ...]:
+def circumstances(run: Run) -> dict[str, object]:
     """What has to be equal for two speeds to be set side by side.
 
     A CPU's ``device_kind`` does not tell one processor from another, so its host is among them.
     """
     kind = run.provenance.get("device_kind")
-    host = run.provenance.get("host") if kind == "cpu" else None
-    return (kind, run.provenance.get("device_count"), run.summary.get("packed_with"), host)
+    return {
+        "device_kind": kind,
+        "device_count": run.provenance.get("device_count"),
+        "packed_with": run.summary.get("packed_with"),
+        "host": run.provenance.get("host") if kind == "cpu" else None,
+    }
 
 
 def is_speed(metric: str) -> bool:
@@ -83,16 +83,21 @@ def is_speed(metric: str) -> bool:
     return metric.endswith(("_per_second", "_seconds"))
 
 
-def speeds_are_comparable(cells: Iterable[Chosen]) -> bool:
-    """Whether all runs were made under the same circumstances, and nothing says that the load was not the same.
+def why_speeds_differ(cells: Iterable[Chosen]) -> str | None:
+    """What besides the arms may be behind their speeds; None where all runs were made under the same circumstances, and
+    nothing says that the load was not the same.
 
     How busy a machine was stands in no file. But the runs of a cell are one program, so their speeds should agree:
     where the fastest is more than a quarter faster than the slowest, something else was running.
     """
     by_cell = [[run for run in chosen.runs.values() if run.status == "done"] for chosen in cells]
+    found = [circumstances(run) for runs in by_cell for run in runs]
+    if differing := [name for name in (found or [{}])[0] if len({each[name] for each in found}) > 1]:
+        return f"the runs differ in {' and '.join(differing)}"
     speeds = [[s for run in runs if (s := run.number("tokens_per_second"))] for runs in by_cell]
-    equal_load = all(max(of_cell) <= SAME_LOAD * min(of_cell) for of_cell in speeds if of_cell)
-    return equal_load and len({circumstances(run) for runs in by_cell for run in runs}) <= 1
+    if all(max(of_cell) <= SAME_LOAD * min(of_cell) for of_cell in speeds if of_cell):
+        return None
+    return f"runs of one arm differ in speed by more than {SAME_LOAD - 1:.0%}, so that the load was not equal"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
