@@ -24,6 +24,7 @@ from xattn.errors import BadInput
 from xattn.sweep import study
 from xattn.sweep.check import check_data
 from xattn.sweep.tune import Dimension, Tuning, tune
+from xattn.sweep.view import StudyView
 
 
 def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launcher:
@@ -108,14 +109,14 @@ class OptunaSweeper(Sweeper):
         if isinstance(self._launcher, XattnLauncher) and not any(key.partition(".")[0] == "data" for key in space):
             check_data([base])
 
-        def plan(trials: list[list[str]], prunes: list[Any]) -> tuple[list[Path], Callable[[], None]]:
+        def plan(trials: list[list[str]], prunes: list[Any]) -> tuple[list[Path], Callable[[StudyView], None]]:
             overrides = [[*fixed, *trial] for trial in trials]
             asked = jobs_of(self._context, self._config, overrides, prunes=prunes)
             jobs = each_once(asked)
 
-            def make() -> None:
+            def make(view: StudyView) -> None:
                 if isinstance(self._launcher, XattnLauncher):
-                    study.make(jobs)
+                    study.make(jobs, view=view, keys=list(space))
                 else:
                     distinct = {job.folder: typed for job, typed in zip(asked, overrides, strict=True)}
                     self._launcher.launch(list(distinct.values()), initial_job_idx=0)

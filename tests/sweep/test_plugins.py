@@ -33,7 +33,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Job]:
     monkeypatch.chdir(tmp_path)
     made: list[Job] = []
 
-    def make(jobs: Sequence[Job]) -> None:
+    def make(jobs: Sequence[Job], **shown: Any) -> None:
         made.extend(jobs)
         for job in jobs:
             finish(job.folder)

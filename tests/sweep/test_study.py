@@ -251,11 +251,11 @@ def test_the_view_tells_how_long_the_rest_takes(
     shown.log({"step": 15, "train_loss": 2.0})
     assert line.description == "1 of 4 done, 1 running, about 2:30 left"  # two and a quarter runs to go
     now[0] += 10
-    shown.ended("seed=1", "done", 2)  # half a run in 50 s
+    shown.ended("seed=1", "done")  # half a run in 50 s
     assert "seed=1: done   2 to go, about 3:20 left" in capsys.readouterr().out
     shown.began(["seed=2", "seed=3"], 20)
-    shown.ended("seed=2", "diverged", 1)
-    shown.ended("seed=3", "error", 0, failed=True)
+    shown.ended("seed=2", "diverged")
+    shown.ended("seed=3", "error", failed=True)
     assert line.description == "3 of 4 done, 1 failed"
     assert line.finished
 

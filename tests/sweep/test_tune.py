@@ -17,6 +17,7 @@ import xattn.config
 from xattn import run_folder
 from xattn.errors import BadInput
 from xattn.sweep.tune import OBJECTIVES, STORAGE, Dimension, Tuning, tune
+from xattn.sweep.view import StudyView
 
 optuna = pytest.importorskip("optuna", reason="the extra tune is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -40,10 +41,12 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder, self.made, self.status = folder, list[tuple[str, ...]](), "done"
 
-    def __call__(self, trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[], None]]:
+    def __call__(
+        self, trials: Sequence[list[str]], prunes: Sequence[Any]
+    ) -> tuple[list[Path], Callable[[StudyView], None]]:
         folders = [self.folder / "-".join(trial) for trial in trials]
 
-        def make() -> None:
+        def make(view: StudyView) -> None:
             for trial, run, prune in zip(trials, folders, prunes, strict=True):
                 self._one(trial, run, prune)
 
@@ -138,11 +141,11 @@ def test_a_trial_whose_process_died_is_drawn_again_as_it_was(runs: Runs) -> None
     class Killed(BaseException):
         pass
 
-    def dies(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[], None]]:
+    def dies(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[StudyView], None]]:
         folders, make = runs(trials, prunes)
 
-        def die() -> None:
-            make()
+        def die(view: StudyView) -> None:
+            make(view)
             raise Killed
 
         return folders, die
@@ -166,13 +169,13 @@ def test_a_second_terminal_leaves_alone_what_the_first_is_at(runs: Runs, monkeyp
     def wait(seconds: float) -> None:
         raise Waits
 
-    def first(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[], None]]:
+    def first(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[StudyView], None]]:
         folders, make = runs(trials, prunes)
 
-        def begin_the_second_meanwhile() -> None:
+        def begin_the_second_meanwhile(view: StudyView) -> None:
             with pytest.raises(Waits):
                 search(second, space, sampler="grid")
-            make()
+            make(view)
 
         return folders, begin_the_second_meanwhile
 
@@ -187,7 +190,7 @@ def test_points_that_no_config_can_have_are_left_out(runs: Runs, capsys: pytest.
     """In a batch too; where all are such, it is bad input."""
     space = {RATE: Dimension(choices=["0.001", "1", "0.1"])}
 
-    def plan(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[], None]]:
+    def plan(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[StudyView], None]]:
         if any(trial == [f"{RATE}=1"] for trial in trials):
             raise BadInput("1 is too much")
         return runs(trials, prunes)

@@ -16,7 +16,7 @@ from xattn import run_folder
 from xattn.attempt import Job
 from xattn.errors import ExitCode, FolderInUse, StorageError, XattnError
 from xattn.run import run_pack
-from xattn.run_folder import read_summary, shown
+from xattn.run_folder import shown
 from xattn.signals import interruption
 from xattn.sweep.packing import is_finished, summary_of, take_pack
 from xattn.sweep.table import print_table
@@ -85,41 +85,46 @@ def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
         print(f"a report on them: xattn report {shown(jobs[0].folder.absolute().parent)}")
 
 
-def make(jobs: Sequence[Job], start: Start = start) -> None:
+def make(
+    jobs: Sequence[Job], start: Start = start, *, view: StudyView | None = None, keys: Sequence[str] | None = None
+) -> None:
     """Runs of one program follow each other, or train as one. One that another process is running is waited for, and
-    taken over if that dies; one that fails, here or there, is told of, and the others go on."""
-    varying = xattn.config.varying_keys([job.config for job in jobs])
+    taken over if that dies; one that fails, here or there, is told of, and the others go on.
+
+    view: of a study that these are a part of. keys: by whose values a run is called; None: by those that differ here.
+    """
+    keys = xattn.config.varying_keys([job.config for job in jobs]) if keys is None else keys
     waiting_for: set[Path] = set()
-    with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
+    with StudyView(len(jobs), sum(map(is_finished, jobs))) if view is None else contextlib.nullcontext(view) as view:
         jobs = [dataclasses.replace(job, watch=(*job.watch, view)) for job in jobs]
         unfinished = [job for job in jobs if not is_finished(job)]
         queue = deque(sorted(unfinished, key=lambda job: xattn.config.program_key(job.config)))
         failures = {job.folder: summary_of(job).get("failures") for job in queue}
         while queue:
             if summary_of(queue[0]).get("failures") != failures[queue[0].folder]:  # once a sweep is enough
-                view.ended(label(queue.popleft(), varying), "failed in another process", len(queue), failed=True)
+                view.ended(label(queue.popleft(), keys), "failed in another process", failed=True)
                 continue
             if queue[0].folder in waiting_for:
                 if is_finished(queue[0]):
-                    view.ended(label(queue.popleft(), varying), "done by another process", len(queue))
+                    view.ended(label(queue.popleft(), keys), "done by another process")
                     continue
                 if all(job.folder in waiting_for for job in queue):
                     time.sleep(_POLL_SECONDS)  # nothing else is left to do
             pack = take_pack(queue, jobs)
             at_work = [job for job in pack if not is_finished(job)]
             begins_at = max(map(_saved_step, at_work), default=0)
-            view.began([label(job, varying) for job in at_work], pack[0].config.trainer.steps, begins_at)
+            view.began([label(job, keys) for job in at_work], pack[0].config.trainer.steps, begins_at)
             outcomes.update(zip((job.folder for job in pack), start(pack), strict=True))
             for job in at_work:
                 code = outcomes[job.folder]
                 if code == ExitCode.PREEMPTED:
-                    view.say(f"  {label(job, varying)}: stopped at step {_saved_step(job)}, and saved")
+                    view.say(f"  {label(job, keys)}: stopped at step {_saved_step(job)}, and saved")
                     continue
                 if code != ExitCode.IN_USE:
-                    view.ended(label(job, varying), _outcome(job, code), len(queue), failed=code not in _ENDED_WELL)
+                    view.ended(label(job, keys), _outcome(job, code), failed=code not in _ENDED_WELL)
                     continue
                 if job.folder not in waiting_for:
-                    view.say(f"  {label(job, varying)}: another process is at it")
+                    view.say(f"  {label(job, keys)}: another process is at it")
                 waiting_for.add(job.folder)
                 queue.append(job)
             if interruption.requested and (queue or ExitCode.PREEMPTED in outcomes.values()):
@@ -158,12 +163,12 @@ def label(job: Job, varying: Sequence[str]) -> str:
 
 
 def _saved_step(job: Job) -> int:
-    saved = None if job.config.resume == "never" else (read_summary(job.folder) or {}).get("committed_step")
+    saved = None if job.config.resume == "never" else summary_of(job).get("committed_step")
     return saved or 0
 
 
 def _outcome(job: Job, code: ExitCode) -> str:
-    summary = read_summary(job.folder) or {}
+    summary = summary_of(job)
     if code in (ExitCode.DONE, ExitCode.DIVERGED) and summary.get("val_loss") is not None:
         return f"{summary['status']}, val_loss {summary['val_loss']:.4f}"
     return code.name.lower()

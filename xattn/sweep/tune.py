@@ -30,6 +30,7 @@ from xattn.section import Section
 from xattn.signals import interruption
 from xattn.sweep.presence import drawing, is_present, present
 from xattn.sweep.table import print_table
+from xattn.sweep.view import StudyView
 from xattn.tracking.tracker import Row
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ class Dimension(Section):
 
 
 # Lists of overrides, each with what may prune its run → the runs' folders, of which two may be one, and what makes
-# them. Raises BadInput where one is bad.
-Plan = Callable[[list[list[str]], list[Any]], tuple[list[Path], Callable[[], None]]]
+# them, which shows it on the view. Raises BadInput where one is bad.
+Plan = Callable[[list[list[str]], list[Any]], tuple[list[Path], Callable[[StudyView], None]]]
 
 
 def tune(
@@ -106,8 +107,8 @@ def tune(
         raise BadInput("resume = never: tuning goes on with its study; another study=<name> begins one")
     study = _study(tuning, space, base, folder)
     try:
-        with present(folder) as me:
-            _draw_and_make(study, tuning, space, folder, plan, me)
+        with present(folder) as me, StudyView(_wanted(tuning, space), len(_over(study))) as view:
+            _draw_and_make(study, tuning, space, folder, plan, me, view)
     except SystemExit:
         print("stopped; the same command goes on with what is not done")
         raise
@@ -125,14 +126,20 @@ def tune(
 
 
 def _draw_and_make(
-    study: optuna.Study, tuning: Tuning, space: Mapping[str, Dimension], folder: Path, plan: Plan, me: str
+    study: optuna.Study,
+    tuning: Tuning,
+    space: Mapping[str, Dimension],
+    folder: Path,
+    plan: Plan,
+    me: str,
+    view: StudyView,
 ) -> None:
     """The trials that another process is at are waited for, and taken over if it dies."""
     from optuna.trial import TrialState
 
     distributions = {key: _distribution(key, dimension) for key, dimension in space.items()}
     failed = 0  # in this process: they are not counted, and not drawn for ever
-    refused: dict[str, None] = {}  # why, each reason once
+    refused: list[str] = []  # why; others are drawn in their place, as often as there are trials
     with drawing(folder):
         study.sampler = _sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
         _draw_again(study, folder)
@@ -149,23 +156,30 @@ def _draw_and_make(
             for trial in trials:
                 trial.set_user_attr("by", me)
         if trials:
-            failed += _make(study, trials, tuning, plan, refused)
+            failed += _make(study, trials, tuning, plan, view, refused)
         elif elsewhere:
             time.sleep(_POLL_SECONDS)
         else:
             break
+        if len(refused) > _wanted(tuning, space):
+            break
         if interruption.requested:
             raise SystemExit(ExitCode.PREEMPTED)
     if refused and not _over(study):
-        raise BadInput(next(iter(refused)))
-    for reason in refused:
+        raise BadInput(refused[0])
+    for reason in dict.fromkeys(refused):
         print(f"xattn: left out: {reason}", file=sys.stderr)
 
 
 def _make(
-    study: optuna.Study, trials: Sequence[optuna.Trial], tuning: Tuning, plan: Plan, refused: dict[str, None]
+    study: optuna.Study,
+    trials: Sequence[optuna.Trial],
+    tuning: Tuning,
+    plan: Plan,
+    view: StudyView,
+    refused: list[str],
 ) -> int:
-    """How many of the trials failed. refused: gets the reasons of those that no config can have."""
+    """How many of the trials failed. refused: gets the reasons of those that no config can have, which do not count."""
     from optuna.trial import TrialState
 
     overrides = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
@@ -173,13 +187,14 @@ def _make(
         folders, make = plan(overrides, [_pruner_of(trial, tuning) for trial in trials])
     except BadInput as error:
         if len(trials) > 1:
-            return sum(_make(study, [trial], tuning, plan, refused) for trial in trials)
+            return sum(_make(study, [trial], tuning, plan, view, refused) for trial in trials)
         study.tell(trials[0], state=TrialState.FAIL)
-        refused[str(error)] = None
-        return 1
+        refused.append(str(error))
+        view.say(f"  {' '.join(overrides[0])}: left out")
+        return 0
     for trial, run in zip(trials, folders, strict=True):
         trial.set_user_attr("run", run.name)
-    make()
+    make(view)
     return sum(not _tell(study, trial, run, tuning) for trial, run in zip(trials, folders, strict=True))
 
 

@@ -40,9 +40,9 @@ class StudyView:
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def began(self, labels: Sequence[str], steps: int, at: int = 0) -> None:
-        """Runs that train as one have started, from that step on."""
-        self._title = labels[0] if len(labels) == 1 else f"a pack of {len(labels)}"
+    def began(self, labels: Sequence[str], steps: int, at: int = 0, *, title: str | None = None) -> None:
+        """Runs that train as one have started, from that step on. title: what they are called together."""
+        self._title = title or (labels[0] if len(labels) == 1 else f"a pack of {len(labels)}")
         self._running, self._steps, self._from, self._at, self._first_row = len(labels), steps, at, at, None
         self._progress.reset(self._run, total=steps, completed=at, visible=True, description=f"{self._title}  starting")
         self._tell()
@@ -55,14 +55,15 @@ class StudyView:
             self._progress.update(self._run, description=f"{self._title}  loss {row['train_loss']:.4f}")
         self._tell()
 
-    def ended(self, label: str, outcome: str, to_go: int, *, failed: bool = False) -> None:
-        """A run has ended; ``to_go`` are left."""
+    def ended(self, label: str, outcome: str, *, failed: bool = False) -> None:
+        """A run has ended."""
         self._running -= 1
         self._made += 1 - self._from / self._steps
         self._made_seconds = time.monotonic() - self._began
         self._done += not failed
         self._failed += failed
         self._progress.update(self._run, visible=False)
+        to_go = max(0, self._runs - self._done - self._failed)
         self.say(f"  {label}: {outcome}" + (f"   {to_go} to go{self._time_left()}" if to_go else ""))
         self._tell()
 

@@ -25,11 +25,10 @@ import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job
 from xattn.errors import BadInput, ExitCode, FolderInUse
-from xattn.run_folder import read_summary
 from xattn.signals import interruption
 from xattn.sweep import study
 from xattn.sweep.check import check_data, check_devices
-from xattn.sweep.packing import is_finished
+from xattn.sweep.packing import is_finished, summary_of
 from xattn.sweep.view import StudyView
 
 _POLL_SECONDS = 0.5
@@ -115,13 +114,17 @@ def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], devices: Sequence
             processes[-1].start()
     varying, pending, told = xattn.config.varying_keys([job.config for job in jobs]), list(unfinished), False
     with StudyView(len(jobs), len(jobs) - len(unfinished)) as view:
-        view.began([f"{len(devices)} processes"], 1)
+        failures = {job.folder: summary_of(job).get("failures") for job in pending}
         while alive := [process for process in processes if process.is_alive()]:
+            running = sum(run_folder.is_held(job.folder) for job in pending)
+            view.began(["a run"] * running, 1, title=f"{len(alive)} processes")
             wait([process.sentinel for process in alive], _POLL_SECONDS)
-            for job in [job for job in pending if is_finished(job)]:
-                pending.remove(job)
-                status = (read_summary(job.folder) or {})["status"]
-                view.ended(study.label(job, varying), status, len(pending))
+            for job in pending[:]:
+                found = summary_of(job)
+                failed = found.get("failures") != failures[job.folder]
+                if failed or is_finished(job):
+                    pending.remove(job)
+                    view.ended(study.label(job, varying), found["status"], failed=failed)
             if interruption.requested and not told:
                 told = True
                 for process in alive:
