@@ -101,6 +101,14 @@ class OptunaSweeper(Sweeper):
 
     def _tune(self, tuning: Tuning, space: Mapping[str, Dimension], fixed: list[str]) -> None:
         base = jobs_of(self._context, self._config, [fixed])[0]
+        for key, dimension in space.items():
+            choices = dimension.choices or [str(dimension.low)]
+            for choice in choices if "." not in key else choices[:1]:
+                try:
+                    jobs_of(self._context, self._config, [[*fixed, f"{key}={choice}"]])
+                except BadInput as error:  # values that do not fit together are left out later, these are mistyped
+                    if isinstance(error.__cause__, xattn.config.COMPOSITION_ERRORS):
+                        raise
         if (workers := base.config.sweep.workers) not in ("auto", 1):
             raise BadInput(
                 f"sweep.workers = {workers}: a process tunes alone; the same command in {workers} terminals shares the "

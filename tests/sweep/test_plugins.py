@@ -158,6 +158,27 @@ def test_options_of_tuning_that_are_bad_are_told_by_key_value_and_choices(
     assert made == []
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (
+            ["optimizer.lerning_rate=choice(1,2)"],
+            r"optimizer\.lerning_rate: no such key \(did you mean optimizer\.learn",
+        ),
+        (["optimizer=choice(adamw,mun)"], r"optimizer = mun: no such choice \(did you mean muon\?\)"),
+        ([f"{RATE}=choice(1,2)", "sweep.workers=2"], r"sweep\.workers = 2: a process tunes alone"),
+    ],
+    ids=lambda part: " ".join(part),
+)
+def test_a_space_that_is_mistyped_begins_no_study(
+    typed: list[str], told: str, made: list[Job], start: Callable[..., None], tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=told):
+        start(optuna_sweeper(), XattnLauncher(), *typed)
+    assert made == []
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("sweeper", ["grid", "optuna"])
 def test_a_fault_of_ours_is_no_bad_input(
     sweeper: str,
@@ -166,7 +187,7 @@ def test_a_fault_of_ours_is_no_bad_input(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fault(jobs: Sequence[Job]) -> None:
+    def fault(jobs: Sequence[Job], **shown: Any) -> None:
         raise ValueError("a fault")
 
     monkeypatch.setattr(study, "make", fault)

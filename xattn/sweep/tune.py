@@ -190,7 +190,6 @@ def _make(
             return sum(_make(study, [trial], tuning, plan, view, refused) for trial in trials)
         study.tell(trials[0], state=TrialState.FAIL)
         refused.append(str(error))
-        view.say(f"  {' '.join(overrides[0])}: left out")
         return 0
     for trial, run in zip(trials, folders, strict=True):
         trial.set_user_attr("run", run.name)
