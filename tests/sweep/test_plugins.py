@@ -168,7 +168,7 @@ def test_options_of_tuning_that_are_bad_are_told_by_key_value_and_choices(
         (["optimizer=choice(adamw,mun)"], r"optimizer = mun: no such choice \(did you mean muon\?\)"),
         ([f"{RATE}=choice(1,2)", "sweep.workers=2"], r"sweep\.workers = 2: a process tunes alone"),
     ],
-    ids=lambda part: " ".join(part),
+    ids=["key", "choice", "workers"],
 )
 def test_a_space_that_is_mistyped_begins_no_study(
     typed: list[str], told: str, made: list[Job], start: Callable[..., None], tmp_path: Path
