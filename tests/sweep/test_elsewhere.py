@@ -35,7 +35,7 @@ def test_submitit(tiny: list[str], tmp_path: Path) -> None:
     assert statuses(tmp_path) == ["done", "done"]
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
-    assert "2 runs, 2 of them done already" in out
+    assert "2 runs, 2 done already" in out
 
 
 def test_ray(tiny: list[str], tmp_path: Path) -> None:

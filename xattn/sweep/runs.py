@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
             if run_folder.SUPERSEDED not in config.parts:
                 studies.setdefault(config.parent.parent, {})[config.parent] = None
     for study, runs in studies.items():
-        print(f"{study}: {len(runs)} runs")
+        print(f"{study}: {len(runs)} run{'s' * (len(runs) > 1)}")
         readable = [config for run in runs if (config := read_config(run)) is not None]
         print_table(list(runs), xattn.config.varying_keys(readable))
     if not studies:

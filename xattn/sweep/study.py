@@ -20,7 +20,7 @@ from xattn.run_folder import shown
 from xattn.signals import interruption
 from xattn.sweep.packing import is_finished, summary_of, take_pack
 from xattn.sweep.table import print_table
-from xattn.sweep.view import StudyView
+from xattn.sweep.view import StudyView, so_many
 
 _POLL_SECONDS = 1.0
 
@@ -135,7 +135,7 @@ def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], N
     """Has ``launch`` make every run whose result is not there yet, on other machines; what they came to is read from
     the run folders, which all machines see."""
     unfinished = [job for job in jobs if not is_finished(job)]
-    print(f"{len(jobs)} runs, {len(jobs) - len(unfinished)} of them done already")
+    print(so_many(len(jobs), len(jobs) - len(unfinished)))
     with told_at_the_end(jobs):
         try:
             if unfinished:

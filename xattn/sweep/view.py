@@ -35,7 +35,7 @@ class StudyView:
         self._first_row: tuple[int, float] | None = None
         self._study = self._progress.add_task("", total=runs, completed=done)
         self._run = self._progress.add_task("", total=None, visible=False)
-        self.say(f"{runs} runs, {done} of them done already")
+        self.say(so_many(runs, done))
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
@@ -95,6 +95,10 @@ class StudyView:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+def so_many(runs: int, done: int) -> str:
+    return f"{runs} run{'s' * (runs != 1)}, {done} done already"
 
 
 def _clock(seconds: float) -> str:

@@ -213,7 +213,7 @@ def mesh_sizes(config: ParallelConfig, devices: int, processes: int = 1) -> dict
         )
     there = f"{devices} device{'s' * (devices > 1)}" + (f" in {processes} processes" if processes > 1 else "")
     raise BadInput(
-        f"{asked or 'parallel=single'}: a mesh of {product} device{'s' * (product > 1)}, and there are {there}; "
+        f"{asked or 'parallel=single'}: a mesh of {product} device{'s' * (product > 1)}, and there {'are' if devices > 1 else 'is'} {there}; "
         "parallel=data, fsdp, context or tensor takes all of them"
     )
 
