@@ -211,7 +211,8 @@ def mesh_sizes(config: ParallelConfig, devices: int, processes: int = 1) -> dict
         raise BadInput(
             f"{asked}: {known} does not divide the {devices} devices that parallel.{free[0]} = null shares out"
         )
-    there = f"{'are' if devices > 1 else 'is'} {devices} device{'s' * (devices > 1)}" + (f" in {processes} processes" if processes > 1 else "")
+    there = "is 1 device" if devices == 1 else f"are {devices} devices"
+    there += f" in {processes} processes" if processes > 1 else ""
     raise BadInput(
         f"{asked or 'parallel=single'}: a mesh of {product} device{'s' * (product > 1)}, and there {there}; "
         "parallel=data, fsdp, context or tensor takes all of them"
