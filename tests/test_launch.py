@@ -14,11 +14,13 @@ import pytest
 from xattn import cli
 
 PROGRAM = """
-import os, signal, sys, time
+import glob, os, signal, sys, time
 index, count = int(os.environ["JAX_PROCESS_ID"]), int(os.environ["JAX_NUM_PROCESSES"])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 print(f"process {index} of {count} at {os.environ['JAX_COORDINATOR_ADDRESS']}", flush=True)
 open(f"started-{index}", "w").write(str(os.getpid()))
+while sum(os.path.getsize(file) > 0 for file in glob.glob("started-*")) < count:  # or one is ended before it has begun
+    time.sleep(0.01)
 what = sys.argv[1 + index] if len(sys.argv) > 1 + index else "0"
 if what == "sleep":
     time.sleep(60)
