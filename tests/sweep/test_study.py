@@ -100,9 +100,27 @@ def test_one_that_another_process_has_failed_is_not_tried_again(
     carry_out(jobs, start)
     assert len(started) == 1
     assert "failed in another process" in capsys.readouterr().out
+    assert sorted(study.outcomes[job.folder] for job in jobs) == [ExitCode.DONE, ExitCode.ERROR]
     started, start = recorder(lambda job: ExitCode.DONE)
     carry_out(jobs, start)
     assert len(started) == 1
+
+
+def test_one_that_had_failed_and_another_process_has_made_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its old failure is gone from its summary then, and that is no new one."""
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
+    for job in jobs:
+        finish(job, "failed")
+        run_folder.write_summary(job.folder, {"status": "failed", "failures": {"count": 1, "step": 0}})
+
+    def make_the_other(job: Job) -> ExitCode:
+        finish(next(other for other in jobs if other.folder != job.folder))
+        return ExitCode.DONE
+
+    carry_out(jobs, recorder(make_the_other)[1])
+    assert "failed in another process" not in capsys.readouterr().out
 
 
 def test_a_summary_that_cannot_be_read_hides_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

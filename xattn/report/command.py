@@ -83,9 +83,7 @@ def judge(study: Study, *, metric: str, selection: Selection, tuned: Sequence[st
     for key in tuned:
         if keys and key not in keys:
             nearest = difflib.get_close_matches(key, keys, n=1)
-            hint = (
-                f" (did you mean {nearest[0]}?)" if nearest else "; it is a key of the config, optimizer.weight_decay"
-            )
+            hint = f" (did you mean {nearest[0]}?)" if nearest else "; a key is, for example, backend.theta"
             raise BadInput(f"--tuned {key}: no run's config has it{hint}")
     design = find_design(study, conf_defaults(), (*TUNED, *tuned))
     chosen = choose(design, metric, selection)

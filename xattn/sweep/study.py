@@ -101,7 +101,8 @@ def make(
         queue = deque(sorted(unfinished, key=lambda job: xattn.config.program_key(job.config)))
         failures = {job.folder: summary_of(job).get("failures") for job in queue}
         while queue:
-            if summary_of(queue[0]).get("failures") != failures[queue[0].folder]:  # once a sweep is enough
+            if summary_of(queue[0]).get("failures") not in (None, failures[queue[0].folder]):  # once a sweep is enough
+                outcomes[queue[0].folder] = ExitCode.ERROR
                 view.ended(label(queue.popleft(), keys), "failed in another process", failed=True)
                 continue
             if queue[0].folder in waiting_for:

@@ -121,7 +121,7 @@ def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], devices: Sequence
             wait([process.sentinel for process in alive], _POLL_SECONDS)
             for job in pending[:]:
                 found = summary_of(job)
-                failed = found.get("failures") != failures[job.folder]
+                failed = found.get("failures") not in (None, failures[job.folder])
                 if failed or is_finished(job):
                     pending.remove(job)
                     view.ended(study.label(job, varying), found["status"], failed=failed)
