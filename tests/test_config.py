@@ -74,6 +74,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.layers": "scanned",
     "model.remat": "dots",
     "model.dtype": "bfloat16",
+    "model.matmul_precision": "bfloat16",
     "data.path": "another",
     "data.field": "body",
     "data.tokenizer": "bpe",

@@ -76,7 +76,7 @@ def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, in
     again = 4 / 3 if config.model.remat == "full" else 1.0
     memory = _memory(config, vocab_size, parameters, optimizer_state, mesh, attention)
     sent = _communication(config, parameters, mesh, attention)
-    peak = EFFICIENCY * hardware.peak(config.model.dtype)
+    peak = EFFICIENCY * hardware.peak(config.model.factor_dtype)
     # Parameters, gradient and optimizer state are read, and all but the gradient written, once an update.
     passes = 2 * (memory["parameters"] + memory["optimizer state"]) + memory["gradient"]
     return Plan(

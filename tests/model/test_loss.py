@@ -9,20 +9,37 @@ import pytest
 
 from xattn.model import loss
 from xattn.model.loss import next_token_losses, projected_losses
-from xattn.model.projection import project_on_cpu
+from xattn.model.projection import project, projection
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_projections_own_gradient_is_the_gradient_of_its_product(dtype: str) -> None:
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+@pytest.mark.parametrize("out", [3, 7], ids=["narrower", "wider"])
+def test_the_projections_own_gradient_is_the_gradient_of_its_product(
+    dtype: str, precision: str, on_cpu: bool, out: int
+) -> None:
     x, kernel, cotangent = (
-        jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(2, 3, 5), (5, 7), (2, 3, 7)])
+        jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(2, 3, 5), (5, out), (2, 3, out)])
     )
-    out, vjp = jax.vjp(project_on_cpu, x, kernel)
+    ours, vjp = jax.vjp(lambda x, kernel: project(x, kernel, precision, on_cpu), x, kernel)
     expected, vjp_expected = jax.vjp(jnp.matmul, x, kernel)
-    tolerance = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
-    for ours, theirs in zip([out, *vjp(cotangent)], [expected, *vjp_expected(cotangent)], strict=True):
-        assert ours.dtype == theirs.dtype == dtype
-        np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=tolerance, atol=tolerance)
+    tolerance = {"float32": 1e-6, "bfloat16": 2e-2}[precision]
+    for got, wanted in zip([ours, *vjp(cotangent)], [expected, *vjp_expected(cotangent)], strict=True):
+        assert got.dtype == wanted.dtype == dtype
+        np.testing.assert_allclose(got.astype(np.float32), wanted.astype(np.float32), rtol=tolerance, atol=tolerance)
+
+
+def test_in_bfloat16_the_factors_are_rounded_and_the_sums_are_not() -> None:
+    """4,097 ones: a sum kept in bfloat16 would stop at 256; and 1 + 2⁻¹⁰ is 1 in it."""
+    x, kernel = jnp.full((1, 4097), 1 + 2**-10), jnp.ones((4097, 1))
+    for on_cpu in (True, False):
+        out, vjp = jax.vjp(lambda x, kernel, on_cpu=on_cpu: project(x, kernel, "bfloat16", on_cpu), x, kernel)
+        of_x, of_kernel = vjp(jnp.full((1, 1), 1 + 2**-10))
+        assert float(out[0, 0]) == 4097
+        assert set(of_x.ravel().tolist()) == set(of_kernel.ravel().tolist()) == {1.0}
+    assert float(projection(x, kernel, precision="float32")[0, 0]) > 4100
 
 
 # B 2, S 7, D 5, V 11; parts of 3, 3 and 1 positions, padded to 3.

@@ -187,6 +187,27 @@ def test_the_loss_falls(tiny: Programs) -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("narrow", ["model.matmul_precision=bfloat16", "model.dtype=bfloat16"])
+@pytest.mark.parametrize("embeddings", ["tied", "untied"])
+def test_in_bfloat16_a_step_is_that_of_float32_but_for_rounding(narrow: str, embeddings: str) -> None:
+    """With XLA's optimisations, which once made products of it that XLA:CPU has no kernel for. The vocabulary and the
+    MLP are wider than the model, and what is transposed differs there."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    overrides = [f"model.embeddings={embeddings}", "model.mlp_dim=24", "optimizer.learning_rate=0.5"]
+    steps = []
+    for more in ([], [narrow]):
+        compiled, _ = programs(config_of(*overrides, *more), 257)
+        state = fresh(compiled, *overrides, *more)
+        moved, metrics = compiled.step(copied(state), BATCH)
+        steps.append((metrics, jax.tree.map(lambda new, old: new - old, moved.params, state.params)))
+    (metrics, expected), (ours_metrics, ours) = steps
+    assert ours_metrics.train_loss.item() == pytest.approx(metrics.train_loss.item(), rel=1e-2)
+    assert ours_metrics.train_loss.item() != metrics.train_loss.item()
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=0.1 * np.abs(b).max())
+
+
 # ---- numbers that are not finite -------------------------------------------------------------------------------------
 
 

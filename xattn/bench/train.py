@@ -63,8 +63,8 @@ class Subject:
 class Result:
     """What was measured of one model and activation.
 
-    mfu: model FLOP/s utilisation, flops_per_step over seconds and the device's peak in the model's dtype. memory_bytes:
-    of the compiled step, arguments and temporaries. ratio_to_peer: of its median step over ours.
+    mfu: model FLOP/s utilisation, flops_per_step over seconds and the device's peak in the dtype of the projections'
+    factors. memory_bytes: of the compiled step, arguments and temporaries. ratio_to_peer: of its median step over ours.
     """
 
     model: str
@@ -167,7 +167,7 @@ def _measure(subjects: list[Subject], peer: Peer | None, steps: int, repeats: in
 
 def _peak(subject: Subject) -> float:
     """Operations a second of the devices of a step together: from the table, else what a large product reaches here."""
-    dtype = subject.config.model.dtype
+    dtype = subject.config.model.factor_dtype
     known = hardware_of(jax.local_devices()[0].device_kind)
     if known is None:
         return measured_peak(dtype)

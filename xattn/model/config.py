@@ -28,6 +28,8 @@ class ModelConfig(Section):
         looped over in any case: unrolled, XLA may undo it.
     dtype: of activations and matrix products. Parameters, norms' statistics, attention weights and the loss are
         float32.
+    matmul_precision: what the factors of the projections, and of their gradients, are rounded to where dtype is wider:
+        ``bfloat16``, with sums in float32, or ``float32``, not at all. Attention's own products are in dtype.
     """
 
     num_layers: PositiveInt
@@ -45,6 +47,7 @@ class ModelConfig(Section):
     layers: Literal["scanned", "unrolled"]
     remat: Literal["none", "full", "dots"]
     dtype: Literal["float32", "bfloat16"]
+    matmul_precision: Literal["float32", "bfloat16"]
 
     @model_validator(mode="after")
     def _widths_fit(self) -> ModelConfig:
@@ -61,6 +64,11 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         return self.embedding_dim // self.num_heads
+
+    @property
+    def factor_dtype(self) -> Literal["float32", "bfloat16"]:
+        """What the factors of the projections are in."""
+        return "bfloat16" if "bfloat16" in (self.dtype, self.matmul_precision) else "float32"
 
     @property
     def kv_heads(self) -> int:

@@ -25,8 +25,11 @@ def next_token_losses(logits: jax.Array, targets: jax.Array | np.ndarray) -> jax
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def projected_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array) -> jax.Array:
+def projected_losses(
+    x: jax.Array, embedding: jax.Array, targets: jax.Array, *, precision: str = "float32"
+) -> jax.Array:
     """:func:`next_token_losses` of the logits x · embeddingᵀ: (B, S, D), (V, D), int (B, S) → float32 (B, S).
+    precision: that of the :func:`~xattn.model.projection.projection`.
 
     Where the logits would take more than ``MOST_LOGITS`` they are made for a part of the positions at a time, and made
     again for the gradient: a third more work in this product, and memory that does not grow with S.
@@ -36,7 +39,7 @@ def projected_losses(x: jax.Array, embedding: jax.Array, targets: jax.Array) -> 
     kernel = embedding.astype(x.dtype).T
 
     def losses(x: jax.Array, targets: jax.Array) -> jax.Array:
-        return next_token_losses(projection(x, kernel), targets)
+        return next_token_losses(projection(x, kernel, precision=precision), targets)
 
     positions = max(MOST_LOGITS[x.dtype.name] // (batch * vocab_size * x.dtype.itemsize), 1)
     if positions >= length:

@@ -106,8 +106,8 @@ class LanguageModel(nn.Module):
         x = _norm(config, "final_norm")(x)
         output = token_embedding if config.embeddings == "tied" else embedding("output_embedding")
         if targets is not None:
-            return projected_losses(x, output.embedding, targets)
-        logits = output.attend(x)
+            return projected_losses(x, output.embedding, targets, precision=config.matmul_precision)
+        logits = projection(x, output.embedding.astype(x.dtype).T, precision=config.matmul_precision)
         if cache is None:
             return logits
         return logits, append(cache, new) if isinstance(new, Entry) else new
@@ -233,7 +233,15 @@ def _dense(config: ModelConfig, features: int, name: str, *, residual: bool = Fa
     variance = 1.0 / (2 * config.num_layers) if residual else 1.0
     init = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
     dtype = jnp.dtype(config.dtype)
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, dot_general=projection, name=name)
+    return nn.Dense(
+        features,
+        use_bias=False,
+        dtype=dtype,
+        precision=config.matmul_precision,
+        kernel_init=init,
+        dot_general=projection,
+        name=name,
+    )
 
 
 class Norm(nn.Module):

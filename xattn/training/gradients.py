@@ -25,7 +25,8 @@ def loss_and_gradient(
     """
     total = jnp.sum(windows.weights)
     if parts == 1:
-        return jax.value_and_grad(lambda params: summed_loss(params, windows, key) / total)(params)
+        sums = jax.value_and_grad(summed_loss)(params, windows, key)
+        return jax.tree.map(lambda leaf: leaf / total, sums)
 
     def add(sums: Any, part: tuple[jax.Array, Windows]) -> tuple[Any, None]:
         number, rows = part

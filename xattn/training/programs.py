@@ -27,12 +27,14 @@ from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.evaluation.probes import PlacesOf, places_of
 from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token
 from xattn.training.gradients import loss_and_gradient
-from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
+from xattn.training.optimizer import OptimizerHyperparameters, global_norm, learning_rate_factor, optimizer
 from xattn.training.sharding import Layout, layout_of
 
-# Without YNNPACK, which XLA:CPU takes many products and sums to by default: on two cores a step of trainer=default is
-# 1.13 times as fast without it under jax 0.10, and one of nanoGPT's CPU setting, or under jax 0.12, as fast as with it.
-_ON_CPU: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# What XLA:CPU takes to YNNPACK. In float32 nothing: on two cores a step of trainer=default is 1.13 times as fast
+# without it under jax 0.10, and one of nanoGPT's CPU setting, or under jax 0.12, as fast as with it. In bfloat16 the
+# products, for which XLA itself has no kernels, and not the sums, which are slower there.
+_YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
+_TAKEN_TO_YNNPACK = {"float32": "", "bfloat16": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 # ``trainer.nonfinite=skip`` gives up after so many updates in a row that it had to leave out.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -175,7 +177,7 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
         loss, gradient = loss_and_gradient(
             partial(summed_loss, hyper), state.params, windows, dropout, parts=config.trainer.gradient_accumulation
         )
-        grad_norm = optax.tree.norm(gradient)
+        grad_norm = global_norm(gradient)
         learning_rate = jnp.asarray(hyper.optimizer.learning_rate * schedule(state.step))
         transformation = optimizer(config.optimizer, hyper.optimizer._replace(learning_rate=learning_rate))
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
@@ -190,7 +192,7 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
         tried = _select(finite, moved, state)._replace(step=state.step + 1, skipped=skipped)
         new = _select(running & ~halts, tried, state)
         new = new._replace(halted_at=jnp.where(halts, state.step + 1, state.halted_at))
-        return new, StepMetrics(loss, grad_norm, optax.tree.norm(new.params), learning_rate, new.halted_at)
+        return new, StepMetrics(loss, grad_norm, global_norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
     score, places = layout.score(score_windows(model)), layout.score(places_of(model))
@@ -213,7 +215,7 @@ def _compile(config: Config, vocab_size: int, optional: tuple[str, ...], layout:
         step, state, windows = jax.vmap(step), _with_runs(state, size), _with_runs(windows, size)
     start = time.perf_counter()
     with layout.tracing():
-        compiled = _compiled(layout.jit_step(step, state).lower(state, windows))
+        compiled = _compiled(layout.jit_step(step, state).lower(state, windows), config)
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     flops = matmul_flops_per_token(config.model, context_length=context_length, vocab_size=vocab_size)
@@ -237,10 +239,10 @@ def _compile(config: Config, vocab_size: int, optional: tuple[str, ...], layout:
     )
 
 
-def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def _compiled(lowered: jax.stages.Lowered, config: Config) -> jax.stages.Compiled:
     if jax.default_backend() == "cpu":
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another jax may not know the option
-            return lowered.compile(compiler_options=_ON_CPU)
+            return lowered.compile(compiler_options={_YNNPACK: _TAKEN_TO_YNNPACK[config.model.factor_dtype]})
     return lowered.compile()
 
 
