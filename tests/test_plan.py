@@ -77,6 +77,10 @@ def test_a_mesh_shares_out_what_it_should() -> None:
     # A sum over n devices sends 2 (n − 1)/n of the gradient; fsdp gathers the parameters twice and scatters the sum.
     assert data.communication == {"data": 2 * 3 * 4 * one.parameters // 4}
     assert fsdp.communication == {"fsdp": 3 * 3 * 4 * one.parameters // 4}
+    in_parts = compose([*SMALL, "trainer.batch_size=32", "trainer.gradient_accumulation=2"])
+    for mesh, at_once in (({"data": 4}, data), ({"fsdp": 4}, fsdp)):
+        sent = planned(in_parts, ONE | mesh).communication
+        assert sent == {axis: 2 * amount for axis, amount in at_once.communication.items()}
     assert data.compute_seconds < one.compute_seconds
     assert data.communication_seconds == pytest.approx(data.communication["data"] / HARDWARE["h100"].link)
     far = planned(compose([*SMALL, "trainer.batch_size=32"]), ONE | {"data": 16})

@@ -167,13 +167,13 @@ def _communication(config: Config, parameters: int, mesh: dict[str, int], attent
         case _:  # keys and values, forward and backward, and the scattered sum of their gradients
             exchanged = 3 * share["context"] * keys_values
     volumes = {
-        # The sum of the gradients.
-        "data": 2 * share["data"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
-        # The parameters forward and backward, for each part of a batch, and the scattered sum of the gradients.
-        "fsdp": (2 * parts + 1) * share["fsdp"] * 4 * parameters / mesh["tensor"],
-        # What attention exchanges in each layer, and the sum of the parameters' gradients.
+        # For each part of a batch the sum of the gradients.
+        "data": parts * 2 * share["data"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
+        # For each part the parameters forward and backward, and the scattered sum of the gradients.
+        "fsdp": parts * 3 * share["fsdp"] * 4 * parameters / mesh["tensor"],
+        # What attention exchanges in each layer, and for each part the sum of the parameters' gradients.
         "context": (mesh["context"] > 1) * model.num_layers * exchanged
-        + 2 * share["context"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
+        + parts * 2 * share["context"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
         # Two sums of the stream a layer, forward and backward.
         "tensor": 8 * share["tensor"] * model.num_layers * tokens * model.embedding_dim * narrow,
     }

@@ -81,6 +81,17 @@ def test_the_loss_is_one_devices_at_each_step(mesh: tuple[str, ...]) -> None:
     np.testing.assert_allclose(score(run, state), evaluated, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", [MIXED, ("parallel=context", "parallel.data=2")], ids=["mixed", "context"])
+def test_products_of_bfloat16_are_one_devices_but_for_their_sums_order(mesh: tuple[str, ...]) -> None:
+    """The context mesh rounds in another way. Float32's losses are further away."""
+    one, evaluated = alone("backend=sigmoid", "model.matmul_precision=bfloat16")
+    run = compiled("backend=sigmoid", "model.matmul_precision=bfloat16", *mesh)
+    state, losses = trained(run, run.init(hyperparameters(config_of("backend=sigmoid"))), 0, STEPS)
+    np.testing.assert_allclose(losses, one, rtol=1e-4)
+    assert not np.allclose(losses, alone("backend=sigmoid")[0], rtol=1e-4)
+    np.testing.assert_allclose(score(run, state), evaluated, rtol=1e-4)
+
+
 CONTEXT = ("parallel.context=4", "parallel.data=2")
 CONTEXT_AND_HEADS = ("parallel.context=4", "parallel.tensor=2")
 

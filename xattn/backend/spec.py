@@ -61,8 +61,8 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """
     precision = None
     if jax.default_backend() == "cpu":
-        # XLA:CPU multiplies bfloat16 in float32 anyway, and on some products of several batch axes fails instead, with
-        # "Unsupported element type for DotThunk" (jax 0.10.2 and 0.12.0).
+        # On some products of bfloat16 with several batch axes XLA:CPU fails, with "Unsupported element type for
+        # DotThunk" (jax 0.10.2 and 0.12.0).
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     elif x.dtype == jnp.float32:
         precision = jax.lax.Precision.HIGHEST

@@ -26,10 +26,10 @@ class ModelConfig(Section):
     remat: what of a layer is computed again in the backward pass, to save memory: ``none``; ``full``, all but its
         input; ``dots``, all but its projections (attention, norms and elementwise functions). The layers are then
         looped over in any case: unrolled, XLA may undo it.
-    dtype: of activations and matrix products. Parameters, norms' statistics, attention weights and the loss are
+    dtype: of activations and of attention's products. Parameters, norms' statistics, attention weights and the loss are
         float32.
-    matmul_precision: what the factors of the projections, and of their gradients, are rounded to where dtype is wider:
-        ``bfloat16``, with sums in float32, or ``float32``, not at all. Attention's own products are in dtype.
+    matmul_precision: of the projections and their gradients. ``default``: as the device multiplies dtype, which for
+        float32 is TF32 on NVIDIA and bfloat16 on a TPU. ``bfloat16``: factors rounded to it, sums in float32.
     """
 
     num_layers: PositiveInt
@@ -47,7 +47,7 @@ class ModelConfig(Section):
     layers: Literal["scanned", "unrolled"]
     remat: Literal["none", "full", "dots"]
     dtype: Literal["float32", "bfloat16"]
-    matmul_precision: Literal["float32", "bfloat16"]
+    matmul_precision: Literal["default", "bfloat16"]
 
     @model_validator(mode="after")
     def _widths_fit(self) -> ModelConfig:

@@ -26,7 +26,7 @@ def next_token_losses(logits: jax.Array, targets: jax.Array | np.ndarray) -> jax
 
 
 def projected_losses(
-    x: jax.Array, embedding: jax.Array, targets: jax.Array, *, precision: str = "float32"
+    x: jax.Array, embedding: jax.Array, targets: jax.Array, *, precision: str = "default"
 ) -> jax.Array:
     """:func:`next_token_losses` of the logits x · embeddingᵀ: (B, S, D), (V, D), int (B, S) → float32 (B, S).
     precision: that of the :func:`~xattn.model.projection.projection`.

@@ -14,8 +14,8 @@ from xattn.backend.mesh import context_devices
 def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, precision: Any = None) -> jax.Array:
     """x (…, in) · kernel (in, out), in x's dtype.
 
-    precision: what all factors, those of the gradients too, are rounded to where their dtype is wider: ``bfloat16``,
-    with sums in float32; or ``float32``. dimension_numbers: what nn.Dense passes is for this product always the same.
+    precision: ``bfloat16``: all factors, those of the gradients too, are rounded to it, and sums are float32;
+    ``default``: as the device multiplies this dtype. dimension_numbers: those of nn.Dense are here always the same.
     """
     # Rows and sequence as one axis can't stay split by the sequence: all of it would be gathered on each device.
     on_cpu = jax.default_backend() == "cpu" and context_devices() == 1
@@ -59,7 +59,7 @@ def _of_kernel_on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
     JAX's own is (gradientᵀ · x)ᵀ, for which XLA:CPU writes the gradient out transposed, together with the elementwise
     function that it comes from, at many times the cost of that alone. What is transposed here is the narrower of the
-    two; the barrier keeps XLA from folding the other's into the product.
+    two, and where that is the gradient the result as well; the barrier keeps XLA from making one product of both.
     """
     if x.shape[1] > gradient.shape[1]:
         return jax.lax.optimization_barrier(_of_kernel_on_cpu(gradient, x)).T
@@ -68,18 +68,21 @@ def _of_kernel_on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def _factor(array: jax.Array, precision: str, on_cpu: bool) -> jax.Array:
+    if precision == "bfloat16" and not on_cpu and jax.default_backend() == "cpu":
+        return jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)  # rounded, multiplied in float32
     array = array.astype(jnp.bfloat16) if precision == "bfloat16" else array
     return _stored(array) if on_cpu and array.dtype == jnp.bfloat16 else array
 
 
 def _product(a: jax.Array, b: jax.Array, *, axis: int, on_cpu: bool) -> jax.Array:
-    """Σ over a's last axis and this one of the matrix b, float32."""
+    """a · b over a's last axis and b's axis ``axis``, float32."""
     product = jax.lax.dot_general(a, b, (((a.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(product) if on_cpu and a.dtype == jnp.bfloat16 else product
 
 
 def _stored(array: jax.Array) -> jax.Array:
-    """The same, not as a view. XLA:CPU has kernels for products of bfloat16 only where each factor lies as it is read.
-    It chooses one before it folds transpositions, also that of a result, into products, and what has no kernel any more
-    then fails. Through a barrier it folds nothing, and what has one more axis there is not made a view."""
+    """The same, in memory as it is read. XLA:CPU has kernels for products of bfloat16 only where factors are; it looks
+    for one before it folds transpositions, also that of a result, into products, and what then has none any more fails
+    at run time. It folds nothing through a barrier; without one more axis there it would store what is transposed
+    untransposed, and call that its layout."""
     return jax.lax.optimization_barrier(array[None])[0]

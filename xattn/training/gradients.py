@@ -22,19 +22,20 @@ def loss_and_gradient(
     In parts, of which each has every parts-th row of the batch and so lies on all devices like the whole, the sums are
     added up in float32: the result differs by rounding alone, and by the dropout, whose key each part has its own of.
     Only one part's activations are there at a time.
+
+    The division comes last: over several devices Σ weights is a sum that all of them wait for, and wanted before the
+    gradient it would hold a device, and its thread on a CPU, until the others come to it.
     """
-    total = jnp.sum(windows.weights)
     if parts == 1:
-        sums = jax.value_and_grad(summed_loss)(params, windows, key)
+        total, sums = jnp.sum(windows.weights), jax.value_and_grad(summed_loss)(params, windows, key)
         return jax.tree.map(lambda leaf: leaf / total, sums)
 
     def add(sums: Any, part: tuple[jax.Array, Windows]) -> tuple[Any, None]:
         number, rows = part
         found = jax.value_and_grad(summed_loss)(params, rows, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, sums, found), None
+        return jax.tree.map(jnp.add, sums, (jnp.sum(rows.weights), found)), None
 
     rows = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), windows)
-    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    sums, _ = jax.lax.scan(add, nothing, (jnp.arange(parts), rows))
-    loss, gradient = jax.tree.map(lambda leaf: leaf / total, sums)
-    return loss, gradient
+    nothing = (jnp.float32(0), (jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
+    (total, sums), _ = jax.lax.scan(add, nothing, (jnp.arange(parts), rows))
+    return jax.tree.map(lambda leaf: leaf / total, sums)

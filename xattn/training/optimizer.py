@@ -72,7 +72,7 @@ def optimizer(config: OptimizerConfig, hyperparameters: OptimizerHyperparameters
 
 def global_norm(tree: Any) -> jax.Array:
     """√ of the sum of the squares of all entries, a float32 scalar. Each leaf's is a product with itself, which XLA:CPU
-    makes in a third of the time that it takes for squares and their sum."""
+    is faster at than at squares and their sum: at 262,144 numbers in a third of the time."""
 
     def squares(leaf: jax.Array) -> jax.Array:
         axes = tuple(range(leaf.ndim))

@@ -32,7 +32,8 @@ from xattn.training.sharding import Layout, layout_of
 
 # What XLA:CPU takes to YNNPACK. In float32 nothing: on two cores a step of trainer=default is 1.13 times as fast
 # without it under jax 0.10, and one of nanoGPT's CPU setting, or under jax 0.12, as fast as with it. In bfloat16 the
-# products, for which XLA itself has no kernels, and not the sums, which are slower there.
+# products, for which XLA itself has no kernels, and not the sums, which are slower there. Products in float32 are too,
+# and can't be left out: with Muon, whose own are such, bfloat16 gains nothing in a step.
 _YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 _TAKEN_TO_YNNPACK = {"float32": "", "bfloat16": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
