@@ -81,6 +81,10 @@ def test_a_mesh_shares_out_what_it_should() -> None:
     for mesh, at_once in (({"data": 4}, data), ({"fsdp": 4}, fsdp)):
         sent = planned(in_parts, ONE | mesh).communication
         assert sent == {axis: 2 * amount for axis, amount in at_once.communication.items()}
+    split = [planned(some, ONE | {"context": 4}).communication["context"] for some in (config, in_parts)]
+    assert split[1] - split[0] == data.communication["data"]  # attention's is of the rows
+    rounded = planned(compose([*SMALL, "trainer.batch_size=32", "model.matmul_precision=bfloat16"]))
+    assert rounded.compute_seconds < one.compute_seconds
     assert data.compute_seconds < one.compute_seconds
     assert data.communication_seconds == pytest.approx(data.communication["data"] / HARDWARE["h100"].link)
     far = planned(compose([*SMALL, "trainer.batch_size=32"]), ONE | {"data": 16})

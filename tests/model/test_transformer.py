@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
+from xattn.model import projection
 from xattn.model.loss import next_token_losses
 from xattn.model.transformer import (
     LanguageModel,
@@ -405,6 +406,27 @@ def test_operations_are_counted_as_xla_counts_them(overrides: list[str]) -> None
     counted = matmul_flops_per_token(model.config, context_length=96, vocab_size=256)
     skipped = model.config.num_layers * 2 * 96 * 64
     assert cost["flops"] / (2 * 96) == pytest.approx(counted + skipped, rel=0.12)
+
+
+@pytest.mark.parametrize("precision", ["default", "bfloat16"])
+@pytest.mark.parametrize("targets", [None, TOKENS], ids=["logits", "losses"])
+def test_every_projection_has_the_precision_that_the_config_names(
+    precision: str, targets: jax.Array | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q, k, v, output, gate, up and down, each time that the layer is traced, and the logits."""
+    seen = []
+
+    def project(x: jax.Array, kernel: jax.Array, precision: str, on_cpu: bool) -> jax.Array:
+        seen.append(precision)
+        return x @ kernel
+
+    model = model_of(f"model.matmul_precision={precision}")
+    params = init(model_of())
+    monkeypatch.setattr(projection, "project", project)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    jax.eval_shape(lambda: model.apply({"params": params}, TOKENS, HYPER, targets=targets))
+    assert len(seen) % 7 == 1
+    assert set(seen) == {precision}
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])

@@ -29,10 +29,10 @@ def projected_losses(
     x: jax.Array, embedding: jax.Array, targets: jax.Array, *, precision: str = "default"
 ) -> jax.Array:
     """:func:`next_token_losses` of the logits x · embeddingᵀ: (B, S, D), (V, D), int (B, S) → float32 (B, S).
-    precision: that of the :func:`~xattn.model.projection.projection`.
 
     Where the logits would take more than ``MOST_LOGITS`` they are made for a part of the positions at a time, and made
     again for the gradient: a third more work in this product, and memory that does not grow with S.
+    precision: as in :func:`~xattn.model.projection.projection`.
     """
     batch, length, _ = x.shape
     vocab_size = embedding.shape[0]
