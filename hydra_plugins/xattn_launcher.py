@@ -80,6 +80,7 @@ def jobs_of(
                 composed.hydra.job.id = composed.hydra.job.num = number
             validated = xattn.config.from_hydra(composed)
             folder = Path(*(OmegaConf.select(composed, f"hydra.sweep.{part}") for part in ("dir", "subdir")))
+            folder = xattn.config.folder_of(validated, folder)
         except (BadInput, *xattn.config.COMPOSITION_ERRORS) as error:
             told = xattn.config.explain(error, overrides)
             none_is = f"of {len(job_overrides)} runs none is started: " if len(job_overrides) > 1 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +134,8 @@ NOT_HASHED = {key for key in OTHER_VALUES if key.startswith(("tracking.", "paral
 def test_every_key_but_the_named_ones_changes_the_hash(optimizer: str) -> None:
     """A new key fails here until it has a value above, and so until somebody has thought of its hash."""
     base = compose([*TEXT, "data.tokenizer=tokenizer.json", f"optimizer={optimizer}"])
-    keys = [key for key, _ in _leaves(base.model_dump(mode="json")) if key not in ("optimizer.name", "data.name")]
+    apart = ("optimizer.name", "data.name", "backend.every", "backend.then")
+    keys = [key for key, _ in _leaves(base.model_dump(mode="json")) if key not in apart]
     assert set(keys) <= set(OTHER_VALUES)
     for key in keys:
         raw = base.model_dump(mode="json")
@@ -158,6 +160,75 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in tree.items():
         found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return found
+
+
+PATTERN = ["backend=none", "backend.every=2", "backend.then={activation: softmax, theta: 500}"]
+
+
+def test_a_pattern_changes_the_hash_by_what_it_changes() -> None:
+    base, none = compose(PATTERN), compose(["backend=none"])
+    assert base.backend.kinds["then"] == compose(["backend.theta=500"]).backend
+    others = (["backend.every=4"], ["backend.then.theta=400"], ["backend.then.activation=sigmoid"], ["backend.theta=5"])
+    hashes = [run_hash(config) for config in (none, base, *(compose([*PATTERN, *other]) for other in others))]
+    assert len(set(hashes)) == len(hashes)
+    assert differences(none, base) == {
+        "backend.every": (None, 2),
+        "backend.then.activation": (None, "softmax"),
+        "backend.then.theta": (None, 500.0),
+    }
+    assert "-every2-softmax-theta_500-" in run_name(base)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "same"),
+    [
+        (["backend.every=2", "backend.then={theta: 1e4, qk_pre_activation: none}"], []),
+        (["backend.every=2", "backend.then={}"], []),
+        (
+            ["backend.every=1", "backend.then={activation: sigmoid, sigmoid_bias: -3}"],
+            ["backend=sigmoid", "backend.sigmoid_bias=-3.0"],
+        ),
+        (
+            ["backend.every=2", "backend.then={activation: sigmoid, qk_pre_activation: silu, theta: 10000}"],
+            ["backend.every=2", "backend.then={activation: sigmoid, qk_pre_activation: swish}"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_pattern_is_read_as_what_it_is(pattern: list[str], same: list[str]) -> None:
+    assert compose(pattern) == compose(same)
+    assert run_hash(compose(pattern)) == run_hash(compose(same))
+
+
+def test_what_a_kind_does_not_take_it_does_not_inherit() -> None:
+    config = compose(
+        ["backend=sigmoid", "backend.sigmoid_bias=learned", "backend.every=2", "backend.then={activation: none}"]
+    )
+    assert config.backend.kinds["then"].sigmoid_bias == "auto"
+    assert config.backend.kinds["backend"].sigmoid_bias == "learned"
+    assert config.model_dump()["backend"]["then"] == {"activation": "none"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["backend.every=2"], "every and then go together"),
+        (["backend.then={activation: none}"], "every and then go together"),
+        (["backend.every=5", "backend.then={activation: none}"], "backend.every = 5: must be at most"),
+        (["backend.every=0", "backend.then={activation: none}"], "backend.every = 0"),
+        (["backend.every=2", "backend.then={activation: sigmod}"], "did you mean sigmoid"),
+        (["backend.every=9", "backend.then={thet: 3}"], "backend.then.thet = 3: no such key (did you mean"),
+        (["backend.every=2", "backend.then={context_length: 3}"], "backend.then.context_length"),
+        (["backend.every=2", "backend.then={sigmoid_bias: 3}"], "softmax takes no sigmoid_bias"),
+        (["backend.every=2", "backend.then={implementation: quick}"], "'blockwise' or 'reference'"),
+        (["backend.every=2", "backend.then=softmax"], "backend.then = 'softmax'"),
+        (["backend.every=2", "backend.then.theta=3"], "backend.then={theta: 3}"),
+        (["backend.theta=-1", "backend.every=2", "backend.then={activation: none}"], "backend.theta = -1"),
+    ],
+)  # fmt: skip
+def test_a_bad_pattern_is_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(message)) as raised:
+        compose(overrides)
+    assert len(str(raised.value).splitlines()) <= 2
 
 
 def test_a_run_is_named_by_what_it_computes() -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from xattn.config import Config, compose
 from xattn.errors import BadInput
 from xattn.interchange import _flat, _write, from_llama, llama_config, to_llama
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.transformer import LanguageModel, LayerHyperparameters
 
 V, S = 19, 9
 LLAMA = [
@@ -31,7 +31,7 @@ def exported(folder: Path, *overrides: str) -> tuple[Config, Any, np.ndarray]:
     """A model with every parameter away from its initial value, written to a folder; its parameters and logits."""
     config = compose([*LLAMA, *overrides])
     model = LanguageModel(config.model, config.backend, V)
-    hyper = ModelHyperparameters(jnp.float32(config.backend.theta), jnp.float32(0))
+    hyper = LayerHyperparameters(jnp.float32(config.backend.theta), jnp.float32(0))
     random = np.random.default_rng(1)
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS, hyper)["params"]
     params = jax.tree.map(lambda leaf: (0.5 * random.standard_normal(leaf.shape) + 0.1).astype(np.float32), shapes)

@@ -49,15 +49,15 @@ def test_the_flops_are_those_that_xla_counts() -> None:
     config = compose([*SMALL, "backend.implementation=reference", "model.layers=unrolled"])
     import jax.numpy as jnp
 
-    from xattn.model.transformer import LanguageModel, ModelHyperparameters
+    from xattn.model.transformer import LanguageModel, LayerHyperparameters
 
     model = LanguageModel(config.model, config.backend, 256)
     tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32)
-    hyper = ModelHyperparameters(1e4, 0.0)
+    hyper = LayerHyperparameters(1e4, 0.0)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 128), jnp.int32), hyper)["params"])
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        losses: Any = model.apply({"params": params}, tokens, hyper, targets=tokens)
+        losses: Any = model.apply({"params": params}, tokens, hyper, tokens, method="losses")
         return losses.sum()
 
     counted = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"]

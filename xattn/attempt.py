@@ -138,23 +138,33 @@ class Attempt:
                 raise
             raise IntegrityError(f"the training data are not those that this run began with: {error}") from error
 
-    def begin(self, choice: Choice, layout: Layout, pack: Sequence[str] | None) -> None:
-        """Makes the folder a run's, or goes on with the run in it. pack: the names of the runs in its pack."""
+    def begin(self, choices: Mapping[str, Choice], layout: Layout, pack: Sequence[str] | None) -> None:
+        """Makes the folder a run's, or continues the run in it.
+
+        choices: kind of layer → what computes its attention. pack: the names of the runs in its pack.
+        """
         config, display = self.config, self.display
         if self._supersedes:
             self._move_aside()
         origin = self._origin(layout.sizes, pack)
         self._has_begun = True
         display.say(f"run folder  {shown(self.folder.path)}")
-        display.say(f"attention   {config.backend.activation}, computed by {choice.name}")
+        kinds = config.backend.kinds
+        told = " and ".join(f"{kinds[kind].activation}, computed by {choice.name}" for kind, choice in choices.items())
+        display.say(f"attention   {told}" + (f" in every {config.backend.every}. layer" if len(kinds) > 1 else ""))
         if layout.mesh is not None:
             display.say(f"devices     {layout}")
-        for passed_over, reason in choice.passed_over.items():
-            display.note(f"            not by {passed_over}: {reason}")
+        for kind, choice in choices.items():
+            of = f"{kinds[kind].activation} " if len(kinds) > 1 else ""
+            for passed_over, reason in choice.passed_over.items():
+                display.note(f"            {of}not by {passed_over}: {reason}")
         if pack is not None:
             display.note(f"pack        of {len(pack)} runs: {', '.join(pack)}")
         self._mirror = self._wandb_mirror(origin["wandb_id"])
-        self._summary |= {"implementation": choice.name, "passed_over": choice.passed_over}
+        self._summary |= {
+            "implementation": _by_kind({kind: choice.name for kind, choice in choices.items()}),
+            "passed_over": _by_kind({kind: choice.passed_over for kind, choice in choices.items()}),
+        }
         self._open_checkpoints(origin)
         self._rows = layout.rows_here(config.trainer.batch_size)
 
@@ -440,6 +450,11 @@ class Attempt:
     def part_from_wandb(self) -> None:
         if self._mirror is not None:
             self._mirror.finish(self._summary, self.code)
+
+
+def _by_kind(values: Mapping[str, Any]) -> Any:
+    """The value itself where all layers are of one kind, else kind → value."""
+    return dict(values) if len(values) > 1 else values["backend"]
 
 
 def _sample(compiled: Programs, state: TrainState, tokenizer: Tokenizer, seed: int) -> str:

@@ -60,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def is_command(word: str) -> bool:
+    """Whether a command line that begins with this word is for :func:`main`."""
+    return any(command.split()[0] == word for command in _COMMANDS)
+
+
 def _carry_out(words: Sequence[str]) -> int:
     for command, (module, _) in _COMMANDS.items():
         length = len(command.split())

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,12 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from xattn.backend.config import BackendConfig
+from xattn import run_folder
+from xattn.backend.config import LayerConfig
 from xattn.data.config import DataConfig
 from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
-from xattn.model.config import ModelConfig
-from xattn.run_folder import has_effect
+from xattn.keys import has_effect, naming, naming_before_matmul_precision, up_to_date
+from xattn.model.config import BackendConfig, ModelConfig
 from xattn.section import Section
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
@@ -63,37 +65,68 @@ class Config(Section):
 
 
 def hashed_values(config: Config) -> dict[str, Any]:
-    """The dotted keys, with their values, that say what the run computes: the hash is over these."""
+    """The dotted keys, with their values, that say what the run computes."""
     return {key: value for key, value in _flatten(config.model_dump(mode="json")) if has_effect(key)}
 
 
 def run_hash(config: Config) -> str:
-    """Ten hex digits, the same for every spelling of the same validated config."""
-    canonical = json.dumps(hashed_values(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Ten hex digits, the same for every spelling of the same validated config, and in every version."""
+    return _hash(naming(hashed_values(config)))
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+def folder_of(config: Config, folder: Path) -> Path:
+    """Where the config's run is: ``folder``, or the one beside it that an older version has made the same run in.
+
+    Runs from before ``model.matmul_precision`` have a name without it. Where both folders hold a run the first is
+    taken, and a line says so.
+    """
+    values = naming_before_matmul_precision(hashed_values(config))
+    if values is None or folder.name != run_name(config):
+        return folder
+    older = folder.with_name(folder.name.removesuffix(run_hash(config)) + _hash(values))
+    if not (older / run_folder.CONFIG).is_file():
+        return folder
+    if (folder / run_folder.CONFIG).is_file():
+        print(f"{older.name}: holds the same run, made by an older version; {folder.name} is taken", file=sys.stderr)
+        return folder
+    return older
 
 
 def run_name(config: Config) -> str:
     """``<readable>-<hash>``: the name of the run's folder."""
-    words: list[str] = [config.backend.activation]
-    if config.backend.qk_pre_activation != "none":
-        words.append(config.backend.qk_pre_activation)
+    backend = config.backend
+    words: list[str] = [backend.activation]
+    if backend.qk_pre_activation != "none":
+        words.append(backend.qk_pre_activation)
+    if backend.then is not None:
+        words.append(f"every{backend.every}")
+        for key, value in backend.model_dump()["then"].items():
+            words.append(value if key in ("activation", "qk_pre_activation") else f"{key}_{_bare(value)}")
     words += [config.data.name, f"lr{config.optimizer.learning_rate:g}", f"seed{config.seed}", run_hash(config)]
     return "-".join(words)
+
+
+def _bare(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def shaping(config: Config) -> Config:
     """The config with every key that shapes no compiled program at a fixed value: where these are equal, so are the
     programs. The numbers left out are the ones that the train state carries."""
-    learned = config.backend.sigmoid_bias == "learned"
-    numbers = {"theta": 1.0, "sigmoid_bias": "learned" if learned else "auto"}
+    backend = config.backend
+    then = None if backend.then is None else backend.then.model_copy(update=_unswept(backend.then))
     pace = {"log_every": 1, "eval_every": 1} | dict.fromkeys(
         ("attention_stats_every", "checkpoint_every", "checkpoint_minutes")
     )
     elsewhere = dict.fromkeys(("data", "evaluation", "tracking", "sweep")) | {"seed": 0, "study": "", "resume": "auto"}
     return config.model_copy(
         update={
-            "backend": config.backend.model_copy(update=numbers),
+            "backend": backend.model_copy(update=_unswept(backend) | {"then": then}),
             "optimizer": config.optimizer.model_copy(
                 update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
             ),
@@ -102,6 +135,11 @@ def shaping(config: Config) -> Config:
             **elsewhere,
         }
     )
+
+
+def _unswept(layers: LayerConfig) -> dict[str, Any]:
+    """Fixed values of the numbers that a layer reads from the train state."""
+    return {"theta": 1.0, "sigmoid_bias": "learned" if layers.sigmoid_bias == "learned" else "auto"}
 
 
 def program_key(config: Config) -> str:
@@ -119,8 +157,8 @@ def pack_key(config: Config) -> str:
 def varying_keys(configs: Sequence[Config]) -> list[str]:
     """The hashed keys that do not have one value in all."""
     values = [hashed_values(config) for config in configs]
-    keys = list(dict.fromkeys(key for each in values for key in each))
-    return [key for key in keys if any(each.get(key) != values[0].get(key) for each in values)]
+    hashed = list(dict.fromkeys(key for each in values for key in each))
+    return [key for key in hashed if any(each.get(key) != values[0].get(key) for each in values)]
 
 
 def tracked_values(config: Config) -> dict[str, Any]:
@@ -137,8 +175,8 @@ def untracked(config: Config) -> Config:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The hashed keys whose values differ, each with both; a key that one side lacks is None there."""
     before, after = hashed_values(old), hashed_values(new)
-    keys = [*before, *(key for key in after if key not in before)]
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+    hashed = [*before, *(key for key in after if key not in before)]
+    return {key: (before.get(key), after.get(key)) for key in hashed if before.get(key) != after.get(key)}
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -200,7 +238,7 @@ def load(path: Path) -> Config:
     if not isinstance(loaded, dict):
         raise BadInput(f"{path}: not the {path.name} of a run")
     try:
-        return _validated(loaded)
+        return _validated(up_to_date(loaded))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
 
@@ -225,9 +263,13 @@ def section(kind: type[SectionT], values: Mapping[str, Any], *, at: str) -> Sect
 
 def _validated(raw: Mapping[str, Any]) -> Config:
     try:
-        return Config.model_validate(raw)
+        config = Config.model_validate(raw)
     except ValidationError as error:
         raise BadInput(_explain_validation(error, raw)) from error
+    every, layers = config.backend.every, config.model.num_layers
+    if every is not None and every > layers:
+        raise BadInput(f"backend.every = {every}: must be at most model.num_layers = {layers}, or no layer is the then")
+    return config
 
 
 def _to_yaml(values: Any) -> str:
@@ -273,6 +315,10 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
                 return f"{group} = {choice}: no such choice{hint}; allowed: {', '.join(options)}"
     if unknown := re.search(r"Could not override '([^']+)'|Interpolation key '([^']+)' not found", text):
         key = unknown[1] or unknown[2]
+        group, _, leaf = key.rpartition(".")
+        if group == "backend.then" and leaf in LayerConfig.model_fields:
+            value = next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), "…")
+            return f"{key}: not there to be changed; write +{key}={value}, or 'backend.then={{{leaf}: {value}}}'"
         shown = "hydra" if key.startswith("hydra.") else "job"
         near = "" if shown == "hydra" else _nearest_key(key, overrides)
         return f"{key}: no such key{near}; `python train.py --cfg {shown}` shows them all"

@@ -18,12 +18,19 @@ from xattn.errors import BadInput, IntegrityError
 from xattn.run_folder import finite_or_none
 
 if TYPE_CHECKING:
+    import jax
+
     from xattn.model.transformer import LanguageModel, ModelHyperparameters
 
 # What an evaluation may change of a run's config.
 _MAY_DIFFER = (
     *("data", "evaluation", "trainer.batch_size"),
-    *(f"backend.{key}" for key in ("context_length", "theta", "sigmoid_bias", "window", "implementation")),
+    "backend.context_length",
+    *(
+        f"{of}.{key}"
+        for of in ("backend", "backend.then")
+        for key in ("theta", "sigmoid_bias", "window", "implementation")
+    ),
 )
 
 
@@ -36,11 +43,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What a notebook needs of a run.
-
-    ``model.apply({"params": params}, tokens, hyperparameters)`` gives the logits of int (B, S) tokens; ``step`` is that
-    of the checkpoint.
-    """
+    """What a notebook needs of a run; ``step`` is that of the checkpoint."""
 
     path: Path
     config: Config
@@ -50,6 +53,27 @@ class LoadedRun:
     hyperparameters: ModelHyperparameters
     tokenizer: Tokenizer
     step: int
+
+    def logits(self, tokens: Any, segment_ids: Any = None) -> jax.Array:
+        """Scores of each next token: int (B, S), or (S,) for one sequence → float (B, S, V), or (S, V).
+
+        segment_ids: int, of the tokens' shape; tokens of different segments don't attend to each other.
+
+        Raises :class:`BadInput` for tokens that the vocabulary lacks.
+        """
+        import jax.numpy as jnp
+        import numpy as np
+
+        ids = np.asarray(tokens)
+        if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+            raise BadInput(f"tokens must be integers of shape (B, S) or (S,), got {ids.dtype} of shape {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.model.vocab_size:
+            raise BadInput(f"tokens must be 0 to {self.model.vocab_size - 1}, got {ids.min()} to {ids.max()}")
+        segments = None if segment_ids is None else jnp.asarray(np.atleast_2d(segment_ids))
+        found: Any = self.model.apply(
+            {"params": self.params}, jnp.asarray(np.atleast_2d(ids)), self.hyperparameters, segment_ids=segments
+        )
+        return found if ids.ndim == 2 else found[0]
 
     def generate(self, prompt: str = "", **choices: Any) -> str:
         """The continuation of a prompt, without it; choices are those of :meth:`stream`."""
@@ -115,13 +139,14 @@ class LoadedRun:
         """
         from xattn.evaluation.loss import held_out_loss, score_windows
         from xattn.evaluation.probes import make_probes, places_of, run_probes
-        from xattn.model.transformer import LanguageModel
+        from xattn.model.transformer import LanguageModel, layer_hyperparameters, with_sigmoid_bias
         from xattn.pack import choose_attention
         from xattn.training.programs import hyperparameters
 
         config = xattn.config.amend(self.config, overrides, may_differ=_MAY_DIFFER)
-        if config.backend.sigmoid_bias == "learned" != self.config.backend.sigmoid_bias:
-            raise BadInput("backend.sigmoid_bias = learned: this run has learned none")
+        for kind, backend in config.backend.kinds.items():
+            if backend.sigmoid_bias == "learned" != self.config.backend.kinds[kind].sigmoid_bias:
+                raise BadInput(f"{kind}.sigmoid_bias = learned: this run has learned none")
         choose_attention(config, context=1)
         typed = {override.lstrip("+~").partition("=")[0] for override in overrides}
         batch_size, data_config = config.trainer.batch_size, config.data
@@ -150,10 +175,15 @@ class LoadedRun:
                 f"data = {config.data.name}: has a vocabulary of {data.tokenizer.vocab_size} tokens; the model's is of "
                 f"{self.model.vocab_size}"
             )
-        model = LanguageModel(config.model, config.backend, self.model.vocab_size)
-        hyper = hyperparameters(config).model
-        if not any(override.lstrip("+").startswith("backend.sigmoid_bias=") for override in overrides):
-            hyper = hyper._replace(sigmoid_bias=self.hyperparameters.sigmoid_bias)
+        # n stays that of training; another context_length is another length of the windows.
+        trained_for = {"context_length": self.config.backend.context_length}
+        model = LanguageModel(config.model, config.backend.model_copy(update=trained_for), self.model.vocab_size)
+        kept = {
+            kind: layer_hyperparameters(self.hyperparameters, kind).sigmoid_bias
+            for kind in config.backend.kinds
+            if f"{'backend' if kind == 'backend' else f'backend.{kind}'}.sigmoid_bias" not in typed
+        }
+        hyper = with_sigmoid_bias(hyperparameters(config).model, kept)
         loss = held_out_loss(
             score_windows(model), self.params, hyper, data.windows, bytes_per_token=data.bytes_per_token()
         )
@@ -210,17 +240,15 @@ def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> L
     tokenizer = load_tokenizer(config.data, path)
 
     import jax
-    import jax.numpy as jnp
 
-    from xattn.model.transformer import LanguageModel
+    from xattn.model.transformer import LanguageModel, init_params
     from xattn.training.checkpoint import Checkpoints
     from xattn.training.programs import hyperparameters
 
     keep_compiled_programs()
     model = LanguageModel(config.model, config.backend, tokenizer.vocab_size)
     hyper = hyperparameters(config).model
-    tokens = jax.ShapeDtypeStruct((1, config.backend.context_length), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, hyper)["params"]
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     with Checkpoints(path / run_folder.CHECKPOINTS) as checkpoints:
         restored = checkpoints.restore_params(checkpoint, shapes)
     return LoadedRun(path, config, summary, model, restored.tree, hyper, tokenizer, restored.step)

@@ -86,14 +86,14 @@ class Pack:
         keep_compiled_programs()
         with hosts.team().in_step():
             layout = layout_of(config)
-            choice = choose_attention(config, context=layout.sizes["context"])
+            choices = choose_attention(config, context=layout.sizes["context"])
             for attempt in self._attempts:
                 attempt.read_data(layout, self._stop)
         data = self._open[0].data  # of the others only the batches differ
         hosts.team().the_same({"data_sha256": data.sha256})
         with hosts.team().in_step():
             for attempt in self._open:
-                attempt.begin(choice, layout, self._names if len(self._names) > 1 else None)
+                attempt.begin(choices, layout, self._names if len(self._names) > 1 else None)
         with contextlib.ExitStack() as resources:
             for attempt in self._open:
                 resources.enter_context(attempt.working())
@@ -146,32 +146,38 @@ class Pack:
             at_most = min(steps)
 
 
-def choose_attention(config: Config, *, context: int, hardware: Hardware | None = None) -> Choice:
-    """What the dispatch table says to the attention of one training batch, its sequence over so many devices.
+def choose_attention(config: Config, *, context: int, hardware: Hardware | None = None) -> dict[str, Choice]:
+    """Kind of layer → what the dispatch table says to its attention of one training batch, the sequence over so many
+    devices.
 
     hardware: what the devices are; None is what is here. Raises :class:`BadInput`.
     """
     from xattn.backend import dispatch
+    from xattn.backend.activations import activation
 
-    model, backend = config.model, config.backend
+    model = config.model
     where: dict[str, Any] = {}
     if hardware is not None:
         where = {"platform": hardware.platform, "compute_capability": hardware.compute_capability}
-    call = dispatch.Call(
-        activation=backend.activation,
-        dtype=model.dtype,
-        batch=config.trainer.batch_size,
-        num_heads=model.num_heads,
-        num_kv_heads=model.kv_heads,
-        sequence=backend.context_length,
-        head_dim_qk=model.head_dim,
-        head_dim_v=model.head_dim,
-        window=backend.window,
-        has_segment_ids=has_segments(config.data),
-        context=context,
-        **where,
-    )
-    try:
-        return dispatch.choose(call, backend.implementation)
-    except ValueError as error:
-        raise BadInput(f"backend.implementation: {error}") from error
+    found = {}
+    for kind, backend in config.backend.kinds.items():
+        call = dispatch.Call(
+            activation=activation(backend.activation),
+            dtype=model.dtype,
+            batch=config.trainer.batch_size,
+            num_heads=model.num_heads,
+            num_kv_heads=model.kv_heads,
+            sequence=backend.context_length,
+            head_dim_qk=model.head_dim,
+            head_dim_v=model.head_dim,
+            window=backend.window,
+            has_segment_ids=has_segments(config.data),
+            context=context,
+            **where,
+        )
+        try:
+            found[kind] = dispatch.choose(call, backend.implementation)
+        except ValueError as error:
+            key = "backend.implementation" if kind == "backend" else f"backend.{kind}.implementation"
+            raise BadInput(f"{key}: {error}") from error
+    return found

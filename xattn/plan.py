@@ -18,18 +18,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from xattn.arguments import Parser, whole
-from xattn.backend.dispatch import AUTO, platform
+from xattn.backend.dispatch import platform
 from xattn.config import Config, compose
 from xattn.data.config import DataConfig, Tokenised
 from xattn.data.tokenizer import ByteTokenizer
 from xattn.hardware import HARDWARE, NETWORK, Hardware, hardware_of, measured_peak
 from xattn.model.loss import MOST_LOGITS
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token
+from xattn.model.pattern import layers_of
+from xattn.model.transformer import LanguageModel, init_params, matmul_flops_per_token
 from xattn.pack import choose_attention
 from xattn.training.memory import available_bytes, what_helps
 from xattn.training.optimizer import OptimizerHyperparameters, optimizer
@@ -65,7 +65,9 @@ class Plan:
 def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, int]) -> Plan:
     """The cost of the config's training step on so many such devices. Raises :class:`xattn.errors.BadInput` where they
     can't do it."""
-    attention = choose_attention(config, context=mesh["context"], hardware=hardware).name
+    choices = choose_attention(config, context=mesh["context"], hardware=hardware)
+    layers = layers_of(config.backend, config.model.num_layers)
+    attention = [choices[kind].name for kind, those in layers.items() for _ in those]
     parameters, optimizer_state = _state_sizes(config, vocab_size)
     tokens = config.trainer.batch_size * config.backend.context_length
     flops = (
@@ -93,35 +95,39 @@ def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, in
 
 def _state_sizes(config: Config, vocab_size: int) -> tuple[int, int]:
     """Numbers in the parameters and in the optimizer's state."""
-    # What computes the attention has no parameters, and need not serve the device here.
-    backend = config.backend.model_copy(update={"implementation": AUTO})
-    model = LanguageModel(config.model, backend, vocab_size)
-    tokens = jax.ShapeDtypeStruct((1, config.backend.context_length), jnp.int32)
-    hyper = ModelHyperparameters(1.0, 0.0)
-    params: Any = jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, hyper)["params"], tokens)
+    model = LanguageModel(config.model, config.backend, vocab_size)
+    params: Any = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     state = jax.eval_shape(optimizer(config.optimizer, OptimizerHyperparameters(1.0, 0.0, 1.0)).init, params)
     return tuple(sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, state))
 
 
 def _memory(
-    config: Config, vocab_size: int, parameters: int, optimizer_state: int, mesh: dict[str, int], attention: str
+    config: Config,
+    vocab_size: int,
+    parameters: int,
+    optimizer_state: int,
+    mesh: dict[str, int],
+    attention: Sequence[str],
 ) -> dict[str, int]:
+    """attention: what computes it, for each layer."""
     model, shards = config.model, mesh["fsdp"] * mesh["tensor"]
     narrow = 2 if model.dtype == "bfloat16" else 4
     rows = config.trainer.batch_size / (mesh["data"] * mesh["fsdp"] * config.trainer.gradient_accumulation)
     tokens = rows * config.backend.context_length / mesh["context"]
-    everything = tokens * _kept_by_a_layer(config, attention) * narrow / mesh["tensor"]
+    everything = [tokens * _kept_by_a_layer(config, each) * narrow / mesh["tensor"] for each in attention]
     stream = tokens * model.embedding_dim * narrow
     match model.remat:
         case "none":
-            kept = model.num_layers * everything
+            kept = sum(everything)
         case "dots":
             up = (3 if model.mlp == "swiglu" else 1) * model.mlp_dim
             projections = 3 * model.embedding_dim + 2 * model.kv_heads * model.head_dim + up
             kept = model.num_layers * (stream + tokens * projections * narrow / mesh["tensor"])
         case "full":
             kept = model.num_layers * stream
-    working = 2 * everything  # while a layer's gradient is computed: what comes in and goes out, or all of it again
+    working = 2 * max(
+        everything
+    )  # while a layer's gradient is computed: what comes in and goes out, or all of it again
     logits = min(tokens * vocab_size * narrow / mesh["tensor"], MOST_LOGITS[model.dtype])
     sums = 2 if config.trainer.gradient_accumulation > 1 else 1
     cast = 0 if narrow == 4 else 2
@@ -149,30 +155,33 @@ def _kept_by_a_layer(config: Config, attention: str) -> float:
     return kept + 2 * d + (4 if model.mlp == "swiglu" else 3) * model.mlp_dim
 
 
-def _communication(config: Config, parameters: int, mesh: dict[str, int], attention: str) -> dict[str, int]:
-    """Bytes that a device sends in an update. Of n devices a gather or a scatter sends (n − 1)/n of what is gathered,
-    and a sum over all devices is one of each."""
+def _communication(config: Config, parameters: int, mesh: dict[str, int], attention: Sequence[str]) -> dict[str, int]:
+    """Bytes that a device sends in an update; attention: what computes it, for each layer.
+
+    Of n devices a gather or a scatter sends (n − 1)/n of what is gathered, and a sum over all devices is one of each.
+    """
     model, parts = config.model, config.trainer.gradient_accumulation
     narrow = 2 if model.dtype == "bfloat16" else 4
     rows = config.trainer.batch_size / (mesh["data"] * mesh["fsdp"])
     tokens = rows * config.backend.context_length / mesh["context"]
     share = {axis: (size - 1) / size for axis, size in mesh.items()}
     keys_values = 2 * rows * config.backend.context_length * model.kv_heads * model.head_dim * narrow / mesh["tensor"]
-    match attention:
-        case "ring":  # keys and values, forward and backward; their gradients in float32, all the way round
-            exchanged = (2 * share["context"] + 4 / narrow) * keys_values
-        case "linear":  # each device's state, forward, and backward its gradient
-            states = mesh["context"] * rows * model.kv_heads * model.head_dim**2 * 4 / mesh["tensor"]
-            exchanged = 2 * share["context"] * states
-        case _:  # keys and values, forward and backward, and the scattered sum of their gradients
-            exchanged = 3 * share["context"] * keys_values
+    states = mesh["context"] * rows * model.kv_heads * model.head_dim**2 * 4 / mesh["tensor"]
+    of_layer = {
+        # Keys and values, forward and backward; their gradients in float32, all the way round.
+        "ring": (2 * share["context"] + 4 / narrow) * keys_values,
+        # Each device's state, forward, and backward its gradient.
+        "linear": 2 * share["context"] * states,
+    }
+    # Of the others keys and values, forward and backward, and the scattered sum of their gradients.
+    exchanged = sum(of_layer.get(each, 3 * share["context"] * keys_values) for each in attention)
     volumes = {
         # For each part of a batch the sum of the gradients.
         "data": parts * 2 * share["data"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
         # For each part the parameters forward and backward, and the scattered sum of the gradients.
         "fsdp": parts * 3 * share["fsdp"] * 4 * parameters / mesh["tensor"],
         # What attention exchanges in each layer, and for each part the sum of the parameters' gradients.
-        "context": (mesh["context"] > 1) * model.num_layers * exchanged
+        "context": (mesh["context"] > 1) * exchanged
         + parts * 2 * share["context"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
         # Two sums of the stream a layer, forward and backward.
         "tensor": 8 * share["tensor"] * model.num_layers * tokens * model.embedding_dim * narrow,

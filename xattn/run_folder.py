@@ -26,12 +26,6 @@ TOKENIZER = "tokenizer.json"
 LOCK = ".lock"
 SUPERSEDED = ".superseded"
 _TEMPORARY = ".tmp"
-# Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped
-# and swept, when it is saved.
-_WITHOUT_EFFECT = (
-    *("tracking", "parallel", "sweep", "study", "resume"),
-    *("trainer.checkpoint_every", "trainer.checkpoint_minutes"),
-)
 # Who only looks whether a folder is held (is_held) holds it for that moment.
 _TRIES, _TRY_SECONDS = 5, 0.01
 # What a start that died before its config.yaml may have left: a folder with no more than this counts as empty.
@@ -85,11 +79,6 @@ class RunFolder:
         moved_lock, self._lock = self._lock, _acquire(self.path)
         os.close(moved_lock)
         return target
-
-
-def has_effect(key: str) -> bool:
-    """Whether this dotted key of the config says what the run computes: the run's hash is over these."""
-    return not any(key == name or key.startswith(f"{name}.") for name in _WITHOUT_EFFECT)
 
 
 def is_held(path: Path) -> bool:

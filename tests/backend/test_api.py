@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from xattn.backend import attention
-
-from . import oracle
-from .contract import BATCH, LENGTH, THETA, Case, close, inputs
+from xattn.testing import oracle
+from xattn.testing.contract import BATCH, LENGTH, THETA, Case, close, inputs
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from xattn.backend import attention, dispatch
+from xattn.backend.activations import activation
 from xattn.backend.dispatch import Call, row
-
-from .contract import TOLERANCE
+from xattn.testing.contract import TOLERANCE
 
 CALL = Call(
-    activation="softmax",
+    activation=activation("softmax"),
     dtype="bfloat16",
     batch=2,
     num_heads=4,
@@ -32,7 +32,7 @@ CALL = Call(
     ("change", "reason"),
     [
         ({"platform": "cpu"}, "the platform cpu"),
-        ({"activation": "sigmoid"}, "sigmoid"),
+        ({"activation": activation("sigmoid")}, "sigmoid"),
         ({"dtype": "float32"}, "float32"),
         ({"head_dim_qk": 20, "head_dim_v": 20}, "20 and 20"),
         ({"head_dim_v": 32}, "64 and 32"),
@@ -44,14 +44,14 @@ CALL = Call(
     ],
 )
 def test_what_it_does_not_support_it_says(change: dict, reason: str) -> None:
-    assert reason in (row("cudnn").unsupported(replace(CALL, **change)) or "")
+    assert reason in (row("cudnn").refusal(replace(CALL, **change)) or "")
 
 
 def test_hopper_takes_wide_heads_and_what_came_before_does_not() -> None:
     """As ``check_is_flash_attention`` in jax/_src/cudnn/fused_attention_stablehlo.py."""
     for width, capability, serves in ((256, "9.0", True), (256, "10.0", True), (256, "8.0", False), (128, "8.0", True)):
         call = replace(CALL, head_dim_qk=width, head_dim_v=width, compute_capability=capability)
-        assert (row("cudnn").unsupported(call) is None) is serves
+        assert (row("cudnn").refusal(call) is None) is serves
 
 
 def test_a_cpu_names_the_reason() -> None:

@@ -13,9 +13,8 @@ import pytest
 
 from xattn.backend.decode import Cache, KVCache, StateCache, decode_step, decoding_spec, grow, init_cache, prefill
 from xattn.backend.spec import AttentionSpec
-
-from . import oracle
-from .contract import BATCH, LENGTH, THETA, WIDTH_QK, WIDTH_V, Case, Inputs, close, inputs
+from xattn.testing import oracle
+from xattn.testing.contract import BATCH, LENGTH, THETA, WIDTH_QK, WIDTH_V, Case, Inputs, check_decoding, close, inputs
 
 # n is the context length, and the sequence runs past it.
 CONTEXT = 5
@@ -58,28 +57,10 @@ def tokens(x: Inputs, first: int) -> Any:
     return ((x.q[:, :, t : t + 1], x.k[:, :, t : t + 1], x.v[:, :, t : t + 1]) for t in range(first, LENGTH))
 
 
+@pytest.mark.parametrize("prompt", [0, 7])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_token_by_token_is_the_parallel_form(case: Case) -> None:
-    x, spec, cache = start(case)
-    outs = []
-    for token in tokens(x, 0):
-        out, cache = step(*token, cache, spec)
-        outs.append(out)
-    close("out", jnp.concatenate(outs, axis=2), oracle.forward(x.problem), case.dtype)
-    assert int(cache.length) == LENGTH
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_padded_prompt_and_then_token_by_token_is_the_parallel_form(case: Case) -> None:
-    """The prompt's padding, here the true continuation, changes nothing."""
-    x, spec, cache = start(case)
-    cut = 7
-    out, cache = jax.jit(prefill)(x.q, x.k, x.v, cache, spec, length=cut)
-    outs = [out[:, :, :cut]]
-    for token in tokens(x, cut):
-        out, cache = step(*token, cache, spec)
-        outs.append(out)
-    close("out", jnp.concatenate(outs, axis=2), oracle.forward(x.problem), case.dtype)
+def test_a_prompt_and_then_token_by_token_is_the_parallel_form(case: Case, prompt: int) -> None:
+    check_decoding(case, prompt=prompt)
 
 
 def test_a_prompt_of_full_length_needs_no_length() -> None:

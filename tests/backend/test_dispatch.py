@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from xattn.backend import dispatch
+from xattn.backend import activations, dispatch
+from xattn.backend.activations import activation
 from xattn.backend.dispatch import Call, Choice, choose
 
 CALL = Call(
-    activation="softmax",
+    activation=activation("softmax"),
     dtype="float32",
     batch=1,
     num_heads=4,
@@ -25,7 +26,7 @@ CALL = Call(
 
 
 def _row(name: str, unsupported: Any = None, unfavourable: Any = None) -> dispatch.Implementation:
-    return dispatch.Implementation(name, dispatch.reference, lambda _: unsupported, lambda _: unfavourable, vmaps=True)
+    return dispatch.Implementation(name, lambda _: unsupported, lambda _: unfavourable, vmaps=True)
 
 
 def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,12 +48,12 @@ def test_a_name_is_taken_even_where_auto_would_not_or_is_an_error_with_the_reaso
         choose(CALL, "z")
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
-def test_the_last_row_serves_every_call(activation: Any) -> None:
+@pytest.mark.parametrize("name", activations.names())
+def test_the_last_row_serves_every_call(name: str) -> None:
     last = dispatch.TABLE[-1]
     for call in (CALL, replace(CALL, window=3, has_mask=True, has_segment_ids=True, platform="tpu", sequence=1)):
-        assert last.unsupported(replace(call, activation=activation)) is None
-        assert last.unfavourable(replace(call, activation=activation)) is None
+        assert last.refusal(replace(call, activation=activation(name))) is None
+        assert last.unfavourable(replace(call, activation=activation(name))) is None
 
 
 def test_names_are_unique_and_auto_is_none_of_them() -> None:

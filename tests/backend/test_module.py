@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from xattn.backend import mLSTMBackendAttention, mLSTMBackendAttentionConfig
-
-from . import oracle
-from .contract import BATCH, HEADS, LENGTH, THETA, WIDTH_QK, WIDTH_V, Case, close, inputs
+from xattn.testing import oracle
+from xattn.testing.contract import BATCH, HEADS, LENGTH, THETA, WIDTH_QK, WIDTH_V, Case, close, inputs
 
 NONE = mLSTMBackendAttention(mLSTMBackendAttentionConfig(activation_function="none", theta=THETA))
 

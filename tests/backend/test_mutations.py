@@ -1,20 +1,19 @@
-"""The contract bites: an implementation broken on purpose, by one edit of its source, fails the case beside it."""
+"""The contract bites: with one function broken on purpose, the case beside it fails."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from xattn.backend import dispatch
-
-from .contract import Case, check_values
+from xattn.backend import blockwise, formula, linear, reference, spec
+from xattn.backend.rope import rotary_tables, rotate
+from xattn.testing.contract import SUBJECTS, Case, Subject, check_decoding, check_values
 
 SOFTMAX, SIGMOID, NONE = (Case(activation=a) for a in ("softmax", "sigmoid", "none"))
 EMPTY = Case(activation="softmax", mask="empty rows")
@@ -24,79 +23,182 @@ BIASED = Case(activation="sigmoid", bias_step=0.3)
 BIASED_GROUPED = Case(activation="sigmoid", bias_step=0.3, heads=6, kv_heads=2)
 GROUPED = Case(activation="none", heads=6, kv_heads=2)
 SWISH = Case(activation="none", pre_activation="swish")
-TUNING: dict[str, dict[str, int]] = {"blockwise": {"tile": 4}, "linear": {"chunk": 3}, "reference": {}}
+FORMULA = ("reference", "blockwise")
+SUBJECT = {subject.name: subject for subject in SUBJECTS}
 
-# (what is broken, where, the code, what it becomes, a case of the contract that notices)
-MUTATIONS: list[tuple[str, str, str, str, Case]] = [
-    ("scale dropped", "reference", "q, k) / math.sqrt(q.shape[-1])", "q, k)", SIGMOID),
-    ("mask shifted by one", "reference", "s <= t if spec.mask", "s < t if spec.mask", NONE),
-    ("bias dropped", "reference", "logits + spec.bias[None, :, None, None]", "logits", SIGMOID),
-    ("another head's bias", "reference", "spec.bias[None,", "spec.bias[::-1][None,", BIASED),
-    ("axes swapped", "reference", '"bhtd,bhsd->bhts", q, k', '"bhtd,bhsd->bhst", q, k', NONE),
-    ("wrong key heads", "reference", "jnp.repeat(k, group, axis=1)", "jnp.tile(k, (1, group, 1, 1))", GROUPED),
-    ("empty rows are means", "reference", "jnp.where(keep, jax.nn.softmax(", "jnp.where(True, jax.nn.softmax(", EMPTY),
-    ("window one too wide", "reference", "t - spec.window < s", "t - spec.window <= s", WINDOW),
-    ("segments ignored", "reference", "keep & (spec.segment_ids", "keep | (spec.segment_ids", SEGMENTS),
-    ("softmax not rescaled", "blockwise", "sums * shrink, total", "sums, total", SOFTMAX),
-    ("delta dropped", "blockwise", "(d_weights - delta)", "d_weights", SOFTMAX),
-    ("sigmoid's slope wrong", "blockwise", "weights * (1 - weights)", "weights", SIGMOID),
+Broken = Callable[[Any], Callable[..., Any]]
+"""The right function → the wrong one."""
+
+
+def with_spec(**changes: Callable[[spec.AttentionSpec], Any]) -> Broken:
+    """The function is told another spec, its last argument but for may_attend's mask."""
+
+    def breaks(right: Any) -> Callable[..., Any]:
+        def wrong(*arguments: Any) -> Any:
+            def change(argument: Any) -> Any:
+                if not isinstance(argument, spec.AttentionSpec):
+                    return argument
+                return replace(argument, **{name: of(argument) for name, of in changes.items()})
+
+            return right(*map(change, arguments))
+
+        return wrong
+
+    return breaks
+
+
+def attend_to_the_next(right: Any) -> Callable[..., Any]:
+    return lambda rows, columns, *rest: right(rows._replace(positions=rows.positions - 1), columns, *rest)
+
+
+def unscaled(right: Any) -> Callable[..., Any]:
+    return lambda q, k: right(q, k) * q.shape[-1] ** 0.5
+
+
+def keys_turned_back(right: Any) -> Callable[..., Any]:
+    def wrong(q: Any, k: Any, told: Any, *rest: Any) -> Any:
+        sin, cos = rotary_tables(jnp.arange(q.shape[-2]), q.shape[-1], told.theta)
+        return right(q, k, told, *rest)[0], rotate(spec.pre_activate(k, told), -sin, cos)
+
+    return wrong
+
+
+def of_all_rows(right: Any) -> Callable[..., Any]:
+    """Empty rows are means."""
+    return lambda logits, keep, told: right(logits, keep | ~keep.any(-1, keepdims=True), told)
+
+
+def not_rescaled(right: Any) -> Callable[..., Any]:
+    return lambda sums, *rest: right(sums, *rest)._replace(
+        weighted=sums.weighted + right(sums._replace(weighted=jnp.zeros_like(sums.weighted)), *rest).weighted
+    )
+
+
+def without_delta(right: Any) -> Callable[..., Any]:
+    def wrong(*arguments: Any) -> Any:
+        weights, pull = right(*arguments)
+        return weights, lambda gradient, delta: pull(gradient, jnp.zeros_like(delta))
+
+    return wrong
+
+
+def slope_of_the_weight(right: Any) -> Callable[..., Any]:
+    def wrong(*arguments: Any) -> Any:
+        weights, _ = right(*arguments)
+        return weights, lambda gradient, delta: gradient * weights
+
+    return wrong
+
+
+def fewer_tiles(first: int, last: int) -> Broken:
+    def breaks(right: Any) -> Callable[..., Any]:
+        def wrong(*arguments: Any) -> Any:
+            begin, end = right(*arguments)
+            return begin + first, end - last
+
+        return wrong
+
+    return breaks
+
+
+def reversed_bias(told: spec.AttentionSpec) -> Any:
+    return None if told.bias is None else told.bias[::-1]
+
+
+def other_grouping(told: spec.AttentionSpec) -> Any:
+    return told.bias.reshape(2, 3).T.reshape(-1) if told.bias is not None else None
+
+
+# (what is broken, where, the function, what breaks it, the implementations that it breaks, a case that notices)
+MUTATIONS: list[tuple[str, Any, str, Broken, tuple[str, ...], Case]] = [
+    ("scale dropped", formula, "scores", unscaled, FORMULA, SIGMOID),
+    ("mask shifted by one", formula, "may_attend", attend_to_the_next, FORMULA, NONE),
+    ("bias dropped", formula, "logits", lambda right: lambda scores, told: scores, FORMULA, SIGMOID),
+    ("another head's bias", formula, "logits", with_spec(bias=reversed_bias), FORMULA, BIASED),
+    ("biases grouped the other way", formula, "logits", with_spec(bias=other_grouping), FORMULA, BIASED_GROUPED),
+    ("axes swapped", formula, "scores", lambda r: lambda q, k: r(q, k).swapaxes(-1, -2), FORMULA, NONE),
+    ("window one too wide", formula, "may_attend", with_spec(window=lambda s: s.window + 1), FORMULA, WINDOW),
     (
-        "diagonal tiles skipped",
-        "blockwise",
-        "offset + tile - 1) // tile + 1, 0, count)",
-        "offset + tile - 1) // tile, 0, count)",
-        NONE,
+        "segments ignored",
+        formula,
+        "may_attend",
+        lambda right: lambda rows, *rest: right(rows._replace(segments=None), *rest),
+        FORMULA,
+        SEGMENTS,
     ),
-    ("another head's bias", "blockwise", "spec.bias.reshape(1,", "spec.bias[::-1].reshape(1,", BIASED),
+    ("empty rows are means", formula, "weights", of_all_rows, ("reference",), EMPTY),
     (
-        "biases grouped the other way",
-        "blockwise",
-        "spec.bias.reshape(1, *q.shape[1:3], 1, 1)",
-        "spec.bias.reshape(1, *q.shape[2:0:-1], 1, 1).swapaxes(1, 2)",
-        BIASED_GROUPED,
+        "wrong key heads",
+        reference.jnp,
+        "repeat",
+        lambda r: lambda x, n, axis: jnp.tile(x, (1, n, 1, 1)),
+        ("reference",),
+        GROUPED,
     ),
-    ("keys not added up", "blockwise", "d_k = _add(", "d_k = _put(", NONE),
-    ("window's first tile skipped", "blockwise", "offset - spec.window + 1, 0)", "offset, 0)", WINDOW),
-    ("chunk sees itself twice", "linear", "before.astype", "after.astype", NONE),
-    ("past forgotten", "linear", "axis=2) + state[:, :, None]", "axis=2)", NONE),
-    ("keys not rotated", "linear", "cut(rotated_k)", "cut(k)", NONE),
-    ("pre-activation dropped", "spec", "jax.nn.silu(x) if", "x if", SWISH),
     (
-        "keys rotated the other way",
-        "spec",
-        "rotate(pre_activate(k, spec), sin",
-        "rotate(pre_activate(k, spec), -sin",
-        NONE,
+        "wrong query heads",
+        formula,
+        "grouped",
+        lambda right: lambda x, heads: x.reshape(x.shape[0], -1, heads, *x.shape[2:]).swapaxes(1, 2),
+        ("blockwise",),
+        GROUPED,
     ),
+    ("softmax not rescaled", formula, "add_columns", not_rescaled, ("blockwise",), SOFTMAX),
+    ("delta dropped", formula, "weights_again", without_delta, ("blockwise",), SOFTMAX),
+    ("sigmoid's slope wrong", formula, "weights_again", slope_of_the_weight, ("blockwise",), SIGMOID),
+    ("diagonal tiles skipped", blockwise, "_tiles_of_keys", fewer_tiles(0, 1), ("blockwise",), NONE),
+    ("window's first tile skipped", blockwise, "_tiles_of_keys", fewer_tiles(1, 0), ("blockwise",), WINDOW),
+    ("keys not added up", blockwise, "_add", lambda right: blockwise._put, ("blockwise",), NONE),
+    ("chunk sees itself twice", linear, "_states", lambda r: lambda *a: (r(*a)[1], r(*a)[1]), ("linear",), NONE),
+    ("past forgotten", linear, "_states", lambda r: lambda s, own: r(jnp.zeros_like(s), own), ("linear",), NONE),
+    ("keys not rotated", linear, "prepare", lambda r: lambda q, k, *rest: (r(q, k, *rest)[0], k), ("linear",), NONE),
+    (
+        "pre-activation dropped",
+        spec,
+        "pre_activate",
+        lambda right: lambda x, told: x,
+        ("reference", "blockwise", "linear"),
+        SWISH,
+    ),
+    ("keys turned the other way", reference, "prepare", keys_turned_back, ("reference",), NONE),
+    ("keys turned the other way", blockwise, "prepare", keys_turned_back, ("blockwise",), NONE),
 ]
 
 
-def broken_copy(name: str, code: str, replacement: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    original = importlib.import_module(f"xattn.backend.{name}")
-    source = inspect.getsource(original)
-    assert source.count(code) == 1, f"{code!r} stands {source.count(code)} times in {name}.py: renew the mutation"
-    copy = ModuleType(f"broken_{name}")
-    monkeypatch.setitem(sys.modules, copy.__name__, copy)
-    exec(compile(source.replace(code, replacement), copy.__name__, "exec"), copy.__dict__)
-    return copy
+@pytest.fixture(autouse=True)
+def _nothing_cached() -> Iterator[None]:
+    """What jax has traced of a function knows nothing of what is put in its place."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "replacement", "case"),
-    [pytest.param(*mutation, id=f"{mutation[0]}: {what}") for what, *mutation in MUTATIONS],
+    ("module", "name", "breaks", "subject", "case"),
+    [
+        pytest.param(module, name, breaks, SUBJECT[subject], case, id=f"{subject}: {what}")
+        for what, module, name, breaks, subjects, case in MUTATIONS
+        for subject in subjects
+    ],
 )
-def test_a_broken_implementation_fails(
-    name: str, code: str, replacement: str, case: Case, monkeypatch: pytest.MonkeyPatch
+def test_a_broken_function_is_noticed(
+    module: Any, name: str, breaks: Broken, subject: Subject, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken: Any = broken_copy(name, code, replacement, monkeypatch)
-    if name == "spec":  # its users hold the name: break the reference through it
-        original = importlib.import_module("xattn.backend.reference")
-        monkeypatch.setattr(original, "prepare", broken.prepare)
-        function = lambda *arguments: original.reference(*arguments)  # noqa: E731 (a new function: nothing is cached)
-        row = replace(dispatch.row("reference"), function=function)
-    else:
-        function = getattr(broken, name)
-        tuning = {"tuning": broken.Tuning(**TUNING[name])} if TUNING[name] else {}
-        row = replace(dispatch.row(name), function=partial(function, **tuning))
+    monkeypatch.setattr(module, name, breaks(getattr(module, name)))
     with pytest.raises(AssertionError, match=r"is off by|is not exactly 0"):
-        check_values(row, case)
+        check_values(partial(subject.function), case)
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks", "case"),
+    [
+        ("scores", unscaled, SIGMOID),
+        ("logits", lambda right: lambda scores, told: scores, SIGMOID),
+        ("may_attend", with_spec(window=lambda s: s.window + 1), WINDOW),
+        ("may_attend", lambda right: lambda r, c, *rest: right(r, c._replace(exist=None), *rest), SOFTMAX),
+    ],
+)
+def test_decoding_asks_the_same_formula(name: str, breaks: Broken, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formula, name, breaks(getattr(formula, name)))
+    with pytest.raises(AssertionError, match="is off by"):
+        check_decoding(replace(case, context_length=5))

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from . import oracle
-from .contract import Case, inputs
+from xattn.testing import oracle
+from xattn.testing.contract import Case, inputs
 
 CASES = [
     Case(activation="softmax", pre_activation="swish", mask="everything", length=5, heads=6, kv_heads=2),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,21 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from xattn.backend import activations, formula
 from xattn.backend import blockwise as blockwise_module
 from xattn.backend import linear as linear_module
+from xattn.backend import ring as ring_module
 from xattn.backend.arguments import checked_spec
-from xattn.backend.config import Activation
-from xattn.backend.dispatch import Call, Implementation, choose, row
+from xattn.backend.dispatch import Call, choose
 from xattn.backend.linear import linear
 from xattn.backend.mesh import context_devices
 from xattn.backend.ring import ring
+from xattn.testing.contract import Case, Subject, check_theta_gradient, check_values
 
-from .contract import Case, check_theta_gradient, check_values
-from .test_mutations import broken_copy
-
-ACTIVATIONS = get_args(Activation)
+ACTIVATIONS = activations.names()
 TILES = blockwise_module.Tuning(tile=4)
-RING = replace(row("ring"), function=partial(ring, tuning=TILES))
-LINEAR = replace(row("linear"), function=partial(linear, tuning=linear_module.Tuning(chunk=4)))
+RING = Subject("ring", "ring", partial(ring, tuning=TILES))
+LINEAR = Subject("linear", "linear", partial(linear, tuning=linear_module.Tuning(chunk=4)))
 
 # Stretches of 12 and of 6 tokens: one is a multiple of the tile, the other is not; a window of 4 reaches into one
 # neighbour's.
@@ -58,29 +57,29 @@ def mesh_of(context: int) -> Iterator[jax.sharding.Mesh]:
 
 @pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize(
-    ("implementation", "case"),
+    ("subject", "case"),
     [*((RING, case) for case in RINGS), *((LINEAR, case) for case in STATES)],
-    ids=lambda x: x.name if isinstance(x, Implementation) else str(x),
+    ids=lambda x: x.name if isinstance(x, Subject) else str(x),
 )
-def test_output_and_gradients_are_the_formulas(implementation: Implementation, case: Case, devices: int) -> None:
+def test_output_and_gradients_are_the_formulas(subject: Subject, case: Case, devices: int) -> None:
     with mesh_of(devices):
-        assert implementation.unsupported(replace(case.call(), context=devices)) is None
-        check_values(implementation, case)
+        assert subject.serves(case)
+        check_values(subject.function, case)
 
 
 @pytest.mark.parametrize(
-    ("implementation", "case"),
+    ("subject", "case"),
     [*((RING, case) for case in RINGS[:3]), (LINEAR, STATES[0])],
-    ids=lambda x: x.name if isinstance(x, Implementation) else str(x),
+    ids=lambda x: x.name if isinstance(x, Subject) else str(x),
 )
-def test_theta_has_the_right_gradient(implementation: Implementation, case: Case) -> None:
+def test_theta_has_the_right_gradient(subject: Subject, case: Case) -> None:
     with mesh_of(4):
-        check_theta_gradient(implementation, case)
+        check_theta_gradient(subject.function, case)
 
 
 def test_bfloat16_is_joined_in_float32() -> None:
     with mesh_of(4):
-        check_values(RING, Case(activation="softmax", length=LENGTH, dtype="bfloat16"))
+        check_values(RING.function, Case(activation="softmax", length=LENGTH, dtype="bfloat16"))
 
 
 def compiled(function: Any, activation: str, length: int) -> tuple[Any, int]:
@@ -134,7 +133,7 @@ def test_the_ring_saves_the_memory_that_gathering_takes() -> None:
 
 
 def test_auto_takes_the_ring_for_a_long_split_sequence_and_says_why_not_before() -> None:
-    def chosen(activation: Activation, length: int, **more: Any) -> Any:
+    def chosen(activation: str, length: int, **more: Any) -> Any:
         return choose(replace(Case(activation=activation, length=length).call(), **{"context": 4, **more}))
 
     assert chosen("softmax", 1024).name == chosen("sigmoid", 1024).name == "ring"
@@ -163,26 +162,45 @@ def test_a_call_sees_the_mesh_that_is_set_and_not_the_one_that_it_is_inside_of()
     assert seen == [1]
 
 
-# (what is broken, where, the code, what it becomes, a case that notices)
-MUTATIONS = [
-    ("gradients stay abroad", "ring", "_pass_on((d_k, d_v), -last, devices)", "d_k, d_v", RINGS[2]),
-    ("parts joined without weight", "ring", "b[0] * jnp.exp(b[1] - lse)", "b[0]", RINGS[0]),
-    ("window's last stretch unseen", "ring", "1 + -(-(window - 1) // length)", "1", RINGS[5]),
-    ("segments stay at home", "ring", "backward_tiles(q, k, v, segments,", "backward_tiles(q, k, v, None,", RINGS[8]),
-    ("bias of one device", "ring", "jax.lax.psum(d_bias, CONTEXT)", "d_bias", RINGS[1]),
-    ("a device's own state twice", "linear", "jnp.tri(devices, k=-1,", "jnp.tri(devices,", STATES[0]),
-    ("positions of one device", "linear", "tuning, index * q.shape[2])[0]", "tuning)[0]", STATES[0]),
+def joined_without_weight(right: Any) -> Any:
+    return lambda a, b: right(a, b) if b[1] is None else (right(a, b)[0] * 0 + a[0] + b[0], right(a, b)[1])
+
+
+# (what is broken, where, the function, what breaks it, a case that notices)
+MUTATIONS: list[tuple[str, Any, str, Any, Subject, Case]] = [
+    (
+        "gradients stay abroad",
+        ring_module,
+        "_pass_on",
+        lambda right: lambda tree, distance, devices: tree if distance < 0 else right(tree, distance, devices),
+        RING,
+        RINGS[2],
+    ),
+    ("parts joined without weight", formula, "joined", joined_without_weight, RING, RINGS[0]),
+    ("window's last stretch unseen", ring_module, "_stretches", lambda r: lambda *a: r(*a) - 1, RING, RINGS[5]),
+    (
+        "segments stay at home",
+        ring_module,
+        "backward_tiles",
+        lambda right: lambda q, k, v, segments, *rest: right(q, k, v, None, *rest),
+        RING,
+        RINGS[8],
+    ),
+    ("bias of one device", jax.lax, "psum", lambda right: lambda x, axis: x, RING, RINGS[1]),
+    ("a device's own state twice", linear_module, "_earlier", lambda r: lambda n: jnp.tri(n), LINEAR, STATES[0]),
+    ("positions of one device", linear_module, "chunked", lambda right: lambda *a: right(*a[:6]), LINEAR, STATES[0]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "replacement", "case"),
-    [pytest.param(*mutation, id=f"{mutation[0]}: {what}") for what, *mutation in MUTATIONS],
+    ("module", "name", "breaks", "subject", "case"),
+    [pytest.param(*mutation, id=what) for what, *mutation in MUTATIONS],
 )
-def test_a_broken_one_fails(
-    name: str, code: str, replacement: str, case: Case, monkeypatch: pytest.MonkeyPatch
+def test_a_broken_function_is_noticed(
+    module: Any, name: str, breaks: Any, subject: Subject, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuning = TILES if name == "ring" else linear_module.Tuning(chunk=4)
-    broken = partial(getattr(broken_copy(name, code, replacement, monkeypatch), name), tuning=tuning)
+    jax.clear_caches()
+    monkeypatch.setattr(module, name, breaks(getattr(module, name)))
     with mesh_of(4), pytest.raises(AssertionError, match="is off by"):
-        check_values(replace(row(name), function=broken), case)
+        check_values(partial(subject.function), case)
+    jax.clear_caches()

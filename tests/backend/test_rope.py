@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from xattn.backend import apply_rotary_emb, precompute_freqs
-
-from . import oracle
+from xattn.testing import oracle
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 11, 6)), jnp.float32)
 Y = jnp.asarray(np.random.default_rng(1).standard_normal((2, 1, 11, 6)), jnp.float32)

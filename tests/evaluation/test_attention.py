@@ -16,9 +16,9 @@ from xattn.data.batches import Windows, evaluation_windows
 from xattn.evaluation import attention as subject
 from xattn.evaluation.attention import attention_study, statistics_row, study_windows
 from xattn.evaluation.attention_maps import draw
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.transformer import LanguageModel, LayerHyperparameters
 
-HYPER = ModelHyperparameters(jnp.float32(50.0), jnp.float32(-1.5))
+HYPER = LayerHyperparameters(jnp.float32(50.0), jnp.float32(-1.5))
 WIDTH, LENGTH, HEADS = 6, 7, 3  # of a head; S; query heads, which share one key/value head
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, LENGTH))
 WINDOWS = Windows(np.pad(TOKENS, ((0, 0), (0, 1))), np.ones((2, LENGTH), np.float32))

@@ -12,9 +12,9 @@ import pytest
 from xattn.config import compose
 from xattn.data.batches import evaluation_windows
 from xattn.evaluation.loss import held_out_loss, score_windows
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.transformer import LanguageModel, LayerHyperparameters
 
-HYPER = ModelHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
+HYPER = LayerHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
 TEXT = np.random.default_rng(0).integers(0, 11, 52)
 
 

@@ -16,7 +16,7 @@ from xattn.data.batches import Windows
 from xattn.data.run_data import RunData, load_data
 from xattn.errors import BadInput
 from xattn.evaluation.probes import Probe, make_probes, places_of, run_probes
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.training.programs import hyperparameters
 
 
@@ -43,7 +43,7 @@ def probes_of(config: Config, data: RunData) -> list[Probe]:
     return make_probes(config.evaluation.probes, data=config.data, run_data=data, backend=config.backend, batch_size=4)
 
 
-def oracle(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> Any:
+def oracle(params: Any, hyperparameters: LayerHyperparameters, windows: Windows) -> Any:
     """A model that looks one token back: it expects a token to come again, and knows what it expects."""
     hit = windows.targets == windows.inputs
     return np.where(hit, 0.25, 4.0).astype(np.float32), hit

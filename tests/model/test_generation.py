@@ -12,10 +12,10 @@ import pytest
 
 from xattn.config import compose
 from xattn.model.generation import CHUNK, Sampling, draw, generate, stream
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.transformer import LanguageModel, LayerHyperparameters
 
 V = 11
-HYPER = ModelHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
+HYPER = LayerHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
 SMALL = ["backend.context_length=6", "model.num_layers=2", "model.num_heads=2", "model.embedding_dim=12"]
 GREEDY = Sampling(temperature=0.0)
 KEY = jax.random.key(0)

@@ -12,7 +12,7 @@ import pytest
 from xattn.backend import dispatch
 from xattn.config import compose
 from xattn.model.loss import next_token_losses
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.transformer import LanguageModel, LayerHyperparameters
 
 SMALL = [
     *("backend.context_length=128", "model.dtype=bfloat16", "model.num_heads=2", "model.embedding_dim=128"),
@@ -27,9 +27,9 @@ def test_a_training_step_holds_the_kernels(implementation: str, kernels: int, mo
     config = compose(["backend=sigmoid", f"backend.implementation={implementation}", *SMALL])
     model = LanguageModel(config.model, config.backend, 256)
     tokens = jnp.zeros((2, 129), jnp.int32)
-    numbers = ModelHyperparameters(jnp.float32(1e4), jnp.float32(-math.log(128)))
+    numbers = LayerHyperparameters(jnp.float32(1e4), jnp.float32(-math.log(128)))
 
-    def step(params: Any, numbers: ModelHyperparameters, tokens: jax.Array) -> Any:
+    def step(params: Any, numbers: LayerHyperparameters, tokens: jax.Array) -> Any:
         def loss_of(params: Any) -> jax.Array:
             logits: Any = model.apply({"params": params}, tokens[:, :-1], numbers)
             return jnp.mean(next_token_losses(logits, tokens[:, 1:]))

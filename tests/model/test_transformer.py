@@ -16,7 +16,7 @@ from xattn.model import projection
 from xattn.model.loss import next_token_losses
 from xattn.model.transformer import (
     LanguageModel,
-    ModelHyperparameters,
+    LayerHyperparameters,
     matmul_flops_per_token,
     parameter_role,
 )
@@ -32,7 +32,7 @@ SMALL = [
 ]
 V = 23
 TOKENS = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(V), (3, 1)), axis=1)[:, :7], jnp.int32)
-HYPER = ModelHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
+HYPER = LayerHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
 
 
 def model_of(*overrides: str, vocab_size: int = V) -> LanguageModel:
@@ -56,7 +56,10 @@ def random_params(model: LanguageModel) -> Any:
 def forward(
     model: LanguageModel, params: Any, tokens: Any = TOKENS, hyper: Any = HYPER, train: bool = False, key: Any = None
 ) -> Any:
-    return model.apply({"params": params}, tokens, hyper, train=train, rngs={"dropout": key} if train else None)
+    if train:  # the losses of these tokens
+        rngs = {"dropout": key}
+        return model.apply({"params": params}, tokens, hyper, tokens, train=True, rngs=rngs, method="losses")
+    return model.apply({"params": params}, tokens, hyper)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -74,7 +77,7 @@ def logits_and_gradient(model: LanguageModel, params: Any) -> Any:
 # ---- against the formula ---------------------------------------------------------------------------------------------
 
 
-def oracle(model: LanguageModel, params: Any, tokens: np.ndarray, hyper: ModelHyperparameters) -> np.ndarray:
+def oracle(model: LanguageModel, params: Any, tokens: np.ndarray, hyper: LayerHyperparameters) -> np.ndarray:
     """The model in float64, one head and one token at a time where that is clearer."""
     config, backend = model.config, model.backend
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
@@ -338,7 +341,7 @@ def test_theta_and_bias_are_read_at_the_call(activation: str, reads_bias: bool) 
     params = random_params(model)
 
     def call(theta: float, bias: float) -> Any:
-        return forward(model, params, TOKENS, ModelHyperparameters(jnp.float32(theta), jnp.float32(bias)))
+        return forward(model, params, TOKENS, LayerHyperparameters(jnp.float32(theta), jnp.float32(bias)))
 
     base = call(100.0, -1.5)
     programs = forward._cache_size()
@@ -364,8 +367,8 @@ def test_a_learned_bias_replaces_the_number() -> None:
 def test_dropout_acts_in_training_alone() -> None:
     model, plain = model_of("model.dropout=0.5"), model_of()
     params = random_params(model)
-    evaluated = forward(plain, params)
-    np.testing.assert_array_equal(forward(model, params), evaluated)
+    evaluated = next_token_losses(forward(plain, params), TOKENS)
+    np.testing.assert_array_equal(forward(model, params), forward(plain, params))
     trained = [forward(model, params, train=True, key=jax.random.key(seed)) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(trained[0], trained[1])
     assert np.abs(trained[0] - trained[2]).max() > 1e-3
@@ -409,9 +412,9 @@ def test_operations_are_counted_as_xla_counts_them(overrides: list[str]) -> None
 
 
 @pytest.mark.parametrize("precision", ["default", "bfloat16"])
-@pytest.mark.parametrize("targets", [None, TOKENS], ids=["logits", "losses"])
+@pytest.mark.parametrize("targets", [(), (TOKENS,)], ids=["logits", "losses"])
 def test_every_projection_has_the_precision_that_the_config_names(
-    precision: str, targets: jax.Array | None, monkeypatch: pytest.MonkeyPatch
+    precision: str, targets: tuple[jax.Array, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """q, k, v, output, gate, up and down, each time that the layer is traced, and the logits."""
     seen = []
@@ -424,7 +427,8 @@ def test_every_projection_has_the_precision_that_the_config_names(
     params = init(model_of())
     monkeypatch.setattr(projection, "project", project)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    jax.eval_shape(lambda: model.apply({"params": params}, TOKENS, HYPER, targets=targets))
+    method = "losses" if targets else "logits"
+    jax.eval_shape(lambda: model.apply({"params": params}, TOKENS, HYPER, *targets, method=method))
     assert len(seen) % 7 == 1
     assert set(seen) == {precision}
 
@@ -435,7 +439,7 @@ def test_what_the_backward_pass_computes_again_changes_no_gradient(remat: str) -
         model = model_of(*overrides)
 
         def loss(params: Any) -> jax.Array:
-            return jnp.mean(model.apply({"params": params}, TOKENS, HYPER, targets=TOKENS))
+            return jnp.mean(model.apply({"params": params}, TOKENS, HYPER, TOKENS, method="losses"))
 
         return jax.jit(jax.grad(loss))(random_params(model))
 

@@ -132,6 +132,7 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
         "xattn",
         "xattn.arguments",
         "xattn.errors",
+        "xattn.keys",
         "xattn.run_folder",
     }
 

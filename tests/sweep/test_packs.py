@@ -158,7 +158,7 @@ def test_auto_never_packs_on_a_cpu_and_on_a_gpu_small_models(
     small = ["model.num_layers=4", "model.embedding_dim=128", "backend.context_length=64", "trainer.batch_size=12"]
     assert pack_size(xattn.config.compose([])) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(packing, "_attention", lambda config: dispatch.row("reference"))
+    monkeypatch.setattr(packing, "_attention", lambda config: [dispatch.row("reference")])
     assert pack_size(xattn.config.compose(small)) in (16, 32)  # where the measured throughput levels off
     assert pack_size(xattn.config.compose([*small, "backend.context_length=256", "trainer.batch_size=32"])) == 1
     assert pack_size(xattn.config.compose(["model=gpt2"])) == 1
@@ -166,8 +166,10 @@ def test_auto_never_packs_on_a_cpu_and_on_a_gpu_small_models(
     unavailable = ["model.num_layers=4", "backend.implementation=hopper", "sweep.pack=2"]
     assert pack_size(xattn.config.compose(unavailable)) == 1  # and its start says why
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(packing, "_attention", lambda config: dispatch.row("reference"))
+    monkeypatch.setattr(packing, "_attention", lambda config: [dispatch.row("reference")])
     assert pack_size(xattn.config.compose([*small, "sweep.pack=off"])) == 1
     for name, packs in (("hopper", True), ("cudnn", False)):  # its vmap is broken in releases of JAX
-        monkeypatch.setattr(packing, "_attention", lambda config, name=name: dispatch.row(name))
+        monkeypatch.setattr(
+            packing, "_attention", lambda config, name=name: [dispatch.row("reference"), dispatch.row(name)]
+        )
         assert (pack_size(xattn.config.compose(small)) > 1) is packs

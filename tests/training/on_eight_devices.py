@@ -15,7 +15,7 @@ import pytest
 from xattn.config import Config, compose
 from xattn.data.batches import TrainingBatches, evaluation_windows
 from xattn.model.loss import MOST_LOGITS
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.training.checkpoint import Checkpoints
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs
 from xattn.training.sharding import layout_of, on_one_device
@@ -129,11 +129,11 @@ def test_a_device_has_its_stretch_of_a_split_sequence_and_no_more(
     sizes = ("backend.context_length=1024", "model.embedding_dim=32", "parallel.context=4", "parallel.data=2")
     config = config_of(f"backend={activation}", *sizes)
     layout, model = layout_of(config), LanguageModel(config.model, config.backend, 256)
-    hyper, tokens = ModelHyperparameters(1e4, -6.0), jax.ShapeDtypeStruct((8, 1024), np.int32)
+    hyper, tokens = LayerHyperparameters(1e4, -6.0), jax.ShapeDtypeStruct((8, 1024), np.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, hyper)["params"]
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        losses: Any = model.apply({"params": params}, tokens, hyper, targets=tokens)
+        losses: Any = model.apply({"params": params}, tokens, hyper, tokens, method="losses")
         return losses.sum()
 
     state = layout.state(shapes)

@@ -15,7 +15,7 @@ import pytest
 
 from xattn.config import compose, program_key, run_hash
 from xattn.errors import BadInput
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, parameter_role
+from xattn.model.transformer import LanguageModel, LayerHyperparameters, parameter_role
 from xattn.training.sharding import PARAMETERS, Layout, layout_of, mesh_sizes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -90,7 +90,7 @@ def test_every_matrix_and_embedding_has_a_rule(model: list[str]) -> None:
     """A parameter that nobody has thought of would lie whole on each device."""
     config = compose([*model, *TINY, "backend=sigmoid", "backend.sigmoid_bias=learned", "model.mlp_dim=8"])
     model, tokens = LanguageModel(config.model, config.backend, 256), jnp.zeros((1, 8), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, ModelHyperparameters(1e4, 0.0))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, LayerHyperparameters(1e4, 0.0))["params"]
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
         rule = PARAMETERS.get((path[-2].key, path[-1].key))
         assert rule is not None or parameter_role(path) == "vector", jax.tree_util.keystr(path)

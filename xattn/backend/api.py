@@ -77,6 +77,5 @@ def attention(
         segment_ids=segment_ids,
         window=window,
     )
-    choice = dispatch.choose(dispatch.Call.of(q, k, v, spec), implementation)
-    out = dispatch.row(choice.name).function(q, k, v, spec)
+    out = dispatch.compute(q, k, v, spec, implementation)
     return out if queries.ndim == 4 else out[:, 0]

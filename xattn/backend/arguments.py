@@ -9,19 +9,12 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from xattn.backend.config import Activation, QKPreActivation
+from xattn.backend.activations import Activation, activation
+from xattn.backend.config import AttentionConfig, QKPreActivation
 from xattn.backend.rope import Theta, checked_theta
 from xattn.backend.spec import AttentionSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def checked_activation(name: str) -> Activation:
-    """One of softmax, sigmoid, none; anything else is a ValueError that names the three."""
-    for choice in get_args(Activation):
-        if name == choice:
-            return choice
-    raise ValueError(f"unknown activation_function {name!r}; choices: {', '.join(get_args(Activation))}")
 
 
 def checked_pre_activation(name: str) -> QKPreActivation:
@@ -67,12 +60,12 @@ def checked_arrays(
 
 def checked_spec(
     *,
-    batch: int,
     num_heads: int,
     length: int,
-    activation_function: str,
-    qk_pre_activation_function: str,
-    theta: Theta,
+    batch: int = 1,
+    activation_function: str = "softmax",
+    qk_pre_activation_function: str = "none",
+    theta: Theta = 10000.0,
     attention_mask: jax.Array | None = None,
     context_length: int | None = None,
     sigmoid_bias: float | jax.Array | None = None,
@@ -84,7 +77,7 @@ def checked_spec(
     Raises:
         ValueError: an unknown choice, a number out of its range, or an array of the wrong shape or dtype.
     """
-    activation = checked_activation(activation_function)
+    chosen = activation(activation_function)
     for name, value in (("context_length", context_length), ("window", window)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None, got {value}")
@@ -105,21 +98,52 @@ def checked_spec(
     n = length if context_length is None else context_length
     return AttentionSpec(
         theta=checked_theta(theta),
-        bias=_checked_bias(sigmoid_bias, num_heads, n, activation),
+        bias=_checked_bias(sigmoid_bias, num_heads, n, chosen),
         mask=attention_mask,
         segment_ids=segment_ids,
-        activation=activation,
+        activation=chosen,
         qk_pre_activation=checked_pre_activation(qk_pre_activation_function),
         window=window,
+        n=n,
+    )
+
+
+def config_spec(
+    kind: AttentionConfig,
+    *,
+    num_heads: int,
+    theta: Theta,
+    sigmoid_bias: float | jax.Array | None,
+    length: int = 1,
+    batch: int = 1,
+    segment_ids: jax.Array | None = None,
+) -> AttentionSpec:
+    """What a layer means by attention; theta and the bias are numbers of the train state, not the config's.
+
+    sigmoid_bias: not read under an activation that takes none. length, batch: of the segment_ids.
+    """
+    return checked_spec(
+        num_heads=num_heads,
+        length=length,
+        batch=batch,
+        activation_function=kind.activation,
+        qk_pre_activation_function=kind.qk_pre_activation,
+        theta=theta,
+        context_length=kind.context_length,
+        sigmoid_bias=sigmoid_bias if activation(kind.activation).takes_bias else None,
+        segment_ids=segment_ids,
+        window=kind.window,
     )
 
 
 def _checked_bias(
     sigmoid_bias: float | jax.Array | None, num_heads: int, n: int, activation: Activation
 ) -> jax.Array | None:
-    if activation != "sigmoid":
+    if not activation.takes_bias:
         if sigmoid_bias is not None:
-            raise ValueError(f"sigmoid_bias has no meaning under activation_function {activation!r}; leave it None")
+            raise ValueError(
+                f"sigmoid_bias has no meaning under activation_function {activation.name!r}; leave it None"
+            )
         return None
     if isinstance(sigmoid_bias, Real) and not math.isfinite(sigmoid_bias):
         raise ValueError(f"sigmoid_bias must be finite, got {sigmoid_bias}")

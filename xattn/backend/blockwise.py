@@ -18,15 +18,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from xattn.backend import formula
+from xattn.backend.formula import F32, Results, Tokens
 from xattn.backend.spec import AttentionSpec, prepare, product
 
-F32 = jnp.float32
-LOWEST = float(jnp.finfo(jnp.float32).min)
-
-Results = tuple[jax.Array, jax.Array | None]
-"""The output (B, NKV, G, S, DHV), and of softmax each row's log-sum-exp (B, NKV, G, S, 1) in float32."""
 Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""Of q in its dtype or float32, of k and v in float32, of the bias (NKV, G) in float32."""
+"""(dq in q's dtype or float32, dk, dv, dbias (NKV, G), all float32)"""
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,9 @@ class Tuning:
 def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning = Tuning()) -> jax.Array:
     """:func:`xattn.backend.reference.reference`, all of it, in O(S) memory.
 
-    Softmax is accumulated over tiles with a running maximum (arXiv 1805.02867, 2112.05682); sigmoid and ``none`` are
-    plain sums. The backward keeps q, k, v as given, the output, and for softmax the log of the row's sum in float32;
-    the rest is computed again. Reverse mode only, and once: it is a custom_vjp.
+    A normalised activation is accumulated over tiles with a running maximum (arXiv 1805.02867, 2112.05682), a pointwise
+    one is a plain sum. The backward keeps q, k, v as given, the output, and for a normalised activation the log of the
+    row's sum in float32; the rest is computed again. Reverse mode only, and once: it is a custom_vjp.
     """
     return prepared(q, k, v, spec, OneDevice(tuning))
 
@@ -66,7 +63,10 @@ class OneDevice:
     tuning: Tuning
 
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Results:
-        return forward_tiles(q, k, v, spec.segment_ids, spec, 0, self.tuning, v.dtype)
+        dtype = v.dtype if spec.activation.extra_logit is None else F32
+        results = forward_tiles(q, k, v, spec.segment_ids, spec, 0, self.tuning, dtype)
+        out, lse = formula.with_extra_logit(results, spec)
+        return out.astype(v.dtype), lse
 
     def backward(
         self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, results: Results, g: jax.Array
@@ -85,7 +85,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """The output, and what the backward needs."""
     rotated_q, rotated_k = prepare(q, k, spec)
-    out, lse = passes.forward(_group(rotated_q, k.shape[1]), rotated_k, v, spec)
+    out, lse = passes.forward(formula.grouped(rotated_q, k.shape[1]), rotated_k, v, spec)
     out = out.reshape(*q.shape[:3], v.shape[-1])
     return out, (q, k, v, spec, out, lse)
 
@@ -95,7 +95,7 @@ def _backward(passes: Passes, residuals: tuple[Any, ...], g: jax.Array) -> tuple
     (rotated_q, rotated_k), unprepare = jax.vjp(
         lambda q, k, theta: prepare(q, k, replace(spec, theta=theta)), q, k, spec.theta
     )
-    rotated_q, g, out = (_group(x, k.shape[1]) for x in (rotated_q, g, out))
+    rotated_q, g, out = (formula.grouped(x, k.shape[1]) for x in (rotated_q, g, out))
     d_q, d_k, d_v, d_bias = passes.backward(rotated_q, rotated_k, v, spec, (out, lse), g)
     d_q, d_k, d_theta = unprepare((d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype)))
     d_spec = replace(
@@ -125,46 +125,28 @@ def forward_tiles(
 
     key_segments: (B, S), of the keys; those of the queries are the spec's. offset: the first query's position less the
     first key's; other than 0 only without a given mask. dtype: of the output (B, NKV, G, S, DHV). A row that may attend
-    to none of these keys has the output 0 and, under softmax, the log-sum-exp LOWEST.
+    to none of these keys has the output 0. The activation's extra logit is not in it.
     """
     length = q.shape[-2]
     tile, padded = _cuts(length, tuning)
     q, k, v = (_pad(x, padded) for x in (q, k, v))
     key_segments, spec = _pad_rows(key_segments, padded), _pad_spec(spec, padded)
-    rows = (*q.shape[:3], tile)
 
     def of_queries(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        out, lse = carry
         q_ = _cut(q, i, tile)
 
-        def of_keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            sums, top, total = carry
+        def of_keys(j: jax.Array, sums: formula.Sums) -> formula.Sums:
             logits, keep = _logits(q_, _cut(k, j, tile), key_segments, i, j, spec, offset, length)
-            match spec.activation:
-                case "softmax":
-                    new_top = jnp.maximum(top, jnp.max(jnp.where(keep, logits, LOWEST), axis=-1, keepdims=True))
-                    shrink, top = jnp.exp(top - new_top), new_top
-                    weights = jnp.where(keep, jnp.exp(logits - top), 0)
-                    sums, total = sums * shrink, total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-                case "sigmoid":
-                    weights = jnp.where(keep, jax.nn.sigmoid(logits), 0)
-                case "none":
-                    weights = jnp.where(keep, logits, 0)
-            return sums + product("bkgts,bksd->bkgtd", weights.astype(v.dtype), _cut(v, j, tile)), top, total
+            return formula.add_columns(sums, logits, keep, _cut(v, j, tile), spec)
 
-        zeros = jnp.zeros((*rows, 1), F32)
         first, last = _tiles_of_keys(i, tile, padded, spec, offset)
-        start = (jnp.zeros((*rows, v.shape[-1]), F32), zeros + LOWEST, zeros)
-        sums, top, total = jax.lax.fori_loop(first, last, of_keys, start)
-        if spec.activation == "softmax":
-            # A row that may attend to nothing has a total of 0.
-            total = jnp.where(empty := total == 0, 1, total)
-            sums, lse = sums / total, _put(lse, jnp.where(empty, LOWEST, top + jnp.log(total)), i)
-        return _put(out, sums, i), lse
+        nothing = formula.no_sums((*q.shape[:3], tile), v.shape[-1])
+        out, lse = formula.finished(jax.lax.fori_loop(first, last, of_keys, nothing), spec)
+        return _put(carry[0], out, i), carry[1] if lse is None else _put(carry[1], lse, i)
 
     start = (jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.zeros((*q.shape[:-1], 1), F32))
     out, lse = (x[..., :length, :] for x in jax.lax.fori_loop(0, padded // tile, of_queries, start))
-    return out, lse if spec.activation == "softmax" else None
+    return out, lse if spec.activation.is_normalised else None
 
 
 def backward_tiles(
@@ -194,6 +176,7 @@ def backward_tiles(
     def of_queries(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_q, *rest = carry
         q_, g_ = _cut(q, i, tile), _cut(g, i, tile)
+        lse_ = delta = None
         if lse is not None:
             lse_ = _cut(lse, i, tile)
             delta = jnp.sum(g_.astype(F32) * _cut(out, i, tile).astype(F32), axis=-1, keepdims=True)
@@ -202,19 +185,10 @@ def backward_tiles(
             d_q_, d_k, d_v, d_bias = carry
             k_ = _cut(k, j, tile)
             logits, keep = _logits(q_, k_, key_segments, i, j, spec, offset, length)
-            d_weights = product("bkgtd,bksd->bkgts", g_, _cut(v, j, tile))
-            match spec.activation:
-                case "softmax":
-                    weights = jnp.where(keep, jnp.exp(logits - lse_), 0)
-                    d_logits = weights * (d_weights - delta)
-                case "sigmoid":
-                    # Neither a row's sum to keep nor a delta to subtract: the derivative is the weight's own.
-                    weights = jnp.where(keep, jax.nn.sigmoid(logits), 0)
-                    d_logits = d_weights * weights * (1 - weights)
-                    d_bias += jnp.sum(d_logits, axis=(0, 3, 4))
-                case "none":
-                    weights = jnp.where(keep, logits, 0)
-                    d_logits = jnp.where(keep, d_weights, 0)
+            weights, pull = formula.weights_again(logits, keep, lse_, spec)
+            d_logits = pull(product("bkgtd,bksd->bkgts", g_, _cut(v, j, tile)), delta)
+            if spec.bias is not None:
+                d_bias += jnp.sum(d_logits, axis=(0, 3, 4))
             weights, d_logits = weights.astype(v.dtype), d_logits.astype(q.dtype)
             d_q_ += product("bkgts,bksd->bkgtd", d_logits, k_) * scale
             d_k = _add(d_k, product("bkgts,bkgtd->bksd", d_logits, q_) * scale, j)
@@ -261,28 +235,19 @@ def _logits(
     offset: jax.Array | int,
     length: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits (B, NKV, G, T, T) of query block i and key block j, sigmoid's bias included, and which may attend."""
-    logits = product("bkgtd,bksd->bkgts", q, k) / math.sqrt(q.shape[-1])
-    if spec.bias is not None:
-        logits = logits + spec.bias.reshape(1, *q.shape[1:3], 1, 1)
+    """Logits (B, NKV, G, T, T) of query block i and key block j, and which may attend (1 or B, T, T)."""
     tile = q.shape[-2]
-    t, s = offset + i * tile + jnp.arange(tile)[:, None], j * tile + jnp.arange(tile)[None, :]
-    keep = s <= t if spec.mask is None else jax.lax.dynamic_slice(spec.mask, (i * tile, j * tile), (tile, tile))
+
+    def tokens(block: jax.Array, shift: jax.Array | int, segments: jax.Array | None) -> Tokens:
+        if segments is not None:
+            segments = jax.lax.dynamic_slice_in_dim(segments, block * tile, tile, axis=1)
+        return Tokens(shift + block * tile + jnp.arange(tile), segments)
+
+    rows, columns = tokens(i, offset, spec.segment_ids), tokens(j, 0, key_segments)
     if length % tile:  # padding comes after all queries of the same stretch, not after those of a later one
-        keep = keep & (s < length)
-    if spec.window is not None:
-        keep = keep & (s <= t) & (t - spec.window < s)
-    keep = keep[None]
-    if spec.segment_ids is not None and key_segments is not None:
-        of_queries = jax.lax.dynamic_slice_in_dim(spec.segment_ids, i * tile, tile, axis=1)
-        of_keys = jax.lax.dynamic_slice_in_dim(key_segments, j * tile, tile, axis=1)
-        keep = keep & (of_queries[:, :, None] == of_keys[:, None, :])
-    return logits, jnp.broadcast_to(keep[:, None, None], logits.shape)
-
-
-def _group(x: jax.Array, kv_heads: int) -> jax.Array:
-    """(B, NH, S, ·) as (B, NKV, G, S, ·): query head h reads key/value head ⌊h · NKV / NH⌋."""
-    return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
+        columns = columns._replace(exist=columns.positions < length)
+    mask = None if spec.mask is None else jax.lax.dynamic_slice(spec.mask, (i * tile, j * tile), (tile, tile))
+    return formula.logits(formula.scores(q, k), spec), formula.may_attend(rows, columns, spec, mask)
 
 
 def _pad(x: jax.Array, padded: int) -> jax.Array:

@@ -15,7 +15,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.
     RoPE and pre-activation come before it, as XLA fuses them. vmap of its gradient is an error in releases of JAX
     (jax issue 38495).
     """
-    assert spec.activation == "softmax"
+    assert spec.activation.name == "softmax"
     assert spec.mask is None
     assert spec.segment_ids is None
     q, k = prepare(q, k, spec)

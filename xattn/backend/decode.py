@@ -1,11 +1,11 @@
-"""Token by token: one interface for the three activations, equal to the parallel form at every position.
+"""Token by token: one interface for all activations, equal to the parallel form at every position.
 
-    spec = decoding_spec(num_heads=4, activation_function="softmax", context_length=256)
+    spec = decoding_spec(num_heads=4, activation_function="softmax")
     cache = init_cache(spec, batch=1, num_kv_heads=4, head_dim_qk=64, head_dim_v=64, capacity=512)
     out, cache = prefill(q, k, v, cache, spec)              # the prompt, at once
     out, cache = decode_step(q, k, v, cache, spec)          # then a token a call
 
-Softmax and sigmoid keep rotated keys, and values; a window bounds how many. ``none`` without a window keeps one
+A cache keeps rotated keys, and values; a window bounds how many. Of a linear activation without a window it keeps one
 DHQK×DHV state a head, of constant size. Both keep *absolute* positions and a counter: rotating a state back at every
 token, as the border of a call does (:func:`xattn.backend.linear.linear_with_state`), would drift.
 
@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xattn.backend import dispatch
+from xattn.backend import dispatch, formula
 from xattn.backend.arguments import checked_arrays, checked_spec
+from xattn.backend.formula import Tokens
 from xattn.backend.linear import Tuning, chunked
-from xattn.backend.rope import Theta, rotary_tables, rotate
+from xattn.backend.rope import rotary_tables, rotate
 from xattn.backend.spec import AttentionSpec, pre_activate, prepare, product
 
 F32 = jnp.float32
@@ -67,35 +68,19 @@ class Entry(NamedTuple):
     value: jax.Array | None
 
 
-def decoding_spec(
-    *,
-    num_heads: int,
-    activation_function: str = "softmax",
-    qk_pre_activation_function: str = "none",
-    theta: Theta = 10000.0,
-    context_length: int | None = None,
-    sigmoid_bias: float | jax.Array | None = None,
-    window: int | None = None,
-) -> AttentionSpec:
+def decoding_spec(*, num_heads: int, context_length: int | None = None, **choices: Any) -> AttentionSpec:
     """What the calls of one decoding mean; the arguments are those of :func:`xattn.backend.api.attention`.
 
     Raises:
-        ValueError: as there; and under sigmoid if neither context_length nor sigmoid_bias says what the bias is: the n
-            of −log n is not the length so far.
+        ValueError: as there; and if the weights depend on n, which is not the length so far, and neither context_length
+            nor a bias says it.
     """
-    if activation_function == "sigmoid" and context_length is None and sigmoid_bias is None:
-        raise ValueError("decoding with sigmoid needs context_length (the n of its bias −log n) or sigmoid_bias")
-    return checked_spec(
-        batch=1,
-        num_heads=num_heads,
-        length=1,
-        activation_function=activation_function,
-        qk_pre_activation_function=qk_pre_activation_function,
-        theta=theta,
-        context_length=context_length,
-        sigmoid_bias=sigmoid_bias,
-        window=window,
-    )
+    spec = checked_spec(num_heads=num_heads, length=1, context_length=context_length, **choices)
+    bias = choices.get("sigmoid_bias")
+    if spec.activation.uses_n and context_length is None and (bias is None or not spec.activation.takes_bias):
+        told = " or sigmoid_bias" if spec.activation.takes_bias else ""
+        raise ValueError(f"decoding with {spec.activation.name} needs context_length, the n of its weights,{told}")
+    return spec
 
 
 def init_cache(
@@ -126,7 +111,7 @@ def init_cache(
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
     length = jnp.zeros((), jnp.int32)
-    if spec.activation == "none" and spec.window is None:
+    if spec.activation.is_linear and spec.window is None:
         return StateCache(jnp.zeros((batch, num_kv_heads, head_dim_qk, head_dim_v), F32), length)
     if spec.window is not None:
         # The window's worth, also where fewer tokens were announced: a cache of a window needs no growing.
@@ -195,8 +180,7 @@ def prefill(
         capacity = cache.k.shape[2]
         if spec.window is None and q.shape[2] > capacity:
             raise ValueError(f"a prompt of {q.shape[2]} tokens does not fit a cache with a capacity of {capacity}")
-        choice = dispatch.choose(dispatch.Call.of(q, k, v, spec), implementation)
-        out = dispatch.row(choice.name).function(q, k, v, spec)
+        out = dispatch.compute(q, k, v, spec, implementation)
         positions = jnp.clip(_positions(seen, capacity), 0, q.shape[2] - 1)
         _, k = prepare(q, k, spec)
         k, v = (jnp.take(x, positions, axis=2) for x in (k, v))
@@ -240,10 +224,10 @@ def attend(
         raise ValueError(f"decode_step takes one token, got {q.shape[2]}; prefill takes many")
     sin, cos = rotary_tables(cache.length[None], q.shape[-1], spec.theta)
     q, k = rotate(pre_activate(q, spec), sin, cos), rotate(pre_activate(k, spec), sin, cos)
-    q = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, NKV, G, DHQK)
+    q = formula.grouped(q, k.shape[1])  # (B, NKV, G, 1, DHQK)
     if isinstance(cache, StateCache):
         state = cache.state + product("bksd,bkse->bkde", k, v) / math.sqrt(q.shape[-1])
-        out, entry = product("bkgd,bkde->bkge", q.astype(F32), state), Entry(state, None)
+        out, entry = product("bkgtd,bkde->bkgte", q.astype(F32), state), Entry(state, None)
     else:
         out, entry = _attend_to_tokens(q, k, v, cache, spec), Entry(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
     return out.astype(values.dtype).reshape(*queries.shape[:-1], v.shape[-1]), entry
@@ -263,27 +247,16 @@ def append(cache: Cache, entry: Entry) -> Cache:
 
 
 def _attend_to_tokens(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, spec: AttentionSpec) -> jax.Array:
-    """(B, NKV, G, DHV): over the tokens in the cache, and the new one."""
+    """(B, NKV, G, 1, DHV): over the tokens in the cache, and the new one."""
     t, capacity = cache.length, cache.k.shape[2]
     positions = _positions(t, capacity)
-    keep = positions >= 0
-    if spec.window is not None:
-        keep = keep & (t - spec.window < positions)
-    past = product("bkgd,bksd->bkgs", q, cache.k.astype(q.dtype))
-    logits = jnp.concatenate([past, product("bkgd,bksd->bkgs", q, k)], axis=-1) / math.sqrt(q.shape[-1])
-    keep = jnp.broadcast_to(jnp.append(keep, True), logits.shape)
-    match spec.activation:
-        case "softmax":
-            # The token itself may always be attended to: no row is empty.
-            weights = jax.nn.softmax(logits, axis=-1, where=keep)
-        case "sigmoid":
-            assert spec.bias is not None
-            weights = jnp.where(keep, jax.nn.sigmoid(logits + spec.bias.reshape(1, *q.shape[1:3], 1)), 0)
-        case "none":
-            weights = jnp.where(keep, logits, 0)
-    weights = weights.astype(v.dtype)
-    out = product("bkgs,bkse->bkge", weights[..., :-1], cache.v.astype(v.dtype))
-    out = out + product("bkgs,bkse->bkge", weights[..., -1:], v)
+    # The new token comes last, and may always be attended to: no row is empty.
+    columns = Tokens(jnp.append(positions, t), exist=jnp.append(positions >= 0, True))
+    keep = formula.may_attend(Tokens(t[None]), columns, spec, None)
+    scores = jnp.concatenate([formula.scores(q, cache.k.astype(q.dtype)), formula.scores(q, k)], axis=-1)
+    weights = formula.weights(formula.logits(scores, spec), keep, spec).astype(v.dtype)
+    out = product("bkgts,bkse->bkgte", weights[..., :-1], cache.v.astype(v.dtype))
+    out = out + product("bkgts,bkse->bkgte", weights[..., -1:], v)
     return out if spec.window is not None else jnp.where(t < capacity, out, jnp.nan)
 
 

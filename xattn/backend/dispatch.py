@@ -1,30 +1,31 @@
 """Which code computes a call: a table of implementations, each with its reasons for not serving.
 
-A new implementation is one module, one row of ``TABLE`` and nothing else; the contract suite runs over the rows.
+A new implementation is a module with a function of its name, and a row of ``TABLE``; the contract suite runs over the
+rows. Importing this module imports no jax, so that a name can be judged without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import jax
+from xattn.backend.activations import Activation
+from xattn.backend.hopper.tuning import WIDTHS
 
-from xattn.backend.blockwise import blockwise
-from xattn.backend.config import Activation
-from xattn.backend.cudnn import cudnn
-from xattn.backend.hopper import WIDTHS, hopper
-from xattn.backend.linear import linear
-from xattn.backend.mesh import context_devices
-from xattn.backend.reference import reference
-from xattn.backend.ring import ring
-from xattn.backend.spec import AttentionSpec
+if TYPE_CHECKING:
+    import jax
+
+    from xattn.backend.spec import AttentionSpec
 
 AUTO = "auto"
 
 
 def platform() -> str:
     """The default device's platform, as :class:`Call` names it; asking starts jax's backend."""
+    import jax
+
     name = jax.default_backend()
     if name != "gpu":
         return name
@@ -33,7 +34,16 @@ def platform() -> str:
 
 def compute_capability() -> str:
     """The first CUDA device's, such as 9.0."""
+    import jax
+
     return str(jax.local_devices()[0].compute_capability)
+
+
+def context_devices() -> int:
+    """:func:`xattn.backend.mesh.context_devices`."""
+    from xattn.backend import mesh
+
+    return mesh.context_devices()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +98,29 @@ class Implementation:
     """A row of the table."""
 
     name: str
-    function: Callable[[jax.Array, jax.Array, jax.Array, AttentionSpec], jax.Array]
-    """(q, k, v, spec) → out, as :func:`xattn.backend.reference.reference` specifies it."""
+    """Of its module in this package, and of the function there."""
     unsupported: Reason
-    """What of the call it does not support, or None: then it takes the call when named."""
+    """What of the call it does not support besides the activation, or None: then it takes the call when named."""
     unfavourable: Reason
     """Why ``auto`` should rather pass it over though it could serve, or None."""
     vmaps: bool
     """Whether vmap transforms it, forward and backward: only then do runs that take it train as one program."""
+    activations: tuple[str, ...] | None = None
+    """Those it serves. None: every one, since it asks :mod:`xattn.backend.formula`."""
+    why: str = ""
+    """Why no others."""
+
+    @property
+    def function(self) -> Callable[[jax.Array, jax.Array, jax.Array, AttentionSpec], jax.Array]:
+        """(q, k, v, spec) → out, as :func:`xattn.backend.reference.reference` specifies it."""
+        function: Any = getattr(import_module(f"xattn.backend.{self.name}"), self.name)
+        return function
+
+    def refusal(self, call: Call) -> str | None:
+        """What of the call it does not support, or None."""
+        if self.activations is not None and call.activation.name not in self.activations:
+            return f"{call.activation.name}: it serves {' and '.join(self.activations)} only, {self.why}"
+        return self.unsupported(call)
 
 
 @dataclass(frozen=True)
@@ -116,8 +141,6 @@ def _never(call: Call) -> None:
 def _not_cudnn(call: Call) -> str | None:
     if call.platform != "cuda":
         return f"the platform {call.platform}: it needs a CUDA device"
-    if call.activation != "softmax":
-        return f"{call.activation}: cuDNN has softmax only"
     if call.dtype not in ("bfloat16", "float16"):
         return f"{call.dtype}: cuDNN takes bfloat16 and float16"
     if call.has_mask or call.has_segment_ids:
@@ -135,8 +158,6 @@ def _not_cudnn(call: Call) -> str | None:
 def _not_hopper(call: Call) -> str | None:
     if call.platform != "cuda":
         return f"the platform {call.platform}: it needs a CUDA device"
-    if call.activation == "softmax":
-        return "softmax: its kernels have no statistics of a row"
     if call.dtype not in ("bfloat16", "float16"):
         return f"{call.dtype}: its kernels take bfloat16 and float16"
     if call.head_dim_qk != call.head_dim_v or call.head_dim_qk not in WIDTHS:
@@ -155,8 +176,6 @@ def _unmeasured(call: Call) -> str:
 
 
 def _not_linear(call: Call) -> str | None:
-    if call.activation != "none":
-        return f"{call.activation}: only unnormalised attention (none) is a sum of outer products"
     if call.has_mask:
         return "a given mask: its state is a sum over all earlier tokens"
     if call.window is not None:
@@ -176,38 +195,37 @@ def _not_ring(call: Call) -> str | None:
 
 def _no_ring(call: Call) -> str | None:
     """Below these lengths the reference, which gathers K and V, is as fast."""
-    return "the mesh has no context axis" if call.context == 1 else _short(**_SHORTEST_BLOCKWISE)(call)
+    return "the mesh has no context axis" if call.context == 1 else _short(call, call.activation.blockwise_from)
 
 
 def _no_blockwise(call: Call) -> str | None:
     if call.context > 1:
         return "a split sequence: each device would go through all of it"
-    return _short(**_SHORTEST_BLOCKWISE)(call)
+    return _short(call, call.activation.blockwise_from)
 
 
-def _short(**lengths: int) -> Reason:
-    """Against calls below an activation's length, where the reference was measured to be at least as fast (two CPU
-    cores, forward and backward)."""
-
-    def reason(call: Call) -> str | None:
-        length = lengths[call.activation]
-        return f"no faster than the reference below S = {length}" if call.sequence < length else None
-
-    return reason
+def _no_linear(call: Call) -> str | None:
+    return _short(call, 256)
 
 
-_SHORTEST_BLOCKWISE = {"softmax": 256, "sigmoid": 512, "none": 1024}
+def _short(call: Call, length: int) -> str | None:
+    """Against calls below a length where the reference was measured to be at least as fast (two CPU cores, forward and
+    backward)."""
+    return f"no faster than the reference below S = {length}" if call.sequence < length else None
+
 
 # In the order in which auto tries them. The last serves every call.
 TABLE: tuple[Implementation, ...] = (
     # JAX's rule for its backward takes operands that vmap leaves whole for mapped ones (jax issue 38495).
-    Implementation("cudnn", cudnn, _not_cudnn, _never, vmaps=False),
-    Implementation("hopper", hopper, _not_hopper, _unmeasured, vmaps=True),
-    Implementation("linear", linear, _not_linear, _short(none=256), vmaps=True),
+    Implementation("cudnn", _not_cudnn, _never, False, ("softmax",), "as cuDNN does"),
+    Implementation("hopper", _not_hopper, _unmeasured, True, ("sigmoid", "none"), "its kernels know no other"),
+    Implementation(
+        "linear", _not_linear, _no_linear, True, ("none",), "since only logits as weights are a sum of outer products"
+    ),
     # Runs that train as one program have one device; ring is blockwise there.
-    Implementation("ring", ring, _not_ring, _no_ring, vmaps=True),
-    Implementation("blockwise", blockwise, _never, _no_blockwise, vmaps=True),
-    Implementation("reference", reference, _never, _never, vmaps=True),
+    Implementation("ring", _not_ring, _no_ring, vmaps=True),
+    Implementation("blockwise", _never, _no_blockwise, vmaps=True),
+    Implementation("reference", _never, _never, vmaps=True),
 )
 
 
@@ -235,15 +253,21 @@ def choose(call: Call, implementation: str = AUTO) -> Choice:
         ValueError: the name is unknown, or the named implementation does not support the call; the message says why.
     """
     if implementation != AUTO:
-        if reason := row(implementation).unsupported(call):
+        if reason := row(implementation).refusal(call):
             raise ValueError(f"attention implementation {implementation!r} does not support {reason}")
         return Choice(implementation, {})
     passed_over: dict[str, str] = {}
     for candidate in TABLE:
-        if missing := candidate.unsupported(call):
+        if missing := candidate.refusal(call):
             passed_over[candidate.name] = f"does not support {missing}"
         elif reason := candidate.unfavourable(call):
             passed_over[candidate.name] = reason
         else:
             return Choice(candidate.name, passed_over)
     raise AssertionError("the last row of the table serves every call")
+
+
+def compute(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, implementation: str = AUTO) -> jax.Array:
+    """Attention of checked arrays by the implementation that :func:`choose` names: (B, NH, S, DHV) in v's dtype."""
+    choice = choose(Call.of(q, k, v, spec), implementation)
+    return row(choice.name).function(q, k, v, spec)

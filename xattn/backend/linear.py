@@ -55,7 +55,7 @@ def linear(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning
         k, v, spec
     )
     # Summed outside of what is split by hand, so that rows and heads stay split as they are.
-    earlier = jnp.tri(devices, k=-1, dtype=F32)
+    earlier = _earlier(devices)
     before = jnp.einsum("mn,nbkde->mbkde", earlier, states, precision=jax.lax.Precision.HIGHEST)
     run = on_each(
         partial(_output_of_device, tuning=tuning or Tuning.of_platform()),
@@ -63,6 +63,11 @@ def linear(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning
         out_specs=SEQUENCE_SPLIT,
     )
     return run(q, k, v, spec, before)
+
+
+def _earlier(devices: int) -> jax.Array:
+    """1 where device n stands before device m: (m, n)."""
+    return jnp.tri(devices, k=-1, dtype=F32)
 
 
 @jax.checkpoint
@@ -120,7 +125,7 @@ def linear_with_state(
 
 
 def _check(spec: AttentionSpec) -> None:
-    assert spec.activation == "none"
+    assert spec.activation.is_linear
     assert spec.mask is None
     assert spec.window is None
     assert spec.segment_ids is None
@@ -159,8 +164,7 @@ def chunked(
         q = q.reshape(q.shape[0], kv_heads, -1, *q.shape[2:])
         causal = jnp.broadcast_to(jnp.tri(chunk, dtype=bool), (*q.shape[:-1], chunk))
         weights = jnp.where(causal, product("bkgntd,bknsd->bkgnts", q, k) * scale, 0)
-        after = jnp.cumsum(product("bknsd,bknse->bknde", k, v) * scale, axis=2) + state[:, :, None]
-        before = jnp.concatenate([state[:, :, None], after[:, :, :-1]], axis=2)
+        before, after = _states(state, product("bknsd,bknse->bknde", k, v) * scale)
         out = product("bkgnts,bknse->bkgnte", weights.astype(v.dtype), v)
         out += product("bkgntd,bknde->bkgnte", q.astype(past), before.astype(past))
         return after[:, :, -1], out.reshape(q.shape[0], -1, *out.shape[3:]).astype(v.dtype)
@@ -169,3 +173,9 @@ def chunked(
     arrays = (cut(rotated_q), cut(rotated_k), cut(v))
     state, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), initial, arrays)
     return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], -1, v.shape[-1])[:, :, :length], state
+
+
+def _states(state: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The states before and after each chunk, (B, NKV, N, DHQK, DHV), from what each chunk adds."""
+    after = jnp.cumsum(own, axis=2) + state[:, :, None]
+    return jnp.concatenate([state[:, :, None], after[:, :, :-1]], axis=2), after

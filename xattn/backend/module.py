@@ -8,9 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from xattn.backend.api import attention
-from xattn.backend.arguments import checked_activation, checked_arrays, checked_spec
-from xattn.backend.config import Activation, QKPreActivation
+from xattn.backend import dispatch
+from xattn.backend.arguments import checked_arrays, checked_spec
+from xattn.backend.config import QKPreActivation
 from xattn.backend.linear import linear_with_state
 
 
@@ -25,7 +25,7 @@ class mLSTMBackendAttentionConfig:
     """
 
     context_length: int = -1
-    activation_function: Activation = "softmax"
+    activation_function: str = "softmax"
     qk_pre_activation_function: QKPreActivation = "none"
     theta: float = 10000.0
 
@@ -87,49 +87,28 @@ class mLSTMBackendAttention(nn.Module):
             if state is not None:
                 raise ValueError(f"attention has no such state: {name} must be None, got shape {state.shape}")
         config = self.config
-        context_length = None if config.context_length == -1 else config.context_length
+        one_head = q.ndim == 3
+        q, k, v = checked_arrays(q, k, v)
+        spec = checked_spec(
+            num_heads=q.shape[1],
+            length=q.shape[2],
+            activation_function=config.activation_function,
+            qk_pre_activation_function=config.qk_pre_activation_function,
+            theta=config.theta,
+            context_length=None if config.context_length == -1 else config.context_length,
+        )
         if c_initial is None and not return_last_states:
-            return attention(
-                q,
-                k,
-                v,
-                activation_function=config.activation_function,
-                qk_pre_activation_function=config.qk_pre_activation_function,
-                theta=config.theta,
-                context_length=context_length,
-            )
-        if checked_activation(config.activation_function) != "none":
+            out = dispatch.compute(q, k, v, spec)
+            return out[:, 0] if one_head else out
+        if not spec.activation.is_linear:
             given = "return_last_states" if c_initial is None else "c_initial"
-            raise ValueError(f"{given} needs activation_function 'none': {config.activation_function!r} has no state")
-        return _with_state(q, k, v, c_initial, config, context_length, return_last_states)
-
-
-def _with_state(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    c_initial: jax.Array | None,
-    config: mLSTMBackendAttentionConfig,
-    context_length: int | None,
-    return_last_states: bool,
-) -> jax.Array | tuple[jax.Array, tuple[jax.Array, None, None]]:
-    q, k, v = checked_arrays(queries, keys, values)
-    spec = checked_spec(
-        batch=q.shape[0],
-        num_heads=q.shape[1],
-        length=q.shape[2],
-        activation_function=config.activation_function,
-        qk_pre_activation_function=config.qk_pre_activation_function,
-        theta=config.theta,
-        context_length=context_length,
-    )
-    one_head = queries.ndim == 3
-    if c_initial is not None:
-        shape = (*k.shape[:1], *(() if one_head else k.shape[1:2]), k.shape[-1], v.shape[-1])
-        if c_initial.shape != shape:
-            raise ValueError(f"c_initial must have shape (B, NH, DHQK, DHV) = {shape}, got {c_initial.shape}")
-        c_initial = c_initial[:, None] if one_head else c_initial
-    out, state = linear_with_state(q, k, v, spec, c_initial)
-    if one_head:
-        out, state = out[:, 0], state[:, 0]
-    return (out, (state, None, None)) if return_last_states else out
+            raise ValueError(f"{given} needs activation_function 'none': {spec.activation.name!r} has no state")
+        if c_initial is not None:
+            shape = (*k.shape[:1], *(() if one_head else k.shape[1:2]), k.shape[-1], v.shape[-1])
+            if c_initial.shape != shape:
+                raise ValueError(f"c_initial must have shape (B, NH, DHQK, DHV) = {shape}, got {c_initial.shape}")
+            c_initial = c_initial[:, None] if one_head else c_initial
+        out, state = linear_with_state(q, k, v, spec, c_initial)
+        if one_head:
+            out, state = out[:, 0], state[:, 0]
+        return (out, (state, None, None)) if return_last_states else out

@@ -2,9 +2,8 @@
 
 Each of n devices has S/n queries, keys and values. It attends to its own, passes them to the next, attends to those
 that it was passed, and so on (Ring Attention, Liu et al., arXiv 2310.01889). What it does with a stretch of keys is
-:mod:`xattn.backend.blockwise`; softmax's partial results are joined by their log-sum-exps, sigmoid's and ``none``'s
-added. A stretch that comes after its queries costs no product. In the backward the gradients of keys and values travel
-with them, and go home at the end.
+:mod:`xattn.backend.blockwise`, and :mod:`xattn.backend.formula` joins the results. A stretch that comes after its
+queries costs no product. In the backward the gradients of keys and values travel with them, and go home at the end.
 
 Shape letters: as in blockwise; S is all of the sequence, L = S/n a device's stretch of it.
 """
@@ -19,17 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from xattn.backend.blockwise import (
-    F32,
-    LOWEST,
-    Gradients,
-    Results,
-    Tuning,
-    backward_tiles,
-    blockwise,
-    forward_tiles,
-    prepared,
-)
+from xattn.backend import formula
+from xattn.backend.blockwise import Gradients, Tuning, backward_tiles, blockwise, forward_tiles, prepared
+from xattn.backend.formula import F32, LOWEST, Results
 from xattn.backend.mesh import CONTEXT, SEQUENCE_SPLIT, context_devices, on_each
 from xattn.backend.spec import AttentionSpec
 
@@ -58,7 +49,7 @@ class Ring:
     tuning: Tuning
 
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Results:
-        lse = _GROUPED if spec.activation == "softmax" else None
+        lse = _GROUPED if spec.activation.is_normalised else None
         run = on_each(
             partial(_forward, tuning=self.tuning, devices=context_devices()),
             in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec)),
@@ -69,7 +60,7 @@ class Ring:
     def backward(
         self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, results: Results, g: jax.Array
     ) -> Gradients:
-        lse = _GROUPED if spec.activation == "softmax" else None
+        lse = _GROUPED if spec.activation.is_normalised else None
         run = on_each(
             partial(_backward, tuning=self.tuning, devices=context_devices()),
             in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec), (_GROUPED, lse), _GROUPED),
@@ -87,17 +78,17 @@ def _forward(
     def attend(turn: Any, keys: Any, results: Results) -> Results:
         k, v, segments = keys
         part = forward_tiles(q, k, v, segments, spec, _offset(index, turn, devices, length), tuning, F32)
-        return _join(results, part)
+        return formula.joined(results, part)
 
     def step(turn: Any, carry: Any) -> Any:
         keys, results = carry
         return _pass_on(keys, 1, devices), attend(turn, keys, results)
 
-    lse = jnp.full((*q.shape[:-1], 1), LOWEST, F32) if spec.activation == "softmax" else None
+    lse = jnp.full((*q.shape[:-1], 1), LOWEST, F32) if spec.activation.is_normalised else None
     start = (k, v, spec.segment_ids), (jnp.zeros((*q.shape[:-1], v.shape[-1]), F32), lse)
     last = _stretches(devices, length, spec.window) - 1
     keys, results = jax.lax.fori_loop(0, last, step, start)
-    out, lse = attend(last, keys, results)
+    out, lse = formula.with_extra_logit(attend(last, keys, results), spec)
     return out.astype(v.dtype), lse
 
 
@@ -143,14 +134,6 @@ def _offset(index: jax.Array, turn: Any, devices: int, length: int) -> jax.Array
 def _stretches(devices: int, length: int, window: int | None) -> int:
     """How many stretches a device has to see, its own and those before it."""
     return devices if window is None else min(devices, 1 + -(-(window - 1) // length))
-
-
-def _join(a: Results, b: Results) -> Results:
-    """The results over the keys of both."""
-    if a[1] is None or b[1] is None:
-        return a[0] + b[0], None
-    lse = jnp.logaddexp(a[1], b[1])
-    return a[0] * jnp.exp(a[1] - lse) + b[0] * jnp.exp(b[1] - lse), lse
 
 
 def _pass_on(tree: Any, distance: int, devices: int) -> Any:

@@ -11,26 +11,27 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from xattn.backend.config import Activation, QKPreActivation
+from xattn.backend.activations import Activation
+from xattn.backend.config import QKPreActivation
 from xattn.backend.rope import rotary_tables, rotate
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("theta", "bias", "mask", "segment_ids"),
-    meta_fields=("activation", "qk_pre_activation", "window"),
+    meta_fields=("activation", "qk_pre_activation", "window", "n"),
 )
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """The meaning of a call, checked and in one spelling (see :func:`xattn.backend.api.attention`).
 
-    A pytree: the first four fields are arrays, which may be traced; the last three shape the program.
+    A pytree: the fields that are arrays may be traced; the others shape the program.
     """
 
     theta: jax.Array
     """() float32."""
     bias: jax.Array | None
-    """(NH,) float32, added to sigmoid's logits; None under the other two."""
+    """(NH,) float32, added to the logits; None where the activation takes none."""
     mask: jax.Array | None
     """(S, S) bool, True = attend; None is causal."""
     segment_ids: jax.Array | None
@@ -39,6 +40,8 @@ class AttentionSpec:
     qk_pre_activation: QKPreActivation
     window: int | None
     """A token t attends to t − window < s ≤ t; None is no limit."""
+    n: int
+    """The sequence length of training, which a pointwise activation may depend on."""
 
 
 def pre_activate(x: jax.Array, spec: AttentionSpec) -> jax.Array:

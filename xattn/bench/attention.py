@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from xattn.arguments import Parser
-from xattn.backend import attention, dispatch
+from xattn.backend import activations, attention, dispatch
 from xattn.backend.arguments import DTYPES
-from xattn.backend.config import Activation
 from xattn.bench.record import write_record
 
 PEER = "jax.nn"
@@ -108,7 +107,7 @@ def _parser() -> Parser:
     )
     everything = [*dispatch.names(), PEER]
     parser.add_argument("--implementations", nargs="+", choices=everything, default=everything, metavar="NAME")
-    parser.add_argument("--activations", nargs="+", choices=get_args(Activation), default=list(get_args(Activation)))
+    parser.add_argument("--activations", nargs="+", choices=activations.names(), default=list(activations.names()))
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048], metavar="S")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)
@@ -136,7 +135,7 @@ def _arrays(options: argparse.Namespace, length: int) -> tuple[jax.Array, ...]:
 
 
 def _prepare(
-    name: str, activation: Activation, arrays: tuple[jax.Array, ...], options: argparse.Namespace
+    name: str, activation: str, arrays: tuple[jax.Array, ...], options: argparse.Namespace
 ) -> Subject | Skipped:
     length = arrays[0].shape[2]
     if reason := _refusal(name, activation, arrays, options):
@@ -172,9 +171,7 @@ def _prepare(
     return Subject(name, activation, length, compiled, seconds, needed)
 
 
-def _refusal(
-    name: str, activation: Activation, arrays: tuple[jax.Array, ...], options: argparse.Namespace
-) -> str | None:
+def _refusal(name: str, activation: str, arrays: tuple[jax.Array, ...], options: argparse.Namespace) -> str | None:
     """Why the named one can't serve, or None."""
     if name == PEER:
         return None if activation == "softmax" else "it has softmax only"
@@ -182,7 +179,7 @@ def _refusal(
         return None
     q, k, v, _ = arrays
     call = dispatch.Call(
-        activation=activation,
+        activation=activations.activation(activation),
         dtype=q.dtype.name,
         batch=q.shape[0],
         num_heads=q.shape[1],
@@ -192,7 +189,7 @@ def _refusal(
         head_dim_v=v.shape[3],
         window=options.window,
     )
-    missing = dispatch.row(name).unsupported(call)
+    missing = dispatch.row(name).refusal(call)
     return missing and f"it does not support {missing}"
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from xattn.arguments import Parser
 from xattn.config import compose
 from xattn.model.generation import Sampling, generate
-from xattn.model.transformer import LanguageModel
+from xattn.model.transformer import LanguageModel, init_params
 from xattn.training.programs import hyperparameters
 
 VOCAB_SIZE = 256
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hyper = hyperparameters(config).model
     prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, options.prompt_tokens)
     padded = jnp.zeros((1, length), jnp.int32).at[0, : len(prompt)].set(prompt)
-    params = jax.jit(model.init)(jax.random.key(0), padded, hyper)["params"]
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
 
     @jax.jit
     def forward(params: Any, tokens: jax.Array, known: jax.Array) -> jax.Array:

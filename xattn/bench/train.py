@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xattn.arguments import Parser
-from xattn.backend.config import Activation
+from xattn.backend import activations
 from xattn.bench.peer import Peer
 from xattn.bench.record import write_record
 from xattn.config import Config, compose
@@ -43,7 +43,7 @@ class Subject:
     """A training step to measure, and the seconds of each that was made."""
 
     model: str
-    activation: Activation
+    activation: str
     config: Config
     programs: Programs
     state: TrainState
@@ -112,7 +112,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
     parser.add_argument("--models", nargs="+", metavar="NAME", default=["nano"], help="choices of conf/model")
-    parser.add_argument("--activations", nargs="+", choices=get_args(Activation), default=list(get_args(Activation)))
+    parser.add_argument("--activations", nargs="+", choices=activations.names(), default=list(activations.names()))
     parser.add_argument("--vocab-size", type=int, default=256, help="default: of bytes")
     parser.add_argument("--steps", type=int, default=5, help="in a block")
     parser.add_argument("--repeats", type=int, default=6, help="blocks of each")
@@ -123,7 +123,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _prepare(model: str, activation: Activation, options: argparse.Namespace) -> Subject:
+def _prepare(model: str, activation: str, options: argparse.Namespace) -> Subject:
     choices = [f"model={model}", f"backend.activation={activation}"]
     if not any(override.startswith("data") for override in options.overrides):
         choices.append("data=python_stdlib")  # not read; an experiment's may still want a path

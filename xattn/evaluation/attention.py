@@ -11,17 +11,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.backend.arguments import checked_spec
-from xattn.backend.reference import masked_logits, weights_of
+from xattn.backend.arguments import config_spec
+from xattn.backend.config import AttentionConfig
+from xattn.backend.reference import attended
 from xattn.backend.spec import AttentionSpec, product
 from xattn.data.batches import Windows
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.pattern import layers_of
+from xattn.model.transformer import (
+    LanguageModel,
+    LayerHyperparameters,
+    ModelHyperparameters,
+    attention_inputs,
+    layer_hyperparameters,
+)
 
 WINDOWS = 4  # of evaluation's, the first of them
 MAP_SIDE = 64  # at most
@@ -59,37 +68,22 @@ def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
     """
 
     def study(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStudy:
-        segment_ids = windows.segment_ids
-        _, seen = model.apply(
-            {"params": params}, windows.inputs, hyperparameters, segment_ids=segment_ids, mutable=["intermediates"]
-        )
-        ((q, k, v, bias),) = seen["intermediates"]["layers"]["attention"]["inputs"]
-        backend, (num_heads, length) = model.backend, (q.shape[2], q.shape[3])
-
-        def of_layer(inputs: Any) -> AttentionStudy:
-            *qkv, bias = inputs
-
-            def of_window(inputs: Any) -> AttentionStudy:
-                q, k, v, segment_ids = jax.tree.map(lambda x: x[None], inputs)
-                spec = checked_spec(
-                    batch=1,
-                    num_heads=num_heads,
-                    length=length,
-                    activation_function=backend.activation,
-                    qk_pre_activation_function=backend.qk_pre_activation,
-                    theta=hyperparameters.theta,
-                    context_length=backend.context_length,
-                    sigmoid_bias=bias,
-                    segment_ids=segment_ids,
-                    window=backend.window,
-                )
-                return _of_window(q, k, v, spec)
-
-            each = jax.lax.map(of_window, (*qkv, segment_ids))
-            over = {name: jnp.max if name.startswith("max") else jnp.mean for name in each.statistics}
-            return AttentionStudy({name: over[name](x, axis=0) for name, x in each.statistics.items()}, each.maps[0])
-
-        return jax.lax.map(of_layer, (q, k, v, bias))
+        segment_ids: Any = windows.segment_ids
+        inputs = attention_inputs(model, params, jnp.asarray(windows.inputs), hyperparameters, segment_ids)
+        found = {
+            kind: jax.lax.map(
+                partial(
+                    _of_layer, segment_ids, model.backend.kinds[kind], layer_hyperparameters(hyperparameters, kind)
+                ),
+                of_layers,
+            )
+            for kind, of_layers in inputs.items()
+        }
+        if len(found) == 1:
+            return found["backend"]
+        layers = layers_of(model.backend, model.config.num_layers)
+        order = np.argsort([layer for kind in found for layer in layers[kind]])  # found has each kind's together
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *found.values())
 
     return jax.jit(study, out_shardings=out_shardings)
 
@@ -117,12 +111,35 @@ def statistics_row(study: AttentionStudy) -> dict[str, float]:
     }
 
 
+def _of_layer(
+    segment_ids: Any, kind: AttentionConfig, hyperparameters: LayerHyperparameters, inputs: tuple[jax.Array, ...]
+) -> AttentionStudy:
+    """Of one layer, over all windows: (q, k, v, bias), the first three (windows, NH or NKV, S, ·)."""
+    *qkv, bias = inputs
+
+    def of_window(inputs: Any) -> AttentionStudy:
+        q, k, v, segment_ids = jax.tree.map(lambda x: x[None], inputs)
+        spec = config_spec(
+            kind,
+            num_heads=q.shape[1],
+            theta=hyperparameters.theta,
+            sigmoid_bias=bias,
+            length=q.shape[2],
+            segment_ids=segment_ids,
+        )
+        return _of_window(q, k, v, spec)
+
+    each = jax.lax.map(of_window, (*qkv, segment_ids))
+    over = {name: jnp.max if name.startswith("max") else jnp.mean for name in each.statistics}
+    return AttentionStudy({name: over[name](x, axis=0) for name, x in each.statistics.items()}, each.maps[0])
+
+
 def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> AttentionStudy:
     """Of one window in one layer: q (1, NH, S, DHQK), k and v with their own heads → statistics of shape (NH,)."""
     num_heads, length = q.shape[1:3]
     rows = jnp.asarray(_spread(length, _LOGITS // (num_heads * length)))
-    logits, keep = masked_logits(q, k, spec, rows)
-    weights = weights_of(logits, keep, spec)
+    asked = attended(q, k, spec, rows)
+    scores, weights = asked.scores, asked.weights
     out = product("bhts,bhsd->bhtd", weights.astype(v.dtype), jnp.repeat(v, num_heads // v.shape[1], axis=1))
     sums = jnp.sum(jnp.abs(weights), axis=-1)
     shares = jnp.abs(weights) / jnp.where(sums > 0, sums, 1)[..., None]
@@ -138,7 +155,7 @@ def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) ->
     for low, high in _distances(length):
         by_row[f"distance_{low}"] = jnp.sum(jnp.where((low <= distance) & (distance < high), shares, 0), axis=-1)
     statistics = {name: jnp.mean(values[0], axis=-1) for name, values in by_row.items()}
-    statistics["max_logit"] = jnp.max(jnp.where(keep, logits, -jnp.inf)[0], axis=(-2, -1))
+    statistics["max_logit"] = jnp.max(jnp.where(asked.keep, scores[0], -jnp.inf), axis=(-2, -1))
     shown = shares[0][:, _spread(rows.size, MAP_SIDE)]
     side = min(length, MAP_SIDE)
     stretches = jax.nn.one_hot(jnp.arange(length) * side // length, side)

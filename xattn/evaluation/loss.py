@@ -30,10 +30,9 @@ def score_windows(model: LanguageModel) -> ScoreWindows:
     def score(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> jax.Array:
         losses: Any = model.apply(
             {"params": params},
-            windows.inputs,
-            hyperparameters,
+            *(windows.inputs, hyperparameters, jnp.asarray(windows.targets)),
             segment_ids=windows.segment_ids,
-            targets=windows.targets,
+            method="losses",
         )
         return jnp.sum(losses * windows.weights)
 

@@ -7,8 +7,8 @@ parameters and draw nothing from the run's generators: a run with probes ends wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xattn.backend.config import BackendConfig
+from xattn.backend.activations import activation
 from xattn.data.batches import Windows, in_batches
 from xattn.data.config import DataConfig
 from xattn.data.run_data import RunData, load_data
@@ -33,8 +33,9 @@ from xattn.data.tasks import check, evaluation_examples, measures
 from xattn.data.tokenizer import TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 from xattn.evaluation.config import ProbeName
+from xattn.model.config import BackendConfig
 from xattn.model.loss import next_token_losses
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.transformer import LanguageModel, ModelHyperparameters, with_sigmoid_bias
 
 SEQUENCES = 64  # of a task that is a probe
 LONGEST = 8  # times context_length, for extrapolation
@@ -55,12 +56,12 @@ Measure = Callable[[Places], dict[str, float]]
 @dataclass(frozen=True)
 class Probe:
     """windows: batches of one shape. measure: from the places of all their rows, those that only fill up included, to
-    named numbers. sigmoid_bias: takes the place of the run's own; None leaves it."""
+    named numbers. sigmoid_bias: kind of layer → what takes the place of the run's own."""
 
     name: str
     windows: Sequence[Windows]
     measure: Measure
-    sigmoid_bias: float | None = None
+    sigmoid_bias: Mapping[str, float] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=8)
@@ -81,9 +82,7 @@ def run_probes(
     """``probe/<name>/<measure>`` → number, of all the probes."""
     found: dict[str, float] = {}
     for probe in probes:
-        hyper = hyperparameters
-        if probe.sigmoid_bias is not None:
-            hyper = hyper._replace(sigmoid_bias=jnp.float32(probe.sigmoid_bias))
+        hyper = with_sigmoid_bias(hyperparameters, {k: jnp.float32(bias) for k, bias in probe.sigmoid_bias.items()})
         batches = [places_of(params, hyper, windows) for windows in probe.windows]
         losses, correct = (np.concatenate([_fetched(batch[i]) for batch in batches]) for i in range(2))
         measured = probe.measure(Places(losses.astype(np.float64), correct))
@@ -145,8 +144,10 @@ def _of_vocabulary(name: str, vocab_size: int, length: int) -> TaskConfig:
             return SelectiveCopyingConfig(
                 name="selective_copying", vocab_size=vocab_size, num_tokens=max(1, min(16, length // 2))
             )
-        case _:
+        case "passkey":
             return PasskeyConfig(name="passkey", vocab_size=vocab_size, key_length=max(1, min(5, length // 2 - 1)))
+        case _:
+            raise AssertionError(f"the probe {name} is no task that is made here")
 
 
 def _task_probe(config: TaskConfig, length: int, batch_size: int, number: int) -> Probe:
@@ -179,8 +180,8 @@ def _extrapolation(data: DataConfig, tokenizer: Tokenizer, backend: BackendConfi
     """Loss of places beyond the length of training, to 8 · context_length, on windows of held-out text that long.
 
     loss_to_<x>: the mean over the places from x/2 to x, for x = 1, 2, 4, 8 times context_length. Sigmoid's n stays
-    context_length there. Under ``sigmoid_bias=auto`` the same places are scored once more by windows of x tokens with
-    the n of their own length, bias −log x: loss_to_<x>_n_<x>.
+    context_length there. Where a kind of layer has ``sigmoid_bias=auto`` the same places are scored once more by
+    windows of x tokens with the n of their own length, bias −log x: loss_to_<x>_n_<x>.
     """
     length = backend.context_length
     longest = LONGEST * length
@@ -207,10 +208,15 @@ def _extrapolation(data: DataConfig, tokenizer: Tokenizer, backend: BackendConfi
         return measured
 
     probes = [Probe("extrapolation", windows, measure(longest, 0, ""))]
-    if backend.activation == "sigmoid" and backend.sigmoid_bias == "auto":
+    if biased := [
+        kind
+        for kind, layers in backend.kinds.items()
+        if activation(layers.activation).takes_bias and layers.sigmoid_bias == "auto"
+    ]:
         for window in (2 * length, 4 * length, 8 * length):
             cut = [_cut(w, window) for w in windows]
-            probes.append(Probe("extrapolation", cut, measure(window, window, f"_n_{window}"), -math.log(window)))
+            bias = dict.fromkeys(biased, -math.log(window))
+            probes.append(Probe("extrapolation", cut, measure(window, window, f"_n_{window}"), bias))
     return probes
 
 

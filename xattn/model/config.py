@@ -1,12 +1,26 @@
-"""What a person chooses about the language model. Importing this module imports no jax."""
+"""What a person chooses about the language model and its layers' attention. Importing this module imports no jax."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
+from xattn.backend import activations
+from xattn.backend.config import AttentionConfig, LayerConfig
 from xattn.section import Section
+
+_KEYS = tuple(LayerConfig.model_fields)
 
 
 class ModelConfig(Section):
@@ -73,3 +87,67 @@ class ModelConfig(Section):
     @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+class BackendConfig(AttentionConfig):
+    """The group ``backend``. With ``every: k`` the layers k, 2k, 3k, … (counted from 1) take the keys of ``then``.
+
+    A pattern that changes no layer, or all of them (k = 1), is read as what it is: a backend of one kind.
+    """
+
+    every: PositiveInt | None
+    then: LayerConfig | None
+    """All keys of those layers; config.yaml has the ones that differ from the backend's own."""
+
+    @property
+    def kinds(self) -> dict[str, BackendConfig]:
+        """Kind of layer → the backend with all layers of it: ``backend``, and ``then`` where there is a pattern."""
+        alone = self.model_copy(update={"every": None, "then": None})
+        return {"backend": alone} if self.then is None else {"backend": alone, "then": alone._with(self.then)}
+
+    def _with(self, keys: LayerConfig) -> BackendConfig:
+        return self.model_copy(update={key: getattr(keys, key) for key in _KEYS})
+
+    def kind_of(self, layer: int) -> str:
+        """The kind of a layer, counted from 0."""
+        return "then" if self.every is not None and (layer + 1) % self.every == 0 else "backend"
+
+    @field_validator("then", mode="before")
+    @classmethod
+    def _inherits(cls, given: Any, info: ValidationInfo) -> Any:
+        own = {name: info.data[name] for name in _KEYS if name in info.data}
+        if len(own) < len(_KEYS):  # what is wrong with the others is told by itself
+            return None
+        return _inherited(own, given) | dict(given) if isinstance(given, Mapping) else given
+
+    @field_serializer("then")
+    def _what_differs(self, then: LayerConfig | None) -> dict[str, Any] | None:
+        if then is None:
+            return None
+        own = {name: getattr(self, name) for name in _KEYS}
+        inherited = _inherited(own, {"activation": then.activation})
+        return {name: value for name, value in then if value != inherited[name]}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _normalised(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(values)
+        if (made.every is None) != (made.then is None):
+            raise ValueError("every and then go together: every=4 'then={activation: softmax}'; both are null without")
+        if made.then is None or (made.every != 1 and made._what_differs(made.then)):
+            return made
+        return handler({**values, **dict(made.then), "every": None, "then": None})
+
+
+def _inherited(own: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``then`` is without its own keys: the backend's, where its activation takes them.
+
+    Raises:
+        ValueError: ``then`` has a key that its activation does not take.
+    """
+    name = then.get("activation", own["activation"])
+    if name not in activations.names() or activations.activation(name).takes_bias:
+        return dict(own)
+    if then.get("sigmoid_bias", "auto") != "auto":
+        raise ValueError(f"{name} takes no sigmoid_bias; leave it out")
+    return {**own, "sigmoid_bias": "auto"}

@@ -1,6 +1,6 @@
 """Tokens from a model, one after the other, through the decoding cache of the attention backend.
 
-The prompt is read at once by the parallel form; then each token costs one token's work. The cache has room for
+The prompt is read at once by the parallel form; then each token costs one token's work. A cache has room for
 context_length · 2ⁱ tokens and is doubled when it is full: nothing is forgotten unless the model has a window. Sigmoid's
 n stays the context_length of training.
 """
@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.backend.decode import Cache, decoding_spec, grow, init_cache
+from xattn.backend.arguments import config_spec
+from xattn.backend.decode import grow, init_cache
 from xattn.backend.spec import AttentionSpec
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.pattern import Caches, layers_of
+from xattn.model.transformer import LanguageModel, ModelHyperparameters, layer_hyperparameters
 
 # Tokens that one call of the device draws: what is streamed arrives in such pieces.
 CHUNK = 16
@@ -72,36 +74,38 @@ def stream(
     prompt = np.asarray(prompt, np.int32)
     if not len(prompt):
         raise ValueError("prompt: at least one token is needed")
-    spec = _spec(model, hyperparameters)
+    specs = _specs(model, hyperparameters)
     capacity = model.backend.context_length
     while capacity < len(prompt) + min(-(-num_tokens // CHUNK) * CHUNK, room):
         capacity *= 2
     # Few lengths, few programs: the prompt is padded to a power of two, or to all the room there is.
     padded = np.zeros(min(capacity, 1 << (len(prompt) - 1).bit_length()), np.int32)
     padded[: len(prompt)] = prompt
-    cache = empty_cache(model, hyperparameters, batch=1, capacity=capacity)
-    logits, cache = _read(model, params, hyperparameters, padded[None], jnp.int32(len(prompt)), cache)
+    caches = empty_caches(model, hyperparameters, batch=1, capacity=capacity)
+    logits, caches = _read(model, params, hyperparameters, padded[None], jnp.int32(len(prompt)), caches)
     for done in range(0, num_tokens, CHUNK):
-        cache = grow(cache, spec, CHUNK)
-        logits, cache, tokens = _decode(
-            model, params, hyperparameters, logits, cache, jnp.int32(done), key, *_as_arrays(sampling, model.vocab_size)
-        )
+        caches = {kind: grow(cache, specs[kind], CHUNK) for kind, cache in caches.items()}
+        drawn_by = (key, *_as_arrays(sampling, model.vocab_size))
+        logits, caches, tokens = _decode(model, params, hyperparameters, logits, caches, jnp.int32(done), *drawn_by)
         yield np.asarray(tokens)[: num_tokens - done]
 
 
-def empty_cache(model: LanguageModel, hyperparameters: ModelHyperparameters, *, batch: int, capacity: int) -> Cache:
-    """A cache for :class:`LanguageModel` that has seen nothing: one of each layer, stacked."""
-    config = model.config
-    cache = init_cache(
-        _spec(model, hyperparameters),
-        batch=batch,
-        num_kv_heads=config.kv_heads,
-        head_dim_qk=config.head_dim,
-        head_dim_v=config.head_dim,
-        capacity=capacity,
-        dtype=jnp.dtype(config.dtype),
-    )
-    return jax.tree.map(lambda leaf: jnp.zeros((config.num_layers, *leaf.shape), leaf.dtype), cache)
+def empty_caches(model: LanguageModel, hyperparameters: ModelHyperparameters, *, batch: int, capacity: int) -> Caches:
+    """Caches for :meth:`LanguageModel.decode` that have seen nothing: one of each layer, stacked for each kind."""
+    config, found = model.config, {}
+    layers = layers_of(model.backend, config.num_layers)
+    for kind, spec in _specs(model, hyperparameters).items():
+        cache = init_cache(
+            spec,
+            batch=batch,
+            num_kv_heads=config.kv_heads,
+            head_dim_qk=config.head_dim,
+            head_dim_v=config.head_dim,
+            capacity=capacity,
+            dtype=jnp.dtype(config.dtype),
+        )
+        found[kind] = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(layers[kind])), cache)  # noqa: B023
+    return found
 
 
 def draw(
@@ -136,10 +140,14 @@ def _read(
     hyperparameters: ModelHyperparameters,
     tokens: jax.Array,
     length: jax.Array,
-    cache: Cache,
-) -> tuple[jax.Array, Cache]:
-    result: Any = model.scanned().apply({"params": params}, tokens, hyperparameters, cache=cache, length=length)
-    return result[0][0, 0], result[1]
+    caches: Caches,
+) -> tuple[jax.Array, Caches]:
+    """The logits (V,) after the first ``length`` tokens of a prompt (1, P), and the caches with them."""
+    after: Any = model.scanned().apply(
+        {"params": params}, tokens, hyperparameters, caches, length=length, method="decode"
+    )
+    logits, caches = after
+    return logits[0, 0], caches
 
 
 @partial(jax.jit, static_argnums=0)
@@ -148,33 +156,31 @@ def _decode(
     params: Any,
     hyperparameters: ModelHyperparameters,
     logits: jax.Array,
-    cache: Cache,
+    caches: Caches,
     first: jax.Array,
     key: jax.Array,
     temperature: jax.Array,
     top_k: jax.Array | None,
     top_p: jax.Array | None,
-) -> tuple[jax.Array, Cache, jax.Array]:
-    """CHUNK tokens after logits (V,): (logits after the last, cache, int32 (CHUNK,))."""
+) -> tuple[jax.Array, Caches, jax.Array]:
+    """CHUNK tokens after logits (V,): (logits after the last, caches, int32 (CHUNK,))."""
 
-    def step(carry: tuple[jax.Array, Cache], place: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
-        logits, cache = carry
+    def step(carry: tuple[jax.Array, Caches], place: jax.Array) -> tuple[tuple[jax.Array, Caches], jax.Array]:
+        logits, caches = carry
         token = draw(jax.random.fold_in(key, place), logits, temperature, top_k, top_p)
-        result: Any = model.apply({"params": params}, token[None, None], hyperparameters, cache=cache)
-        return (result[0][0, 0], result[1]), token
+        after: Any = model.apply({"params": params}, token[None, None], hyperparameters, caches, method="decode")
+        logits, caches = after
+        return (logits[0, 0], caches), token
 
-    (logits, cache), tokens = jax.lax.scan(step, (logits, cache), first + jnp.arange(CHUNK))
-    return logits, cache, tokens
+    (logits, caches), tokens = jax.lax.scan(step, (logits, caches), first + jnp.arange(CHUNK))
+    return logits, caches, tokens
 
 
-def _spec(model: LanguageModel, hyperparameters: ModelHyperparameters) -> AttentionSpec:
-    """Of the cache's shape: what the model's layers mean, but for a bias that each has learned."""
-    backend = model.backend
-    return decoding_spec(
-        num_heads=model.config.num_heads,
-        activation_function=backend.activation,
-        qk_pre_activation_function=backend.qk_pre_activation,
-        theta=hyperparameters.theta,
-        context_length=backend.context_length,
-        window=backend.window,
-    )
+def _specs(model: LanguageModel, hyperparameters: ModelHyperparameters) -> dict[str, AttentionSpec]:
+    """Kind of layer → what its attention means, but for a bias that each layer has learned."""
+    return {
+        kind: config_spec(
+            backend, num_heads=model.config.num_heads, **layer_hyperparameters(hyperparameters, kind)._asdict()
+        )
+        for kind, backend in model.backend.kinds.items()
+    }

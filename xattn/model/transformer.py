@@ -13,16 +13,20 @@ those that write to the residual stream divided by √(2 · num_layers); norm sc
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float, Int
 
-from xattn.backend import attention
-from xattn.backend.config import BackendConfig
-from xattn.backend.decode import Cache, Entry, StateCache, append, attend, decoding_spec, prefill
-from xattn.model.config import ModelConfig
+from xattn.backend import activations, dispatch
+from xattn.backend.arguments import config_spec
+from xattn.backend.config import AttentionConfig
+from xattn.backend.decode import Cache, Entry, StateCache, append, attend, prefill
+from xattn.model import pattern
+from xattn.model.config import BackendConfig, ModelConfig
 from xattn.model.functions import layer_norm, rms_norm, swiglu
 from xattn.model.loss import projected_losses
 from xattn.model.projection import projection
@@ -30,14 +34,33 @@ from xattn.model.projection import projection
 Role = Literal["matrix", "embedding", "vector"]
 
 
-class ModelHyperparameters(NamedTuple):
-    """The swept numbers that the model reads at each call: float32 scalars, or Python floats.
-
-    theta: RoPE's wavelength base. sigmoid_bias: added to sigmoid's logits; not read where it is learned.
-    """
+class LayerHyperparameters(NamedTuple):
+    """The swept numbers that a layer reads at each call: float32 scalars, or Python floats."""
 
     theta: jax.Array | float
+    """RoPE's wavelength base."""
     sigmoid_bias: jax.Array | float
+    """Added to the logits of an activation that takes a bias; not read where the bias is learned."""
+
+
+ModelHyperparameters = LayerHyperparameters | Mapping[str, LayerHyperparameters]
+"""Those of a model with one kind of layer, or kind → those of its layers."""
+
+
+def layer_hyperparameters(hyperparameters: ModelHyperparameters, kind: str) -> LayerHyperparameters:
+    """What the layers of that kind read."""
+    return hyperparameters if isinstance(hyperparameters, LayerHyperparameters) else hyperparameters[kind]
+
+
+def with_sigmoid_bias(hyperparameters: ModelHyperparameters, biases: Mapping[str, Any]) -> ModelHyperparameters:
+    """The same with another bias in the kinds that are given: kind → scalar."""
+
+    def changed(kind: str, each: LayerHyperparameters) -> LayerHyperparameters:
+        return each._replace(sigmoid_bias=biases[kind]) if kind in biases else each
+
+    if isinstance(hyperparameters, LayerHyperparameters):
+        return changed("backend", hyperparameters)
+    return {kind: changed(kind, each) for kind, each in hyperparameters.items()}
 
 
 def parameter_role(path: tuple[Any, ...]) -> Role:
@@ -49,18 +72,10 @@ def parameter_role(path: tuple[Any, ...]) -> Role:
 
 
 class LanguageModel(nn.Module):
-    """Next-token logits.
+    """A decoder: tokens to next-token logits, their losses, or one more token at a time.
 
-    ``__call__(tokens, hyperparameters, *, segment_ids=None, targets=None, train=False)``: int (B, S) → float (B, S, V)
-    in the config's dtype; with targets, int (B, S), their losses instead, float32 (B, S), without all logits at once.
-    segment_ids: int (B, S); tokens of different segments don't attend to each other. With train=True and dropout > 0
-    an rng named ``dropout`` is needed.
-
-    ``__call__(tokens, hyperparameters, cache=cache, length=None)`` decodes: one token (B, 1) goes on from the cache;
-    several are a prompt for one that has seen nothing, of which the first ``length`` count (None: all). The result is
-    the logits after the last of them, (B, 1, V), and the cache with them. A cache is that of
-    :mod:`xattn.backend.decode` with one more axis in front, the layer; :func:`xattn.model.generation.empty_cache` makes
-    one.
+    Call it by ``model.apply({"params": params}, …, method="losses")``, or without a method for logits; parameters come
+    from :func:`init_params`. Tokens of different ``segment_ids`` don't attend to each other.
     """
 
     config: ModelConfig
@@ -71,54 +86,191 @@ class LanguageModel(nn.Module):
         """The same model, its layers in a loop, for what runs once: it compiles faster and runs slower."""
         return self.clone(config=self.config.model_copy(update={"layers": "scanned"}))
 
-    @nn.compact
     def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        hyperparameters: ModelHyperparameters,
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B S V"]:
+        """:meth:`logits`."""
+        return self.logits(tokens, hyperparameters, segment_ids=segment_ids)
+
+    def logits(
+        self,
+        tokens: Int[Array, "B S"],
+        hyperparameters: ModelHyperparameters,
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B S V"]:
+        """Scores of each next token, in the config's dtype."""
+        x, embedding, _ = self._run(tokens, hyperparameters, segment_ids)
+        return self._scores(x, embedding)
+
+    def losses(
+        self,
+        tokens: Int[Array, "B S"],
+        hyperparameters: ModelHyperparameters,
+        targets: Int[Array, "B S"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B S"]:
+        """−log p(target) in float32, without all logits at once. With train=True and dropout > 0 an rng named
+        ``dropout`` is needed."""
+        x, embedding, _ = self._run(tokens, hyperparameters, segment_ids, train=train)
+        return projected_losses(x, embedding, targets, precision=self.config.matmul_precision)
+
+    def decode(
+        self,
+        tokens: Int[Array, "B S"],
+        hyperparameters: ModelHyperparameters,
+        caches: pattern.Caches,
+        *,
+        length: Any = None,
+    ) -> tuple[Float[Array, "B 1 V"], pattern.Caches]:
+        """The logits after the last token, and the caches with the tokens.
+
+        One token continues from the caches; several are a prompt for caches that have seen nothing, of which the first
+        ``length`` count (an int or a traced scalar; None: all). :func:`xattn.model.generation.empty_caches` makes them.
+        """
+        x, embedding, new = self._run(tokens, hyperparameters, None, caches=caches, length=length)
+        after = {kind: append(caches[kind], add) if isinstance(add, Entry) else add for kind, add in new.items()}
+        return self._scores(x, embedding), after
+
+    def _scores(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
+        return projection(x, embedding.astype(x.dtype).T, precision=self.config.matmul_precision)
+
+    @nn.compact
+    def _run(
         self,
         tokens: jax.Array,
         hyperparameters: ModelHyperparameters,
+        segment_ids: jax.Array | None,
         *,
-        segment_ids: jax.Array | None = None,
-        targets: jax.Array | None = None,
         train: bool = False,
-        cache: Cache | None = None,
+        caches: pattern.Caches | None = None,
         length: jax.Array | None = None,
-    ) -> Any:
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """(the residual stream after its last norm, the output embedding (V, D), kind → what its layers add to their
+        caches); with caches the stream is that of the last token, (B, 1, D)."""
         config = self.config
-        dtype = jnp.dtype(config.dtype)
 
         def embedding(name: str) -> nn.Embed:
             init = nn.initializers.normal(0.02)
+            dtype = jnp.dtype(config.dtype)
             return nn.Embed(self.vocab_size, config.embedding_dim, dtype=dtype, embedding_init=init, name=name)
 
         token_embedding = embedding("token_embedding")
         x = token_embedding(tokens)
-        layers = nn.scan(
-            _rematerialised(config),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
-            length=config.num_layers,
-            unroll=config.num_layers if config.layers == "unrolled" and config.remat == "none" else 1,
-        )(config, self.backend, train, name="layers")
-        x, new = layers(x, hyperparameters, segment_ids, cache, length)
-        if cache is not None and tokens.shape[1] > 1:
+        if self.backend.then is None:
+            layers = nn.scan(
+                _rematerialised(config),
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+                length=config.num_layers,
+                unroll=config.num_layers if _is_unrolled(config) else 1,
+            )(config, self.backend, train, name="layers")
+            cache = None if caches is None else caches["backend"]
+            x, of_layers = layers(x, layer_hyperparameters(hyperparameters, "backend"), segment_ids, cache, length)
+            new = {"backend": of_layers}
+        else:
+            x, new = self._mixed(x, hyperparameters, segment_ids, train, caches, length)
+        if caches is not None and tokens.shape[1] > 1:
             x = jax.lax.dynamic_slice_in_dim(x, (tokens.shape[1] if length is None else length) - 1, 1, axis=1)
         x = _norm(config, "final_norm")(x)
         output = token_embedding if config.embeddings == "tied" else embedding("output_embedding")
-        if targets is not None:
-            return projected_losses(x, output.embedding, targets, precision=config.matmul_precision)
-        logits = projection(x, output.embedding.astype(x.dtype).T, precision=config.matmul_precision)
-        if cache is None:
-            return logits
-        return logits, append(cache, new) if isinstance(new, Entry) else new
+        return x, output.embedding, new
+
+    def _mixed(
+        self,
+        x: jax.Array,
+        hyperparameters: ModelHyperparameters,
+        segment_ids: jax.Array | None,
+        train: bool,
+        caches: pattern.Caches | None,
+        length: jax.Array | None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """The layers of two kinds, in a loop over periods."""
+        config, backend = self.config, self.backend
+        is_watched = self.is_mutable_collection("intermediates")
+        drops = train and config.dropout > 0
+        keys = jax.random.split(self.make_rng("dropout"), config.num_layers) if drops else None
+        params = self.variables["params"]
+        assert "layers" in params, "a model with two kinds of layers gets its parameters from init_params"
+
+        def layer(kind: str, params: Any, x: jax.Array, cache: Cache | None, key: jax.Array | None) -> Any:
+            module = Layer(config, backend.kinds[kind], train, parent=None)
+
+            def run(params: Any, x: jax.Array, cache: Cache | None) -> Any:
+                return module.apply(
+                    {"params": params},
+                    *(x, layer_hyperparameters(hyperparameters, kind), segment_ids, cache, length),
+                    rngs={} if key is None else {"dropout": key},
+                    mutable=["intermediates"] if is_watched else False,
+                )
+
+            out = _remat(config, jax.checkpoint)(run)(params, x, cache)
+            (x, new), seen = out if is_watched else (out, None)
+            return x, (new, seen and seen["intermediates"]["attention"]["inputs"][0])
+
+        x, found = pattern.run(
+            layer, x, params, caches, keys, config.num_layers, backend, unrolled=_is_unrolled(config)
+        )
+        if is_watched:
+            self.sow("intermediates", "layers", {kind: inputs for kind, (_, inputs) in found.items()})
+        return x, {kind: new for kind, (new, _) in found.items()}
+
+
+def init_params(model: LanguageModel, key: jax.Array) -> Any:
+    """The parameters of a model. A layer begins with the same numbers whatever kind it and the others are."""
+    tokens = jnp.zeros((1, model.backend.context_length), jnp.int32)
+    of_kinds = {
+        # What computes the attention has no parameters, and need not serve the device here.
+        kind: model.clone(backend=backend.model_copy(update={"implementation": dispatch.AUTO}))
+        .scanned()
+        .init(key, tokens, LayerHyperparameters(1.0, 0.0))["params"]
+        for kind, backend in model.backend.kinds.items()
+    }
+    params = of_kinds["backend"]
+    if model.backend.then is None:
+        return params
+    layers = {kind: tree["layers"] for kind, tree in of_kinds.items()}
+    return params | pattern.merged(layers, model.config.num_layers, model.backend)
+
+
+def attention_inputs(
+    model: LanguageModel,
+    params: Any,
+    tokens: jax.Array,
+    hyperparameters: ModelHyperparameters,
+    segment_ids: jax.Array | None,
+) -> dict[str, tuple[jax.Array, ...]]:
+    """Kind of layer → (q, k, v, bias) as attention gets them, with the kind's layers as the first axis; a bias is None
+    where the activation takes none."""
+    _, seen = model.apply(
+        {"params": params}, tokens, hyperparameters, segment_ids=segment_ids, mutable=["intermediates"]
+    )
+    layers = seen["intermediates"]["layers"]
+    return {"backend": layers["attention"]["inputs"][0]} if model.backend.then is None else layers[0]
+
+
+def _is_unrolled(config: ModelConfig) -> bool:
+    return config.layers == "unrolled" and config.remat == "none"
 
 
 def _rematerialised(config: ModelConfig) -> Any:
     """The layer, with what of its forward pass the backward pass keeps, and what it computes again."""
+    return _remat(config, nn.remat)(Layer)
+
+
+def _remat(config: ModelConfig, remat: Any) -> Any:
     if config.remat == "none":
-        return Layer
+        return lambda function: function
     policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[config.remat]
-    return nn.remat(Layer, policy=policy, prevent_cse=False)  # in a loop nothing can be shared between the passes
+    # In a loop nothing can be shared between the passes.
+    return lambda function: remat(function, policy=policy, prevent_cse=False)
 
 
 class Layer(nn.Module):
@@ -126,14 +278,14 @@ class Layer(nn.Module):
     scan wants."""
 
     config: ModelConfig
-    backend: BackendConfig
+    backend: AttentionConfig
     train: bool
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        hyperparameters: ModelHyperparameters,
+        hyperparameters: LayerHyperparameters,
         segment_ids: jax.Array | None,
         cache: Cache | None,
         length: jax.Array | None,
@@ -162,13 +314,13 @@ class Attention(nn.Module):
     """
 
     config: ModelConfig
-    backend: BackendConfig
+    backend: AttentionConfig
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        hyperparameters: ModelHyperparameters,
+        hyperparameters: LayerHyperparameters,
         segment_ids: jax.Array | None,
         cache: Cache | None,
         length: jax.Array | None,
@@ -186,30 +338,29 @@ class Attention(nn.Module):
         if config.qk_norm == "rmsnorm":
             q = Norm("rmsnorm", name="query_norm")(q)
             k = Norm("rmsnorm", name="key_norm")(k)
-        bias = hyperparameters.sigmoid_bias if backend.activation == "sigmoid" else None
+        bias = hyperparameters.sigmoid_bias if activations.activation(backend.activation).takes_bias else None
         if bias is not None and backend.sigmoid_bias == "learned":
             init = nn.initializers.constant(-math.log(backend.context_length))
             bias = self.param("sigmoid_bias", init, (config.num_heads,))
-        meaning: dict[str, Any] = {
-            "activation_function": backend.activation,
-            "qk_pre_activation_function": backend.qk_pre_activation,
-            "theta": hyperparameters.theta,
-            "context_length": backend.context_length,
-            "sigmoid_bias": bias,
-            "window": backend.window,
-        }
+        spec = config_spec(
+            backend,
+            num_heads=config.num_heads,
+            theta=hyperparameters.theta,
+            sigmoid_bias=bias,
+            length=tokens,
+            batch=batch,
+            segment_ids=segment_ids,
+        )
         new: Cache | Entry | None = None
         if cache is None:
             self.sow("intermediates", "inputs", (q, k, v, bias))  # nothing, unless that collection is asked for
-            out = attention(q, k, v, **meaning, segment_ids=segment_ids, implementation=backend.implementation)
+            out = dispatch.compute(q, k, v, spec, backend.implementation)
+        elif tokens == 1:
+            out, new = attend(q, k, v, cache, spec)
         else:
-            spec = decoding_spec(num_heads=config.num_heads, **meaning)
-            if tokens == 1:
-                out, new = attend(q, k, v, cache, spec)
-            else:
-                # A state has one implementation, whatever the run was trained with.
-                implementation = "auto" if isinstance(cache, StateCache) else backend.implementation
-                out, new = prefill(q, k, v, cache, spec, length=length, implementation=implementation)
+            # A state has one implementation, whatever the run was trained with.
+            implementation = dispatch.AUTO if isinstance(cache, StateCache) else backend.implementation
+            out, new = prefill(q, k, v, cache, spec, length=length, implementation=implementation)
         out = out.transpose(0, 2, 1, 3).reshape(batch, tokens, config.embedding_dim)
         return _dense(config, config.embedding_dim, "output", residual=True)(out), new
 

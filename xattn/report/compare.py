@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from xattn.keys import has_effect
 from xattn.report.design import show
 from xattn.report.read import Run
 from xattn.report.words import number
-from xattn.run_folder import has_effect
 
 _ROWS = {
     "val_loss": ".4f",

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xattn.keys import has_effect
 from xattn.report.read import Run, Study
-from xattn.run_folder import has_effect
 
 SEED = "seed"
 TUNED = ("optimizer.learning_rate",)

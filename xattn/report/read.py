@@ -16,6 +16,7 @@ import yaml
 
 from xattn import run_folder
 from xattn.errors import BadInput
+from xattn.keys import up_to_date
 
 REPORT = "report"
 # Of a row's attention statistics, over layers and heads: the largest logit, the mean of the others.
@@ -110,7 +111,7 @@ def read_run(folder: Path) -> Run:
     if not (folder / run_folder.CONFIG).is_file():
         raise BadInput(f"{folder}: not a run folder: it has no {run_folder.CONFIG}")
     problems: list[str] = []
-    config = _read_yaml(folder / run_folder.CONFIG, dict, problems)
+    config = _read_config(folder / run_folder.CONFIG, problems)
     overrides = _read_yaml(folder / run_folder.OVERRIDES, list, problems)
     summary = _read_json(folder / run_folder.SUMMARY, problems)
     provenance = _read_json(folder / run_folder.PROVENANCE, problems)
@@ -147,6 +148,15 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return value
+
+
+def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
+    config = _read_yaml(path, dict, problems)
+    try:
+        return up_to_date(config) if config else config
+    except BadInput as error:
+        problems.append(f"{path.name}: {error}")
+        return config
 
 
 def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:

@@ -102,18 +102,19 @@ def pack_size(config: Config) -> int:
         if jax.default_backend() != "gpu":
             return 1
     try:
-        if not _attention(config).vmaps:
+        if not all(row.vmaps for row in _attention(config)):
             return 1
     except BadInput:
         return 1  # it is told of when the run is started, and the others go on
     return _paying(config) if config.sweep.pack == "auto" else config.sweep.pack
 
 
-def _attention(config: Config) -> Implementation:
+def _attention(config: Config) -> list[Implementation]:
+    """What computes the attention of each kind of layer."""
     from xattn.backend import dispatch
     from xattn.pack import choose_attention
 
-    return dispatch.row(choose_attention(config, context=1).name)
+    return [dispatch.row(choice.name) for choice in choose_attention(config, context=1).values()]
 
 
 def _paying(config: Config) -> int:

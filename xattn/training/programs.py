@@ -20,12 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from xattn.backend.config import AttentionConfig
 from xattn.config import Config, shaping
 from xattn.data.batches import Windows
 from xattn.evaluation.attention import Study, attention_study
 from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.evaluation.probes import PlacesOf, places_of
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, matmul_flops_per_token
+from xattn.model.transformer import (
+    LanguageModel,
+    LayerHyperparameters,
+    ModelHyperparameters,
+    init_params,
+    matmul_flops_per_token,
+)
 from xattn.training.gradients import loss_and_gradient
 from xattn.training.optimizer import OptimizerHyperparameters, global_norm, learning_rate_factor, optimizer
 from xattn.training.sharding import Layout, layout_of
@@ -74,16 +81,21 @@ class StepMetrics(NamedTuple):
 
 def hyperparameters(config: Config) -> Hyperparameters:
     """The config's swept numbers as the arrays that the programs read."""
-    backend, chosen = config.backend, config.optimizer
-    bias = -math.log(backend.context_length) if isinstance(backend.sigmoid_bias, str) else backend.sigmoid_bias
+    chosen = config.optimizer
+    of_kinds = {kind: _of_kind(backend) for kind, backend in config.backend.kinds.items()}
     clip_norm = math.inf if chosen.clip_norm is None else chosen.clip_norm
     return Hyperparameters(
-        ModelHyperparameters(jnp.float32(backend.theta), jnp.float32(bias)),
+        of_kinds if len(of_kinds) > 1 else of_kinds["backend"],
         OptimizerHyperparameters(
             jnp.float32(chosen.learning_rate), jnp.float32(chosen.weight_decay), jnp.float32(clip_norm)
         ),
         jnp.uint32(config.seed),
     )
+
+
+def _of_kind(backend: AttentionConfig) -> LayerHyperparameters:
+    bias = -math.log(backend.context_length) if isinstance(backend.sigmoid_bias, str) else backend.sigmoid_bias
+    return LayerHyperparameters(jnp.float32(backend.theta), jnp.float32(bias))
 
 
 class Programs(NamedTuple):
@@ -150,25 +162,22 @@ class _OneRun(NamedTuple):
 @lru_cache(maxsize=8)
 def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
     model = LanguageModel(config.model, config.backend, vocab_size)
-    context_length = config.backend.context_length
     schedule = learning_rate_factor(config.schedule, config.trainer.steps)
 
     def init(hyper: Hyperparameters) -> TrainState:
         key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
-        tokens = jnp.zeros((1, context_length), jnp.int32)
-        params = model.scanned().init(key, tokens, hyper.model)["params"]
+        params = init_params(model, key)
         opt_state = optimizer(config.optimizer, hyper.optimizer).init(params)
         return TrainState(jnp.int32(0), params, opt_state, hyper, jnp.int32(0), jnp.int32(-1))
 
     def summed_loss(hyper: Hyperparameters, params: Any, windows: Windows, dropout: jax.Array) -> jax.Array:
         losses: Any = model.apply(
             {"params": params},
-            windows.inputs,
-            hyper.model,
+            *(windows.inputs, hyper.model, windows.targets),
             segment_ids=windows.segment_ids,
-            targets=windows.targets,
             train=True,
             rngs={"dropout": dropout},
+            method="losses",
         )
         return jnp.sum(losses * windows.weights)
 

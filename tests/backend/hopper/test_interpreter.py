@@ -19,9 +19,8 @@ from xattn.backend.hopper import kernels
 from xattn.backend.hopper.fused import fused
 from xattn.backend.hopper.kernels import Meaning
 from xattn.backend.hopper.tuning import Tuning
-
-from .. import oracle
-from ..contract import close
+from xattn.testing import oracle
+from xattn.testing.contract import close
 
 pytestmark = pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"), reason="the GPU interpreter came with jax 0.12 (Python ≥ 3.12)"

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from xattn.backend import attention, dispatch
-from xattn.backend.config import Activation
+from xattn.backend.activations import Activation, activation
 from xattn.backend.dispatch import Call, choose, row
-
-from ..contract import TOLERANCE
+from xattn.testing.contract import TOLERANCE
 
 CALL = Call(
-    activation="sigmoid",
+    activation=activation("sigmoid"),
     dtype="bfloat16",
     batch=2,
     num_heads=4,
@@ -35,7 +34,8 @@ CALL = Call(
     ("change", "reason"),
     [
         ({"platform": "cpu"}, "the platform cpu"),
-        ({"activation": "softmax"}, "softmax"),
+        ({"activation": activation("softmax")}, "softmax: it serves sigmoid and none only"),
+        ({"activation": Activation(name="relu", formula="", weight=lambda logits, n: logits)}, "relu: it serves"),
         ({"dtype": "float32"}, "float32"),
         ({"head_dim_qk": 96, "head_dim_v": 96}, "96 and 96: equal, 64 or 128"),
         ({"head_dim_v": 128}, "64 and 128"),
@@ -46,8 +46,8 @@ CALL = Call(
 )
 def test_what_it_does_not_support_it_says(change: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
-    assert row("hopper").unsupported(CALL) is None
-    assert reason in (row("hopper").unsupported(replace(CALL, **change)) or "")
+    assert row("hopper").refusal(CALL) is None
+    assert reason in (row("hopper").refusal(replace(CALL, **change)) or "")
 
 
 @pytest.mark.parametrize("capability", ["8.9", "10.0"])
@@ -57,15 +57,13 @@ def test_another_generation_is_refused(capability: str, monkeypatch: pytest.Monk
         choose(CALL, "hopper")
 
 
-@pytest.mark.parametrize(("activation", "other"), [("sigmoid", "blockwise"), ("none", "linear")])
-def test_auto_passes_it_over_until_it_is_measured(
-    activation: Activation, other: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("name", "other"), [("sigmoid", "blockwise"), ("none", "linear")])
+def test_auto_passes_it_over_until_it_is_measured(name: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
-    choice = choose(replace(CALL, activation=activation))
+    choice = choose(replace(CALL, activation=activation(name)))
     assert choice.name == other
     assert "not measured yet" in choice.passed_over["hopper"]
-    assert choose(replace(CALL, activation=activation), "hopper").name == "hopper"
+    assert choose(replace(CALL, activation=activation(name)), "hopper").name == "hopper"
 
 
 def test_nobody_loads_pallas_who_does_not_take_it() -> None:
@@ -73,12 +71,10 @@ def test_nobody_loads_pallas_who_does_not_take_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("name", ["sigmoid", "none"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("width", "length", "kv_heads"), [(64, 200, 4), (128, 512, 2)])
-def test_on_a_hopper_gpu_it_is_the_reference(
-    activation: str, dtype: str, width: int, length: int, kv_heads: int
-) -> None:
+def test_on_a_hopper_gpu_it_is_the_reference(name: str, dtype: str, width: int, length: int, kv_heads: int) -> None:
     if dispatch.platform() != "cuda" or dispatch.compute_capability() != "9.0":
         pytest.skip("needs a CUDA device of compute capability 9.0")
     rng = np.random.default_rng(0)
@@ -88,8 +84,8 @@ def test_on_a_hopper_gpu_it_is_the_reference(
 
     def run(implementation: str) -> list[jax.Array]:
         def call(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-            given = {"sigmoid_bias": bias} if activation == "sigmoid" else {}
-            return attention(q, k, v, activation_function=activation, implementation=implementation, **given)
+            given = {"sigmoid_bias": bias} if name == "sigmoid" else {}
+            return attention(q, k, v, activation_function=name, implementation=implementation, **given)
 
         out, vjp = jax.vjp(call, q, k, v, jnp.array([-1.0, -3.0, -5.0, -7.0]))
         return [out, *vjp(g)]

@@ -11,6 +11,9 @@ from typing import Literal
 
 Form = Literal["hardware", "polynomial3", "polynomial4", "split"]
 
+WIDTHS = (64, 128)
+"""Head widths that the kernels are written for."""
+
 ROWS = 64
 """Rows of a tile that a compute warpgroup keeps: those of one wgmma instruction."""
 

@@ -1,10 +1,12 @@
-"""What every implementation must be, as checks on one function; the tests run them over the table.
+"""What every implementation must be, as checks on one function (q, k, v, spec) → out.
 
-They live apart from the tests so that a test can also ask whether a broken implementation fails them.
+The tests run them over the dispatch table and every activation; :func:`xattn.testing.check_activation` runs them on an
+activation of your own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -13,13 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.backend import precompute_freqs
+from xattn.backend import blockwise, linear, precompute_freqs, reference, ring
+from xattn.backend.activations import Activation, activation
 from xattn.backend.arguments import checked_spec
-from xattn.backend.config import Activation, QKPreActivation
-from xattn.backend.dispatch import Call, Implementation
+from xattn.backend.config import QKPreActivation
+from xattn.backend.decode import decode_step, decoding_spec, init_cache, prefill
+from xattn.backend.dispatch import Call, row
 from xattn.backend.spec import AttentionSpec
+from xattn.testing import oracle
 
-from . import oracle
+Function = Callable[[jax.Array, jax.Array, jax.Array, AttentionSpec], jax.Array]
 
 # The largest error, over the largest true value, that an implementation may have: the one table of tolerances.
 TOLERANCE = {"float32": 5e-6, "bfloat16": 2.5e-2, "float16": 4e-3}
@@ -28,6 +33,9 @@ TOLERANCE = {"float32": 5e-6, "bfloat16": 2.5e-2, "float16": 4e-3}
 BATCH, HEADS, LENGTH, WIDTH_QK, WIDTH_V = 2, 3, 13, 10, 7
 THETA = 100.0
 
+# What the oracle states by itself; of any other activation it asks the function.
+OWN_FORMULAS = ("softmax", "sigmoid", "none")
+
 MASKS = ("default", "causal", "arbitrary", "empty rows", "window", "segments", "everything")
 
 
@@ -35,7 +43,7 @@ MASKS = ("default", "causal", "arbitrary", "empty rows", "window", "segments", "
 class Case:
     """A point of the grid over which the checks run."""
 
-    activation: Activation
+    activation: str
     pre_activation: QKPreActivation = "none"
     mask: str = "default"
     dtype: str = "float32"
@@ -49,7 +57,7 @@ class Case:
     def call(self) -> Call:
         """The case as the table sees it, without making an array."""
         return Call(
-            activation=self.activation,
+            activation=activation(self.activation),
             dtype=self.dtype,
             batch=BATCH,
             num_heads=self.heads,
@@ -71,6 +79,28 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """An implementation, its work cut into pieces so small that LENGTH needs several and is no multiple of them."""
+
+    name: str
+    implementation: str
+    function: Function
+
+    def serves(self, case: Case) -> bool:
+        return row(self.implementation).refusal(case.call()) is None
+
+
+SUBJECTS = (
+    Subject("reference", "reference", reference.reference),
+    Subject("blockwise", "blockwise", partial(blockwise.blockwise, tuning=blockwise.Tuning(tile=4))),
+    # Without a mesh that splits the sequence it is blockwise.
+    Subject("ring", "ring", partial(ring.ring, tuning=blockwise.Tuning(tile=4))),
+    Subject("linear", "linear", partial(linear.linear, tuning=linear.Tuning(chunk=3))),
+    Subject("linear2x2", "linear", partial(linear.linear, tuning=linear.Tuning(2, concurrent=2))),
+)
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A case's arrays, as the implementation and as the oracle take them."""
 
@@ -82,9 +112,13 @@ class Inputs:
     problem: oracle.Problem
 
 
-@cache
 def inputs(case: Case) -> Inputs:
     """Deterministic arrays, rounded to the case's dtype before either side sees them."""
+    return _inputs(case, activation(case.activation))
+
+
+@cache
+def _inputs(case: Case, row: Activation) -> Inputs:
     rng = np.random.default_rng(20240904)
     q, k, v, g = (
         jnp.asarray(rng.standard_normal((BATCH, heads, case.length, width)), case.dtype)
@@ -105,7 +139,7 @@ def inputs(case: Case) -> Inputs:
         qk_pre_activation_function=case.pre_activation,
         theta=THETA,
         context_length=case.context_length,
-        sigmoid_bias=jnp.asarray(bias, jnp.float32) if case.bias_step else None,
+        sigmoid_bias=jnp.asarray(bias, jnp.float32) if case.bias_step and row.takes_bias else None,
         attention_mask=restrictions.get("mask"),
         segment_ids=restrictions.get("segments"),
         window=restrictions.get("window"),
@@ -120,9 +154,25 @@ def inputs(case: Case) -> Inputs:
         sin=_f64(sin),
         cos=_f64(cos),
         keep=oracle.keep_of(BATCH, case.length, **restrictions),
-        bias=bias,
+        bias=bias if row.takes_bias else None,
+        pointwise=None if row.name in OWN_FORMULAS or row.is_normalised else _in_float64(row, spec.n),
+        extra_logit=row.extra_logit,
     )
     return Inputs(q, k, v, g, spec, problem)
+
+
+def _in_float64(row: Activation, n: int) -> tuple[oracle.Function, oracle.Function]:
+    """An activation that the oracle has no formula of, and its slope, by its own function in float64."""
+
+    def of(function: Any) -> oracle.Function:
+        def run(logits: oracle.F64) -> oracle.F64:
+            with jax.enable_x64(True):
+                return np.asarray(function(jnp.asarray(logits, jnp.float64)))
+
+        return run
+
+    weight = partial(row.__call__, n=n)
+    return of(weight), of(lambda logits: jax.vjp(weight, logits)[1](jnp.ones_like(logits))[0])
 
 
 def _restrictions(mask: str, length: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -146,7 +196,7 @@ def _f64(x: jax.Array) -> oracle.F64:
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(function: Any, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, g: jax.Array) -> Any:
+def _run(function: Function, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, g: jax.Array) -> Any:
     """(out, gradients of Σ out · g with respect to q, k, v, theta and the bias)."""
 
     def of_arrays(*arrays: Any) -> jax.Array:
@@ -157,27 +207,27 @@ def _run(function: Any, q: jax.Array, k: jax.Array, v: jax.Array, spec: Attentio
     return out, vjp(g.astype(out.dtype))
 
 
-def check_values(row: Implementation, case: Case) -> None:
+def check_values(function: Function, case: Case) -> None:
     """Output and all gradients equal the oracle's, are finite and keep their dtypes."""
     x = inputs(case)
-    out, (d_q, d_k, d_v, d_theta, d_bias) = _run(row.function, x.q, x.k, x.v, x.spec, x.g)
+    out, (d_q, d_k, d_v, d_theta, d_bias) = _run(function, x.q, x.k, x.v, x.spec, x.g)
     g = _f64(x.g)
     want_q, want_k, want_v, want_bias = oracle.vjp(x.problem, g)
     close("out", out, oracle.forward(x.problem), case.dtype)
     close("gradient of q", d_q, want_q, case.dtype)
     close("gradient of k", d_k, want_k, case.dtype)
     close("gradient of v", d_v, want_v, case.dtype)
-    if case.activation == "sigmoid":
+    if x.spec.bias is not None:
         close("gradient of the bias", d_bias, want_bias, case.dtype, "float32")
     assert np.isfinite(d_theta), "the gradient of theta is not finite"
     empty = ~x.problem.keep.any(-1)
     assert not np.any(np.asarray(out).swapaxes(1, 2)[empty]), "a row that may attend to nothing is not exactly 0"
 
 
-def check_theta_gradient(row: Implementation, case: Case) -> None:
+def check_theta_gradient(function: Function, case: Case) -> None:
     """d/dθ against a central difference of the oracle over float64 tables."""
     x = inputs(case)
-    d_theta = _run(row.function, x.q, x.k, x.v, x.spec, x.g)[1][3]
+    d_theta = _run(function, x.q, x.k, x.v, x.spec, x.g)[1][3]
     step = 1e-4
 
     def loss(theta: float) -> float:
@@ -189,17 +239,52 @@ def check_theta_gradient(row: Implementation, case: Case) -> None:
     assert abs(float(d_theta) - want) < 1e-4 * abs(want) + 1e-6, (float(d_theta), want)
 
 
-def check_causal(row: Implementation, case: Case) -> None:
-    """By default the output at t depends on every s ≤ t, and on no s > t, bit for bit."""
+def check_causal(function: Function, case: Case) -> None:
+    """By default the output at t depends on every s ≤ t whose weight is not 0, and on no s > t, bit for bit."""
     x = inputs(case)
     t = case.length // 2
 
     def at(k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(row.function(x.q, k, v, x.spec)[:, :, t])
+        return jnp.sum(function(x.q, k, v, x.spec)[:, :, t])
 
+    weights = oracle.weights(x.problem)[:, :, t, : t + 1]
     for gradient in jax.jit(jax.grad(at, argnums=(0, 1)))(x.k, x.v):
         assert not np.any(np.asarray(gradient)[:, :, t + 1 :]), "the output depends on a later token"
-        assert np.all(np.any(np.asarray(gradient)[:, :, : t + 1] != 0, axis=-1)), "the output ignores an earlier token"
+        seen = np.any(np.asarray(gradient)[:, :, : t + 1] != 0, axis=-1)
+        assert np.all(seen | (weights == 0)), "the output ignores an earlier token"
+
+
+def check_decoding(case: Case, *, prompt: int = 0) -> None:
+    """A prompt of so many tokens and then token by token: the output at every position is the parallel form's."""
+    x = inputs(case)
+    spec = decoding_spec(
+        num_heads=case.heads,
+        activation_function=case.activation,
+        qk_pre_activation_function=case.pre_activation,
+        theta=THETA,
+        context_length=case.context_length,
+        window=case.call().window,
+    )
+    cache = init_cache(
+        spec,
+        batch=BATCH,
+        num_kv_heads=case.kv_heads,
+        head_dim_qk=WIDTH_QK,
+        head_dim_v=WIDTH_V,
+        capacity=case.length,
+        dtype=case.dtype,
+    )
+    outs = []
+    if prompt:
+        # What follows the prompt's length is its padding, here the true continuation, and changes nothing.
+        out, cache = jax.jit(prefill)(x.q, x.k, x.v, cache, spec, length=prompt)
+        outs.append(out[:, :, :prompt])
+    step = jax.jit(decode_step)
+    for t in range(prompt, case.length):
+        out, cache = step(*(array[:, :, t : t + 1] for array in (x.q, x.k, x.v)), cache, spec)
+        outs.append(out)
+    close("decoded out", jnp.concatenate(outs, axis=2), oracle.forward(x.problem), case.dtype)
+    assert int(cache.length) == case.length, "the cache has not counted its tokens"
 
 
 def close(what: str, actual: jax.Array, expected: oracle.F64, dtype: str, kept: str | None = None) -> None:

@@ -7,6 +7,7 @@ accuracy and not an error of an implementation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
+Function = Callable[[F64], F64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +26,18 @@ class Problem:
     k: F64
     v: F64
     activation: str
+    """softmax, sigmoid or none; another name needs ``pointwise``."""
     swish: bool
     sin: F64
     cos: F64
     keep: Bool
     """(B, S, S)."""
-    bias: F64
-    """(NH,); used by sigmoid."""
+    bias: F64 | None
+    """(NH,), added to the logits."""
+    pointwise: tuple[Function, Function] | None = None
+    """Of another activation: logits → weights, logits → slopes."""
+    extra_logit: float | None = None
+    """In softmax's sum, without a value."""
 
 
 def tables(length: int, width: int, theta: float) -> tuple[F64, F64]:
@@ -74,17 +81,28 @@ def _weights(p: Problem) -> tuple[F64, F64, F64, F64, F64]:
     source = [h // group for h in range(p.q.shape[1])]
     q, k = (_turn(x * _sigmoid(x) if p.swish else x, p.sin, p.cos) for x in (p.q, p.k[:, source]))
     logits = np.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[-1])
+    if p.bias is not None:
+        logits = logits + p.bias[:, None, None]
     keep = p.keep[:, None]
-    if p.activation == "softmax":
-        top = np.max(np.where(keep, logits, -np.inf), axis=-1, keepdims=True)
-        weights = np.where(keep, np.exp(logits - np.where(np.isfinite(top), top, 0)), 0)
-        total = weights.sum(-1, keepdims=True)
-        weights = weights / np.where(total == 0, 1, total)
+    if p.pointwise is not None:
+        weights = np.where(keep, p.pointwise[0](logits), 0)
     elif p.activation == "sigmoid":
-        weights = np.where(keep, _sigmoid(logits + p.bias[:, None, None]), 0)
-    else:
+        weights = np.where(keep, _sigmoid(logits), 0)
+    elif p.activation == "none":
         weights = np.where(keep, logits, 0)
+    else:
+        extra = -np.inf if p.extra_logit is None else p.extra_logit
+        top = np.maximum(np.max(np.where(keep, logits, -np.inf), axis=-1, keepdims=True), extra)
+        top = np.where(np.isfinite(top), top, 0)
+        weights = np.where(keep, np.exp(logits - top), 0)
+        total = weights.sum(-1, keepdims=True) + np.exp(extra - top)
+        weights = weights / np.where(total == 0, 1, total)
     return q, k, p.v[:, source], logits, weights
+
+
+def weights(p: Problem) -> F64:
+    """(B, NH, S, S)."""
+    return _weights(p)[-1]
 
 
 def forward(p: Problem) -> F64:
@@ -95,14 +113,16 @@ def forward(p: Problem) -> F64:
 
 def vjp(p: Problem, g: F64) -> tuple[F64, F64, F64, F64]:
     """The gradients of Σ out · g with respect to q, k, v and the bias."""
-    q, k, v, _, weights = _weights(p)
+    q, k, v, logits, weights = _weights(p)
     d_weights = np.einsum("bhtd,bhsd->bhts", g, v)
-    if p.activation == "softmax":
-        d_logits = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True))
+    if p.pointwise is not None:
+        d_logits = np.where(p.keep[:, None], d_weights * p.pointwise[1](logits), 0)
     elif p.activation == "sigmoid":
         d_logits = d_weights * weights * (1 - weights)
-    else:
+    elif p.activation == "none":
         d_logits = np.where(p.keep[:, None], d_weights, 0)
+    else:
+        d_logits = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True))
     scale = 1 / math.sqrt(q.shape[-1])
     d_q = _unprepare(p, p.q, np.einsum("bhts,bhsd->bhtd", d_logits, k) * scale)
     d_k = _unprepare(p, p.k, _ungroup(np.einsum("bhts,bhtd->bhsd", d_logits, q) * scale, p.k.shape[1]))

@@ -1,0 +1,93 @@
+"""The config's keys over time: which of them name a run, and how a config.yaml of any version is read.
+
+A run folder outlives the version that made it. Whoever adds, renames or removes a key says here what older runs meant,
+and then they load, resume and stay at their place. Standard library only, since the report reads with this too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from xattn.errors import BadInput
+
+# What 968f896 did not have. A config.yaml without the key means this value, for ever, whatever the default becomes; at
+# this value the key takes no part in a run's name. ``model.matmul_precision`` is older than that promise: 968f896 puts
+# it into the name at every value.
+ABSENT: dict[str, Any] = {
+    "model.matmul_precision": "default",
+    "backend.every": None,
+    "backend.then": None,
+}
+_NAMED_AT_EVERY_VALUE = "model.matmul_precision"
+
+# Old key → the key that has its meaning now. A run's name is still made with the old one.
+RENAMED: dict[str, str] = {}
+
+# Key that is gone → the only behaviour that is left. A run with another value cannot be read; the others' names are
+# still made with it.
+REMOVED: dict[str, Any] = {}
+
+# Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped
+# and swept, when it is saved.
+_WITHOUT_EFFECT = (
+    *("tracking", "parallel", "sweep", "study", "resume"),
+    *("trainer.checkpoint_every", "trainer.checkpoint_minutes"),
+)
+
+
+def has_effect(key: str) -> bool:
+    """Whether this dotted key says what the run computes, and so may differ between runs that are compared."""
+    return not any(key == name or key.startswith(f"{name}.") for name in _WITHOUT_EFFECT)
+
+
+def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config.yaml of any version, in the keys of this one.
+
+    Raises:
+        BadInput: a removed key has a value that no code is left for.
+    """
+    tree = copy.deepcopy(dict(config))
+    for old, new in RENAMED.items():
+        if (found := _take(tree, old)) is not None:
+            _group(tree, new)[new.rpartition(".")[2]] = found[0]
+    for key, left in REMOVED.items():
+        if (found := _take(tree, key)) is not None and found[0] != left:
+            raise BadInput(f"{key} = {found[0]}: only {left} is supported since this key was removed")
+    for key, meaning in ABSENT.items():
+        _group(tree, key).setdefault(key.rpartition(".")[2], copy.deepcopy(meaning))
+    return tree
+
+
+def naming(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's dotted keys and values those that make its name, spelled as 968f896 spells them."""
+    old_names = {new: old for old, new in RENAMED.items()}
+    named = {
+        old_names.get(key, key): value
+        for key, value in values.items()
+        if key not in ABSENT or value != ABSENT[key] or key == _NAMED_AT_EVERY_VALUE
+    }
+    return named | REMOVED
+
+
+def naming_before_matmul_precision(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """As :func:`naming`, for versions that did not have that key; None where its value is one that they lacked."""
+    named = naming(values)
+    if named.pop(_NAMED_AT_EVERY_VALUE) != ABSENT[_NAMED_AT_EVERY_VALUE]:
+        return None
+    return named
+
+
+def _take(tree: dict[str, Any], key: str) -> tuple[Any] | None:
+    """Removes a dotted key, and returns its value in a tuple; None where it is not there."""
+    group, leaf = _group(tree, key), key.rpartition(".")[2]
+    return (group.pop(leaf),) if leaf in group else None
+
+
+def _group(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping that a dotted key stands in; an empty one of no effect where the tree has none."""
+    node: Any = tree
+    for part in key.split(".")[:-1]:
+        node = node.get(part) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else {}

@@ -1,0 +1,73 @@
+"""The contract suite for an activation of your own: ``xattn.testing.check_activation("relu")``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+
+from xattn.backend.activations import activation
+from xattn.testing.contract import (
+    MASKS,
+    SUBJECTS,
+    Case,
+    check_causal,
+    check_decoding,
+    check_theta_gradient,
+    check_values,
+)
+
+Check = tuple[str, Callable[[], None]]
+
+
+def check_activation(name: str) -> None:
+    """Checks that a registered activation is its formula wherever it is computed.
+
+    Output and gradients of every implementation that serves it are compared with float64, under every kind of mask, in
+    float32 and bfloat16, with grouped heads, by autodiff of the activation's own function; then decoding against the
+    parallel form, causality, and the gradient of theta. A minute on two CPU cores.
+
+    Raises:
+        ValueError: no activation of that name is registered.
+        AssertionError: some check fails; the message names all that do.
+    """
+    failures = []
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)  # many tiny programs: compiling well takes longest
+    try:
+        for what, check in checks(name):
+            try:
+                check()
+            except AssertionError as error:
+                failures.append(f"{what}: {error}")
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+    assert not failures, "\n".join([f"{name} fails {len(failures)} checks:", *failures])
+
+
+def checks(name: str) -> Iterator[Check]:
+    """What :func:`check_activation` checks, one by one: (what it is of, the check)."""
+    row = activation(name)
+    plain = Case(activation=name)
+    cases = [
+        *(Case(activation=name, mask=mask) for mask in MASKS),
+        *(Case(activation=name, dtype="bfloat16", mask=mask) for mask in ("default", "everything")),
+        Case(activation=name, heads=6, kv_heads=2, mask="everything", context_length=5),
+        Case(activation=name, pre_activation="swish", length=1),
+        *([Case(activation=name, bias_step=0.3, heads=6, kv_heads=2)] if row.takes_bias else []),
+    ]
+    for subject, case in itertools.product(SUBJECTS, cases):
+        if subject.serves(case):
+            yield f"{subject.name} {case}", lambda f=subject.function, c=case: check_values(f, c)  # type: ignore[misc]
+    for subject in SUBJECTS:
+        if subject.serves(plain):
+            yield f"{subject.name} causal", lambda f=subject.function: check_causal(f, plain)  # type: ignore[misc]
+            yield f"{subject.name} theta", lambda f=subject.function: check_theta_gradient(f, plain)  # type: ignore[misc]
+    for case in (
+        Case(activation=name, context_length=5),
+        Case(activation=name, context_length=5, mask="window"),
+        Case(activation=name, context_length=5, heads=6, kv_heads=2, dtype="bfloat16"),
+    ):
+        for prompt in (0, 7):
+            yield f"decoding {case} after {prompt}", lambda c=case, p=prompt: check_decoding(c, prompt=p)  # type: ignore[misc]
