@@ -6,6 +6,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
 from xattn.attempt import Job, prunes_nothing
+from xattn.backend import activations
 from xattn.errors import BadInput, ExitCode
 from xattn.sweep.study import carry_out_elsewhere, outcomes
 from xattn.sweep.workers import carry_out
@@ -36,6 +38,21 @@ class XattnLauncher(Launcher):
         ]
 
 
+class WithActivations:
+    """A task that takes the user's own activations along: they are registered where it is unpickled."""
+
+    def __init__(self, rows: Sequence[activations.Activation], task: TaskFunction):
+        self.rows, self.task = rows, task
+
+    def __call__(self, config: DictConfig) -> object:
+        return self.task(config)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for row in self.rows:
+            activations.add(row)
+
+
 class ElsewhereLauncher(Launcher):
     """Validates every job, skips those that are done, hands the others to a launcher of SLURM or Ray, and reads what
     came of them from the run folders."""
@@ -45,6 +62,8 @@ class ElsewhereLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
+        if own := [row for row in activations.rows() if row.file is not None]:
+            task_function = WithActivations(own, task_function)
         self._launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

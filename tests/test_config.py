@@ -539,7 +539,7 @@ def test_any_overrides_are_a_config_or_a_short_message(overrides: list[str]) -> 
 
 def test_what_answers_at_once_imports_no_jax() -> None:
     code = (
-        "import sys, xattn, xattn.config, xattn.run, xattn.run_folder, xattn.provenance, xattn.backend.config, "
+        "import sys, xattn, xattn.config, xattn.run, xattn.run_folder, xattn.provenance, xattn.model.config, "
         "xattn.tracking.display\n"
         "xattn.config.compose(['backend=sigmoid'])\n"
         "heavy = {'jax', 'flax', 'optax', 'orbax', 'wandb'} & set(sys.modules)\n"

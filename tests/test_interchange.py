@@ -108,6 +108,11 @@ def test_transformers_computes_our_logits(tmp_path: Path) -> None:
     np.testing.assert_allclose(theirs, logits, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_of_two_kinds_are_no_llama() -> None:
+    with pytest.raises(BadInput, match=r"no Llama computes this model: backend.every = 2"):
+        llama_config(compose([*LLAMA, "backend.every=2", "backend.then={window: 3}"]), V)
+
+
 def test_what_is_no_llama_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no Llama computes this model: backend\.activation = sigmoid, model\.qk_norm"):
         llama_config(compose([*LLAMA, "backend=sigmoid", "model.qk_norm=rmsnorm"]), V)

@@ -56,6 +56,27 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
     return code, out, err
 
 
+def test_logits_in_one_call(loaded: xattn.LoadedRun) -> None:
+    """A sequence or a batch of them; what the vocabulary lacks is told, not clamped."""
+    tokens = np.arange(20).reshape(2, 10)
+    whole = loaded.logits(tokens)
+    assert whole.shape == (2, 10, loaded.model.vocab_size)
+    np.testing.assert_allclose(loaded.logits(tokens[1]), whole[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        whole, loaded.model.apply({"params": loaded.params}, tokens, loaded.hyperparameters), rtol=1e-5, atol=1e-5
+    )
+    apart = loaded.logits(tokens[0], segment_ids=np.arange(10) // 5)
+    np.testing.assert_allclose(apart[:5], whole[0, :5], rtol=1e-5, atol=1e-5)
+    assert np.abs(apart[5:] - whole[0, 5:]).max() > 1e-3
+    for bad, message in (
+        (tokens - 1, "0 to 255, got -1"),
+        (tokens + 250, "got 250 to 269"),
+        ([0.5], "integers of shape"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            loaded.logits(bad)
+
+
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,57 @@ def test_it_is_what_the_compiled_step_needs(overrides: list[str]) -> None:
     assert compiled.peak_memory_bytes / 2 < found.memory_bytes < compiled.peak_memory_bytes * 2
 
 
+PATTERN = ("backend=sigmoid", "backend.sigmoid_bias=learned", "backend.every=2")
+
+
+def test_of_two_kinds_of_layers_it_is_what_the_compiled_step_needs() -> None:
+    """Parameters that one kind alone has included: of three layers two have a bias."""
+    config = compose([*SMALL, *PATTERN, "backend.then={activation: none}"])
+    compiled, _ = programs(config, 256)
+    found = planned(config)
+    params = jax.eval_shape(compiled.init, hyperparameters(config)).params
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert found.parameters == planned(compose([*SMALL, "backend=none"])).parameters + 2 * 2
+    assert found.flops_per_step == compiled.flops_per_step
+    assert found.flops_per_step == planned(compose([*SMALL, "backend=none"])).flops_per_step
+    assert compiled.peak_memory_bytes / 2 < found.memory_bytes < compiled.peak_memory_bytes * 2
+
+
+@pytest.mark.parametrize(("layers", "every", "of_reference"), [(4, 2, 2), (5, 2, 2), (6, 3, 2), (5, 5, 1)])
+def test_each_layer_keeps_what_its_kinds_attention_keeps(layers: int, every: int, of_reference: int) -> None:
+    """S×S weights in the layers alone that are computed by the reference."""
+
+    def activations(*overrides: str) -> dict[str, int]:
+        config = [*SMALL, "backend.context_length=2048", f"model.num_layers={layers}", *overrides]
+        return planned(compose(config)).memory
+
+    blockwise = activations("backend.implementation=blockwise")
+    reference = activations("backend.implementation=reference")
+    pattern = [f"backend.every={every}", "backend.then={implementation: reference}"]
+    mixed = activations("backend.implementation=blockwise", *pattern)
+    assert blockwise["activations"] < mixed["activations"] < reference["activations"]
+    # What each layer keeps, and while a layer's gradient is computed twice that of the greatest.
+    weights = (reference["activations"] - blockwise["activations"]) / (layers + 2)
+    assert mixed["activations"] - blockwise["activations"] == pytest.approx((of_reference + 2) * weights, rel=1e-6)
+    assert {**mixed, "activations": 0} == {**blockwise, "activations": 0}
+
+
+def test_each_layer_sends_what_its_kinds_attention_exchanges() -> None:
+    def sent(*overrides: str) -> int:
+        config = compose([*SMALL, "backend.context_length=1024", *overrides])
+        return planned(config, ONE | {"context": 4}).communication["context"]
+
+    states, ring = sent("backend=none"), sent("backend=softmax")
+    mixed = sent("backend=none", "backend.every=2", "backend.then={activation: softmax}")
+    assert mixed - states == pytest.approx((ring - states) / 3)  # one of three layers
+
+
+def test_the_kind_that_cannot_be_computed_is_named() -> None:
+    config = compose([*SMALL, "backend.every=2", "backend.then={activation: sigmoid, implementation: cudnn}"])
+    with pytest.raises(BadInput, match=r"^backend\.then\.implementation: .*'cudnn' does not support"):
+        planned(config)
+
+
 def test_the_flops_are_those_that_xla_counts() -> None:
     """In the program as it is before XLA optimises it, attention over all of S×S: within a quarter."""
     config = compose([*SMALL, "backend.implementation=reference", "model.layers=unrolled"])

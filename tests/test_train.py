@@ -364,6 +364,8 @@ BAD = [
     (["data=text", "data.path=/tmp/ü/x"], ["/tmp/ü/x", "quotes"]),
     (["study=../outside"], ["study", "../outside"]),
     (["nonsense"], ["nonsense", "key=value"]),
+    (["backend.implementation=blockwize"], ["backend.implementation", "blockwize", "did you mean blockwise"]),
+    (["backend.every=2", "backend.then={activation: softmx}"], ["backend.then.activation", "did you mean softmax"]),
     (["-m", "backend.activation=softmax,sigmod"], ["backend.activation", "sigmod", "sigmoid"]),
     (["-m", "data=text", "data.path=missing.txt", "seed=0,1"], ["of 2 runs none is started", "missing.txt"]),
     (["--unknown"], ["--unknown"]),

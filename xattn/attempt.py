@@ -440,7 +440,7 @@ class Attempt:
         before, step, here = self._before.get("failures"), self._summary["step"], provenance()
         again = before and before["step"] >= step and not changes(before, here)
         count = before["count"] + 1 if before and again else 1
-        same = {key: here[key] for key in ("source_sha256", "versions")}
+        same = {key: here[key] for key in ("source_sha256", "versions", "registered") if key in here}
         self._summary |= {"status": "failed", "failures": {"count": count, "step": step} | same}
         if self.folder.is_ours() and not self._supersedes:  # before that nothing has begun
             run_folder.write_summary(self.folder.path, self._summary)

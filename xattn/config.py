@@ -1,6 +1,6 @@
 """From what a person types to one frozen, validated :class:`Config`; and from that to the name of the run's folder.
 
-Besides Hydra's plugins this is the only module that knows omegaconf. It imports no jax.
+Only this module, :mod:`xattn.main` and Hydra's plugins know Hydra and omegaconf. It imports no jax.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, ValidationError
 
 from xattn import run_folder
-from xattn.backend.config import LayerConfig
 from xattn.data.config import DataConfig
 from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
 from xattn.keys import has_effect, naming, naming_before_matmul_precision, up_to_date
-from xattn.model.config import BackendConfig, ModelConfig
+from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
 from xattn.section import Section
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
@@ -213,6 +212,9 @@ def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]
             told = "cannot be changed here" if known else f"no such key{near}"
             raise BadInput(f"{override}: {told}; what can be changed here is {', '.join(may_differ)}")
     own = [f"{group}={getattr(config, group).name}" for group in ("data", "optimizer") if group not in keys]
+    if (then := config.backend.then) is not None:
+        values_of = ", ".join(f"{key}: {'null' if value is None else value}" for key, value in then)
+        own += [f"backend.every={config.backend.every}", f"backend.then={{{values_of}}}"]
     try:
         composed = OmegaConf.to_container(_composed([*own, *overrides]), resolve=False, throw_on_missing=False)
     except COMPOSITION_ERRORS as error:
@@ -240,7 +242,11 @@ def load(path: Path) -> Config:
     try:
         return _validated(up_to_date(loaded))
     except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
+        own = ", ".join((run_folder.read_provenance(path.parent) or {}).get("registered", {}))
+        hint = (
+            f"\nthe run was made with {own}, which registers more: python {own} sample RUN, or evaluate" if own else ""
+        )
+        raise BadInput(f"{path}: {error}{hint}") from error
 
 
 def save_overrides(overrides: Sequence[str]) -> str:

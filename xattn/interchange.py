@@ -54,6 +54,7 @@ def llama_config(config: Config, vocab_size: int) -> dict[str, Any]:
         "backend.activation": (backend.activation, "softmax"),
         "backend.qk_pre_activation": (backend.qk_pre_activation, "none"),
         "backend.window": (backend.window, None),
+        "backend.every": (backend.every, None),
         "model.norm": (model.norm, "rmsnorm"),
         "model.norm_placement": (model.norm_placement, "pre"),
         "model.qk_norm": (model.qk_norm, "none"),

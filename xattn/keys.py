@@ -42,6 +42,12 @@ def has_effect(key: str) -> bool:
     return not any(key == name or key.startswith(f"{name}.") for name in _WITHOUT_EFFECT)
 
 
+def short(key: str) -> str:
+    """The key without its group, for a column or a sentence: ``theta``; of the layers that differ ``then.theta``."""
+    group, _, leaf = key.rpartition(".")
+    return f"then.{leaf}" if group.endswith(".then") else leaf
+
+
 def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a config.yaml of any version, in the keys of this one.
 

@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from xattn.backend import activations
+
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = [
     *("xattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
@@ -44,6 +46,12 @@ def source_sha256() -> str:
     return digest.hexdigest()
 
 
+def registered() -> dict[str, str]:
+    """File name → SHA-256 of the user's own files that registered an activation in this process."""
+    files = {row.file for row in activations.rows() if row.file is not None}
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+
+
 def git_state() -> tuple[str | None, bool | None]:
     """The commit of the source's checkout and whether its tracked files differ from it; None outside a checkout."""
     commit = _git("rev-parse", "HEAD")
@@ -57,6 +65,7 @@ def provenance() -> dict[str, Any]:
     ``wandb_id`` is the one that ``wandb agent`` hands out, or drawn.
     """
     commit, dirty = git_state()
+    own_files = registered()
     return {
         "git_commit": commit,
         "git_dirty": dirty,
@@ -67,12 +76,13 @@ def provenance() -> dict[str, Any]:
         "cwd": os.getcwd(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "wandb_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
+        **({"registered": own_files} if own_files else {}),
     }
 
 
 def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
     """Of the things that a result may depend on, the keys of provenance.json that both have and that differ."""
-    keys = ("source_sha256", "versions", "device_kind", "device_count", "process_count", "mesh", "pack")
+    keys = ("source_sha256", "registered", "versions", "device_kind", "device_count", "process_count", "mesh", "pack")
     return [key for key in keys if before is not None and key in before and key in now and before[key] != now[key]]
 
 

@@ -12,7 +12,7 @@ import pytest
 from xattn.backend import attention, dispatch
 from xattn.backend.activations import activation
 from xattn.backend.dispatch import Call, row
-from xattn.testing.contract import TOLERANCE
+from xattn.testing.contract import TOLERANCE, Case, check_causal, check_values
 
 CALL = Call(
     activation=activation("softmax"),
@@ -76,3 +76,35 @@ def test_on_a_gpu_it_is_the_reference(window: int | None) -> None:
     for fused, plain in zip(run("cudnn"), run("reference"), strict=True):
         want = np.asarray(plain, np.float32)
         assert np.max(np.abs(np.asarray(fused, np.float32) - want)) <= TOLERANCE["bfloat16"] * np.max(np.abs(want))
+
+
+# What cuDNN takes, at the least width: causal softmax with a window, grouped heads, either pre-activation.
+CASES = [
+    Case(activation="softmax", width=8, platform="cuda", **more)
+    for more in (
+        {"dtype": "bfloat16"},
+        {"dtype": "float16", "mask": "window"},
+        {"dtype": "bfloat16", "heads": 6, "kv_heads": 2, "pre_activation": "swish"},
+        {"dtype": "float16", "length": 1},
+    )
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_with_xla_in_the_librarys_place_it_passes_the_contract(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What of it is ours, on any machine: axes, scale, window, RoPE before it. The library's call is the same one."""
+    call = jax.nn.dot_product_attention
+    asked = []
+
+    def by_xla(*arrays: jax.Array, implementation: str, **options: object) -> jax.Array:
+        asked.append(implementation)
+        wide = (array.astype(jnp.float32) for array in arrays)  # a CPU has no product of float16
+        with jax.numpy_rank_promotion("allow"):  # it is not ours to be strict
+            return call(*wide, implementation="xla", **options).astype(arrays[0].dtype)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    assert row("cudnn").refusal(case.call()) is None
+    check_values(row("cudnn").function, case)
+    if case == CASES[0]:
+        check_causal(row("cudnn").function, case)
+    assert set(asked) == {"cudnn"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from xattn.config import Config, compose
 from xattn.data.batches import Windows
 from xattn.data.run_data import RunData, load_data
 from xattn.errors import BadInput
-from xattn.evaluation.probes import Probe, make_probes, places_of, run_probes
+from xattn.evaluation.config import ProbeName
+from xattn.evaluation.probes import Probe, _of_vocabulary, make_probes, places_of, run_probes
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.training.programs import hyperparameters
 
@@ -97,6 +98,14 @@ def test_tasks_are_probes_in_the_runs_vocabulary(text_file: Any) -> None:
         assert found[f"probe/{name}/accuracy"] < 0.2
         assert found[f"probe/{name}/loss"] > 3
         assert any(key.startswith(f"probe/{name}/accuracy_to_distance_") for key in found)
+
+
+def test_every_name_is_a_probe_of_its_own() -> None:
+    """A task's name without a branch once measured passkey."""
+    for name in set(get_args(ProbeName)) - {"in_context", "extrapolation"}:
+        assert _of_vocabulary(name, 64, 32).name == name
+    with pytest.raises(AssertionError, match="the probe sorting is no task"):
+        _of_vocabulary("sorting", 64, 32)
 
 
 def test_a_run_on_a_task_measures_that_task(text_file: Any) -> None:

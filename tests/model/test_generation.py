@@ -12,7 +12,7 @@ import pytest
 
 from xattn.config import compose
 from xattn.model.generation import CHUNK, Sampling, draw, generate, stream
-from xattn.model.transformer import LanguageModel, LayerHyperparameters
+from xattn.model.transformer import LanguageModel, LayerHyperparameters, init_params
 
 V = 11
 HYPER = LayerHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
@@ -31,7 +31,7 @@ def model_and_params(*overrides: str) -> tuple[LanguageModel, Any]:
     config = compose([*SMALL, "model.mlp_dim=10", "model.layers=scanned", *overrides])
     model = LanguageModel(config.model, config.backend, V)
     random = np.random.default_rng(3)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 6), jnp.int32), HYPER)["params"]
+    shapes: Any = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return model, jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape), jnp.float32), shapes)
 
 
@@ -43,6 +43,14 @@ def model_and_params(*overrides: str) -> tuple[LanguageModel, Any]:
         (["backend=sigmoid", "backend.sigmoid_bias=learned", "model.num_kv_heads=1"], [1]),
         (["backend=none", "backend.implementation=reference"], [9, 9, 9, 1, 2, 3, 4, 5, 6]),
         (["backend=softmax", "backend.window=5"], [2, 7]),
+        (["backend=none", "backend.every=2", "backend.then={activation: softmax}", "model.num_layers=3"], [5, 0, 5]),
+        (
+            [
+                *("backend=sigmoid", "backend.sigmoid_bias=learned", "backend.window=5", "backend.every=2"),
+                *("backend.then={activation: none, window: null}", "model.num_layers=3"),
+            ],
+            [1, 2, 3, 4, 5, 6, 7, 8, 9],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) else "",
 )

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -530,3 +531,37 @@ def test_in_context_measures_are_judged_too(writer: Writer) -> None:
     loss, recall = rows_of(files["effects.csv"])
     assert (loss["metric"], recall["metric"]) == ("val_loss", "probe/recall/accuracy")
     assert float(recall["difference"]) == pytest.approx(-0.495)
+
+
+def test_a_pattern_of_layers_leads_what_it_changes(tmp_path: Path) -> None:
+    """Layers of two kinds differ in several keys; the verdict names the pattern, not one kind's activation alone."""
+    writer = Writer(tmp_path / "patterns")
+    for every, loss in ((None, 3.0), (4, 2.9), (2, 2.8)):
+        for seed in range(2):
+            pattern = {"backend.then": {"activation": "softmax"}} if every else {}
+            implementation = {"backend": "linear", "then": "reference"} if every else "linear"
+            writer.run(
+                {"backend.activation": "none", "backend.every": every, "seed": seed, **pattern},
+                loss + 0.01 * seed,
+                name=f"every{every}-{seed}",
+                summary={"implementation": implementation},
+            )
+    findings = judged(writer)
+    (factor,) = findings.design.factors
+    assert (factor.key, factor.arms, factor.also) == ("backend.every", (None, 2, 4), ("backend.then.activation",))
+    assert any("attention implementations" in line for line in findings.odd)
+    assert "every" in written(writer)["report.md"]
+
+
+def test_where_every_layer_is_the_other_kind_the_pattern_leads_too(tmp_path: Path) -> None:
+    """every=1 is recorded as the backend that it is: then even the first kind's activation goes with the pattern."""
+    writer = Writer(tmp_path / "patterns")
+    for every, first in ((None, "softmax"), (2, "none")):
+        for seed in range(2):
+            pattern = {"backend.then": {"activation": "softmax"}} if every else {}
+            writer.run(
+                {"backend.activation": first, "backend.every": every, "seed": seed, **pattern}, name=f"{first}{seed}"
+            )
+    (factor,) = judged(writer).design.factors
+    assert factor.key == "backend.every"
+    assert set(factor.also) == {"backend.activation", "backend.then.activation"}

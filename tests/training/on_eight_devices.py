@@ -180,6 +180,39 @@ def test_a_checkpoint_goes_on_another_mesh(order: tuple[tuple[str, ...], ...], t
     np.testing.assert_allclose(losses, one[10:], rtol=1e-5)
 
 
+def test_layers_of_two_kinds_are_one_devices_and_go_on_another_mesh(tmp_path: Path) -> None:
+    """From states and a ring along the sequence, heads split too, to a mesh of every other axis; with a bias that the
+    layers of one kind alone learn, and a layer after the last period."""
+    meaning = ("backend=sigmoid", "backend.sigmoid_bias=learned", "backend.every=2", "model.num_layers=3")
+    kinds = (*meaning, "backend.then={activation: none}")
+    split = (
+        *(*meaning, "backend.implementation=ring", "backend.then={activation: none, implementation: linear}"),
+        *("parallel.context=2", "parallel.tensor=2", "parallel.data=2"),
+    )
+    one, evaluated = alone(*kinds)
+    assert one[-1] < one[0] - 0.5
+    before, after = compiled(*split), compiled(*kinds, *MIXED)
+    hyper = hyperparameters(config_of(*kinds))
+    state, losses = trained(before, before.init(hyper), 0, 10)
+    assert shards(state.params["backend_layers"]["attention"]["sigmoid_bias"]) == 2
+    assert shards(state.params["layers"]["attention"]["query"]["kernel"]) == 2
+    np.testing.assert_allclose(losses, one[:10], rtol=1e-5)
+    fresh = after.init(hyper)
+    assert state_sha256(fresh.params, None) == state_sha256(before.init(hyper).params, None)
+    saved = state_sha256(state.params, state.opt_state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, state, {}, val_loss=None)
+        checkpoints.wait()
+        restored = checkpoints.restore_state(fresh)
+    assert restored is not None
+    state = restored.tree
+    assert state_sha256(state.params, state.opt_state) == saved
+    assert shards(state.params["layers"]["attention"]["query"]["kernel"]) == 4
+    state, losses = trained(after, state, 10, STEPS)
+    np.testing.assert_allclose(losses, one[10:], rtol=1e-5)
+    np.testing.assert_allclose(score(after, state), evaluated, rtol=1e-5)
+
+
 def test_a_tree_is_brought_together_for_programs_that_know_no_mesh() -> None:
     state = compiled("backend=sigmoid", *MIXED).init(hyperparameters(config_of("backend=sigmoid")))
     whole = on_one_device(state.params)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.config import Config, compose
+from xattn.config import Config, compose, pack_key, program_key
 from xattn.data.batches import Windows, evaluation_windows
 from xattn.model.loss import next_token_losses
 from xattn.training.optimizer import learning_rate_factor
@@ -139,6 +139,59 @@ def test_the_numbers_of_a_config_are_those_of_the_state() -> None:
     assert given.optimizer.clip_norm == np.inf
     leaves = [leaf for leaf in jax.tree.leaves(given) if leaf is not given.seed]
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+# ---- layers of two kinds ---------------------------------------------------------------------------------------------
+
+MIXED = ("backend=none", "model.num_layers=3", "backend.every=2")
+
+
+def mixed_of(theta: float, then_theta: float, *more: str) -> Config:
+    return config_of(
+        *MIXED, f"backend.theta={theta}", f"backend.then={{activation: softmax, theta: {then_theta}}}", *more
+    )
+
+
+def three_updates(compiled: Programs, configs: list[Config]) -> list[list[tuple[float, float, float]]]:
+    """For each run of a pack its loss, gradient norm and parameter norm at each update."""
+    state = compiled.stack([compiled.init(hyperparameters(config)) for config in configs])
+    found: list[list[tuple[float, float, float]]] = [[] for _ in configs]
+    for _ in range(3):
+        state, metrics = compiled.step(state, compiled.stack_batches([BATCH] * len(configs)))
+        for run, each in zip(found, compiled.split_metrics(metrics), strict=True):
+            run.append((each.train_loss, each.grad_norm, each.param_norm))
+    return found
+
+
+def test_numbers_of_either_kind_do_not_compile_again(compilations: list[str]) -> None:
+    """Runs that differ in a kind's theta or bias share the program; and each kind's is read."""
+    base = mixed_of(10000, 10000, "seed=3")
+    compiled, _ = programs(base, 256)
+    alone = three_updates(compiled, [base])
+    assert three_updates(compiled, [base]) == alone
+    del compilations[:]
+    for other in (mixed_of(10000, 3, "seed=3"), mixed_of(3, 10000, "seed=3")):
+        assert program_key(other) == program_key(base)
+        assert pack_key(other) == pack_key(base)
+        assert programs(other, 256) == (compiled, False)
+        assert three_updates(compiled, [other])[0][0] != alone[0][0]
+    assert compilations == []
+    biased = [
+        config_of(*MIXED, f"backend.then={{activation: sigmoid, sigmoid_bias: {bias}}}") for bias in ("auto", "-1.5")
+    ]
+    assert len({program_key(config) for config in biased}) == 1
+    assert program_key(biased[0]) != program_key(base)
+
+
+def test_runs_of_a_pack_with_two_kinds_are_those_runs_alone() -> None:
+    """Each with its own theta in each kind."""
+    configs = [mixed_of(10000, 500), mixed_of(3, 20, "seed=1")]
+    alone, _ = programs(configs[0], 256)
+    pack, _ = programs(configs[0], 256, size=2)
+    expected = [three_updates(alone, [config])[0] for config in configs]
+    np.testing.assert_allclose(three_updates(pack, configs), expected, rtol=1e-5)
+    swapped = [mixed_of(500, 10000), mixed_of(20, 3, "seed=1")]  # the kinds' numbers are not each other's
+    assert np.abs(np.subtract(three_updates(pack, swapped), expected)).max(-1).min() > 1e-4
 
 
 # ---- what a step computes --------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """The attention backend: pure JAX, no Hydra, no files.
 
-The five names below are the public interface. They are loaded when first used, so that importing this package, or
-:mod:`xattn.backend.config`, imports no jax. (No module here may be called ``attention``: as an attribute of the
+The names below are the public interface. They are loaded when first used, so that importing this package, or
+:mod:`xattn.backend.dispatch`, imports no jax. (No module here may be called ``attention``: as an attribute of the
 package it would hide the function.)
+
+Shape letters, in annotations and formulas: B batch, NH query heads, NKV key/value heads (NKV divides NH), G = NH / NKV,
+S sequence, T a part of it, C a cache's capacity, DHQK query/key head width, DHV value head width.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xattn.backend.activations import register_activation as register_activation
     from xattn.backend.api import attention as attention
     from xattn.backend.module import mLSTMBackendAttention as mLSTMBackendAttention
     from xattn.backend.module import mLSTMBackendAttentionConfig as mLSTMBackendAttentionConfig
@@ -23,6 +27,7 @@ _HOME = {
     "mLSTMBackendAttention": "module",
     "mLSTMBackendAttentionConfig": "module",
     "precompute_freqs": "rope",
+    "register_activation": "activations",
 }
 
 

@@ -1,8 +1,8 @@
 """The table of activations: the step from an attention logit to a weight.
 
-A new activation is one row of ``_TABLE``, or, outside the package, one function under :func:`register_activation`. All
-else (the names that a config takes, error messages, every implementation's tiles, decoding, dispatch) asks the row.
-Importing this module imports no jax, so that a config can be judged without it; the rows' functions import it.
+A new activation is one row of ``_TABLE``, or, outside the package, one function under :func:`register_activation`.
+Configs, messages, implementations, decoding and dispatch all ask the row. Importing this module imports no jax, so that
+a config can be checked without it; the rows' functions import it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import jax
 
+QKPreActivation = Literal["none", "swish"]
 Pointwise = Callable[["jax.Array", int], "jax.Array"]
 """(float32 logits of any shape, n) → weights of that shape; n is context_length, or S where none is configured."""
 
@@ -38,12 +39,11 @@ class Activation:
     takes_bias: bool = False
     """Whether a bias b is added to the logits: −log n unless the caller gives another."""
     is_linear: bool = False
-    """Whether the weight is the logit itself: attention is then a sum of outer products, with a state."""
+    """Whether the weight is the logit: attention is then a sum of outer products, with a state."""
     blockwise_from: int = 512
-    """Shortest sequence for which ``blockwise`` was measured to be faster than the reference: two CPU cores, forward
-    and backward."""
+    """Shortest sequence at which ``blockwise`` was faster than the reference (two CPU cores, forward and backward)."""
     file: Path | None = None
-    """The user's file that registered it; None for a row of the table."""
+    """The user's file that registered it; None for one of the package's own."""
 
     @property
     def is_normalised(self) -> bool:
@@ -51,7 +51,7 @@ class Activation:
 
     @property
     def uses_n(self) -> bool:
-        """Whether the sequence length of training changes the weights, a bias apart that the caller gives."""
+        """Whether the weights depend on n, by themselves or by the default bias."""
         return not self.is_normalised and not self.is_linear
 
     def __call__(self, logits: jax.Array, n: int) -> jax.Array:
@@ -73,22 +73,18 @@ def _sigmoid(logits: jax.Array, n: int) -> jax.Array:
     return jax.nn.sigmoid(logits)
 
 
-def _identity(logits: jax.Array, n: int) -> jax.Array:
-    return logits
-
-
 _TABLE = {
     row.name: row
     for row in (
         Activation(name="softmax", formula="e^A / Σ e^A", blockwise_from=256),
         Activation(name="sigmoid", formula="σ(A + b)", weight=_sigmoid, takes_bias=True),  # arXiv 2409.04431
-        Activation(name="none", formula="A", weight=_identity, is_linear=True, blockwise_from=1024),
+        Activation(name="none", formula="A", weight=lambda logits, n: logits, is_linear=True, blockwise_from=1024),
     )
 }
 
 
 def names() -> tuple[str, ...]:
-    """What ``backend.activation`` may be: the table's rows, then what was registered."""
+    """The values of ``backend.activation``: the package's own, then what was registered."""
     return tuple(_TABLE)
 
 
@@ -98,11 +94,7 @@ def rows() -> tuple[Activation, ...]:
 
 
 def activation(name: str) -> Activation:
-    """The activation of that name.
-
-    Raises:
-        ValueError: there is none; the message names those there are.
-    """
+    """The activation of that name; a ValueError for an unknown one lists the choices."""
     if name not in _TABLE:
         raise ValueError(f"unknown activation_function {name!r}; choices: {', '.join(_TABLE)}")
     return _TABLE[name]
@@ -111,19 +103,15 @@ def activation(name: str) -> Activation:
 def register_activation(
     name: str, *, formula: str = "", slope: Pointwise | None = None, takes_bias: bool = False
 ) -> Callable[[Pointwise], Pointwise]:
-    """Makes a function (logits, n) → weights the pointwise activation ``name`` in this process.
+    """Decorator: makes a function (logits, n) → weights the pointwise activation ``name`` in this process.
 
     The function is applied to float32 logits of any shape, whole rows or tiles, under jit, vmap and grad; where a token
     may not attend the weight is 0 whatever it returns. See ``examples/own_activation.py``.
 
     Args:
-        name: lower-case letters, digits and underscores, the first a letter; what ``backend.activation`` then takes.
-        formula: for people.
-        slope: (logits, n) → d weight / d logit, where jax's own is not wanted.
-        takes_bias: whether a bias, −log n by default and learned if asked for, is added to the logits.
-
-    Raises:
-        ValueError: the name is one of the package's own, or not a name.
+        name: lower-case letters, digits and underscores, the first a letter; the value for ``backend.activation``.
+            Any other name, or one of the package's own, is a ValueError.
+        formula, slope, takes_bias: as in :class:`Activation`; formula is by default the function's name.
     """
     if not (name.isascii() and name.isidentifier() and name == name.lower() and name[0].isalpha()):
         raise ValueError(f"activation {name!r}: a name has lower-case letters, digits and underscores")
@@ -131,21 +119,13 @@ def register_activation(
         raise ValueError(f"activation {name!r}: xattn has one of that name; choose another")
 
     def register(weight: Pointwise) -> Pointwise:
-        add(
-            Activation(
-                name=name,
-                formula=formula or weight.__name__,
-                weight=weight,
-                slope=slope,
-                takes_bias=takes_bias,
-                file=Path(weight.__code__.co_filename),
-            )
-        )
+        text, file = formula or weight.__name__, Path(weight.__code__.co_filename)
+        add(Activation(name=name, formula=text, weight=weight, slope=slope, takes_bias=takes_bias, file=file))
         return weight
 
     return register
 
 
 def add(row: Activation) -> None:
-    """Puts a row into the table of this process, in the place of one of that name."""
+    """Puts a row into the table of this process, replacing one of the same name."""
     _TABLE[row.name] = row

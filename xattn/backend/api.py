@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
+from jaxtyping import Array, Bool, Float, Int
 
 from xattn.backend import dispatch
-from xattn.backend.arguments import checked_arrays, checked_spec
+from xattn.backend.arguments import Bias, checked_arrays, checked_spec
 from xattn.backend.rope import Theta
 
 
 def attention(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    attention_mask: jax.Array | None = None,
+    queries: Float[Array, "B *NH S DHQK"],
+    keys: Float[Array, "B *NKV S DHQK"],
+    values: Float[Array, "B *NKV S DHV"],
+    attention_mask: Bool[Array, "S S"] | None = None,
     qkv_dtype: Any = None,
     activation_function: str = "softmax",
     qk_pre_activation_function: str = "none",
     theta: Theta = 10000.0,
     *,
     context_length: int | None = None,
-    sigmoid_bias: float | jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
+    sigmoid_bias: Bias = None,
+    segment_ids: Int[Array, "B S"] | None = None,
     window: int | None = None,
     implementation: str = "auto",
-) -> jax.Array:
+) -> Float[Array, "B *NH S DHV"]:
     """Attention with rotary positions and a choice of the function from logits to weights.
 
     With R rotating the pair (2i, 2i + 1) at position t by t · theta^(−2i/DHQK), g the pre-activation, and M the mask::
@@ -37,27 +37,27 @@ def attention(
         P_ts = M_ts · A_ts                                 none
         out_t = Σ_s P_ts v_s
 
-    Shape letters: B batch, NH heads, S sequence, DHQK query/key head width, DHV value head width. Rotation, logits and
-    weights are float32; q and k are rounded to qkv_dtype after the pre-activation and after the rotation.
+    Rotation, logits and weights are float32; q and k are rounded to qkv_dtype after the pre-activation and after the
+    rotation. Shape letters: B batch, NH heads, S sequence, DHQK query/key head width, DHV value head width.
 
     Args:
-        queries: (B, NH, S, DHQK), or (B, S, DHQK) for one head.
-        keys: (B, NKV, S, DHQK); NKV divides NH, and query head h reads key/value head ⌊h · NKV / NH⌋.
-        values: (B, NKV, S, DHV).
-        attention_mask: bool (S, S), True = attend. None is causal.
+        queries: four axes, or three for one head; keys and values then too.
+        keys: NKV divides NH, and query head h reads key/value head ⌊h · NKV / NH⌋.
+        values: as many heads as the keys.
+        attention_mask: True = attend. None is causal.
         qkv_dtype: float32, bfloat16 or float16, to which all three are cast. None is the dtype of the queries, and
             then all three must have it.
         activation_function: softmax, sigmoid or none.
         qk_pre_activation_function: none, or swish: x · σ(x). silu is another name of swish.
         theta: RoPE's wavelength base, a positive number or a traced scalar.
         context_length: the n of sigmoid's bias; None is S.
-        sigmoid_bias: a number, a scalar or (NH,) array, in place of −log n; only under sigmoid.
-        segment_ids: integers (B, S); tokens of different segments don't attend to each other.
+        sigmoid_bias: a number, a scalar or one for each head, in place of −log n; only under sigmoid.
+        segment_ids: tokens of different segments don't attend to each other.
         window: a token t attends to t − window < s ≤ t only. It narrows a given mask as it narrows the causal one.
         implementation: a name of ``dispatch.names()``.
 
     Returns:
-        (B, NH, S, DHV), or (B, S, DHV) for three axes, in qkv_dtype. A row that may attend to nothing is 0.
+        The output in qkv_dtype, with the axes of the queries. A row that may attend to nothing is 0.
 
     Raises:
         ValueError: an unknown choice, shapes or dtypes that don't fit, an odd DHQK, a number out of range, or a named

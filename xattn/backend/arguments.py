@@ -1,4 +1,4 @@
-"""From what a person passes to arrays and an :class:`AttentionSpec` in one spelling, or to an error that names it."""
+"""Turns the arguments of a call into checked arrays and an :class:`AttentionSpec`, or says which of them is wrong."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ import math
 from numbers import Real
 from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from xattn.backend.activations import Activation, activation
-from xattn.backend.config import AttentionConfig, QKPreActivation
+from xattn.backend.activations import Activation, QKPreActivation, activation
 from xattn.backend.rope import Theta, checked_theta
 from xattn.backend.spec import AttentionSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
+Bias = float | Float[Array, ""] | Float[Array, " NH"] | None
 
 
 def checked_pre_activation(name: str) -> QKPreActivation:
-    """One of none, swish; silu is swish; anything else is a ValueError that names them."""
+    """none or swish, of which silu is another name; a ValueError for anything else names the choices."""
     for choice in get_args(QKPreActivation):
         if choice == ("swish" if name == "silu" else name):
             return choice
-    choices = ", ".join((*get_args(QKPreActivation), "silu"))
-    raise ValueError(f"unknown qk_pre_activation_function {name!r}; choices: {choices}")
+    raise ValueError(f"unknown qk_pre_activation_function {name!r}; choices: none, swish, silu")
 
 
 def checked_arrays(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, qkv_dtype: Any = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q (B, NH, S, DHQK), k (B, NKV, S, DHQK), v (B, NKV, S, DHV) in one dtype; three axes (B, S, ·) are one head.
+    queries: Float[Array, "B *NH S DHQK"],
+    keys: Float[Array, "B *NKV S DHQK"],
+    values: Float[Array, "B *NKV S DHV"],
+    qkv_dtype: Any = None,
+) -> tuple[Float[Array, "B NH S DHQK"], Float[Array, "B NKV S DHQK"], Float[Array, "B NKV S DHV"]]:
+    """Queries, keys and values with four axes and in one dtype; three axes are one head.
 
     Raises:
         ValueError: axes that don't fit, an empty sequence, an odd DHQK, dtypes that differ with no qkv_dtype given, or
@@ -66,41 +68,25 @@ def checked_spec(
     activation_function: str = "softmax",
     qk_pre_activation_function: str = "none",
     theta: Theta = 10000.0,
-    attention_mask: jax.Array | None = None,
+    attention_mask: Bool[Array, "S S"] | None = None,
     context_length: int | None = None,
-    sigmoid_bias: float | jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
+    sigmoid_bias: Bias = None,
+    segment_ids: Int[Array, "B S"] | None = None,
     window: int | None = None,
 ) -> AttentionSpec:
-    """The meaning of a call over ``length`` tokens; the arguments are those of :func:`xattn.backend.api.attention`.
-
-    Raises:
-        ValueError: an unknown choice, a number out of its range, or an array of the wrong shape or dtype.
-    """
+    """The meaning of a call over ``length`` tokens; arguments and errors as in :func:`xattn.backend.api.attention`."""
     chosen = activation(activation_function)
     for name, value in (("context_length", context_length), ("window", window)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None, got {value}")
-    if attention_mask is not None:
-        if attention_mask.shape != (length, length) or attention_mask.dtype != jnp.bool_:
-            raise ValueError(
-                f"attention_mask must be bool of shape (S, S) = {(length, length)}, True = attend; "
-                f"got {attention_mask.dtype} of shape {attention_mask.shape}"
-            )
-        attention_mask = jnp.asarray(attention_mask)
-    if segment_ids is not None:
-        if segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise ValueError(
-                f"segment_ids must be integers of shape (B, S) = {(batch, length)}; "
-                f"got {segment_ids.dtype} of shape {segment_ids.shape}"
-            )
-        segment_ids = jnp.asarray(segment_ids)
+    mask = f"attention_mask must be bool, True = attend, of shape (S, S) = {(length, length)}"
+    segments = f"segment_ids must be integers of shape (B, S) = {(batch, length)}"
     n = length if context_length is None else context_length
     return AttentionSpec(
         theta=checked_theta(theta),
         bias=_checked_bias(sigmoid_bias, num_heads, n, chosen),
-        mask=attention_mask,
-        segment_ids=segment_ids,
+        mask=_checked_array(attention_mask, (length, length), jnp.bool_, mask),
+        segment_ids=_checked_array(segment_ids, (batch, length), jnp.integer, segments),
         activation=chosen,
         qk_pre_activation=checked_pre_activation(qk_pre_activation_function),
         window=window,
@@ -108,37 +94,15 @@ def checked_spec(
     )
 
 
-def config_spec(
-    kind: AttentionConfig,
-    *,
-    num_heads: int,
-    theta: Theta,
-    sigmoid_bias: float | jax.Array | None,
-    length: int = 1,
-    batch: int = 1,
-    segment_ids: jax.Array | None = None,
-) -> AttentionSpec:
-    """What a layer means by attention; theta and the bias are numbers of the train state, not the config's.
-
-    sigmoid_bias: not read under an activation that takes none. length, batch: of the segment_ids.
-    """
-    return checked_spec(
-        num_heads=num_heads,
-        length=length,
-        batch=batch,
-        activation_function=kind.activation,
-        qk_pre_activation_function=kind.qk_pre_activation,
-        theta=theta,
-        context_length=kind.context_length,
-        sigmoid_bias=sigmoid_bias if activation(kind.activation).takes_bias else None,
-        segment_ids=segment_ids,
-        window=kind.window,
-    )
+def _checked_array(array: Array | None, shape: tuple[int, int], kind: Any, rule: str) -> Array | None:
+    if array is None:
+        return None
+    if array.shape != shape or not jnp.issubdtype(array.dtype, kind):
+        raise ValueError(f"{rule}; got {array.dtype} of shape {array.shape}")
+    return jnp.asarray(array)
 
 
-def _checked_bias(
-    sigmoid_bias: float | jax.Array | None, num_heads: int, n: int, activation: Activation
-) -> jax.Array | None:
+def _checked_bias(sigmoid_bias: Bias, num_heads: int, n: int, activation: Activation) -> Float32[Array, " NH"] | None:
     if not activation.takes_bias:
         if sigmoid_bias is not None:
             raise ValueError(

@@ -1,28 +1,28 @@
 """Attention tile by tile: the reference's numbers without its S×S arrays, forward and backward, on any platform.
 
-The S×S weights are cut into square tiles. For a block of queries only the tiles that it may attend to are visited; what
-lies above the diagonal or outside the window is not computed, rather than masked. The loops are XLA's own with bounds
-that depend on the block, so the program is small, and the same for every S.
-
-Shape letters: B batch, NH heads, NKV key/value heads, G = NH / NKV query heads a key/value head, S sequence, T tile,
-DHQK query/key head width, DHV value head width.
+The S×S weights are cut into square tiles. For a block of queries only the tiles that it may attend to are visited: what
+lies above the diagonal or outside the window is never computed. The loops are XLA's own, with bounds that depend on the
+block, so the program is as small for a long sequence as for a short one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from xattn.backend import formula
 from xattn.backend.formula import F32, Results, Tokens
-from xattn.backend.spec import AttentionSpec, prepare, product
+from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values, prepare, product
 
-Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Index = Array | int
+Gradients = tuple[Array, Array, Array, Array]
 """(dq in q's dtype or float32, dk, dv, dbias (NKV, G), all float32)"""
 
 
@@ -34,108 +34,96 @@ class Tuning:
     """Most queries, and keys, of a tile. The extra memory is a few times B · NH · T² · 4 bytes, whatever S is."""
 
 
-def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning = Tuning()) -> jax.Array:
+class Passes(NamedTuple):
+    """Attention of rotated queries, grouped, to rotated keys. Two module-level functions, so that it can be hashed."""
+
+    forward: Callable[..., Results]
+    """(q, k, v, spec, tuning) → results, the output in v's dtype."""
+    backward: Callable[..., Gradients]
+    """(q, k, v, spec, the forward's results, gradient of the output, tuning) → gradients."""
+    tuning: Tuning
+
+
+def blockwise(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning = Tuning()) -> Output:
     """:func:`xattn.backend.reference.reference`, all of it, in O(S) memory.
 
     A normalised activation is accumulated over tiles with a running maximum (arXiv 1805.02867, 2112.05682), a pointwise
     one is a plain sum. The backward keeps q, k, v as given, the output, and for a normalised activation the log of the
-    row's sum in float32; the rest is computed again. Reverse mode only, and once: it is a custom_vjp.
+    row's sum in float32; it computes the rest again. Reverse mode only, and once: it is a custom_vjp.
     """
-    return prepared(q, k, v, spec, OneDevice(tuning))
+    return prepared(q, k, v, spec, Passes(_forward, _backward, tuning))
 
 
-class Passes(Protocol):
-    """Attention of rotated queries (B, NKV, G, S, DHQK), grouped, to rotated keys: forward and backward."""
-
-    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Results:
-        """The output is in v's dtype."""
-
-    def backward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, results: Results, g: jax.Array
-    ) -> Gradients:
-        """From the forward's results and the gradient of its output."""
+def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) -> Results:
+    """On one device, or as XLA splits it."""
+    dtype = v.dtype if spec.activation.extra_logit is None else F32
+    results = forward_tiles(q, k, v, spec.segment_ids, spec, 0, tuning, dtype)
+    out, lse = formula.with_extra_logit(results, spec)
+    return out.astype(v.dtype), lse
 
 
-@dataclass(frozen=True)
-class OneDevice:
-    """On one device, or as XLA splits it: all of it in one piece."""
-
-    tuning: Tuning
-
-    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Results:
-        dtype = v.dtype if spec.activation.extra_logit is None else F32
-        results = forward_tiles(q, k, v, spec.segment_ids, spec, 0, self.tuning, dtype)
-        out, lse = formula.with_extra_logit(results, spec)
-        return out.astype(v.dtype), lse
-
-    def backward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, results: Results, g: jax.Array
-    ) -> Gradients:
-        return backward_tiles(q, k, v, spec.segment_ids, spec, 0, results, g, self.tuning, q.dtype)
+def _backward(
+    q: Array, k: Array, v: Array, spec: AttentionSpec, results: Results, g: Array, tuning: Tuning
+) -> Gradients:
+    return backward_tiles(q, k, v, spec.segment_ids, spec, 0, results, g, tuning, q.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def prepared(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, passes: Passes) -> jax.Array:
-    """Pre-activation and RoPE, then the passes; whichever they are, the backward keeps the same."""
-    return _forward(q, k, v, spec, passes)[0]
+def prepared(q: Queries, k: Keys, v: Values, spec: AttentionSpec, passes: Passes) -> Output:
+    """Pre-activation and RoPE, then the passes. What is kept for the backward does not depend on which they are."""
+    return _prepared_forward(q, k, v, spec, passes)[0]
 
 
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, passes: Passes
-) -> tuple[jax.Array, tuple[Any, ...]]:
+def _prepared_forward(
+    q: Array, k: Array, v: Array, spec: AttentionSpec, passes: Passes
+) -> tuple[Array, tuple[Any, ...]]:
     """The output, and what the backward needs."""
     rotated_q, rotated_k = prepare(q, k, spec)
-    out, lse = passes.forward(formula.grouped(rotated_q, k.shape[1]), rotated_k, v, spec)
+    out, lse = passes.forward(formula.grouped(rotated_q, k.shape[1]), rotated_k, v, spec, passes.tuning)
     out = out.reshape(*q.shape[:3], v.shape[-1])
     return out, (q, k, v, spec, out, lse)
 
 
-def _backward(passes: Passes, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+def _prepared_backward(passes: Passes, residuals: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
     q, k, v, spec, out, lse = residuals
     (rotated_q, rotated_k), unprepare = jax.vjp(
         lambda q, k, theta: prepare(q, k, replace(spec, theta=theta)), q, k, spec.theta
     )
     rotated_q, g, out = (formula.grouped(x, k.shape[1]) for x in (rotated_q, g, out))
-    d_q, d_k, d_v, d_bias = passes.backward(rotated_q, rotated_k, v, spec, (out, lse), g)
+    d_q, d_k, d_v, d_bias = passes.backward(rotated_q, rotated_k, v, spec, (out, lse), g, passes.tuning)
     d_q, d_k, d_theta = unprepare((d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype)))
-    d_spec = replace(
-        spec,
-        theta=d_theta,
-        bias=None if spec.bias is None else d_bias.reshape(spec.bias.shape),
-        mask=None,
-        segment_ids=None,
-    )
+    bias = None if spec.bias is None else d_bias.reshape(spec.bias.shape)
+    d_spec = replace(spec, theta=d_theta, bias=bias, mask=None, segment_ids=None)
     return d_q, d_k, d_v.astype(v.dtype), d_spec
 
 
-prepared.defvjp(_forward, _backward)
+prepared.defvjp(_prepared_forward, _prepared_backward)
 
 
 def forward_tiles(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_segments: jax.Array | None,
+    q: Float[Array, "B NKV G S DHQK"],
+    k: Float[Array, "B NKV S DHQK"],
+    v: Float[Array, "B NKV S DHV"],
+    key_segments: Int[Array, "B S"] | None,
     spec: AttentionSpec,
-    offset: jax.Array | int,
+    offset: Index,
     tuning: Tuning,
-    dtype: jnp.dtype,
+    dtype: Any,
 ) -> Results:
-    """A stretch of queries (B, NKV, G, S, DHQK) and one of as many keys, both rotated.
+    """A stretch of queries and one of as many keys, both rotated; the activation's extra logit is left out.
 
-    key_segments: (B, S), of the keys; those of the queries are the spec's. offset: the first query's position less the
-    first key's; other than 0 only without a given mask. dtype: of the output (B, NKV, G, S, DHV). A row that may attend
-    to none of these keys has the output 0. The activation's extra logit is not in it.
+    The queries' segments are the spec's. offset: the first query's position less the first key's; other than 0 only
+    without a given mask. dtype: of the output, which is 0 in a row that may attend to none of these keys.
     """
     length = q.shape[-2]
     tile, padded = _cuts(length, tuning)
     q, k, v = (_pad(x, padded) for x in (q, k, v))
-    key_segments, spec = _pad_rows(key_segments, padded), _pad_spec(spec, padded)
+    key_segments, spec = _pad(key_segments, padded, -1), _pad_spec(spec, padded)
 
-    def of_queries(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def of_queries(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         q_ = _cut(q, i, tile)
 
-        def of_keys(j: jax.Array, sums: formula.Sums) -> formula.Sums:
+        def of_keys(j: Array, sums: formula.Sums) -> formula.Sums:
             logits, keep = _logits(q_, _cut(k, j, tile), key_segments, i, j, spec, offset, length)
             return formula.add_columns(sums, logits, keep, _cut(v, j, tile), spec)
 
@@ -150,30 +138,28 @@ def forward_tiles(
 
 
 def backward_tiles(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_segments: jax.Array | None,
+    q: Float[Array, "B NKV G S DHQK"],
+    k: Float[Array, "B NKV S DHQK"],
+    v: Float[Array, "B NKV S DHV"],
+    key_segments: Int[Array, "B S"] | None,
     spec: AttentionSpec,
-    offset: jax.Array | int,
+    offset: Index,
     results: Results,
-    g: jax.Array,
+    g: Float[Array, "B NKV G S DHV"],
     tuning: Tuning,
-    dtype: jnp.dtype,
+    dtype: Any,
 ) -> Gradients:
-    """What these queries and these keys give one another.
+    """The gradients that these queries and these keys give each other; arguments as in :func:`forward_tiles`.
 
-    results: of the queries over *all* their keys. g: the gradient of that output. dtype: of q's gradient; the others
-    are float32.
+    results: of the queries over *all* their keys. g: the gradient of that output. dtype: of q's gradient.
     """
     length = q.shape[-2]
     tile, padded = _cuts(length, tuning)
-    q, k, v, g, out = (_pad(x, padded) for x in (q, k, v, g, results[0]))
-    lse = None if results[1] is None else _pad(results[1], padded)
-    key_segments, spec = _pad_rows(key_segments, padded), _pad_spec(spec, padded)
+    q, k, v, g, out, lse = (_pad(x, padded) for x in (q, k, v, g, *results))
+    key_segments, spec = _pad(key_segments, padded, -1), _pad_spec(spec, padded)
     scale = 1 / math.sqrt(q.shape[-1])
 
-    def of_queries(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def of_queries(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         d_q, *rest = carry
         q_, g_ = _cut(q, i, tile), _cut(g, i, tile)
         lse_ = delta = None
@@ -181,7 +167,7 @@ def backward_tiles(
             lse_ = _cut(lse, i, tile)
             delta = jnp.sum(g_.astype(F32) * _cut(out, i, tile).astype(F32), axis=-1, keepdims=True)
 
-        def of_keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def of_keys(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             d_q_, d_k, d_v, d_bias = carry
             k_ = _cut(k, j, tile)
             logits, keep = _logits(q_, k_, key_segments, i, j, spec, offset, length)
@@ -213,11 +199,9 @@ def _cuts(length: int, tuning: Tuning) -> tuple[int, int]:
     return tile, tile * -(-length // tile)
 
 
-def _tiles_of_keys(
-    i: jax.Array, tile: int, padded: int, spec: AttentionSpec, offset: jax.Array | int
-) -> tuple[Any, Any]:
-    """The tiles, first to last (excluded), that hold every key which a query of block i may attend to: none at all of
-    keys that come after the queries, or that the window has left behind."""
+def _tiles_of_keys(i: Array, tile: int, padded: int, spec: AttentionSpec, offset: Index) -> tuple[Any, Any]:
+    """The tiles, first to last (excluded), that hold every key which a query of block i may attend to; there may be
+    none."""
     count = padded // tile
     causal = spec.mask is None or spec.window is not None
     last = jnp.clip((i * tile + offset + tile - 1) // tile + 1, 0, count) if causal else count
@@ -226,19 +210,12 @@ def _tiles_of_keys(
 
 
 def _logits(
-    q: jax.Array,
-    k: jax.Array,
-    key_segments: jax.Array | None,
-    i: jax.Array,
-    j: jax.Array,
-    spec: AttentionSpec,
-    offset: jax.Array | int,
-    length: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Logits (B, NKV, G, T, T) of query block i and key block j, and which may attend (1 or B, T, T)."""
+    q: Array, k: Array, key_segments: Array | None, i: Array, j: Array, spec: AttentionSpec, offset: Index, length: int
+) -> tuple[Float32[Array, "B NKV G T T"], Bool[Array, "#B T T"]]:
+    """Logits of query block i and key block j, and which may attend."""
     tile = q.shape[-2]
 
-    def tokens(block: jax.Array, shift: jax.Array | int, segments: jax.Array | None) -> Tokens:
+    def tokens(block: Array, shift: Index, segments: Array | None) -> Tokens:
         if segments is not None:
             segments = jax.lax.dynamic_slice_in_dim(segments, block * tile, tile, axis=1)
         return Tokens(shift + block * tile + jnp.arange(tile), segments)
@@ -250,30 +227,29 @@ def _logits(
     return formula.logits(formula.scores(q, k), spec), formula.may_attend(rows, columns, spec, mask)
 
 
-def _pad(x: jax.Array, padded: int) -> jax.Array:
-    """Zeros after the sequence, the last axis but one."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padded - x.shape[-2]), (0, 0)])
-
-
-def _pad_rows(x: jax.Array | None, padded: int) -> jax.Array | None:
-    """Zeros after the sequence, the last axis."""
-    return None if x is None else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
+def _pad(x: Any, padded: int, axis: int = -2) -> Any:
+    """Zeros after the sequence, which is the given axis; None stays None."""
+    if x is None:
+        return None
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, padded - x.shape[axis])
+    return jnp.pad(x, widths)
 
 
 def _pad_spec(spec: AttentionSpec, padded: int) -> AttentionSpec:
     """A given mask is False in the padding."""
     mask = None if spec.mask is None else jnp.pad(spec.mask, (0, padded - spec.mask.shape[0]))
-    return replace(spec, mask=mask, segment_ids=_pad_rows(spec.segment_ids, padded))
+    return replace(spec, mask=mask, segment_ids=_pad(spec.segment_ids, padded, -1))
 
 
-def _cut(x: jax.Array, i: jax.Array, tile: int) -> jax.Array:
+def _cut(x: Array, i: Array, tile: int) -> Array:
     """Block i of the sequence, the last axis but one."""
     return jax.lax.dynamic_slice_in_dim(x, i * tile, tile, axis=x.ndim - 2)
 
 
-def _put(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
+def _put(x: Array, block: Array, i: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), i * block.shape[-2], axis=x.ndim - 2)
 
 
-def _add(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
+def _add(x: Array, block: Array, i: Array) -> Array:
     return _put(x, _cut(x, i, block.shape[-2]) + block, i)

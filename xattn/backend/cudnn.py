@@ -6,13 +6,13 @@ import math
 
 import jax
 
-from xattn.backend.spec import AttentionSpec, prepare
+from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values, prepare
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+def cudnn(q: Queries, k: Keys, v: Values, spec: AttentionSpec) -> Output:
     """:func:`xattn.backend.reference.reference` for causal softmax in bfloat16 or float16, on a CUDA device.
 
-    RoPE and pre-activation come before it, as XLA fuses them. vmap of its gradient is an error in releases of JAX
+    RoPE and pre-activation come before it, as XLA fuses them. In released JAX the vmap of its gradient is an error
     (jax issue 38495).
     """
     assert spec.activation.name == "softmax"
@@ -21,13 +21,8 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.
     q, k = prepare(q, k, spec)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # to (B, S, NH, ·)
     window = None if spec.window is None else (spec.window - 1, 0)
+    scale = 1 / math.sqrt(q.shape[-1])
     out = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=1 / math.sqrt(q.shape[-1]),
-        is_causal=True,
-        local_window_size=window,
-        implementation="cudnn",
+        q, k, v, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
     )
     return out.swapaxes(1, 2)

@@ -9,8 +9,7 @@ A cache keeps rotated keys, and values; a window bounds how many. Of a linear ac
 DHQK×DHV state a head, of constant size. Both keep *absolute* positions and a counter: rotating a state back at every
 token, as the border of a call does (:func:`xattn.backend.linear.linear_with_state`), would drift.
 
-Shape letters: B batch, NH heads, NKV key/value heads, G = NH / NKV, S sequence, C capacity of a cache,
-DHQK query/key head width, DHV value head width.
+The caches of a model's layers may be stacked along axes in front; :func:`grow` and :func:`append` take them together.
 """
 
 from __future__ import annotations
@@ -22,28 +21,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from xattn.backend import dispatch, formula
 from xattn.backend.arguments import checked_arrays, checked_spec
-from xattn.backend.formula import Tokens
+from xattn.backend.formula import F32, Tokens
 from xattn.backend.linear import Tuning, chunked
-from xattn.backend.rope import rotary_tables, rotate
-from xattn.backend.spec import AttentionSpec, pre_activate, prepare, product
-
-F32 = jnp.float32
+from xattn.backend.spec import AttentionSpec, prepare, product
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("k", "v", "length"), meta_fields=())
 @dataclass(frozen=True)
 class KVCache:
-    """The last C tokens: the one at position p lies in slot p mod C."""
+    """The last C tokens: the one at position p is in slot p mod C."""
 
-    k: jax.Array
-    """(B, NKV, C, DHQK), rotated."""
-    v: jax.Array
-    """(B, NKV, C, DHV)."""
-    length: jax.Array
-    """() int32, the number of tokens seen, which is the position of the next."""
+    k: Float[Array, "*layers B NKV C DHQK"]
+    """Rotated."""
+    v: Float[Array, "*layers B NKV C DHV"]
+    length: Int32[Array, "*layers"]
+    """Tokens seen, which is the position of the next."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("state", "length"), meta_fields=())
@@ -51,35 +47,34 @@ class KVCache:
 class StateCache:
     """All tokens, summed."""
 
-    state: jax.Array
-    """Σ_s R(s) k_s v_sᵀ / √DHQK: (B, NKV, DHQK, DHV) float32."""
-    length: jax.Array
-    """() int32, the number of tokens seen, which is the position of the next."""
+    state: Float32[Array, "*layers B NKV DHQK DHV"]
+    """Σ_s R(s) k_s v_sᵀ / √DHQK."""
+    length: Int32[Array, "*layers"]
 
 
 Cache = KVCache | StateCache
 
 
 class Entry(NamedTuple):
-    """What one token adds to a cache: its rotated key and its value, (B, NKV, 1, ·) in the cache's dtype; or the state
-    with it, as the key, and no value."""
+    """What one token adds to a cache, in the cache's dtype: its rotated key and its value; or as the key the state that
+    includes it, and no value."""
 
-    key: jax.Array
-    value: jax.Array | None
+    key: Float[Array, "*layers B NKV 1 DHQK"] | Float32[Array, "*layers B NKV DHQK DHV"]
+    value: Float[Array, "*layers B NKV 1 DHV"] | None
 
 
 def decoding_spec(*, num_heads: int, context_length: int | None = None, **choices: Any) -> AttentionSpec:
-    """What the calls of one decoding mean; the arguments are those of :func:`xattn.backend.api.attention`.
+    """The spec of all calls of one decoding; the arguments are those of :func:`xattn.backend.api.attention`.
 
     Raises:
-        ValueError: as there; and if the weights depend on n, which is not the length so far, and neither context_length
-            nor a bias says it.
+        ValueError: as there; and if the weights depend on n but neither context_length nor a bias is given. (n is not
+            the length so far.)
     """
     spec = checked_spec(num_heads=num_heads, length=1, context_length=context_length, **choices)
     bias = choices.get("sigmoid_bias")
     if spec.activation.uses_n and context_length is None and (bias is None or not spec.activation.takes_bias):
-        told = " or sigmoid_bias" if spec.activation.takes_bias else ""
-        raise ValueError(f"decoding with {spec.activation.name} needs context_length, the n of its weights,{told}")
+        instead = ", or sigmoid_bias" if spec.activation.takes_bias else ""
+        raise ValueError(f"decoding with {spec.activation.name} needs context_length, the n of its weights{instead}")
     return spec
 
 
@@ -97,37 +92,26 @@ def init_cache(
 
     Args:
         spec: from :func:`decoding_spec`.
-        batch: B.
-        num_kv_heads: NKV.
-        head_dim_qk: DHQK.
-        head_dim_v: DHV.
-        capacity: tokens to come, prompt included; :func:`grow` makes room for more. With a window no more than the
-            window is kept, and without one ``none`` keeps no token: neither ever overflows.
+        batch, num_kv_heads, head_dim_qk, head_dim_v: B, NKV, DHQK and DHV.
+        capacity: tokens to come, prompt included; less than 1 is a ValueError. :func:`grow` makes room for more.
+            With a window the cache keeps that many, and ``none`` without one keeps no token: neither overflows.
         dtype: of keys and values; a state is always float32.
-
-    Raises:
-        ValueError: capacity is not positive.
     """
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
     length = jnp.zeros((), jnp.int32)
     if spec.activation.is_linear and spec.window is None:
         return StateCache(jnp.zeros((batch, num_kv_heads, head_dim_qk, head_dim_v), F32), length)
-    if spec.window is not None:
-        # The window's worth, also where fewer tokens were announced: a cache of a window needs no growing.
-        capacity = spec.window
-    return KVCache(
-        k=jnp.zeros((batch, num_kv_heads, capacity, head_dim_qk), dtype),
-        v=jnp.zeros((batch, num_kv_heads, capacity, head_dim_v), dtype),
-        length=length,
-    )
+    # All of a window, even if capacity is less: such a cache never has to grow.
+    capacity = spec.window or capacity
+    k, v = (jnp.zeros((batch, num_kv_heads, capacity, width), dtype) for width in (head_dim_qk, head_dim_v))
+    return KVCache(k, v, length)
 
 
 def grow(cache: Cache, spec: AttentionSpec, tokens: int = 1) -> Cache:
-    """The cache with room for so many more tokens: itself, or one of doubled capacity. Not under jit.
+    """The cache with room for ``tokens`` more: itself, or a copy of doubled capacity. Not under jit.
 
-    Doubling compiles a decode step log₂ times in all, and copies each token twice on average. Caches of several layers,
-    stacked along axes in front, grow together.
+    Doubling compiles the decode step a logarithmic number of times, and copies a token at most twice on average.
     """
     if isinstance(cache, StateCache) or spec.window is not None:
         return cache
@@ -139,30 +123,25 @@ def grow(cache: Cache, spec: AttentionSpec, tokens: int = 1) -> Cache:
 
 
 def prefill(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    queries: Float[Array, "B *NH S DHQK"],
+    keys: Float[Array, "B *NKV S DHQK"],
+    values: Float[Array, "B *NKV S DHV"],
     cache: Cache,
     spec: AttentionSpec,
     *,
-    length: jax.Array | int | None = None,
+    length: Int[Array, ""] | int | None = None,
     implementation: str = "auto",
-) -> tuple[jax.Array, Cache]:
+) -> tuple[Float[Array, "B *NH S DHV"], Cache]:
     """The parallel form over the prompt, at positions 0 … S − 1, and the cache after it.
 
     Args:
-        queries: (B, NH, S, DHQK), or (B, S, DHQK) for one head.
-        keys: (B, NKV, S, DHQK), in the cache's dtype.
-        values: (B, NKV, S, DHV), likewise.
+        queries, keys, values: of one dtype; three axes are one head.
         cache: one that has seen nothing.
         spec: from :func:`decoding_spec`.
-        length: tokens of the prompt that count, at most S; a number or a traced scalar. What follows is padding, for
-            which the output means nothing. None is all.
-        implementation: as of :func:`xattn.backend.api.attention`; ``none`` without a window takes ``auto`` and
+        length: tokens of the prompt that count, at most S; None is all. The rest is padding, and the output there is
+            meaningless.
+        implementation: as in :func:`xattn.backend.api.attention`; ``none`` without a window takes ``auto`` and
             ``linear``, which are the same there.
-
-    Returns:
-        out (B, NH, S, DHV), or (B, S, DHV), and the cache.
 
     Raises:
         ValueError: arrays that don't fit each other, a prompt longer than the cache's capacity, or an implementation
@@ -189,20 +168,15 @@ def prefill(
 
 
 def decode_step(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, cache: Cache, spec: AttentionSpec
-) -> tuple[jax.Array, Cache]:
-    """The next token: its output, and the cache after it.
+    queries: Float[Array, "B *NH 1 DHQK"],
+    keys: Float[Array, "B *NKV 1 DHQK"],
+    values: Float[Array, "B *NKV 1 DHV"],
+    cache: Cache,
+    spec: AttentionSpec,
+) -> tuple[Float[Array, "B *NH 1 DHV"], Cache]:
+    """The next token's output, and the cache after it; queries, keys, values and spec are as in :func:`prefill`.
 
-    Args:
-        queries: (B, NH, 1, DHQK), or (B, 1, DHQK) for one head.
-        keys: (B, NKV, 1, DHQK), in the cache's dtype.
-        values: (B, NKV, 1, DHV), likewise.
-        cache: from :func:`prefill`, :func:`decode_step` or :func:`init_cache`.
-        spec: from :func:`decoding_spec`.
-
-    Returns:
-        out (B, NH, 1, DHV), or (B, 1, DHV), and the cache. Past the capacity of a cache without a window, which is only
-        known while it runs, out is NaN: :func:`grow` in time.
+    Past the capacity of a cache without a window the output is NaN: :func:`grow` in time.
 
     Raises:
         ValueError: arrays that don't fit each other, or more than one token.
@@ -212,18 +186,21 @@ def decode_step(
 
 
 def attend(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, cache: Cache, spec: AttentionSpec
-) -> tuple[jax.Array, Entry]:
-    """The first half of :func:`decode_step`, of the same arguments: the output, and what :func:`append` adds.
+    queries: Float[Array, "B *NH 1 DHQK"],
+    keys: Float[Array, "B *NKV 1 DHQK"],
+    values: Float[Array, "B *NKV 1 DHV"],
+    cache: Cache,
+    spec: AttentionSpec,
+) -> tuple[Float[Array, "B *NH 1 DHV"], Entry]:
+    """The first half of :func:`decode_step`, with the same arguments: the output, and what :func:`append` adds.
 
-    The cache is only read here. A model keeps the caches of its layers stacked, and appends to all at once: writing
-    each before it is read would copy it.
+    It only reads the cache. A model keeps the caches of its layers stacked and appends to all together: writing each
+    before it is read would copy it.
     """
     q, k, v = checked_arrays(queries, keys, values)
     if q.shape[2] != 1:
         raise ValueError(f"decode_step takes one token, got {q.shape[2]}; prefill takes many")
-    sin, cos = rotary_tables(cache.length[None], q.shape[-1], spec.theta)
-    q, k = rotate(pre_activate(q, spec), sin, cos), rotate(pre_activate(k, spec), sin, cos)
+    q, k = prepare(q, k, spec, cache.length)
     q = formula.grouped(q, k.shape[1])  # (B, NKV, G, 1, DHQK)
     if isinstance(cache, StateCache):
         state = cache.state + product("bksd,bkse->bkde", k, v) / math.sqrt(q.shape[-1])
@@ -234,20 +211,19 @@ def attend(
 
 
 def append(cache: Cache, entry: Entry) -> Cache:
-    """The cache after the token of :func:`attend`; caches of several layers, stacked along axes in front, together."""
+    """The cache after the token of :func:`attend`."""
     if isinstance(cache, StateCache):
         return StateCache(entry.key, cache.length + 1)
     assert entry.value is not None
     slot = jnp.max(cache.length) % cache.k.shape[-2]
-    k, v = (
-        jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)
-        for old, new in ((cache.k, entry.key), (cache.v, entry.value))
-    )
-    return KVCache(k, v, cache.length + 1)
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=cache.k.ndim - 2)
+    return KVCache(put(cache.k, entry.key), put(cache.v, entry.value), cache.length + 1)
 
 
-def _attend_to_tokens(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, spec: AttentionSpec) -> jax.Array:
-    """(B, NKV, G, 1, DHV): over the tokens in the cache, and the new one."""
+def _attend_to_tokens(
+    q: Array, k: Array, v: Array, cache: KVCache, spec: AttentionSpec
+) -> Float32[Array, "B NKV G 1 DHV"]:
+    """Over the tokens in the cache, and the new one."""
     t, capacity = cache.length, cache.k.shape[2]
     positions = _positions(t, capacity)
     # The new token comes last, and may always be attended to: no row is empty.
@@ -260,7 +236,7 @@ def _attend_to_tokens(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, 
     return out if spec.window is not None else jnp.where(t < capacity, out, jnp.nan)
 
 
-def _positions(length: jax.Array, capacity: int) -> jax.Array:
-    """(C,): the position of the token in each slot after ``length`` tokens; negative where none is."""
+def _positions(length: Int[Array, ""], capacity: int) -> Int[Array, " C"]:
+    """The position of the token in each slot after ``length`` tokens; negative in an empty slot."""
     newest = length - 1
     return newest - (newest - jnp.arange(capacity)) % capacity

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xattn.backend.activations import Activation
 from xattn.backend.hopper.tuning import WIDTHS
 
 if TYPE_CHECKING:
-    import jax
-
-    from xattn.backend.spec import AttentionSpec
+    from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
 
 AUTO = "auto"
 
@@ -39,16 +38,9 @@ def compute_capability() -> str:
     return str(jax.local_devices()[0].compute_capability)
 
 
-def context_devices() -> int:
-    """:func:`xattn.backend.mesh.context_devices`."""
-    from xattn.backend import mesh
-
-    return mesh.context_devices()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is known of a call before anything is compiled; what an implementation's refusal may depend on."""
+    """The facts of a call before anything is compiled: all that a refusal may depend on."""
 
     activation: Activation
     dtype: str
@@ -64,13 +56,13 @@ class Call:
     platform: str = field(default_factory=lambda: platform())
     """cpu, cuda, rocm, tpu, …: where it will run."""
     compute_capability: str | None = None
-    """That of the CUDA device where it will run, such as 9.0; None is the first one here, asked when it matters."""
-    context: int = field(default_factory=lambda: context_devices())
+    """Of the CUDA device where it will run, such as 9.0; None asks the first one here, when it matters."""
+    context: int = field(default_factory=lambda: import_module("xattn.backend.mesh").context_devices())
     """Devices over which the mesh splits the sequence."""
 
     @classmethod
-    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Call:
-        """The facts of checked arrays (B, NH or NKV, S, ·); they may be traced."""
+    def of(cls, q: Queries, k: Keys, v: Values, spec: AttentionSpec) -> Call:
+        """The facts of checked arrays; they may be traced."""
         return cls(
             activation=spec.activation,
             dtype=q.dtype.name,
@@ -93,28 +85,31 @@ class Call:
 Reason = Callable[[Call], str | None]
 
 
+def _never(call: Call) -> None:
+    """No reason against it."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A row of the table."""
 
     name: str
     """Of its module in this package, and of the function there."""
-    unsupported: Reason
-    """What of the call it does not support besides the activation, or None: then it takes the call when named."""
-    unfavourable: Reason
-    """Why ``auto`` should rather pass it over though it could serve, or None."""
-    vmaps: bool
+    unsupported: Reason = _never
+    """What of the call, besides the activation, it does not support, or None."""
+    unfavourable: Reason = _never
+    """Why ``auto`` should pass it over though it could serve, or None."""
+    vmaps: bool = True
     """Whether vmap transforms it, forward and backward: only then do runs that take it train as one program."""
     activations: tuple[str, ...] | None = None
-    """Those it serves. None: every one, since it asks :mod:`xattn.backend.formula`."""
+    """Those it serves. None is all: it asks :mod:`xattn.backend.formula`."""
     why: str = ""
     """Why no others."""
 
     @property
-    def function(self) -> Callable[[jax.Array, jax.Array, jax.Array, AttentionSpec], jax.Array]:
+    def function(self) -> Callable[[Queries, Keys, Values, AttentionSpec], Output]:
         """(q, k, v, spec) → out, as :func:`xattn.backend.reference.reference` specifies it."""
-        function: Any = getattr(import_module(f"xattn.backend.{self.name}"), self.name)
-        return function
+        return getattr(import_module(f"xattn.backend.{self.name}"), self.name)
 
     def refusal(self, call: Call) -> str | None:
         """What of the call it does not support, or None."""
@@ -125,107 +120,96 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation that serves a call, and why those before it in the table were passed over by ``auto``.
-
-    ``dataclasses.asdict`` of it is plain data, for a log or a JSON file.
-    """
+    """The implementation that serves a call, and why ``auto`` passed over those before it in the table."""
 
     name: str
     passed_over: dict[str, str]
 
 
-def _never(call: Call) -> None:
-    """No reason against it."""
+def _first(*reasons: tuple[bool, str]) -> str | None:
+    """The first reason that holds, or None."""
+    return next((reason for holds, reason in reasons if holds), None)
+
+
+def _not_on_cuda(call: Call) -> str | None:
+    return _first(
+        (call.platform != "cuda", f"the platform {call.platform}: it needs a CUDA device"),
+        (call.dtype not in ("bfloat16", "float16"), f"{call.dtype}: its kernels take bfloat16 and float16"),
+        (
+            call.has_mask or call.has_segment_ids,
+            "a given mask or segment_ids (S×S): its kernels are causal and no more",
+        ),
+        (call.context > 1, "a split sequence: its kernels see one device"),
+    )
 
 
 def _not_cudnn(call: Call) -> str | None:
-    if call.platform != "cuda":
-        return f"the platform {call.platform}: it needs a CUDA device"
-    if call.dtype not in ("bfloat16", "float16"):
-        return f"{call.dtype}: cuDNN takes bfloat16 and float16"
-    if call.has_mask or call.has_segment_ids:
-        return "a given mask or segment_ids: it would need an S×S bias"
-    if call.context > 1:
-        return "a split sequence: jax does not take its kernels apart along it"
-    if float(call.capability) < 8:
-        return f"compute capability {call.capability}: it needs 8.0"
-    widest = 256 if float(call.capability) >= 9 else 128
-    if call.head_dim_qk != call.head_dim_v or call.head_dim_qk % 8 or call.head_dim_qk > widest:
-        return f"the head widths {call.head_dim_qk} and {call.head_dim_v}: equal, a multiple of 8, at most {widest}"
-    return None
+    if refused := _not_on_cuda(call):
+        return refused
+    width, widest = call.head_dim_qk, 256 if float(call.capability) >= 9 else 128
+    fits = width == call.head_dim_v and width % 8 == 0 and width <= widest
+    return _first(
+        (float(call.capability) < 8, f"compute capability {call.capability}: it needs 8.0"),
+        (not fits, f"the head widths {width} and {call.head_dim_v}: equal, a multiple of 8, at most {widest}"),
+    )
 
 
 def _not_hopper(call: Call) -> str | None:
-    if call.platform != "cuda":
-        return f"the platform {call.platform}: it needs a CUDA device"
-    if call.dtype not in ("bfloat16", "float16"):
-        return f"{call.dtype}: its kernels take bfloat16 and float16"
-    if call.head_dim_qk != call.head_dim_v or call.head_dim_qk not in WIDTHS:
-        return f"the head widths {call.head_dim_qk} and {call.head_dim_v}: equal, {' or '.join(map(str, WIDTHS))}"
-    if call.has_mask or call.has_segment_ids or call.window is not None:
-        return "a given mask, segment_ids or a window: its kernels are causal and no more"
-    if call.context > 1:
-        return "a split sequence: its kernels see one device"
-    if call.capability != "9.0":
-        return f"compute capability {call.capability}: its instructions are those of 9.0 alone"
-    return None
+    if refused := _not_on_cuda(call):
+        return refused
+    width, widths = call.head_dim_qk, " or ".join(map(str, WIDTHS))
+    fits = width == call.head_dim_v and width in WIDTHS
+    return _first(
+        (not fits, f"the head widths {width} and {call.head_dim_v}: equal, {widths}"),
+        (call.window is not None, "a window: its kernels are causal and no more"),
+    ) or _first((call.capability != "9.0", f"compute capability {call.capability}: its instructions need exactly 9.0"))
+
+
+def _not_linear(call: Call) -> str | None:
+    return _first(
+        (call.has_mask, "a given mask: its state is a sum over all earlier tokens"),
+        (call.window is not None, "a window: a sum can't forget"),
+        (call.has_segment_ids, "segment_ids: a sum can't forget"),
+    )
+
+
+def _not_ring(call: Call) -> str | None:
+    return _first(
+        (call.has_mask, "a given mask: no device has more than a stretch of the sequence"),
+        (call.sequence % call.context != 0, f"S = {call.sequence} on {call.context} devices: it must be a multiple"),
+    )
 
 
 def _unmeasured(call: Call) -> str:
     return "not measured yet, nor run on a GPU: name it to take it"
 
 
-def _not_linear(call: Call) -> str | None:
-    if call.has_mask:
-        return "a given mask: its state is a sum over all earlier tokens"
-    if call.window is not None:
-        return "a window: a sum can't forget"
-    if call.has_segment_ids:
-        return "segment_ids: a sum can't forget"
-    return None
-
-
-def _not_ring(call: Call) -> str | None:
-    if call.has_mask:
-        return "a given mask: no device has more than a stretch of the sequence"
-    if call.sequence % call.context:
-        return f"S = {call.sequence} on {call.context} devices: it must be a multiple"
-    return None
+def _short(call: Call, length: int | None = None) -> str | None:
+    """Against lengths at which the reference was measured to be at least as fast (two CPU cores, forward and
+    backward); by default those of blockwise."""
+    length = length or call.activation.blockwise_from
+    return f"no faster than the reference below S = {length}" if call.sequence < length else None
 
 
 def _no_ring(call: Call) -> str | None:
-    """Below these lengths the reference, which gathers K and V, is as fast."""
-    return "the mesh has no context axis" if call.context == 1 else _short(call, call.activation.blockwise_from)
+    """Below those lengths the reference, which gathers K and V, is as fast."""
+    return "the mesh has no context axis" if call.context == 1 else _short(call)
 
 
 def _no_blockwise(call: Call) -> str | None:
-    if call.context > 1:
-        return "a split sequence: each device would go through all of it"
-    return _short(call, call.activation.blockwise_from)
-
-
-def _no_linear(call: Call) -> str | None:
-    return _short(call, 256)
-
-
-def _short(call: Call, length: int) -> str | None:
-    """Against calls below a length where the reference was measured to be at least as fast (two CPU cores, forward and
-    backward)."""
-    return f"no faster than the reference below S = {length}" if call.sequence < length else None
+    return "a split sequence: each device would go through all of it" if call.context > 1 else _short(call)
 
 
 # In the order in which auto tries them. The last serves every call.
 TABLE: tuple[Implementation, ...] = (
     # JAX's rule for its backward takes operands that vmap leaves whole for mapped ones (jax issue 38495).
-    Implementation("cudnn", _not_cudnn, _never, False, ("softmax",), "as cuDNN does"),
+    Implementation("cudnn", _not_cudnn, vmaps=False, activations=("softmax",), why="as cuDNN does"),
     Implementation("hopper", _not_hopper, _unmeasured, True, ("sigmoid", "none"), "its kernels know no other"),
-    Implementation(
-        "linear", _not_linear, _no_linear, True, ("none",), "since only logits as weights are a sum of outer products"
-    ),
+    Implementation("linear", _not_linear, partial(_short, length=256), True, ("none",), "a sum of outer products"),
     # Runs that train as one program have one device; ring is blockwise there.
-    Implementation("ring", _not_ring, _no_ring, vmaps=True),
-    Implementation("blockwise", _never, _no_blockwise, vmaps=True),
-    Implementation("reference", _never, _never, vmaps=True),
+    Implementation("ring", _not_ring, _no_ring),
+    Implementation("blockwise", unfavourable=_no_blockwise),
+    Implementation("reference"),
 )
 
 
@@ -235,11 +219,7 @@ def names() -> tuple[str, ...]:
 
 
 def row(name: str) -> Implementation:
-    """The table's row of that name.
-
-    Raises:
-        ValueError: there is none; the message names those there are.
-    """
+    """The table's row of that name; a ValueError for an unknown one lists the choices."""
     for candidate in TABLE:
         if candidate.name == name:
             return candidate
@@ -267,7 +247,7 @@ def choose(call: Call, implementation: str = AUTO) -> Choice:
     raise AssertionError("the last row of the table serves every call")
 
 
-def compute(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, implementation: str = AUTO) -> jax.Array:
-    """Attention of checked arrays by the implementation that :func:`choose` names: (B, NH, S, DHV) in v's dtype."""
+def compute(q: Queries, k: Keys, v: Values, spec: AttentionSpec, implementation: str = AUTO) -> Output:
+    """Attention of checked arrays, in v's dtype, by the implementation that :func:`choose` names."""
     choice = choose(Call.of(q, k, v, spec), implementation)
     return row(choice.name).function(q, k, v, spec)

@@ -3,9 +3,8 @@
 Each function is evaluated over given rows (queries) and columns (keys): over all of them by the reference, a tile by
 ``blockwise``, a stretch by ``ring``, one row against a cache's slots by decoding, some rows by the attention study.
 
-Shape letters: B batch, NH heads, NKV key/value heads, G = NH / NKV query heads a key/value head, T rows, S columns,
-DHQK query/key head width, DHV value head width. H is NKV, G where query heads are grouped, or NH where keys and values
-are repeated for each. Logits and weights are float32.
+In the shapes here T counts rows and S columns. Query heads have the axes NKV, G, or NKV alone where keys and values are
+repeated for each of them.
 """
 
 from __future__ import annotations
@@ -16,29 +15,33 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from xattn.backend.spec import AttentionSpec, product
+from xattn.backend.spec import AttentionSpec, Values, product
 
 F32 = jnp.float32
 # Not −inf: a row of −inf alone has no softmax, and its gradient is NaN even where a later select drops the row.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
+Scores = Float32[Array, "B NKV *G T S"]
+Keep = Bool[Array, "#B T S"]
+
+
 class Tokens(NamedTuple):
     """The rows or the columns that are asked about."""
 
-    positions: jax.Array
-    """(T,) integers."""
-    segments: jax.Array | None = None
-    """(B, T) integers; None where the sequence is one document."""
-    exist: jax.Array | None = None
-    """(T,) bool; False where there is only padding, or an empty slot. None is True for all."""
+    positions: Int[Array, " T"]
+    segments: Int[Array, "B T"] | None = None
+    """None where the sequence is one document."""
+    exist: Bool[Array, " T"] | None = None
+    """False for padding and for an empty slot. None is True for all."""
 
 
-def may_attend(rows: Tokens, columns: Tokens, spec: AttentionSpec, mask: jax.Array | None) -> jax.Array:
-    """(the given mask, or causal) ∧ window ∧ equal segments: bool (1 or B, T, S), True = attend.
+def may_attend(rows: Tokens, columns: Tokens, spec: AttentionSpec, mask: Bool[Array, "T S"] | None) -> Keep:
+    """(the given mask, or causal) ∧ window ∧ equal segments; True = attend.
 
-    mask: the part of a given mask for these rows and columns, (T, S); None is causal.
+    mask: the part of a given mask for these rows and columns; None is causal.
     """
     t, s = rows.positions[:, None], columns.positions[None, :]
     keep = s <= t if mask is None else mask
@@ -52,23 +55,23 @@ def may_attend(rows: Tokens, columns: Tokens, spec: AttentionSpec, mask: jax.Arr
     return keep
 
 
-def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
-    """(B, NH, S, ·) as (B, NKV, G, S, ·): query head h reads key/value head ⌊h · NKV / NH⌋."""
+def grouped(x: Float[Array, "B NH T D"], kv_heads: int) -> Float[Array, "B NKV G T D"]:
+    """The heads by the key/value head that they read: query head h reads ⌊h · NKV / NH⌋."""
     return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
 
 
-def scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """A = q kᵀ / √DHQK of rotated q (B, H, T, DHQK) and k (B, NKV or NH, S, DHQK): (B, H, T, S)."""
+def scores(q: Float[Array, "B NKV *G T DHQK"], k: Float[Array, "B NKV S DHQK"]) -> Scores:
+    """A = q kᵀ / √DHQK of rotated q and k."""
     return product("bk...td,bksd->bk...ts", q, k) / math.sqrt(q.shape[-1])
 
 
-def logits(scores: jax.Array, spec: AttentionSpec) -> jax.Array:
-    """The scores and their additive terms, (B, H, T, S): what the activation is a function of."""
+def logits(scores: Scores, spec: AttentionSpec) -> Scores:
+    """The scores and their additive terms: what the activation is a function of."""
     return scores if spec.bias is None else scores + spec.bias.reshape(1, *scores.shape[1:-2], 1, 1)
 
 
-def weights(logits: jax.Array, keep: jax.Array, spec: AttentionSpec) -> jax.Array:
-    """The weights of whole rows, and 0 where keep (1 or B, T, S) is False. A row that may attend to nothing is 0."""
+def weights(logits: Scores, keep: Keep, spec: AttentionSpec) -> Scores:
+    """The weights of whole rows, and 0 where keep is False. A row that may attend to nothing is 0."""
     keep = _of_heads(keep, logits)
     activation = spec.activation
     if not activation.is_normalised:
@@ -80,27 +83,27 @@ def weights(logits: jax.Array, keep: jax.Array, spec: AttentionSpec) -> jax.Arra
     return jnp.where(keep, jax.nn.softmax(jnp.concatenate([logits, extra], axis=-1), axis=-1)[..., :-1], 0)
 
 
-def _of_heads(keep: jax.Array, logits: jax.Array) -> jax.Array:
-    """With the logits' axes: (1 or B, 1, T, S) or (1 or B, 1, 1, T, S)."""
+def _of_heads(keep: Array, logits: Array) -> Array:
+    """keep with the logits' shape."""
     return jnp.broadcast_to(keep[:, None] if logits.ndim == 4 else keep[:, None, None], logits.shape)
 
 
 # ---- by parts: a row's columns one after the other
 
-Results = tuple[jax.Array, jax.Array | None]
-"""The output over some columns, (B, NKV, G, T, DHV); of a normalised activation also the log of each row's sum of
-e^logit, (B, NKV, G, T, 1) in float32, LOWEST where the row may attend to none of them."""
+Results = tuple[Float[Array, "B NKV G T DHV"], Float32[Array, "B NKV G T 1"] | None]
+"""The output over some columns. Of a normalised activation also the log of each row's sum of e^logit, LOWEST where the
+row may attend to none of them."""
 
 
 class Sums(NamedTuple):
-    """What rows have come to over the columns so far, float32. The last two count under a normalised activation."""
+    """What rows have come to over the columns so far. Only a normalised activation reads the last two."""
 
-    weighted: jax.Array
-    """Σ_s W_ts v_s, (B, NKV, G, T, DHV); normalised: Σ_s e^(A_ts − top) v_s."""
-    top: jax.Array
-    """The greatest logit, (B, NKV, G, T, 1)."""
-    total: jax.Array
-    """Σ_s e^(A_ts − top), (B, NKV, G, T, 1)."""
+    weighted: Float32[Array, "B NKV G T DHV"]
+    """Σ_s W_ts v_s; normalised: Σ_s e^(A_ts − top) v_s."""
+    top: Float32[Array, "B NKV G T 1"]
+    """The greatest logit."""
+    total: Float32[Array, "B NKV G T 1"]
+    """Σ_s e^(A_ts − top)."""
 
 
 def no_sums(rows: tuple[int, ...], width: int) -> Sums:
@@ -109,8 +112,8 @@ def no_sums(rows: tuple[int, ...], width: int) -> Sums:
     return Sums(jnp.zeros((*rows, width), F32), zeros + LOWEST, zeros)
 
 
-def add_columns(sums: Sums, logits: jax.Array, keep: jax.Array, v: jax.Array, spec: AttentionSpec) -> Sums:
-    """The sums over more columns, with values v (B, NKV, S, DHV): the online softmax of arXiv 1805.02867."""
+def add_columns(sums: Sums, logits: Scores, keep: Keep, v: Values, spec: AttentionSpec) -> Sums:
+    """The sums over more columns, of the values v: the online softmax of arXiv 1805.02867."""
     keep = _of_heads(keep, logits)
     weighted, top, total = sums
     if spec.activation.is_normalised:
@@ -140,7 +143,7 @@ def joined(a: Results, b: Results) -> Results:
 
 
 def with_extra_logit(results: Results, spec: AttentionSpec) -> Results:
-    """The results over all columns, and the activation's extra logit, which takes weight and has no value."""
+    """The results over all columns and the activation's extra logit, which takes weight and has no value."""
     if (extra := spec.activation.extra_logit) is None:
         return results
     assert results[1] is not None
@@ -148,12 +151,12 @@ def with_extra_logit(results: Results, spec: AttentionSpec) -> Results:
 
 
 def weights_again(
-    logits: jax.Array, keep: jax.Array, lse: jax.Array | None, spec: AttentionSpec
-) -> tuple[jax.Array, Callable[[jax.Array, jax.Array | None], jax.Array]]:
-    """The weights of some columns, in the backward pass, and (their gradient, δ) → that of the logits.
+    logits: Scores, keep: Keep, lse: Float32[Array, "B NKV *G T 1"] | None, spec: AttentionSpec
+) -> tuple[Scores, Callable[[Array, Array | None], Array]]:
+    """The weights of some columns, in the backward pass, and (their gradient, δ) → the logits' gradient.
 
-    lse: of the row over *all* its columns, extra logit included. δ = Σ_d out_td · (its gradient)_td, (B, NKV, G, T, 1).
-    Both are None of a pointwise activation, whose weights know nothing of each other.
+    lse: of the row over *all* its columns, extra logit included. δ = Σ_d out_td · (gradient of out)_td, one for each
+    row. Both are None for a pointwise activation, whose weights don't depend on each other.
     """
     keep = _of_heads(keep, logits)
     if lse is None:

@@ -23,10 +23,10 @@ def context_devices() -> int:
 
 
 def on_each(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """The function (index, *arguments) of one device of the axis, as one of whole arrays (*arguments).
+    """Turns a function (index, *arguments) of one device of the axis into one of whole arrays (*arguments).
 
-    The index comes in as data: in a program that is split by hand along one axis and by XLA along the others, asking a
-    device for its own index is not supported by every compiler. The other axes stay XLA's.
+    The other axes stay XLA's. The index comes in as data: not every compiler lets a device ask for its own index in a
+    program that is split by hand along one axis and by XLA along the others.
     """
     split = jax.shard_map(
         lambda index, *arguments: function(index[0], *arguments),

@@ -1,4 +1,4 @@
-"""The seed's backend as a flax.linen module, a drop-in for xlstm-jax's class of the same name."""
+"""Attention as a flax.linen module, a drop-in for xlstm-jax's class of the same name."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
+from jaxtyping import Array, Float, Float32
 
 from xattn.backend import dispatch
+from xattn.backend.activations import QKPreActivation
 from xattn.backend.arguments import checked_arrays, checked_spec
-from xattn.backend.config import QKPreActivation
 from xattn.backend.linear import linear_with_state
 
 
 @dataclass
 class mLSTMBackendAttentionConfig:
-    """What :class:`mLSTMBackendAttention` computes. Not frozen: the model sets the context length after the fact.
+    """What :class:`mLSTMBackendAttention` computes, as in :func:`xattn.backend.api.attention`.
 
-    context_length: the n of sigmoid's bias −log n; −1 is unset, and n is then the sequence length of the call.
-    activation_function: from attention logits to weights: softmax, sigmoid or none.
-    qk_pre_activation_function: applied to queries and keys before RoPE: none or swish (silu).
-    theta: RoPE's wavelength base.
+    Not frozen: the model sets the context length afterwards.
     """
 
     context_length: int = -1
+    """The n of sigmoid's bias −log n; −1 is unset, and n is then the sequence length of the call."""
     activation_function: str = "softmax"
     qk_pre_activation_function: QKPreActivation = "none"
     theta: float = 10000.0
@@ -47,39 +45,33 @@ class mLSTMBackendAttention(nn.Module):
 
     def __call__(
         self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        i: jax.Array | None = None,
-        f: jax.Array | None = None,
-        c_initial: jax.Array | None = None,
-        n_initial: jax.Array | None = None,
-        m_initial: jax.Array | None = None,
+        q: Float[Array, "B *NH S DHQK"],
+        k: Float[Array, "B *NKV S DHQK"],
+        v: Float[Array, "B *NKV S DHV"],
+        i: Array | None = None,
+        f: Array | None = None,
+        c_initial: Float[Array, "B *NKV DHQK DHV"] | None = None,
+        n_initial: Array | None = None,
+        m_initial: Array | None = None,
         return_last_states: bool = False,
-    ) -> jax.Array | tuple[jax.Array, tuple[jax.Array, None, None]]:
-        """Attend causally, by the configured choices.
+    ) -> (
+        Float[Array, "B *NH S DHV"]
+        | tuple[Float[Array, "B *NH S DHV"], tuple[Float32[Array, "B *NKV DHQK DHV"], None, None]]
+    ):
+        """Attend causally, by the configured choices; q, k and v have one dtype, and so has the output.
 
         Without a normaliser (``none``) attention is a recurrence with the state c = Σ_s R(s − S) k_s v_sᵀ / √DHQK over
-        the S tokens seen. It can be asked for, and given to the next call, whose positions count from 0 again: two
+        the S tokens seen. Pass the state that one call returns to the next, whose positions count from 0 again: two
         halves equal the whole at any cut. Softmax and sigmoid have no such state.
 
         Args:
-            q: queries (B, NH, S, DHQK), or (B, S, DHQK).
-            k: keys, likewise.
-            v: values (B, NH, S, DHV), or (B, S, DHV).
-            i: input gates of an mLSTM; taken and not applied.
-            f: forget gates of an mLSTM; taken and not applied.
-            c_initial: under ``none`` a state (B, NH, DHQK, DHV), or (B, DHQK, DHV), used in float32; else None.
-            n_initial: must be None: there is no normaliser.
-            m_initial: must be None: there is no running maximum.
-            return_last_states: under ``none``, return the state too; else must be False.
-
-        Returns:
-            out (B, NH, S, DHV), or (B, S, DHV), in the dtype of q, k and v; with return_last_states
-            ``(out, (c, None, None))``, c float32.
+            i, f: input and forget gates of an mLSTM; accepted and ignored.
+            c_initial: under ``none`` a state, used in float32; else None.
+            n_initial, m_initial: must be None: there is no normaliser, and no running maximum.
+            return_last_states: under ``none``, return ``(out, (c, None, None))``; else must be False.
 
         Raises:
-            ValueError: a state that cannot be honoured, or one of the wrong shape; and whatever
+            ValueError: a state that the activation does not have, or one of the wrong shape; and whatever
                 :func:`xattn.backend.api.attention` raises.
         """
         del i, f

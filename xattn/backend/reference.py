@@ -16,17 +16,9 @@ def reference(
 ) -> Float[Array, "B NH S DHV"]:
     """out = weights · v with weights = f(R(q) R(k)ᵀ / √DHQK), and 0 where a token may not attend.
 
-    f is a row of :mod:`xattn.backend.activations`. Logits and weights are float32; the weights are rounded to v's dtype
-    before they meet v, and that product too is accumulated in float32. A row that may attend to nothing is 0.
-
-    Args:
-        q: queries.
-        k: keys; query head h reads key/value head ⌊h · NKV / NH⌋.
-        v: values, of the dtype of q and k.
-        spec: everything else.
-
-    Returns:
-        The output, in the dtype of v.
+    f is a row of :mod:`xattn.backend.activations`. Query head h reads key/value head ⌊h · NKV / NH⌋. q, k, v and the
+    output have one dtype. Logits and weights are float32; the weights are rounded to v's dtype before they meet v, and
+    that product too is accumulated in float32. A row that may attend to nothing is 0.
     """
     weights = attended(q, k, spec).weights
     v = jnp.repeat(v, q.shape[1] // v.shape[1], axis=1)
@@ -47,7 +39,7 @@ def attended(
     spec: AttentionSpec,
     rows: Int[Array, " T"] | None = None,
 ) -> Attended:
-    """What each query attends to; rows: the positions of those that are asked about, None is all of them."""
+    """What each query attends to, or only the queries at the positions ``rows``."""
     q, k = prepare(q, k, spec)
     k = jnp.repeat(k, q.shape[1] // k.shape[1], axis=1)
     every = jnp.arange(k.shape[2])

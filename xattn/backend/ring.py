@@ -1,37 +1,36 @@
 """A sequence over several devices: keys and values go round the mesh's context axis, and none is ever gathered.
 
-Each of n devices has S/n queries, keys and values. It attends to its own, passes them to the next, attends to those
-that it was passed, and so on (Ring Attention, Liu et al., arXiv 2310.01889). What it does with a stretch of keys is
-:mod:`xattn.backend.blockwise`, and :mod:`xattn.backend.formula` joins the results. A stretch that comes after its
-queries costs no product. In the backward the gradients of keys and values travel with them, and go home at the end.
-
-Shape letters: as in blockwise; S is all of the sequence, L = S/n a device's stretch of it.
+Each of n devices holds S/n queries, keys and values. It attends to its own keys, passes them to the next device,
+attends to those that it received, and so on (Ring Attention, Liu et al., arXiv 2310.01889). Within a stretch of keys
+this is :mod:`xattn.backend.blockwise`, and :mod:`xattn.backend.formula` joins the results. A stretch that comes after
+its queries costs no product. In the backward the gradients of keys and values travel with them, and end up at home.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from xattn.backend import formula
-from xattn.backend.blockwise import Gradients, Tuning, backward_tiles, blockwise, forward_tiles, prepared
+from xattn.backend.blockwise import Gradients, Passes, Tuning, backward_tiles, blockwise, forward_tiles, prepared
 from xattn.backend.formula import F32, LOWEST, Results
 from xattn.backend.mesh import CONTEXT, SEQUENCE_SPLIT, context_devices, on_each
-from xattn.backend.spec import AttentionSpec
+from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
 
 _GROUPED = P(None, None, None, CONTEXT)
 
 
-def ring(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning | None = None) -> jax.Array:
+def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
     """:func:`xattn.backend.reference.reference` without a given mask, in O(S/n) memory a device.
 
     The mesh is the one that is set; S is a multiple of its context axis n. Where it has none, n = 1, this is
-    :func:`xattn.backend.blockwise.blockwise`. Of K and V a device sends (n − 1)/n of the whole forward and again
+    :func:`xattn.backend.blockwise.blockwise`. A device sends (n − 1)/n of all K and V in the forward and again in the
     backward, and their gradients in float32; with a window, only as far as that reaches.
     """
     assert spec.mask is None
@@ -39,38 +38,32 @@ def ring(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: 
     if context_devices() == 1:
         return blockwise(q, k, v, spec, tuning)
     assert q.shape[2] % context_devices() == 0
-    return prepared(q, k, v, spec, Ring(tuning))
+    return prepared(q, k, v, spec, Passes(_forward, _backward, tuning))
 
 
-@dataclass(frozen=True)
-class Ring:
-    """:class:`xattn.backend.blockwise.Passes` on all devices of the axis."""
-
-    tuning: Tuning
-
-    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Results:
-        lse = _GROUPED if spec.activation.is_normalised else None
-        run = on_each(
-            partial(_forward, tuning=self.tuning, devices=context_devices()),
-            in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec)),
-            out_specs=(_GROUPED, lse),
-        )
-        return run(q, k, v, spec)
-
-    def backward(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, results: Results, g: jax.Array
-    ) -> Gradients:
-        lse = _GROUPED if spec.activation.is_normalised else None
-        run = on_each(
-            partial(_backward, tuning=self.tuning, devices=context_devices()),
-            in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec), (_GROUPED, lse), _GROUPED),
-            out_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, P()),
-        )
-        return run(q, k, v, spec, results, g)
+def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) -> Results:
+    """On all devices of the axis."""
+    run = on_each(
+        partial(_device_forward, tuning=tuning, devices=context_devices()),
+        in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec)),
+        out_specs=_GROUPED,
+    )
+    return run(q, k, v, spec)
 
 
-def _forward(
-    index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, *, tuning: Tuning, devices: int
+def _backward(
+    q: Array, k: Array, v: Array, spec: AttentionSpec, results: Results, g: Array, tuning: Tuning
+) -> Gradients:
+    run = on_each(
+        partial(_device_backward, tuning=tuning, devices=context_devices()),
+        in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec), _GROUPED, _GROUPED),
+        out_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, P()),
+    )
+    return run(q, k, v, spec, results, g)
+
+
+def _device_forward(
+    index: Array, q: Array, k: Array, v: Array, spec: AttentionSpec, *, tuning: Tuning, devices: int
 ) -> Results:
     """What device ``index`` does; all arrays are its own stretches."""
     length = q.shape[-2]
@@ -92,14 +85,14 @@ def _forward(
     return out.astype(v.dtype), lse
 
 
-def _backward(
-    index: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+def _device_backward(
+    index: Array,
+    q: Array,
+    k: Array,
+    v: Array,
     spec: AttentionSpec,
     results: Results,
-    g: jax.Array,
+    g: Array,
     *,
     tuning: Tuning,
     devices: int,
@@ -126,13 +119,13 @@ def _backward(
     return d_q, d_k, d_v, jax.lax.psum(d_bias, CONTEXT)
 
 
-def _offset(index: jax.Array, turn: Any, devices: int, length: int) -> jax.Array:
-    """Position of the device's queries less that of the keys which it has after so many turns."""
+def _offset(index: Array, turn: Any, devices: int, length: int) -> Array:
+    """Position of the device's queries less that of the keys that it holds after ``turn`` turns."""
     return (index - (index - turn) % devices) * length
 
 
 def _stretches(devices: int, length: int, window: int | None) -> int:
-    """How many stretches a device has to see, its own and those before it."""
+    """How many stretches a device sees, its own included."""
     return devices if window is None else min(devices, 1 + -(-(window - 1) // length))
 
 
@@ -142,10 +135,6 @@ def _pass_on(tree: Any, distance: int, devices: int) -> Any:
 
 
 def _split(spec: AttentionSpec) -> Any:
-    """Where the spec's arrays lie."""
-    places: dict[str, Any] = {
-        "theta": P(),
-        "bias": None if spec.bias is None else P(),
-        "segment_ids": None if spec.segment_ids is None else P(None, CONTEXT),
-    }
-    return replace(spec, **places)
+    """How the spec's arrays are split: segment_ids by the sequence."""
+    whole: Any = jax.tree.map(lambda _: P(), spec)
+    return whole if spec.segment_ids is None else replace(whole, segment_ids=P(None, CONTEXT))

@@ -1,6 +1,5 @@
 """Rotary position embedding, interleaved pairs (2i, 2i + 1), in float32 whatever the dtype of the features.
 
-Shape letters: B batch, NH heads, S sequence, DHQK query/key head width.
 Source: Su et al., RoFormer, arXiv 2104.09864, section 3.4.
 """
 
@@ -11,11 +10,14 @@ from numbers import Real
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
-Theta = float | jax.Array
+Theta = float | Float[Array, ""]
 
 
-def precompute_freqs(feat_dim: int, max_length: int, theta: Theta = 10000.0) -> tuple[jax.Array, jax.Array]:
+def precompute_freqs(
+    feat_dim: int, max_length: int, theta: Theta = 10000.0
+) -> tuple[Float32[Array, "{max_length} {feat_dim}//2"], Float32[Array, "{max_length} {feat_dim}//2"]]:
     """Sine and cosine of position · theta^(−2i/feat_dim) for the positions 0 … max_length − 1.
 
     Args:
@@ -24,8 +26,7 @@ def precompute_freqs(feat_dim: int, max_length: int, theta: Theta = 10000.0) -> 
         theta: wavelength base, positive; a number or a traced scalar.
 
     Returns:
-        ``(sin, cos)``, each float32 of shape (max_length, feat_dim // 2). Row 0 is exactly (0, 1). A float32 angle is
-        off by up to 6e-8 of itself: 1.2e-4 at position 4096.
+        ``(sin, cos)``, row 0 exactly (0, 1). A float32 angle is off by up to 6e-8 of itself: 1.2e-4 at position 4096.
 
     Raises:
         ValueError: feat_dim is odd or not positive, max_length is negative, or theta is a number that is not
@@ -37,19 +38,17 @@ def precompute_freqs(feat_dim: int, max_length: int, theta: Theta = 10000.0) -> 
 
 
 def apply_rotary_emb(
-    xq: jax.Array,
-    xk: jax.Array,
-    freqs_sin: jax.Array | None = None,
-    freqs_cos: jax.Array | None = None,
+    xq: Float[Array, "*heads S DHQK"],
+    xk: Float[Array, "*kv_heads S DHQK"],
+    freqs_sin: Float[Array, "rows DHQK//2"] | None = None,
+    freqs_cos: Float[Array, "rows DHQK//2"] | None = None,
     theta: Theta = 10000.0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "*heads S DHQK"], Float[Array, "*kv_heads S DHQK"]]:
     """Rotate the pair (2i, 2i + 1) of the features at position t by the angle t · theta^(−2i/DHQK).
 
     Args:
-        xq: queries (…, S, DHQK), any float dtype.
-        xk: keys (…, S, DHQK); their leading axes may differ from the queries' (grouped heads).
-        freqs_sin: sines (≥ S, DHQK // 2), of which the first S rows are used; from :func:`precompute_freqs` if None.
-        freqs_cos: cosines, likewise; both or neither are given.
+        xq, xk: queries and keys; their leading axes may differ (grouped heads).
+        freqs_sin, freqs_cos: both or neither; the first S rows are used. From :func:`precompute_freqs` if None.
         theta: wavelength base, used only where no tables are given.
 
     Returns:
@@ -73,8 +72,10 @@ def apply_rotary_emb(
     return rotate(xq, sin, cos), rotate(xk, sin, cos)
 
 
-def rotary_tables(positions: jax.Array, feat_dim: int, theta: Theta) -> tuple[jax.Array, jax.Array]:
-    """As :func:`precompute_freqs`, at any positions, of any shape (…): two float32 arrays (…, feat_dim // 2)."""
+def rotary_tables(
+    positions: Int[Array, "*shape"], feat_dim: int, theta: Theta
+) -> tuple[Float32[Array, "*shape {feat_dim}//2"], Float32[Array, "*shape {feat_dim}//2"]]:
+    """As :func:`precompute_freqs`, at any positions."""
     _check_width(feat_dim)
     exponents = jnp.arange(0, feat_dim, 2, dtype=jnp.float32) / feat_dim
     # A power, not exp(−exponent · log theta): the rounding of that product would be a tenfold error of the angle.
@@ -82,8 +83,10 @@ def rotary_tables(positions: jax.Array, feat_dim: int, theta: Theta) -> tuple[ja
     return _materialised(jnp.sin(angles)), _materialised(jnp.cos(angles))
 
 
-def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """x of shape (…, S, DHQK) with tables (S, DHQK // 2); float32 inside, x's dtype out. −sin rotates back."""
+def rotate(
+    x: Float[Array, "*heads S DHQK"], sin: Float[Array, "#S DHQK//2"], cos: Float[Array, "#S DHQK//2"]
+) -> Float[Array, "*heads S DHQK"]:
+    """x rotated, float32 inside and x's dtype out. −sin rotates back."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     lead = tuple(range(x.ndim - sin.ndim))
@@ -91,8 +94,8 @@ def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
-def checked_theta(theta: Theta) -> jax.Array:
-    """theta as a float32 scalar; only a number's value can be judged, a traced one's shape."""
+def checked_theta(theta: Theta) -> Float32[Array, ""]:
+    """theta as a float32 scalar. A number is judged by its value, an array by its shape alone: it may be traced."""
     if isinstance(theta, Real) and not (theta > 0 and math.isfinite(theta)):
         raise ValueError(f"theta must be positive and finite, got {theta}")
     array = jnp.asarray(theta, jnp.float32)
@@ -101,12 +104,12 @@ def checked_theta(theta: Theta) -> jax.Array:
     return array
 
 
-def _materialised(table: jax.Array) -> jax.Array:
+def _materialised(table: Array) -> Array:
     """The table itself, bit for bit, and computed once.
 
-    XLA:CPU fuses sine and cosine into the rotation, where they are computed anew for every batch row and head, at many
-    times the cost of the rotation. It drops an optimization_barrier before it fuses, but it keeps a product, and one
-    with the identity in full precision is exact.
+    XLA:CPU fuses sine and cosine into the rotation and computes them again for every batch row and head, at many times
+    the cost of the rotation. It drops an optimization_barrier before it fuses, but it keeps a product, and one with the
+    identity in full precision is exact.
     """
     return jnp.matmul(table, jnp.eye(table.shape[-1], dtype=table.dtype), precision=jax.lax.Precision.HIGHEST)
 

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.backend.arguments import config_spec
-from xattn.backend.config import AttentionConfig
 from xattn.backend.reference import attended
 from xattn.backend.spec import AttentionSpec, product
 from xattn.data.batches import Windows
+from xattn.model.config import BackendConfig
 from xattn.model.pattern import layers_of
 from xattn.model.transformer import (
     LanguageModel,
@@ -30,6 +29,7 @@ from xattn.model.transformer import (
     ModelHyperparameters,
     attention_inputs,
     layer_hyperparameters,
+    layer_spec,
 )
 
 WINDOWS = 4  # of evaluation's, the first of them
@@ -112,14 +112,14 @@ def statistics_row(study: AttentionStudy) -> dict[str, float]:
 
 
 def _of_layer(
-    segment_ids: Any, kind: AttentionConfig, hyperparameters: LayerHyperparameters, inputs: tuple[jax.Array, ...]
+    segment_ids: Any, kind: BackendConfig, hyperparameters: LayerHyperparameters, inputs: tuple[jax.Array, ...]
 ) -> AttentionStudy:
     """Of one layer, over all windows: (q, k, v, bias), the first three (windows, NH or NKV, S, ·)."""
     *qkv, bias = inputs
 
     def of_window(inputs: Any) -> AttentionStudy:
         q, k, v, segment_ids = jax.tree.map(lambda x: x[None], inputs)
-        spec = config_spec(
+        spec = layer_spec(
             kind,
             num_heads=q.shape[1],
             theta=hyperparameters.theta,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
     ModelWrapValidatorHandler,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
@@ -15,12 +16,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from xattn.backend import activations
-from xattn.backend.config import AttentionConfig, LayerConfig
+from xattn.backend import activations, dispatch
+from xattn.backend.activations import QKPreActivation
 from xattn.section import Section
-
-_KEYS = tuple(LayerConfig.model_fields)
 
 
 class ModelConfig(Section):
@@ -89,12 +89,53 @@ class ModelConfig(Section):
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
-class BackendConfig(AttentionConfig):
+def _one_of(names: Callable[[], tuple[str, ...]]) -> PlainValidator:
+    """As a Literal of the names that there are when a value is judged: a user's own file may add some."""
+
+    def checked(value: Any) -> Any:
+        if value in names():
+            return value
+        *others, last = (repr(name) for name in names())
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"}
+        )
+
+    return PlainValidator(checked)
+
+
+class LayerConfig(Section):
+    """The keys of ``backend`` that a kind of layer has of its own."""
+
+    activation: Annotated[str, _one_of(activations.names)]
+    """Function from attention logits to weights."""
+    qk_pre_activation: QKPreActivation
+    """Function applied to queries and keys before RoPE; ``silu`` is another name of ``swish``."""
+    theta: PositiveFloat
+    """RoPE's wavelength base; angle = position · theta^(−2i/DHQK)."""
+    sigmoid_bias: Literal["auto", "learned"] | float
+    """``auto`` is −log(context_length); a number is itself; ``learned`` is a scalar a head, from −log n."""
+    window: PositiveInt | None
+    """A token attends to itself and to the window − 1 tokens before it; null means to all before it."""
+    implementation: Annotated[str, _one_of(dispatch.names)]
+    """A row of the dispatch table (xattn/backend/dispatch.py), or ``auto``."""
+
+    @field_validator("qk_pre_activation", mode="before")
+    @classmethod
+    def _silu_is_swish(cls, value: Any) -> Any:
+        return "swish" if value == "silu" else value
+
+
+_KEYS = tuple(LayerConfig.model_fields)
+
+
+class BackendConfig(LayerConfig):
     """The group ``backend``. With ``every: k`` the layers k, 2k, 3k, … (counted from 1) take the keys of ``then``.
 
     A pattern that changes no layer, or all of them (k = 1), is read as what it is: a backend of one kind.
     """
 
+    context_length: PositiveInt
+    """Sequence length of training, in tokens; also the n of pointwise activations, as in sigmoid's bias −log n."""
     every: PositiveInt | None
     then: LayerConfig | None
     """All keys of those layers; config.yaml has the ones that differ from the backend's own."""

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.backend.arguments import config_spec
 from xattn.backend.decode import grow, init_cache
 from xattn.backend.spec import AttentionSpec
 from xattn.model.pattern import Caches, layers_of
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, layer_hyperparameters
+from xattn.model.transformer import LanguageModel, ModelHyperparameters, layer_hyperparameters, layer_spec
 
 # Tokens that one call of the device draws: what is streamed arrives in such pieces.
 CHUNK = 16
@@ -179,7 +178,7 @@ def _decode(
 def _specs(model: LanguageModel, hyperparameters: ModelHyperparameters) -> dict[str, AttentionSpec]:
     """Kind of layer → what its attention means, but for a bias that each layer has learned."""
     return {
-        kind: config_spec(
+        kind: layer_spec(
             backend, num_heads=model.config.num_heads, **layer_hyperparameters(hyperparameters, kind)._asdict()
         )
         for kind, backend in model.backend.kinds.items()

@@ -22,9 +22,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from xattn.backend import activations, dispatch
-from xattn.backend.arguments import config_spec
-from xattn.backend.config import AttentionConfig
+from xattn.backend.arguments import checked_spec
 from xattn.backend.decode import Cache, Entry, StateCache, append, attend, prefill
+from xattn.backend.spec import AttentionSpec
 from xattn.model import pattern
 from xattn.model.config import BackendConfig, ModelConfig
 from xattn.model.functions import layer_norm, rms_norm, swiglu
@@ -50,6 +50,35 @@ ModelHyperparameters = LayerHyperparameters | Mapping[str, LayerHyperparameters]
 def layer_hyperparameters(hyperparameters: ModelHyperparameters, kind: str) -> LayerHyperparameters:
     """What the layers of that kind read."""
     return hyperparameters if isinstance(hyperparameters, LayerHyperparameters) else hyperparameters[kind]
+
+
+def layer_spec(
+    layers: BackendConfig,
+    *,
+    num_heads: int,
+    theta: Any,
+    sigmoid_bias: Any,
+    length: int = 1,
+    batch: int = 1,
+    segment_ids: Int[Array, "B S"] | None = None,
+) -> AttentionSpec:
+    """What attention means in layers of one kind. theta and the bias are numbers of the train state, not the config's.
+
+    sigmoid_bias: ignored under an activation that takes none. length, batch: S and B of the segment_ids.
+    """
+    takes_bias = activations.activation(layers.activation).takes_bias
+    return checked_spec(
+        num_heads=num_heads,
+        length=length,
+        batch=batch,
+        activation_function=layers.activation,
+        qk_pre_activation_function=layers.qk_pre_activation,
+        theta=theta,
+        context_length=layers.context_length,
+        sigmoid_bias=sigmoid_bias if takes_bias else None,
+        segment_ids=segment_ids,
+        window=layers.window,
+    )
 
 
 def with_sigmoid_bias(hyperparameters: ModelHyperparameters, biases: Mapping[str, Any]) -> ModelHyperparameters:
@@ -278,7 +307,7 @@ class Layer(nn.Module):
     scan wants."""
 
     config: ModelConfig
-    backend: AttentionConfig
+    backend: BackendConfig
     train: bool
 
     @nn.compact
@@ -314,7 +343,7 @@ class Attention(nn.Module):
     """
 
     config: ModelConfig
-    backend: AttentionConfig
+    backend: BackendConfig
 
     @nn.compact
     def __call__(
@@ -342,7 +371,7 @@ class Attention(nn.Module):
         if bias is not None and backend.sigmoid_bias == "learned":
             init = nn.initializers.constant(-math.log(backend.context_length))
             bias = self.param("sigmoid_bias", init, (config.num_heads,))
-        spec = config_spec(
+        spec = layer_spec(
             backend,
             num_heads=config.num_heads,
             theta=hyperparameters.theta,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xattn.keys import has_effect
+from xattn.keys import has_effect, short
 from xattn.report.read import Run, Study
 
 SEED = "seed"
@@ -34,7 +34,7 @@ class Factor:
     @property
     def name(self) -> str:
         """The key without its group."""
-        return self.key.rpartition(".")[2]
+        return short(self.key)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def _grouped(keys: Sequence[str], runs: Sequence[Run]) -> dict[str, tuple[str, .
     a file, such as ``optimizer=muon``, changes several at once.
     """
     values = {key: len({run.config.get(key) for run in runs}) for key in keys}
-    by_weight = sorted(keys, key=lambda key: (-values[key], not key.endswith(".name")))
+    # Layers of two kinds differ in several keys at once, and the pattern is what makes them differ.
+    by_weight = sorted(keys, key=lambda key: (-values[key], key != "backend.every", not key.endswith(".name")))
     groups: dict[str, list[str]] = {}
     for key in by_weight:
         for leader in groups:

@@ -61,7 +61,10 @@ class Run:
     @property
     def command(self) -> str:
         """What was typed for this run, on a line that a shell takes."""
-        return shlex.join(["python", "train.py", *self.overrides])
+        program = "train.py"
+        if self.provenance.get("registered"):  # a user's own file
+            program = shlex.split(str(self.provenance.get("command", "python train.py")))[1]
+        return shlex.join(["python", program, *self.overrides])
 
     @property
     def tokens_per_step(self) -> int | None:

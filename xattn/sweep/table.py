@@ -15,6 +15,7 @@ import xattn.config
 from xattn import run_folder
 from xattn.config import Config
 from xattn.errors import BadInput
+from xattn.keys import short
 
 
 def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Path, Config] | None = None) -> None:
@@ -24,7 +25,7 @@ def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Pat
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     numbers = ("val_loss", "val_bpb", "step", "tokens/s")
-    for column in (*(key.rpartition(".")[2] for key in keys), "status"):
+    for column in (*map(short, keys), "status"):
         table.add_column(column, no_wrap=True)
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
@@ -51,7 +52,8 @@ def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Pat
 def _status(folder: Path, summary: dict[str, Any], config: Config | None) -> str:
     """As in the summary, but a run that was killed cannot say so itself: nobody holds its folder any more."""
     if config is None and (folder / run_folder.CONFIG).is_file():
-        return "config of another version"
+        own = (run_folder.read_provenance(folder) or {}).get("registered")
+        return f"made with {', '.join(own)}" if own else "config of another version"
     status: str = summary.get("status", "not begun")
     return "killed" if status == "running" and not run_folder.is_held(folder) else status
 

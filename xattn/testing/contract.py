@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xattn.backend import blockwise, linear, precompute_freqs, reference, ring
-from xattn.backend.activations import Activation, activation
+from xattn.backend.activations import Activation, QKPreActivation, activation
 from xattn.backend.arguments import checked_spec
-from xattn.backend.config import QKPreActivation
 from xattn.backend.decode import decode_step, decoding_spec, init_cache, prefill
 from xattn.backend.dispatch import Call, row
 from xattn.backend.spec import AttentionSpec
@@ -53,6 +52,14 @@ class Case:
     context_length: int | None = None
     bias_step: float = 0.0
     """By how much sigmoid's bias grows from head to head, from −log n."""
+    width: int | None = None
+    """DHQK and DHV, for an implementation that takes few; None is WIDTH_QK and WIDTH_V."""
+    platform: str = "cpu"
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(DHQK, DHV)."""
+        return (WIDTH_QK, WIDTH_V) if self.width is None else (self.width, self.width)
 
     def call(self) -> Call:
         """The case as the table sees it, without making an array."""
@@ -63,12 +70,13 @@ class Case:
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             sequence=self.length,
-            head_dim_qk=WIDTH_QK,
-            head_dim_v=WIDTH_V,
+            head_dim_qk=self.widths[0],
+            head_dim_v=self.widths[1],
             window={"window": 4, "everything": 6}.get(self.mask),
             has_mask=self.mask in ("causal", "arbitrary", "empty rows", "everything"),
             has_segment_ids=self.mask in ("segments", "everything"),
-            platform="cpu",
+            platform=self.platform,
+            compute_capability="9.0",
         )
 
     def __str__(self) -> str:
@@ -123,10 +131,10 @@ def _inputs(case: Case, row: Activation) -> Inputs:
     q, k, v, g = (
         jnp.asarray(rng.standard_normal((BATCH, heads, case.length, width)), case.dtype)
         for heads, width in (
-            (case.heads, WIDTH_QK),
-            (case.kv_heads, WIDTH_QK),
-            (case.kv_heads, WIDTH_V),
-            (case.heads, WIDTH_V),
+            (case.heads, case.widths[0]),
+            (case.kv_heads, case.widths[0]),
+            (case.kv_heads, case.widths[1]),
+            (case.heads, case.widths[1]),
         )
     )
     restrictions = _restrictions(case.mask, case.length, rng)
@@ -144,7 +152,7 @@ def _inputs(case: Case, row: Activation) -> Inputs:
         segment_ids=restrictions.get("segments"),
         window=restrictions.get("window"),
     )
-    sin, cos = precompute_freqs(WIDTH_QK, case.length, THETA)
+    sin, cos = precompute_freqs(case.widths[0], case.length, THETA)
     problem = oracle.Problem(
         q=_f64(q),
         k=_f64(k),
@@ -231,7 +239,7 @@ def check_theta_gradient(function: Function, case: Case) -> None:
     step = 1e-4
 
     def loss(theta: float) -> float:
-        sin, cos = oracle.tables(case.length, WIDTH_QK, theta)
+        sin, cos = oracle.tables(case.length, case.widths[0], theta)
         return float(np.sum(oracle.forward(replace(x.problem, sin=sin, cos=cos)) * _f64(x.g)))
 
     want = (loss(THETA + step) - loss(THETA - step)) / (2 * step)
@@ -269,8 +277,8 @@ def check_decoding(case: Case, *, prompt: int = 0) -> None:
         spec,
         batch=BATCH,
         num_kv_heads=case.kv_heads,
-        head_dim_qk=WIDTH_QK,
-        head_dim_v=WIDTH_V,
+        head_dim_qk=case.widths[0],
+        head_dim_v=case.widths[1],
         capacity=case.length,
         dtype=case.dtype,
     )

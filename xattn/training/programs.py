@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xattn.backend.config import AttentionConfig
 from xattn.config import Config, shaping
 from xattn.data.batches import Windows
 from xattn.evaluation.attention import Study, attention_study
 from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.evaluation.probes import PlacesOf, places_of
+from xattn.model.config import BackendConfig
 from xattn.model.transformer import (
     LanguageModel,
     LayerHyperparameters,
@@ -93,7 +93,7 @@ def hyperparameters(config: Config) -> Hyperparameters:
     )
 
 
-def _of_kind(backend: AttentionConfig) -> LayerHyperparameters:
+def _of_kind(backend: BackendConfig) -> LayerHyperparameters:
     bias = -math.log(backend.context_length) if isinstance(backend.sigmoid_bias, str) else backend.sigmoid_bias
     return LayerHyperparameters(jnp.float32(backend.theta), jnp.float32(bias))
 

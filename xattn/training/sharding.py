@@ -1,8 +1,9 @@
 """One run over many devices: a mesh with four named axes, and one table that says which axis splits what.
 
-The model's code knows nothing of it. The compiled step is told how its state and batch lie on the mesh, where the
-activations of each layer lie is said from outside by an interceptor, and XLA's partitioner does the rest (GSPMD, Xu et
-al., arXiv 2105.04663). On one device nothing of this is used, and the programs are what they would be without it.
+The compiled step is told how its state and batch lie on the mesh, an interceptor says from outside where the
+activations of each layer lie, and XLA's partitioner does the rest (GSPMD, Xu et al., arXiv 2105.04663). The model's
+code asks one thing: over how many devices the sequence is split (:func:`xattn.backend.mesh.context_devices`). On one
+device nothing of this is used, and the programs are what they would be without it.
 """
 
 from __future__ import annotations

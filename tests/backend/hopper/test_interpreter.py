@@ -100,7 +100,7 @@ def test_values_and_gradients(
         sin=np.zeros((LENGTH, width // 2)),
         cos=np.ones((LENGTH, width // 2)),
         keep=np.tri(LENGTH, dtype=bool)[None] | (not causal),
-        bias=np.asarray(bias[0], np.float64),
+        bias=np.asarray(bias[0], np.float64) if sigmoid else None,
     )
     want_q, want_k, want_v, want_bias = oracle.vjp(problem, f64[3])
     close("out", out, oracle.forward(problem), dtype)

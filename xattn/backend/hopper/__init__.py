@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 from xattn.backend.hopper.tuning import Tuning
 
 if TYPE_CHECKING:
-    import jax
-
-    from xattn.backend.spec import AttentionSpec
+    from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
 
 
-def hopper(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, tuning: Tuning | None = None) -> jax.Array:
-    """:func:`xattn.backend.reference.reference` for causal sigmoid and ``none`` in bfloat16 or float16, DHQK = DHV in
-    64, 128, on a Hopper GPU (compute capability 9.0).
+def hopper(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
+    """:func:`xattn.backend.reference.reference` for causal sigmoid and ``none`` on a Hopper GPU.
 
-    Pre-activation and RoPE come before it, as XLA fuses them into one pass over q and k. The bias is an array of the
-    program, with its gradient. **Never run on a GPU so far**: docs/kernels.md says what was proven without one.
+    It takes bfloat16 or float16, and DHQK = DHV in 64, 128. Pre-activation and RoPE come before it, as XLA fuses them
+    into one pass over q and k. The bias is an array of the program, with its gradient. **Never run on a GPU so far**:
+    docs/kernels.md says what was proven without one.
     """
     assert spec.activation.name in ("sigmoid", "none")
     assert spec.mask is None

@@ -1,7 +1,7 @@
 """What the Hopper kernels are made of: places in the grid, tiles in shared memory, products, the ring that is streamed.
 
-A block is three warpgroups. Each of two keeps ROWS rows of its own; the third streams tiles of the other side through a
-ring in shared memory, by the copy engine (TMA), ahead of the two.
+A block is three warpgroups. Two of them keep ROWS rows each; the third streams tiles of the other side through a ring
+in shared memory, by the copy engine (TMA), ahead of the two.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS
 
@@ -53,7 +53,7 @@ class Block:
 
     @classmethod
     def here(cls, length: int, *, last_first: bool) -> Block:
-        """``last_first`` starts the blocks of the last rows first: under a causal mask they have the most to do."""
+        """``last_first`` starts with the blocks of the last rows: under a causal mask they have the most to do."""
         index = lax.axis_index("rows")
         index = length // BLOCK - 1 - index if last_first else index
         return cls(lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("warpgroup"), index * BLOCK)
@@ -69,10 +69,10 @@ class Block:
         return self.batch, self.head, pl.ds(self.my_first, ROWS)
 
 
-def multiply(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> jax.Array:
+def multiply(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> Array:
     """a · b of two references to shared memory, in float32; ``meanwhile`` runs while the tensor core works."""
 
-    def run(accumulator: Any) -> jax.Array:
+    def run(accumulator: Any) -> Array:
         plgpu.wgmma(accumulator, a, b)
         if meanwhile is not None:
             meanwhile()
@@ -81,26 +81,26 @@ def multiply(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> jax
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), F32))
 
 
-def multiply_add(total: jax.Array, a: jax.Array, b: Any) -> jax.Array:
+def multiply_add(total: Array, a: Array, b: Any) -> Array:
     """total + a · b, float32; a is in registers, b a reference to shared memory.
 
-    The GPU interpreter can't do this one (jax 0.12): its tests put a plain product here.
+    The GPU interpreter can't run it (jax 0.12): its tests put a plain product here.
     """
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
 
 
-def zeros(rows: int, width: int) -> jax.Array:
-    """In the registers of a warpgroup, as an accumulator is."""
+def zeros(rows: int, width: int) -> Array:
+    """In a warpgroup's registers, laid out as an accumulator."""
     return plgpu.layout_cast(jnp.zeros((rows, width), F32), WGMMA)
 
 
-def _tiles(like: jax.Array, count: int, rows: int) -> Any:
+def _tiles(like: Array, count: int, rows: int) -> Any:
     """``count`` tiles (rows, D) in the layout that wgmma and the copy engine share: rows of 128 bytes, swizzled."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM((count, rows, like.shape[-1]), like.dtype, transforms=transforms)
 
 
-def kept_tiles(like: jax.Array, arrays: int) -> Any:
+def kept_tiles(like: Array, arrays: int) -> Any:
     """Room, and barriers, for what the compute warpgroups keep: ``arrays`` tiles each."""
     return tuple((_tiles(like, COMPUTE, ROWS), plgpu.Barrier(num_barriers=COMPUTE)) for _ in range(arrays))
 
@@ -114,7 +114,7 @@ def load(sources: list[Any], kept: Any, warpgroup: Any) -> list[Any]:
     return [tiles.at[warpgroup] for tiles, _ in kept]
 
 
-def store(results: list[tuple[jax.Array, Any, Any]]) -> None:
+def store(results: list[tuple[Array, Any, Any]]) -> None:
     """Each of (array, room in shared memory, destination), rounded to the room's dtype."""
     for array, room, _ in results:
         room[...] = array.astype(room.dtype)
@@ -125,8 +125,8 @@ def store(results: list[tuple[jax.Array, Any, Any]]) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def ring_of(like: jax.Array, rows: int, stages: int) -> Any:
-    """Two arrays' tiles, ``stages`` of each, with a barrier a tile that it is ready and one that it is free again."""
+def ring_of(like: Array, rows: int, stages: int) -> Any:
+    """Tiles of two arrays, ``stages`` of each. Each tile has two barriers: it is ready, and it is free again."""
     return (
         (_tiles(like, stages, rows),) * 2,
         (plgpu.Barrier(num_barriers=stages),) * 2,
@@ -144,7 +144,7 @@ def _stages(ring: Any) -> Any:
 
 
 def stream(ring: Any, steps: Any, source: Callable[[Any], list[Any]]) -> None:
-    """The memory warpgroup: every step's tiles into the ring, each as soon as its slot is free."""
+    """The memory warpgroup: copies every step's tiles into the ring, each as soon as its slot is free."""
     plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
     def fill(step: Any, _: None, wait: bool) -> None:

@@ -6,39 +6,31 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from xattn.backend.hopper.kernels import Meaning, forward, gradient_of_q, gradients_of_k_and_v
 from xattn.backend.hopper.tuning import BLOCK, Tuning
+from xattn.backend.spec import Keys, Output, Queries, Values
 
-Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Arrays = tuple[Array, Array, Array, Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def fused(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: Meaning, tuning: Tuning) -> jax.Array:
+def fused(q: Queries, k: Keys, v: Values, bias: Float32[Array, "B NH"], meaning: Meaning, tuning: Tuning) -> Output:
     """Attention of rotated queries and keys, with σ(logits + bias) or the logits themselves as weights.
 
-    Args:
-        q: (B, NH, S, D), bfloat16 or float16, D 64 or 128; any S ≥ 1.
-        k: (B, NKV, S, D); NKV divides NH.
-        v: (B, NKV, S, D).
-        bias: (B, NH) float32, may be traced; without meaning, and without gradient, under ``none``.
-        meaning: the activation, and causal or not.
-        tuning: how the work is cut.
-
-    Returns:
-        (B, NH, S, D). The backward keeps the four arrays and nothing else. Reverse mode only, and once.
+    The dtype is bfloat16 or float16, DHQK = DHV is 64 or 128. Under ``none`` the bias has no meaning and no gradient.
+    The backward keeps the four arrays and nothing else. Reverse mode only, and once.
     """
     return _forward(q, k, v, bias, meaning, tuning)[0]
 
 
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: Meaning, tuning: Tuning
-) -> tuple[jax.Array, Arrays]:
+def _forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning: Tuning) -> tuple[Array, Arrays]:
     padded = (_pad(q), _pad(k), _pad(v))
     return forward(*padded, bias, meaning, tuning)[:, :, : q.shape[2]], (q, k, v, bias)
 
 
-def _backward(meaning: Meaning, tuning: Tuning, kept: Arrays, g: jax.Array) -> Arrays:
+def _backward(meaning: Meaning, tuning: Tuning, kept: Arrays, g: Array) -> Arrays:
     q, k, v, bias = kept
     length = q.shape[2]
     arrays = (_pad(q), _pad(k), _pad(v), bias, _pad(g))
@@ -51,6 +43,6 @@ def _backward(meaning: Meaning, tuning: Tuning, kept: Arrays, g: jax.Array) -> A
 fused.defvjp(_forward, _backward)
 
 
-def _pad(x: jax.Array) -> jax.Array:
+def _pad(x: Array) -> Array:
     """Zeros up to a multiple of BLOCK. They add nothing to any sum: a padded key has v = 0, a padded query g = 0."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK), (0, 0)))

@@ -12,9 +12,7 @@ keep queries in the forward and for q's gradient, keys for those of k and v, and
 
 with P = σ(Q Kᵀ · scale + bias), P' = P ∘ (1 − P) and d bias = Σ dS, or P = Q Kᵀ · scale and P' = 1; P and P' are 0
 where a query may not attend. Products take the inputs' dtype and accumulate in float32; P and dS are float32 until they
-meet one.
-
-Shape letters: B batch, NH heads, NKV key/value heads, S sequence (here a multiple of BLOCK), D head width.
+enter one. S is a multiple of BLOCK here, and D the one head width.
 """
 
 from __future__ import annotations
@@ -29,25 +27,13 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
-from xattn.backend.hopper import tile
-from xattn.backend.hopper.block import (
-    COMPUTE_REGISTERS,
-    F32,
-    WGMMA,
-    Block,
-    kept_tiles,
-    launch,
-    load,
-    multiply,
-    multiply_add,
-    ring_of,
-    slot,
-    store,
-    stream,
-    zeros,
-)
+from xattn.backend.hopper import block, tile
+from xattn.backend.hopper.block import F32, WGMMA, Block, multiply, multiply_add
 from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS, Form, Tuning, refuse_what_does_not_fit
+
+Pair = tuple[Array, Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +46,7 @@ class Meaning:
     """A query attends to the keys at or before it, else to all."""
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: Meaning, tuning: Tuning) -> jax.Array:
+def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning: Tuning) -> Array:
     """out (B, NH, S, D) of q (B, NH, S, D), k and v (B, NKV, S, D), all rotated, of one dtype; bias (B, NH) float32."""
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tuning.keys
@@ -81,12 +67,12 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: 
 
         @pl.when(at.warpgroup < COMPUTE)
         def _compute() -> None:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            (q_tile,) = load([q_ref.at[at.my_rows]], kept, at.warpgroup)
+            plgpu.set_max_registers(block.COMPUTE_REGISTERS, action="increase")
+            (q_tile,) = block.load([q_ref.at[at.my_rows]], kept, at.warpgroup)
             weigh = _weigher(meaning, tuning.form, bias_ref, at.batch, at.head, width)
 
-            def step(masked: bool, n: Any, out: jax.Array) -> jax.Array:
-                (k_tile, v_tile), (k_ready, v_ready), (k_free, v_free) = slot(ring, n)
+            def step(masked: bool, n: Any, out: Array) -> Array:
+                (k_tile, v_tile), (k_ready, v_ready), (k_free, v_free) = block.slot(ring, n)
                 plgpu.barrier_wait(k_ready)
                 products = multiply(q_tile, k_tile.T, meanwhile=take_turn)
                 plgpu.barrier_arrive(k_free)
@@ -99,28 +85,23 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, meaning: 
 
             # The second warpgroup is half a step behind the first: one multiplies while the other weighs.
             pl.when(at.warpgroup == 1)(take_turn)
-            out = lax.fori_loop(0, whole, partial(step, False), zeros(ROWS, width))
+            out = lax.fori_loop(0, whole, partial(step, False), block.zeros(ROWS, width))
             out = lax.fori_loop(whole, steps, partial(step, True), out)
             pl.when(at.warpgroup == 0)(take_turn)
-            store([(out, q_tile, out_ref.at[at.my_rows])])
+            block.store([(out, q_tile, out_ref.at[at.my_rows])])
 
-        @pl.when(at.warpgroup == COMPUTE)
-        def _memory() -> None:
-            stream(ring, steps, source)
+        pl.when(at.warpgroup == COMPUTE)(lambda: block.stream(ring, steps, source))
 
-    return launch(
+    return block.launch(
         attention_forward,
         grid=(heads, length // BLOCK, batch),
         out=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch=[kept_tiles(q, 1), ring_of(k, keys, tuning.stages), plgpu.Barrier(num_arrivals=COMPUTE)],
+        scratch=[block.kept_tiles(q, 1), block.ring_of(k, keys, tuning.stages), plgpu.Barrier(num_arrivals=COMPUTE)],
     )(q, k, v, bias)
 
 
-def gradient_of_q(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, g: jax.Array, meaning: Meaning, tuning: Tuning
-) -> tuple[jax.Array, jax.Array]:
-    """dQ (B, NH, S, D), and Σ_s dS (B, NH, S) in float32 (0 under ``none``): of the forward's arguments and g, the
-    output's cotangent."""
+def gradient_of_q(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: Meaning, tuning: Tuning) -> Pair:
+    """dQ (B, NH, S, D), and Σ_s dS (B, NH, S) in float32 (0 under ``none``); g is the gradient of the output."""
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tuning.keys_dq
     refuse_what_does_not_fit(kept=2, tile=keys, stages=tuning.stages, width=width)
@@ -135,13 +116,13 @@ def gradient_of_q(
 
         @pl.when(at.warpgroup < COMPUTE)
         def _compute() -> None:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            q_tile, g_tile = load([q_ref.at[at.my_rows], g_ref.at[at.my_rows]], kept, at.warpgroup)
+            plgpu.set_max_registers(block.COMPUTE_REGISTERS, action="increase")
+            q_tile, g_tile = block.load([q_ref.at[at.my_rows], g_ref.at[at.my_rows]], kept, at.warpgroup)
             weigh = _weigher(meaning, tuning.form_backward, bias_ref, at.batch, at.head, width)
 
-            def step(masked: bool, n: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            def step(masked: bool, n: Any, carry: Pair) -> Pair:
                 d_q, sums = carry
-                (k_tile, v_tile), (k_ready, v_ready), (k_free, v_free) = slot(ring, n)
+                (k_tile, v_tile), (k_ready, v_ready), (k_free, v_free) = block.slot(ring, n)
                 plgpu.barrier_wait(k_ready)
                 # The derivative of none is 1: it needs no logits.
                 slope = weigh(multiply(q_tile, k_tile.T))[1] if meaning.sigmoid else 1.0
@@ -155,29 +136,25 @@ def gradient_of_q(
                 plgpu.barrier_arrive(k_free)
                 return d_q, sums
 
-            carry = (zeros(ROWS, width), plgpu.layout_cast(jnp.zeros((ROWS,), F32), WGMMA.reduce(1)))
+            carry = (block.zeros(ROWS, width), plgpu.layout_cast(jnp.zeros((ROWS,), F32), WGMMA.reduce(1)))
             carry = lax.fori_loop(0, whole, partial(step, False), carry)
             d_q, sums = lax.fori_loop(whole, steps, partial(step, True), carry)
             d_q = d_q * (1 / math.sqrt(width))
             room = sums_room.at[at.warpgroup]
-            store([(d_q, q_tile, d_q_ref.at[at.my_rows]), (sums, room, sums_ref.at[at.my_rows])])
+            block.store([(d_q, q_tile, d_q_ref.at[at.my_rows]), (sums, room, sums_ref.at[at.my_rows])])
 
-        @pl.when(at.warpgroup == COMPUTE)
-        def _memory() -> None:
-            stream(ring, steps, source)
+        pl.when(at.warpgroup == COMPUTE)(lambda: block.stream(ring, steps, source))
 
-    return launch(
+    return block.launch(
         attention_gradient_of_q,
         grid=(heads, length // BLOCK, batch),
         out=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], F32)],
-        scratch=[kept_tiles(q, 2), ring_of(k, keys, tuning.stages), plgpu.SMEM((COMPUTE, ROWS), F32)],
+        scratch=[block.kept_tiles(q, 2), block.ring_of(k, keys, tuning.stages), plgpu.SMEM((COMPUTE, ROWS), F32)],
     )(q, k, v, bias, g)
 
 
-def gradients_of_k_and_v(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, g: jax.Array, meaning: Meaning, tuning: Tuning
-) -> tuple[jax.Array, jax.Array]:
-    """dK and dV (B, NKV, S, D): the sum over the query heads of a key/value head is taken inside, in float32."""
+def gradients_of_k_and_v(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: Meaning, tuning: Tuning) -> Pair:
+    """dK and dV (B, NKV, S, D). The kernel sums over the query heads of a key/value head, in float32."""
     batch, heads, length, width = q.shape
     group, rows = heads // k.shape[1], tuning.queries_dkv
     refuse_what_does_not_fit(kept=2, tile=rows, stages=tuning.stages, width=width)
@@ -196,16 +173,18 @@ def gradients_of_k_and_v(
 
         @pl.when(at.warpgroup < COMPUTE)
         def _compute() -> None:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            k_tile, v_tile = load([k_ref.at[at.my_rows], v_ref.at[at.my_rows]], kept, at.warpgroup)
+            plgpu.set_max_registers(block.COMPUTE_REGISTERS, action="increase")
+            k_tile, v_tile = block.load([k_ref.at[at.my_rows], v_ref.at[at.my_rows]], kept, at.warpgroup)
 
-            def of_head(member: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            def of_head(member: Any, carry: Pair) -> Pair:
                 weigh = _weigher(meaning, tuning.form_backward, bias_ref, at.batch, at.head * group + member, width)
 
                 # Tiles are (keys, queries) here: both products that sum over queries find them in the columns.
-                def step(masked: bool, n: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                def step(masked: bool, n: Any, carry: Pair) -> Pair:
                     d_k, d_v = carry
-                    (q_tile, g_tile), (q_ready, g_ready), (q_free, g_free) = slot(ring, member * a_head + n - first)
+                    (q_tile, g_tile), (q_ready, g_ready), (q_free, g_free) = block.slot(
+                        ring, member * a_head + n - first
+                    )
                     plgpu.barrier_wait(q_ready)
                     weights, slope = weigh(multiply(k_tile, q_tile.T))
                     weights = _causal(weights, masked, n * rows, at.my_first, transposed=True)
@@ -221,19 +200,17 @@ def gradients_of_k_and_v(
                 carry = lax.fori_loop(first, whole, partial(step, True), carry)
                 return lax.fori_loop(whole, end, partial(step, False), carry)
 
-            d_k, d_v = lax.fori_loop(0, group, of_head, (zeros(ROWS, width), zeros(ROWS, width)))
+            d_k, d_v = lax.fori_loop(0, group, of_head, (block.zeros(ROWS, width), block.zeros(ROWS, width)))
             d_k = d_k * (1 / math.sqrt(width))
-            store([(d_k, k_tile, d_k_ref.at[at.my_rows]), (d_v, v_tile, d_v_ref.at[at.my_rows])])
+            block.store([(d_k, k_tile, d_k_ref.at[at.my_rows]), (d_v, v_tile, d_v_ref.at[at.my_rows])])
 
-        @pl.when(at.warpgroup == COMPUTE)
-        def _memory() -> None:
-            stream(ring, group * a_head, source)
+        pl.when(at.warpgroup == COMPUTE)(lambda: block.stream(ring, group * a_head, source))
 
-    return launch(
+    return block.launch(
         attention_gradients_of_k_and_v,
         grid=(k.shape[1], length // BLOCK, batch),
         out=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        scratch=[kept_tiles(k, 2), ring_of(q, rows, tuning.stages)],
+        scratch=[block.kept_tiles(k, 2), block.ring_of(q, rows, tuning.stages)],
     )(q, k, v, bias, g)
 
 
@@ -245,7 +222,7 @@ def _weigher(meaning: Meaning, form: Form, bias_ref: Any, batch: Any, head: Any,
     return partial(tile.sigmoid, scale=scale, bias=bias_ref[batch, head], form=form)
 
 
-def _causal(x: jax.Array, masked: bool, first_query: Any, first_key: Any, *, transposed: bool = False) -> jax.Array:
+def _causal(x: Array, masked: bool, first_query: Any, first_key: Any, *, transposed: bool = False) -> Array:
     """x where a query may attend, else 0. It is (queries, keys), or the other way round where ``transposed``."""
     if not masked:
         return x

@@ -1,15 +1,13 @@
-"""The mathematics of one tile of weights, in plain JAX: what the Hopper kernels compute, and what a CPU can test of it.
+"""The mathematics of one tile of weights, in plain JAX without Pallas.
 
-The kernels call these functions on arrays in registers; the tests call them on the same tiles on a CPU and compare with
-float64. Nothing here knows Pallas.
+The kernels call these functions on arrays in registers; the tests call them on a CPU and compare with float64.
 
 The sigmoid is written for the chip. With e = 2^y and y = −(logit · scale + bias) · log2(e), one fused multiply-add::
 
     σ = 1 / (1 + e) = rsqrt(1 + e)²        σ' = σ · (1 − σ) = e · σ²
 
-So neither a small weight nor 1 − σ of a weight close to 1 is a difference of large numbers (0.5 + 0.5 · tanh(x/2) loses
-weights near 1/n beside −1), and the special-function unit does two operations an element; one with a polynomial, or
-in a tile of small weights alone (``split``).
+So neither a small weight nor 1 − σ is a difference of large numbers (0.5 + 0.5 · tanh(x/2) loses weights near 1/n).
+The special-function unit does two operations an element; one with a polynomial, or in a tile of small weights.
 """
 
 from __future__ import annotations
@@ -18,10 +16,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from xattn.backend.hopper.tuning import Form
 
-Bound = int | jax.Array
+Bound = int | Array
 
 LOG2_E = math.log2(math.e)
 
@@ -29,23 +28,16 @@ LOG2_E = math.log2(math.e)
 # relative error: 7.5e-5 and 2.6e-6. A weight is rounded to bfloat16 (up to 2e-3) or float16 (2.4e-4) right after.
 POLYNOMIALS: dict[str, tuple[float, ...]] = {
     "polynomial3": (0.05517166935950549, 0.24261113138275664, 0.6932609862029597, 0.9999280729973523),
-    "polynomial4": (
-        0.00957010194672151,
-        0.0559178615855367,
-        0.2402474483798678,
-        0.6931218145829678,
-        0.999999261439233,
-    ),
+    "polynomial4": (0.00957010194672151, 0.0559178615855367, 0.2402474483798678, 0.6931218145829678, 0.999999261439233),
 }
 
 # Largest log2 of a weight in a tile of small ones.
 SMALL = -5.0
-
 # 1.5 · 2^23: adding it to |y| < 2^22 rounds y to an integer, which then stands in the lowest bits of the sum.
 MAGIC = 12582912.0
 
 
-def exp2(y: jax.Array, form: Form) -> jax.Array:
+def exp2(y: Array, form: Form) -> Array:
     """2^y in float32, for y clipped to at most 126; NaN stays NaN.
 
     ``hardware`` is one operation of the special-function unit. The polynomials are none: y = n + f with n an integer
@@ -67,7 +59,7 @@ def exp2(y: jax.Array, form: Form) -> jax.Array:
     return power * jax.lax.bitcast_convert_type(exponent, jnp.float32)
 
 
-def sigmoid(logits: jax.Array, scale: float, bias: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
+def sigmoid(logits: Array, scale: float, bias: Array, form: Form) -> tuple[Array, Array]:
     """σ(logits · scale + bias) and its derivative by the sum, float32; logits are a tile, bias is a scalar."""
     if form == "split":
         return _split_sigmoid(logits, scale, bias)
@@ -78,33 +70,34 @@ def sigmoid(logits: jax.Array, scale: float, bias: jax.Array, form: Form) -> tup
     return weights, e * weights * weights
 
 
-def _split_sigmoid(logits: jax.Array, scale: float, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where all weights of the tile are small, e (1 − e (1 − e)) with e = exp(logit · scale + bias): one operation of
-    the special-function unit an element, off by e³ ≤ 3.1e-5 of the weight. Else as ``hardware``. Under a bias of
-    −log n with n ≥ 2048 and logits of unit variance nearly every tile is small."""
+def _split_sigmoid(logits: Array, scale: float, bias: Array) -> tuple[Array, Array]:
+    """e (1 − e (1 − e)), e = exp(logit · scale + bias), where all weights of the tile are small; else as ``hardware``.
+
+    It is off by e³ ≤ 3.1e-5 of the weight. Under a bias of −log n with n ≥ 2048 and logits of unit variance nearly
+    every tile is small."""
     # By rows first: Mosaic has no layout for the largest of a whole tile.
     largest = jnp.max(jnp.max(logits, axis=1)) * (scale * LOG2_E) + bias * LOG2_E
 
-    def small(logits: jax.Array) -> jax.Array:
+    def small(logits: Array) -> Array:
         e = jnp.exp2(logits * (scale * LOG2_E) + bias * LOG2_E)
         return e * (1.0 - e * (1.0 - e))
 
-    def any_size(logits: jax.Array) -> jax.Array:
+    def any_size(logits: Array) -> Array:
         return sigmoid(logits, scale, bias, "hardware")[0]
 
     weights = jax.lax.cond(largest < SMALL, small, any_size, logits)
     return weights, weights * (1.0 - weights)
 
 
-def may_attend(first_query: Bound, queries: jax.Array, first_key: Bound, keys: jax.Array) -> jax.Array:
+def may_attend(first_query: Bound, queries: Array, first_key: Bound, keys: Array) -> Array:
     """Causal: the query at first_query + queries attends to keys at or before it. Both arrays count within a tile."""
     return queries + first_query >= keys + first_key
 
 
 def tiles_of_keys(first_query: Bound, rows: int, keys: int, length: int, causal: bool) -> tuple[Bound, Bound]:
-    """For a block of ``rows`` queries: how many tiles of keys it attends to wholly, and how many at all.
+    """For a block of ``rows`` queries: how many tiles, from key 0 on, it attends to wholly, and how many at all.
 
-    Both count from key 0, so tiles between the two need a mask. ``length`` is a multiple of ``keys``.
+    Those between need a mask. ``length`` is a multiple of ``keys``.
     """
     if not causal:
         return length // keys, length // keys
@@ -112,11 +105,8 @@ def tiles_of_keys(first_query: Bound, rows: int, keys: int, length: int, causal:
 
 
 def tiles_of_queries(first_key: Bound, keys: int, rows: int, length: int, causal: bool) -> tuple[Bound, Bound, Bound]:
-    """For a block of ``keys`` keys: the first tile of queries that attends to any, the first that attends to all, and
-    the end. ``length`` is a multiple of ``rows``.
-
-    From the second on no mask is needed.
-    """
+    """For a block of ``keys`` keys: the first tile of queries that attends to any, the first that attends to all and so
+    needs no mask, and the end. ``length`` is a multiple of ``rows``."""
     end = length // rows
     if not causal:
         return 0, 0, end

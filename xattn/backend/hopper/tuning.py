@@ -11,20 +11,16 @@ from typing import Literal
 
 Form = Literal["hardware", "polynomial3", "polynomial4", "split"]
 
+# Head widths that the kernels are written for.
 WIDTHS = (64, 128)
-"""Head widths that the kernels are written for."""
-
+# Rows of a tile that a compute warpgroup keeps: those of one wgmma instruction.
 ROWS = 64
-"""Rows of a tile that a compute warpgroup keeps: those of one wgmma instruction."""
-
+# Compute warpgroups of a block; one more moves memory.
 COMPUTE = 2
-"""Compute warpgroups of a block; one more moves memory."""
-
+# Rows that a block of warpgroups keeps. A sequence is padded to a multiple of it, and of no more.
 BLOCK = ROWS * COMPUTE
-"""Rows that a block of warpgroups keeps. A sequence is padded to a multiple of it, and of no more."""
-
+# Bytes that a block may have at compute capability 9.0.
 SHARED_MEMORY = 232_448
-"""Bytes that a block may have at compute capability 9.0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +38,16 @@ class Tuning:
     queries_dkv: int = 64
     """Queries of a tile in the kernel of k's and v's gradients."""
     stages: int = 2
-    """Tiles of each streamed array that shared memory holds, at least 1; at most what :func:`refuse_what_does_not_fit`
-    lets pass in each of the three kernels."""
+    """Tiles of each streamed array that shared memory holds; see :func:`refuse_what_does_not_fit`."""
     take_turns: bool = True
     """Whether the forward's compute warpgroups take turns: one multiplies while the other computes weights."""
 
 
 def refuse_what_does_not_fit(*, kept: int, tile: int, stages: int, width: int) -> None:
-    """A block keeps BLOCK rows of ``kept`` arrays and streams ``stages`` tiles, of ``tile`` rows, of each of two; a row
-    has ``width`` numbers of two bytes: 2 · width · (kept · BLOCK + 2 · stages · tile) bytes, and 1 KiB for barriers and
-    sums, must be at most SHARED_MEMORY.
+    """A ValueError if a block needs more than SHARED_MEMORY bytes, or stages is less than 1.
 
-    kept is 1 in the forward and 2 in both kernels of the backward.
-
-    Raises:
-        ValueError: they are more, or stages is less than 1.
+    A block keeps BLOCK rows of ``kept`` arrays (1 in the forward, 2 in the backward's kernels) and streams ``stages``
+    tiles of ``tile`` rows of each of two. A row has ``width`` numbers of two bytes; barriers and sums take 1 KiB.
     """
     needed = 2 * width * (kept * BLOCK + 2 * stages * tile) + 1024
     if stages < 1 or needed > SHARED_MEMORY:
