@@ -6,17 +6,21 @@ import math
 from functools import partial
 from typing import Any
 
+import beartype
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from xattn.config import compose
 from xattn.model import projection
+from xattn.model.generation import empty_caches
 from xattn.model.loss import next_token_losses
 from xattn.model.transformer import (
     LanguageModel,
     LayerHyperparameters,
+    init_params,
     matmul_flops_per_token,
     parameter_role,
 )
@@ -467,3 +471,26 @@ def test_a_document_in_a_window_is_read_as_if_it_stood_alone(activation: str) ->
     for part in (slice(0, 3), slice(3, 7)):
         np.testing.assert_allclose(packed[:, part], logits(TOKENS[:, part], None), rtol=1e-3, atol=1e-4)
     assert not np.allclose(packed[:, 3:], logits(TOKENS, None)[:, 3:], atol=1e-2)
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [(), ("backend.every=2", "backend.then={activation: none}")], ids=["one", "two"])
+def test_the_methods_take_and_give_the_shapes_that_they_are_annotated_with(pattern: tuple[str, ...]) -> None:
+    """One kind of layers and two; and a batch of targets that is not the tokens' is noticed."""
+    model = model_of(*pattern)
+    params = init_params(model, jax.random.key(0))
+
+    def call(method: Any, *arguments: Any, **keywords: Any) -> Any:
+        checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)(method.__wrapped__)  # flax wraps methods
+        return model.apply({"params": params}, *arguments, **keywords, method=checked)
+
+    assert call(LanguageModel.logits, TOKENS, HYPER).shape == (3, 7, V)
+    assert call(LanguageModel.losses, TOKENS, HYPER, TOKENS, segment_ids=TOKENS).shape == (3, 7)
+    caches = empty_caches(model, HYPER, batch=3, capacity=9)
+    logits, caches = call(LanguageModel.decode, TOKENS, HYPER, caches, length=5)
+    assert logits.shape == (3, 1, V)
+    assert call(LanguageModel.decode, TOKENS[:, :1], HYPER, caches)[0].shape == (3, 1, V)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        call(LanguageModel.losses, TOKENS, HYPER, TOKENS[:2])

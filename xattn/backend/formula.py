@@ -147,7 +147,8 @@ def with_extra_logit(results: Results, spec: AttentionSpec) -> Results:
     if (extra := spec.activation.extra_logit) is None:
         return results
     assert results[1] is not None
-    return joined(results, (jnp.zeros((), F32), jnp.full_like(results[1], extra)))
+    lse = jnp.logaddexp(results[1], extra)
+    return results[0] * jnp.exp(results[1] - lse), lse
 
 
 def weights_again(
