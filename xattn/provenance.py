@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import secrets
 import shlex
@@ -47,9 +48,23 @@ def source_sha256() -> str:
 
 
 def registered() -> dict[str, str]:
-    """File name → SHA-256 of the user's own files that registered an activation in this process."""
-    files = {row.file for row in activations.rows() if row.file is not None}
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+    """File name → SHA-256 of the user's own files that registered an activation in this process.
+
+    A function from a notebook or a prompt has no file: there the digest is of its source, or of its byte code.
+    """
+    found = {}
+    for row in activations.rows():
+        if row.file is None or row.weight is None:
+            continue
+        try:
+            content = row.file.read_bytes()
+        except OSError:
+            try:
+                content = inspect.getsource(row.weight).encode()
+            except OSError:
+                content = row.weight.__code__.co_code
+        found[row.file.name] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def git_state() -> tuple[str | None, bool | None]:

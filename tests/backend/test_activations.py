@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from xattn.backend import activations, attention, decode, register_activation
 from xattn.backend.activations import Activation
 from xattn.backend.dispatch import TABLE, choose
+from xattn.provenance import registered
 from xattn.testing import check_activation, checks
 from xattn.testing.contract import Case
 
@@ -138,3 +140,15 @@ def test_the_pages_name_the_rows_of_the_table() -> None:
     assert sorted(file.stem for file in (root / "conf" / "backend").glob("*.yaml")) == sorted(rows)
     assert f"# {' | '.join(rows)}\n" in (root / "conf" / "backend" / "softmax.yaml").read_text("utf-8")
     assert f"| {', '.join(f'`{name}`' for name in rows)} |\n" in (root / "README.md").read_text("utf-8")
+
+
+def test_a_function_without_a_file_is_recorded_too() -> None:
+    """As in a notebook or at a prompt."""
+    place: dict[str, Any] = {}
+    exec(compile("def mine(logits, n):\n    return logits\n", "<stdin>", "exec"), place)
+    register_activation("mine")(place["mine"])
+    example()
+    recorded = registered()
+    assert recorded.keys() == {"<stdin>", "own_activation.py"}
+    assert recorded["own_activation.py"] == hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()
+    assert len(recorded["<stdin>"]) == 64
