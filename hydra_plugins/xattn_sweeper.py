@@ -93,11 +93,15 @@ class OptunaSweeper(Sweeper):
         typed |= {argument.partition("=")[0]: argument for argument in arguments}
         parsed = OverridesParser.create().parse_overrides(list(typed.values()))
         space = {each.key_or_group: _dimension(each) for each in parsed if each.is_sweep_override()}
+        self._added = {each.key_or_group for each in parsed if each.is_add()}  # written with a +
         fixed = [each.input_line or "" for each in parsed if not each.is_sweep_override()]
         if not space:
             raise BadInput("hydra/sweeper=optuna: no key has several values; write key=choice(a,b) or interval(a,b)")
         with own_faults():
             self._tune(tuning, space, fixed)
+
+    def _as_typed(self, override: str) -> str:
+        return f"+{override}" if override.partition("=")[0] in self._added else override
 
     def _tune(self, tuning: Tuning, space: Mapping[str, Dimension], fixed: list[str]) -> None:
         base = jobs_of(self._context, self._config, [fixed])[0]
@@ -105,7 +109,7 @@ class OptunaSweeper(Sweeper):
             choices = dimension.choices or [str(dimension.low)]
             for choice in choices if "." not in key else choices[:1]:
                 try:
-                    jobs_of(self._context, self._config, [[*fixed, f"{key}={choice}"]])
+                    jobs_of(self._context, self._config, [[*fixed, self._as_typed(f"{key}={choice}")]])
                 except BadInput as error:  # values that do not fit together are left out later, these are mistyped
                     if isinstance(error.__cause__, xattn.config.COMPOSITION_ERRORS):
                         raise
@@ -118,7 +122,7 @@ class OptunaSweeper(Sweeper):
             check_data([base])
 
         def plan(trials: list[list[str]], prunes: list[Any]) -> tuple[list[Path], Callable[[StudyView], None]]:
-            overrides = [[*fixed, *trial] for trial in trials]
+            overrides = [[*fixed, *map(self._as_typed, trial)] for trial in trials]
             asked = jobs_of(self._context, self._config, overrides, prunes=prunes)
             jobs = each_once(asked)
 

@@ -25,6 +25,8 @@ from xattn import keys, run_folder
 from xattn.cli import main
 from xattn.errors import BadInput, ExitCode
 from xattn.report.read import flatten, read_run
+from xattn.sweep import tune
+from xattn.sweep.tune import Dimension, Tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -151,6 +153,27 @@ def test_where_both_names_hold_the_run_the_one_of_today_is_taken(
     assert f"{old}: holds the same run" in capsys.readouterr().err
     other = xconfig.compose([*typed(outputs / old), "model.matmul_precision=bfloat16"])
     assert xconfig.folder_of(other, outputs / xconfig.run_name(other)).name == xconfig.run_name(other)
+
+
+@pytest.mark.slow
+def test_starting_over_moves_the_old_folder_aside_and_takes_the_name_of_today(outputs: Path) -> None:
+    (old,) = (run.name for run in RUNS if "matmul_precision" not in (run / run_folder.CONFIG).read_text())
+    config = xconfig.load(outputs / old / run_folder.CONFIG)
+    code, out = train(*typed(outputs / old), "resume=never")
+    assert code == ExitCode.DONE, out
+    assert "the earlier run of an older version is moved to" in out
+    assert not (outputs / old).exists()
+    assert any(path.name.startswith(old) for path in (outputs / run_folder.SUPERSEDED).iterdir())
+    assert (run_folder.read_summary(outputs / xconfig.run_name(config)) or {})["status"] == "done"
+
+
+def test_a_tuning_study_of_968f896_keeps_its_name(tmp_path: Path) -> None:
+    """The name is a hash of the config, and 968f896 had two keys fewer."""
+    pytest.importorskip("optuna", reason="the extra tune is not installed")
+    space = {"backend.theta": Dimension(low=10.0, high=1e4, log=True)}
+    options = yaml.safe_load((ROOT / "conf" / "hydra" / "sweeper" / "optuna.yaml").read_text())
+    tuning = Tuning(**{key: value for key, value in options.items() if key in Tuning.model_fields})
+    assert tune._study(tuning, space, xconfig.compose(), tmp_path).study_name == "e74d4a22ef"
 
 
 # ---- xattn/keys.py itself --------------------------------------------------------------------------------------------

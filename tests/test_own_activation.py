@@ -65,7 +65,7 @@ def test_it_is_computed_sampled_evaluated_and_reported(run: Path) -> None:
 
 
 def test_without_the_registration_loading_says_what_is_missing(run: Path) -> None:
-    with pytest.raises(BadInput, match=r"'relu'.*\n.*made with own_activation.py.*: python own_activation.py sample"):
+    with pytest.raises(BadInput, match=r"'relu'.*\n.*registered by own_activation.py; run that"):
         xattn.load(run)
 
 

@@ -146,12 +146,15 @@ class Attempt:
         config, display = self.config, self.display
         if self._supersedes:
             self._move_aside()
+        if config.resume == "never" and hosts.team().is_first:
+            move_older_aside(config, self.folder.path, display.warn)
         origin = self._origin(layout.sizes, pack)
         self._has_begun = True
         display.say(f"run folder  {shown(self.folder.path)}")
         kinds = config.backend.kinds
-        told = " and ".join(f"{kinds[kind].activation}, computed by {choice.name}" for kind, choice in choices.items())
-        display.say(f"attention   {told}" + (f" in every {config.backend.every}. layer" if len(kinds) > 1 else ""))
+        told = [f"{kinds[kind].activation}, computed by {choice.name}" for kind, choice in choices.items()]
+        where = "" if config.backend.every is None else f", the second in every layer k · {config.backend.every}"
+        display.say(f"attention   {'; '.join(told)}{where}")
         if layout.mesh is not None:
             display.say(f"devices     {layout}")
         for kind, choice in choices.items():
@@ -450,6 +453,15 @@ class Attempt:
     def part_from_wandb(self) -> None:
         if self._mirror is not None:
             self._mirror.finish(self._summary, self.code)
+
+
+def move_older_aside(config: Config, folder: Path, say: Callable[[str], None]) -> None:
+    """For ``resume=never``: moves the same run aside that an older version made under its name of then."""
+    if (older := xattn.config.older_folder(config, folder)) is not None:
+        held = RunFolder(older)
+        say(f"the earlier run of an older version is moved to {shown(held.move_aside())}")
+        held.withdraw()
+        held.release()
 
 
 def _by_kind(values: Mapping[str, Any]) -> Any:

@@ -79,21 +79,29 @@ def _hash(values: Mapping[str, Any]) -> str:
 
 
 def folder_of(config: Config, folder: Path) -> Path:
-    """Where the config's run is: ``folder``, or the one beside it that an older version has made the same run in.
+    """Where the config's run is: ``folder``, or the one beside it in which an older version made the same run.
 
-    Runs from before ``model.matmul_precision`` have a name without it. Where both folders hold a run the first is
-    taken, and a line says so.
+    Where both folders hold a run the first is taken, and a line says so. ``resume=never`` starts over in the first.
     """
-    values = naming_before_matmul_precision(hashed_values(config))
-    if values is None or folder.name != run_name(config):
-        return folder
-    older = folder.with_name(folder.name.removesuffix(run_hash(config)) + _hash(values))
-    if not (older / run_folder.CONFIG).is_file():
+    older = older_folder(config, folder)
+    if older is None or config.resume == "never":
         return folder
     if (folder / run_folder.CONFIG).is_file():
         print(f"{older.name}: holds the same run, made by an older version; {folder.name} is taken", file=sys.stderr)
         return folder
     return older
+
+
+def older_folder(config: Config, folder: Path) -> Path | None:
+    """The folder beside ``folder`` in which a version from before ``model.matmul_precision`` made the config's run.
+
+    None where there is none, and where ``folder`` was named by hand.
+    """
+    values = naming_before_matmul_precision(hashed_values(config))
+    if values is None or folder.name != run_name(config):
+        return None
+    older = folder.with_name(folder.name.removesuffix(run_hash(config)) + _hash(values))
+    return older if (older / run_folder.CONFIG).is_file() else None
 
 
 def run_name(config: Config) -> str:
@@ -206,6 +214,8 @@ def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]
     """
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for override, key in zip(overrides, keys, strict=True):
+        if key.startswith("backend.then.") and config.backend.then is None:
+            raise BadInput(f"{override}: this run has layers of one kind")
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_differ):
             known = key in type(config).model_fields or key in hashed_values(config)
             near = "" if known else _nearest_key(key, ())
@@ -242,10 +252,10 @@ def load(path: Path) -> Config:
     try:
         return _validated(up_to_date(loaded))
     except BadInput as error:
-        own = ", ".join((run_folder.read_provenance(path.parent) or {}).get("registered", {}))
-        hint = (
-            f"\nthe run was made with {own}, which registers more: python {own} sample RUN, or evaluate" if own else ""
-        )
+        own = list((run_folder.read_provenance(path.parent) or {}).get("registered", {}))
+        hint = ""
+        if own and ".activation = " in str(error):
+            hint = f"\nit was registered by {own[0]}; run that in place of xattn: python {own[0]} sample RUN"
         raise BadInput(f"{path}: {error}{hint}") from error
 
 
@@ -353,6 +363,8 @@ def _explain_validation(error: ValidationError, raw: Mapping[str, Any], *, at: s
             message = f"a value is needed, for example {key}=…"
         elif kind == "string_pattern_mismatch":
             message = "letters, digits, '.', '_' and '-' are allowed, the first a letter or a digit"
+        elif kind == "model_type":
+            message = "a mapping, such as {activation: softmax}"
         elif kind == "tuple_type":
             message = f"a list, [{detail['input']}]" if isinstance(detail["input"], str) else "a list"
         elif kind == "union_tag_invalid":

@@ -144,9 +144,11 @@ class LoadedRun:
         from xattn.training.programs import hyperparameters
 
         config = xattn.config.amend(self.config, overrides, may_differ=_MAY_DIFFER)
-        for kind, backend in config.backend.kinds.items():
-            if backend.sigmoid_bias == "learned" != self.config.backend.kinds[kind].sigmoid_bias:
-                raise BadInput(f"{kind}.sigmoid_bias = learned: this run has learned none")
+        own = self.config.backend
+        bias_keys = {kind: f"backend.{kind}.sigmoid_bias".replace("backend.backend", "backend") for kind in own.kinds}
+        for kind, key in bias_keys.items():
+            if f"{key}=learned" in overrides and own.kinds[kind].sigmoid_bias != "learned":
+                raise BadInput(f"{key} = learned: this run has learned none")
         choose_attention(config, context=1)
         typed = {override.lstrip("+~").partition("=")[0] for override in overrides}
         batch_size, data_config = config.trainer.batch_size, config.data
@@ -178,10 +180,13 @@ class LoadedRun:
         # n stays that of training; another context_length is another length of the windows.
         trained_for = {"context_length": self.config.backend.context_length}
         model = LanguageModel(config.model, config.backend.model_copy(update=trained_for), self.model.vocab_size)
+        given = typed & set(bias_keys.values())
+        if "sigmoid_bias" not in (own.model_dump()["then"] or {}) and "backend.sigmoid_bias" in typed:
+            given |= set(bias_keys.values())  # the others inherit it
         kept = {
             kind: layer_hyperparameters(self.hyperparameters, kind).sigmoid_bias
             for kind in config.backend.kinds
-            if f"{'backend' if kind == 'backend' else f'backend.{kind}'}.sigmoid_bias" not in typed
+            if bias_keys[kind] not in given
         }
         hyper = with_sigmoid_bias(hyperparameters(config).model, kept)
         loss = held_out_loss(

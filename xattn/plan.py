@@ -125,9 +125,8 @@ def _memory(
             kept = model.num_layers * (stream + tokens * projections * narrow / mesh["tensor"])
         case "full":
             kept = model.num_layers * stream
-    working = 2 * max(
-        everything
-    )  # while a layer's gradient is computed: what comes in and goes out, or all of it again
+    # While a layer's gradient is computed: what comes in and goes out, or all of it again.
+    working = 2 * max(everything)
     logits = min(tokens * vocab_size * narrow / mesh["tensor"], MOST_LOGITS[model.dtype])
     sums = 2 if config.trainer.gradient_accumulation > 1 else 1
     cast = 0 if narrow == 4 else 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -10,10 +11,11 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from xattn.backend import activations
@@ -52,19 +54,24 @@ def registered() -> dict[str, str]:
 
     A function from a notebook or a prompt has no file: there the digest is of its source, or of its byte code.
     """
-    found = {}
+    contents: dict[str, dict[bytes, None]] = {}
     for row in activations.rows():
-        if row.file is None or row.weight is None:
-            continue
-        try:
-            content = row.file.read_bytes()
-        except OSError:
-            try:
-                content = inspect.getsource(row.weight).encode()
-            except OSError:
-                content = row.weight.__code__.co_code
-        found[row.file.name] = hashlib.sha256(content).hexdigest()
-    return found
+        if row.file is not None and row.weight is not None:
+            contents.setdefault(row.file.name, {})[_content(row.file, row.weight)] = None
+    return {name: hashlib.sha256(b"\0".join(parts)).hexdigest() for name, parts in contents.items()}
+
+
+def _content(file: Path, function: Callable[..., Any]) -> bytes:
+    with contextlib.suppress(OSError):
+        return file.read_bytes()
+    with contextlib.suppress(OSError):
+        return inspect.getsource(function).encode()
+    return _byte_code(inspect.unwrap(function).__code__)
+
+
+def _byte_code(code: CodeType) -> bytes:
+    constants = [_byte_code(each) if isinstance(each, CodeType) else repr(each).encode() for each in code.co_consts]
+    return b"\0".join([code.co_code, repr(code.co_names).encode(), *constants])
 
 
 def git_state() -> tuple[str | None, bool | None]:

@@ -7,6 +7,7 @@ a config can be checked without it; the rows' functions import it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,9 @@ _TABLE = {
 }
 
 
+caches: list[Callable[[], None]] = []  # each forgets programs that are known by an activation's name
+
+
 def names() -> tuple[str, ...]:
     """The values of ``backend.activation``: the package's own, then what was registered."""
     return tuple(_TABLE)
@@ -109,17 +113,20 @@ def register_activation(
     may not attend the weight is 0 whatever it returns. See ``examples/own_activation.py``.
 
     Args:
-        name: lower-case letters, digits and underscores, the first a letter; the value for ``backend.activation``.
-            Any other name, or one of the package's own, is a ValueError.
+        name: the value for ``backend.activation``; one that is no name, or the package's own, is a ValueError.
         formula, slope, takes_bias: as in :class:`Activation`; formula is by default the function's name.
     """
-    if not (name.isascii() and name.isidentifier() and name == name.lower() and name[0].isalpha()):
+    is_name = name.isascii() and name.isidentifier() and name == name.lower() and name[0].isalpha()
+    if not is_name or name in ("null", "true", "false", "nan", "inf"):  # the last are other things in a config
         raise ValueError(f"activation {name!r}: a name has lower-case letters, digits and underscores")
     if name in _TABLE and _TABLE[name].file is None:
         raise ValueError(f"activation {name!r}: xattn has one of that name; choose another")
 
     def register(weight: Pointwise) -> Pointwise:
-        text, file = formula or weight.__name__, Path(weight.__code__.co_filename)
+        code = getattr(inspect.unwrap(weight), "__code__", None)
+        if code is None:
+            raise ValueError(f"activation {name!r}: a plain function (logits, n) is needed, got {weight!r}")
+        text, file = formula or code.co_name, Path(code.co_filename)
         add(Activation(name=name, formula=text, weight=weight, slope=slope, takes_bias=takes_bias, file=file))
         return weight
 
@@ -127,5 +134,11 @@ def register_activation(
 
 
 def add(row: Activation) -> None:
-    """Puts a row into the table of this process, replacing one of the same name."""
+    """Puts a row into the table of this process. Replacing one, as a notebook's cell does, forgets its programs."""
+    if _TABLE.get(row.name, row) != row:
+        import jax
+
+        jax.clear_caches()
+        for forget in caches:
+            forget()
     _TABLE[row.name] = row

@@ -220,10 +220,8 @@ def append(cache: Cache, entry: Entry) -> Cache:
     return KVCache(put(cache.k, entry.key), put(cache.v, entry.value), cache.length + 1)
 
 
-def _attend_to_tokens(
-    q: Array, k: Array, v: Array, cache: KVCache, spec: AttentionSpec
-) -> Float32[Array, "B NKV G 1 DHV"]:
-    """Over the tokens in the cache, and the new one."""
+def _attend_to_tokens(q: Array, k: Array, v: Array, cache: KVCache, spec: AttentionSpec) -> Array:
+    """Over the tokens in the cache, and the new one: (B, NKV, G, 1, DHV), float32."""
     t, capacity = cache.length, cache.k.shape[2]
     positions = _positions(t, capacity)
     # The new token comes last, and may always be attended to: no row is empty.

@@ -135,10 +135,7 @@ def _not_on_cuda(call: Call) -> str | None:
     return _first(
         (call.platform != "cuda", f"the platform {call.platform}: it needs a CUDA device"),
         (call.dtype not in ("bfloat16", "float16"), f"{call.dtype}: its kernels take bfloat16 and float16"),
-        (
-            call.has_mask or call.has_segment_ids,
-            "a given mask or segment_ids (S×S): its kernels are causal and no more",
-        ),
+        (call.has_mask or call.has_segment_ids, "a given mask or segment_ids (S×S): its kernels are causal only"),
         (call.context > 1, "a split sequence: its kernels see one device"),
     )
 
@@ -161,7 +158,7 @@ def _not_hopper(call: Call) -> str | None:
     fits = width == call.head_dim_v and width in WIDTHS
     return _first(
         (not fits, f"the head widths {width} and {call.head_dim_v}: equal, {widths}"),
-        (call.window is not None, "a window: its kernels are causal and no more"),
+        (call.window is not None, "a window: its kernels are causal only"),
     ) or _first((call.capability != "9.0", f"compute capability {call.capability}: its instructions need exactly 9.0"))
 
 

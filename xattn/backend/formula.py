@@ -22,8 +22,6 @@ from xattn.backend.spec import AttentionSpec, Values, product
 F32 = jnp.float32
 # Not −inf: a row of −inf alone has no softmax, and its gradient is NaN even where a later select drops the row.
 LOWEST = float(jnp.finfo(jnp.float32).min)
-
-
 Scores = Float32[Array, "B NKV *G T S"]
 Keep = Bool[Array, "#B T S"]
 

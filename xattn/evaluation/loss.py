@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xattn.backend import activations
 from xattn.data.batches import Windows
 from xattn.model.transformer import LanguageModel, ModelHyperparameters
 
@@ -37,6 +38,9 @@ def score_windows(model: LanguageModel) -> ScoreWindows:
         return jnp.sum(losses * windows.weights)
 
     return jax.jit(score)
+
+
+activations.caches.append(score_windows.cache_clear)
 
 
 def held_out_loss(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from xattn.backend import activations
 from xattn.backend.activations import activation
 from xattn.data.batches import Windows, in_batches
 from xattn.data.config import DataConfig
@@ -74,6 +75,9 @@ def places_of(model: LanguageModel) -> PlacesOf:
         return next_token_losses(logits, targets), logits.argmax(-1) == targets
 
     return jax.jit(places)
+
+
+activations.caches.append(places_of.cache_clear)
 
 
 def run_probes(

@@ -61,9 +61,9 @@ class Run:
     @property
     def command(self) -> str:
         """What was typed for this run, on a line that a shell takes."""
-        program = "train.py"
-        if self.provenance.get("registered"):  # a user's own file
-            program = shlex.split(str(self.provenance.get("command", "python train.py")))[1]
+        own = self.provenance.get("registered") or {}
+        words = str(self.provenance.get("command", "")).split()
+        program = next((word for word in words if Path(word).name in own), next(iter(own), "train.py"))
         return shlex.join(["python", program, *self.overrides])
 
     @property

@@ -25,6 +25,7 @@ import xattn.config
 from xattn import run_folder
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode
+from xattn.keys import naming, naming_before_matmul_precision
 from xattn.run_folder import shown
 from xattn.section import Section
 from xattn.signals import interruption
@@ -215,15 +216,23 @@ def _study(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     dimensions = {key: dimension.model_dump() for key, dimension in space.items()}
-    others = {
-        key: value
-        for key, value in xattn.config.hashed_values(base).items()
-        if not any(key == drawn or key.startswith(f"{drawn}.") for drawn in space)
-    }
-    question = [tuning.objective, tuning.direction, others, dimensions]
-    name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:10]
+
+    def name_of(values: Mapping[str, Any]) -> str:
+        others = {
+            key: value
+            for key, value in values.items()
+            if not any(key == drawn or key.startswith(f"{drawn}.") for drawn in space)
+        }
+        question = [tuning.objective, tuning.direction, others, dimensions]
+        return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:10]
+
+    values = xattn.config.hashed_values(base)
+    name, of_before = name_of(naming(values)), naming_before_matmul_precision(values)
     _mend(folder)
     storage = JournalStorage(JournalFileBackend(str(folder / STORAGE)))
+    known = optuna.get_all_study_names(storage)
+    if name not in known and of_before is not None and name_of(of_before) in known:
+        name = name_of(of_before)  # begun by an older version, as a run's folder may be
     return optuna.create_study(
         storage=storage, study_name=name, direction=tuning.direction, load_if_exists=True, pruner=_pruner(tuning, base)
     )

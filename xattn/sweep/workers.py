@@ -23,7 +23,7 @@ from typing import Any
 
 import xattn.config
 from xattn import run_folder
-from xattn.attempt import Job
+from xattn.attempt import Job, move_older_aside
 from xattn.errors import BadInput, ExitCode, FolderInUse
 from xattn.signals import interruption
 from xattn.sweep import study
@@ -101,6 +101,7 @@ def _begun_anew(job: Job) -> Job:
             continue
         print(f"an earlier run is moved to {run_folder.shown(folder.move_aside())}")
         folder.release()
+    move_older_aside(job.config, job.folder, print)
     return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}))
 
 

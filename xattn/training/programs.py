@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from xattn.backend import activations
 from xattn.config import Config, shaping
 from xattn.data.batches import Windows
 from xattn.evaluation.attention import Study, attention_study
@@ -247,6 +248,9 @@ def _compile(config: Config, vocab_size: int, optional: tuple[str, ...], layout:
         flops_per_step=3 * flops * batch_size * context_length,
         layout=layout,
     )
+
+
+activations.caches += [_one_run.cache_clear, _compile.cache_clear]
 
 
 def _compiled(lowered: jax.stages.Lowered, config: Config) -> jax.stages.Compiled:

@@ -39,7 +39,7 @@ CALL = Call(
         ({"dtype": "float32"}, "float32"),
         ({"head_dim_qk": 96, "head_dim_v": 96}, "96 and 96: equal, 64 or 128"),
         ({"head_dim_v": 128}, "64 and 128"),
-        ({"has_mask": True}, "causal and no more"),
+        ({"has_mask": True}, "causal only"),
         ({"has_segment_ids": True}, "segment_ids"),
         ({"window": 100}, "window"),
     ],
