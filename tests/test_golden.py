@@ -93,6 +93,9 @@ def test_a_kind_of_layers_is_evaluated_under_other_numbers(outputs: Path) -> Non
     assert run.evaluate(["backend.then.window=16"])["val_loss"] == pytest.approx(base, rel=1e-5)
     with pytest.raises(BadInput, match="cannot be changed here"):
         run.evaluate(["backend.then.activation=sigmoid"])
+    (alone,) = (run.name for run in RUNS if run.name.startswith("sigmoid"))
+    with pytest.raises(BadInput, match="layers of one kind"):
+        xattn.load(outputs / alone).evaluate(["backend.then.theta=3"])
 
 
 def test_the_report_reads_all_ages_as_one_study(outputs: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,27 @@ def test_names_that_cannot_be_are_refused() -> None:
     for name in ("softmax", "none"):
         with pytest.raises(ValueError, match="xattn has one of that name"):
             register_activation(name)
-    for name in ("Relu", "two words", "1st", "", "_x", "größe", "a/b"):
+    for name in ("null", "nan", "Relu", "two words", "1st", "", "_x", "größe", "a/b"):
         with pytest.raises(ValueError, match="a name has lower-case letters"):
             register_activation(name)
     register_activation("mine")(lambda logits, n: logits)
-    register_activation("mine")(lambda logits, n: 2 * logits)  # a notebook's cell, run again
     assert activations.names()[-1] == "mine"
+    with pytest.raises(ValueError, match="a plain function"):
+        register_activation("part")(partial(lambda logits, n, by: by * logits, by=2))
+
+
+def test_a_cell_that_is_run_again_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are known by the activation's name; those of a replaced one are forgotten."""
+    forgotten: list[str] = []
+    monkeypatch.setattr(activations, "caches", [lambda: forgotten.append("programs")])
+    call = jax.jit(lambda q: attention(q, q, q, activation_function="mine"))
+    q = jnp.ones((1, 1, 3, 2))
+    register_activation("mine")(lambda logits, n: logits)
+    before = call(q)
+    assert forgotten == []
+    register_activation("mine")(lambda logits, n: 2 * logits)
+    assert forgotten == ["programs"]
+    np.testing.assert_allclose(call(q), 2 * before, rtol=1e-6)
 
 
 def test_implementations_serve_it_or_say_why_not() -> None:
