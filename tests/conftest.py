@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ os.environ |= {
 }
 os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("WANDB_RUN_ID", None)
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs are compiled as those of a run are, where a folder's tests compile with little optimisation."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -219,6 +219,8 @@ def test_what_a_kind_does_not_take_it_does_not_inherit() -> None:
         (["backend.every=9", "backend.then={thet: 3}"], "backend.then.thet = 3: no such key (did you mean"),
         (["backend.every=2", "backend.then={context_length: 3}"], "backend.then.context_length"),
         (["backend.every=2", "backend.then={sigmoid_bias: 3}"], "softmax takes no sigmoid_bias"),
+        (["backend.every=2", "backend.then={theta: 3, sigmoid_bias: auto}"], "softmax takes no sigmoid_bias"),
+        (["backend=sigmoid", "backend.every=2", "backend.then={activation: none, sigmoid_bias: 1}"], "none takes no"),
         (["backend.every=2", "backend.then={implementation: quick}"], "'blockwise' or 'reference'"),
         (["backend.every=2", "backend.then=softmax"], "must be a mapping, such as {activation"),
         (["backend.every=2", "backend.then.theta=3"], "backend.then={theta: 3}"),

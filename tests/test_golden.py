@@ -81,6 +81,7 @@ def test_it_loads_samples_and_evaluates_to_what_it_recorded(name: str, outputs: 
     assert run.evaluate()["val_loss"] == pytest.approx(run.summary["val_loss"], rel=1e-4)
     assert main(["evaluate", str(outputs / name), "--save"]) == 0
     assert main(["sample", str(outputs / name), "--max-tokens", "3"]) == 0
+    assert main(["export", str(outputs / name), str(outputs.parent / "exported")]) == 0
 
 
 def test_a_kind_of_layers_is_evaluated_under_other_numbers(outputs: Path) -> None:

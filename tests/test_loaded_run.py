@@ -20,7 +20,7 @@ from xattn.data.bpe import train_bpe
 from xattn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from xattn.errors import BadInput, IntegrityError
 from xattn.loaded_run import _text
-from xattn.model.transformer import LanguageModel
+from xattn.model.transformer import LanguageModel, init_params
 from xattn.run import run
 from xattn.training.programs import hyperparameters
 
@@ -168,6 +168,27 @@ def test_documents_are_the_runs_own_unless_they_are_given(tmp_path: Path) -> Non
     separated = opened.evaluate(["data=text", path])
     assert separated == opened.evaluate(["data=text", path, "data.documents=separated"])
     assert separated != opened.evaluate(["data=text", path, "data.documents=joined"])
+
+
+def test_a_kind_of_layers_inherits_a_bias_that_is_given_and_keeps_one_of_its_own(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question\n" * 20)
+    small = ["model.num_layers=2", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
+    small += ["backend.context_length=8", "evaluation.windows=4", "data=text", f"data.path={text}", "backend=sigmoid"]
+
+    def opened(then: str) -> xattn.LoadedRun:
+        config = compose([*small, "backend.every=2", f"backend.then={{{then}}}"])
+        model, hyper = LanguageModel(config.model, config.backend, 256), hyperparameters(config).model
+        params = jax.tree.map(lambda leaf: 8 * leaf, init_params(model, jax.random.key(0)))
+        return xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, ByteTokenizer(), 0)
+
+    first, both = "backend.sigmoid_bias=2", "backend.then.sigmoid_bias=2"
+    inherits, own = opened("theta: 50"), opened("sigmoid_bias: -3")
+    assert inherits.evaluate([first]) == inherits.evaluate([first, both]) != inherits.evaluate()
+    assert own.evaluate([first]) != own.evaluate([first, both])
+    for override in ("backend.sigmoid_bias=learned", "backend.then.sigmoid_bias=learned"):
+        with pytest.raises(BadInput, match="learned: this run has learned none"):
+            own.evaluate([override])
 
 
 def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None:

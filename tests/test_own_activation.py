@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import xattn
 from xattn import run_folder
+from xattn.backend import activations
 from xattn.cli import main
+from xattn.data.run_data import load_data
 from xattn.errors import BadInput
+from xattn.model.loss import next_token_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "own_activation.py"
@@ -62,6 +67,20 @@ def test_it_is_computed_sampled_evaluated_and_reported(run: Path) -> None:
     assert main(["report", str(run.parent)]) == 0
     assert main(["runs", str(run.parent)]) == 0
     assert "examples/own_activation.py" in (run.parent / "report" / "report.html").read_text("utf-8")
+
+
+def test_at_another_length_n_stays_that_of_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """relu divides by n: windows of half the length are scored by the same weights, as sigmoid's bias is kept."""
+    monkeypatch.setattr(activations, "_TABLE", dict(activations._TABLE))
+    runpy.run_path(str(EXAMPLE))
+    loaded = xattn.load(run)
+    data = load_data(
+        loaded.config.data, context_length=8, batch_size=8, windows=8, seed=0, tokenizer=None, say=lambda text: None
+    )
+    (windows,) = data.windows
+    losses = next_token_losses(loaded.logits(windows.inputs), np.asarray(windows.targets))
+    expected = float(np.sum(losses * windows.weights) / windows.weights.sum())
+    assert loaded.evaluate(["backend.context_length=8"])["val_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_without_the_registration_loading_says_what_is_missing(run: Path) -> None:

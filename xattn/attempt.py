@@ -152,9 +152,9 @@ class Attempt:
         self._has_begun = True
         display.say(f"run folder  {shown(self.folder.path)}")
         kinds = config.backend.kinds
-        told = [f"{kinds[kind].activation}, computed by {choice.name}" for kind, choice in choices.items()]
-        where = "" if config.backend.every is None else f", the second in every layer k · {config.backend.every}"
-        display.say(f"attention   {'; '.join(told)}{where}")
+        where = {"backend": "", "then": f" every {config.backend.every} layers"}
+        told = (f"{kinds[kind].activation}{where[kind]}, computed by {choices[kind].name}" for kind in kinds)
+        display.say(f"attention   {'; '.join(told)}")
         if layout.mesh is not None:
             display.say(f"devices     {layout}")
         for kind, choice in choices.items():
@@ -456,7 +456,7 @@ class Attempt:
 
 
 def move_older_aside(config: Config, folder: Path, say: Callable[[str], None]) -> None:
-    """For ``resume=never``: moves the same run aside that an older version made under its name of then."""
+    """For ``resume=never``: moves aside the same run as an older version made and named it."""
     if (older := xattn.config.older_folder(config, folder)) is not None:
         held = RunFolder(older)
         say(f"the earlier run of an older version is moved to {shown(held.move_aside())}")

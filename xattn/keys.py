@@ -1,7 +1,7 @@
 """The config's keys over time: which of them name a run, and how a config.yaml of any version is read.
 
-A run folder outlives the version that made it. Whoever adds, renames or removes a key says here what older runs meant,
-and then they load, resume and stay at their place. Standard library only, since the report reads with this too.
+A run folder outlives the version that made it. If you add, rename or remove a key, say here what older runs meant by
+it: then they still load, resume and keep their names. Standard library only, since the report reads with this too.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from xattn.errors import BadInput
 
-# What 968f896 did not have. A config.yaml without the key means this value, for ever, whatever the default becomes; at
-# this value the key takes no part in a run's name. ``model.matmul_precision`` is older than that promise: 968f896 puts
-# it into the name at every value.
+# Keys that commit 968f896 did not have, and matmul_precision. A config.yaml without the key means this value, for ever,
+# whatever the default becomes; at this value the key is left out of a run's name. ``model.matmul_precision`` is older
+# than that promise: 968f896 puts it into the name at every value.
 ABSENT: dict[str, Any] = {
     "model.matmul_precision": "default",
     "backend.every": None,
@@ -43,7 +43,7 @@ def has_effect(key: str) -> bool:
 
 
 def short(key: str) -> str:
-    """The key without its group, for a column or a sentence: ``theta``; of the layers that differ ``then.theta``."""
+    """The key without its group, for a column or a sentence; ``backend.then.theta`` is ``then.theta``."""
     group, _, leaf = key.rpartition(".")
     return f"then.{leaf}" if group.endswith(".then") else leaf
 
@@ -67,7 +67,7 @@ def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def naming(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's dotted keys and values those that make its name, spelled as 968f896 spells them."""
+    """The dotted keys and values that a run's name is made from, spelled as in commit 968f896."""
     old_names = {new: old for old, new in RENAMED.items()}
     named = {
         old_names.get(key, key): value
@@ -78,7 +78,7 @@ def naming(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def naming_before_matmul_precision(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """As :func:`naming`, for versions that did not have that key; None where its value is one that they lacked."""
+    """As :func:`naming`, for versions without that key; None if the run has a value that they did not have."""
     named = naming(values)
     if named.pop(_NAMED_AT_EVERY_VALUE) != ABSENT[_NAMED_AT_EVERY_VALUE]:
         return None
@@ -92,7 +92,7 @@ def _take(tree: dict[str, Any], key: str) -> tuple[Any] | None:
 
 
 def _group(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """The mapping that a dotted key stands in; an empty one of no effect where the tree has none."""
+    """The mapping that a dotted key is in; a new empty one if the tree has no such group."""
     node: Any = tree
     for part in key.split(".")[:-1]:
         node = node.get(part) if isinstance(node, dict) else None

@@ -15,6 +15,7 @@ from xattn.data.run_data import RunData, as_documents, load_data, load_tokenizer
 from xattn.data.tokenizer import TextTokenizer, Tokenizer
 from xattn.device import keep_compiled_programs
 from xattn.errors import BadInput, IntegrityError
+from xattn.model.config import group_of
 from xattn.run_folder import finite_or_none
 
 if TYPE_CHECKING:
@@ -144,20 +145,20 @@ class LoadedRun:
         from xattn.training.programs import hyperparameters
 
         config = xattn.config.amend(self.config, overrides, may_differ=_MAY_DIFFER)
+        given = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
         own = self.config.backend
-        bias_keys = {kind: f"backend.{kind}.sigmoid_bias".replace("backend.backend", "backend") for kind in own.kinds}
+        bias_keys = {kind: f"{group_of(kind)}.sigmoid_bias" for kind in own.kinds}
         for kind, key in bias_keys.items():
-            if f"{key}=learned" in overrides and own.kinds[kind].sigmoid_bias != "learned":
+            if given.get(key) == "learned" != own.kinds[kind].sigmoid_bias:
                 raise BadInput(f"{key} = learned: this run has learned none")
         choose_attention(config, context=1)
-        typed = {override.lstrip("+~").partition("=")[0] for override in overrides}
         batch_size, data_config = config.trainer.batch_size, config.data
         tokenizer = None
         if isinstance(data_config, Tokenised) and isinstance(self.tokenizer, TextTokenizer):
-            if chosen := typed & {"data.tokenizer", "data.vocab_size", "data.tiktoken_pattern"}:
+            if chosen := given.keys() & {"data.tokenizer", "data.vocab_size", "data.tiktoken_pattern"}:
                 raise BadInput(f"{', '.join(sorted(chosen))}: text is read in the model's own tokens; leave it out")
             trained = self.config.data
-            if isinstance(trained, Tokenised) and "data.documents" not in typed:
+            if isinstance(trained, Tokenised) and "data.documents" not in given:
                 data_config = data_config.model_copy(update={"documents": trained.documents})
             tokenizer = as_documents(self.tokenizer, data_config)
         data = load_data(
@@ -168,7 +169,7 @@ class LoadedRun:
             seed=config.seed,
             tokenizer=tokenizer,
         )
-        if not any(key.startswith("data") for key in typed):
+        if not any(key.startswith("data") for key in given):
             self._check_data(data)
         # Fewer text tokens than the model has are some of its own: it was trained with ends of text.
         too_many = data.tokenizer.vocab_size > self.model.vocab_size
@@ -180,13 +181,11 @@ class LoadedRun:
         # n stays that of training; another context_length is another length of the windows.
         trained_for = {"context_length": self.config.backend.context_length}
         model = LanguageModel(config.model, config.backend.model_copy(update=trained_for), self.model.vocab_size)
-        given = typed & set(bias_keys.values())
-        if "sigmoid_bias" not in (own.model_dump()["then"] or {}) and "backend.sigmoid_bias" in typed:
-            given |= set(bias_keys.values())  # the others inherit it
+        inherits = "sigmoid_bias" not in (own.model_dump()["then"] or {})
         kept = {
             kind: layer_hyperparameters(self.hyperparameters, kind).sigmoid_bias
             for kind in config.backend.kinds
-            if bias_keys[kind] not in given
+            if bias_keys[kind] not in given and not (inherits and bias_keys["backend"] in given)
         }
         hyper = with_sigmoid_bias(hyperparameters(config).model, kept)
         loss = held_out_loss(

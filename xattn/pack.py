@@ -21,6 +21,7 @@ from xattn.config import Config
 from xattn.data.config import has_segments
 from xattn.device import ask_for_determinism, hush_libraries, keep_compiled_programs
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
+from xattn.model.config import group_of
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Choice
@@ -178,6 +179,5 @@ def choose_attention(config: Config, *, context: int, hardware: Hardware | None 
         try:
             found[kind] = dispatch.choose(call, backend.implementation)
         except ValueError as error:
-            key = "backend.implementation" if kind == "backend" else f"backend.{kind}.implementation"
-            raise BadInput(f"{key}: {error}") from error
+            raise BadInput(f"{group_of(kind)}.implementation: {error}") from error
     return found

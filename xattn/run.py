@@ -15,7 +15,7 @@ from xattn.attempt import Attempt, Job
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.pack import Pack
-from xattn.provenance import changes, provenance, source_sha256
+from xattn.provenance import changes, provenance, registered, source_sha256
 from xattn.run_folder import RunFolder, result_line, shown
 
 
@@ -39,7 +39,7 @@ def run(
     )
     if together.count > 1:
         values = xattn.config.hashed_values(config) | {"parallel": config.parallel.model_dump(), "study": config.study}
-        together.the_same(values | {"source_sha256": source_sha256()})
+        together.the_same(values | {"source_sha256": source_sha256(), "registered": registered()})
     if not together.is_first:
         config, quiet = xattn.config.untracked(config), True
     with together.folder(path) as own:

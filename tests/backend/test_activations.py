@@ -46,7 +46,7 @@ ROWS = [
 
 
 def cases() -> list[Any]:
-    """(row, number of the check): the checks are made anew in each test, since the row is there only then."""
+    """(row, index of the check). Each test looks its check up again, because the row is in the table only there."""
     found = []
     for row in ROWS:
         table = activations._TABLE

@@ -14,7 +14,16 @@ import pytest
 from xattn.backend.decode import Cache, KVCache, StateCache, decode_step, decoding_spec, grow, init_cache, prefill
 from xattn.backend.spec import AttentionSpec
 from xattn.testing import oracle
-from xattn.testing.contract import BATCH, LENGTH, THETA, WIDTH_QK, WIDTH_V, Case, Inputs, check_decoding, close, inputs
+from xattn.testing.contract import (
+    LENGTH,
+    THETA,
+    Case,
+    Inputs,
+    check_decoding,
+    close,
+    decoding,
+    inputs,
+)
 
 # n is the context length, and the sequence runs past it.
 CONTEXT = 5
@@ -33,23 +42,7 @@ step = jax.jit(decode_step)
 
 
 def start(case: Case, capacity: int = LENGTH) -> tuple[Inputs, AttentionSpec, Cache]:
-    spec = decoding_spec(
-        num_heads=case.heads,
-        activation_function=case.activation,
-        qk_pre_activation_function=case.pre_activation,
-        theta=THETA,
-        context_length=case.context_length,
-        window=case.call().window,
-    )
-    cache = init_cache(
-        spec,
-        batch=BATCH,
-        num_kv_heads=case.kv_heads,
-        head_dim_qk=WIDTH_QK,
-        head_dim_v=WIDTH_V,
-        capacity=capacity,
-        dtype=case.dtype,
-    )
+    spec, cache = decoding(case, capacity)
     return inputs(case), spec, cache
 
 

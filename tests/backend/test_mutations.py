@@ -31,7 +31,7 @@ Broken = Callable[[Any], Callable[..., Any]]
 
 
 def with_spec(**changes: Callable[[spec.AttentionSpec], Any]) -> Broken:
-    """The function is told another spec, its last argument but for may_attend's mask."""
+    """The function is meaning another spec, its last argument but for may_attend's mask."""
 
     def breaks(right: Any) -> Callable[..., Any]:
         def wrong(*arguments: Any) -> Any:
@@ -56,16 +56,16 @@ def unscaled(right: Any) -> Callable[..., Any]:
 
 
 def keys_turned_back(right: Any) -> Callable[..., Any]:
-    def wrong(q: Any, k: Any, told: Any, *rest: Any) -> Any:
-        sin, cos = rotary_tables(jnp.arange(q.shape[-2]), q.shape[-1], told.theta)
-        return right(q, k, told, *rest)[0], rotate(spec.pre_activate(k, told), -sin, cos)
+    def wrong(q: Any, k: Any, meaning: Any, *rest: Any) -> Any:
+        sin, cos = rotary_tables(jnp.arange(q.shape[-2]), q.shape[-1], meaning.theta)
+        return right(q, k, meaning, *rest)[0], rotate(spec.pre_activate(k, meaning), -sin, cos)
 
     return wrong
 
 
 def of_all_rows(right: Any) -> Callable[..., Any]:
     """Empty rows are means."""
-    return lambda logits, keep, told: right(logits, keep | ~keep.any(-1, keepdims=True), told)
+    return lambda logits, keep, meaning: right(logits, keep | ~keep.any(-1, keepdims=True), meaning)
 
 
 def not_rescaled(right: Any) -> Callable[..., Any]:
@@ -101,19 +101,19 @@ def fewer_tiles(first: int, last: int) -> Broken:
     return breaks
 
 
-def reversed_bias(told: spec.AttentionSpec) -> Any:
-    return None if told.bias is None else told.bias[::-1]
+def reversed_bias(meaning: spec.AttentionSpec) -> Any:
+    return None if meaning.bias is None else meaning.bias[::-1]
 
 
-def other_grouping(told: spec.AttentionSpec) -> Any:
-    return told.bias.reshape(2, 3).T.reshape(-1) if told.bias is not None else None
+def other_grouping(meaning: spec.AttentionSpec) -> Any:
+    return meaning.bias.reshape(2, 3).T.reshape(-1) if meaning.bias is not None else None
 
 
 # (what is broken, where, the function, what breaks it, the implementations that it breaks, a case that notices)
 MUTATIONS: list[tuple[str, Any, str, Broken, tuple[str, ...], Case]] = [
     ("scale dropped", formula, "scores", unscaled, FORMULA, SIGMOID),
     ("mask shifted by one", formula, "may_attend", attend_to_the_next, FORMULA, NONE),
-    ("bias dropped", formula, "logits", lambda right: lambda scores, told: scores, FORMULA, SIGMOID),
+    ("bias dropped", formula, "logits", lambda right: lambda scores, meaning: scores, FORMULA, SIGMOID),
     ("another head's bias", formula, "logits", with_spec(bias=reversed_bias), FORMULA, BIASED),
     ("biases grouped the other way", formula, "logits", with_spec(bias=other_grouping), FORMULA, BIASED_GROUPED),
     ("axes swapped", formula, "scores", lambda r: lambda q, k: r(q, k).swapaxes(-1, -2), FORMULA, NONE),
@@ -156,7 +156,7 @@ MUTATIONS: list[tuple[str, Any, str, Broken, tuple[str, ...], Case]] = [
         "pre-activation dropped",
         spec,
         "pre_activate",
-        lambda right: lambda x, told: x,
+        lambda right: lambda x, meaning: x,
         ("reference", "blockwise", "linear"),
         SWISH,
     ),
@@ -193,7 +193,7 @@ def test_a_broken_function_is_noticed(
     ("name", "breaks", "case"),
     [
         ("scores", unscaled, SIGMOID),
-        ("logits", lambda right: lambda scores, told: scores, SIGMOID),
+        ("logits", lambda right: lambda scores, meaning: scores, SIGMOID),
         ("may_attend", with_spec(window=lambda s: s.window + 1), WINDOW),
         ("may_attend", lambda right: lambda r, c, *rest: right(r, c._replace(exist=None), *rest), SOFTMAX),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -20,16 +19,8 @@ from xattn.model.generation import empty_caches
 from xattn.model.pattern import layers_of
 from xattn.model.transformer import LanguageModel, Layer, LayerHyperparameters, attention_inputs, init_params
 
-# Sizes that differ, so that swapped axes show: B 3, S 7, D 12, heads 2 of width 6, MLP 10, V 23.
-SMALL = (
-    "backend.context_length=7",
-    "model.num_heads=2",
-    "model.embedding_dim=12",
-    "model.mlp_dim=10",
-    "model.layers=scanned",
-)
-V = 23
-TOKENS = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(V), (3, 1)), axis=1)[:, :7], jnp.int32)
+from .test_transformer import SMALL, TOKENS, V
+
 # They differ between the kinds, so that a layer with the other kind's numbers shows.
 HYPER = {
     "backend": LayerHyperparameters(jnp.float32(100.0), jnp.float32(-1.5)),
@@ -257,13 +248,6 @@ def test_two_kinds_that_compute_the_same_are_one(activation: str, then: str, lay
     """Bit for bit: initial parameters, losses, and gradients."""
     one, two = of_one_kind_and_of_two(then, f"backend={activation}", f"model.layers={layers}", "model.num_layers=3")
     assert different(two, one) == []
-
-
-@pytest.fixture
-def optimised() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.mark.usefixtures("optimised")

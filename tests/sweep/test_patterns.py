@@ -54,3 +54,15 @@ def test_a_grid_over_every_trains_and_is_reported(tiny: list[str], tmp_path: Pat
     assert all(key in page for key in ("backend.every", "backend.then.activation", "backend.then.theta"))
     listed = ran("-m", "xattn.cli", "runs", str(study), cwd=tmp_path)
     assert all(folder.name in listed for folder, _ in found.values())
+
+
+@pytest.mark.slow
+def test_a_number_of_one_kind_is_tuned(tiny: list[str], tmp_path: Path) -> None:
+    """A key that then does not have yet is added with a +, in every trial."""
+    pytest.importorskip("optuna", reason="the extra tune is not installed")
+    tuned = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "+backend.then.theta=interval(100,200)"]
+    pattern = ["model.num_layers=2", "backend=none", "backend.every=2", "backend.then={activation: softmax}"]
+    out = ran(str(ROOT / "train.py"), "-m", *tiny, "trainer.steps=4", *pattern, *tuned, cwd=tmp_path)
+    assert "best of 1 trials" in out
+    (run,) = (path.parent for path in (tmp_path / "outputs" / "default").glob("*/config.yaml"))
+    assert "every2-softmax-theta_1" in run.name

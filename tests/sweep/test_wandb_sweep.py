@@ -10,6 +10,7 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 import xattn.config
+from xattn.errors import BadInput
 
 SWEEP = Path(__file__).resolve().parent.parent.parent / "conf" / "wandb_sweep.yaml"
 
@@ -31,3 +32,15 @@ def test_the_agents_command_is_one_that_composes(activation: str) -> None:
     config = xattn.config.compose(words[3:])
     assert (config.backend.activation, config.seed, config.study) == (activation, 2, "wandb")
     assert config.optimizer.learning_rate == 0.00031622776601683794
+
+
+def test_a_pattern_of_layers_is_swept_as_a_string() -> None:
+    """A mapping reaches the command line in Python's syntax, which docs/sweeps.md warns of."""
+    base = ["backend=none", "backend.every=2"]
+    for then, composes in (("{activation: softmax}", True), ({"activation": "softmax"}, False)):
+        (word,) = create_sweep_command_args({"args": {"backend.then": {"value": then}}})["args_no_hyphens"]
+        if composes:
+            assert xattn.config.compose([*base, word]).backend.kinds["then"].activation == "softmax"
+        else:
+            with pytest.raises(BadInput, match="not an override that Hydra's grammar takes"):
+                xattn.config.compose([*base, word])

@@ -241,13 +241,6 @@ def test_the_loss_falls(tiny: Programs) -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.fixture
-def optimised() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("narrow", ["model.matmul_precision=bfloat16", "model.dtype=bfloat16"])
 @pytest.mark.parametrize("embeddings", ["tied", "untied"])

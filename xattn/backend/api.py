@@ -47,11 +47,11 @@ def attention(
         attention_mask: True = attend. None is causal.
         qkv_dtype: float32, bfloat16 or float16, to which all three are cast. None is the dtype of the queries, and
             then all three must have it.
-        activation_function: softmax, sigmoid or none.
+        activation_function: a row of :mod:`xattn.backend.activations`; the package has the three above.
         qk_pre_activation_function: none, or swish: x · σ(x). silu is another name of swish.
         theta: RoPE's wavelength base, a positive number or a traced scalar.
-        context_length: the n of sigmoid's bias; None is S.
-        sigmoid_bias: a number, a scalar or one for each head, in place of −log n; only under sigmoid.
+        context_length: the n of sigmoid's bias and of other pointwise activations; None is S.
+        sigmoid_bias: a number, a scalar or one for each head, in place of −log n; only where a bias is taken.
         segment_ids: tokens of different segments don't attend to each other.
         window: a token t attends to t − window < s ≤ t only. It narrows a given mask as it narrows the causal one.
         implementation: a name of ``dispatch.names()``.

@@ -22,7 +22,8 @@ def checked_pre_activation(name: str) -> QKPreActivation:
     for choice in get_args(QKPreActivation):
         if choice == ("swish" if name == "silu" else name):
             return choice
-    raise ValueError(f"unknown qk_pre_activation_function {name!r}; choices: none, swish, silu")
+    choices = ", ".join((*get_args(QKPreActivation), "silu"))
+    raise ValueError(f"unknown qk_pre_activation_function {name!r}; choices: {choices}")
 
 
 def checked_arrays(
@@ -105,9 +106,7 @@ def _checked_array(array: Array | None, shape: tuple[int, int], kind: Any, rule:
 def _checked_bias(sigmoid_bias: Bias, num_heads: int, n: int, activation: Activation) -> Float32[Array, " NH"] | None:
     if not activation.takes_bias:
         if sigmoid_bias is not None:
-            raise ValueError(
-                f"sigmoid_bias has no meaning under activation_function {activation.name!r}; leave it None"
-            )
+            raise ValueError(f"sigmoid_bias has no meaning under activation_function {activation.name!r}; omit it")
         return None
     if isinstance(sigmoid_bias, Real) and not math.isfinite(sigmoid_bias):
         raise ValueError(f"sigmoid_bias must be finite, got {sigmoid_bias}")

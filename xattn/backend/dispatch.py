@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from xattn.backend.activations import Activation
-from xattn.backend.hopper.tuning import WIDTHS
+from xattn.backend.hopper.tuning import ACTIVATIONS, WIDTHS
 
 if TYPE_CHECKING:
     from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
@@ -201,7 +201,7 @@ def _no_blockwise(call: Call) -> str | None:
 TABLE: tuple[Implementation, ...] = (
     # JAX's rule for its backward takes operands that vmap leaves whole for mapped ones (jax issue 38495).
     Implementation("cudnn", _not_cudnn, vmaps=False, activations=("softmax",), why="as cuDNN does"),
-    Implementation("hopper", _not_hopper, _unmeasured, True, ("sigmoid", "none"), "its kernels know no other"),
+    Implementation("hopper", _not_hopper, _unmeasured, True, ACTIVATIONS, "its kernels know no other"),
     Implementation("linear", _not_linear, partial(_short, length=256), True, ("none",), "a sum of outer products"),
     # Runs that train as one program have one device; ring is blockwise there.
     Implementation("ring", _not_ring, _no_ring),

@@ -103,6 +103,11 @@ def _one_of(names: Callable[[], tuple[str, ...]]) -> PlainValidator:
     return PlainValidator(checked)
 
 
+def group_of(kind: str) -> str:
+    """The dotted group that the keys of a kind of layer stand in: ``backend`` or ``backend.then``."""
+    return "backend" if kind == "backend" else f"backend.{kind}"
+
+
 class LayerConfig(Section):
     """The keys of ``backend`` that a kind of layer has of its own."""
 
@@ -157,7 +162,7 @@ class BackendConfig(LayerConfig):
     @classmethod
     def _inherits(cls, given: Any, info: ValidationInfo) -> Any:
         own = {name: info.data[name] for name in _KEYS if name in info.data}
-        if len(own) < len(_KEYS):  # what is wrong with the others is told by itself
+        if len(own) < len(_KEYS):  # another key of the backend is bad, and its error is reported
             return None
         return _inherited(own, given) | dict(given) if isinstance(given, Mapping) else given
 
@@ -189,6 +194,6 @@ def _inherited(own: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any
     name = then.get("activation", own["activation"])
     if name not in activations.names() or activations.activation(name).takes_bias:
         return dict(own)
-    if then.get("sigmoid_bias", "auto") != "auto":
+    if "sigmoid_bias" in then:
         raise ValueError(f"{name} takes no sigmoid_bias; leave it out")
     return {**own, "sigmoid_bias": "auto"}

@@ -4,7 +4,8 @@ Flax Linen, because the seed's backend is a Linen module, and because ``init`` a
 plain tree of parameters: what packs (vmap over runs) and checkpoints want.
 
 Shapes: B batch, NH heads, S sequence, DH head width, D embedding, V vocabulary. Parameters of the layers have one more
-axis in front, the layer, whether the layers are scanned or unrolled.
+axis in front, the layer, whether the layers are scanned or unrolled. How layers of two kinds are stacked is in
+:mod:`xattn.model.pattern`.
 
 Initialisation: embeddings normal with standard deviation 0.02; matrices truncated normal with variance 1 / fan-in,
 those that write to the residual stream divided by √(2 · num_layers); norm scales 1; learned sigmoid biases −log n.

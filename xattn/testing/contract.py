@@ -18,7 +18,7 @@ import numpy as np
 from xattn.backend import blockwise, linear, precompute_freqs, reference, ring
 from xattn.backend.activations import Activation, QKPreActivation, activation
 from xattn.backend.arguments import checked_spec
-from xattn.backend.decode import decode_step, decoding_spec, init_cache, prefill
+from xattn.backend.decode import Cache, decode_step, decoding_spec, init_cache, prefill
 from xattn.backend.dispatch import Call, row
 from xattn.backend.spec import AttentionSpec
 from xattn.testing import oracle
@@ -262,9 +262,8 @@ def check_causal(function: Function, case: Case) -> None:
         assert np.all(seen | (weights == 0)), "the output ignores an earlier token"
 
 
-def check_decoding(case: Case, *, prompt: int = 0) -> None:
-    """A prompt of so many tokens and then token by token: the output at every position is the parallel form's."""
-    x = inputs(case)
+def decoding(case: Case, capacity: int) -> tuple[AttentionSpec, Cache]:
+    """A case as decoding takes it: its spec, and a cache that has seen nothing."""
     spec = decoding_spec(
         num_heads=case.heads,
         activation_function=case.activation,
@@ -279,9 +278,16 @@ def check_decoding(case: Case, *, prompt: int = 0) -> None:
         num_kv_heads=case.kv_heads,
         head_dim_qk=case.widths[0],
         head_dim_v=case.widths[1],
-        capacity=case.length,
+        capacity=capacity,
         dtype=case.dtype,
     )
+    return spec, cache
+
+
+def check_decoding(case: Case, *, prompt: int = 0) -> None:
+    """A prompt of so many tokens and then token by token: the output at every position is the parallel form's."""
+    x = inputs(case)
+    spec, cache = decoding(case, case.length)
     outs = []
     if prompt:
         # What follows the prompt's length is its padding, here the true continuation, and changes nothing.

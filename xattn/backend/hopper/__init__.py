@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xattn.backend.hopper.tuning import Tuning
+from xattn.backend.hopper.tuning import ACTIVATIONS, Tuning
 
 if TYPE_CHECKING:
     from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
@@ -17,7 +17,7 @@ def hopper(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning |
     into one pass over q and k. The bias is an array of the program, with its gradient. **Never run on a GPU so far**:
     docs/kernels.md says what was proven without one.
     """
-    assert spec.activation.name in ("sigmoid", "none")
+    assert spec.activation.name in ACTIVATIONS
     assert spec.mask is None
     assert spec.segment_ids is None
     assert spec.window is None

@@ -12,6 +12,7 @@ from typing import Literal
 Form = Literal["hardware", "polynomial3", "polynomial4", "split"]
 
 # Head widths that the kernels are written for.
+ACTIVATIONS = ("sigmoid", "none")
 WIDTHS = (64, 128)
 # Rows of a tile that a compute warpgroup keeps: those of one wgmma instruction.
 ROWS = 64
