@@ -201,10 +201,10 @@ def attend(
     if q.shape[2] != 1:
         raise ValueError(f"decode_step takes one token, got {q.shape[2]}; prefill takes many")
     q, k = prepare(q, k, spec, cache.length)
-    q = formula.grouped(q, k.shape[1])  # (B, NKV, G, 1, DHQK)
+    q = formula.grouped(q, k.shape[1])[..., 0, :]  # (B, NKV, G, DHQK): with two axes of 1, XLA:CPU copies the cache
     if isinstance(cache, StateCache):
         state = cache.state + product("bksd,bkse->bkde", k, v) / math.sqrt(q.shape[-1])
-        out, entry = product("bkgtd,bkde->bkgte", q.astype(F32), state), Entry(state, None)
+        out, entry = product("bkgd,bkde->bkge", q.astype(F32), state), Entry(state, None)
     else:
         out, entry = _attend_to_tokens(q, k, v, cache, spec), Entry(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
     return out.astype(values.dtype).reshape(*queries.shape[:-1], v.shape[-1]), entry
@@ -221,16 +221,16 @@ def append(cache: Cache, entry: Entry) -> Cache:
 
 
 def _attend_to_tokens(q: Array, k: Array, v: Array, cache: KVCache, spec: AttentionSpec) -> Array:
-    """Over the tokens in the cache, and the new one: (B, NKV, G, 1, DHV), float32."""
+    """Over the tokens in the cache, and the new one: (B, NKV, G, DHV), float32."""
     t, capacity = cache.length, cache.k.shape[2]
     positions = _positions(t, capacity)
     # The new token comes last, and may always be attended to: no row is empty.
     columns = Tokens(jnp.append(positions, t), exist=jnp.append(positions >= 0, True))
     keep = formula.may_attend(Tokens(t[None]), columns, spec, None)
     scores = jnp.concatenate([formula.scores(q, cache.k.astype(q.dtype)), formula.scores(q, k)], axis=-1)
-    weights = formula.weights(formula.logits(scores, spec), keep, spec).astype(v.dtype)
-    out = product("bkgts,bkse->bkgte", weights[..., :-1], cache.v.astype(v.dtype))
-    out = out + product("bkgts,bkse->bkgte", weights[..., -1:], v)
+    weights = formula.weights(formula.logits(scores[..., None, :], spec), keep, spec)[..., 0, :].astype(v.dtype)
+    out = product("bkgs,bkse->bkge", weights[..., :-1], cache.v.astype(v.dtype))
+    out = out + product("bkgs,bkse->bkge", weights[..., -1:], v)
     return out if spec.window is not None else jnp.where(t < capacity, out, jnp.nan)
 
 
