@@ -42,6 +42,20 @@ def has_effect(key: str) -> bool:
     return not any(key == name or key.startswith(f"{name}.") for name in _WITHOUT_EFFECT)
 
 
+# Keys that say what is looked at and when, and change no bit of what is trained.
+_ONLY_LOOKS = ("trainer.log_every", "trainer.eval_every", "trainer.attention_stats_every", "evaluation")
+
+
+def changes_training(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether this dotted key, among a run's ``values``, is one that its training depends on.
+
+    ``trainer.eval_every`` is, where a run goes back to its best evaluation (``trainer.nonfinite=rollback``).
+    """
+    if key == "trainer.eval_every" and values.get("trainer.nonfinite") == "rollback":
+        return True
+    return has_effect(key) and not any(key == name or key.startswith(f"{name}.") for name in _ONLY_LOOKS)
+
+
 def short(key: str) -> str:
     """The key without its group, for a column or a sentence; ``backend.then.theta`` is ``then.theta``."""
     group, _, leaf = key.rpartition(".")

@@ -127,11 +127,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file: a reader, or a crash at any moment, sees the old text or the new one."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+    """Replaces the file: a reader, or a crash at any moment, sees the old content or the new one.
+
+    shared: other processes may be writing it too, so the temporary file needs a name of its own.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}" if shared else path.name + _TEMPORARY)
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

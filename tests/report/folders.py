@@ -69,7 +69,7 @@ class Writer:
         config |= {"seed": 0, "study": self.folder.name, "resume": "auto"}
         for key, value in overrides.items():
             group, _, leaf = key.rpartition(".")
-            (config[group] if group else config)[leaf] = value
+            (config.setdefault(group, {}) if group else config)[leaf] = value
         path = self.folder / (name or "-".join(f"{k.rpartition('.')[2]}{v}" for k, v in overrides.items()))
         path.mkdir()
         (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

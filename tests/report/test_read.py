@@ -60,7 +60,7 @@ def test_damaged_files_are_said_and_the_rest_is_read(writer: Writer) -> None:
     assert run.problems == (
         "overrides.yaml is not readable",
         "provenance.json is not readable",
-        "metrics.jsonl has 1 lines that are no JSON",
+        "metrics.jsonl has 1 line that is no JSON",
     )
 
 
@@ -133,6 +133,7 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
         "xattn.arguments",
         "xattn.errors",
         "xattn.keys",
+        "xattn.metrics",
         "xattn.run_folder",
     }
 
@@ -140,7 +141,9 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
 @pytest.mark.slow
 def test_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
     """A tenth of a second a run: 200 in 20 seconds. What the figures take does not grow with the runs."""
-    from xattn.report.command import judge, write
+    from xattn.report.command import write
+    from xattn.report.findings import Question
+    from xattn.report.judge import judge
 
     first = writer.run({"seed": 0}, 2.0, rows=10_000)
     for seed in range(4):
@@ -152,7 +155,7 @@ def test_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
     start = time.process_time()  # it is one thread's: on a quiet machine the same as the wall's, on a busy one fair
     study = read_study(writer.folder)
     read = time.process_time() - start
-    write(judge(study, metric="val_loss", selection="same"))
+    write(judge(study, Question()), writer.folder / "report")
     assert len(study.runs) == 20
     assert all(run.curves["step"].size == 10_000 for run in study.runs)
     assert read < 2

@@ -13,12 +13,14 @@ import pytest
 
 from xattn.errors import BadInput, ExitCode
 from xattn.report import main
-from xattn.report.command import judge, texts, write
-from xattn.report.content import Findings
+from xattn.report.command import texts
+from xattn.report.command import write as write_to
 from xattn.report.cost import loss_spikes, why_speeds_differ
 from xattn.report.curves import loss_curves
 from xattn.report.design import show
 from xattn.report.figures import learning_curves
+from xattn.report.findings import Comparison, Findings, Question
+from xattn.report.judge import judge
 from xattn.report.read import read_run, read_study
 from xattn.report.tables import EFFECT_COLUMNS
 from xattn.report.words import signflip_note, verdict
@@ -28,8 +30,20 @@ from .folders import Writer
 FILES = {"report.html", "report.md", "table.tex", "results.csv", "effects.csv"}
 
 
-def judged(writer: Writer, metric: str = "val_loss") -> Findings:
-    return judge(read_study(writer.folder), metric=metric, selection="same")
+def judged(writer: Writer, metric: str | None = None, **asked: object) -> Findings:
+    return judge(read_study(writer.folder), Question(metric=metric, **asked))  # type: ignore[arg-type]
+
+
+def compared(writer: Writer) -> Comparison:
+    """The study's only comparison."""
+    (comparison,) = judged(writer).comparisons
+    return comparison
+
+
+def write(found: Findings) -> Path:
+    folder = found.study.folder / "report"
+    write_to(found, folder)
+    return folder
 
 
 def odd(writer: Writer) -> str:
@@ -38,7 +52,7 @@ def odd(writer: Writer) -> str:
 
 def written(writer: Writer) -> dict[str, str]:
     """The files that are text, without figures, which take longer to draw than all else."""
-    return texts(judged(writer), {}, {})
+    return texts(judged(writer), {}, {}, writer.folder / "report")
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
@@ -60,7 +74,15 @@ def test_a_study_is_reported(write_study: Callable[..., Writer], capsys: pytest.
     folder = write_study().folder
     assert main([str(folder)]) == ExitCode.DONE
     names = {path.name for path in (folder / "report").iterdir()}
-    figures = {"effects", "tuning-learning_rate", "curves-steps", "curves-tokens", "curves-seconds", "stability"}
+    figures = {
+        "effects",
+        "differences",
+        "tuning-learning_rate",
+        "curves-steps",
+        "curves-tokens",
+        "curves-seconds",
+        "stability",
+    }
     assert names == FILES | {f"{name}.{suffix}" for name in figures for suffix in ("svg", "pdf")}
     said = capsys.readouterr().out
     assert "backend.activation: none is worse than softmax: val_loss +0.19" in said
@@ -68,9 +90,10 @@ def test_a_study_is_reported(write_study: Callable[..., Writer], capsys: pytest.
     page = (folder / "report" / "report.md").read_text()
     for words in (
         "with 3 seeds no p below 0.25 can be reached",
-        "baseline softmax",
+        "Against softmax, each line in its own pairs.",
+        "27 runs (27 done)",
         "over the same runs that it is judged by",
-        "python train.py backend.activation=none optimizer.learning_rate=0.001 seed=2",
+        "`backend.activation=none optimizer.learning_rate=0.001 seed=2`",
         "0123456789",
         "Sensitivity",
     ):
@@ -81,7 +104,7 @@ def test_effects_csv_has_the_columns_of_the_contract(write_study: Callable[..., 
     writer = write_study(arms=("softmax", "sigmoid"))
     writer.run({"backend.activation": "none", "optimizer.learning_rate": 1e-3, "seed": 0}, 2.3)
     names = "factor,arm,baseline,metric,seeds,difference,ci_low,ci_high,p,p_holm,p_signflip"
-    assert ",".join(EFFECT_COLUMNS) == names
+    assert ",".join(EFFECT_COLUMNS).startswith(f"{names},")
     none, sigmoid = rows_of(written(writer)["effects.csv"])
     assert tuple(none) == EFFECT_COLUMNS
     assert (none["arm"], none["seeds"]) == ("none", "1")
@@ -102,8 +125,8 @@ def test_results_csv_has_a_row_a_run(write_study: Callable[..., Writer]) -> None
 def test_the_page_stands_alone(write_study: Callable[..., Writer]) -> None:
     folder = write(judged(write_study()))
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 6
-    assert not re.search(r"https?:|//[a-z]|<script|<link|<img|@import|url\((?!#)", page)
+    assert page.count("<svg") == 7
+    assert not re.search(r"https?:|//[a-z]|<script [^>]|<link|<img|@import|url\((?!#)", page)
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
     assert "currentColor" in page
@@ -254,9 +277,8 @@ def test_runs_made_elsewhere_or_from_other_things_are_said(writer: Writer, key: 
 
 def test_different_budgets_are_said(writer: Writer) -> None:
     small(writer)
-    writer.run({"backend.activation": "none", "seed": 0, "trainer.steps": 400}, 2.0)
-    writer.run({"backend.activation": "none", "seed": 1, "trainer.steps": 400}, 2.0)
-    assert "in training tokens: softmax: 409,600; none: 819,200; sigmoid: 409,600" in odd(writer)
+    writer.run({"backend.activation": "softmax", "seed": 0, "trainer.steps": 400}, 2.0)
+    assert "activation, in training tokens: softmax: 409,600 or 819,200; sigmoid: 409,600." in odd(writer)
 
 
 def test_different_numbers_of_settings_are_said(writer: Writer) -> None:
@@ -281,7 +303,7 @@ def test_too_few_seeds_for_an_interval_are_said(writer: Writer) -> None:
                 keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "seed": seed}
                 writer.run(keys, 2.0 + seed)
     study = read_study(writer.folder)
-    held_out = judge(study, metric="val_loss", selection="heldout")
+    held_out = judge(study, Question(selection="heldout"))
     assert "Too few seeds for an interval: 1 to judge by; held-out selection needs three." in held_out.odd
     assert held_out.effects[0].paired.seeds == 1
     assert not any("Too few" in each for each in judged(writer).odd)
@@ -349,11 +371,11 @@ def test_the_table_for_a_paper_says_what_diverged(writer: Writer) -> None:
     writer.run({"backend.activation": "sigmoid", "seed": 2}, None, status="diverged")
     writer.run({"backend.activation": "sigmoid", "seed": 3}, None, status="failed")
     lines = written(writer)["table.tex"].splitlines()
-    assert "& seeds & diverged" in lines[4]
-    assert [line.split(" & ")[-1] for line in lines[6:8]] == ["0 of 2 \\\\", "1 of 3 \\\\"]
+    assert "& seeds & left out & diverged" in lines[4]
+    assert lines[6].split(" & ")[-1] == "1 of 3 \\\\"
     columns = re.search(r"\{(l+r+)\}", lines[2])
     assert columns is not None
-    assert {len(line.split(" & ")) for line in (lines[4], *lines[6:8])} == {len(columns[1])}
+    assert {len(line.split(" & ")) for line in (lines[4], lines[6])} == {len(columns[1])}
 
 
 def test_no_difference_shown_says_what_would_have_been_found(writer: Writer) -> None:
@@ -383,7 +405,7 @@ def test_an_interval_that_the_verdict_seems_to_contradict_is_explained(writer: W
 
 def test_speeds_stand_side_by_side_only_under_equal_circumstances(writer: Writer) -> None:
     small(writer)
-    assert why_speeds_differ(judged(writer).chosen.values()) is None
+    assert why_speeds_differ(compared(writer).chosen.values()) is None
     assert "tokens/s" in written(writer)["report.md"]
     writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={"packed_with": 4})
     page = written(writer)["report.md"]
@@ -411,7 +433,7 @@ def test_a_busy_machine_shows_in_runs_of_one_arm(writer: Writer) -> None:
 def test_a_key_that_no_run_has_was_not_tuned(writer: Writer) -> None:
     small(writer)
     with pytest.raises(BadInput, match=r"--tuned backend\.thta: no run's config has it \(did you mean backend\.theta"):
-        judge(read_study(writer.folder), metric="val_loss", selection="same", tuned=["backend.thta"])
+        judged(writer, tuned=["backend.thta"])
     assert judged(writer, "num_params").effects
 
 
@@ -449,7 +471,7 @@ def test_figures_of_an_earlier_report_do_not_stay(writer: Writer) -> None:
 def test_a_curve_of_two_points_is_seen(writer: Writer) -> None:
     for seed in range(2):
         writer.run({"seed": seed}, 2.0, rows=2)
-    found = judged(writer)
+    found = compared(writer)
     curves = loss_curves(found.chosen)
     figure = learning_curves(found.design, curves, "steps")
     assert figure is not None
@@ -461,24 +483,24 @@ def test_a_curve_of_two_points_is_seen(writer: Writer) -> None:
 def test_learning_curves_are_of_one_loss(writer: Writer) -> None:
     """Of the training loss in every panel where an arm was not evaluated on its way, and the page says which."""
     small(writer)
-    assert {curve.key for curve in loss_curves(judged(writer).chosen).values()} == {"val_loss"}
+    assert {curve.key for curve in loss_curves(compared(writer).chosen).values()} == {"val_loss"}
     for path in writer.folder.glob("sigmoid*/metrics.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(row | {"val_loss": None}) + "\n" for row in rows))
-    found = judged(writer)
+    found = compared(writer)
     curves = loss_curves(found.chosen)
     assert [curve.key for curve in curves.values()] == ["train_loss", "train_loss"]
     figure = learning_curves(found.design, curves, "steps")
     assert figure is not None
     assert figure.axes[0].get_ylabel() == "train_loss"
-    assert "train_loss against steps: mean over seeds" in (write(found) / "report.md").read_text()
+    assert "train_loss against steps: mean over seeds" in (write(judged(writer)) / "report.md").read_text()
 
 
 def test_every_number_leads_back(writer: Writer) -> None:
     small(writer)
     writer.run({"seed": 2}, 2.0, name="ü 1", provenance={"command": "python train.py -m seed=2"})
     files = written(writer)
-    assert "[softmax0](../softmax0/)" in files["report.md"]
+    assert "| softmax0 | `backend.activation=softmax seed=0` | done | 2.0000 |" in files["report.md"]
     assert '<a href="../%C3%BC%201/">ü 1</a>' in files["report.html"]
     assert "| 1 | `python train.py -m seed=2` |" in files["report.md"]
 
@@ -488,7 +510,7 @@ def test_what_was_evaluated_later_is_shown(writer: Writer) -> None:
     row = {"step": 200, "overrides": ["evaluation.windows=all"], "results": {"val_loss": 1.5}}
     (writer.folder / "softmax0" / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
     page = written(writer)["report.md"]
-    assert '| [softmax0](../softmax0/) | 200 | `["evaluation.windows=all"]` | `{"val_loss": 1.5}` |' in page
+    assert '| softmax0 | 200 | `["evaluation.windows=all"]` | `{"val_loss": 1.5}` |' in page
 
 
 def test_loss_spikes_are_counted_and_noise_and_descent_are_not() -> None:
@@ -526,8 +548,8 @@ def test_in_context_measures_are_judged_too(writer: Writer) -> None:
             keys = {"backend.activation": arm, "seed": seed}
             writer.run(keys, 2.0 + seed / 10, summary={"probe/recall/accuracy": accuracy - seed * accuracy / 100})
     files = written(writer)
-    assert "| recall/accuracy | activation softmax (baseline) | 0.8910 |" in files["report.md"]
-    assert "| recall/accuracy | activation none | 0.3960 | −0.4950 [" in files["report.md"]
+    said = "| recall/accuracy | activation none against softmax | 0.3960 | 0.8910 | −0.4950 ["
+    assert said in files["report.md"]
     loss, recall = rows_of(files["effects.csv"])
     assert (loss["metric"], recall["metric"]) == ("val_loss", "probe/recall/accuracy")
     assert float(recall["difference"]) == pytest.approx(-0.495)
@@ -547,7 +569,7 @@ def test_a_pattern_of_layers_leads_what_it_changes(tmp_path: Path) -> None:
                 summary={"implementation": implementation},
             )
     findings = judged(writer)
-    (factor,) = findings.design.factors
+    (factor,) = findings.comparisons[0].design.factors
     assert (factor.key, factor.arms, factor.also) == ("backend.every", (None, 2, 4), ("backend.then.activation",))
     assert any("attention implementations" in line for line in findings.odd)
     assert "every" in written(writer)["report.md"]
@@ -562,6 +584,6 @@ def test_where_every_layer_is_the_other_kind_the_pattern_leads_too(tmp_path: Pat
             writer.run(
                 {"backend.activation": first, "backend.every": every, "seed": seed, **pattern}, name=f"{first}{seed}"
             )
-    (factor,) = judged(writer).design.factors
+    (factor,) = compared(writer).design.factors
     assert factor.key == "backend.every"
     assert set(factor.also) == {"backend.activation", "backend.then.activation"}

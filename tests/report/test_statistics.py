@@ -11,6 +11,7 @@ from scipy import stats
 
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import Design, find_design
+from xattn.report.metric import Metric
 from xattn.report.read import read_study
 from xattn.report.selection import Candidate, choose, split
 from xattn.report.simulate import promises, some_rejected
@@ -27,15 +28,17 @@ from xattn.report.statistics import (
 
 from .folders import Writer
 
+LOSS = Metric("val_loss")
+
 
 def design_of(writer: Writer) -> Design:
-    return find_design(read_study(writer.folder), conf_defaults())
+    return find_design(read_study(writer.folder).runs, conf_defaults())
 
 
 def effects_of(writer: Writer, **how: str) -> list[Effect]:
     design = design_of(writer)
-    chosen = choose(design, "val_loss", **how)  # type: ignore[arg-type]
-    return [effect for factor in design.factors for effect in main_effects(design, chosen, factor, "val_loss")]
+    chosen = choose(design, LOSS, **how)  # type: ignore[arg-type]
+    return [effect for factor in design.factors for effect in main_effects(design, chosen, factor, LOSS)]
 
 
 # ---- one comparison --------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def test_factors_tuned_keys_and_the_pairing_are_found(write_study: Callable[...,
     design = design_of(write_study())
     (factor,) = design.factors
     assert (factor.key, factor.arms) == ("backend.activation", ("softmax", "none", "sigmoid"))
-    assert (factor.baseline, factor.baseline_is_default) == ("softmax", True)
+    assert (factor.baseline, factor.baseline_is_given) == ("softmax", True)
     assert design.tuned == ("optimizer.learning_rate",)
     assert design.seeds == (0, 1, 2)
 
@@ -166,7 +169,7 @@ def test_without_its_default_the_baseline_is_the_arm_with_most_runs(writer: Writ
         for seed in range(seeds):
             writer.run({"backend.theta": theta, "seed": seed})
     (factor,) = design_of(writer).factors
-    assert (factor.baseline, factor.baseline_is_default) == (100.0, False)
+    assert (factor.baseline, factor.baseline_is_given) == (100.0, False)
 
 
 # ---- effects ---------------------------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ def test_a_diverged_run_is_worse_than_any_loss(writer: Writer) -> None:
             writer.run(keys, None if lost else 2.0 - rate, status="diverged" if lost else "done")
     for seed in range(3):
         writer.run({"backend.activation": "softmax", "optimizer.learning_rate": 1e-3, "seed": seed}, 2.0)
-    chosen_settings = {cell: each.setting for cell, each in choose(design_of(writer), "val_loss").items()}
+    chosen_settings = {cell: each.setting for cell, each in choose(design_of(writer), LOSS).items()}
     assert chosen_settings[("sigmoid",)] == (1e-3,)
 
 
@@ -246,7 +249,7 @@ def test_a_missing_seed_does_not_change_the_choice(writer: Writer) -> None:
                 if (arm, rate, seed) != ("sigmoid", 1e-3, 2):
                     keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "seed": seed}
                     writer.run(keys, 2.0 + worse + luck[seed])
-    chosen = choose(design_of(writer), "val_loss")
+    chosen = choose(design_of(writer), LOSS)
     assert chosen[("sigmoid",)].setting == (1e-3,)
 
 
@@ -262,7 +265,7 @@ def test_effects_are_averaged_over_the_other_factor_and_interactions_are_what_is
     assert by_factor["backend.activation"] == pytest.approx((0.2 + 0.5) / 2 + 0.005)
     assert by_factor["backend.qk_pre_activation"] == pytest.approx((-0.1 + 0.2) / 2 + 0.005)
     design = design_of(writer)
-    (both,) = interactions(design, choose(design, "val_loss"), "val_loss")
+    (both,) = interactions(design, choose(design, LOSS), LOSS)
     assert both.arm == ("sigmoid", "swish")
     assert both.paired.difference == pytest.approx(0.2 + 0.1 + 0.01)
 

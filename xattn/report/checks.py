@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from xattn.keys import short
+from xattn.metrics import BITS, LOSS, loss_metric
 from xattn.report.design import Cell, Design, Factor, show
+from xattn.report.findings import Comparison
+from xattn.report.metric import spans
 from xattn.report.read import Run, Study
 from xattn.report.selection import Chosen, Selection, split
 from xattn.report.statistics import Effect
+from xattn.report.words import counted
 
 _AT_MOST = 8  # names in a sentence
 _LETTERS = 16  # of a hash
 
 
-def what_is_odd(
-    study: Study, design: Design, chosen: Mapping[Cell, Chosen], effects: Sequence[Effect], selection: Selection
-) -> list[str]:
+def what_is_odd(study: Study, comparisons: Sequence[Comparison], selection: Selection) -> list[str]:
     """A sentence for each thing that a reader should know before believing a difference."""
-    return [
-        *_folders(study, design),
-        *_too_few(design, selection),
-        *_missing(design),
-        *_edges(design, chosen),
-        *_unequal(study.runs),
-        *_budgets(design),
-        *_diverged(effects),
-        *_baselines(design.factors),
-    ]
+    said = _folders(study)
+    for each in comparisons:
+        of_one = [
+            *_too_few(each.design, selection),
+            *_metric(each),
+            *_repeated(each.design),
+            *_missing(each.design),
+            *_edges(each.design, each.chosen),
+            *_budgets(each.design),
+            *_left_out(each.effects),
+            *_baselines(each.design.factors),
+        ]
+        where = f"Where {_spelled(each.where)}: " if each.where and len(comparisons) > 1 else ""
+        said += [f"{where}{sentence}" for sentence in of_one]
+    return [*said, *_unequal(study.runs)]
 
 
-def _folders(study: Study, design: Design) -> list[str]:
+def _spelled(where: Mapping[str, object]) -> str:
+    return ", ".join(f"{short(key)} is {show(value)}" for key, value in where.items())
+
+
+def _folders(study: Study) -> list[str]:
     said = []
     if study.foreign:
         said.append(f"Not runs, passed over: {_list(study.foreign)}.")
@@ -46,15 +59,38 @@ def _folders(study: Study, design: Design) -> list[str]:
     for status, words in states.items():
         names = [run.name for run in study.runs if run.status == status]
         if names:
-            said.append(f"{_count(len(names))} {words}: {_list(names)}.")
+            said.append(f"{counted(len(names), 'run')} {words}: {_list(names)}.")
     for run in study.runs:
         said += [f"{run.name}: {problem}." for problem in run.problems]
-        if run.status == "done" and run.number("val_loss") is None:
-            said.append(f"{run.name}: done, without a finite val_loss; not judged.")
-    if design.duplicates:
-        names = [run.name for run in design.duplicates]
-        said.append(f"The same config twice; the first by name is judged, passed over: {_list(names)}.")
     return said
+
+
+def _metric(comparison: Comparison) -> list[str]:
+    """What the numbers are of, where that is not the same for all or not what was expected."""
+    metric, runs = comparison.metric, comparison.runs
+    said = []
+    if metric.name == BITS and loss_metric(run.config for run in runs) == BITS:
+        said.append(f"{LOSS} is per token, and the runs' tokens differ; they are compared by {BITS}.")
+    done = [run for run in runs if run.status == "done"]
+    without = [run for run in done if metric.of(run) is None]
+    elsewhere = [run.name for run in without if run.number(metric.name) is not None]
+    if elsewhere:
+        said.append(
+            f"Evaluated on other windows than evaluation.windows={metric.windows}, and not judged: {_list(elsewhere)}. "
+            f"xattn evaluate RUN evaluation.windows={metric.windows} --save adds what is missing."
+        )
+    if bare := [run.name for run in without if run.name not in elsewhere]:
+        said.append(f"Done, without a finite {metric.name}, and not judged: {_list(bare)}.")
+    if apart := spans(done, metric):
+        said.append(apart)
+    return said
+
+
+def _repeated(design: Design) -> list[str]:
+    if not design.repeated:
+        return []
+    names = [run.name for run in design.repeated]
+    return [f"The same training as another run, which counts once; passed over: {_list(names)}."]
 
 
 def _too_few(design: Design, selection: Selection) -> list[str]:
@@ -78,12 +114,15 @@ def _missing(design: Design) -> list[str]:
                 said.append(f"Missing seeds: {where} has no run with seed {_list(seeds)}.")
     if len(said) > _AT_MOST:
         said = [*said[:_AT_MOST], f"… and {len(said) - _AT_MOST} more settings with missing seeds."]
-    wanted = list(itertools.product(*(factor.arms for factor in design.factors)))
-    absent = [design.label(cell) for cell in wanted if cell not in design.runs]
-    if absent:
-        had = len(wanted) - len(absent)
+    wanted = math.prod(len(factor.arms) for factor in design.factors)
+    if wanted > len(design.runs):
+        crossing = itertools.product(*(factor.arms for factor in design.factors))
+        absent = itertools.islice((cell for cell in crossing if cell not in design.runs), _AT_MOST)
+        names = [design.label(cell) for cell in absent]
+        had = len(design.runs)
         said.append(
-            f"No full crossing of the factors: {had} of {len(wanted)} combinations were run, not {_list(absent)}."
+            f"No full crossing of the factors: {had:,} of {wanted:,} combinations were run, not "
+            f"{_list(names, of=wanted - had)}."
         )
     return said
 
@@ -115,7 +154,9 @@ def _unequal(runs: Sequence[Run]) -> list[str]:
     for name, value in things:
         counts = Counter(show(value(run)) for run in ended)
         if len(counts) > 1:
-            parts = ", ".join(f"{text[:_LETTERS]} ({_count(count)})" for text, count in counts.most_common(_AT_MOST))
+            parts = ", ".join(
+                f"{text[:_LETTERS]} ({counted(count, 'run')})" for text, count in counts.most_common(_AT_MOST)
+            )
             said.append(f"Different {name}: {parts}.")
     versions = [dict(run.provenance.get("versions") or {}) for run in ended]
     for package in sorted({package for each in versions for package in each}):
@@ -124,7 +165,7 @@ def _unequal(runs: Sequence[Run]) -> list[str]:
             said.append(f"Different versions of {package}: {', '.join(found)}.")
     dirty = [run.name for run in ended if run.provenance.get("git_dirty")]
     if dirty:
-        said.append(f"Source with changes that no commit holds (git_dirty): {_count(len(dirty))}.")
+        said.append(f"Source with changes that no commit holds (git_dirty): {counted(len(dirty), 'run')}.")
     return said
 
 
@@ -149,7 +190,7 @@ def _budgets(design: Design) -> list[str]:
     return said
 
 
-def _diverged(effects: Sequence[Effect]) -> list[str]:
+def _left_out(effects: Sequence[Effect]) -> list[str]:
     said = []
     for effect in effects:
         if effect.diverged or effect.baseline_diverged:
@@ -161,8 +202,14 @@ def _diverged(effects: Sequence[Effect]) -> list[str]:
             )
         if effect.cells_left_out:
             said.append(
-                f"{effect.factor} = {show(effect.arm)}: {effect.cells_left_out} combinations of the other factors have "
-                "no pair of finished runs, and are not in its mean."
+                f"{effect.factor} = {show(effect.arm)}: {counted(effect.cells_left_out, 'combination')} of the other "
+                f"factors {'has' if effect.cells_left_out == 1 else 'have'} too few pairs of finished runs, and "
+                f"{'is' if effect.cells_left_out == 1 else 'are'} not in its mean."
+            )
+        if effect.why_not:
+            said.append(
+                f"{effect.factor} = {show(effect.arm)} against {show(effect.baseline)}: some {effect.metric} cannot be "
+                f"compared, {effect.why_not}."
             )
     return said
 
@@ -171,14 +218,12 @@ def _baselines(factors: Sequence[Factor]) -> list[str]:
     return [
         f"The default of {factor.key} is not among its arms; the baseline is {show(factor.baseline)}."
         for factor in factors
-        if not factor.baseline_is_default
+        if not factor.baseline_is_given
     ]
 
 
-def _count(runs: int) -> str:
-    return f"{runs} run" if runs == 1 else f"{runs} runs"
-
-
-def _list(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _AT_MOST} more" if len(names) > _AT_MOST else ""
-    return ", ".join(names[:_AT_MOST]) + more
+def _list(names: Sequence[str], of: int | None = None) -> str:
+    """At most eight of the names, and how many more there are; of: how many there are in all."""
+    shown = names[:_AT_MOST]
+    more = (len(names) if of is None else of) - len(shown)
+    return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")

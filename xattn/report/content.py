@@ -1,87 +1,167 @@
-"""What the page says, in its order: question, verdicts, effects, curves, cost, stability, what is odd, every run."""
+"""What the page says: what was trained, the verdicts with their picture, then what they rest on, what is odd, and every
+run."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from xattn.keys import short
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Picture, Table
 from xattn.report.cost import SAME_LOAD, cost_of, why_speeds_differ
-from xattn.report.design import Cell, Design, show
+from xattn.report.design import Factor, in_order, show
+from xattn.report.findings import Comparison, Findings
 from xattn.report.measures import attention_blocks, probe_blocks
-from xattn.report.read import Study
-from xattn.report.selection import CHOSEN_BY, Chosen, Selection, sensitivity, split
+from xattn.report.read import Run
+from xattn.report.selection import CHOSEN_BY, Selection, sensitivity, split
 from xattn.report.statistics import BOOTSTRAP_FROM, EXACT_TO, Effect
-from xattn.report.tables import arm_mean
-from xattn.report.words import difference, number, p_value, precision, signflip_note, verdict
+from xattn.report.words import counted, difference, number, p_value, precision, sentence, signflip_note, verdict
+
+_VALUES = 8  # of one thing that was trained with, shown at most
+_ROWS = 40  # of a table of what is not judged, at most
+_NOTE = (
+    "Means are of the pairs alone, the same seed on both sides, averaged over the combinations of the other factors "
+    "that both were run with; so their difference is the one beside them. Left out: runs with a result that are in no "
+    "pair, the arm's + the baseline's. The interval is a t interval, of one arm alone. p: paired t test; Holm: "
+    "corrected over the factor's arms. Detectable: the difference that is found after Holm with probability 0.8, if "
+    "seeds differ as much as these did. Diverged: of the runs that ended. Sign-flip: exact up to "
+    f"{EXACT_TO} seeds, from more of 9,999 random flips."
+)
+_NOTE_BCA = f" BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on."
+
+Pictures = Mapping[str, str]  # name → caption, of the figures that there are
 
 
-@dataclass(frozen=True)
-class Findings:
-    """All that the page is made from. probes: in-context measure → its effects; probes_chosen: and its values."""
-
-    study: Study
-    design: Design
-    chosen: Mapping[Cell, Chosen]
-    effects: Sequence[Effect]
-    interactions: Sequence[Effect]
-    probes: Mapping[str, Sequence[Effect]]
-    probes_chosen: Mapping[str, Mapping[Cell, Chosen]]
-    odd: Sequence[str]
-    metric: str
-    selection: Selection
-    command: str
-
-
-def page_of(found: Findings, pictures: Mapping[str, str]) -> Page:
-    """pictures: figure name → caption, of the figures that there are."""
-    blocks = [
-        *_question(found),
-        *_verdicts(found),
-        *_effects(found, pictures),
-        *_tuning(found, pictures),
-        *_learning(pictures),
-        *_cost(found, pictures),
-        *_measured(found, pictures),
-        *_oddities(found),
-        *_runs(found),
-    ]
-    return Page(f"Study {found.study.folder.name}", blocks)
+def page_of(found: Findings, pictures: Pictures) -> Page:
+    """The page; a comparison's figures are those that :func:`prefix` begins the name of."""
+    several = len(found.comparisons) > 1
+    blocks: list[Block] = [*_trained(found.study.runs)]
+    for i, each in enumerate(found.comparisons):
+        blocks += [
+            Heading(f"Verdict{where(each, several)}"),
+            *_verdicts(each),
+            *_picture(f"{prefix(i)}effects", pictures),
+        ]
+    blocks += _alone(found)
+    for i, each in enumerate(found.comparisons):
+        own = {
+            name.removeprefix(prefix(i)): caption for name, caption in pictures.items() if name.startswith(prefix(i))
+        }
+        blocks += _details(each, found.selection, own, prefix(i), where(each, several))
+    blocks += [*_oddities(found), *_runs(found)]
+    return Page(f"Study {found.study.folder.resolve().name}", blocks)
 
 
-def _question(found: Findings) -> Iterator[Block]:
-    design, runs = found.design, found.study.runs
-    for factor in design.factors:
-        arms = ", ".join(show(arm) for arm in factor.arms)
-        also = (
-            f" (with it change {', '.join(factor.also)}: the runs cannot tell their effects apart)"
-            if factor.also
-            else ""
-        )
-        yield Paragraph(
-            f"What does {factor.key} do to {found.metric}? Arms: {arms}; baseline {show(factor.baseline)}{also}."
-        )
-    if not design.factors:
-        yield Paragraph("Nothing differs between the runs but the seed.")
-    counts = {status: sum(run.status == status for run in runs) for status in dict.fromkeys(run.status for run in runs)}
-    states = ", ".join(f"{count} {status}" for status, count in counts.items())
-    seeds = ", ".join(show(seed) for seed in design.seeds)
+def prefix(i: int) -> str:
+    """What the names of the figures of the i-th comparison begin with."""
+    return f"{i + 1}-" if i else ""
+
+
+def where(comparison: Comparison, several: bool) -> str:
+    """What sets the comparison apart from the page's others, for a heading."""
+    if not several or not comparison.where:
+        return ""
+    return ": " + ", ".join(f"{short(key)} {show(value)}" for key, value in comparison.where.items())
+
+
+def _trained(runs: Sequence[Run]) -> Iterator[Block]:
+    """What all of it rests on; where the runs differ, each value once."""
+    facts: dict[str, Callable[[Run], object]] = {
+        "data": lambda run: " ".join(show(run.config[k]) for k in ("data.name", "data.path") if k in run.config),
+        "tokens": lambda run: run.config.get("data.tokenizer"),
+        "parameters": lambda run: run.number("num_params"),
+        "layers": lambda run: run.config.get("model.num_layers"),
+        "heads": lambda run: run.config.get("model.num_heads"),
+        "width": lambda run: run.config.get("model.embedding_dim"),
+        "context": lambda run: run.config.get("backend.context_length"),
+        "steps": lambda run: run.config.get("trainer.steps"),
+        "batch": lambda run: run.config.get("trainer.batch_size"),
+        "tokens seen": lambda run: run.tokens_seen,
+        "optimizer": lambda run: run.config.get("optimizer.name"),
+        "learning rate": lambda run: run.config.get("optimizer.learning_rate"),
+        "schedule": lambda run: run.config.get("schedule.name"),
+        "seeds": lambda run: run.seed,
+        "device": lambda run: run.provenance.get("device_kind"),
+        "devices": lambda run: run.provenance.get("device_count"),
+        "versions": lambda run: ", ".join(
+            f"{name} {show(run.provenance.get('versions', {}).get(name))}"
+            for name in ("python", "jax", "xattn")
+            if name in run.provenance.get("versions", {})
+        ),
+        "begun": lambda run: run.provenance.get("started_at", "")[:10],
+    }
+    ended = [run for run in runs if run.status in ("done", "diverged")] or list(runs)
+    rows = []
+    for name, value in facts.items():
+        values = in_order({each for run in ended if (each := value(run)) not in (None, "")})
+        if values:
+            told = [f"{each:,}" if isinstance(each, int) and name != "seeds" else show(each) for each in values]
+            rows.append([name, "; ".join(told[:_VALUES]) + (f"; … ({len(told)})" if len(told) > _VALUES else "")])
+    yield Heading("What was trained")
+    yield Table(["what", "value"], rows, words=["what", "value"])
+    states = Counter(run.status for run in runs)
     yield Paragraph(
-        f"{len(runs)} runs ({states}), seeds {seeds}, paired: one seed means one initialisation and data order."
+        f"{counted(len(runs), 'run')} ({', '.join(f'{count} {status}' for status, count in states.items())}). One seed "
+        "means one initialisation and one data order in every arm, so runs are compared seed by seed."
     )
-    if design.tuned:
-        yield Paragraph(_selection(found))
 
 
-def _selection(found: Findings) -> str:
-    keys = " and ".join(found.design.tuned)
-    choosing, judging = split(found.design.seeds, found.selection, tuned=True)
+def _verdicts(each: Comparison) -> Iterator[Block]:
+    if not each.effects:
+        yield Paragraph("Nothing differs between the runs but the seed. There is nothing to compare.")
+        return
+    yield Bullets([f"{factor.key}: {sentence(each.of(factor))}" for factor in each.design.factors if each.of(factor)])
+
+
+def _alone(found: Findings) -> Iterator[Block]:
+    """Runs that no other differs from in one choice alone."""
+    if not found.alone:
+        return
+    yield Heading("Not compared")
+    yield Paragraph(
+        "Apart from the seed, each of these differs from every other run in more than one choice. What the difference "
+        "is due to cannot be said, so it is not taken."
+    )
+    rows = []
+    for group in found.alone[:_ROWS]:
+        values = ", ".join(f"{short(key)} {show(value)}" for key, value in group.where.items())
+        losses = [loss for run in group.runs if (loss := run.result("val_loss")) is not None]
+        mean = number(float(np.mean(losses)) if losses else None, ".4f")
+        rows.append([values, str(len(group.runs)), mean])
+    more = len(found.alone) - len(rows)
+    note = f"And {counted(more, 'more such setting')}; results.csv has every run." if more else ""
+    yield Table(["setting", "runs", "mean val_loss"], rows, words=["setting"], note=note)
+
+
+def _details(each: Comparison, selection: Selection, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
+    """What a comparison's verdicts rest on."""
+    if each.effects:
+        yield Heading(f"Statistics{where}")
+        for factor in each.design.factors:
+            yield from _effects(each, factor)
+        yield Paragraph(_NOTE + (_NOTE_BCA if _has_bootstrap(each) else ""))
+    if each.design.tuned:
+        yield Paragraph(_selection(each, selection))
+    yield from _interactions(each)
+    for title, begins in (("When arms part", "differences"), ("Learning curves", "curves")):
+        if names := [name for name in pictures if name.startswith(begins)]:
+            yield Heading(f"{title}{where}")
+            for name in names:
+                yield Picture(f"{prefix}{name}", pictures[name])
+    yield from _tuning(each, pictures, prefix, where)
+    yield from _cost(each, pictures, prefix, where)
+    yield from _measured(each, pictures, prefix, where)
+
+
+def _selection(each: Comparison, selection: Selection) -> str:
+    keys = " and ".join(each.design.tuned)
+    choosing, judging = split(each.design.seeds, selection, tuned=True)
     text = f"Each arm is judged at its own best {keys}: the one with the least mean {CHOSEN_BY}"
-    if found.selection == "heldout":
+    if selection == "heldout":
         return (
             f"{text} over seeds {', '.join(map(show, choosing)) or 'none'}; it is judged by seeds "
             f"{', '.join(map(show, judging))}, which had no part in the choice, so that intervals keep their coverage."
@@ -95,68 +175,72 @@ def _selection(found: Findings) -> str:
     )
 
 
-def _verdicts(found: Findings) -> Iterator[Block]:
-    yield Heading("Verdict")
-    if not found.effects:
-        yield Paragraph("There is nothing to compare.")
-    for factor in found.design.factors:
-        verdicts = [verdict(effect) for effect in found.effects if effect.factor == factor.key]
-        if verdicts:
-            yield Paragraph(f"{factor.key}:")
-            yield Bullets(verdicts)
-    seeds = {effect.paired.seeds for effect in found.effects}
-    notes = [note for n in sorted(seeds) if (note := signflip_note(n)) is not None]
-    if notes:
-        yield Bullets(notes)
-
-
-def _effects(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
-    if not found.effects:
+def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
+    """A factor's arms against its baseline, in numbers and in words."""
+    effects, boot = each.of(factor), _has_bootstrap(each)
+    if not effects:
         return
-    yield Heading("Effects")
-    boot = any(effect.paired.bootstrap for effect in found.effects)
-    for i, factor in enumerate(found.design.factors):
-        rows = [["baseline " + show(factor.baseline), _mean(found, i, factor.baseline), *[""] * (7 + boot)]]
-        for effect in (effect for effect in found.effects if effect.factor == factor.key):
-            rows.append([show(effect.arm), _mean(found, i, effect.arm), *_numbers(effect, boot)])
-        last = factor == found.design.factors[-1]
-        columns = [factor.key, f"mean {found.metric}", *_columns(boot)]
-        yield Table(columns, rows, words=[factor.key], note=_note(boot) if last else "")
-    yield from _picture("effects", pictures)
-    if found.interactions:
-        yield Heading("Interactions")
-        yield Paragraph(
-            "How much more an arm of the one factor changes the metric under an arm of the other than under that one's "
-            "baseline: (a, b) − (a₀, b) − (a, b₀) + (a₀, b₀). Zero where the two effects add up."
-        )
-        rows = [
-            [effect.factor, " × ".join(map(show, effect.arm)), *_numbers(effect, boot)[:-1]]
-            for effect in found.interactions
+    form = precision(each.metric.name)
+    rows = [
+        [show(e.arm), number(e.arm_mean, form), number(e.baseline_mean, form), *_numbers(e, boot), *_counts(e)]
+        for e in effects
+    ]
+    also = f" With it change {', '.join(factor.also)}: the runs cannot tell their effects apart." if factor.also else ""
+    columns = [factor.key, f"mean {each.metric.name}", "baseline's mean", *_columns(boot), *_COUNTED]
+    yield Table(
+        columns,
+        rows,
+        words=[factor.key],
+        note=f"Against {show(factor.baseline)}, each line in its own pairs.{also}",
+    )
+    notes = [
+        note for n in sorted({effect.paired.seeds for effect in effects}) if (note := signflip_note(n)) is not None
+    ]
+    yield Bullets([*map(verdict, effects), *notes])
+
+
+def _interactions(each: Comparison) -> Iterator[Block]:
+    if not each.interactions:
+        return
+    boot, form = _has_bootstrap(each), f"+{precision(each.metric.name)}"
+    yield Heading("Interactions")
+    yield Paragraph(
+        "How much more an arm of the one factor changes the metric under an arm of the other than under that one's "
+        "baseline: (a, b) − (a₀, b) minus (a, b₀) − (a₀, b₀). Zero where the two effects add up."
+    )
+    rows = [
+        [
+            *(e.factor, " × ".join(map(show, e.arm))),
+            *(number(e.arm_mean, form), number(e.baseline_mean, form), *_numbers(e, boot)),
         ]
-        yield Table(["factors", "arms", *_columns(boot)[:-1]], rows, words=["factors", "arms"])
-        yield _cells(found)
+        for e in each.interactions
+    ]
+    columns = ["factors", "arms", "under the arm", "under its baseline", *_columns(boot)]
+    yield Table(columns, rows, words=["factors", "arms"])
+    yield _cells(each)
 
 
-def _cells(found: Findings) -> Table:
+def _cells(each: Comparison) -> Table:
     """Every combination's own mean and spread."""
     rows = []
-    for cell, each in found.chosen.items():
-        values = list(each.values.values())
-        form = precision(found.metric)
+    for cell, at in each.chosen.items():
+        values = list(at.values.values())
+        form = precision(each.metric.name)
         spread = number(float(np.std(values, ddof=1)), form) if len(values) > 1 else "–"
         mean = number(float(np.mean(values)), form) if values else "–"
-        rows.append([found.design.label(cell), mean, spread, str(len(values)), str(len(each.diverged))])
-    columns = ["combination", f"mean {found.metric}", "sd over seeds", "seeds", "diverged"]
-    return Table(columns, rows, words=["combination"])
+        rows.append([each.design.label(cell), mean, spread, str(len(values)), str(len(at.diverged))])
+    columns = ["combination", f"mean {each.metric.name}", "sd over seeds", "seeds", "diverged"]
+    note = "Each over all of its own seeds; differences above are of the seeds that all corners have."
+    return Table(columns, rows, words=["combination"], note=note)
 
 
-def _tuning(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
-    design = found.design
+def _tuning(comparison: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
+    design = comparison.design
     if not design.tuned:
         return
-    yield Heading(f"Tuning of {' and '.join(design.tuned)}")
+    yield Heading(f"Tuning of {' and '.join(design.tuned)}{where}")
     rows = []
-    for cell, each in found.chosen.items():
+    for cell, each in comparison.chosen.items():
         best = next(candidate for candidate in each.candidates if candidate.setting == each.setting)
         rows.append(
             [
@@ -177,27 +261,19 @@ def _tuning(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
     )
     for name in pictures:
         if name.startswith("tuning"):
-            yield from _picture(name, pictures)
+            yield Picture(f"{prefix}{name}", pictures[name])
 
 
-def _learning(pictures: Mapping[str, str]) -> Iterator[Block]:
-    names = [name for name in pictures if name.startswith("curves")]
-    if names:
-        yield Heading("Learning curves")
-    for name in names:
-        yield from _picture(name, pictures)
-
-
-def _cost(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
+def _cost(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
     costs = {
-        cell: cost_of(each, [run for runs in found.design.runs[cell].values() for run in runs.values()])
-        for cell, each in found.chosen.items()
+        cell: cost_of(at, [run for runs in each.design.runs[cell].values() for run in runs.values()])
+        for cell, at in each.chosen.items()
     }
     if not costs:
         return
-    yield Heading("Cost")
-    why_not = why_speeds_differ(found.chosen.values())
-    label = found.design.label
+    yield Heading(f"Cost{where}")
+    why_not = why_speeds_differ(each.chosen.values())
+    label = each.design.label
     rows = [
         [
             label(cell),
@@ -217,10 +293,10 @@ def _cost(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
         else f"Speeds are not set side by side: {why_not}. They stand in results.csv."
     )
     yield Table(["arm", *speed, "compile s", "peak MiB", "parameters", "GFLOP a step"], rows, words=["arm"], note=note)
-    yield Heading("Training stability")
+    yield Heading(f"Training stability{where}")
     rows = []
     for cell, cost in costs.items():
-        diverged = f"{len(found.chosen[cell].diverged)} of {found.chosen[cell].ended}"
+        diverged = f"{len(each.chosen[cell].diverged)} of {each.chosen[cell].ended}"
         norms = [number(cost.grad_norm, ".3g"), number(cost.max_grad_norm, ".3g")]
         rows.append([label(cell), diverged, number(cost.spikes, ".2g"), *norms])
     yield Table(
@@ -229,18 +305,18 @@ def _cost(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
         words=["arm"],
         note="A spike: a logged training loss more than 6 robust standard deviations above the median of 20 before.",
     )
-    yield from _picture("stability", pictures)
+    yield from _picture("stability", pictures, prefix)
 
 
-def _measured(found: Findings, pictures: Mapping[str, str]) -> Iterator[Block]:
-    attention = attention_blocks(found.design, found.chosen)
+def _measured(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
+    attention = attention_blocks(each.design, each.chosen)
     if attention:
-        yield Heading("Attention")
+        yield Heading(f"Attention{where}")
         yield from attention
-        yield from _picture("attention-heads", pictures)
-    probes = probe_blocks(found.design, found.probes_chosen, found.probes)
+        yield from _picture("attention-heads", pictures, prefix)
+    probes = probe_blocks(each.design, each.probes)
     if probes:
-        yield Heading("In-context measures")
+        yield Heading(f"In-context measures{where}")
         yield from probes
 
 
@@ -250,24 +326,31 @@ def _oddities(found: Findings) -> Iterator[Block]:
 
 
 def _runs(found: Findings) -> Iterator[Block]:
+    """Every run, by the words in which its command differs from the others'."""
+    runs = found.study.runs
     yield Heading("Every run")
-    commands = Counter(str(run.provenance["command"]) for run in found.study.runs if run.provenance.get("command"))
-    if commands:
-        yield Table(["runs", "begun by"], [[str(n), command] for command, n in commands.items()], code=["begun by"])
-    varying = [*(factor.key for factor in found.design.factors), *found.design.tuned, "seed"]
+    begun = Counter(run.provenance["command"] for run in runs if run.provenance.get("command"))
+    if begun:
+        rows = [[str(count), command] for command, count in begun.most_common(_ROWS)]
+        yield Table(["runs", "begun by"], rows, code=["begun by"])
+    programs = Counter(run.program for run in runs)
+    shared = [word for word in runs[0].overrides if all(word in run.overrides for run in runs)]
+    (program, _) = programs.most_common(1)[0]
+    yield Paragraph("The command of one run, to which each run adds its own words:")
+    yield Table(["command"], [[f"{shlex.join(['python', program, *shared])} …"]], code=["command"])
+    metric = found.comparisons[0].metric.name if found.comparisons else CHOSEN_BY
     rows = []
-    for run in found.study.runs:
-        commit = str(run.provenance.get("git_commit") or "none")[:10]
-        dirty = {True: " (dirty)", False: "", None: ""}[run.provenance.get("git_dirty")]
-        values = ", ".join(f"{key.rpartition('.')[2]}={show(run.config.get(key))}" for key in varying)
-        result = number(run.number(found.metric), precision(found.metric))
-        rows.append([run.name, values, run.status, result, commit + dirty, run.command])
-    words = ["folder", "differs in"]
-    columns = ["folder", "differs in", "status", found.metric, "commit", "command"]
-    yield Table(columns, rows, words=words, code=["command"], folders="folder")
+    for run in runs:
+        commit = (run.provenance.get("git_commit") or "none")[:10]
+        dirty = " (dirty)" if run.provenance.get("git_dirty") else ""
+        own = shlex.join(word for word in run.overrides if word not in shared)
+        words = own if run.program == program else f"python {run.program} … {own}"
+        rows.append([run.name, words, run.status, number(run.number(metric), precision(metric)), commit + dirty])
+    columns = ["folder", "its own words", "status", metric, "commit"]
+    yield Table(columns, rows, words=["folder"], code=["its own words"], folders="folder")
     later = [
         [run.name, show(each.get("step")), *(json.dumps(each.get(key)) for key in ("overrides", "results"))]
-        for run in found.study.runs
+        for run in runs
         for each in run.evaluations
     ]
     if later:
@@ -278,7 +361,7 @@ def _runs(found: Findings) -> Iterator[Block]:
 
 def _columns(boot: bool) -> list[str]:
     names = ["difference [95 % interval]", "p", "Holm p", "sign-flip p", "detectable", "seeds"]
-    return [*names, *(["BCa interval"] if boot else []), "diverged"]
+    return [*names, *(["BCa interval"] if boot else [])]
 
 
 def _numbers(effect: Effect, boot: bool) -> list[str]:
@@ -288,28 +371,27 @@ def _numbers(effect: Effect, boot: bool) -> list[str]:
     if boot:
         low, high = found.bootstrap or (None, None)
         cells.append(f"[{number(low, '+.4f')}, {number(high, '+.4f')}]")
-    return [*cells, f"{effect.diverged} of {effect.ended}"]
+    return cells
 
 
-def _note(boot: bool) -> str:
-    text = (
-        "Difference: arm − baseline, paired by seed and averaged over the other factors (the combinations that both "
-        "were run with; a mean is of all that its arm was run with), with t interval, of one arm alone. p: paired t "
-        "test; Holm: corrected over the factor's arms. Detectable: the difference that is found after Holm with "
-        "probability 0.8, if seeds differ as much as these did. Diverged: of the runs that ended. Sign-flip: exact up "
-        f"to {EXACT_TO} seeds, from more of 9,999 random flips."
-    )
-    return f"{text} BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on." if boot else text
+_COUNTED = ("left out", "diverged")
 
 
-def _mean(found: Findings, i: int, arm: object) -> str:
-    return number(arm_mean(found.design, found.chosen, i, arm), precision(found.metric))
+def _counts(effect: Effect) -> list[str]:
+    return [
+        f"{effect.left_out} + {effect.baseline_left_out}",
+        f"{effect.diverged} of {effect.ended}",
+    ]
+
+
+def _has_bootstrap(each: Comparison) -> bool:
+    return any(effect.paired.bootstrap for effect in each.effects)
 
 
 def _scaled(value: float | None, unit: float) -> float | None:
     return None if value is None else value / unit
 
 
-def _picture(name: str, pictures: Mapping[str, str]) -> Iterator[Block]:
+def _picture(name: str, pictures: Pictures, prefix: str = "") -> Iterator[Block]:
     if name in pictures:
-        yield Picture(name, pictures[name])
+        yield Picture(f"{prefix}{name}", pictures[name])

@@ -1,16 +1,18 @@
-"""A cell's learning curve over its seeds, against steps, tokens and seconds."""
+"""Learning curves of cells, against steps, tokens and seconds; and how the difference of two arms grows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
+from scipy import special
 
 from xattn.report.design import Cell
 from xattn.report.read import Run
 from xattn.report.selection import Chosen
+from xattn.report.statistics import LEVEL, Matched
 
 AXES = {"steps": "steps", "tokens": "training tokens", "seconds": "seconds of training"}
 POINTS = 300  # at most
@@ -18,7 +20,10 @@ POINTS = 300  # at most
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean, least and greatest over the seeds, at the steps that all of them have. x: axis → where they are on it."""
+    """Mean over the seeds and its 95 % t interval, at the steps that all of them have. x: axis → where they are on it.
+
+    With one seed the interval is empty: low and high are the mean.
+    """
 
     key: str
     x: Mapping[str, np.ndarray]
@@ -45,12 +50,44 @@ def curve_of(chosen: Chosen, key: str) -> Curve | None:
     done = [run for run in chosen.runs.values() if run.status == "done"]
     runs = done or [run for run in chosen.runs.values() if run.status == "diverged"]
     points = [each for run in runs if (each := _points(run, key))[0].size > 1]
-    steps = reduce(np.intersect1d, [steps for steps, _ in points]) if points else np.empty(0)
+    steps = _shared_steps(points)
     if steps.size < 2:
         return None
-    steps = steps[np.unique(np.linspace(0, steps.size - 1, POINTS).round().astype(int))]
-    values = np.stack([losses[np.searchsorted(own, steps)] for own, losses in points])
-    return Curve(key, _axes(runs, steps), values.mean(0), values.min(0), values.max(0))
+    values = np.stack([_at(each, steps) for each in points])
+    return Curve(key, _axes(runs, steps), *_interval(values))
+
+
+def difference_curve(pairs: Matched) -> Curve | None:
+    """Arm − baseline over the seeds, against steps, each seed's the mean over the combinations of the other factors.
+
+    Of the training loss where both sides saw the same batches at the same step, so that the noise of batches cancels;
+    else of val_loss. None without pairs or common steps, and where the losses are of different tokens.
+    """
+    both = [[(ours.runs[seed], theirs.runs[seed]) for ours, theirs in pairs.cells] for seed in pairs.seeds]
+    all_pairs = [pair for of_seed in both for pair in of_seed]
+    if not all_pairs or any(
+        ours.config.get("data.tokenizer") != t.config.get("data.tokenizer") for ours, t in all_pairs
+    ):
+        return None
+    key = "train_loss" if all(_same_batches(ours, theirs) for ours, theirs in all_pairs) else "val_loss"
+    points = {run.folder: _points(run, key) for pair in all_pairs for run in pair}
+    steps = _shared_steps(list(points.values()))
+    if steps.size < 2:
+        return None
+    values = np.stack(
+        [
+            np.mean([_at(points[a.folder], steps) - _at(points[b.folder], steps) for a, b in of_seed], axis=0)
+            for of_seed in both
+        ]
+    )
+    return Curve(key, {"steps": steps}, *_interval(values))
+
+
+def _same_batches(ours: Run, theirs: Run) -> bool:
+    """Whether the runs see the same tokens at the same step: data, their order and the batch's shape are the same."""
+    keys = {key for run in (ours, theirs) for key in run.config if key.startswith("data.")}
+    keys |= {"seed", "backend.context_length", "trainer.batch_size"}
+    return all(ours.config.get(key) == theirs.config.get(key) for key in keys)
 
 
 def training_seconds(run: Run, steps: np.ndarray) -> np.ndarray | None:
@@ -61,6 +98,26 @@ def training_seconds(run: Run, steps: np.ndarray) -> np.ndarray | None:
         return None
     seconds = np.cumsum(np.diff(logged[there], prepend=0.0) * each / rate[there])
     return np.interp(steps, np.concatenate([[0.0], logged[there]]), np.concatenate([[0.0], seconds]))
+
+
+def _shared_steps(points: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The steps that all have, thinned out to at most :data:`POINTS`."""
+    steps = reduce(np.intersect1d, [steps for steps, _ in points]) if points else np.empty(0)
+    return steps[np.unique(np.linspace(0, steps.size - 1, POINTS).round().astype(int))] if steps.size > 1 else steps
+
+
+def _at(points: tuple[np.ndarray, np.ndarray], steps: np.ndarray) -> np.ndarray:
+    own, values = points
+    return values[np.searchsorted(own, steps)]
+
+
+def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, low and high of (seeds, steps)."""
+    mean, seeds = values.mean(0), len(values)
+    if seeds == 1:
+        return mean, mean, mean
+    half = special.stdtrit(seeds - 1, (1 + LEVEL) / 2) * values.std(0, ddof=1) / seeds**0.5
+    return mean, mean - half, mean + half
 
 
 def _points(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,17 @@
-"""What a study asks, found in its runs: the factors, what was tuned for each of their arms, and the pairing by seed."""
+"""What a study asks, found in its runs: the groups that belong together, and in each the factors, what was tuned for
+each of their arms, and the pairing by seed."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from xattn.keys import has_effect, short
-from xattn.report.read import Run, Study
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from xattn.keys import changes_training, short
+from xattn.report.read import Run
 
 SEED = "seed"
 TUNED = ("optimizer.learning_rate",)
@@ -22,13 +25,14 @@ class Factor:
     """A key that differs between the runs.
 
     also: keys that change with it and that the runs cannot tell apart from it (``optimizer.momentum`` where
-    ``optimizer.name`` changes). baseline: conf's default where it is among the arms, else the arm with most runs.
+    ``optimizer.name`` changes). baseline: the one asked for; else conf's default where it is among the arms; else the
+    arm with most runs. baseline_is_given: whether it is one of the first two.
     """
 
     key: str
     arms: tuple[Any, ...]
     baseline: Any
-    baseline_is_default: bool
+    baseline_is_given: bool
     also: tuple[str, ...] = ()
 
     @property
@@ -39,17 +43,17 @@ class Factor:
 
 @dataclass(frozen=True)
 class Design:
-    """The crossing of a study's factors.
+    """The crossing of a group's factors.
 
-    runs: cell → setting of the tuned keys → seed → run. duplicates: runs whose cell, setting and seed another one has
-    already; they are not judged.
+    runs: cell → setting of the tuned keys → seed → run. repeated: runs of the same training as another one, which is
+    the one that counts.
     """
 
     factors: tuple[Factor, ...]
     tuned: tuple[str, ...]
     seeds: tuple[Any, ...]
     runs: Mapping[Cell, Mapping[Setting, Mapping[Any, Run]]]
-    duplicates: tuple[Run, ...]
+    repeated: tuple[Run, ...]
 
     def others(self, factor: Factor) -> list[tuple[Any, ...]]:
         """The combinations of the other factors' arms that were run with any arm of this one."""
@@ -67,37 +71,101 @@ class Design:
         return ", ".join(f"{f.name} {show(v)}" for f, v in zip(self.factors, cell, strict=True)) or "all runs"
 
 
-def find_design(study: Study, defaults: Mapping[str, Any], tuned: Sequence[str] = TUNED) -> Design:
-    """Finds the keys that differ and what each is: the pairing (seed), tuned, a factor, or a companion of a factor."""
-    runs = [run for run in study.runs if run.config]
-    choices = [key for key in _keys(runs) if key != SEED and has_effect(key)]
-    varying = [key for key in choices if len({run.config.get(key) for run in runs}) > 1]
-    groups = _grouped([key for key in varying if key not in tuned], runs)
-    settled = {key for leader in groups for key in tuned if key in varying and _settles([leader], key, runs)}
-    free = [key for key in varying if key in tuned and key not in settled]
+@dataclass(frozen=True)
+class Group:
+    """Runs that answer one question: what they share, and does another group's runs not, is in ``where``."""
+
+    runs: tuple[Run, ...]
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+def groups_of(runs: Sequence[Run], tuned: Sequence[str] = TUNED) -> list[Group]:
+    """Splits the runs into groups that each answer one question, the largest first.
+
+    Two runs belong together if, apart from seed and tuned keys, they differ in one choice or in none. A choice is a
+    key, or several keys of one config group that always change together, as ``optimizer=muon`` changes several. Runs
+    that a chain of such pairs connects are one group. So a key becomes a factor only where runs differ in it alone.
+    """
+    known = [run for run in runs if run.config]
+    choices = [(leader, *also) for leader, also in _grouped(_varying(known, tuned), known).items()]
+    cells: dict[Cell, list[Run]] = {}
+    for run in known:
+        cells.setdefault(tuple(tuple(run.config.get(key) for key in keys) for keys in choices), []).append(run)
+    numbers = _connected(list(cells))
+    members: dict[int, list[Run]] = {}
+    for number, of_cell in zip(numbers, cells.values(), strict=True):
+        members.setdefault(number, []).extend(of_cell)
+    order = {run.folder: i for i, run in enumerate(known)}
+    groups = [sorted(group, key=lambda run: order[run.folder]) for group in members.values()]
+    groups.sort(key=lambda group: (-len(group), order[group[0].folder]))
+    keys = [key for choice in choices for key in choice]
+    return [Group(tuple(group), _where(group, groups, keys)) for group in groups]
+
+
+def _connected(cells: Sequence[Cell]) -> Sequence[int]:
+    """The number of each cell's component, where cells that differ in one place are connected."""
+    first: dict[tuple[int, Cell], int] = {}
+    edges = [
+        (number, first.setdefault((i, cell[:i] + cell[i + 1 :]), number))
+        for number, cell in enumerate(cells)
+        for i in range(len(cell))
+    ]
+    if not edges:
+        return [0] * len(cells)
+    rows, columns = zip(*edges, strict=True)
+    graph = coo_array(([1] * len(edges), (rows, columns)), shape=(len(cells), len(cells)))
+    numbers: list[int] = connected_components(graph, directed=False)[1].tolist()
+    return numbers
+
+
+def _where(group: Sequence[Run], groups: Sequence[Sequence[Run]], keys: Sequence[str]) -> dict[str, Any]:
+    """The keys that have one value in this group, and that some other run of the study has another value of."""
+    if len(groups) == 1:
+        return {}
+    values = {key: {run.config.get(key) for run in group} for key in keys}
+    return {key: found.pop() for key, found in values.items() if len(found) == 1}
+
+
+def find_design(
+    runs: Sequence[Run],
+    defaults: Mapping[str, Any],
+    tuned: Sequence[str] = TUNED,
+    baselines: Mapping[str, Any] | None = None,
+) -> Design:
+    """Finds the keys that differ and what each is: the pairing (seed), tuned, a factor, or a companion of a factor.
+
+    defaults, baselines: key → the arm that the others are compared with; what is in ``baselines`` goes first.
+    """
+    groups = _grouped(_varying(runs, tuned), runs)
+    free = [key for key in tuned if len({run.config.get(key) for run in runs}) > 1]
+    settled = {key for leader in groups for key in free if _settles(leader, key, runs)}
+    free = [key for key in free if key not in settled]
     if not groups:  # the tuned key is the question itself
         groups, free = dict.fromkeys(free, ()), []
     factors = tuple(
-        _factor(leader, (*also, *sorted(k for k in settled if _settles([leader], k, runs))), runs, defaults)
+        _factor(
+            leader, (*also, *sorted(k for k in settled if _settles(leader, k, runs))), runs, defaults, baselines or {}
+        )
         for leader, also in groups.items()
     )
     table: dict[Cell, dict[Setting, dict[Any, Run]]] = {}
-    duplicates = []
-    for run in runs:
+    repeated = []
+    for run in sorted(runs, key=lambda run: run.status != "done"):  # of one training the run that is done counts
         cell = tuple(run.config.get(factor.key) for factor in factors)
         setting = tuple(run.config.get(key) for key in free)
         by_seed = table.setdefault(cell, {}).setdefault(setting, {})
         if run.seed in by_seed:
-            duplicates.append(run)
+            repeated.append(run)
         else:
             by_seed[run.seed] = run
-    ordered = sorted(table, key=lambda cell: [f.arms.index(v) for f, v in zip(factors, cell, strict=True)])
+    places = [{arm: i for i, arm in enumerate(factor.arms)} for factor in factors]
+    ordered = sorted(table, key=lambda cell: [place[value] for place, value in zip(places, cell, strict=True)])
     return Design(
         factors=factors,
         tuned=tuple(free),
         seeds=tuple(in_order({run.seed for run in runs})),
         runs={cell: {setting: table[cell][setting] for setting in in_order(table[cell])} for cell in ordered},
-        duplicates=tuple(duplicates),
+        repeated=tuple(repeated),
     )
 
 
@@ -125,33 +193,35 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def _keys(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(key for run in runs for key in run.config))
+def _varying(runs: Sequence[Run], tuned: Sequence[str]) -> list[str]:
+    """The keys that change the training and have more than one value, seed and tuned keys aside."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return [
+        key
+        for key in keys
+        if key != SEED and key not in tuned and _counts(key, runs) and len({run.config.get(key) for run in runs}) > 1
+    ]
 
 
-def _settles(leaders: Sequence[str], key: str, runs: Sequence[Run]) -> bool:
-    """Whether the leaders' values say the key's."""
-    seen: dict[tuple[Any, ...], Any] = {}
-    return all(
-        seen.setdefault(tuple(run.config.get(leader) for leader in leaders), run.config.get(key)) == run.config.get(key)
-        for run in runs
-    )
+def _counts(key: str, runs: Sequence[Run]) -> bool:
+    return any(changes_training(key, run.config) for run in runs)
+
+
+def _settles(leader: str, key: str, runs: Sequence[Run]) -> bool:
+    """Whether the leader's value says the key's."""
+    seen: dict[Any, Any] = {}
+    return all(seen.setdefault(run.config.get(leader), run.config.get(key)) == run.config.get(key) for run in runs)
 
 
 def _grouped(keys: Sequence[str], runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
-    """Leader → the keys that the runs cannot tell apart from it.
-
-    These are the keys that split the runs as it does, and those of its own config group that it settles: a choice of
-    a file, such as ``optimizer=muon``, changes several at once.
-    """
+    """Leader → the keys of its own config group whose values it settles: ``optimizer=muon`` changes several at once."""
     values = {key: len({run.config.get(key) for run in runs}) for key in keys}
     # Layers of two kinds differ in several keys at once, and the pattern is what makes them differ.
     by_weight = sorted(keys, key=lambda key: (-values[key], key != "backend.every", not key.endswith(".name")))
     groups: dict[str, list[str]] = {}
     for key in by_weight:
         for leader in groups:
-            same_group = leader.partition(".")[0] == key.partition(".")[0]
-            if _settles([leader], key, runs) and (same_group or _settles([key], leader, runs)):
+            if leader.partition(".")[0] == key.partition(".")[0] and _settles(leader, key, runs):
                 groups[leader].append(key)
                 break
         else:
@@ -159,15 +229,24 @@ def _grouped(keys: Sequence[str], runs: Sequence[Run]) -> dict[str, tuple[str, .
     return {key: tuple(groups[key]) for key in keys if key in groups}
 
 
-def _factor(key: str, also: tuple[str, ...], runs: Sequence[Run], defaults: Mapping[str, Any]) -> Factor:
-    arms = in_order({run.config.get(key) for run in runs})
-    is_default = key in defaults and defaults[key] in arms
+def _factor(
+    key: str, also: tuple[str, ...], runs: Sequence[Run], defaults: Mapping[str, Any], baselines: Mapping[str, Any]
+) -> Factor:
+    arms = _as_typed(key, in_order({run.config.get(key) for run in runs}), runs)
+    given = next((each[key] for each in (baselines, defaults) if key in each and each[key] in arms), None)
+    is_given = any(key in each and each[key] in arms for each in (baselines, defaults))
     counts = {arm: sum(run.config.get(key) == arm for run in runs) for arm in arms}
-    baseline = arms[arms.index(defaults[key])] if is_default else max(arms, key=lambda arm: counts[arm])
+    baseline = arms[arms.index(given)] if is_given else max(arms, key=lambda arm: counts[arm])
     arms.remove(baseline)
-    return Factor(key, (baseline, *arms), baseline, is_default, also)
+    return Factor(key, (baseline, *arms), baseline, is_given, also)
 
 
-def pairs_of(factors: Sequence[Factor]) -> Iterable[tuple[Factor, Factor]]:
-    """Every two factors, once."""
-    return itertools.combinations(factors, 2)
+def _as_typed(key: str, arms: list[Any], runs: Sequence[Run]) -> list[Any]:
+    """Words in the order in which a sweep's command line has them (``backend.activation=softmax,sigmoid``)."""
+    for command in dict.fromkeys(str(run.provenance.get("command", "")) for run in runs):
+        for word in command.replace("'", "").split():
+            name, _, values = word.partition("=")
+            typed = values.split(",")
+            if name in (key, key.partition(".")[0]) and {show(arm) for arm in arms} <= set(typed):
+                return sorted(arms, key=lambda arm: typed.index(show(arm)))
+    return arms

@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
+from xattn import run_folder
 from xattn.report.curves import AXES, Curve
 from xattn.report.design import Cell, Design, show
 from xattn.report.selection import Chosen
 from xattn.report.statistics import Effect
+from xattn.report.words import better_is
 
 # Okabe and Ito (2008), "Color Universal Design", without black and yellow, which one of light and dark would swallow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -56,7 +58,7 @@ def forest(effects: Sequence[Effect]) -> Figure:
     factors = list(dict.fromkeys(effect.factor for effect in effects))
     counts = [sum(effect.factor == factor for effect in effects) for factor in factors]
     with mpl.rc_context(_RC):
-        figure = Figure(figsize=(7, 0.8 * len(factors) + 0.35 * len(effects) + 0.3), layout="constrained")
+        figure = Figure(figsize=(7, 0.8 * len(factors) + 0.35 * len(effects) + 0.5), layout="constrained")
         panels = figure.subplots(len(factors), 1, squeeze=False, sharex=True, height_ratios=[n + 1 for n in counts])
         for axes, factor in zip(panels[:, 0], factors, strict=True):
             shown = [effect for effect in effects if effect.factor == factor]
@@ -69,11 +71,43 @@ def forest(effects: Sequence[Effect]) -> Figure:
                 axes.plot(found.difference, y, **_style(arm))
                 if found.ci_low is not None and found.ci_high is not None:
                     axes.hlines(y, found.ci_low, found.ci_high, color=_style(arm)["color"], linewidth=2)
-            axes.set_yticks(range(len(shown)), [show(effect.arm) for effect in shown])
+            axes.set_yticks(range(len(shown)), [_plain(show(effect.arm)) for effect in shown])
             axes.set_ylim(len(shown) - 0.5, -0.5)
-            axes.set_title(f"{factor}: against {show(shown[0].baseline)}", loc="left")
+            axes.set_title(_plain(f"{factor}: against {show(shown[0].baseline)}"), loc="left")
             axes.grid(axis="y", visible=False)
-        panels[-1, 0].set_xlabel(f"difference in {effects[0].metric}, 95 % interval")
+        panels[-1, 0].set_xlabel(f"difference in {effects[0].metric}, 95 % interval{_sides(effects[0].metric)}")
+        return figure
+
+
+def _sides(metric: str) -> str:
+    """Which side of zero is the better one, where there is one."""
+    return {-1: "\n← better     worse →", 1: "\n← worse     better →", 0: ""}[better_is(metric)]
+
+
+def difference_curves(factors: Mapping[str, Mapping[str, Curve]]) -> Figure | None:
+    """factor → arm → its difference to the baseline against steps; a panel for each factor, a line for each arm."""
+    factors = {name: arms for name, arms in list(factors.items())[:PANELS] if arms}
+    if not factors:
+        return None
+    with mpl.rc_context(_RC):
+        figure, panels = _grid(len(factors), columns=2, sharey=False)
+        for axes, (name, arms) in zip(panels, factors.items(), strict=False):
+            axes.axhline(0, color=_INK, linewidth=0.8)
+            settled = []
+            for i, (arm, curve) in enumerate(arms.items(), 1):
+                steps, style = curve.x["steps"], _style(i)
+                axes.fill_between(steps, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
+                dash = DASHES[i % len(DASHES)]
+                axes.plot(steps, curve.mean, color=style["color"], linestyle=dash, label=_plain(arm))
+                settled.append(curve.mean[len(curve.mean) // 10 :])  # arms may part widely in the steep beginning
+            values = np.concatenate([*settled, [0.0]])
+            margin = 0.5 * float(np.ptp(values)) or 0.1
+            axes.set_ylim(values.min() - margin, values.max() + margin)
+            axes.set_title(_plain(name), loc="left")
+            axes.legend()
+            (key,) = {curve.key for curve in arms.values()}
+            axes.set_ylabel(f"difference in {key}")
+        _label(panels[: len(factors)], "steps", None, columns=2)
         return figure
 
 
@@ -93,10 +127,10 @@ def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | Non
         for axes, group in zip(panels, groups, strict=False):
             for each in (each for each in cells if each.cell[1:] == group):
                 colour = design.factors[0].arms.index(each.cell[0]) if design.factors else 0
-                _rate_curve(axes, each, i, colour, show(each.cell[0]) if each.cell else "all runs")
+                _rate_curve(axes, each, i, colour, _plain(show(each.cell[0]) if each.cell else "all runs"))
             if min(values) > 0:
                 axes.set_xscale("log")
-            axes.set_xticks(sorted(values), [show(value) for value in sorted(values)])
+            axes.set_xticks(sorted(values), [_plain(show(value)) for value in sorted(values)])
             axes.minorticks_off()
             axes.set_title(_title(design, group), loc="left")
         _label(panels[: len(groups)], design.tuned[i], "val_loss")
@@ -105,15 +139,15 @@ def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | Non
 
 
 def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) -> Figure | None:
-    """Mean loss over seeds with the range of the seeds; a panel for each cell, the others behind it in grey."""
+    """Mean loss over seeds with its 95 % interval; a panel for each cell, the others behind it in grey."""
     shown = list(curves)[:PANELS]
     xs = {cell: curves[cell].x[against] for cell in shown if against in curves[cell].x}
     if not xs:
         return None
     tops, bottoms = [], []
     for cell in xs:
-        tops.append(curves[cell].high[len(curves[cell].high) // 10])  # the steep beginning would press all else flat
-        bottoms.append(curves[cell].low.min())
+        tops.append(curves[cell].mean[len(curves[cell].mean) // 10])  # the steep beginning would press all else flat
+        bottoms.append(curves[cell].mean.min())
     with mpl.rc_context(_RC):
         figure, panels = _grid(len(xs))
         for axes, cell in zip(panels, xs, strict=False):
@@ -123,8 +157,8 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
             colour = _style(design.factors[0].arms.index(cell[0]) if cell else 0)["color"]
             axes.fill_between(xs[cell], curves[cell].low, curves[cell].high, color=colour, alpha=0.25, linewidth=0)
             axes.plot(xs[cell], curves[cell].mean, color=colour)
-            axes.set_title(design.label(cell), loc="left")
-            margin = 0.05 * (max(tops) - min(bottoms)) or 0.1
+            axes.set_title(_plain(design.label(cell)), loc="left")
+            margin = 0.1 * (max(tops) - min(bottoms)) or 0.1
             axes.set_ylim(min(bottoms) - margin, max(tops) + margin)
         _label(panels[: len(xs)], AXES[against], curves[shown[0]].key)
         return figure
@@ -143,7 +177,7 @@ def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Fig
                 groups = list(dict.fromkeys(other[1:] for other in of_cells))
                 dash = DASHES[(groups.index(rest) if len(groups) > 1 else i) % len(DASHES)]
                 colour = _style(arm)["color"]
-                axes.plot(curve.x["steps"], curve.mean, color=colour, linestyle=dash, label=design.label(cell))
+                axes.plot(curve.x["steps"], curve.mean, color=colour, linestyle=dash, label=_plain(design.label(cell)))
             low, high = (over([over(curve.mean) for curve in of_cells.values()]) for over in (min, max))
             if 0 < 10 * low < high:
                 axes.set_yscale("log")
@@ -166,7 +200,7 @@ def heads(design: Design, maps: Mapping[str, Mapping[Cell, np.ndarray]]) -> Figu
         figure = Figure(figsize=(1.4 + 1.3 * len(cells), 1.35 * len(maps) + 0.3), layout="constrained")
         panels = figure.subplots(len(maps), len(cells), squeeze=False, sharex=True, sharey=True)
         for axes, cell in zip(panels[0], cells, strict=True):
-            axes.set_title(design.label(cell).replace(", ", "\n"), fontsize=6.5)
+            axes.set_title(_plain(design.label(cell)).replace(", ", "\n"), fontsize=6.5)
         for axes in panels[-1]:
             axes.set_xlabel("head")
         for row, (name, of_cells) in zip(panels, maps.items(), strict=True):
@@ -191,13 +225,10 @@ def save(figure: Figure, folder: Path, name: str) -> str:
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         figure.set_layout_engine("none")  # it is laid out now; once is enough
-        for suffix in ("svg", "pdf"):
-            temporary = folder / f"{name}.{suffix}.tmp"
-            if suffix == "svg":
-                temporary.write_text(_coloured(text.getvalue(), _ANYWHERE), "utf-8")
-            else:
-                figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
-            temporary.replace(folder / f"{name}.{suffix}")
+        pdf = io.BytesIO()
+        figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+    run_folder.write_atomically(folder / f"{name}.svg", _coloured(text.getvalue(), _ANYWHERE), shared=True)
+    run_folder.write_atomically(folder / f"{name}.pdf", pdf.getvalue(), shared=True)
     return _for_the_page(text.getvalue(), name)
 
 
@@ -260,15 +291,21 @@ def _grid(count: int, columns: int = _COLUMNS, *, sharey: bool = True) -> tuple[
     return figure, panels
 
 
-def _label(panels: Sequence[Axes], x: str, y: str, columns: int = _COLUMNS) -> None:
-    """At the lowest panel of each column, and at the first of each row."""
+def _label(panels: Sequence[Axes], x: str, y: str | None, columns: int = _COLUMNS) -> None:
+    """At the lowest panel of each column, and at the first of each row; None leaves the y axes as they are."""
     columns = min(columns, len(panels))
     for axes in panels[-columns:]:
         axes.set_xlabel(x)
         axes.tick_params(labelbottom=True)
-    for axes in panels[::columns]:
-        axes.set_ylabel(y)
+    if y is not None:
+        for axes in panels[::columns]:
+            axes.set_ylabel(y)
+
+
+def _plain(text: str) -> str:
+    """The text as it is: matplotlib would read what stands between two dollars as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _title(design: Design, rest: tuple[Any, ...]) -> str:
-    return ", ".join(f"{f.name} {show(v)}" for f, v in zip(design.factors[1:], rest, strict=True))
+    return _plain(", ".join(f"{f.name} {show(v)}" for f, v in zip(design.factors[1:], rest, strict=True)))

@@ -10,10 +10,9 @@ import numpy as np
 
 from xattn.report.blocks import Block, Paragraph, Table
 from xattn.report.design import Cell, Design, show
-from xattn.report.read import Run
+from xattn.report.read import Run, finite
 from xattn.report.selection import Chosen
 from xattn.report.statistics import Effect
-from xattn.report.tables import arm_mean
 from xattn.report.words import difference, number, p_value, precision
 
 # Statistic → its column; the mass at each distance has a table of its own.
@@ -37,11 +36,18 @@ _MEANING = (
 
 
 def probes_of(runs: Sequence[Run]) -> list[str]:
-    """The in-context measures that some run that is done has."""
+    """The in-context measures that some run that is done has, in its summary or evaluated later."""
     done = [run for run in runs if run.status == "done"]
-    return sorted(
-        {key for run in done for key in run.summary if key.startswith("probe/") and run.number(key) is not None}
-    )
+    found = {key for run in done for key in run.summary if run.number(key) is not None}
+    for run in done:
+        for row in run.evaluations:
+            results = row.get("results")
+            found |= (
+                {key for key, value in results.items() if finite(value) is not None}
+                if isinstance(results, dict)
+                else set()
+            )
+    return sorted(key for key in found if key.startswith("probe/"))
 
 
 def heads_of(chosen: Chosen, statistic: str) -> np.ndarray | None:
@@ -89,26 +95,20 @@ def attention_blocks(design: Design, chosen: Mapping[Cell, Chosen]) -> list[Bloc
     ]
 
 
-def probe_blocks(
-    design: Design, at_chosen: Mapping[str, Mapping[Cell, Chosen]], effects: Mapping[str, Sequence[Effect]]
-) -> list[Block]:
-    """A table of every measure's mean and difference in each arm; nothing where no run has any."""
+def probe_blocks(design: Design, effects: Mapping[str, Sequence[Effect]]) -> list[Block]:
+    """A table of every measure's difference in each arm, and the means that it is of; nothing where no run has any."""
     rows = []
     for metric, of_metric in effects.items():
-        for i, factor in enumerate(design.factors):
-            for arm in factor.arms:
-                found = [e for e in of_metric if (e.factor, e.arm) == (factor.key, arm)]
-                mean = number(arm_mean(design, at_chosen[metric], i, arm), precision(metric))
-                name = f"{factor.name} {show(arm)}"
-                if found:
-                    (effect,) = found
-                    seeds = str(effect.paired.seeds)
-                    rows.append([metric[6:], name, mean, difference(effect), p_value(effect.p_holm), seeds])
-                else:
-                    rows.append([metric[6:], f"{name} (baseline)", mean, "", "", ""])
+        for factor in design.factors:
+            for effect in (effect for effect in of_metric if effect.factor == factor.key):
+                means = [number(mean, precision(metric)) for mean in (effect.arm_mean, effect.baseline_mean)]
+                arms = f"{factor.name} {show(effect.arm)} against {show(effect.baseline)}"
+                left_out = f"{effect.left_out} + {effect.baseline_left_out}"
+                found = [difference(effect), p_value(effect.p_holm), str(effect.paired.seeds), left_out]
+                rows.append([metric.removeprefix("probe/"), arms, *means, *found])
     if not rows:
         return []
-    columns = ["measure", "arm", "mean", "difference [95 % interval]", "Holm p", "seeds"]
+    columns = ["measure", "arm", "mean", "baseline's", "difference [95 % interval]", "Holm p", "seeds", "left out"]
     return [
         Paragraph("Validation loss can hide a loss of retrieval. At the settings that were chosen by the loss:"),
         Table(columns, rows, words=["measure", "arm"], note="Holm: over the arms of one factor in one measure."),

@@ -26,6 +26,24 @@ ATTENTION_CURVES: Mapping[str, Callable[[Sequence[float]], float]] = {
     "attention/output_norm": fmean,
 }
 CURVES = ("step", "train_loss", "val_loss", "grad_norm", "tokens_per_second", *ATTENTION_CURVES)
+# What other programs may have written into a run folder is taken only where it is of these kinds.
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "status": (str,),
+    "step": (int, type(None)),
+    "implementation": (str, dict, type(None)),
+    "versions": (dict,),
+    "registered": (dict,),
+    "command": (str,),
+    "git_commit": (str, type(None)),
+    "git_dirty": (bool, type(None)),
+    "data_sha256": (str, type(None)),
+    "source_sha256": (str, type(None)),
+    "device_kind": (str, type(None)),
+    "device_count": (int, type(None)),
+    "packed_with": (int, type(None)),
+    "host": (str, type(None)),
+    "started_at": (str,),
+}
 _Loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 Values = Mapping[str, Any]
@@ -59,17 +77,27 @@ class Run:
         return self.config.get("seed")
 
     @property
+    def program(self) -> str:
+        """The file that was run: train.py, or the user's own that registered an activation."""
+        own = self.provenance.get("registered") or {}
+        words = self.provenance.get("command", "").split()
+        return next((word for word in words if Path(word).name in own), next(iter(own), "train.py"))
+
+    @property
     def command(self) -> str:
         """What was typed for this run, on a line that a shell takes."""
-        own = self.provenance.get("registered") or {}
-        words = str(self.provenance.get("command", "")).split()
-        program = next((word for word in words if Path(word).name in own), next(iter(own), "train.py"))
-        return shlex.join(["python", program, *self.overrides])
+        return shlex.join(["python", self.program, *self.overrides])
 
     @property
     def tokens_per_step(self) -> int | None:
         batch, length = self.config.get("trainer.batch_size"), self.config.get("backend.context_length")
         return batch * length if isinstance(batch, int) and isinstance(length, int) else None
+
+    @property
+    def tokens_seen(self) -> int | None:
+        """In the whole run, as its config says."""
+        steps, each = self.config.get("trainer.steps"), self.tokens_per_step
+        return steps * each if isinstance(steps, int) and each is not None else None
 
     def number(self, key: str) -> float | None:
         """A finite number of the summary, or None."""
@@ -90,7 +118,7 @@ class Study:
 
 
 def read_study(folder: Path) -> Study:
-    """Reads ``outputs/<study>``. Hidden folders (``.superseded``) and the report itself are passed over.
+    """Reads ``outputs/<study>``. Hidden folders (``.superseded``) and the report's own are passed over.
 
     Raises :class:`BadInput` where there is no such folder or no run in it.
     """
@@ -98,11 +126,11 @@ def read_study(folder: Path) -> Study:
         raise BadInput(f"{folder}: no such folder")
     runs, foreign = [], []
     for path in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        if path.name.startswith(".") or path.name == REPORT:
+        if path.name.startswith("."):
             continue
         if (path / run_folder.CONFIG).is_file():
             runs.append(read_run(path))
-        else:
+        elif path.name != REPORT:
             foreign.append(path.name)
     if not runs:
         raise BadInput(f"{folder}: no run in it; a run is a folder with a {run_folder.CONFIG}")
@@ -143,14 +171,25 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list | dict) else value
+            yield f"{prefix}{key}", _leaf(value)
+
+
+def _leaf(value: Any) -> Any:
+    """A value that equals itself and can be a dictionary's key: NaN, and what YAML makes of dates, become text."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, default=str)
+    plain = value is None or isinstance(value, str | bool) or finite(value) is not None
+    return value if plain else str(value)
 
 
 def finite(value: Any) -> float | None:
-    """The value where it is a finite number and no truth value, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """The value where it is a number that a float can hold, and no truth value; else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -166,7 +205,7 @@ def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
     text = _text(path, problems)
     try:
         loaded = yaml.load(text, _Loader) if text else kind()
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
         loaded = None
     if not isinstance(loaded, kind):
         problems.append(f"{path.name} is not readable")
@@ -178,12 +217,14 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     text = _text(path, problems)
     try:
         loaded = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         loaded = None
     if not isinstance(loaded, dict):
         problems.append(f"{path.name} is not readable")
         return {}
-    return loaded
+    odd = [key for key, kinds in _KINDS.items() if key in loaded and not isinstance(loaded[key], kinds)]
+    problems += [f"{path.name}: {key} is passed over, it is a {type(loaded[key]).__name__}" for key in odd]
+    return {key: value for key, value in loaded.items() if key not in odd}
 
 
 def _text(path: Path, problems: list[str]) -> str:
@@ -200,17 +241,18 @@ def _text(path: Path, problems: list[str]) -> str:
 def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """The rows of a file with a JSON object a line. A last line without its end is being written, and is left out."""
     text = _text(path, problems)
-    lines = text[: text.rfind("\n") + 1].splitlines()
+    lines = text.split("\n")[:-1]
     try:
         rows = json.loads(f"[{','.join(lines)}]")  # one call: twice as fast as one for each line
-    except ValueError:
+    except (ValueError, RecursionError):
         rows = []
         for line in lines:
             try:
                 rows.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-        problems.append(f"{path.name} has {len(lines) - len(rows)} lines that are no JSON")
+        damaged = len(lines) - len(rows)
+        problems.append(f"{path.name} has {damaged} {'line that is' if damaged == 1 else 'lines that are'} no JSON")
     return [row for row in rows if isinstance(row, dict)]
 
 
@@ -219,10 +261,9 @@ def _curves(path: Path, problems: list[str]) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {}
     for key in CURVES:
         values = [row.get(key) for row in rows]
-        try:
-            columns[key] = np.array(values, dtype=float)  # None becomes NaN
-        except (TypeError, ValueError):
-            columns[key] = np.array([np.nan if finite(value) is None else value for value in values], dtype=float)
+        if not set(map(type, values)) <= {float, type(None)}:
+            values = [finite(value) for value in values]
+        columns[key] = np.array(values, dtype=float)  # None becomes NaN
     return columns
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -12,24 +13,37 @@ from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Pictur
 _STYLE = Path(__file__).with_name("page.css")
 
 
-def to_html(page: Page, svgs: Mapping[str, str]) -> str:
-    """svgs: picture name → SVG markup, which is put in the page itself."""
-    body = "\n".join(_html(block, svgs) for block in page.blocks)
+# Where the page lies elsewhere than it was written, the run folders are not beside it: a link would lead nowhere.
+_UNLINK = """<script>
+if (!decodeURI(location.pathname).endsWith({here}))
+  for (const link of document.querySelectorAll("td a")) link.replaceWith(link.textContent);
+</script>
+"""
+
+
+def to_html(page: Page, svgs: Mapping[str, str], *, runs: str, here: str) -> str:
+    """The page as one file.
+
+    svgs: picture name → SVG markup, which is put in the page itself. runs: the folder of the run folders, from the
+    page's own. here: the end of the page's path; opened at another, it shows plain names in place of links.
+    """
+    body = "\n".join(_html(block, svgs, runs) for block in page.blocks)
     title = escape(page.title)
+    unlink = _UNLINK.format(here=json.dumps(here).replace("<", "\\u003c"))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{title}</title>\n'
-        f"<style>\n{_STYLE.read_text('utf-8')}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+        f"<style>\n{_STYLE.read_text('utf-8')}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n{unlink}</body>\n</html>\n"
     )
 
 
 def to_markdown(page: Page) -> str:
-    """Pictures are links to the SVG files beside it."""
+    """The page as Markdown. Pictures are links to the SVG files beside it; run folders are named, not linked."""
     return "\n\n".join([f"# {page.title}", *(_markdown(block) for block in page.blocks)]) + "\n"
 
 
-def _html(block: Block, svgs: Mapping[str, str]) -> str:
+def _html(block: Block, svgs: Mapping[str, str], runs: str) -> str:
     match block:
         case Heading(text):
             return f"<h2>{escape(text)}</h2>"
@@ -40,10 +54,10 @@ def _html(block: Block, svgs: Mapping[str, str]) -> str:
         case Picture(name, caption):
             return f"<figure>\n{svgs[name]}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
         case Table():
-            return _html_table(block)
+            return _html_table(block, runs)
 
 
-def _html_table(table: Table) -> str:
+def _html_table(table: Table, runs: str) -> str:
     wordy = (*table.words, *table.code, table.folders)
     kinds = [' class="words"' if column in wordy else "" for column in table.columns]
     head = "".join(f"<th{kind}>{escape(column)}</th>" for column, kind in zip(table.columns, kinds, strict=True))
@@ -53,12 +67,13 @@ def _html_table(table: Table) -> str:
         for column, kind, text in zip(table.columns, kinds, row, strict=True):
             inner = f"<code>{escape(text)}</code>" if column in table.code else escape(text)
             if column == table.folders:
-                inner = f'<a href="../{quote(text)}/">{inner}</a>'
+                inner = f'<a href="{quote(runs)}/{quote(text)}/">{inner}</a>'
             cells.append(f"<td{kind}>{inner}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f'\n<p class="note">{escape(table.note)}</p>' if table.note else ""
     body = "\n".join(rows)
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>{note}'
+    inner = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
+    return f'<div class="scroll" tabindex="0"><table>\n{inner}</table></div>{note}'
 
 
 def _markdown(block: Block) -> str:
@@ -89,6 +104,4 @@ def _markdown_table(table: Table) -> str:
 
 
 def _markdown_cell(table: Table, column: str, text: str) -> str:
-    if column == table.folders:
-        return f"[{text}](../{quote(text)}/)"
     return f"`{text}`" if column in table.code and text else text

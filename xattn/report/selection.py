@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from xattn.report.design import Cell, Design, Setting, in_order
+from xattn.report.metric import Metric, Unit
 from xattn.report.read import Run, finite
 
 CHOSEN_BY = "val_loss"
@@ -45,14 +46,15 @@ class Chosen:
     """A cell at its chosen setting.
 
     candidates: all of the cell's settings, as the choosing seeds saw them. values: seed → metric, of the judging seeds
-    whose run is done. diverged: judging seeds whose run diverged. at_edge: tuned keys whose chosen value is the
-    smallest or largest that was tried, of more than one.
+    whose run is done and has it. units: what each of them is of. diverged: judging seeds whose run diverged. at_edge:
+    tuned keys whose chosen value is the smallest or largest that was tried, of more than one.
     """
 
     cell: Cell
     setting: Setting
     candidates: tuple[Candidate, ...]
     values: Mapping[Any, float]
+    units: Mapping[Any, Unit | None]
     diverged: tuple[Any, ...]
     runs: Mapping[Any, Run]
     at_edge: tuple[str, ...]
@@ -75,28 +77,31 @@ def split(seeds: Sequence[Any], selection: Selection, tuned: bool) -> tuple[tupl
     return tuple(seeds[:half]), tuple(seeds[half:])
 
 
-def choose(design: Design, metric: str, selection: Selection = "same") -> dict[Cell, Chosen]:
-    """For each cell the setting with the least mean validation loss over the choosing seeds.
+def choose(design: Design, metric: Metric, selection: Selection = "same") -> dict[Cell, Chosen]:
+    """For each cell the setting with the least mean validation loss over the choosing seeds, and its values of the
+    metric for the judging ones.
 
     A diverged run is worse than any finite loss, so fewer diverged seeds come first. Where runs are missing, settings
     are compared on the seeds that they share; one with less than half the seeds of another is passed over. Cells in
     which no run has ended are left out.
     """
     choosing, judging = split(design.seeds, selection, bool(design.tuned))
+    by = replace(metric, name=CHOSEN_BY)
     chosen = {}
     for cell, settings in design.runs.items():
-        candidates = tuple(_candidate(setting, runs, choosing) for setting, runs in settings.items())
+        candidates = tuple(_candidate(setting, runs, choosing, by) for setting, runs in settings.items())
         in_question, seeds = _comparable(candidates)
         if not seeds:
             continue
         best = min(in_question, key=lambda candidate: candidate.rank(seeds))
         runs = {seed: run for seed, run in settings[best.setting].items() if seed in judging}
-        results = {seed: run.result(metric) for seed, run in runs.items()}
+        results = {seed: found for seed, run in runs.items() if (found := metric.of(run)) is not None}
         chosen[cell] = Chosen(
             cell=cell,
             setting=best.setting,
             candidates=candidates,
-            values={seed: value for seed, value in results.items() if value is not None},
+            values={seed: value for seed, (value, _) in results.items()},
+            units={seed: unit for seed, (_, unit) in results.items()},
             diverged=tuple(in_order(seed for seed, run in runs.items() if run.status == "diverged")),
             runs=runs,
             at_edge=_at_edge(design.tuned, best.setting, [c.setting for c in in_question]),
@@ -125,9 +130,9 @@ def sensitivity(candidates: Sequence[Candidate], runs: Mapping[Setting, Mapping[
     return float(np.mean(means) - min(means)) if len(means) > 1 else None
 
 
-def _candidate(setting: Setting, runs: Mapping[Any, Run], seeds: Sequence[Any]) -> Candidate:
+def _candidate(setting: Setting, runs: Mapping[Any, Run], seeds: Sequence[Any], by: Metric) -> Candidate:
     ended = {seed: runs[seed] for seed in seeds if seed in runs}
-    losses = {seed: run.result(CHOSEN_BY) for seed, run in ended.items()}
+    losses = {seed: by.value(run) for seed, run in ended.items()}
     return Candidate(
         setting=setting,
         losses={seed: loss for seed, loss in losses.items() if loss is not None},

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from scipy import special, stats
 from statsmodels.stats.multitest import multipletests
 
-from xattn.report.design import Cell, Design, Factor, pairs_of
+from xattn.report.design import Cell, Design, Factor
+from xattn.report.metric import Metric
 from xattn.report.selection import Chosen
 
 LEVEL = 0.95
@@ -45,10 +47,12 @@ class Effect:
     """One comparison: arm − baseline, over the cells of the other factors that both have.
 
     factor and arm are written ``a × b`` where the comparison is an interaction: how much more (a's arm − a's baseline)
-    is under b's arm than under b's baseline. p_holm: p after Holm's correction over the factor's comparisons, of which
-    there are `comparisons`. detectable: see :func:`detectable`, corrected as p_holm is; the interval is not. diverged,
-    baseline_diverged: runs, of as many that ended (done or diverged) as `ended` and `baseline_ended` say. cells: how
-    many were averaged.
+    is under b's arm than under b's baseline. arm_mean, baseline_mean: of the pairs alone, so that
+    ``difference == arm_mean − baseline_mean``; of an interaction the two differences that are compared. left_out,
+    baseline_left_out: runs with a result that are in no pair. p_holm: p after Holm's correction over the factor's
+    comparisons, of which there are `comparisons`. detectable: see :func:`detectable`, corrected as p_holm is; the
+    interval is not. diverged, baseline_diverged: runs, of as many that ended (done or diverged) as `ended` and
+    `baseline_ended` say. cells: how many were averaged. why_not: why results that are there are not comparable.
     """
 
     factor: str
@@ -56,6 +60,10 @@ class Effect:
     baseline: Any
     metric: str
     paired: Paired
+    arm_mean: float | None = None
+    baseline_mean: float | None = None
+    left_out: int = 0
+    baseline_left_out: int = 0
     p_holm: float | None = None
     comparisons: int = 1
     detectable: float | None = None
@@ -65,11 +73,23 @@ class Effect:
     baseline_ended: int = 0
     cells: int = 1
     cells_left_out: int = 0
+    why_not: str = ""
 
     @property
     def more_diverged(self) -> float:
         """The share of the arm's runs that diverged − the baseline's, of those that ended."""
         return self.diverged / max(1, self.ended) - self.baseline_diverged / max(1, self.baseline_ended)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What of two arms is set against each other: the cells of the other factors, each with the arm's and the
+    baseline's runs, and the seeds that every one of these has on both sides."""
+
+    cells: tuple[tuple[Chosen, Chosen], ...]
+    seeds: tuple[Any, ...]
+    in_question: tuple[tuple[Chosen, Chosen], ...]
+    why_not: str
 
 
 def smallest_signflip_p(seeds: int) -> float:
@@ -122,66 +142,128 @@ def detectable(spread: float, seeds: int, comparisons: int) -> float:
     return spread * float(special.nctdtrinc(seeds - 1, 1 - POWER, threshold)) / seeds**0.5
 
 
-def main_effects(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, metric: str) -> list[Effect]:
+def main_effects(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, metric: Metric) -> list[Effect]:
     """Each arm of the factor against its baseline."""
-    effects = [_effect(design, chosen, factor, arm, metric) for arm in factor.arms if arm != factor.baseline]
-    return _adjusted(effects)
+    by_arm = _by_arm(design, chosen, factor)
+    arms = [arm for arm in factor.arms if arm != factor.baseline]
+    return _adjusted([_effect(design, by_arm, factor, arm, metric) for arm in arms])
 
 
-def interactions(design: Design, chosen: Mapping[Cell, Chosen], metric: str) -> list[Effect]:
+def matched(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: Any, metric: Metric) -> Matched:
+    """The runs of an arm and of the factor's baseline that differ in that alone.
+
+    With holes in the crossing, those combinations of the other factors' arms are taken, and those seeds, that give
+    the most pairs in which every combination has every seed.
+    """
+    return _matched(design, _by_arm(design, chosen, factor), factor, arm, metric)
+
+
+def interactions(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) -> list[Effect]:
     """For every two factors that cross, (a, b) − (a₀, b) − (a, b₀) + (a₀, b₀) of each two arms, a₀ and b₀ baselines.
 
     Taken where the other factors are at their baselines. Holm is over the arms of the two factors.
     """
-    found = []
-    for a, b in pairs_of(design.factors):
-        effects = []
-        for arm_a in a.arms:
-            for arm_b in b.arms:
-                if arm_a == a.baseline or arm_b == b.baseline:
-                    continue
-                corners = [
-                    chosen.get(
-                        tuple({a.key: x, b.key: y}.get(factor.key, factor.baseline) for factor in design.factors)
-                    )
-                    for x, y in ((arm_a, arm_b), (a.baseline, arm_b), (arm_a, b.baseline), (a.baseline, b.baseline))
-                ]
-                if any(corner is None for corner in corners):
-                    continue
-                both, only_b, only_a, neither = (corner.values for corner in corners if corner is not None)
-                seeds = [s for s in design.seeds if all(s in values for values in (both, only_b, only_a, neither))]
-                differences = [both[s] - only_b[s] - only_a[s] + neither[s] for s in seeds]
-                names = (f"{a.key} × {b.key}", (arm_a, arm_b), (a.baseline, b.baseline))
-                effects.append(Effect(*names, metric, paired(differences)))
-        found += _adjusted(effects)
+    base = tuple(factor.baseline for factor in design.factors)
+    by_factors: dict[tuple[int, int], list[Effect]] = {pair: [] for pair in combinations(range(len(base)), 2)}
+    for cell, both in chosen.items():
+        moved = [i for i, (arm, baseline) in enumerate(zip(cell, base, strict=True)) if arm != baseline]
+        if len(moved) != 2:
+            continue
+        i, j = moved
+        corners = [both, *(chosen.get(_with(base, at)) for at in ({j: cell[j]}, {i: cell[i]}, {}))]
+        if any(corner is None for corner in corners):
+            continue
+        there = [corner for corner in corners if corner is not None]
+        seeds = [seed for seed in design.seeds if _comparable_seed(seed, there, metric)]
+        values = [np.array([corner.values[seed] for seed in seeds]) for corner in there]
+        a, b = design.factors[i], design.factors[j]
+        names = (f"{a.key} × {b.key}", (cell[i], cell[j]), (a.baseline, b.baseline), metric.name)
+        by_factors[i, j].append(_between(names, values[0] - values[1], values[2] - values[3]))
+    return [effect for effects in by_factors.values() for effect in _adjusted(effects)]
+
+
+def _with(cell: Cell, arms: Mapping[int, Any]) -> Cell:
+    return tuple(arms.get(i, arm) for i, arm in enumerate(cell))
+
+
+def _comparable_seed(seed: Any, chosen: Sequence[Chosen], metric: Metric) -> bool:
+    """Whether all have a value with this seed, and of the same thing."""
+    if not all(seed in each.values for each in chosen):
+        return False
+    first = chosen[0].units[seed]
+    return all(metric.why_not(first, each.units[seed]) is None for each in chosen[1:])
+
+
+def _by_arm(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor) -> dict[Any, dict[Cell, Chosen]]:
+    """Arm → arms of the other factors → the cell there."""
+    i = design.factors.index(factor)
+    found: dict[Any, dict[Cell, Chosen]] = {arm: {} for arm in factor.arms}
+    for cell, each in chosen.items():
+        found[cell[i]][cell[:i] + cell[i + 1 :]] = each
     return found
 
 
-def _effect(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: Any, metric: str) -> Effect:
-    """d_s is the mean over the cells of the other factors that both arms have, of arm − baseline with seed s."""
-    cells, judged = [], 0
-    for others in design.others(factor):
-        ours = chosen.get(design.cell(factor, arm, others))
-        theirs = chosen.get(design.cell(factor, factor.baseline, others))
-        if ours and theirs:
-            judged += 1
-            cells.append((ours, theirs))
-    usable = [(ours, theirs) for ours, theirs in cells if ours.values.keys() & theirs.values.keys()]
-    seeds = [s for s in design.seeds if usable and all(s in o.values and s in t.values for o, t in usable)]
-    differences = [float(np.mean([ours.values[s] - theirs.values[s] for ours, theirs in usable])) for s in seeds]
-    return Effect(
-        factor.key,
-        arm,
-        factor.baseline,
-        metric,
-        paired(differences),
-        diverged=sum(len(ours.diverged) for ours, _ in cells),
-        ended=sum(ours.ended for ours, _ in cells),
-        baseline_diverged=sum(len(theirs.diverged) for _, theirs in cells),
-        baseline_ended=sum(theirs.ended for _, theirs in cells),
-        cells=len(usable),
-        cells_left_out=judged - len(usable),
+def _matched(
+    design: Design, by_arm: Mapping[Any, Mapping[Cell, Chosen]], factor: Factor, arm: Any, metric: Metric
+) -> Matched:
+    theirs = by_arm[factor.baseline]
+    in_question = tuple((ours, theirs[others]) for others, ours in by_arm[arm].items() if others in theirs)
+    shared = [
+        {seed for seed in ours.values if _comparable_seed(seed, (ours, base), metric)} for ours, base in in_question
+    ]
+    order = sorted((i for i, seeds in enumerate(shared) if seeds), key=lambda i: -len(shared[i]))
+    best: tuple[list[int], set[Any]] = ([], set())
+    common: set[Any] = set(design.seeds)
+    for size, i in enumerate(order, 1):
+        common = common & shared[i]
+        if size * len(common) >= len(best[0]) * len(best[1]) and common:
+            best = (order[:size], common)
+    reasons = [
+        why
+        for ours, base in in_question
+        for seed in ours.values.keys() & base.values.keys()
+        if (why := metric.why_not(ours.units[seed], base.units[seed])) is not None
+    ]
+    return Matched(
+        cells=tuple(in_question[i] for i in sorted(best[0])),
+        seeds=tuple(seed for seed in design.seeds if seed in best[1]),
+        in_question=in_question,
+        why_not=reasons[0] if reasons else "",
     )
+
+
+def _effect(
+    design: Design, by_arm: Mapping[Any, Mapping[Cell, Chosen]], factor: Factor, arm: Any, metric: Metric
+) -> Effect:
+    """d_s is the mean over the cells of the other factors that both arms have, of arm − baseline with seed s."""
+    found = _matched(design, by_arm, factor, arm, metric)
+    ours, theirs = (
+        np.array([np.mean([pair[side].values[seed] for pair in found.cells]) for seed in found.seeds])
+        for side in (0, 1)
+    )
+    pairs = len(found.cells) * len(found.seeds)
+    with_values = [sum(len(each.values) for each in by_arm[side].values()) for side in (arm, factor.baseline)]
+    return replace(
+        _between((factor.key, arm, factor.baseline, metric.name), ours, theirs),
+        left_out=with_values[0] - pairs,
+        baseline_left_out=with_values[1] - pairs,
+        diverged=sum(len(each.diverged) for each, _ in found.in_question),
+        ended=sum(each.ended for each, _ in found.in_question),
+        baseline_diverged=sum(len(each.diverged) for _, each in found.in_question),
+        baseline_ended=sum(each.ended for _, each in found.in_question),
+        cells=len(found.cells),
+        cells_left_out=len(found.in_question) - len(found.cells),
+        why_not=found.why_not,
+    )
+
+
+def _between(names: tuple[str, Any, Any, str], ours: np.ndarray, theirs: np.ndarray) -> Effect:
+    """The effect whose values and whose baseline's, seed by seed, these are."""
+    found = paired(ours - theirs)
+    if not ours.size:
+        return Effect(*names, found)
+    means = float(ours.mean()), float(theirs.mean())
+    return Effect(*names, replace(found, difference=means[0] - means[1]), *means)
 
 
 def _adjusted(effects: Sequence[Effect]) -> list[Effect]:

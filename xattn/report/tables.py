@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
-from xattn.report.design import Cell, Design, show
+from xattn.keys import has_effect, short
+from xattn.report.design import SEED, show
+from xattn.report.findings import Comparison
 from xattn.report.read import Run
-from xattn.report.selection import Chosen
-from xattn.report.statistics import Effect
 from xattn.report.words import difference, number, p_value, precision
 
 EFFECT_COLUMNS = (
     *("factor", "arm", "baseline", "metric", "seeds", "difference", "ci_low", "ci_high", "p", "p_holm", "p_signflip"),
+    *("arm_mean", "baseline_mean", "left_out", "baseline_left_out", "where"),
 )
 _SUMMARY = (
     *("step", "val_loss", "val_bpb", "best_val_loss", "train_loss", "tokens_per_second", "compile_seconds"),
@@ -23,73 +25,84 @@ _SUMMARY = (
 _PROVENANCE = ("device_kind", "device_count", "git_commit", "git_dirty", "source_sha256", "data_sha256", "started_at")
 
 
-def effects_csv(effects: Sequence[Effect]) -> str:
-    """A row a comparison; a cell is empty where nothing can be said."""
+def effects_csv(comparisons: Sequence[Comparison]) -> str:
+    """A row a comparison of two arms; a cell is empty where nothing can be said."""
     rows = []
-    for effect in effects:
-        found = effect.paired
-        rows.append(
-            [
-                *(effect.factor, show(effect.arm), show(effect.baseline), effect.metric, found.seeds),
-                *(found.difference, found.ci_low, found.ci_high, found.p, effect.p_holm, found.p_signflip),
-            ]
-        )
+    for each in comparisons:
+        where = " ".join(f"{key}={show(value)}" for key, value in each.where.items())
+        for effect in (*each.effects, *chain.from_iterable(each.probes.values())):
+            found = effect.paired
+            rows.append(
+                [
+                    *(effect.factor, show(effect.arm), show(effect.baseline), effect.metric, found.seeds),
+                    *(found.difference, found.ci_low, found.ci_high, found.p, effect.p_holm, found.p_signflip),
+                    *(effect.arm_mean, effect.baseline_mean, effect.left_out, effect.baseline_left_out, where),
+                ]
+            )
     return _csv(EFFECT_COLUMNS, rows)
 
 
-def results_csv(runs: Sequence[Run], varying: Sequence[str], chosen: Mapping[Cell, Chosen], metric: str) -> str:
-    """A row a run: the keys that differ, what the run found, what it was made with."""
-    judged = judged_folders(chosen)
-    more = [metric] if metric not in _SUMMARY else []
-    probes = sorted({key for run in runs for key in run.summary if key.startswith("probe/")} - {metric})
-    columns = ["run", "status", "judged", *varying, *_SUMMARY, *more, *probes, *_PROVENANCE, "command"]
+def results_csv(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
+    """A row a run: the keys that differ, what the run found, what it was made with. comparison: the number of the one
+    that the run belongs to, from 1; judged: whether its number is in it."""
+    judged = {run.folder for each in comparisons for chosen in each.chosen.values() for run in chosen.runs.values()}
+    number_of = {run.folder: i for i, each in enumerate(comparisons, 1) for run in each.runs}
+    keys = dict.fromkeys(key for run in runs for key in run.config if has_effect(key))
+    varying = [key for key in keys if key != SEED and len({run.config.get(key) for run in runs}) > 1]
+    more = sorted({each.metric.name for each in comparisons} - {*_SUMMARY})
+    probes = sorted({key for run in runs for key in run.summary if key.startswith("probe/")} - {*more})
+    columns = [
+        "run",
+        "status",
+        "judged",
+        *varying,
+        SEED,
+        *_SUMMARY,
+        *more,
+        *probes,
+        *_PROVENANCE,
+        "command",
+        "comparison",
+    ]
     rows = []
     for run in runs:
         summary = [run.summary.get(key) for key in (*_SUMMARY, *more, *probes)]
         provenance = [run.provenance.get(key) for key in _PROVENANCE]
-        configured = [run.config.get(key) for key in varying]
-        is_judged = run.folder in judged
-        rows.append([run.name, run.status, is_judged, *configured, *summary, *provenance, run.command])
+        configured = [run.config.get(key) for key in (*varying, SEED)]
+        own = [run.name, run.status, run.folder in judged, *configured, *summary, *provenance, run.command]
+        rows.append([*own, number_of.get(run.folder)])
     return _csv(columns, rows)
 
 
-def table_tex(
-    design: Design, effects: Sequence[Effect], chosen: Mapping[Cell, Chosen], metric: str, made_by: str
-) -> str:
-    """A booktabs table: each arm's mean, its difference to the baseline, and how many of its runs diverged."""
+def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
+    """A booktabs table: each arm's mean and its baseline's in the pairs of the two, their difference, how many runs are
+    in no pair, and how many diverged."""
+    several = len(comparisons) > 1
+    metrics = {each.metric.name for each in comparisons}
+    named = _tex(metrics.pop()) if len(metrics) == 1 else "mean"
     lines = [
         f"% {made_by}",
-        "% needs \\usepackage{booktabs}",
-        "\\begin{tabular}{llrrrrr}",
+        "% needs \\usepackage{booktabs}; means are of the pairs that the difference is of",
+        "\\begin{tabular}{llrrrrrrr}",
         "\\toprule",
-        f"factor & arm & {_tex(metric)} & difference [95\\,\\%] & $p$ (Holm) & seeds & diverged \\\\",
+        f"factor & arm & {named} & baseline's & difference [95\\,\\%] & $p$ (Holm) & seeds & left out & diverged \\\\",
     ]
-    for factor in design.factors:
-        lines.append("\\midrule")
-        of_arm = {effect.arm: effect for effect in effects if effect.factor == factor.key}
-        for arm in factor.arms:
-            i = design.factors.index(factor)
-            mean = number(arm_mean(design, chosen, i, arm), precision(metric))
-            cells = [_tex(factor.key) if arm == factor.baseline else "", _tex(show(arm)), _math(mean)]
-            if arm in of_arm:
-                effect = of_arm[arm]
+    for each in comparisons:
+        if several:
+            where = ", ".join(f"{short(key)} {show(value)}" for key, value in each.where.items())
+            lines += ["\\midrule", f"\\multicolumn{{9}}{{l}}{{{_tex(each.metric.name)}: {_tex(where)}}} \\\\"]
+        for factor in each.design.factors:
+            lines.append("\\midrule")
+            first = f"{factor.key}, against {show(factor.baseline)}"
+            for effect in each.of(factor):
+                form = precision(effect.metric)
+                cells = [_tex(first), _tex(show(effect.arm))]
+                cells += [_math(number(mean, form)) for mean in (effect.arm_mean, effect.baseline_mean)]
                 cells += [_math(difference(effect)), _math(p_value(effect.p_holm)), str(effect.paired.seeds)]
-            else:
-                cells += ["baseline", "", ""]
-            theirs = [each for cell, each in chosen.items() if cell[i] == arm]
-            cells.append(f"{sum(len(each.diverged) for each in theirs)} of {sum(each.ended for each in theirs)}")
-            lines.append(" & ".join(cells) + " \\\\")
+                cells += [f"{effect.left_out} + {effect.baseline_left_out}", f"{effect.diverged} of {effect.ended}"]
+                lines.append(" & ".join(cells) + " \\\\")
+                first = ""
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
-
-
-def arm_mean(design: Design, chosen: Mapping[Cell, Chosen], i: int, arm: Any) -> float | None:
-    """Mean of the metric over the arm's cells, each the mean over its seeds that are done."""
-    cells = [list(each.values.values()) for cell, each in chosen.items() if cell[i] == arm and each.values]
-    return sum(sum(values) / len(values) for values in cells) / len(cells) if cells else None
-
-
-def judged_folders(chosen: Mapping[Cell, Chosen]) -> Collection[Any]:
-    return {run.folder for each in chosen.values() for run in each.runs.values()}
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -105,9 +118,23 @@ def _cell(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+_TEX = {
+    **{character: f"\\{character}" for character in "_%&#${}"},
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "×": "$\\times$",
+    "−": "$-$",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    '"': "\\textquotedbl{}",
+}
+
+
 def _tex(text: str) -> str:
-    return "".join({"_": "\\_", "%": "\\%", "&": "\\&", "#": "\\#", "×": "$\\times$"}.get(c, c) for c in text)
+    return "".join(_TEX.get(character, character) for character in text)
 
 
 def _math(text: str) -> str:
-    return "--" if text == "–" else f"${text.replace('−', '-')}$"
+    return "--" if text == "–" else f"${text.replace('−', '-').replace(',', '{,}')}$"

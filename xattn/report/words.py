@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from xattn.report.design import show
 from xattn.report.statistics import LEVEL, Effect, smallest_signflip_p
 
@@ -30,6 +33,58 @@ def difference(effect: Effect) -> str:
     return number(found.difference, form) + interval
 
 
+def better_is(metric: str) -> int:
+    """−1 where less is better, 1 where more is, 0 where neither can be said."""
+    if metric.endswith(("loss", "bpb")) or "loss_to_" in metric:
+        return -1
+    return 1 if metric.startswith("probe/") and re.search(r"/(accuracy|exact)", metric) else 0
+
+
+def sentence(effects: Sequence[Effect]) -> str:
+    """One sentence on a factor: what each of its arms does to the metric, against the baseline."""
+    metric, baseline = effects[0].metric, show(effects[0].baseline)
+    parts = [
+        f"{show(effect.arm)} is {_direction(effect)} {baseline}, {metric} {difference(effect)}, "
+        f"p {p_value(effect.p_holm)}"
+        for effect in effects
+        if is_shown(effect)
+    ]
+    if undecided := [effect for effect in effects if effect.p_holm is not None and not is_shown(effect)]:
+        arms = [f"{show(effect.arm)} ({difference(effect)}, p {p_value(effect.p_holm)})" for effect in undecided]
+        parts.append(f"no difference in {metric} between {baseline} and {_listed(arms)} is shown")
+    if unsure := [effect for effect in effects if effect.p_holm is None]:
+        arms = [f"{show(effect.arm)} ({difference(effect)}, {_why_unsure(effect)})" for effect in unsure]
+        parts.append(f"nothing is certain of {_listed(arms)} against {baseline}")
+    text = "; ".join(parts)
+    return f"{text[0].upper() if parts[0].startswith('no') else text[0]}{text[1:]}."
+
+
+def _why_unsure(effect: Effect) -> str:
+    if effect.paired.seeds == 1:
+        return f"{effect.metric} of 1 seed"
+    if effect.paired.seeds:
+        return f"all {effect.paired.seeds} seeds differ by the same"
+    return effect.why_not or "no seed has both finished"
+
+
+def is_shown(effect: Effect) -> bool:
+    """Whether the difference is significant after Holm's correction."""
+    return effect.p_holm is not None and effect.p_holm <= 1 - LEVEL
+
+
+def seeds_of(effect: Effect) -> str:
+    return counted(effect.paired.seeds, "seed")
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 seed``, ``3 seeds``"""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
 def verdict(effect: Effect) -> str:
     """One or two sentences on an arm against its baseline, never called better if a larger share of it diverged."""
     found, arm, baseline = effect.paired, show(effect.arm), show(effect.baseline)
@@ -41,10 +96,11 @@ def verdict(effect: Effect) -> str:
             f"{effect.baseline_diverged} of {effect.baseline_ended} of {baseline}{of_others}."
         )
     if found.difference is None:
-        return f"Nothing can be said of {arm} against {baseline}: no seed has both finished.{tail}"
+        why = f"{effect.metric} cannot be compared, {effect.why_not}" if effect.why_not else "no seed has both finished"
+        return f"Nothing can be said of {arm} against {baseline}: {why}.{tail}"
     form = f"+{precision(effect.metric)}"
     size = f"{effect.metric} {number(found.difference, form)}"
-    seeds = f"{found.seeds} seed" if found.seeds == 1 else f"{found.seeds} seeds"
+    seeds = seeds_of(effect)
     if found.p is None or found.ci_low is None or found.ci_high is None:
         why = "one pair has no spread" if found.seeds == 1 else "all pairs differ by the same"
         return f"{arm} against {baseline}: {size} ({seeds}); no interval can be given, because {why}.{tail}"
@@ -52,7 +108,7 @@ def verdict(effect: Effect) -> str:
         f"{size}, 95 % interval {number(found.ci_low, form)} to {number(found.ci_high, form)}, {seeds}, "
         f"p {p_value(effect.p_holm)} after Holm"
     )
-    if effect.p_holm is not None and effect.p_holm <= 1 - LEVEL:
+    if is_shown(effect):
         return f"{arm} is {_direction(effect)} {baseline}: {facts}.{tail}"
     alone = ""
     if found.ci_low > 0 or found.ci_high < 0:
@@ -70,17 +126,16 @@ def signflip_note(seeds: int) -> str | None:
     smallest = smallest_signflip_p(seeds)
     if seeds < 1 or smallest <= 1 - LEVEL:
         return None
-    one = "1 seed" if seeds == 1 else f"{seeds} seeds"
     return (
-        f"Sign-flip test: with {one} no p below {smallest:.4g} can be reached. The t test's smaller p rests on "
-        "differences that are normally distributed."
+        f"Sign-flip test: with {counted(seeds, 'seed')} no p below {smallest:.4g} can be reached. The t test's smaller "
+        "p rests on differences that are normally distributed."
     )
 
 
 def _direction(effect: Effect) -> str:
     assert effect.paired.difference is not None
     lower = effect.paired.difference < 0
-    if not effect.metric.endswith(("loss", "bpb")):
+    if better_is(effect.metric) != -1:
         return "lower than" if lower else "higher than"
     if lower and effect.more_diverged > 0:
         return "lower where it did not diverge, but less stable, than"

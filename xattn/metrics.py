@@ -1,0 +1,38 @@
+"""What a metric is a metric of: tokens, text, windows. Only numbers of the same thing are compared.
+
+A loss is per token, so losses under two tokenizers cannot be set side by side, and bits per byte of the same text can.
+Standard library only: the report, the sweep's table and the tuner all ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+LOSS, BITS = "val_loss", "val_bpb"
+_OF_TOKENS = (*("data.tokenizer", "data.vocab_size", "data.tiktoken_pattern", "data.documents", "data.end_of_text"),)
+
+Values = Mapping[str, Any]  # dotted key → value
+
+
+def tokens_of(values: Values) -> tuple[Any, ...]:
+    """Equal for configs that cut the same text into the same tokens."""
+    if values.get("data.tokenizer") == "bytes":  # what belongs to other tokenizers has no effect
+        return ("bytes", values.get("data.documents"))
+    return tuple(values.get(key) for key in _OF_TOKENS)
+
+
+def text_of(values: Values) -> tuple[Any, ...]:
+    """Equal for configs that hold out the same text."""
+    ours = {key: repr(value) for key, value in values.items() if key.startswith("data.") and key not in _OF_TOKENS}
+    return tuple(sorted(ours.items()))
+
+
+def is_per_token(metric: str) -> bool:
+    """Whether the metric depends on what a token is."""
+    return metric.endswith("_loss") or metric.startswith("probe/")
+
+
+def loss_metric(configs: Iterable[Values]) -> str:
+    """The loss that runs of these configs can be ranked by: val_loss, or val_bpb where their tokens differ."""
+    return LOSS if len({tokens_of(values) for values in configs}) <= 1 else BITS

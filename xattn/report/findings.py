@@ -1,0 +1,69 @@
+"""What a report is made from: what was asked, and the comparisons that answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xattn.report.design import Cell, Design, Factor, Group
+from xattn.report.metric import Metric
+from xattn.report.read import Run, Study
+from xattn.report.selection import Chosen, Selection
+from xattn.report.statistics import Effect
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A group of runs that answer one question, and the answer.
+
+    where: what sets the group apart from the study's others. probes: in-context measure → its effects; probes_chosen:
+    and its values.
+    """
+
+    where: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    design: Design
+    metric: Metric
+    chosen: Mapping[Cell, Chosen]
+    effects: Sequence[Effect]
+    interactions: Sequence[Effect]
+    probes: Mapping[str, Sequence[Effect]]
+    probes_chosen: Mapping[str, Mapping[Cell, Chosen]]
+
+    def of(self, factor: Factor) -> list[Effect]:
+        """The factor's effects, an arm each."""
+        return [effect for effect in self.effects if effect.factor == factor.key]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the page is made from. alone: groups in which there is nothing to compare, where others have that."""
+
+    study: Study
+    comparisons: Sequence[Comparison]
+    alone: Sequence[Group]
+    odd: Sequence[str]
+    selection: Selection
+    command: str
+
+    @property
+    def effects(self) -> list[Effect]:
+        return [effect for comparison in self.comparisons for effect in comparison.effects]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a study.
+
+    metric: a number of summary.json; None for the validation loss, or bits per byte where the runs' tokens differ.
+    tuned: keys that were tuned for each arm, besides the learning rate. where: key → the values that runs are taken
+    with. seeds: those that are taken, None for all. baselines: key → the arm that others are compared with.
+    """
+
+    metric: str | None = None
+    selection: Selection = "same"
+    tuned: Sequence[str] = ()
+    where: Mapping[str, Sequence[str]] | None = None
+    seeds: Sequence[str] | None = None
+    baselines: Mapping[str, str] | None = None

@@ -1,0 +1,124 @@
+"""A study's comparisons: its runs are split into groups that answer one question each, and each group is judged."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from xattn.errors import BadInput
+from xattn.report.checks import what_is_odd
+from xattn.report.cost import is_speed, why_speeds_differ
+from xattn.report.defaults import conf_defaults
+from xattn.report.design import TUNED, Cell, Design, Group, find_design, groups_of, show
+from xattn.report.findings import Comparison, Findings, Question
+from xattn.report.measures import probes_of
+from xattn.report.metric import Metric, metric_for
+from xattn.report.read import Run, Study
+from xattn.report.selection import Chosen, choose
+from xattn.report.statistics import Effect, interactions, main_effects
+
+
+def judge(study: Study, question: Question, *, command: str = "") -> Findings:
+    """Raises :class:`BadInput` where what is asked for is not in the study, and for a speed where speeds are not
+    comparable."""
+    study = replace(study, runs=tuple(_asked_for(study.runs, question)))
+    _check_metric(study.runs, question.metric)
+    for key in question.tuned:
+        _check_key(key, study.runs, "--tuned")
+    tuned = (*TUNED, *question.tuned)
+    baselines = dict(_baselines(study.runs, question.baselines or {}))
+    groups = groups_of(study.runs, tuned)
+    designs = [(group, find_design(group.runs, conf_defaults(), tuned, baselines)) for group in groups]
+    comparisons = [
+        _compared(group, design, question) for group, design in designs if design.factors or len(designs) == 1
+    ]
+    factors = {factor.key: factor.arms for each in comparisons for factor in each.design.factors}
+    for key in baselines.keys() - factors.keys():
+        raise BadInput(f"--baseline {key}=…: is no factor here; {_there_are(factors)}")
+    compared = {id(each.runs) for each in comparisons}
+    return Findings(
+        study=study,
+        comparisons=comparisons,
+        alone=[group for group in groups if id(group.runs) not in compared],
+        odd=what_is_odd(study, comparisons, question.selection),
+        selection=question.selection,
+        command=command,
+    )
+
+
+def _compared(group: Group, design: Design, question: Question) -> Comparison:
+    metric = metric_for(group.runs, question.metric)
+    chosen = choose(design, metric, question.selection)
+    if is_speed(metric.name) and (why_not := why_speeds_differ(chosen.values())) is not None:
+        raise BadInput(f"--metric {metric.name}: no verdict on speeds, because {why_not}; they stand in results.csv")
+    of_probes = {name: metric_for(group.runs, name) for name in probes_of(group.runs) if name != metric.name}
+    probes_chosen = {name: choose(design, probe, question.selection) for name, probe in of_probes.items()}
+    return Comparison(
+        where=group.where,
+        runs=group.runs,
+        design=design,
+        metric=metric,
+        chosen=chosen,
+        effects=list(_effects(design, chosen, metric)),
+        interactions=interactions(design, chosen, metric),
+        probes={name: list(_effects(design, probes_chosen[name], probe)) for name, probe in of_probes.items()},
+        probes_chosen=probes_chosen,
+    )
+
+
+def _effects(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) -> Iterator[Effect]:
+    for factor in design.factors:
+        yield from main_effects(design, chosen, factor, metric)
+
+
+def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:
+    """The runs that --where and --seeds leave."""
+    for key, values in (question.where or {}).items():
+        _check_key(key, runs, "--where")
+        there = list(dict.fromkeys(show(run.config.get(key)) for run in runs))
+        for value in values:
+            if value not in there:
+                raise BadInput(f"--where {key}={value}: no run has it; there are {', '.join(there[:12])}")
+        runs = [run for run in runs if show(run.config.get(key)) in values]
+        if not runs:
+            raise BadInput(f"--where {key}={','.join(values)}: no run has this and what else was asked for")
+    if question.seeds is not None:
+        there = list(dict.fromkeys(show(run.seed) for run in runs))
+        for seed in question.seeds:
+            if seed not in there:
+                raise BadInput(f"--seeds {seed}: no run has it; there are {', '.join(there[:12])}")
+        runs = [run for run in runs if show(run.seed) in question.seeds]
+    yield from runs
+
+
+def _baselines(runs: Sequence[Run], asked: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    for key, arm in asked.items():
+        _check_key(key, runs, "--baseline")
+        arms = {show(value): value for value in (run.config.get(key) for run in runs)}
+        if arm not in arms:
+            raise BadInput(f"--baseline {key}={arm}: no run has it; there are {', '.join(list(arms)[:12])}")
+        yield key, arms[arm]
+
+
+def _check_key(key: str, runs: Sequence[Run], option: str) -> None:
+    keys = sorted({known for run in runs for known in run.config})
+    if keys and key not in keys:
+        nearest = difflib.get_close_matches(key, keys, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else "; a key is, for example, backend.theta"
+        raise BadInput(f"{option} {key}: no run's config has it{hint}")
+
+
+def _check_metric(runs: Sequence[Run], metric: str | None) -> None:
+    done = [run for run in runs if run.status == "done"]
+    if metric is None or not done or any(metric_for([run], metric).of(run) for run in done):
+        return
+    known = sorted({key for run in done for key in run.summary if run.number(key) is not None})
+    nearest = difflib.get_close_matches(metric, known, n=1)
+    hint = f" (did you mean {nearest[0]}?)" if nearest else f"; there are {', '.join(known[:12])}"
+    raise BadInput(f"--metric {metric}: no run's summary.json has such a number{hint}")
+
+
+def _there_are(factors: Mapping[str, Sequence[Any]]) -> str:
+    return f"there are {', '.join(factors)}" if factors else "nothing differs between the runs that are compared"
