@@ -28,7 +28,7 @@ from xattn.provenance import changes, provenance
 from xattn.run_folder import RunFolder, result_line, shown
 from xattn.tracking.display import Display
 from xattn.tracking.tracker import MetricsFile, Row, Tracker
-from xattn.tracking.wandb import WandbMirror, resolve_mode
+from xattn.tracking.wandb import WandbMirror, refuse_without_key
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Choice
@@ -97,7 +97,7 @@ class Attempt:
                 f"{shown(self.folder.path)}: failed {failures['count']} times in a row at step {failures['step']}, "
                 f"with this same source; see its {run_folder.LOG}. Change the source, or begin anew with resume=never"
             )
-        resolve_mode(self.config.tracking.wandb)
+        refuse_without_key(self.config.tracking.wandb)
         with self._as_recorded():
             check(self.config.data)
 
@@ -222,12 +222,10 @@ class Attempt:
 
     def _wandb_mirror(self, run_id: str) -> WandbMirror | None:
         config, folder = self.config, self.folder
-        mode = resolve_mode(config.tracking.wandb)
-        if mode == "disabled":
+        if config.tracking.wandb.mode == "disabled":
             return None
         return WandbMirror(
             config.tracking.wandb,
-            mode=mode,
             run_id=run_id,
             name=folder.path.name,
             group=config.study,

@@ -45,7 +45,7 @@ def _to_wandb(first: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]
     config = xattn.config.load(first / run_folder.CONFIG)
     mode = resolve_mode(config.tracking.wandb)
     if mode == "disabled":
-        raise BadInput(f"--wandb: tracking.wandb.mode of {first}, or WANDB_MODE, is disabled")
+        raise BadInput(f"--wandb: disabled by tracking.wandb.mode of {first}, WANDB_MODE or wandb's settings file")
     folder = first.absolute().parent / REPORT
     folder.mkdir(exist_ok=True)
     log_table(config.tracking.wandb, mode=mode, group=config.study, columns=columns, rows=rows, folder=folder)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import inspect
 import os
-import secrets
 import shlex
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from types import CodeType
 from typing import Any
 
 from xattn.backend import activations
+from xattn.tracking.wandb import run_id
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = [
@@ -84,7 +84,7 @@ def git_state() -> tuple[str | None, bool | None]:
 def provenance() -> dict[str, Any]:
     """What of provenance.json is known without jax and data.
 
-    ``wandb_id`` is the one that ``wandb agent`` hands out, or drawn.
+    ``wandb_id`` is :func:`xattn.tracking.wandb.run_id`'s.
     """
     commit, dirty = git_state()
     own_files = registered()
@@ -97,7 +97,7 @@ def provenance() -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "cwd": os.getcwd(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "wandb_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
+        "wandb_id": run_id(),
         **({"registered": own_files} if own_files else {}),
     }
 

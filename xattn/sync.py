@@ -36,12 +36,10 @@ def sync(path: Path) -> None:
         origin, summary = folder.read_json(run_folder.PROVENANCE), folder.summary()
         if origin is None or summary is None:
             raise BadInput(f"{path}: the run there has not begun")
-        mode = resolve_mode(config.tracking.wandb)
-        if mode == "disabled":
-            raise BadInput(f"{path}: tracking.wandb.mode of this run, or WANDB_MODE, is disabled")
+        if resolve_mode(config.tracking.wandb) == "disabled":
+            raise BadInput(f"{path}: disabled by tracking.wandb.mode of this run, WANDB_MODE or wandb's settings file")
         mirror = WandbMirror(
             config.tracking.wandb,
-            mode=mode,
             run_id=origin["wandb_id"],
             name=folder.path.name,
             group=config.study,

@@ -54,7 +54,7 @@ class Summary(dict):
 class Run:
     summary = Summary()
 
-    def log(self, row, step):
+    def log(self, row, step, commit):
         sulk("log")
         write(step=step, row=row)
 

@@ -56,6 +56,6 @@ def test_wandb_gets_the_same_table(runs: list[Path], monkeypatch: pytest.MonkeyP
     (file,) = runs[0].parent.glob("report/wandb/offline-run-*/files/media/table/comparison*.json")
     columns, rows = comparison([read_run(run) for run in runs])
     assert json.loads(file.read_text()) | {"columns": columns, "data": rows} == json.loads(file.read_text())
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    (runs[0] / "config.yaml").write_text(save(compose(["tracking.wandb.mode=disabled"])))
     with pytest.raises(BadInput, match="disabled"):
         compare.main([str(runs[0]), "--wandb"])

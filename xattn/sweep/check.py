@@ -17,7 +17,7 @@ from xattn.device import ask_for_determinism
 from xattn.errors import BadInput
 from xattn.pack import choose_attention
 from xattn.run_folder import read_provenance
-from xattn.tracking.wandb import resolve_mode
+from xattn.tracking.wandb import refuse_without_key
 
 
 def check_data(jobs: Sequence[Job]) -> None:
@@ -27,7 +27,7 @@ def check_data(jobs: Sequence[Job]) -> None:
         for config in {config.data.model_dump_json(): config for config in configs}.values():
             corpus.check(config.data)
         for config in {config.tracking.wandb.model_dump_json(): config for config in configs}.values():
-            resolve_mode(config.tracking.wandb)
+            refuse_without_key(config.tracking.wandb)
 
 
 def check_devices(jobs: Sequence[Job]) -> None:

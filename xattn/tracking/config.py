@@ -12,7 +12,8 @@ from xattn.section import Section
 class WandbConfig(Section):
     """Weights & Biases, a mirror of metrics.jsonl.
 
-    mode: ``auto`` is ``online`` where an API key is configured and ``offline`` elsewhere; ``disabled`` never loads it.
+    mode: ``auto`` is what the installed wandb would do, but ``offline`` where it has no API key; ``disabled`` never
+        loads it.
     project, entity: where the runs go; entity null means the account's own.
     """
 
