@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from xattn import entry
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 
 # Command → the module whose main(argv) carries it out, and what it is for.
@@ -38,24 +39,26 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 where it went well, else that of the error, after one message."""
+    entry.open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        entry.check_working_directory()
         code = _carry_out(words)
         sys.stdout.flush()
     except XattnError as error:
-        print(f"xattn: {error}", file=sys.stderr)
+        entry.tell(error)
         return error.exit_code
     except BrokenPipeError:  # who read what we print has read enough: `xattn runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
         return ExitCode.DONE
     except KeyboardInterrupt:
-        print("xattn: interrupted", file=sys.stderr)
+        entry.tell("interrupted")
         return 128 + signal.SIGINT
     except Exception as error:  # the outermost rim: a fault of ours
         if (full := storage_error(error, Path.cwd())) is not None:
-            print(f"xattn: {full}", file=sys.stderr)
+            entry.tell(full)
             return full.exit_code
-        print(f"xattn: {type(error).__name__}: {error}".splitlines()[0] + _kept(), file=sys.stderr)
+        entry.tell(f"{type(error).__name__}: {error}".splitlines()[0] + _kept())
         return ExitCode.ERROR
     return code
 

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import xattn.config
-from xattn import cli, hosts
+from xattn import cli, entry, hosts
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.hosts import ToldByFirst
 from xattn.run import run
@@ -50,7 +50,7 @@ def train(composed: DictConfig) -> ExitCode:
         code = error.exit_code
     except XattnError as error:
         code = error.exit_code
-        print(f"xattn: {error}", file=sys.stderr)
+        entry.tell(error)
     except Exception:  # the outermost rim: what run() itself does not catch is a fault of ours
         traceback.print_exc()
         code = ExitCode.ERROR
@@ -64,6 +64,7 @@ def main() -> NoReturn:
     A first word that is a command of ``xattn`` (``sample RUN``) is carried out as that, with what this process has
     registered.
     """
+    entry.open_streams()
     if len(sys.argv) > 1 and cli.is_command(sys.argv[1]):
         sys.exit(cli.main(sys.argv[1:]))
     _leave(_train())
@@ -77,6 +78,7 @@ def _train() -> int:
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     xattn.config.register_resolvers()
     try:
+        entry.check_working_directory()
         sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
         if sweeps and hosts.place(os.environ).count > 1:
             raise BadInput("-m: a sweep over several processes; start one run by them, or sweep by a launcher")
@@ -86,16 +88,16 @@ def _train() -> int:
         with interruption.listening():
             train()
     except XattnError as error:
-        print(f"xattn: {error}", file=sys.stderr)
+        entry.tell(error)
         return error.exit_code
     except xattn.config.COMPOSITION_ERRORS as error:
-        print(f"xattn: {xattn.config.explain(error, sys.argv[1:])}", file=sys.stderr)
+        entry.tell(xattn.config.explain(error, sys.argv[1:]))
         return ExitCode.BAD_INPUT
     except BrokenPipeError:  # who read what we print has read enough: `python train.py --help | head`
         return ExitCode.DONE
     except OSError as error:  # Hydra makes the run's folder before train() is called
         refusal = storage_error(error, Path.cwd()) or BadInput(f"{error.filename}: {error.strerror}")
-        print(f"xattn: {refusal}", file=sys.stderr)
+        entry.tell(refusal)
         return refusal.exit_code
     return _codes[-1] if _codes else study.exit_code()
 

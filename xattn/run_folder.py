@@ -197,7 +197,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def shown(path: Path) -> str:
     """The path as a person would type it from here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    with contextlib.suppress(FileNotFoundError, ValueError):  # "here" is gone by now, or the path is elsewhere
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 def result_line(summary: dict[str, Any]) -> str:

@@ -1,0 +1,37 @@
+"""What both commands see to at their rim: standard streams that are open, a working directory, an error's message."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from xattn.errors import BadInput
+
+
+def open_streams() -> None:
+    """Opens the null device in place of each standard stream that is closed (``>&-``).
+
+    Otherwise the next file to be opened takes its number, and what a library prints would land in that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process lives
+
+
+def check_working_directory() -> None:
+    """Raises :class:`BadInput` where the working directory was deleted, or cannot be looked up."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise BadInput(f"the working directory: {error.strerror}; start from a folder that exists") from error
+
+
+def tell(message: object) -> None:
+    """Prints an error's message on the error stream, where the exit code stands even if nobody reads it any more."""
+    try:
+        print(f"xattn: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # else the interpreter's own flush fails again
