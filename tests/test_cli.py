@@ -79,3 +79,68 @@ def test_a_reader_that_has_read_enough_is_no_error() -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+TRAIN, XATTN = [str(ROOT / "train.py")], ["-m", "xattn.cli"]
+
+
+def from_a_shell(before: str, arguments: list[str], closed: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """What a shell makes of ``before && exec python arguments closed``."""
+    return subprocess.run(
+        ["sh", "-c", f'{before} && exec "$@" {closed}', "sh", sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([*XATTN, "--help"], 0),
+        ([*XATTN, "nonsense"], 2),
+        ([*TRAIN, "--cfg", "job"], 0),
+        ([*TRAIN, "nonsense=1"], 2),
+        ([*TRAIN, "-m", "nonsense=1,2"], 2),
+        ([*TRAIN, "runs", "nowhere"], 2),
+    ],
+)
+def test_a_closed_stream_changes_no_exit_code(arguments: list[str], code: int, closed: str, tmp_path: Path) -> None:
+    done = from_a_shell("true", arguments, closed, tmp_path)
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (len(done.stderr) > 0) == (code == 2 and "2>" not in closed)
+
+
+def test_what_is_printed_to_a_closed_stream_lands_in_no_file(tmp_path: Path) -> None:
+    """A file that is opened next would get its number; C++ libraries print to the number."""
+    program = (
+        "import os; from xattn import entry; entry.open_streams(); file = open('a file', 'w'); file.write('a'); "
+        "os.write(1, b'lost'); os.write(2, b'lost'); os.read(0, 1); file.close()"
+    )
+    assert from_a_shell("true", ["-c", program], "<&- >&- 2>&-", tmp_path).returncode == 0
+    assert (tmp_path / "a file").read_text() == "a"
+
+
+@pytest.mark.parametrize("arguments", [[*XATTN, "nonsense"], [*TRAIN, "nonsense=1"]])
+def test_an_error_that_nobody_reads_keeps_its_exit_code(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, *arguments], stdout=writing, stderr=writing, cwd=ROOT, timeout=60)
+    os.close(writing)
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [[*XATTN, "runs"], TRAIN, [*TRAIN, "-m", "seed=0,1"], [*TRAIN, "--help"], [*TRAIN, "report", "here"]]
+)
+def test_a_deleted_working_directory_is_bad_input(arguments: list[str], tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = from_a_shell('rmdir "$PWD"', arguments, "", gone)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "working directory" in done.stderr

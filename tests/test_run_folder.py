@@ -343,3 +343,14 @@ def test_numbers_that_are_not_finite_are_null() -> None:
     assert read == {"a": None, "b": None, "c": None, "d": 1e30, "e": 0.0, "f": 3, "g": "ü", "h": None, "i": True}
     assert json.loads(to_json({"nested": {"x": [1.0, math.nan]}})) == {"nested": {"x": [1.0, None]}}
     assert "\\n" not in to_json(values)
+
+
+def test_a_path_is_shown_as_seen_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in full where it is not below, or "here" was deleted while a run went on."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert run_folder.shown(here / "outputs") == "outputs"
+    assert run_folder.shown(tmp_path) == str(tmp_path)
+    here.rmdir()
+    assert run_folder.shown(here / "outputs") == str(here / "outputs")

@@ -493,6 +493,18 @@ def test_a_reader_who_leaves_does_not_stop_the_run(tmp_path: Path, text_file: Pa
     assert "result" in (folder / "log.txt").read_text("utf-8")
 
 
+def test_a_run_without_standard_streams_is_a_run(finished: Finished, tmp_path: Path) -> None:
+    """``<&- >&- 2>&-``, as some schedulers start it. The numbers that are free go to no file of the run's."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, str(ROOT / "train.py"), *finished.overrides]
+    assert subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, timeout=300).returncode == 0
+    folder = run_of(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["state_sha256"] == finished.summary["state_sha256"]
+    assert [row["step"] for row in rows(folder)] == [row["step"] for row in rows(finished.folder)]
+
+
 def test_a_loaded_run_reproduces_the_loss_of_its_summary(finished: Finished, loaded: xattn.LoadedRun) -> None:
     assert loaded.config == xconfig.compose(finished.overrides)
     assert loaded.step == 20

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from xattn import run_folder
@@ -13,6 +12,7 @@ from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
 from xattn.report.compare import comparison
 from xattn.report.read import REPORT, read_run
+from xattn.tracking.display import Screen
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--wandb", action="store_true", help="log the same table to the wandb project of the first run")
     asked = parser.parse_args(argv)
     columns, rows = comparison([read_run(folder) for folder in asked.runs])
-    Console(highlight=False).print(_on_screen(columns, rows))
+    Screen().print_table(_on_screen(columns, rows), folds=True)
     if asked.wandb:
         _to_wandb(asked.runs[0], columns, rows)
     return ExitCode.DONE
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _on_screen(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(columns[0])
+    table.add_column(columns[0], overflow="fold")
     for name in columns[1:]:
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:

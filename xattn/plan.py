@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from xattn.arguments import Parser, whole
@@ -31,6 +30,7 @@ from xattn.model.loss import MOST_LOGITS
 from xattn.model.pattern import layers_of
 from xattn.model.transformer import LanguageModel, init_params, matmul_flops_per_token
 from xattn.pack import choose_attention
+from xattn.tracking.display import Screen
 from xattn.training.memory import available_bytes, what_helps
 from xattn.training.optimizer import OptimizerHyperparameters, optimizer
 from xattn.training.sharding import check_mesh, mesh_sizes
@@ -240,7 +240,7 @@ def _here() -> Hardware:
 
 
 def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: int) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen()
     devices = math.prod(found.mesh.values())
     axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1)
     console.print(f"{devices} × {device}" + (f" ({axes})" if axes else ""))
@@ -256,7 +256,7 @@ def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: i
         table.add_row(name, f"{amount / 1e9:.3f}")
     for axis, amount in found.communication.items():
         table.add_row(f"sent along {axis}", f"{amount / 1e9:.3f}")
-    console.print(table)
+    console.print_table(table)
     fits = found.memory_bytes <= hardware.memory
     console.print(
         f"memory        {found.memory_bytes / 1e9:.2f} GB of {hardware.memory / 1e9:.1f}"

@@ -49,6 +49,17 @@ def test_it_is_printed(runs: list[Path], capsys: pytest.CaptureFixture[str], tmp
         compare.main([str(tmp_path)])
 
 
+def test_nothing_is_cut_where_it_is_piped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever reads it, a script or an eye, needs the key to know what the number is."""
+    writer = Writer(tmp_path / "outputs" / "study")
+    names = [f"a-name-of-a-run-that-is-as-long-as-those-we-make-{i}" for i in range(5)]
+    key = "optimizer.a_key_that_is_long_enough_to_be_cut_off_somewhere"
+    folders = [writer.run({key: i}, 2.0, name=name) for i, name in enumerate(names)]
+    assert compare.main([str(folder) for folder in folders]) == ExitCode.DONE
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == [names, [key, "0", "1", "2", "3", "4"]]
+
+
 def test_wandb_gets_the_same_table(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     (runs[0] / "config.yaml").write_text(save(compose(["tracking.wandb.mode=auto"])))
     monkeypatch.setenv("WANDB_MODE", "offline")

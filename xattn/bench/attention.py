@@ -23,13 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from xattn.arguments import Parser
 from xattn.backend import activations, attention, dispatch
 from xattn.backend.arguments import DTYPES
 from xattn.bench.record import write_record
+from xattn.tracking.display import Screen
 
 PEER = "jax.nn"
 """The name under which ``jax.nn.dot_product_attention`` stands in the results."""
@@ -221,7 +221,7 @@ def _measure(subjects: list[Subject], arrays: tuple[jax.Array, ...], repeats: in
 
 
 def _print(results: list[Result], skipped: list[Skipped]) -> None:
-    console = Console()
+    console = Screen()
     table = Table("S", "activation", "implementation", "ms", "from", "to", "×ref", "MB", "compile")
     for column in table.columns:
         column.no_wrap = True
@@ -237,13 +237,13 @@ def _print(results: list[Result], skipped: list[Skipped]) -> None:
             f"{result.memory_bytes / 1e6:.0f}",
             f"{result.compile_seconds:.1f} s",
         )
-    console.print(table)
+    console.print_table(table)
     reasons: dict[tuple[str, str, str], list[int]] = {}
     for skip in skipped:
         reasons.setdefault((skip.name, skip.activation, skip.reason), []).append(skip.length)
     for (name, activation, reason), lengths in reasons.items():
         at = ", ".join(str(length) for length in lengths)
-        console.print(f"not run: {name}, {activation}, S {at}: {reason}", highlight=False, soft_wrap=True)
+        console.print(f"not run: {name}, {activation}, S {at}: {reason}")
 
 
 def _draw(results: list[Result], path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from xattn.backend.hopper.tuning import Tuning
+from xattn.tracking.display import Screen
 
 PASSES = ("forward", "forward+backward")
 
@@ -27,7 +27,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.console = Console()
+        self.console = Screen()
         self.record: dict[str, Any] = {
             "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
             "jax": jax.__version__,

@@ -73,7 +73,7 @@ def time_stage(bench: Bench) -> None:
         what = f"{t.name} {t.activation}"
         table.add_row(str(t.width), str(t.length), passes, what, milliseconds, f"{t.tflops:.0f}", ratio, bar)
     bench.record["timings"] = [asdict(timing) for timing in found]
-    bench.console.print(table)
+    bench.console.print_table(table)
     bench.record["quickest none"] = _quickest(found)
     for where, name in bench.record["quickest none"].items():
         bench.console.print(f"quickest none, {where}: {name}", highlight=False)
@@ -211,4 +211,4 @@ def sweep_stage(bench: Bench) -> None:
         for median, name in sorted((statistics.median(each), name) for (name, _), each in seconds.items()):
             table.add_row(f"{median * 1e3:.3f}", name.removeprefix("Tuning"))
             bench.record["sweep"].append({"what": what, "seconds": median, "tuning": name})
-        bench.console.print(table)
+        bench.console.print_table(table)

@@ -101,7 +101,7 @@ def compile_stage(bench: Bench, on_hopper: bool) -> None:
                     bench.record["compiled"].append(asdict(report) | {"case": case})
                     spilled = f"{report.spill_stores} + {report.spill_loads}"
                     table.add_row(f"  {report.kernel}", str(report.registers), spilled, "; ".join(report.warnings))
-    bench.console.print(table)
+    bench.console.print_table(table)
 
 
 def accuracy_stage(bench: Bench) -> bool:
@@ -118,7 +118,7 @@ def accuracy_stage(bench: Bench) -> bool:
             cells = [f"{accuracy.ratios[name]:.2f}" for name in kernel_accuracy.RESULTS]
             table.add_row(case, str(length), *cells, "" if accuracy.holds else "MISSED")
     bench.record["accuracy"] = [asdict(a) | {"ratios": a.ratios, "holds": a.holds} for a in found]
-    bench.console.print(table)
+    bench.console.print_table(table)
     return len(found) == len(cases) and all(accuracy.holds for accuracy in found)
 
 

@@ -22,12 +22,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from xattn.arguments import Parser
 from xattn.bench.record import write_record
 from xattn.errors import BadInput, XattnError
+from xattn.tracking.display import Screen
 
 _TRAIN = Path(__file__).resolve().parent.parent.parent / "train.py"
 # Four layers of width 128, 64 tokens, 12 rows: a model too small to fill a GPU.
@@ -130,7 +130,7 @@ def _packs(options: argparse.Namespace) -> dict[str, Any]:
             f"{row['memory_bytes'] / 1e6:.0f}",
             f"{row['compile_seconds']:.1f} s",
         )
-    Console(width=100).print(table)
+    Screen().print_table(table)
     return {"device": jax.local_devices()[0].device_kind, "packs": rows}
 
 

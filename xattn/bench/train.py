@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from xattn.arguments import Parser
@@ -33,6 +32,7 @@ from xattn.data.batches import Windows
 from xattn.device import keep_compiled_programs
 from xattn.errors import BadInput
 from xattn.hardware import hardware_of, measured_peak
+from xattn.tracking.display import Screen
 from xattn.training.programs import Programs, TrainState, hyperparameters, num_params, programs
 
 PEER = "nanoGPT"
@@ -217,7 +217,7 @@ def _print(results: list[Result], peer_seconds: list[float]) -> None:
     if peer_seconds:
         spread = _range(min(peer_seconds), max(peer_seconds))
         table.add_row(PEER, "softmax", "", f"{statistics.median(peer_seconds) * 1e3:.1f}", spread)
-    Console().print(table)
+    Screen().print_table(table)
 
 
 def _range(lowest: float, highest: float) -> str:

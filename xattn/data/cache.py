@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xattn.errors import Preempted
 from xattn.run_folder import fsync, write_atomically
+from xattn.tracking.display import Screen
 
 Encode = Callable[[int], Iterator[np.ndarray]]  # the ids of a shard, piece after piece
 
@@ -179,13 +179,13 @@ def _held(lock: Path, say: Callable[[str], None], stop: Callable[[], bool]) -> I
 
 @contextlib.contextmanager
 def _bar(shards: int) -> Iterator[Callable[[], None]]:
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     columns = (
         TextColumn("tokenising"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=shards < 2 or not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=shards < 2 or not console.has_bars) as bar:
         task = bar.add_task("", total=shards)
         yield lambda: bar.advance(task)

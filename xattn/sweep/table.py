@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 import xattn.config
@@ -16,6 +14,7 @@ from xattn import run_folder
 from xattn.config import Config
 from xattn.errors import BadInput
 from xattn.keys import short
+from xattn.tracking.display import Screen
 
 
 def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Path, Config] | None = None) -> None:
@@ -44,9 +43,7 @@ def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Pat
             _text(speed, ",.0f"),
             folder.name,
         )
-    console = Console(highlight=False)
-    wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-    Console(highlight=False, width=max(wanted, console.width)).print(table)
+    Screen().print_table(table)
 
 
 def _status(folder: Path, summary: dict[str, Any], config: Config | None) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from xattn.tracking.display import Screen
 from xattn.tracking.tracker import Row
 
 
@@ -19,13 +18,13 @@ class StudyView:
     tracker, how far those are that run."""
 
     def __init__(self, runs: int, done: int):
-        self._console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+        self._console = Screen()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not self._console.has_bars,
             transient=True,
         )
         self._runs, self._done, self._failed, self._running = runs, done, 0, 0

@@ -11,18 +11,46 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from xattn.run_folder import loss_text
 from xattn.tracking.tracker import Row
 
+_UNBOUNDED = 1_000_000_000  # columns
 
-class _Screen(Console):
-    """A console whose reader may leave (``python train.py | head``): the run goes on, and log.txt has everything."""
+
+class Screen(Console):
+    """The screen, or what stands in for it: a pipe, a file, or a reader who leaves (``python train.py | head``).
+
+    A run goes on without its reader; log.txt has everything.
+    """
+
+    def __init__(self, *, stderr: bool = False):
+        super().__init__(highlight=False, soft_wrap=True, file=sys.stderr if stderr else sys.stdout)
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether a bar can move here: on a terminal that is not dumb, and nowhere else.
+
+        rich alone would take a pipe for a terminal where FORCE_COLOR, TTY_COMPATIBLE or TTY_INTERACTIVE say so.
+        """
+        return self.is_interactive and self.file.isatty()
+
+    def print_table(self, table: Table, *, folds: bool = False) -> None:
+        """Prints a table with nothing cut off: as wide as it is, whatever the width of the screen.
+
+        folds: fits it to a terminal's width; its columns have to fold then. A pipe has no width.
+        """
+        if not (folds and self.file.isatty()):
+            unbounded = self.options.update(max_width=_UNBOUNDED)
+            self.width = max(self.width, Measurement.get(self, unbounded, table).maximum)
+        self.print(table, soft_wrap=False)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # else the interpreter's last flush fails too
 
 
 class Display:
@@ -33,7 +61,7 @@ class Display:
 
     def __init__(self, log: Path, steps: int, *, quiet: bool = False):
         self._quiet = quiet
-        self._console = _Screen(highlight=False, soft_wrap=True, file=sys.stdout)
+        self._console = Screen()
         self._log_path = log
         self._log: TextIO | None = None  # opened with the first line: a start that is refused leaves no file
         self._steps = steps
@@ -44,7 +72,7 @@ class Display:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=quiet or not self._console.is_terminal,
+            disable=quiet or not self._console.has_bars,
             transient=True,
         )
         self._task = self._progress.add_task("compiling …", total=steps)
@@ -84,7 +112,7 @@ class Display:
         if len(words) == 1:  # neither of the two: it is for the files
             return
         line = "  ".join(words)
-        if self._console.is_terminal and "val_loss" not in row:
+        if self._console.has_bars and "val_loss" not in row:
             self.note(line)  # the bar shows it
         else:
             self.say(line)
