@@ -415,6 +415,19 @@ def test_operations_are_counted_as_xla_counts_them(overrides: list[str]) -> None
     assert cost["flops"] / (2 * 96) == pytest.approx(counted + skipped, rel=0.12)
 
 
+def test_operations_differ_from_nanogpts_as_the_documentation_says() -> None:
+    """Half of its attention, and no scales of norms; docs/cost.md has the share for GPT-2 124M."""
+    layers, d, length, vocab = 12, 768, 1024, 50304
+    keys = [f"model.num_layers={layers}", f"model.embedding_dim={d}", "model.num_heads=12", "model.num_kv_heads=12"]
+    config = compose([*keys, "model.mlp=gelu", f"model.mlp_dim={4 * d}", f"backend.context_length={length}"]).model
+    ours = 3 * matmul_flops_per_token(config, context_length=length, vocab_size=vocab)
+    norms = (2 * layers + 1) * d
+    parameters = layers * 12 * d * d + vocab * d + norms
+    nanogpts = 6 * parameters + 12 * layers * d * length  # estimate_mfu in its model.py
+    assert nanogpts - ours == 6 * layers * d * length + 6 * norms
+    assert 1 - ours / nanogpts == pytest.approx(0.066, abs=0.0005)
+
+
 @pytest.mark.parametrize("precision", ["default", "bfloat16"])
 @pytest.mark.parametrize("targets", [(), (TOKENS,)], ids=["logits", "losses"])
 def test_every_projection_has_the_precision_that_the_config_names(

@@ -140,6 +140,40 @@ def test_muon_orthogonalises_matrices_and_nothing_else() -> None:
             assert np.sqrt((layer**2).mean()) == pytest.approx(0.2, rel=0.25)
 
 
+def keller_jordans(gradients: list[np.ndarray], *, corrected: bool) -> list[np.ndarray]:
+    """``muon_update`` of github.com/KellerJordan/Muon, for a matrix (out, in), but in float64.
+
+    corrected: momentum and gradient are corrected for Adam's bias, as optax does it.
+    """
+    momentum, found = np.zeros_like(gradients[0]), []
+    for t, gradient in enumerate(gradients, start=1):
+        momentum = 0.95 * momentum + 0.05 * gradient
+        slow, fast = (1 - 0.95 ** (t + 1), 1 - 0.95**t) if corrected else (1.0, 1.0)
+        mixed = 0.95 * momentum / slow + 0.05 * gradient / fast
+        x = mixed.T if (tall := mixed.shape[0] > mixed.shape[1]) else mixed
+        x = x / (np.linalg.norm(x) + 1e-7)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        found.append((x.T if tall else x) * max(1.0, gradient.shape[0] / gradient.shape[1]) ** 0.5)
+    return found
+
+
+def test_muon_differs_from_keller_jordans_as_its_docstring_says() -> None:
+    """The scale, a correction of the first updates, bfloat16 and eps, and nothing else."""
+    gradients = [tree(seed) for seed in (1, 2, 3)]
+    ours = updates_of(transformation("muon", rate=1.0), tree(0), gradients)
+    for part, name in (("attention", "query"), ("mlp", "down")):
+        each = [np.asarray(g["layers"][part][name]["kernel"][0], np.float64).T for g in gradients]
+        out, inner = each[0].shape
+        scale = 0.2 * math.sqrt(max(inner, out)) / math.sqrt(max(1.0, out / inner))
+        found = [-np.asarray(u["layers"][part][name]["kernel"][0]).T / scale for u in ours]
+        np.testing.assert_allclose(found, keller_jordans(each, corrected=True), atol=1e-4)
+        plain = keller_jordans(each, corrected=False)
+        np.testing.assert_allclose(found[0], plain[0], atol=1e-4)  # one gradient: only its length differs
+        assert np.abs(found[1] - plain[1]).max() > 1e-3
+
+
 # ---- formulas --------------------------------------------------------------------------------------------------------
 
 

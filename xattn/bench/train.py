@@ -64,7 +64,8 @@ class Result:
     """What was measured of one model and activation.
 
     mfu: model FLOP/s utilisation, flops_per_step over seconds and the device's peak in the dtype of the projections'
-    factors. memory_bytes: of the compiled step, arguments and temporaries. ratio_to_peer: of its median step over ours.
+    factors; docs/cost.md says where it differs from nanoGPT's. memory_bytes: of the compiled step, arguments and
+    temporaries. ratio_to_peer: of its median step over ours.
     """
 
     model: str

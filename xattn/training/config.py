@@ -54,6 +54,16 @@ class MuonConfig(_Optimizer):
 
     learning_rate belongs to the matrices, whose update has root-mean-square entry ~0.2 like AdamW's (Liu et al.,
     arXiv 2502.16982), so that one rate serves both.
+
+    It is optax's ``scale_by_muon``, which differs from Keller Jordan's (github.com/KellerJordan/Muon, muon.py):
+
+    - Newton–Schulz runs in the gradient's dtype, float32, and not in bfloat16; eps is 1e-8, there 1e-7. The five steps
+      and their coefficients are the same.
+    - Momentum and gradient are corrected for Adam's bias before Nesterov mixes them; it matters in the first updates.
+
+    And ours differs from both in the scale: 0.2 · √max(in, out), there √max(1, out/in). A learning rate of theirs is
+    not one of ours. One rate serves the rest too (theirs: 0.02 and 3e-4); weight_decay is 0.1, on embeddings too, and
+    none on vectors (theirs: 0); gradients are clipped before (there not). AdamW's eps is 1e-8, there 1e-10.
     """
 
     name: Literal["muon"]
