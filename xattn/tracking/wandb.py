@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from xattn.errors import BadInput, XattnError
-from xattn.run_folder import to_json, write_atomically
+from xattn.run_folder import shown, to_json, write_atomically
 from xattn.tracking.config import WandbConfig
 from xattn.tracking.tracker import Row
 
@@ -187,7 +187,7 @@ class WandbMirror:
         if mode == "disabled":
             return
         if mode == "offline":
-            where = os.path.relpath(self._folder / "wandb")
+            where = shown(self._folder / "wandb")
             look, sync = f"wandb leet {where}/latest-run", f"wandb sync {where}/offline-run-*"
             self._say(f"wandb       offline; look: {look}  sync: {sync}")
         wandb = _import()
