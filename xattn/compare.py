@@ -20,11 +20,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--wandb", action="store_true", help="log the same table to the wandb project of the first run")
     asked = parser.parse_args(argv)
-    columns, rows = comparison([read_run(folder) for folder in asked.runs])
+    columns, rows = comparison([read_run(folder) for folder in _runs(asked.runs)])
     Screen().print_table(_on_screen(columns, rows), folds=True)
     if asked.wandb:
         _to_wandb(asked.runs[0], columns, rows)
     return ExitCode.DONE
+
+
+def _runs(folders: Sequence[Path]) -> list[Path]:
+    """The folders in the order typed, without what else ``outputs/study/*`` has: the report's folder, and files."""
+    others = {folder for folder in folders if folder.is_file() or folder.absolute().name == REPORT}
+    runs = [folder for folder in folders if folder not in others or (folder / run_folder.CONFIG).is_file()]
+    if not runs:
+        raise BadInput(f"{' '.join(map(str, folders))}: no run among these")
+    return runs
 
 
 def _on_screen(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -70,3 +70,22 @@ def test_wandb_gets_the_same_table(runs: list[Path], monkeypatch: pytest.MonkeyP
     (runs[0] / "config.yaml").write_text(save(compose(["tracking.wandb.mode=disabled"])))
     with pytest.raises(BadInput, match="disabled"):
         compare.main([str(runs[0]), "--wandb"])
+
+
+def test_a_studys_whole_folder_is_compared_in_the_order_typed(
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``outputs/x/*`` has the report's folder too, and files; a run that is called report is a run."""
+    study = runs[0].parent
+    (study / "report").mkdir()
+    (study / "multirun.yaml").touch()
+    typed = [str(study / name) for name in ("softmax", "report", "none", "multirun.yaml")]
+    assert compare.main(typed) == ExitCode.DONE
+    assert capsys.readouterr().out.split()[:2] == ["softmax", "none"]
+    with pytest.raises(BadInput, match="no run among these"):
+        compare.main([str(study / "report")])
+    runs[1].rename(study / "report2")
+    (study / "report").rmdir()
+    (study / "report2").rename(study / "report")
+    assert compare.main(typed[:2]) == ExitCode.DONE
+    assert capsys.readouterr().out.split()[:2] == ["softmax", "report"]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from xattn.errors import BadInput, ExitCode
-from xattn.report import main
-from xattn.report.command import texts
+from xattn.report import figures, main
+from xattn.report.command import _figures_of, texts
 from xattn.report.command import write as write_to
+from xattn.report.content import page_of
 from xattn.report.cost import loss_spikes, why_speeds_differ
 from xattn.report.curves import loss_curves
 from xattn.report.design import show
@@ -74,7 +79,7 @@ def test_a_study_is_reported(write_study: Callable[..., Writer], capsys: pytest.
     folder = write_study().folder
     assert main([str(folder)]) == ExitCode.DONE
     names = {path.name for path in (folder / "report").iterdir()}
-    figures = {
+    drawn = {
         "effects",
         "differences",
         "tuning-learning_rate",
@@ -83,7 +88,7 @@ def test_a_study_is_reported(write_study: Callable[..., Writer], capsys: pytest.
         "curves-seconds",
         "stability",
     }
-    assert names == FILES | {f"{name}.{suffix}" for name in figures for suffix in ("svg", "pdf")}
+    assert names == FILES | {f"{name}.{suffix}" for name in drawn for suffix in ("svg", "pdf")}
     said = capsys.readouterr().out
     assert "backend.activation: none is worse than softmax: val_loss +0.19" in said
     assert "report.html" in said
@@ -587,3 +592,140 @@ def test_where_every_layer_is_the_other_kind_the_pattern_leads_too(tmp_path: Pat
     (factor,) = compared(writer).design.factors
     assert factor.key == "backend.every"
     assert set(factor.also) == {"backend.activation", "backend.then.activation"}
+
+
+# ---- what other people leave in a folder -----------------------------------------------------------------------------
+
+_OTHER_TYPES = ["null", "[]", "3", '"x"', "true", "{}", "1e999", "[[[]]]", str(10**400), '{"a": {"b": [1]}}', "NaN"]
+_JSON_FILES = ("provenance.json", "summary.json", "metrics.jsonl", "evaluations.jsonl")
+
+
+@pytest.mark.parametrize("content", _OTHER_TYPES)
+def test_json_of_another_type_is_never_a_failure(writer: Writer, content: str) -> None:
+    """In place of a whole file, and of every value in it; and as config.yaml, overrides.yaml and their values."""
+    small(writer)
+    for name in _JSON_FILES:
+        (writer.run({"seed": 7}, name=f"whole {name}") / name).write_text(content + "\n")
+    path = writer.run({"seed": 8}, name="values", summary={"attention/0/0/entropy": 1.0, "probe/x/accuracy": 0.5})
+    (path / "evaluations.jsonl").write_text('{"step": 200, "overrides": [], "results": {"val_loss": 1.0}}\n')
+    for file in _JSON_FILES:
+        for key in json.loads((path / file).read_text().splitlines()[0]):
+            copy = writer.run({"seed": 9}, name=f"{file} {key.replace('/', ' ')}")
+            rows = [json.loads(line) for line in (path / file).read_text().splitlines()]
+            (copy / file).write_text(
+                "".join(
+                    re.sub(r'"replace me"', lambda _: content, json.dumps(row | {key: "replace me"})) + "\n"
+                    for row in rows
+                )
+            )
+    for key in ("backend.activation", "seed", "trainer.steps", "backend", "data.name", "study"):
+        copy = writer.run({}, name=f"config {key}")
+        config = yaml.safe_load((copy / "config.yaml").read_text())
+        group, _, leaf = key.rpartition(".")
+        (config[group] if group else config)[leaf] = "replace me"
+        (copy / "config.yaml").write_text(yaml.safe_dump(config).replace("replace me", content))
+        (copy / "overrides.yaml").write_text(content)
+    (writer.run({}, name="whole config") / "config.yaml").write_text(content)
+    sigmoid = [effect for effect in judged(writer).effects if effect.arm == "sigmoid"]
+    assert [effect.paired.seeds for effect in sigmoid] == [2]
+    written(writer)
+
+
+def test_dates_and_other_things_of_yaml_are_values(writer: Writer) -> None:
+    for i, value in enumerate(("2026-01-01", "2026-99-99", "!!binary aGk=", ".nan", "0x1f")):
+        path = writer.run({"data.name": "REPLACE", "seed": 0}, name=str(i))
+        (path / "config.yaml").write_text((path / "config.yaml").read_text().replace("REPLACE", value))
+    written(writer)
+
+
+def test_a_table_for_a_paper_escapes_what_tex_reads(writer: Writer) -> None:
+    for seed in range(2):
+        writer.run({"data.field": "a"}, 2.0 + seed, name=f"a{seed}")
+        writer.run({"data.field": r"~^\{}$&%#_"}, 2.1 + seed, name=f"b{seed}")
+    table = written(writer)["table.tex"]
+    assert r"& \textasciitilde{}\textasciicircum{}\textbackslash{}\{\}\$\&\%\#\_ &" in table
+
+
+def test_a_name_with_dollars_is_no_mathematics(writer: Writer) -> None:
+    for arm in ("$A$", "b"):
+        writer.run({"backend.activation": arm, "seed": 0}, 2.0 + len(arm), name=arm.strip("$"))
+    drawn = figures.forest(judged(writer).effects)
+    assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] in (["\\$A\\$"], ["b"])
+    text = io.StringIO()
+    drawn.savefig(text, format="svg")
+    assert "$A$" in text.getvalue()
+
+
+def test_the_title_is_the_folders_own_name(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(writer)
+    monkeypatch.chdir(writer.folder)
+    assert page_of(judge(read_study(Path()), Question()), {}).title == "Study study"
+
+
+def test_a_run_called_report_is_judged_and_not_written_over(writer: Writer, tmp_path: Path) -> None:
+    writer.run({"backend.activation": "softmax", "seed": 0}, 2.0, name="report")
+    writer.run({"backend.activation": "sigmoid", "seed": 0}, 2.1)
+    assert judged(writer).effects[0].paired.seeds == 1
+    with pytest.raises(BadInput, match="report: is a run's folder; say where the report is to be written with --out"):
+        main([str(writer.folder)])
+    assert sorted(path.name for path in (writer.folder / "report").iterdir()) == [
+        *("config.yaml", "metrics.jsonl", "overrides.yaml", "provenance.json", "summary.json"),
+    ]
+
+
+def test_several_reports_at_once_are_all_written(writer: Writer) -> None:
+    """Two start while a third writes: they unlink each other's figures, and no temporary file is another's."""
+    small(writer)
+    command = [sys.executable, "-c", f"from xattn.report import main; raise SystemExit(main([{str(writer.folder)!r}]))"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]
+    told = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], told
+    names = {path.name for path in (writer.folder / "report").iterdir()}
+    assert names >= FILES
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_links_become_names_where_the_page_has_travelled(writer: Writer) -> None:
+    """The page knows where it was written; a browser that opens it elsewhere is told to show no links."""
+    small(writer)
+    page = written(writer)["report.html"]
+    assert '<a href="../softmax0/">softmax0</a>' in page
+    assert 'endsWith("/study/report/report.html")' in page
+    assert "](../" not in written(writer)["report.md"]
+
+
+def test_nothing_is_said_of_logits_that_are_not_drawn(writer: Writer) -> None:
+    small(writer)
+    captions = {name: caption for name, _, caption in _figures_of(compared(writer))}
+    assert captions["stability"] == "Means over seeds."
+
+
+def test_the_sign_flip_note_stands_under_its_own_factor(writer: Writer) -> None:
+    """Three seeds of theta, six of activation: only theta's p cannot be small."""
+    for seed in range(6):
+        for arm in ("softmax", "sigmoid"):
+            writer.run({"backend.activation": arm, "seed": seed}, 2.0 + seed / 10 + (arm == "sigmoid") * seed / 50)
+        if seed < 3:
+            writer.run({"backend.theta": 100.0, "seed": seed}, 2.0 + seed / 9)
+    page = written(writer)["report.md"]
+    assert page.index("| backend.theta |") < page.index("with 3 seeds no p below 0.25")
+    assert page.count("Sign-flip test: with") == 1
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 thing is missing or odd; the page names it"), (2, "2 things are")])
+def test_one_thing_is_no_things(
+    writer: Writer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, words: str
+) -> None:
+    small(writer)
+    for i in range(count):
+        (writer.folder / "softmax0" / ("overrides.yaml", "metrics.jsonl")[i]).unlink()
+    monkeypatch.setattr("xattn.report.command.write", lambda found, folder: None)
+    main([str(writer.folder)])
+    assert words in capsys.readouterr().out
+
+
+def test_arms_stand_in_the_order_typed(writer: Writer) -> None:
+    command = "python train.py -m backend.activation=softmax,sigmoid,none seed=0"
+    for arm in ("none", "sigmoid", "softmax"):
+        writer.run({"backend.activation": arm, "seed": 0}, 2.0, provenance={"command": command})
+    assert [effect.arm for effect in judged(writer).effects] == ["sigmoid", "none"]

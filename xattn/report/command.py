@@ -112,7 +112,8 @@ def _tell(found: Findings) -> None:
         for effect in each.effects:
             print(f"{effect.factor}: {verdict(effect)}")
     if found.alone:
-        print(f"{counted(len(found.alone), 'setting')} differ from all others in more than one choice: not compared")
+        differ = "differs" if len(found.alone) == 1 else "differ"
+        print(f"{counted(len(found.alone), 'setting')} {differ} from all others in more than one choice: not compared")
     if found.odd:
         are = "is" if len(found.odd) == 1 else "are"
         print(

@@ -39,7 +39,8 @@ Pictures = Mapping[str, str]  # name → caption, of the figures that there are
 def page_of(found: Findings, pictures: Pictures) -> Page:
     """The page; a comparison's figures are those that :func:`prefix` begins the name of."""
     several = len(found.comparisons) > 1
-    blocks: list[Block] = [*_trained(found.study.runs)]
+    judged = [run for each in found.comparisons for run in each.runs]
+    blocks: list[Block] = [*_trained(found.study.runs, judged or found.study.runs)]
     for i, each in enumerate(found.comparisons):
         blocks += [
             Heading(f"Verdict{where(each, several)}"),
@@ -68,8 +69,8 @@ def where(comparison: Comparison, several: bool) -> str:
     return ": " + ", ".join(f"{short(key)} {show(value)}" for key, value in comparison.where.items())
 
 
-def _trained(runs: Sequence[Run]) -> Iterator[Block]:
-    """What all of it rests on; where the runs differ, each value once."""
+def _trained(runs: Sequence[Run], judged: Sequence[Run]) -> Iterator[Block]:
+    """What the comparisons rest on; where their runs differ, each value once."""
     facts: dict[str, Callable[[Run], object]] = {
         "data": lambda run: " ".join(show(run.config[k]) for k in ("data.name", "data.path") if k in run.config),
         "tokens": lambda run: run.config.get("data.tokenizer"),
@@ -94,7 +95,7 @@ def _trained(runs: Sequence[Run]) -> Iterator[Block]:
         ),
         "begun": lambda run: run.provenance.get("started_at", "")[:10],
     }
-    ended = [run for run in runs if run.status in ("done", "diverged")] or list(runs)
+    ended = [run for run in judged if run.status in ("done", "diverged")] or judged
     rows = []
     for name, value in facts.items():
         values = in_order({each for run in ended if (each := value(run)) not in (None, "")})

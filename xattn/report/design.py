@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from xattn.keys import changes_training, short
-from xattn.report.read import Run
+from xattn.report.read import Run, finite
 
 SEED = "seed"
 TUNED = ("optimizer.learning_rate",)
@@ -175,8 +175,8 @@ def in_order(values: Iterable[Any]) -> list[Any]:
     def rank(value: Any) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return tuple(rank(item) for item in value)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return (0, float(value), "")
+        if (size := finite(value)) is not None:
+            return (0, float(size), "")
         return (1, 0.0, str(value))
 
     return sorted(values, key=rank)

@@ -75,13 +75,18 @@ def forest(effects: Sequence[Effect]) -> Figure:
             axes.set_ylim(len(shown) - 0.5, -0.5)
             axes.set_title(_plain(f"{factor}: against {show(shown[0].baseline)}"), loc="left")
             axes.grid(axis="y", visible=False)
-        panels[-1, 0].set_xlabel(f"difference in {effects[0].metric}, 95 % interval{_sides(effects[0].metric)}")
+        _sides(panels[-1, 0], effects[0].metric)
         return figure
 
 
-def _sides(metric: str) -> str:
-    """Which side of zero is the better one, where there is one."""
-    return {-1: "\n← better     worse →", 1: "\n← worse     better →", 0: ""}[better_is(metric)]
+def _sides(axes: Axes, metric: str) -> None:
+    """Says below the axis what it is, and at its zero which side is the better one, where one is."""
+    sides = {-1: ("better", "worse"), 1: ("worse", "better")}.get(better_is(metric))
+    if sides is not None:
+        below = {"xy": (0, 0), "xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+        axes.annotate(f"← {sides[0]}", xytext=(-4, -18), ha="right", **below)
+        axes.annotate(f"{sides[1]} →", xytext=(4, -18), ha="left", **below)
+    axes.set_xlabel(f"difference in {metric}, 95 % interval", labelpad=14 if sides else 4)
 
 
 def difference_curves(factors: Mapping[str, Mapping[str, Curve]]) -> Figure | None:

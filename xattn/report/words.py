@@ -41,22 +41,23 @@ def better_is(metric: str) -> int:
 
 
 def sentence(effects: Sequence[Effect]) -> str:
-    """One sentence on a factor: what each of its arms does to the metric, against the baseline."""
+    """A sentence on a factor: what each of its arms does to the metric, against the baseline; another one each for the
+    arms of which no difference is shown, and for those of which nothing is certain."""
     metric, baseline = effects[0].metric, show(effects[0].baseline)
-    parts = [
+    shown = [
         f"{show(effect.arm)} is {_direction(effect)} {baseline}, {metric} {difference(effect)}, "
         f"p {p_value(effect.p_holm)}"
         for effect in effects
         if is_shown(effect)
     ]
+    parts = []
     if undecided := [effect for effect in effects if effect.p_holm is not None and not is_shown(effect)]:
         arms = [f"{show(effect.arm)} ({difference(effect)}, p {p_value(effect.p_holm)})" for effect in undecided]
-        parts.append(f"no difference in {metric} between {baseline} and {_listed(arms)} is shown")
+        parts.append(f"No difference in {metric} between {baseline} and {_listed(arms)} is shown")
     if unsure := [effect for effect in effects if effect.p_holm is None]:
         arms = [f"{show(effect.arm)} ({difference(effect)}, {_why_unsure(effect)})" for effect in unsure]
-        parts.append(f"nothing is certain of {_listed(arms)} against {baseline}")
-    text = "; ".join(parts)
-    return f"{text[0].upper() if parts[0].startswith('no') else text[0]}{text[1:]}."
+        parts.append(f"Nothing is certain of {_listed(arms)} against {baseline}")
+    return ". ".join(["; ".join(shown), *parts] if shown else parts) + "."
 
 
 def _why_unsure(effect: Effect) -> str:
