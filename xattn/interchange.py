@@ -76,7 +76,7 @@ def llama_config(config: Config, vocab_size: int) -> dict[str, Any]:
         "head_dim": model.head_dim,
         "max_position_embeddings": backend.context_length,
         "hidden_act": "silu",
-        "rms_norm_eps": NORM_EPSILON,
+        "rms_norm_eps": model.norm_eps,
         "rope_theta": backend.theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": backend.theta},
         "attention_bias": False,

@@ -19,6 +19,7 @@ ABSENT: dict[str, Any] = {
     "model.matmul_precision": "default",
     "backend.every": None,
     "backend.then": None,
+    "model.norm_eps": 1e-6,
 }
 _NAMED_AT_EVERY_VALUE = "model.matmul_precision"
 

@@ -111,7 +111,7 @@ def layer_by_layer(params: Any, num_layers: int, every: int, *of_kinds: tuple[st
             layer[name] = layer[name] | jax.tree.map(lambda leaf, row=seen[kind]: leaf[row], own)
         seen[kind] += 1
         x = one_layer(singles[kind], layer, x, HYPER[kind])
-    return rms_norm(x, params["final_norm"]["scale"]) @ params["output_embedding"]["embedding"].T
+    return rms_norm(x, params["final_norm"]["scale"], 1e-6) @ params["output_embedding"]["embedding"].T
 
 
 @pytest.mark.parametrize(("num_layers", "every"), [(2, 2), (3, 2), (5, 2), (4, 3), (3, 3)])

@@ -89,7 +89,7 @@ def oracle(model: LanguageModel, params: Any, tokens: np.ndarray, hyper: LayerHy
     def norm(x: np.ndarray, scale: np.ndarray, kind: str) -> np.ndarray:
         if kind == "layernorm":
             x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
 
     def silu(x: np.ndarray) -> np.ndarray:
         return x / (1 + np.exp(-x))
@@ -167,6 +167,7 @@ VARIANTS = {
     ],
     "grouped heads": ["model.num_heads=6", "model.num_kv_heads=3"],
     "layer scale": ["model.layer_scale=0.25", "model.norm=layernorm", "model.num_kv_heads=1", "model.layers=unrolled"],
+    "norms with another epsilon": ["model.norm_eps=0.25"],
 }
 
 

@@ -31,6 +31,8 @@ class ModelConfig(Section):
     mlp: ``gelu`` (two matrices) or ``swiglu`` (three).
     mlp_dim: hidden width of the MLP.
     norm: ``rmsnorm`` or ``layernorm``; neither has a bias.
+    norm_eps: what every norm adds to the mean square or the variance before the root: those of the layers, the last one,
+        and those of queries and keys.
     norm_placement: ``pre`` is x + attn(LN(x)); ``hybrid`` is x + LN₂(attn(LN₁(x))). The MLP's norm is always before it.
     qk_norm: ``rmsnorm`` normalises each query and key head before the pre-activation; ``none`` does not.
     layer_scale: initial value of a learned factor a channel on each residual branch; null means no such factor.
@@ -53,6 +55,7 @@ class ModelConfig(Section):
     mlp: Literal["gelu", "swiglu"]
     mlp_dim: PositiveInt
     norm: Literal["rmsnorm", "layernorm"]
+    norm_eps: Annotated[float, Field(ge=1e-30, le=1e30)]  # beyond that float32 has zero or infinity
     norm_placement: Literal["pre", "hybrid"]
     qk_norm: Literal["none", "rmsnorm"]
     layer_scale: PositiveFloat | None

@@ -6,25 +6,27 @@ JAX keeps for the backward pass what each single operation wants: a norm's scale
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-EPSILON = 1e-6
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / √(mean(x²) + epsilon) · scale over the last axis: (…, D), (D,) → (…, D); float32 inside, x's dtype out."""
+    return _rms_forward(x, scale, epsilon)[0]
 
 
-@jax.custom_vjp
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / √(mean(x²) + 1e-6) · scale over the last axis: (…, D), (D,) → (…, D); float32 inside, x's dtype out."""
-    return _rms_forward(x, scale)[0]
-
-
-def _rms_forward(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _rms_forward(x: jax.Array, scale: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     wide = x.astype(jnp.float32)
-    factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPSILON)
+    factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     return (wide * factor * scale).astype(x.dtype), (x, scale, factor)
 
 
-def _rms_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _rms_backward(
+    epsilon: float, saved: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, scale, factor = saved
     gradient = gradient.astype(jnp.float32)
     normed = x.astype(jnp.float32) * factor
@@ -36,21 +38,23 @@ def _rms_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[ja
 rms_norm.defvjp(_rms_forward, _rms_backward)
 
 
-@jax.custom_vjp
-def layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """(x − mean(x)) / √(var(x) + 1e-6) · scale over the last axis, as :func:`rms_norm` otherwise."""
-    return _layer_forward(x, scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def layer_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """(x − mean(x)) / √(var(x) + epsilon) · scale over the last axis, as :func:`rms_norm` otherwise."""
+    return _layer_forward(x, scale, epsilon)[0]
 
 
-def _layer_forward(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _layer_forward(x: jax.Array, scale: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
     centred = wide - mean
-    factor = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + EPSILON)
+    factor = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
     return (centred * factor * scale).astype(x.dtype), (x, scale, mean, factor)
 
 
-def _layer_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _layer_backward(
+    epsilon: float, saved: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, scale, mean, factor = saved
     gradient = gradient.astype(jnp.float32)
     normed = (x.astype(jnp.float32) - mean) * factor

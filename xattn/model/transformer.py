@@ -366,8 +366,8 @@ class Attention(nn.Module):
         k = heads("key", config.kv_heads)
         v = heads("value", config.kv_heads)
         if config.qk_norm == "rmsnorm":
-            q = Norm("rmsnorm", name="query_norm")(q)
-            k = Norm("rmsnorm", name="key_norm")(k)
+            q = Norm("rmsnorm", config.norm_eps, name="query_norm")(q)
+            k = Norm("rmsnorm", config.norm_eps, name="key_norm")(k)
         bias = hyperparameters.sigmoid_bias if activations.activation(backend.activation).takes_bias else None
         if bias is not None and backend.sigmoid_bias == "learned":
             init = nn.initializers.constant(-math.log(backend.context_length))
@@ -429,15 +429,16 @@ class Norm(nn.Module):
     """RMSNorm or LayerNorm with a scale and no bias, over the last axis."""
 
     kind: Literal["rmsnorm", "layernorm"]
+    epsilon: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return (rms_norm if self.kind == "rmsnorm" else layer_norm)(x, scale)
+        return (rms_norm if self.kind == "rmsnorm" else layer_norm)(x, scale, self.epsilon)
 
 
 def _norm(config: ModelConfig, name: str) -> Norm:
-    return Norm(config.norm, name=name)
+    return Norm(config.norm, config.norm_eps, name=name)
 
 
 def matmul_flops_per_token(config: ModelConfig, *, context_length: int, vocab_size: int) -> int:
