@@ -55,7 +55,7 @@ class ModelConfig(Section):
     mlp: Literal["gelu", "swiglu"]
     mlp_dim: PositiveInt
     norm: Literal["rmsnorm", "layernorm"]
-    norm_eps: Annotated[float, Field(ge=1e-30, le=1e30)]  # beyond that float32 has zero or infinity
+    norm_eps: float
     norm_placement: Literal["pre", "hybrid"]
     qk_norm: Literal["none", "rmsnorm"]
     layer_scale: PositiveFloat | None
@@ -65,6 +65,13 @@ class ModelConfig(Section):
     remat: Literal["none", "full", "dots"]
     dtype: Literal["float32", "bfloat16"]
     matmul_precision: Literal["default", "bfloat16"]
+
+    @field_validator("norm_eps")
+    @classmethod
+    def _is_positive_in_float32(cls, value: float) -> float:
+        if not 1e-30 <= value <= 1e30:
+            raise ValueError("a number from 1e-30 to 1e30")
+        return value
 
     @model_validator(mode="after")
     def _widths_fit(self) -> ModelConfig:
