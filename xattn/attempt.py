@@ -29,6 +29,7 @@ from xattn.run_folder import RunFolder, result_line, shown
 from xattn.tracking.display import Display
 from xattn.tracking.tracker import MetricsFile, Row, Tracker
 from xattn.tracking.wandb import WandbMirror, refuse_without_key
+from xattn.training.llama import initial_weights
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Choice
@@ -100,6 +101,8 @@ class Attempt:
         refuse_without_key(self.config.tracking.wandb)
         with self._as_recorded():
             check(self.config.data)
+        if self._summary["committed_step"] is None:  # later its own checkpoints are what it goes on from
+            initial_weights(self.config)
 
     def read_data(self, layout: Layout, stop: Callable[[], bool]) -> None:
         """The data, and the probes that are made from it.
@@ -126,6 +129,16 @@ class Attempt:
                 backend=config.backend,
                 batch_size=config.trainer.batch_size,
                 rows=layout.sizes["data"] * layout.sizes["fsdp"],
+            )
+        if self._summary["committed_step"] is None:
+            self._check_vocabulary()
+
+    def _check_vocabulary(self) -> None:
+        weights, tokens = initial_weights(self.config), self.data.tokenizer.vocab_size
+        if weights is not None and weights.vocab_size != tokens:
+            raise BadInput(
+                f"model.init_from = {weights.folder}: its vocabulary has {weights.vocab_size} tokens, that of the data "
+                f"{tokens}; give data.tokenizer the tokenizer.json of those weights"
             )
 
     @contextlib.contextmanager
@@ -267,7 +280,7 @@ class Attempt:
         """What the loop trains: the run as it was at the checkpoint, or ``state``, where it begins."""
         from xattn.training.loop import Member, Progress
 
-        progress = Progress(state)
+        progress = Progress(self._begun(state) if restored is None else state)
         if restored is not None:
             progress.restore(restored.step, restored.tree, restored.progress)
             self._committed(restored.step)
@@ -283,6 +296,16 @@ class Attempt:
         batch = partial(self._batch, rows=self._rows)
         self._member = Member(progress, batch, self._checkpoints, trackers, self._job.prune, self._probes)
         return self._member
+
+    def _begun(self, state: TrainState) -> TrainState:
+        """A new state, with the weights of ``model.init_from`` where that is given."""
+        from xattn.training.sharding import like
+
+        weights = initial_weights(self.config)
+        if weights is None:
+            return state
+        self.display.say(f"weights     of {weights.folder}")
+        return state._replace(params=like(weights.params(), state.params))
 
     def describe(self, compiled: Programs, *, compile_seconds: float | None) -> None:
         """Notes what is known of the programs."""
@@ -333,7 +356,8 @@ class Attempt:
         restored = self.restore(progress.state, None)
         left_out = [*progress.batches_left_out, progress.batch_of(halted_at)]
         if restored is None:
-            progress = self._member.progress = Progress(compiled.init(hyperparameters(self.config)))
+            state = self._begun(compiled.init(hyperparameters(self.config)))
+            progress = self._member.progress = Progress(state)
         else:
             progress.restore(restored.step, restored.tree, restored.progress)
         progress.batches_left_out = left_out

@@ -134,6 +134,7 @@ def shaping(config: Config) -> Config:
     return config.model_copy(
         update={
             "backend": backend.model_copy(update=_unswept(backend) | {"then": then}),
+            "model": config.model.model_copy(update={"init_from": None}),
             "optimizer": config.optimizer.model_copy(
                 update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
             ),
@@ -364,7 +365,7 @@ def _explain_validation(error: ValidationError, raw: Mapping[str, Any], *, at: s
         elif kind == "string_pattern_mismatch":
             message = "letters, digits, '.', '_' and '-' are allowed, the first a letter or a digit"
         elif kind == "model_type":
-            message = "a mapping, such as {activation: softmax}"
+            message = "a mapping" + (", such as {activation: softmax}" if key.endswith("then") else "")
         elif kind == "tuple_type":
             message = f"a list, [{detail['input']}]" if isinstance(detail["input"], str) else "a list"
         elif kind == "union_tag_invalid":

@@ -20,6 +20,7 @@ ABSENT: dict[str, Any] = {
     "backend.every": None,
     "backend.then": None,
     "model.norm_eps": 1e-6,
+    "model.init_from": None,
 }
 _NAMED_AT_EVERY_VALUE = "model.matmul_precision"
 
@@ -31,10 +32,11 @@ RENAMED: dict[str, str] = {}
 REMOVED: dict[str, Any] = {}
 
 # Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped
-# and swept, when it is saved.
+# and swept, when it is saved, where the weights lie that it starts from.
 _WITHOUT_EFFECT = (
     *("tracking", "parallel", "sweep", "study", "resume"),
     *("trainer.checkpoint_every", "trainer.checkpoint_minutes"),
+    "model.init_from.path",  # the SHA-256 beside it says what is there
 )
 
 

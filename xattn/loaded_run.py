@@ -12,11 +12,12 @@ from xattn import run_folder
 from xattn.config import Config
 from xattn.data.config import Tokenised
 from xattn.data.run_data import RunData, as_documents, load_data, load_tokenizer
-from xattn.data.tokenizer import TextTokenizer, Tokenizer
+from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.device import keep_compiled_programs
 from xattn.errors import BadInput, IntegrityError
 from xattn.model.config import group_of
 from xattn.run_folder import finite_or_none
+from xattn.training import llama
 
 if TYPE_CHECKING:
     import jax
@@ -232,12 +233,14 @@ def _unsettled(text: str, stop: Sequence[str]) -> int:
 
 
 def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> LoadedRun:
-    """Opens a run's folder, and changes nothing in it.
+    """Opens a run's folder, or a Llama's (config.json and .safetensors), and changes nothing in it.
 
-    Raises :class:`BadInput` where it is not a run's, :class:`IntegrityError` where it holds no whole checkpoint.
+    Raises :class:`BadInput` where it is neither, :class:`IntegrityError` where a run's holds no whole checkpoint.
     """
     path = Path(path).absolute()
     summary = run_folder.read_summary(path)
+    if summary is None and (path / llama.CONFIG).is_file():
+        return _load_llama(path)
     if summary is None or not (path / run_folder.CONFIG).is_file():
         raise BadInput(f"{path}: not a run folder, it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
     config = xattn.config.load(path / run_folder.CONFIG)
@@ -256,3 +259,30 @@ def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> L
     with Checkpoints(path / run_folder.CHECKPOINTS) as checkpoints:
         restored = checkpoints.restore_params(checkpoint, shapes)
     return LoadedRun(path, config, summary, model, restored.tree, hyper, tokenizer, restored.step)
+
+
+def _load_llama(path: Path) -> LoadedRun:
+    """A Llama's folder as a run of no steps: its text is read by the tokenizer.json beside the weights.
+
+    Without one the tokens of a vocabulary of 256 are bytes; those of any other are ids that stand for no text.
+    """
+    overrides, params = llama.from_llama(path)
+    vocab_size = overrides.pop("vocab_size")
+    typed = [f"{key}={value}" for key, value in overrides.items()]
+    config = xattn.config.compose([*typed, "model.layers=scanned"])  # scanned: it compiles faster
+    tokenizer: Tokenizer = ByteTokenizer() if vocab_size == ByteTokenizer().vocab_size else IdTokenizer(vocab_size)
+    if (file := path / run_folder.TOKENIZER).is_file():
+        try:
+            tokenizer = JsonTokenizer(file.read_text("utf-8"), vocab_size=vocab_size)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{file}: {error}") from error
+        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(file)})})
+
+    import jax
+
+    from xattn.model.transformer import LanguageModel
+    from xattn.training.programs import hyperparameters
+
+    keep_compiled_programs()
+    model = LanguageModel(config.model, config.backend, vocab_size)
+    return LoadedRun(path, config, {}, model, jax.device_put(params), hyperparameters(config).model, tokenizer, step=0)

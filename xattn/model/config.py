@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from xattn.backend import activations, dispatch
 from xattn.backend.activations import QKPreActivation
+from xattn.model.initial import Initial, initial
 from xattn.section import Section
 
 
@@ -31,7 +32,7 @@ class ModelConfig(Section):
     mlp: ``gelu`` (two matrices) or ``swiglu`` (three).
     mlp_dim: hidden width of the MLP.
     norm: ``rmsnorm`` or ``layernorm``; neither has a bias.
-    norm_eps: what every norm adds to the mean square or the variance before the root: those of the layers, the last one,
+    norm_eps: added to the mean square, or the variance, under the root of every norm: those of the layers, the last one
         and those of queries and keys.
     norm_placement: ``pre`` is x + attn(LN(x)); ``hybrid`` is x + LN₂(attn(LN₁(x))). The MLP's norm is always before it.
     qk_norm: ``rmsnorm`` normalises each query and key head before the pre-activation; ``none`` does not.
@@ -46,6 +47,7 @@ class ModelConfig(Section):
         float32.
     matmul_precision: of the projections and their gradients. ``default``: as the device multiplies dtype, which for
         float32 is TF32 on NVIDIA and bfloat16 on a TPU. ``bfloat16``: factors rounded to it, sums in float32.
+    init_from: a Llama folder whose weights the run starts from, in place of random ones; null means random.
     """
 
     num_layers: PositiveInt
@@ -65,6 +67,15 @@ class ModelConfig(Section):
     remat: Literal["none", "full", "dots"]
     dtype: Literal["float32", "bfloat16"]
     matmul_precision: Literal["default", "bfloat16"]
+    init_from: Initial | None
+
+    @field_validator("init_from", mode="before")
+    @classmethod
+    def _of_a_path(cls, value: Any) -> Any:
+        """What a person types is a path; config.yaml has what became of it."""
+        if not isinstance(value, str | Mapping | Initial | None):
+            raise ValueError("the path of a folder, or null")
+        return initial(value) if isinstance(value, str) else value
 
     @field_validator("norm_eps")
     @classmethod

@@ -24,9 +24,7 @@ def _rms_forward(x: jax.Array, scale: jax.Array, epsilon: float) -> tuple[jax.Ar
     return (wide * factor * scale).astype(x.dtype), (x, scale, factor)
 
 
-def _rms_backward(
-    epsilon: float, saved: tuple[jax.Array, ...], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _rms_backward(epsilon: float, saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, scale, factor = saved
     gradient = gradient.astype(jnp.float32)
     normed = x.astype(jnp.float32) * factor
@@ -52,9 +50,7 @@ def _layer_forward(x: jax.Array, scale: jax.Array, epsilon: float) -> tuple[jax.
     return (centred * factor * scale).astype(x.dtype), (x, scale, mean, factor)
 
 
-def _layer_backward(
-    epsilon: float, saved: tuple[jax.Array, ...], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _layer_backward(epsilon: float, saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, scale, mean, factor = saved
     gradient = gradient.astype(jnp.float32)
     normed = (x.astype(jnp.float32) - mean) * factor

@@ -18,16 +18,22 @@ from xattn.errors import BadInput
 from xattn.pack import choose_attention
 from xattn.run_folder import read_provenance
 from xattn.tracking.wandb import refuse_without_key
+from xattn.training.llama import initial_weights
 
 
 def check_data(jobs: Sequence[Job]) -> None:
-    """Raises :class:`BadInput` where the files of a run are unusable at a glance, or wandb has no key for it."""
+    """Raises :class:`BadInput` where the files of a run are unusable at a glance, or wandb has no key for it.
+
+    :class:`IntegrityError` where the weights it starts from have changed since its config was made.
+    """
     configs = _fresh(jobs)
     with _none_is_started(jobs):
         for config in {config.data.model_dump_json(): config for config in configs}.values():
             corpus.check(config.data)
         for config in {config.tracking.wandb.model_dump_json(): config for config in configs}.values():
             refuse_without_key(config.tracking.wandb)
+        for config in {f"{config.model}{config.backend}": config for config in configs}.values():
+            initial_weights(config)
 
 
 def check_devices(jobs: Sequence[Job]) -> None:

@@ -1,0 +1,93 @@
+"""The weights that a run starts from when they are not random: a Llama folder's files, and what identifies them.
+
+Importing this module imports no jax.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from xattn.errors import BadInput
+from xattn.section import Section
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"[\w.-]+\.safetensors")  # a name and no path: an index leads nowhere else
+
+
+class Initial(Section):
+    """``model.init_from``: a run is named by the weights it starts from, wherever they lie."""
+
+    path: str = Field(min_length=1)
+    """The folder, as it was typed."""
+    weights_sha256: str = Field(pattern="^[0-9a-f]{16}$")
+    """The first digits of it, of the weight files; filled in when a path is typed, and written to config.yaml."""
+
+
+def initial(path: str) -> dict[str, str]:
+    """The values of :class:`Initial` for a folder. Raises :class:`BadInput` where it holds no weights."""
+    if not Path(path).is_dir():
+        raise BadInput(f"model.init_from = {path}: no such folder; give one with config.json and {WEIGHTS}")
+    return {"path": path, "weights_sha256": weights_sha256(Path(path))}
+
+
+def shards(folder: Path) -> dict[Path, set[str] | None]:
+    """Each weight file, with the names of the tensors that the index says are in it; None where there is no index.
+
+    As transformers does, the single file is taken where both are there. Raises :class:`BadInput`.
+    """
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: None}
+    if not (folder / INDEX).is_file():
+        raise BadInput(f"{folder}: holds neither {WEIGHTS} nor {INDEX}")
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise BadInput(f"{folder / INDEX}: has no weight_map of tensors to files")
+    found: dict[Path, set[str] | None] = {}
+    for tensor, name in listed.items():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise BadInput(
+                f"{folder / INDEX}: {tensor} is in {name!r}; allowed is the name of a .safetensors beside it"
+            )
+        found[folder / name] = (found.get(folder / name) or set()) | {tensor}
+    if missing := [file.name for file in found if not file.is_file()]:
+        raise BadInput(f"{folder / INDEX}: names {missing[0]}, which is not there ({len(missing)} files are missing)")
+    return found
+
+
+def weights_sha256(folder: Path) -> str:
+    """The first 16 digits of the SHA-256 over names and bytes of the weight files. Raises :class:`BadInput`."""
+    try:
+        stats = [(file, file.stat()) for file in sorted(shards(folder))]
+        return _digest(tuple((file.absolute(), stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+    except OSError as error:
+        raise BadInput(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+@lru_cache(maxsize=32)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Remembered while size and time stay: a sweep asks once for each run."""
+    whole = hashlib.sha256()
+    for path, _, _ in files:
+        with path.open("rb") as file:
+            whole.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n".encode())
+    return whole.hexdigest()[:16]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises :class:`BadInput` where there is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: must be a JSON object, not {type(found).__name__}")
+    return found
