@@ -89,3 +89,18 @@ def test_a_studys_whole_folder_is_compared_in_the_order_typed(
     (study / "report2").rename(study / "report")
     assert compare.main(typed[:2]) == ExitCode.DONE
     assert capsys.readouterr().out.split()[:2] == ["softmax", "report"]
+
+
+def test_losses_of_other_tokens_or_texts_are_not_subtracted(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "study")
+    keys = [{"data.tokenizer": "bytes"}, {"data.tokenizer": "bpe"}, {"data.tokenizer": "bpe", "data.path": "b"}]
+    found = [
+        read_run(
+            writer.run(each, 2.0 + i, name=str(i), summary={"val_bpb": 2.0 - i / 2}, provenance={"data_sha256": str(i)})
+        )
+        for i, each in enumerate(keys)
+    ]
+    rows = comparison(found)[1]
+    place = next(i for i, row in enumerate(rows) if row[0] == "  − the first's")
+    assert rows[place - 1][0] == "val_bpb"
+    assert rows[place][1:] == ["", "−0.5000", "–"]

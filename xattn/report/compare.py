@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xattn.keys import has_effect
+from xattn.metrics import loss_metric
 from xattn.report.design import show
+from xattn.report.metric import Metric, unit_of
 from xattn.report.read import Run
 from xattn.report.words import number
 
@@ -26,7 +28,8 @@ _ROWS = {
 
 def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows): a column a run; the keys that differ and say what was computed, then what was measured, the
-    probes too. The first run is what val_loss's difference is taken to."""
+    probes too. The difference to the first run is of val_loss, or of val_bpb where the runs' tokens differ, and only
+    where both are of the same text and windows."""
     keys = dict.fromkeys(key for run in runs for key in run.config if has_effect(key))
     rows = []
     for key in keys:
@@ -34,17 +37,21 @@ def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         if any(value != values[0] for value in values):
             rows.append([key, *map(show, values)])
     rows.append(["status", *(run.status for run in runs)])
+    metric = Metric(loss_metric(run.config for run in runs))
     probes = dict.fromkeys(key for run in runs for key in run.summary if key.startswith("probe/"))
     for key, form in (_ROWS | dict.fromkeys(probes, ".4g")).items():
         rows.append([key, *(number(run.number(key), form) for run in runs)])
-        if key == "val_loss" and len(runs) > 1:
-            rows.append(["  − the first's", *_to_the_first(runs)])
+        if key == metric.name and len(runs) > 1:
+            rows.append(["  − the first's", *_to_the_first(runs, metric)])
     return ["", *(run.name for run in runs)], rows
 
 
-def _to_the_first(runs: Sequence[Run]) -> list[str]:
-    losses = [run.number("val_loss") for run in runs]
-    first = losses[0]
-    if first is None:
-        return ["–" for _ in runs]
-    return ["", *(number(None if loss is None else loss - first, "+.4f") for loss in losses[1:])]
+def _to_the_first(runs: Sequence[Run], metric: Metric) -> list[str]:
+    """The differences to the first run's loss, where both are of the same thing."""
+    differences: list[float | None] = []
+    first = runs[0].number(metric.name)
+    for run in runs[1:]:
+        loss = run.number(metric.name)
+        same = metric.why_not(unit_of(runs[0]), unit_of(run)) is None
+        differences.append(loss - first if same and loss is not None and first is not None else None)
+    return ["", *(number(difference, "+.4f") for difference in differences)]

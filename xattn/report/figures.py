@@ -83,9 +83,9 @@ def _sides(axes: Axes, metric: str) -> None:
     """Says below the axis what it is, and at its zero which side is the better one, where one is."""
     sides = {-1: ("better", "worse"), 1: ("worse", "better")}.get(better_is(metric))
     if sides is not None:
-        below = {"xy": (0, 0), "xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-        axes.annotate(f"← {sides[0]}", xytext=(-4, -18), ha="right", **below)
-        axes.annotate(f"{sides[1]} →", xytext=(4, -18), ha="left", **below)
+        for text, place, side in ((f"← {sides[0]}", -4, "right"), (f"{sides[1]} →", 4, "left")):
+            where = ("data", "axes fraction")
+            axes.annotate(text, (0, 0), (place, -18), xycoords=where, textcoords="offset points", va="top", ha=side)
     axes.set_xlabel(f"difference in {metric}, 95 % interval", labelpad=14 if sides else 4)
 
 

@@ -60,6 +60,8 @@ class Metric:
         """
         if ours is None or theirs is None:
             return None
+        if (ours.windows, ours.changed) != (theirs.windows, theirs.changed):
+            return "they are over different windows"
         known = None not in (ours.data_sha256, theirs.data_sha256)
         same_data = known and ours.data_sha256 == theirs.data_sha256
         if ours.text != theirs.text and not same_data:
@@ -96,19 +98,19 @@ def _measured(run: Run, metric: str) -> list[tuple[Unit, float]]:
         return []
     found: dict[Unit, float] = {}
     if (value := run.number(metric)) is not None:
-        found[_unit(run, ())] = value
+        found[unit_of(run)] = value
     later: dict[Unit, float] = {}
     for row in run.evaluations:
         overrides, results = row.get("overrides"), row.get("results")
         if row.get("step") == run.summary.get("step") and isinstance(overrides, list) and isinstance(results, dict):
             value = finite(results.get(metric))
             if value is not None:
-                later[_unit(run, [str(override) for override in overrides])] = value
+                later[unit_of(run, [str(override) for override in overrides])] = value
     return list((found | {unit: value for unit, value in later.items() if unit not in found}).items())
 
 
-def _unit(run: Run, overrides: Sequence[str]) -> Unit:
-    """What an evaluation of the run with these overrides is of."""
+def unit_of(run: Run, overrides: Sequence[str] = ()) -> Unit:
+    """What an evaluation of the run is of, its own or a later one with these overrides."""
     values: dict[str, Any] = {}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
