@@ -75,7 +75,8 @@ class ElsewhereLauncher(Launcher):
         def launch(unfinished: Sequence[Job]) -> None:
             self._launcher.launch([list(by_folder[job.folder]) for job in unfinished], initial_job_idx)
 
-        carry_out_elsewhere(jobs, launch)
+        is_tuned = self.config.hydra.runtime.choices["hydra/sweeper"] == "optuna"  # a trial has a run of its own
+        carry_out_elsewhere(jobs, launch, each_training_once=not is_tuned)
         return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=0) for job in jobs]
 
 

@@ -17,6 +17,7 @@ import xattn
 from xattn.cli import main
 from xattn.config import compose
 from xattn.data.bpe import train_bpe
+from xattn.data.run_data import load_data
 from xattn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from xattn.errors import BadInput, IntegrityError
 from xattn.loaded_run import _text
@@ -36,7 +37,13 @@ def _fast_to_compile() -> Iterator[None]:
 def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     overrides = [
         *("data=text", f"data.path={text_file}", "backend=sigmoid", "backend.context_length=16"),
-        *("trainer=debug", "trainer.steps=6", "trainer.eval_every=3", "tracking.wandb.mode=disabled"),
+        *(
+            "trainer=debug",
+            "trainer.steps=6",
+            "trainer.eval_every=3",
+            "trainer.attention_stats_every=3",
+            "tracking.wandb.mode=disabled",
+        ),
         *("model.embedding_dim=16", "model.num_heads=2", "model.num_layers=1", "model.mlp_dim=16"),
         *("evaluation.windows=10", "evaluation.probes=[in_context,mqar]", "optimizer.learning_rate=1e-2"),
     ]
@@ -102,15 +109,62 @@ def test_a_saved_evaluation_is_a_line_of_its_own(trained: Path, capsys: pytest.C
     file = trained / "evaluations.jsonl"
     file.write_text('{"step": 1')  # a line that was cut short
     override = "evaluation.windows=3"
-    for _ in range(2):
-        assert told(capsys, "evaluate", str(trained), override, "--save")[0] == 0
+    shown = []
+    for again in (False, True):
+        code, out, err = told(capsys, "evaluate", str(trained), override, "--save", "--json")
+        assert code == 0
+        assert ("not measured again" in err) == again
+        shown.append(json.loads(out))
+    assert shown[0] == shown[1]
     lines = file.read_text().splitlines()
     assert lines[0] == '{"step": 1'
-    rows = [json.loads(line) for line in lines[1:]]
-    assert rows[0] == rows[1]
-    assert (rows[0]["step"], rows[0]["overrides"]) == (6, [override])
-    assert rows[0]["results"]["val_loss"] != json.loads((trained / "summary.json").read_text())["val_loss"]
+    (row,) = (json.loads(line) for line in lines[1:])
+    assert (row["step"], row["overrides"]) == (6, [override])
+    assert row["results"]["val_loss"] != json.loads((trained / "summary.json").read_text())["val_loss"]
     file.unlink()
+    assert told(capsys, "evaluate", str(trained), "evaluation.windows=0", "--save")[0] == 2
+    assert not file.exists()
+
+
+def test_data_that_are_named_are_measured_again(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may have changed since; a result that has not is no second row."""
+    text, file = tmp_path / "text.txt", trained / "evaluations.jsonl"
+    words = ["evaluate", str(trained), f"data.path={text}", "evaluation.probes=[]", "--save"]
+    for content in ("to be or not to be, that is the question\n", "another text altogether, with other letters\n"):
+        text.write_text(content * 40)
+        assert told(capsys, *words)[0] == 0
+        assert told(capsys, *words)[0] == 0
+    losses = [json.loads(line)["results"]["val_loss"] for line in file.read_text().splitlines()]
+    assert len(losses) == len(set(losses)) == 2
+    file.unlink()
+
+
+def test_attention_statistics_are_those_of_training(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for by the key that logs them; they are no part of an evaluation otherwise."""
+    code, out, _ = told(capsys, "evaluate", str(trained), "trainer.attention_stats_every=2", "--json")
+    assert code == 0
+    found = {key: value for key, value in json.loads(out).items() if key.startswith("attention/")}
+    summary = json.loads((trained / "summary.json").read_text())
+    assert found == pytest.approx({key: summary[key] for key in found}, rel=1e-4)
+    assert len(found) == sum(key.startswith("attention/") for key in summary) > 0
+
+
+def test_a_task_is_evaluated_with_other_windows(tmp_path: Path) -> None:
+    """The hash of a task's data is of the windows that the run itself scores: others are not other data."""
+    small = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
+    config = compose([*small, "data=copying", "data.vocab_size=16", "backend.context_length=8", "evaluation.windows=9"])
+    data = load_data(config.data, context_length=8, batch_size=config.trainer.batch_size, windows=9, seed=config.seed)
+    model, hyper = LanguageModel(config.model, config.backend, 16), hyperparameters(config).model
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
+    opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, data.tokenizer, 0)
+    (tmp_path / "provenance.json").write_text(json.dumps({"data_sha256": data.sha256}))
+    for overrides in ([], ["evaluation.windows=4"], ["backend.context_length=16"]):
+        assert opened.evaluate(overrides)["val_loss"] is not None
+    (tmp_path / "provenance.json").write_text(json.dumps({"data_sha256": "other"}))
+    with pytest.raises(IntegrityError, match="the data are not those"):
+        opened.evaluate(["evaluation.windows=4"])
 
 
 def test_another_corpus_and_another_length(loaded: xattn.LoadedRun, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xattn.config
-from xattn import hosts, run_folder
+from xattn import hosts, keys, run_folder
 from xattn.config import Config
 from xattn.data.baselines import gzip_bits_per_byte, unigram_bits_per_byte
 from xattn.data.batches import Batches
@@ -203,6 +203,7 @@ class Attempt:
             "process_count": jax.process_count(),
             "mesh": mesh,
             "data_sha256": data_sha256,
+            "training_identity": keys.training_identity(xattn.config.hashed_values(self.config)),
             "pack": None if pack is None else list(pack),
         }
         before = folder.read_json(run_folder.PROVENANCE)

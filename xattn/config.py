@@ -6,7 +6,6 @@ Only this module, :mod:`xattn.main` and Hydra's plugins know Hydra and omegaconf
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 import sys
@@ -27,7 +26,7 @@ from xattn import run_folder
 from xattn.data.config import DataConfig
 from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
-from xattn.keys import has_effect, naming, naming_before_matmul_precision, up_to_date
+from xattn.keys import digest, flatten, has_effect, naming, naming_before_matmul_precision, up_to_date
 from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
 from xattn.section import Section
 from xattn.sweep.config import SweepConfig
@@ -65,17 +64,12 @@ class Config(Section):
 
 def hashed_values(config: Config) -> dict[str, Any]:
     """The dotted keys, with their values, that say what the run computes."""
-    return {key: value for key, value in _flatten(config.model_dump(mode="json")) if has_effect(key)}
+    return {key: value for key, value in flatten(config.model_dump(mode="json")) if has_effect(key)}
 
 
 def run_hash(config: Config) -> str:
     """Ten hex digits, the same for every spelling of the same validated config, and in every version."""
-    return _hash(naming(hashed_values(config)))
-
-
-def _hash(values: Mapping[str, Any]) -> str:
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+    return digest(naming(hashed_values(config)))
 
 
 def folder_of(config: Config, folder: Path) -> Path:
@@ -100,7 +94,7 @@ def older_folder(config: Config, folder: Path) -> Path | None:
     values = naming_before_matmul_precision(hashed_values(config))
     if values is None or folder.name != run_name(config):
         return None
-    older = folder.with_name(folder.name.removesuffix(run_hash(config)) + _hash(values))
+    older = folder.with_name(folder.name.removesuffix(run_hash(config)) + digest(values))
     return older if (older / run_folder.CONFIG).is_file() else None
 
 
@@ -415,7 +409,7 @@ def _nearest_key(key: str, overrides: Sequence[str]) -> str:
         known = _composed(choices)
     except COMPOSITION_ERRORS:
         known = _composed(())
-    keys = [k for k, _ in _flatten(OmegaConf.to_container(known, resolve=False))] + [str(k) for k in known]
+    keys = [k for k, _ in flatten(OmegaConf.to_container(known, resolve=False))] + [str(k) for k in known]
 
     def likeness(candidate: str) -> float:
         """Mostly of the last word: a person forgets or mistakes the group more often than the key."""
@@ -430,14 +424,6 @@ def _nearest_key(key: str, overrides: Sequence[str]) -> str:
 
 def _similar(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
-
-
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

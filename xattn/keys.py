@@ -7,7 +7,9 @@ it: then they still load, resume and keep their names. Standard library only, si
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xattn.errors import BadInput
@@ -39,10 +41,13 @@ _WITHOUT_EFFECT = (
     "model.init_from.path",  # the SHA-256 beside it says what is there
 )
 
+# Hashed keys that say only what is measured of the parameters, and when: they change no bit of the training.
+_MEASURING = ("trainer.log_every", "trainer.eval_every", "trainer.attention_stats_every", "evaluation")
+
 
 def has_effect(key: str) -> bool:
     """Whether this dotted key says what the run computes, and so may differ between runs that are compared."""
-    return not any(key == name or key.startswith(f"{name}.") for name in _WITHOUT_EFFECT)
+    return _is_none_of(_WITHOUT_EFFECT, key)
 
 
 # Keys that say what is looked at and when, and change no bit of what is trained.
@@ -100,6 +105,55 @@ def naming_before_matmul_precision(values: Mapping[str, Any]) -> dict[str, Any] 
     if named.pop(_NAMED_AT_EVERY_VALUE) != ABSENT[_NAMED_AT_EVERY_VALUE]:
         return None
     return named
+
+
+def training_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of hashed dotted keys and their values, those that the bits of the training depend on.
+
+    Under ``trainer.nonfinite=rollback`` ``trainer.eval_every`` is one of them: the best evaluation is a checkpoint, and
+    such a run may go back to it.
+    """
+    training = {key: value for key, value in values.items() if _is_none_of(_MEASURING, key)}
+    if values.get("trainer.nonfinite") == "rollback" and "trainer.eval_every" in values:
+        training["trainer.eval_every"] = values["trainer.eval_every"]
+    return training
+
+
+def training_identity(values: Mapping[str, Any]) -> str:
+    """Ten hex digits, the same for configs that train the same: the hash of a run's name, of :func:`training_values`.
+
+    values: the hashed dotted keys of a config.
+    """
+    return digest(naming(training_values(values)))
+
+
+def training_identity_of(config: Mapping[str, Any]) -> str:
+    """:func:`training_identity` from the content of a config.yaml of any version.
+
+    Raises:
+        BadInput: a removed key has a value that no code is left for.
+    """
+    return training_identity({key: value for key, value in flatten(up_to_date(config)) if has_effect(key)})
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Ten hex digits over JSON values, whatever their order."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each leaf. A list, and an empty mapping, is one leaf."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _is_none_of(names: tuple[str, ...], key: str) -> bool:
+    """Whether the dotted key is none of these and below none of them."""
+    return not any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _take(tree: dict[str, Any], key: str) -> tuple[Any] | None:

@@ -12,6 +12,7 @@ from xattn import run_folder
 from xattn.config import Config
 from xattn.data.config import Tokenised
 from xattn.data.run_data import RunData, as_documents, load_data, load_tokenizer
+from xattn.data.task_config import TaskConfig
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.device import keep_compiled_programs
 from xattn.errors import BadInput, IntegrityError
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from xattn.model.transformer import LanguageModel, ModelHyperparameters
 
 # What an evaluation may change of a run's config.
-_MAY_DIFFER = (
-    *("data", "evaluation", "trainer.batch_size"),
+MAY_DIFFER = (
+    *("data", "evaluation", "trainer.batch_size", "trainer.attention_stats_every"),
     "backend.context_length",
     *(
         f"{of}.{key}"
@@ -131,7 +132,8 @@ class LoadedRun:
     def evaluate(self, overrides: Sequence[str] = ()) -> dict[str, float | None]:
         """val_loss, val_bpb and ``probe/<name>/<measure>`` under the run's own config with these overrides.
 
-        With none the figures are those of the run's last evaluation, where the checkpoint is that step's. Another text
+        With none the figures are those of the run's last evaluation, where the checkpoint is that step's. A number as
+        ``trainer.attention_stats_every`` adds ``attention/<layer>/<head>/<statistic>``. Another text
         is read in the model's own tokens, and in the run's data.documents unless they are given. Another
         backend.context_length is another length of the windows; sigmoid's n stays that of training unless
         backend.sigmoid_bias is given. A number that is not finite is None.
@@ -139,13 +141,14 @@ class LoadedRun:
         Raises :class:`BadInput` for an override that does not fit, or a corpus of another vocabulary;
         :class:`IntegrityError` where no data are given, and the run's own are not what they were.
         """
+        from xattn.evaluation.attention import attention_study, statistics_row, study_windows
         from xattn.evaluation.loss import held_out_loss, score_windows
         from xattn.evaluation.probes import make_probes, places_of, run_probes
         from xattn.model.transformer import LanguageModel, layer_hyperparameters, with_sigmoid_bias
         from xattn.pack import choose_attention
         from xattn.training.programs import hyperparameters
 
-        config = xattn.config.amend(self.config, overrides, may_differ=_MAY_DIFFER)
+        config = xattn.config.amend(self.config, overrides, may_differ=MAY_DIFFER)
         given = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
         own = self.config.backend
         bias_keys = {kind: f"{group_of(kind)}.sigmoid_bias" for kind in own.kinds}
@@ -196,9 +199,19 @@ class LoadedRun:
             config.evaluation.probes, data=data_config, run_data=data, backend=config.backend, batch_size=batch_size
         )
         found = loss._asdict() | run_probes(places_of(model), self.params, hyper, probes)
+        if "trainer.attention_stats_every" in given and config.trainer.attention_stats_every is not None:
+            found |= statistics_row(attention_study(model)(self.params, hyper, study_windows(data.windows)))
         return {name: None if value is None else finite_or_none(value) for name, value in found.items()}
 
     def _check_data(self, data: RunData) -> None:
+        if isinstance(own := self.config.data, TaskConfig):  # its hash is of the windows that the run itself scores
+            data = load_data(
+                own,
+                context_length=self.config.backend.context_length,
+                batch_size=self.config.trainer.batch_size,
+                windows=self.config.evaluation.windows,
+                seed=self.config.seed,
+            )
         began_with = (run_folder.read_provenance(self.path) or {}).get("data_sha256")
         if began_with not in (None, data.sha256):
             raise IntegrityError(
@@ -232,18 +245,23 @@ def _unsettled(text: str, stop: Sequence[str]) -> int:
     return max(begun, default=0) + open_letters
 
 
+def read(path: Path) -> tuple[Config, dict[str, Any]]:
+    """A run folder's config and summary. Raises :class:`BadInput` where it is not a run's."""
+    summary = run_folder.read_summary(path)
+    if summary is None or not (path / run_folder.CONFIG).is_file():
+        raise BadInput(f"{path}: not a run folder, it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
+    return xattn.config.load(path / run_folder.CONFIG), summary
+
+
 def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> LoadedRun:
     """Opens a run's folder, or a Llama's (config.json and .safetensors), and changes nothing in it.
 
     Raises :class:`BadInput` where it is neither, :class:`IntegrityError` where a run's holds no whole checkpoint.
     """
     path = Path(path).absolute()
-    summary = run_folder.read_summary(path)
-    if summary is None and (path / llama.CONFIG).is_file():
+    if run_folder.read_summary(path) is None and (path / llama.CONFIG).is_file():
         return _load_llama(path)
-    if summary is None or not (path / run_folder.CONFIG).is_file():
-        raise BadInput(f"{path}: not a run folder, it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
-    config = xattn.config.load(path / run_folder.CONFIG)
+    config, summary = read(path)
     tokenizer = load_tokenizer(config.data, path)
 
     import jax

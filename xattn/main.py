@@ -24,6 +24,7 @@ from xattn import cli, entry, hosts
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.hosts import ToldByFirst
 from xattn.run import run
+from xattn.same_training import Trainings, answer, is_asked_for
 from xattn.signals import interruption
 from xattn.sweep import study
 
@@ -45,7 +46,11 @@ def train(composed: DictConfig) -> ExitCode:
         if (folder := xattn.config.folder_of(config, made)) != made:
             with contextlib.suppress(OSError):  # Hydra has made one by the run's name of today; others may be at it
                 made.rmdir()
-        code = run(config, folder, typed, stop=lambda: interruption.requested)
+        is_trial = hydra_config.runtime.choices["hydra/sweeper"] == "optuna"  # the tuner wants a run for each
+        if not is_trial and _is_answered(config, folder):
+            code = ExitCode.DONE
+        else:
+            code = run(config, folder, typed, stop=lambda: interruption.requested)
     except ToldByFirst as error:
         code = error.exit_code
     except XattnError as error:
@@ -56,6 +61,20 @@ def train(composed: DictConfig) -> ExitCode:
         code = ExitCode.ERROR
     _codes.append(code)
     return code
+
+
+def _is_answered(config: xattn.config.Config, folder: Path) -> bool:
+    """Whether a finished run of the same training beside the folder answers for the config, and has been shown.
+
+    One run over several processes is trained without a look: its model may not fit a single device to be measured on.
+    """
+    if hosts.place(os.environ).count > 1 or not is_asked_for(config, folder):
+        return False
+    if not (found := Trainings([folder]).find(config, folder)):
+        return False
+    with contextlib.suppress(OSError):  # Hydra has made it; run() makes it again where it is needed
+        folder.rmdir()
+    return answer(found, print) is not None
 
 
 def main() -> NoReturn:

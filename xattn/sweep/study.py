@@ -10,13 +10,15 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job
-from xattn.errors import ExitCode, FolderInUse, StorageError, XattnError
+from xattn.errors import ExitCode, FolderInUse, Preempted, StorageError, XattnError
 from xattn.run import run_pack
 from xattn.run_folder import shown
+from xattn.same_training import Trainings, answer, answered, first_of_each
 from xattn.signals import interruption
 from xattn.sweep.packing import is_finished, summary_of, take_pack
 from xattn.sweep.table import print_table
@@ -67,7 +69,7 @@ def carry_out(jobs: Sequence[Job], start: Start = start) -> None:
     the study.
     """
     with told_at_the_end(jobs):
-        make(jobs, start)
+        make_each_training_once(jobs, start)
 
 
 @contextlib.contextmanager
@@ -80,9 +82,74 @@ def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
         raise
     finally:
         asked = {job.folder: job.config for job in jobs}
-        print_table(list(asked), xattn.config.varying_keys(list(asked.values())), asked)
+        print_table(list(asked), xattn.config.varying_keys(list(asked.values())), asked, answers(jobs))
     if jobs:
         print(f"a report on them: xattn report {shown(jobs[0].folder.absolute().parent)}")
+
+
+def make_each_training_once(jobs: Sequence[Job], start: Start = start) -> None:
+    """:func:`make`, without jobs that need no training: a run that is finished before them, or by them, was trained as
+    they ask, to the bit (:mod:`xattn.same_training`). What they want measured of it is measured.
+
+    Of jobs that train the same the first is made, and the next only where that one failed.
+    """
+    keys, left = xattn.config.varying_keys([job.config for job in jobs]), list(jobs)
+    with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
+        while left:
+            trainings = Trainings(job.folder for job in left)
+            unanswered = []
+            for job in left:
+                if is_answered(job, trainings, keys, view.say):
+                    view.found(failed=outcomes[job.folder] != ExitCode.DONE)
+                else:
+                    unanswered.append(job)
+            now, left = _in_turn(unanswered)
+            make(now, start, view=view, keys=keys)
+            if interruption.requested and left:
+                raise SystemExit(ExitCode.PREEMPTED)
+
+
+def _in_turn(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """Those to be made now, and those that wait for one of them, which trains the same."""
+    goes = first_of_each([(job.config, job.folder) for job in jobs])
+    now = [job for job, go in zip(jobs, goes, strict=True) if go]
+    return now, [job for job, go in zip(jobs, goes, strict=True) if not go]
+
+
+def is_answered(
+    job: Job, trainings: Trainings, keys: Sequence[str], say: Callable[[str], None], *, measures: bool = True
+) -> bool:
+    """Whether a finished run of the same training has answered for the job, or failed to; outcomes has which.
+
+    measures: whether this process may measure what the job wants; if not, only runs that leave nothing to are asked.
+    """
+    found = [each for each in trainings.find(job.config, job.folder) if measures or not each.overrides]
+    lines: list[str] = []
+    code = ExitCode.DONE
+    try:
+        if answer(found, lines.append) is None:
+            return False
+    except Preempted:
+        raise SystemExit(ExitCode.PREEMPTED) from None
+    except XattnError as error:
+        print(f"xattn: {error}", file=sys.stderr)
+        code = error.exit_code
+    except Exception:  # a fault of ours ends this job and not the study
+        traceback.print_exc()
+        code = ExitCode.ERROR
+    finally:
+        for line in lines:
+            say(f"  {label(job, keys)}: {line}")
+    outcomes[job.folder] = code
+    return True
+
+
+def answers(jobs: Sequence[Job]) -> dict[Path, tuple[Path, dict[str, Any]]]:
+    """For each job that a run of the same training has answered for: that run's folder, and its summary for the job."""
+    asked = [job for job in jobs if outcomes.get(job.folder) == ExitCode.DONE and not is_finished(job)]
+    trainings = Trainings(job.folder for job in asked)
+    found = {job.folder: answered(trainings.find(job.config, job.folder)) for job in asked}
+    return {folder: answer for folder, answer in found.items() if answer is not None}
 
 
 def make(
@@ -132,23 +199,38 @@ def make(
                 raise SystemExit(ExitCode.PREEMPTED)
 
 
-def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None]) -> None:
+def carry_out_elsewhere(
+    jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None], *, each_training_once: bool = True
+) -> None:
     """Has ``launch`` make every run whose result is not there yet, on other machines; what they came to is read from
     the run folders, which all machines see."""
     unfinished = [job for job in jobs if not is_finished(job)]
     print(so_many(len(jobs), len(jobs) - len(unfinished)))
+    keys, left = xattn.config.varying_keys([job.config for job in jobs]), unfinished
     with told_at_the_end(jobs):
         try:
-            if unfinished:
+            while left:
+                if each_training_once:
+                    trainings = Trainings(job.folder for job in left)
+                    now, left = _in_turn(
+                        [job for job in left if not is_answered(job, trainings, keys, print, measures=False)]
+                    )
+                else:
+                    now, left = left, []
                 with interruption.breaking():
-                    launch(unfinished)
+                    if now:
+                        launch(now)
         except KeyboardInterrupt:
             print("what was handed over goes on where it is, and has to be ended there")
             raise SystemExit(ExitCode.PREEMPTED) from None
         except Exception as error:  # theirs: the folders tell what there is all the same
             print(f"xattn: {traceback.format_exception_only(error)[-1].strip()}", file=sys.stderr)
         codes = {"done": ExitCode.DONE, "diverged": ExitCode.DIVERGED, "preempted": ExitCode.PREEMPTED}
+        trainings = Trainings(job.folder for job in unfinished)
         for job in unfinished:
+            if answered(trainings.find(job.config, job.folder)) is not None:
+                outcomes[job.folder] = ExitCode.DONE
+                continue
             status = summary_of(job).get("status", "not begun")
             outcomes[job.folder] = codes.get(status, ExitCode.ERROR)
             if outcomes[job.folder] == ExitCode.ERROR:

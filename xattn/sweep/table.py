@@ -17,11 +17,18 @@ from xattn.keys import short
 from xattn.tracking.display import Screen
 
 
-def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Path, Config] | None = None) -> None:
+def print_table(
+    folders: Sequence[Path],
+    keys: Sequence[str],
+    asked: Mapping[Path, Config] | None = None,
+    answers: Mapping[Path, tuple[Path, dict[str, Any]]] | None = None,
+) -> None:
     """One line a run, the best val_loss first: the values of ``keys``, status, losses, speed, folder.
 
-    asked: the configs of runs that may not have begun.
+    asked: the configs of runs that may not have begun. answers: for those that another run answers for, that run's
+    folder and what its summary is for them.
     """
+    shown = {folder: (folder, _summary(folder)) for folder in folders} | dict(answers or {})
     table = Table(box=None, pad_edge=False, header_style="bold")
     numbers = ("val_loss", "val_bpb", "step", "tokens/s")
     for column in (*map(short, keys), "status"):
@@ -29,19 +36,19 @@ def print_table(folders: Sequence[Path], keys: Sequence[str], asked: Mapping[Pat
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("run", no_wrap=True)
-    for folder in sorted(folders, key=_rank):
-        summary = _summary(folder)
+    for folder in sorted(folders, key=lambda folder: _rank(*shown[folder])):
+        run, summary = shown[folder]
         config = asked[folder] if asked is not None else read_config(folder)
         values = {} if config is None else xattn.config.hashed_values(config)
         speed = summary.get("tokens_per_second")
         table.add_row(
             *(_text(values.get(key)) for key in keys),
-            _status(folder, summary, config),
+            _status(run, summary, config),
             _text(summary.get("val_loss"), ".4f"),
             _text(summary.get("val_bpb"), ".4f"),
             _text(summary.get("step")),
             _text(speed, ",.0f"),
-            folder.name,
+            run.name,
         )
     Screen().print_table(table)
 
@@ -62,8 +69,8 @@ def _summary(folder: Path) -> dict[str, Any]:
         return {"status": "summary not readable"}
 
 
-def _rank(folder: Path) -> tuple[float, str]:
-    loss = _summary(folder).get("val_loss")
+def _rank(folder: Path, summary: dict[str, Any]) -> tuple[float, str]:
+    loss = summary.get("val_loss")
     return (math.inf if loss is None else loss, folder.name)
 
 

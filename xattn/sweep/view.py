@@ -66,6 +66,12 @@ class StudyView:
         self.say(f"  {label}: {outcome}" + (f"   {to_go} to go{self._time_left()}" if to_go else ""))
         self._tell()
 
+    def found(self, *, failed: bool = False) -> None:
+        """A run need not be made: another one answers for it, or cannot be measured for it."""
+        self._done += not failed
+        self._failed += failed
+        self._tell()
+
     def _tell(self) -> None:
         words = [f"{self._done} of {self._runs} done"]
         words += [f"{self._running} running"] if self._running > 0 else []

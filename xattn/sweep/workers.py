@@ -25,6 +25,7 @@ import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job, move_older_aside
 from xattn.errors import BadInput, ExitCode, FolderInUse
+from xattn.same_training import Trainings, answered
 from xattn.signals import interruption
 from xattn.sweep import study
 from xattn.sweep.check import check_data, check_devices
@@ -41,6 +42,7 @@ def carry_out(jobs: Sequence[Job]) -> None:
     """
     unfinished = [job for job in jobs if not is_finished(job)]
     check_data(unfinished)
+    unfinished = _to_be_made(unfinished)
     devices = _devices(unfinished)
     if len(devices) <= 1:
         check_devices(unfinished)
@@ -48,7 +50,14 @@ def carry_out(jobs: Sequence[Job]) -> None:
         return
     jobs = [_begun_anew(job) for job in jobs]
     with study.told_at_the_end(jobs):
-        _carry_out(jobs, [job for job in jobs if not is_finished(job)], devices)
+        _carry_out(jobs, _to_be_made(jobs), devices)
+
+
+def _to_be_made(jobs: Sequence[Job]) -> list[Job]:
+    """Those that are to be trained or measured: not finished, and no finished run of the same training has it all."""
+    unfinished = [job for job in jobs if not is_finished(job)]
+    trainings = Trainings(job.folder for job in unfinished)
+    return [job for job in unfinished if answered(trainings.find(job.config, job.folder)) is None]
 
 
 def _devices(unfinished: Sequence[Job]) -> list[str | None]:
@@ -132,8 +141,15 @@ def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], devices: Sequence
                     process.terminate()  # a request, as to any run: save and leave
             while not results.empty():
                 _merge(results.get())
-    while not results.empty():
-        _merge(results.get())
+        while not results.empty():
+            _merge(results.get())
+        answers = study.answers(pending)
+        for job in pending:
+            if job.folder in answers:
+                view.say(
+                    f"  {study.label(job, varying)}: trained already in {run_folder.shown(answers[job.folder][0])}"
+                )
+                view.found()
     if interruption.requested:
         raise SystemExit(ExitCode.PREEMPTED)
     for job in unfinished:
@@ -154,7 +170,7 @@ def _work(jobs: Sequence[Job], results: Any) -> None:
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
     with interruption.listening(), contextlib.suppress(SystemExit):
-        study.make(jobs)
+        study.make_each_training_once(jobs)
     results.put(study.outcomes)
 
 

@@ -1,0 +1,219 @@
+"""Finished runs of a study that were trained as a config asks, to the bit, and only logged or measured otherwise.
+
+Such a config needs no training: what it wants to know of the trained parameters is measured from the run's checkpoint.
+Importing this module imports no jax.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import xattn.config
+from xattn import keys, run_folder
+from xattn.config import Config
+from xattn.errors import BadInput, IntegrityError, Preempted
+from xattn.evaluate import equal_row, evaluate_once, in_a_line, stored_rows
+from xattn.provenance import changes, provenance
+from xattn.run_folder import result_line, shown
+from xattn.signals import interruption
+
+_Loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+
+# Folder → training identity, of the run folders that this process has read. A folder keeps it: its name says so.
+_identities: dict[Path, str] = {}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished run that was trained as a config asks.
+
+    Attributes:
+        summary: its summary.json.
+        overrides: what the config wants measured of the trained parameters and the run has not, for ``xattn evaluate``.
+        lacking: KEY=VALUE whose rows, at steps before the last, only a training of its own can make.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    overrides: tuple[str, ...]
+    lacking: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+class Trainings:
+    """The finished runs beside some folders, by what they trained. Reads each run's provenance.json, or its
+    config.yaml if an older version made it, once in a process."""
+
+    def __init__(self, folders: Iterable[Path]):
+        """folders: of runs, that are there or not."""
+        self._by_study: dict[Path, dict[str, list[Path]]] = {}
+        for study in dict.fromkeys(folder.absolute().parent for folder in folders):
+            found = self._by_study[study] = {}
+            for folder in _run_folders(study):
+                if (identity := _identity_of(folder)) is not None:
+                    found.setdefault(identity, []).append(folder)
+
+    def find(self, config: Config, folder: Path) -> list[Found]:
+        """The runs that the config need not train again, those first that leave the least to be made.
+
+        folder: where the config's own run would be. None are found where that holds a run, or was named by hand.
+        """
+        if not is_asked_for(config, folder):
+            return []
+        runs = self._by_study[folder.absolute().parent].get(identity(config), [])
+        found = [each for run in runs if (each := _found(run, config)) is not None]
+        return sorted(found, key=lambda each: (len(each.lacking), len(each.overrides), each.name))
+
+
+def identity(config: Config) -> str:
+    """Equal for configs that train the same."""
+    return keys.training_identity(xattn.config.hashed_values(config))
+
+
+def is_asked_for(config: Config, folder: Path) -> bool:
+    """Whether another run may answer for the config's own: not where that has begun, or its folder has another name."""
+    begun = (folder / run_folder.CONFIG).is_file()
+    return config.resume == "auto" and not begun and folder.name == xattn.config.run_name(config)
+
+
+def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:
+    """The first of these runs that answers for the config; what that wants measured of it is measured now.
+
+    Where the data have changed since, or the last checkpoint is not whole, this is said, and the next is asked.
+    Raises :class:`BadInput` where what is wanted does not fit the run, :class:`Preempted` on a request to stop.
+    """
+    for each in found:
+        try:
+            said = [_measured(each)] if each.overrides else []
+        except IntegrityError as error:
+            say(f"not taken from the same training: {error}")
+            continue
+        changed = changes(run_folder.read_provenance(each.folder), _here())
+        since = f" (since then changed: {', '.join(changed)})" if changed else ""
+        say(f"trained already in {shown(each.folder)}: {result_line(each.summary)}{since}")
+        if each.lacking:
+            said.append(
+                f"rows before the last step need training ({', '.join(each.lacking)}): resume=never makes them, in a "
+                "folder of their own"
+            )
+        for line in said:
+            say(line)
+        return each
+    return None
+
+
+def _measured(found: Found) -> str:
+    try:
+        with interruption.breaking():
+            row, was_there = evaluate_once(found.folder, found.overrides, step=found.summary["step"])
+    except KeyboardInterrupt:
+        raise Preempted("stopped while it was measured; the same command measures it again") from None
+    how = "measured before" if was_there else "measured now"
+    return f"{how}, with {' '.join(found.overrides)}: {in_a_line(row['results'])}"
+
+
+def answered(found: Sequence[Found]) -> tuple[Path, dict[str, Any]] | None:
+    """The first of these runs that has all that the config wants measured: its folder, and its summary as the config
+    would have it. Measures nothing; None where there is no such run."""
+    for each in found:
+        if not each.overrides:
+            return each.folder, each.summary
+        row = equal_row(stored_rows(each.folder), each.summary["step"], each.overrides)
+        if row is not None:
+            return each.folder, each.summary | row["results"]
+    return None
+
+
+def first_of_each(jobs: Sequence[tuple[Config, Path]]) -> list[bool]:
+    """For each config, with the folder where its run would be, whether it is to be trained first of those that train
+    the same: it has begun, or its rows are the ones that leave the others the least to be made."""
+    groups: dict[tuple[Path, str], list[int]] = {}
+    for place, (config, folder) in enumerate(jobs):
+        groups.setdefault((folder.absolute().parent, identity(config)), []).append(place)
+    goes = [not is_asked_for(config, folder) for config, folder in jobs]
+
+    def leaves(place: int) -> tuple[int, int, int]:
+        config, folder = jobs[place]
+        group = groups[folder.absolute().parent, identity(config)]
+        left = [_beyond(config, jobs[other][0]) for other in group]
+        return sum(len(rows) for _, rows in left), sum(len(overrides) for overrides, _ in left), place
+
+    for group in groups.values():
+        if not any(goes[place] for place in group):
+            goes[min(group, key=leaves) if len(group) > 1 else group[0]] = True
+    return goes
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _run_folders(study: Path) -> list[Path]:
+    if not study.is_dir():
+        return []
+    folders = (entry for entry in study.iterdir() if not entry.name.startswith("."))
+    return sorted(folder for folder in folders if (folder / run_folder.CONFIG).is_file())
+
+
+def _identity_of(folder: Path) -> str | None:
+    """None where the folder's files are not readable, or say of a training that no code is left for."""
+    if folder in _identities:
+        return _identities[folder]
+    try:
+        recorded: Any = run_folder.read_provenance(folder)
+        found = recorded.get("training_identity") if isinstance(recorded, dict) else None
+        if not isinstance(found, str):
+            config = yaml.load((folder / run_folder.CONFIG).read_text("utf-8"), _Loader)
+            found = keys.training_identity_of(config) if isinstance(config, dict) else None
+    except (BadInput, OSError, ValueError, yaml.YAMLError):
+        return None
+    if found is not None:
+        _identities[folder] = found
+    return found
+
+
+def _found(folder: Path, asked: Config) -> Found | None:
+    """None where the run is not done, or its config is not the same training after all."""
+    try:
+        summary, there = run_folder.read_summary(folder), xattn.config.load(folder / run_folder.CONFIG)
+    except BadInput:
+        return None
+    if summary is None or summary.get("status") != "done" or identity(there) != identity(asked):
+        return None
+    overrides, lacking = _beyond(there, asked)
+    return Found(folder, summary, tuple(overrides), tuple(lacking))
+
+
+def _beyond(there: Config, asked: Config) -> tuple[list[str], list[str]]:
+    """What the asked config wants that a run of the other has not: overrides to measure it with, rows to train."""
+    overrides, lacking = [], []
+    had, wants = there.evaluation, asked.evaluation
+    other_windows = had.windows != wants.windows
+    if other_windows:
+        overrides.append(f"evaluation.windows={wants.windows}")
+    if had.probes != wants.probes if other_windows else set(wants.probes) - set(had.probes):
+        overrides.append(f"evaluation.probes=[{','.join(wants.probes)}]")
+    if overrides and asked.trainer.eval_every < asked.trainer.steps:
+        lacking += overrides
+    stats = asked.trainer.attention_stats_every
+    if stats is not None and (other_windows or there.trainer.attention_stats_every is None):
+        overrides.append(f"trainer.attention_stats_every={stats}")
+    for key in ("log_every", "eval_every", "attention_stats_every"):
+        old, new = getattr(there.trainer, key), getattr(asked.trainer, key)
+        moved = key == "attention_stats_every" and other_windows  # it looks at the first of the windows
+        if new is not None and new < asked.trainer.steps and (old is None or new % old or moved):
+            lacking.append(f"trainer.{key}={new}")
+    return overrides, lacking
+
+
+@functools.cache
+def _here() -> dict[str, Any]:
+    return provenance()
