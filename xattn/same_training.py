@@ -97,7 +97,7 @@ def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:
         except IntegrityError as error:
             say(f"not taken from the same training: {error}")
             continue
-        changed = changes(run_folder.read_provenance(each.folder), _here())
+        changed = changes(_recorded(each.folder), _here())
         since = f" (since then changed: {', '.join(changed)})" if changed else ""
         say(f"trained already in {shown(each.folder)}: {result_line(each.summary)}{since}")
         if each.lacking:
@@ -167,9 +167,8 @@ def _identity_of(folder: Path) -> str | None:
     """None where the folder's files are not readable, or say of a training that no code is left for."""
     if folder in _identities:
         return _identities[folder]
+    found = _recorded(folder).get("training_identity")
     try:
-        recorded: Any = run_folder.read_provenance(folder)
-        found = recorded.get("training_identity") if isinstance(recorded, dict) else None
         if not isinstance(found, str):
             config = yaml.load((folder / run_folder.CONFIG).read_text("utf-8"), _Loader)
             found = keys.training_identity_of(config) if isinstance(config, dict) else None
@@ -180,13 +179,25 @@ def _identity_of(folder: Path) -> str | None:
     return found
 
 
+def _recorded(folder: Path) -> dict[str, Any]:
+    """provenance.json; empty where it is missing, or cannot be read, which the run's config.yaml makes up for."""
+    try:
+        recorded: Any = run_folder.read_provenance(folder)
+    except BadInput:
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
+
+
 def _found(folder: Path, asked: Config) -> Found | None:
     """None where the run is not done, or its config is not the same training after all."""
     try:
-        summary, there = run_folder.read_summary(folder), xattn.config.load(folder / run_folder.CONFIG)
+        summary: Any = run_folder.read_summary(folder)
+        if not isinstance(summary, dict) or summary.get("status") != "done":
+            return None
+        there = xattn.config.load(folder / run_folder.CONFIG)
     except BadInput:
         return None
-    if summary is None or summary.get("status") != "done" or identity(there) != identity(asked):
+    if identity(there) != identity(asked):
         return None
     overrides, lacking = _beyond(there, asked)
     return Found(folder, summary, tuple(overrides), tuple(lacking))
