@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -75,8 +76,9 @@ class ElsewhereLauncher(Launcher):
         def launch(unfinished: Sequence[Job]) -> None:
             self._launcher.launch([list(by_folder[job.folder]) for job in unfinished], initial_job_idx)
 
-        is_tuned = self.config.hydra.runtime.choices["hydra/sweeper"] == "optuna"  # a trial has a run of its own
-        carry_out_elsewhere(jobs, launch, each_training_once=not is_tuned)
+        if self.config.hydra.runtime.choices["hydra/sweeper"] == "optuna":  # the tuner wants a run for each trial
+            jobs = [dataclasses.replace(job, answerable=False) for job in jobs]
+        carry_out_elsewhere(jobs, launch)
         return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=0) for job in jobs]
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from xattn.cli import main
 from xattn.config import Config, compose
 from xattn.errors import BadInput, ExitCode, IntegrityError, Preempted
 from xattn.evaluate import evaluate_once
-from xattn.same_training import Found, Trainings, answer, answered, first_of_each, identity
+from xattn.same_training import Found, Trainings, answer, answered, identity, in_turn
 from xattn.signals import interruption
 from xattn.sweep import study, workers
 from xattn.sweep.packing import is_finished
@@ -82,7 +83,8 @@ def names(study: Path) -> list[str]:
 
 
 def find(study: Path, config: Config) -> list[Found]:
-    return Trainings([place(study, config)]).find(config, place(study, config))
+    job = Job(config, place(study, config))
+    return Trainings([job]).find(job)
 
 
 # ---- the identity ----------------------------------------------------------------------------------------------------
@@ -197,8 +199,8 @@ def test_a_run_is_not_found_where_it_may_not_answer(tmp_path: Path) -> None:
     config, asked = compose(["trainer=debug"]), compose(["trainer=debug", "trainer.log_every=20"])
     folder = put(tmp_path, config)
     assert find(tmp_path, asked)
-    by_hand = tmp_path / "by_hand"
-    assert Trainings([by_hand]).find(asked, by_hand) == [], "a folder that was named by hand"
+    for job in (Job(asked, tmp_path / "by_hand"), Job(asked, place(tmp_path, asked), answerable=False)):
+        assert Trainings([job]).find(job) == [], "a folder that was named by hand, and a job that is to be trained"
     never = compose(["trainer=debug", "trainer.log_every=20", "resume=never"])
     assert find(tmp_path, never) == []
     put(tmp_path, asked, "running")
@@ -241,8 +243,9 @@ def test_a_study_is_read_once_in_a_process(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(keys, "training_identity_of", lambda config: (loads.append(config), from_yaml(config))[1])
     asked = [compose(["trainer=debug", f"seed={seed}", "trainer.log_every=20"]) for seed in range(4)]
     for _ in range(2):
-        trainings = Trainings(place(tmp_path, config) for config in asked)
-        assert all(trainings.find(config, place(tmp_path, config)) for config in asked)
+        jobs = [Job(config, place(tmp_path, config)) for config in asked]
+        trainings = Trainings(jobs)
+        assert all(trainings.find(job) for job in jobs)
     assert len(read) == 4
     assert len(loads) == 1
 
@@ -250,12 +253,12 @@ def test_a_study_is_read_once_in_a_process(tmp_path: Path, monkeypatch: pytest.M
 def test_the_first_of_a_training_is_the_one_that_serves_the_others(tmp_path: Path) -> None:
     """A sweep over log_every trains the one with rows at the steps of the others."""
     configs = [compose(["trainer=debug", f"trainer.log_every={n}", f"seed={s}"]) for s in (0, 1) for n in (10, 5, 20)]
-    jobs = [(config, place(tmp_path, config)) for config in configs]
-    assert first_of_each(jobs) == [False, True, False, False, True, False]
+    jobs = [Job(config, place(tmp_path, config)) for config in configs]
+    assert in_turn(jobs) == ([jobs[1], jobs[4]], [jobs[0], jobs[2], jobs[3], jobs[5]])
     put(tmp_path, configs[2], "preempted")
-    assert first_of_each(jobs) == [False, False, True, False, True, False], "one that has begun goes on"
-    by_hand = [(config, tmp_path / str(i)) for i, config in enumerate(configs)]
-    assert all(first_of_each(by_hand))
+    assert in_turn(jobs)[0] == [jobs[2], jobs[4]], "one that has begun goes on"
+    by_hand = [Job(config, tmp_path / str(i)) for i, config in enumerate(configs)]
+    assert in_turn(by_hand) == (by_hand, [])
 
 
 # ---- answering, from checkpoints of golden runs ----------------------------------------------------------------------
@@ -442,8 +445,22 @@ def test_other_machines_get_each_training_once(
     assert outcomes == {job.folder: ExitCode.DONE for job in jobs}
     others = jobs_of(tmp_path / "tuned", ["trainer.log_every=5"], ["trainer.log_every=10"])
     handed: list[int] = []
-    study.carry_out_elsewhere(others, lambda now: handed.append(len(now)), each_training_once=False)
+    study.carry_out_elsewhere([replace(job, answerable=False) for job in others], lambda now: handed.append(len(now)))
     assert handed == [2]
+
+
+def test_starting_over_by_several_workers_takes_no_other_run(
+    tmp_path: Path, outcomes: dict[Path, ExitCode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There ``resume=never`` is carried out once for all of them, and the job goes on as one that may be resumed."""
+    jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10", "resume=never", "sweep.workers=2"])
+    put(tmp_path, jobs[0].config)
+    handed: list[Job] = []
+    monkeypatch.setattr(workers, "_devices", lambda unfinished: ["0", "1"])
+    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: handed.extend(unfinished))
+    workers.carry_out(jobs)
+    assert [job.folder for job in handed] == [jobs[1].folder]
+    assert Trainings(handed).find(handed[0]) == []
 
 
 def test_workers_are_for_what_is_to_be_made(
@@ -470,7 +487,7 @@ def test_a_whole_study_is_evaluated(outputs: Path, capsys: pytest.CaptureFixture
     words = ["evaluate", str(outputs), "evaluation.windows=3", "--save"]
     assert main(words) == 0
     out, err = capsys.readouterr()
-    assert [line.split()[0] for line in out.splitlines()] == [run.name for run in RUNS]
+    assert [Path(line.split()[0]).name for line in out.splitlines()] == [run.name for run in RUNS]
     assert "not measured again" not in out
     assert "3 of 4 runs are done" in err
     assert main([*words, "--json"]) == 0
@@ -488,7 +505,7 @@ def test_a_run_that_fails_does_not_stop_the_others(outputs: Path, capsys: pytest
     shutil.rmtree(outputs / RUNS[0].name / run_folder.CHECKPOINTS)
     assert main(["evaluate", str(outputs), "--save"]) == ExitCode.INTEGRITY
     out, err = capsys.readouterr()
-    assert [line.split()[0] for line in out.splitlines()] == [run.name for run in RUNS[1:]]
+    assert [Path(line.split()[0]).name for line in out.splitlines()] == [run.name for run in RUNS[1:]]
     assert "holds no whole checkpoint" in err
     last = [str(outputs / run.name) for run in RUNS]
     assert main(["evaluate", *last, "nowhere"]) == ExitCode.ERROR

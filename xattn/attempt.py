@@ -54,6 +54,7 @@ class Job:
     """A run to make: its validated config, its folder, and what the person typed for it.
 
     watch: trackers besides the run's own. prune: given each evaluation's row but the last; True ends the run.
+    answerable: whether a finished run of the same training may stand in for it.
     """
 
     config: Config
@@ -61,6 +62,7 @@ class Job:
     overrides: tuple[str, ...] = ()
     watch: tuple[Tracker, ...] = ()
     prune: Callable[[Row], bool] = prunes_nothing
+    answerable: bool = True
 
 
 class Attempt:

@@ -82,7 +82,7 @@ def _status(run: Path) -> Any:
 def _evaluate_all(
     runs: Sequence[Path], overrides: Sequence[str], checkpoint: Literal["last", "best"], *, save: bool, as_json: bool
 ) -> int:
-    """A line a run. One that fails is reported and the others follow; its exit code is the last one's, or 1."""
+    """Prints a line a run. Those that fail stop no other; the exit code is theirs, or 1 where they differ."""
     failures: dict[str, list[Path]] = {}
     codes: set[int] = set()
     for run in runs:
@@ -95,7 +95,12 @@ def _evaluate_all(
             failures.setdefault(str(error), []).append(run)
             continue
         again = "  (not measured again)" if was_there else ""
-        print(_json_line(run, row) if as_json else f"{run.name}  {in_a_line(row['results'])}{again}", flush=True)
+        print(
+            _json_line(run, row)
+            if as_json
+            else f"{run_folder.shown(run.absolute())}  {in_a_line(row['results'])}{again}",
+            flush=True,
+        )
     for first, *others in failures.values():
         if others:
             print(f"xattn: as {first}: {len(others)} more", file=sys.stderr)

@@ -21,10 +21,11 @@ from omegaconf import DictConfig
 
 import xattn.config
 from xattn import cli, entry, hosts
+from xattn.attempt import Job
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.hosts import ToldByFirst
 from xattn.run import run
-from xattn.same_training import Trainings, answer, is_asked_for
+from xattn.same_training import Trainings, answer, is_answerable
 from xattn.signals import interruption
 from xattn.sweep import study
 
@@ -47,7 +48,7 @@ def train(composed: DictConfig) -> ExitCode:
             with contextlib.suppress(OSError):  # Hydra has made one by the run's name of today; others may be at it
                 made.rmdir()
         is_trial = hydra_config.runtime.choices["hydra/sweeper"] == "optuna"  # the tuner wants a run for each
-        if not is_trial and _is_answered(config, folder):
+        if _is_answered(Job(config, folder, answerable=not is_trial)):
             code = ExitCode.DONE
         else:
             code = run(config, folder, typed, stop=lambda: interruption.requested)
@@ -63,17 +64,15 @@ def train(composed: DictConfig) -> ExitCode:
     return code
 
 
-def _is_answered(config: xattn.config.Config, folder: Path) -> bool:
-    """Whether a finished run of the same training beside the folder answers for the config, and has been shown.
+def _is_answered(job: Job) -> bool:
+    """Whether a finished run of the same training beside the job's folder answers for it, and has been shown.
 
     One run over several processes is trained without a look: its model may not fit a single device to be measured on.
     """
-    if hosts.place(os.environ).count > 1 or not is_asked_for(config, folder):
-        return False
-    if not (found := Trainings([folder]).find(config, folder)):
+    if hosts.place(os.environ).count > 1 or not is_answerable(job) or not (found := Trainings([job]).find(job)):
         return False
     with contextlib.suppress(OSError):  # Hydra has made it; run() makes it again where it is needed
-        folder.rmdir()
+        job.folder.rmdir()
     return answer(found, print) is not None
 
 

@@ -16,6 +16,7 @@ import yaml
 
 import xattn.config
 from xattn import keys, run_folder
+from xattn.attempt import Job
 from xattn.config import Config
 from xattn.errors import BadInput, IntegrityError, Preempted
 from xattn.evaluate import equal_row, evaluate_once, in_a_line, stored_rows
@@ -50,27 +51,23 @@ class Found:
 
 
 class Trainings:
-    """The finished runs beside some folders, by what they trained. Reads each run's provenance.json, or its
+    """The runs beside those of some jobs, by what they train. Reads each run's provenance.json, or its
     config.yaml if an older version made it, once in a process."""
 
-    def __init__(self, folders: Iterable[Path]):
-        """folders: of runs, that are there or not."""
+    def __init__(self, jobs: Iterable[Job]):
         self._by_study: dict[Path, dict[str, list[Path]]] = {}
-        for study in dict.fromkeys(folder.absolute().parent for folder in folders):
+        for study in dict.fromkeys(job.folder.absolute().parent for job in jobs):
             found = self._by_study[study] = {}
             for folder in _run_folders(study):
-                if (identity := _identity_of(folder)) is not None:
-                    found.setdefault(identity, []).append(folder)
+                if (trained := _identity_of(folder)) is not None:
+                    found.setdefault(trained, []).append(folder)
 
-    def find(self, config: Config, folder: Path) -> list[Found]:
-        """The runs that the config need not train again, those first that leave the least to be made.
-
-        folder: where the config's own run would be. None are found where that holds a run, or was named by hand.
-        """
-        if not is_asked_for(config, folder):
+    def find(self, job: Job) -> list[Found]:
+        """The finished runs that may stand in for the job, those first that leave the least to be made."""
+        if not is_answerable(job):
             return []
-        runs = self._by_study[folder.absolute().parent].get(identity(config), [])
-        found = [each for run in runs if (each := _found(run, config)) is not None]
+        runs = self._by_study[job.folder.absolute().parent].get(identity(job.config), [])
+        found = [each for run in runs if (each := _found(run, job.config)) is not None]
         return sorted(found, key=lambda each: (len(each.lacking), len(each.overrides), each.name))
 
 
@@ -79,14 +76,15 @@ def identity(config: Config) -> str:
     return keys.training_identity(xattn.config.hashed_values(config))
 
 
-def is_asked_for(config: Config, folder: Path) -> bool:
-    """Whether another run may answer for the config's own: not where that has begun, or its folder has another name."""
-    begun = (folder / run_folder.CONFIG).is_file()
-    return config.resume == "auto" and not begun and folder.name == xattn.config.run_name(config)
+def is_answerable(job: Job) -> bool:
+    """Whether another run may stand in for the job's own: not where that has begun, or its folder was named by hand."""
+    begun = (job.folder / run_folder.CONFIG).is_file()
+    is_named_by_us = job.folder.name == xattn.config.run_name(job.config)
+    return job.answerable and job.config.resume == "auto" and not begun and is_named_by_us
 
 
 def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:
-    """The first of these runs that answers for the config; what that wants measured of it is measured now.
+    """The first of these runs that answers for a job; what the job wants measured of it is measured now.
 
     Where the data have changed since, or the last checkpoint is not whole, this is said, and the next is asked.
     Raises :class:`BadInput` where what is wanted does not fit the run, :class:`Preempted` on a request to stop.
@@ -133,24 +131,25 @@ def answered(found: Sequence[Found]) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def first_of_each(jobs: Sequence[tuple[Config, Path]]) -> list[bool]:
-    """For each config, with the folder where its run would be, whether it is to be trained first of those that train
-    the same: it has begun, or its rows are the ones that leave the others the least to be made."""
-    groups: dict[tuple[Path, str], list[int]] = {}
-    for place, (config, folder) in enumerate(jobs):
-        groups.setdefault((folder.absolute().parent, identity(config)), []).append(place)
-    goes = [not is_asked_for(config, folder) for config, folder in jobs]
+def in_turn(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """The jobs to be made now, and those that wait, since one of the first trains the same.
 
-    def leaves(place: int) -> tuple[int, int, int]:
-        config, folder = jobs[place]
-        group = groups[folder.absolute().parent, identity(config)]
-        left = [_beyond(config, jobs[other][0]) for other in group]
-        return sum(len(rows) for _, rows in left), sum(len(overrides) for overrides, _ in left), place
-
+    Of jobs of one training that one is made which has begun, or whose rows leave the others the least to be made.
+    """
+    groups: dict[tuple[Path, str], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.folder.absolute().parent, identity(job.config)), []).append(job)
+    now = {id(job) for job in jobs if not is_answerable(job)}
     for group in groups.values():
-        if not any(goes[place] for place in group):
-            goes[min(group, key=leaves) if len(group) > 1 else group[0]] = True
-    return goes
+        if not any(id(job) in now for job in group):
+            now.add(id(group[0] if len(group) == 1 else min(group, key=lambda job: _leaves(job, group))))
+    return [job for job in jobs if id(job) in now], [job for job in jobs if id(job) not in now]
+
+
+def _leaves(job: Job, group: Sequence[Job]) -> tuple[int, int]:
+    """How many keys of the group have rows that the job does not make, and how many numbers are to be measured."""
+    left = [_beyond(job.config, other.config) for other in group]
+    return sum(len(lacking) for _, lacking in left), sum(len(overrides) for overrides, _ in left)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

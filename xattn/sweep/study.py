@@ -18,7 +18,7 @@ from xattn.attempt import Job
 from xattn.errors import ExitCode, FolderInUse, Preempted, StorageError, XattnError
 from xattn.run import run_pack
 from xattn.run_folder import shown
-from xattn.same_training import Trainings, answer, answered, first_of_each
+from xattn.same_training import Trainings, answer, answered, in_turn
 from xattn.signals import interruption
 from xattn.sweep.packing import is_finished, summary_of, take_pack
 from xattn.sweep.table import print_table
@@ -96,24 +96,17 @@ def make_each_training_once(jobs: Sequence[Job], start: Start = start) -> None:
     keys, left = xattn.config.varying_keys([job.config for job in jobs]), list(jobs)
     with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
         while left:
-            trainings = Trainings(job.folder for job in left)
+            trainings = Trainings(left)
             unanswered = []
             for job in left:
                 if is_answered(job, trainings, keys, view.say):
                     view.found(failed=outcomes[job.folder] != ExitCode.DONE)
                 else:
                     unanswered.append(job)
-            now, left = _in_turn(unanswered)
+            now, left = in_turn(unanswered)
             make(now, start, view=view, keys=keys)
             if interruption.requested and left:
                 raise SystemExit(ExitCode.PREEMPTED)
-
-
-def _in_turn(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
-    """Those to be made now, and those that wait for one of them, which trains the same."""
-    goes = first_of_each([(job.config, job.folder) for job in jobs])
-    now = [job for job, go in zip(jobs, goes, strict=True) if go]
-    return now, [job for job, go in zip(jobs, goes, strict=True) if not go]
 
 
 def is_answered(
@@ -123,7 +116,7 @@ def is_answered(
 
     measures: whether this process may measure what the job wants; if not, only runs that leave nothing to are asked.
     """
-    found = [each for each in trainings.find(job.config, job.folder) if measures or not each.overrides]
+    found = [each for each in trainings.find(job) if measures or not each.overrides]
     lines: list[str] = []
     code = ExitCode.DONE
     try:
@@ -147,8 +140,8 @@ def is_answered(
 def answers(jobs: Sequence[Job]) -> dict[Path, tuple[Path, dict[str, Any]]]:
     """For each job that a run of the same training has answered for: that run's folder, and its summary for the job."""
     asked = [job for job in jobs if outcomes.get(job.folder) == ExitCode.DONE and not is_finished(job)]
-    trainings = Trainings(job.folder for job in asked)
-    found = {job.folder: answered(trainings.find(job.config, job.folder)) for job in asked}
+    trainings = Trainings(asked)
+    found = {job.folder: answered(trainings.find(job)) for job in asked}
     return {folder: answer for folder, answer in found.items() if answer is not None}
 
 
@@ -199,9 +192,7 @@ def make(
                 raise SystemExit(ExitCode.PREEMPTED)
 
 
-def carry_out_elsewhere(
-    jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None], *, each_training_once: bool = True
-) -> None:
+def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None]) -> None:
     """Has ``launch`` make every run whose result is not there yet, on other machines; what they came to is read from
     the run folders, which all machines see."""
     unfinished = [job for job in jobs if not is_finished(job)]
@@ -210,13 +201,10 @@ def carry_out_elsewhere(
     with told_at_the_end(jobs):
         try:
             while left:
-                if each_training_once:
-                    trainings = Trainings(job.folder for job in left)
-                    now, left = _in_turn(
-                        [job for job in left if not is_answered(job, trainings, keys, print, measures=False)]
-                    )
-                else:
-                    now, left = left, []
+                trainings = Trainings(left)
+                now, left = in_turn(
+                    [job for job in left if not is_answered(job, trainings, keys, print, measures=False)]
+                )
                 with interruption.breaking():
                     if now:
                         launch(now)
@@ -226,9 +214,9 @@ def carry_out_elsewhere(
         except Exception as error:  # theirs: the folders tell what there is all the same
             print(f"xattn: {traceback.format_exception_only(error)[-1].strip()}", file=sys.stderr)
         codes = {"done": ExitCode.DONE, "diverged": ExitCode.DIVERGED, "preempted": ExitCode.PREEMPTED}
-        trainings = Trainings(job.folder for job in unfinished)
+        trainings = Trainings(unfinished)
         for job in unfinished:
-            if answered(trainings.find(job.config, job.folder)) is not None:
+            if answered(trainings.find(job)) is not None:
                 outcomes[job.folder] = ExitCode.DONE
                 continue
             status = summary_of(job).get("status", "not begun")

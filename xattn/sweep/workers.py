@@ -56,8 +56,8 @@ def carry_out(jobs: Sequence[Job]) -> None:
 def _to_be_made(jobs: Sequence[Job]) -> list[Job]:
     """Those that are to be trained or measured: not finished, and no finished run of the same training has it all."""
     unfinished = [job for job in jobs if not is_finished(job)]
-    trainings = Trainings(job.folder for job in unfinished)
-    return [job for job in unfinished if answered(trainings.find(job.config, job.folder)) is None]
+    trainings = Trainings(unfinished)
+    return [job for job in unfinished if answered(trainings.find(job)) is None]
 
 
 def _devices(unfinished: Sequence[Job]) -> list[str | None]:
@@ -111,7 +111,7 @@ def _begun_anew(job: Job) -> Job:
         print(f"an earlier run is moved to {run_folder.shown(folder.move_aside())}")
         folder.release()
     move_older_aside(job.config, job.folder, print)
-    return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}))
+    return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}), answerable=False)
 
 
 def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], devices: Sequence[str | None]) -> None:
