@@ -57,3 +57,15 @@ def test_several_processes_share_a_sweep(tiny: list[str], tmp_path: Path) -> Non
     assert statuses(tmp_path) == ["done", "done", "done"]
     for run in (tmp_path / "outputs" / "default").glob("*/log.txt"):
         assert run.read_text("utf-8").count("computed by") == 1
+
+
+def test_several_processes_train_each_training_once(tiny: list[str], tmp_path: Path) -> None:
+    """One trains, the others wait for it, and what is to be measured is measured by one of them."""
+    command = ["sweep.workers=2", *tiny, "trainer.steps=4", "trainer.log_every=2,4", "evaluation.windows=8,4"]
+    code, out = sweep(tmp_path, *command)
+    assert code == 0, out
+    assert statuses(tmp_path) == ["done"]
+    (rows,) = (tmp_path / "outputs" / "default").glob("*/evaluations.jsonl")
+    assert len(rows.read_text("utf-8").splitlines()) == 1
+    assert out.count("trained already in") == 3
+    assert out.count(rows.parent.name) >= 7  # in the table too
