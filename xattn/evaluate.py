@@ -112,7 +112,8 @@ def _evaluate(
 ) -> tuple[Row, bool]:
     if save:
         return evaluate_once(run, overrides, checkpoint=checkpoint)
-    _check(run, overrides)
+    if (run / run_folder.CONFIG).is_file():  # no Llama folder, whose config is made as it is loaded
+        _check(run, overrides)
     opened = load(run, checkpoint=checkpoint)
     return {"step": opened.step, "overrides": list(overrides), "results": opened.evaluate(overrides)}, False
 

@@ -50,18 +50,15 @@ def has_effect(key: str) -> bool:
     return _is_none_of(_WITHOUT_EFFECT, key)
 
 
-# Keys that say what is looked at and when, and change no bit of what is trained.
-_ONLY_LOOKS = ("trainer.log_every", "trainer.eval_every", "trainer.attention_stats_every", "evaluation")
-
-
 def changes_training(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether this dotted key, among a run's ``values``, is one that its training depends on.
+    """Whether this dotted key, one of a config's ``values``, is one that the bits of its training depend on.
 
-    ``trainer.eval_every`` is, where a run goes back to its best evaluation (``trainer.nonfinite=rollback``).
+    Under ``trainer.nonfinite=rollback`` ``trainer.eval_every`` is: the best evaluation is a checkpoint, and such a run
+    may go back to it.
     """
     if key == "trainer.eval_every" and values.get("trainer.nonfinite") == "rollback":
         return True
-    return has_effect(key) and not any(key == name or key.startswith(f"{name}.") for name in _ONLY_LOOKS)
+    return has_effect(key) and _is_none_of(_MEASURING, key)
 
 
 def short(key: str) -> str:
@@ -108,15 +105,8 @@ def naming_before_matmul_precision(values: Mapping[str, Any]) -> dict[str, Any] 
 
 
 def training_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of hashed dotted keys and their values, those that the bits of the training depend on.
-
-    Under ``trainer.nonfinite=rollback`` ``trainer.eval_every`` is one of them: the best evaluation is a checkpoint, and
-    such a run may go back to it.
-    """
-    training = {key: value for key, value in values.items() if _is_none_of(_MEASURING, key)}
-    if values.get("trainer.nonfinite") == "rollback" and "trainer.eval_every" in values:
-        training["trainer.eval_every"] = values["trainer.eval_every"]
-    return training
+    """Of hashed dotted keys and their values, those that the bits of the training depend on."""
+    return {key: value for key, value in values.items() if changes_training(key, values)}
 
 
 def training_identity(values: Mapping[str, Any]) -> str:
