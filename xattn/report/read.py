@@ -137,6 +137,11 @@ def read_study(folder: Path) -> Study:
     return Study(folder, tuple(runs), tuple(foreign))
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The dotted keys of a run's config.yaml and their values; empty where it is missing or not readable."""
+    return dict(flatten(_read_config(folder / run_folder.CONFIG, [])))
+
+
 def read_run(folder: Path) -> Run:
     """Reads one run folder. Raises :class:`BadInput` where it has no config.yaml."""
     if not (folder / run_folder.CONFIG).is_file():

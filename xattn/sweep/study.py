@@ -82,9 +82,13 @@ def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
         raise
     finally:
         asked = {job.folder: job.config for job in jobs}
-        print_table(list(asked), xattn.config.varying_keys(list(asked.values())), asked, answers(jobs))
+        by_others = answers(jobs)
+        print_table(list(asked), xattn.config.varying_keys(list(asked.values())), asked, by_others)
     if jobs:
-        print(f"a report on them: xattn report {shown(jobs[0].folder.absolute().parent)}")
+        from xattn.report.propose import report_command  # scipy's import is not waited for at the start
+
+        runs = [by_others[folder][0] if folder in by_others else folder for folder in asked]
+        print(f"a report on them: {report_command(jobs[0].folder.parent, runs)}")
 
 
 def make_each_training_once(jobs: Sequence[Job], start: Start = start) -> None:

@@ -26,7 +26,6 @@ from xattn import run_folder
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode
 from xattn.keys import naming, naming_before_matmul_precision
-from xattn.run_folder import shown
 from xattn.section import Section
 from xattn.signals import interruption
 from xattn.sweep.presence import drawing, is_present, present
@@ -123,7 +122,10 @@ def tune(
         best = (min if tuning.direction == "minimize" else max)(complete, key=lambda trial: trial.value or 0.0)
         values = " ".join(f"{key}={value}" for key, value in best.params.items())
         print(f"best of {len(over)} trials: {tuning.objective} {best.value:.4f} with {values}")
-    print(f"a report on them: xattn report {shown(folder.absolute())}")
+    if runs:
+        from xattn.report.propose import report_command
+
+        print(f"a report on them: {report_command(folder, runs)}")
 
 
 def _draw_and_make(

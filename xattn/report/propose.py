@@ -1,0 +1,48 @@
+"""The command that reports on a sweep's own runs, and not on what else their folder holds."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from xattn import run_folder
+from xattn.keys import changes_training
+from xattn.report.design import SEED, in_order, show
+from xattn.report.read import read_config
+
+
+def report_command(study: Path, runs: Collection[Path]) -> str:
+    """``xattn report STUDY``, with as many ``--where KEY=VALUE`` and ``--seeds`` as leave only these runs.
+
+    Runs of others that have the same values of every key cannot be told apart from these, and belong to the question.
+    """
+    words = ["xattn", "report", run_folder.shown(study.absolute())]
+    ours = {run.absolute() for run in runs}
+    folders = (path.parent.absolute() for path in study.glob(f"*/{run_folder.CONFIG}"))
+    others = [read_config(folder) for folder in folders if folder not in ours and not folder.name.startswith(".")]
+    values = _values([config for run in ours if (config := read_config(run))]) if others else {}
+    while others:
+        key = max(values, key=lambda key: sum(_is_other(each, key, values) for each in others), default=None)
+        left = others if key is None else [each for each in others if not _is_other(each, key, values)]
+        if key is None or len(left) == len(others):
+            break
+        others = left
+        told = ",".join(map(show, in_order(values.pop(key))))
+        words += ["--seeds", told] if key == SEED else ["--where", f"{key}={told}"]
+    return shlex.join(words)
+
+
+def _values(configs: Collection[Mapping[str, Any]]) -> dict[str, set[Any]]:
+    """Key → the values that the configs have, of keys whose values can be typed."""
+    found: dict[str, set[Any]] = {}
+    for config in configs:
+        for key, value in config.items():
+            if changes_training(key, config):
+                found.setdefault(key, set()).add(value)
+    return {key: values for key, values in found.items() if not any("," in show(value) for value in values)}
+
+
+def _is_other(config: Mapping[str, Any], key: str, values: Mapping[str, Collection[Any]]) -> bool:
+    return config.get(key) not in values[key]
