@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import importlib.metadata
 import itertools
@@ -28,6 +27,7 @@ from xattn.data.config import (
     Tokenised,
 )
 from xattn.data.documents import PIECE_BYTES, Block, Files, HFDataset, Piece, Source
+from xattn.data.finding import find
 from xattn.data.memmap import open_memmaps
 from xattn.data.task_config import TaskConfig
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
@@ -110,7 +110,7 @@ def load_corpus(
 def find_files(config: PythonStdlibConfig | TextConfig) -> dict[str, Path]:
     """The corpus's files by name, sorted, not read yet. Raises :class:`BadInput` where there are none."""
     if isinstance(config, TextConfig):
-        return _matching(config.path, f"data.path = {config.path!r}")
+        return {file: Path(file) for file in find(config.path, f"data.path = {config.path!r}").files}
     root = Path(sysconfig.get_path("stdlib"))
     files: dict[str, Path] = {}
     for folder, below, names in os.walk(root):
@@ -148,6 +148,9 @@ def _tokenised(
     else:
         sources = [(HFDataset(config), 1.0)] if isinstance(config, HFConfig) else [*_file_sources(config)]
         to_learn = sources
+    for source, name in zip((source for source, _ in sources), _names(config), strict=False):
+        if isinstance(source, Files) and source.left_out:
+            say(f"left out    of {name}: {source.left_out}")
     digests = [source.sha256() for source, _ in sources]
     if tokenizer is None:
         tokenizer = _bpe(config, to_learn, digests) if config.tokenizer == "bpe" else _tokenizer_on_disk(config)
@@ -169,15 +172,16 @@ def _tokenised(
 
 
 def _file_sources(config: DataConfig | Tokenised) -> list[tuple[Files, float]]:
+    names = _names(config)
     match config:
         case PythonStdlibConfig():
-            return [(Files([*find_files(config).values()], key="data=python_stdlib"), 1.0)]
+            return [(Files([*find_files(config).values()], key=names[0]), 1.0)]
         case TextConfig():
-            return [(Files([*find_files(config).values()], key="data.path", field=config.field), 1.0)]
+            return [(Files.of(find(config.path, names[0]), key="data.path", field=config.field), 1.0)]
     assert isinstance(config, MixtureConfig)
     return [
-        (Files([*_matching(each.path, name).values()], key=name, field=each.field), each.weight)
-        for each, name in zip(config.sources, _names(config), strict=True)
+        (Files.of(find(each.path, name), key=name, field=each.field), each.weight)
+        for each, name in zip(config.sources, names, strict=True)
     ]
 
 
@@ -219,10 +223,13 @@ def _ids(
 def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Pieces that follow each other, together about PIECE_BYTES."""
     groups: list[list[Piece]] = []
+    size = 0
     for piece in pieces:
-        if not groups or sum(each.size for each in groups[-1]) + piece.size > PIECE_BYTES:
+        if not groups or size + piece.size > PIECE_BYTES:
             groups.append([])
+            size = 0
         groups[-1].append(piece)
+        size += piece.size
     return groups
 
 
@@ -325,23 +332,6 @@ def _json_tokenizer(config: MemmapConfig) -> Tokenizer:
 
 
 # ---- files and splits ------------------------------------------------------------------------------------------------
-
-
-def _matching(path: str, told: str) -> dict[str, Path]:
-    where = os.path.expanduser(path)
-    is_folder = os.path.isdir(where)
-    if is_folder:
-        files = ((file, file.relative_to(where).parts) for file in Path(where).rglob("*"))
-        found = [file for file, parts in files if not any(part.startswith(".") for part in parts)]
-    elif os.path.isfile(where):
-        found = [Path(where)]  # though its name may look like a glob
-    else:
-        found = [Path(file) for file in glob.glob(where, recursive=True)]
-    named = {str(file): file for file in sorted(found) if file.is_file()}
-    if not named:
-        kind = "the folder has no files" if is_folder else "no such file or folder, and no file matches it"
-        raise BadInput(f"{told}: {kind}")
-    return named
 
 
 def _split_by_file(files: dict[str, Path], validation_fraction: float) -> tuple[list[Path], list[Path]]:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib
 import itertools
 import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, cast
 
 from xattn.data.config import HFConfig
+from xattn.data.finding import Found, some
+from xattn.data.formats import UNREADABLE, Format, look, look_before, open_unpacked, unreadable
 from xattn.errors import BadInput
 
 PIECE_BYTES = 32 * 2**20  # of a file, about; a piece is what is tokenised again after a kill
 PIECE_ROWS = 20_000
 BLOCK_BYTES = 2**17  # a longer document is tokenised in such blocks, cut after a line or before a space
-_GZIP_RATIO = 4
+_PACKING_RATIO = 4
+_SMALL = 2**18  # bytes of a file that is hashed in one read
 
 
 class Piece(NamedTuple):
@@ -54,78 +56,104 @@ class Source(Protocol):
 
 
 class Files:
-    """Text, ``.jsonl``, both also as ``.gz``, and ``.parquet`` files, one after the other.
+    """Text, JSON lines and Parquet files, one after the other; text and JSON lines also packed.
 
-    key: of the config, for messages. field: of the lines and rows that holds the text.
+    key: of the config, for messages. field: of the lines and rows that holds the text. A file that holds nothing to
+    read is refused; of a folder's files it is left out, and :attr:`left_out` says so.
     """
 
-    def __init__(self, files: Sequence[Path], *, key: str, field: str = "text"):
-        self.files, self._key, self._field = files, key, field
+    def __init__(self, files: Sequence[str | Path], *, key: str, field: str = "text", is_folder: bool = False):
+        self._files, self._key, self._field, self._is_folder = [*map(str, files)], key, field, is_folder
+        self._left_out: list[str] = []
+
+    @classmethod
+    def of(cls, found: Found, *, key: str, field: str) -> Files:
+        files = cls(found.files, key=key, field=field, is_folder=found.is_folder)
+        files._left_out = [*found.left_out]
+        return files
+
+    @cached_property
+    def formats(self) -> dict[str, Format]:
+        """File → its format, of those that are read."""
+        found, refused = dict[str, Format](), dict[str, str]()
+        for name in self._files:
+            try:
+                found[name] = look(name)
+            except UNREADABLE as error:
+                raise unreadable(error, self._key, name) from error
+            if what := found[name].refusal:
+                refused[name] = f"{name} is {what}"
+                del found[name]
+        if refused and not (self._is_folder and found):
+            raise BadInput(f"{self._key}: no text to read: {some([*refused.values()])}")
+        if refused:
+            self._left_out.append(f"{len(refused)} without text to read ({some([*refused.values()])})")
+        return found
+
+    @property
+    def left_out(self) -> str:
+        """What is there and is not read, in a line; empty where all is read."""
+        return "; ".join(self._left_out) if self.formats else ""
 
     def pieces(self) -> list[Piece]:
-        return [piece for file in self.files for piece in self._cut(file)]
+        return [piece for name, kind in self.formats.items() for piece in self._cut(name, kind)]
 
     def read(self, piece: Piece) -> Iterator[Block]:
-        file = Path(piece.file)
+        kind = self.formats[piece.file]
         try:
-            match _format(file):
+            match kind.content:
                 case "parquet":
-                    yield from self._rows(file, piece)
+                    yield from self._rows(piece)
                 case "jsonl":
-                    yield from self._lines(file, piece)
+                    yield from self._lines(piece, kind.packing)
                 case _:
-                    yield from _blocks(file, piece)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise BadInput(f"{self._key}: {file} is not whole gzip: {error}") from error
-        except OSError as error:
-            raise BadInput(f"{self._key}: {file} cannot be read: {error.strerror}") from error
+                    yield from _blocks(piece, kind.packing)
+        except UNREADABLE as error:
+            raise unreadable(error, self._key, piece.file) from error
 
     def sha256(self) -> str:
-        def digest(file: Path) -> str:
-            try:
-                with file.open("rb") as opened:
-                    return hashlib.file_digest(opened, "sha256").hexdigest()
-            except OSError as error:
-                raise BadInput(f"{self._key}: {file} cannot be read: {error.strerror}") from error
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            digests = list(pool.map(digest, self.files))
+        digests = sha256_of_files([*self.formats], self._key)
+        for number, (name, kind) in enumerate(self.formats.items()):
+            # Where 968f896 read other documents from the file, its runs had other data.
+            if (kind.packing, kind.content) != look_before(name):
+                digests[number] = f"{kind.packing} {kind.content} {digests[number]}"
         return hashlib.sha256(json.dumps([self._field, digests]).encode()).hexdigest()
 
     def look(self) -> None:
-        """Reads the beginning of each file that is not text: what is bad there is told at once."""
-        for file in self.files:
-            if _format(file) == "jsonl" or file.suffix == ".gz":
-                next(self.read(Piece(str(file), 0, -1, 0)), None)
-            elif _format(file) == "parquet":
-                self._table(file)
+        """Reads the beginning of each file, as far as its first document: what is bad there is told at once."""
+        for name, kind in self.formats.items():
+            if kind.content == "jsonl" or kind.packing:
+                next(self.read(Piece(name, 0, -1, 0)), None)
+            elif kind.content == "parquet":
+                self._table(name)
 
-    def _cut(self, file: Path) -> list[Piece]:
-        kind, name = _format(file), str(file)
-        if kind == "parquet":
-            table = self._table(file)
+    def _cut(self, name: str, kind: Format) -> list[Piece]:
+        size = kind.size
+        if kind.content == "parquet":
+            table = self._table(name)
             sizes = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
             return [Piece(name, i, i + 1, size) for i, size in enumerate(sizes)]
-        size = file.stat().st_size
-        if file.suffix == ".gz":
-            return [Piece(name, 0, -1, _GZIP_RATIO * size)]
-        with file.open("rb") as opened:
-            cuts = [_border(opened, cut, kind) for cut in range(PIECE_BYTES, size, PIECE_BYTES)]
+        if kind.packing:
+            return [Piece(name, 0, -1, _PACKING_RATIO * size)]
+        cuts: list[int] = []
+        if size > PIECE_BYTES:
+            with open(name, "rb") as opened:
+                cuts = [_border(opened, cut, kind.content) for cut in range(PIECE_BYTES, size, PIECE_BYTES)]
         borders = sorted({0, *cuts, size})
         return [Piece(name, a, b, b - a) for a, b in itertools.pairwise(borders)]
 
-    def _lines(self, file: Path, piece: Piece) -> Iterator[Block]:
-        with _opened(file) as opened:
+    def _lines(self, piece: Piece, packing: str) -> Iterator[Block]:
+        with open_unpacked(piece.file, packing) as opened:
             opened.seek(piece.start)
             at = piece.start
             for number, line in enumerate(opened):
                 if piece.end >= 0 and at >= piece.end:
                     return
                 if line.strip():
-                    yield from _document(self._text_of(line, file, piece.start, number))
+                    yield from _document(self._text_of(line, piece.file, piece.start, number))
                 at += len(line)
 
-    def _text_of(self, line: bytes, file: Path, start: int, number: int) -> str:
+    def _text_of(self, line: bytes, file: str, start: int, number: int) -> str:
         reason = ""
         try:
             loaded = json.loads(line)
@@ -143,7 +171,7 @@ class Files:
             raise BadInput(f"{self._key}: {file}, line {line_number}: {reason}")
         return cast(str, loaded[self._field])
 
-    def _table(self, file: Path) -> Any:
+    def _table(self, file: str) -> Any:
         parquet = _optional("pyarrow.parquet", f"{self._key}: {file}: .parquet")
         try:
             table = parquet.ParquetFile(file)
@@ -154,14 +182,21 @@ class Files:
             raise BadInput(f"{self._key}: {file}: no column {self._field!r}; there are {_some(names)}; data.field")
         return table
 
-    def _rows(self, file: Path, piece: Piece) -> Iterator[Block]:
-        group = self._table(file).iter_batches(1024, row_groups=range(piece.start, piece.end), columns=[self._field])
+    def _rows(self, piece: Piece) -> Iterator[Block]:
+        file = piece.file
+        table = self._table(file)
+        row = sum(table.metadata.row_group(i).num_rows for i in range(piece.start))
         try:
-            for batch in group:
-                for value in batch.column(0).to_pylist():
+            for batch in table.iter_batches(1024, row_groups=range(piece.start, piece.end), columns=[self._field]):
+                for number, value in enumerate(batch.column(0).to_pylist(), row):
                     if not isinstance(value, str):
-                        raise BadInput(f"{self._key}: {file}: column {self._field!r} holds what is not a string")
+                        what = "null" if value is None else type(value).__name__
+                        raise BadInput(
+                            f"{self._key}: {file}: row {number} (the first is 0): column {self._field!r} holds what is "
+                            f"not a string: {what}"
+                        )
                     yield from _document(value)
+                row += batch.num_rows
         except (OSError, ValueError) as error:
             raise BadInput(f"{self._key}: {file} is not whole parquet: {_first_line(error)}") from error
 
@@ -203,13 +238,18 @@ class HFDataset:
             named += [config.dataset, config.revision]
         elif config.streaming:
             files = sorted(file for file in folder.rglob("*") if file.is_file())
-            named += [Files(files, key="data.dataset").sha256()]
+            named += [self._sha256_of(files)]
         elif self._dataset.cache_files:
             files = [Path(f["filename"]) for f in self._dataset.cache_files]
-            named += [len(self._dataset), Files(files, key="data.dataset").sha256()]
+            named += [len(self._dataset), self._sha256_of(files)]
         else:
             named += [self._dataset._fingerprint]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+    @staticmethod
+    def _sha256_of(files: Sequence[Path]) -> str:
+        digests = sha256_of_files([*map(str, files)], "data.dataset")
+        return hashlib.sha256(json.dumps(["text", digests]).encode()).hexdigest()
 
     def _some(self, start: int, end: int) -> list[Any]:
         return list(self._dataset[start : min(start + 1000, end)][self._config.field])
@@ -251,13 +291,29 @@ class HFDataset:
         return opened
 
 
-def _format(file: Path) -> str:
-    name = file.name.removesuffix(".gz")
-    return next((kind for kind in ("jsonl", "parquet") if name.endswith(f".{kind}")), "text")
+def sha256_of_files(files: Sequence[str], key: str) -> list[str]:
+    """The digest of each file's bytes; of large files several at a time."""
 
+    def digest(name: str) -> str | None:
+        """None: the file is large."""
+        try:
+            with open(name, "rb") as opened:
+                begun = opened.read(_SMALL)
+        except OSError as error:
+            raise unreadable(error, key, name) from error
+        return hashlib.sha256(begun).hexdigest() if len(begun) < _SMALL else None
 
-def _opened(file: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(file, "rb")) if file.suffix == ".gz" else file.open("rb")
+    def digest_large(name: str) -> str:
+        try:
+            with open(name, "rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise unreadable(error, key, name) from error
+
+    found = [digest(name) for name in files]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        large = pool.map(digest_large, [name for name, each in zip(files, found, strict=True) if each is None])
+        return [next(large) if each is None else each for each in found]
 
 
 def _border(opened: IO[bytes], nominal: int, kind: str) -> int:
@@ -276,8 +332,8 @@ def _character_border(text: bytes, at: int) -> int:
     return next((i for i in range(at, end) if text[i] & 0xC0 != 0x80), end)
 
 
-def _blocks(file: Path, piece: Piece) -> Iterator[Block]:
-    with _opened(file) as opened:
+def _blocks(piece: Piece, packing: str) -> Iterator[Block]:
+    with open_unpacked(piece.file, packing) as opened:
         opened.seek(piece.start)
         left = piece.end - piece.start if piece.end >= 0 else None
         kept, begins = b"", piece.start == 0
@@ -310,9 +366,9 @@ def _document(text: str) -> Iterator[Block]:
     yield Block(start == 0, encoded[start:])
 
 
-def _lines_before(file: Path, end: int) -> int:
+def _lines_before(file: str, end: int) -> int:
     count = 0
-    with file.open("rb") as opened:
+    with open(file, "rb") as opened:
         while (left := end - opened.tell()) > 0:
             count += opened.read(min(left, BLOCK_BYTES)).count(b"\n")
     return count

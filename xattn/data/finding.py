@@ -1,0 +1,125 @@
+"""Which files a path means: itself, all below a folder, or what a glob matches; each file once."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from xattn.errors import BadInput
+
+_ANY_DEPTH = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
+
+
+class Found(NamedTuple):
+    """files: sorted, each once. is_folder: whether the path is a folder. left_out: for a person, what is not read."""
+
+    files: list[str]
+    is_folder: bool
+    left_out: list[str]
+
+
+def find(path: str, told: str) -> Found:
+    """The files that a path means. Raises :class:`BadInput` where there are none.
+
+    Links to files count as the file they lead to, and a file that is there under several names is read under the first.
+    """
+    where = os.path.expanduser(path)
+    left_out: list[str] = []
+    is_folder = os.path.isdir(where)
+    if is_folder:
+        found = _below(where, left_out)
+    elif os.path.isfile(where):
+        found = [where]  # though its name may look like a glob
+    else:
+        found = list(_matching(where))
+    files, seen, again = list[str](), set[tuple[int, int]](), 0
+    for file in sorted(set(found), key=lambda name: name.split(os.sep)):
+        try:
+            state = os.stat(file)
+        except OSError:  # a link to nothing
+            continue
+        if not stat.S_ISREG(state.st_mode):
+            continue
+        if (state.st_dev, state.st_ino) in seen:
+            again += 1
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        files.append(file)
+    if again:
+        left_out.append(f"{again} more {'name' if again == 1 else 'names'} of the same files")
+    if not files:
+        kind = "the folder has no files" if is_folder else "no such file or folder, and no file matches it"
+        raise BadInput(f"{told}: {kind}")
+    return Found(files, is_folder, left_out)
+
+
+def _below(root: str, left_out: list[str]) -> list[str]:
+    """All files below a folder but hidden ones; links to folders are not followed."""
+    found, folders = list[str](), [str(Path(root))]
+    closed, hidden, links = list[str](), list[str](), list[str]()
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except PermissionError:
+            closed.append(folder)
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                hidden.append(entry.name)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.is_symlink() and not entry.is_file():
+                links.append(entry.name)
+            else:
+                found.append(entry.path)
+    for names, what in (
+        (hidden, "hidden"),
+        (links, "links to folders or to nothing"),
+        (closed, "folders not readable"),
+    ):
+        if names:
+            left_out.append(f"{len(names)} {what} ({some(names)})")
+    return found
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """As ``glob.glob(pattern, recursive=True)``, but that ``**`` visits each folder once, whatever links lead to it."""
+    split = _ANY_DEPTH.split(pattern, maxsplit=1)
+    if len(split) == 1:
+        yield from glob.glob(pattern)
+        return
+    before, after = split
+    for root in glob.glob(before) if before else [""]:
+        for folder in _folders(root):
+            yield from _matching(glob.escape(folder) + (after or "*"))
+
+
+def _folders(root: str) -> Iterator[str]:
+    """A folder and those below it, each once and with a slash at its end; links are followed after what is no link."""
+    seen, folders, links = set[tuple[int, int]](), deque([root]), deque[str]()
+    while folders or links:
+        folder = folders.popleft() if folders else links.popleft()
+        try:
+            state = os.stat(folder or ".")
+            entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
+        except OSError:  # not readable, a loop, or no folder: nothing matches there, as for glob
+            continue
+        if (state.st_dev, state.st_ino) in seen:
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        yield folder
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith("."):
+                (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
+
+
+def some(names: list[str]) -> str:
+    """The first few in their order, for a line."""
+    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")

@@ -1,0 +1,206 @@
+"""What a file holds, by its name and its first block: text, JSON lines or Parquet, plain or packed; or nothing to read."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import os
+import re
+import sys
+import zlib
+from typing import IO, Any, Literal, NamedTuple, cast
+
+import numpy as np
+
+from xattn.errors import BadInput
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+# What look and a stream of open_unpacked raise where a file cannot be read or is not whole; bz2 raises OSError.
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
+BLOCK = 2**14  # bytes of a file, and of what is packed in it, that are looked at
+_LONGEST_LINE = 2**26  # of a .json, to see whether it has lines
+_PACKED_BY_NAME = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".lzma": "xz", ".zst": "zstd", ".zstd": "zstd"}
+_PACKED = {
+    "gzip": rb"\x1f\x8b\x08",
+    "bzip2": rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)",
+    "xz": rb"\xfd7zXZ\0",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+}
+_ANY_PACKED = re.compile(b"|".join(_PACKED.values()))
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
+# What a file begins with → what it is, where that is neither text nor packed text.
+_SIGNATURES = {
+    rb"PK(?:\x03\x04|\x05\x06)": "a zip archive",
+    rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    rb"Rar!\x1a\x07": "a RAR archive",
+    rb"[\0-\xff]{257}ustar[\0 ]": "a tar archive",
+    rb"\x04\x22\x4d\x18": "packed by lz4",
+    rb"\x1f\x9d": "packed by compress",
+    rb"LZIP\x01": "packed by lzip",
+    rb"PAR1[^ -~]": "Parquet; name it .parquet",
+    rb"ARROW1\0": "an Arrow file",
+    rb"Obj\x01": "an Avro file",
+    rb"\x93NUMPY": "a NumPy array (of token ids? data=memmap)",
+    rb"\x89HDF\r\n": "an HDF5 file",
+    rb"SQLite format 3\0": "an SQLite database",
+    rb"\x80[\x02-\x05]": "a pickle",
+    rb"\x89PNG\r\n": "a PNG image",
+    rb"\xff\xd8\xff": "a JPEG image",
+    rb"GIF8[79]a": "a GIF image",
+    rb"(?:II\*\0|MM\0\*)": "a TIFF image",
+    rb"RIFF[\0-\xff]{4}(?:WAVE|AVI |WEBP)": "sound, video or an image",
+    rb"(?:ID3[\x02-\x04]|OggS\0|fLaC\0)": "sound",
+    rb"\0\0\0.ftyp": "a video",
+    rb"%PDF-": "a PDF",
+    rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "an old Office document",
+    rb"\x7fELF": "a program",
+    rb"version https://git-lfs\.github\.com/": "a pointer of Git LFS, whose content was not fetched",
+    rb"(?:\xff\xfe\0\0|\0\0\xfe\xff)": "text in UTF-32; convert it to UTF-8",
+}
+_ANY_SIGNATURE = re.compile(b"|".join(_SIGNATURES))
+_UTF_16 = "text in UTF-16; convert it to UTF-8"
+_ENOUGH = 512  # bytes that can be told from text
+# Control characters that texts have: NUL, bell, backspace, tab, line and page ends, DOS's end of file, escape.
+_CONTROLS = bytes({*range(32), 127} - {0, 7, 8, 9, 10, 11, 12, 13, 26, 27})
+
+
+class Format(NamedTuple):
+    """packing: what unpacks the file, or none. content: how its documents are found. size: of the file, in bytes.
+
+    refusal: what the file is, where that is nothing to read as text.
+    """
+
+    packing: Literal["", "gzip", "bzip2", "xz", "zstd"]
+    content: Literal["text", "jsonl", "parquet"]
+    size: int
+    refusal: str = ""
+
+
+def look(file: str) -> Format:
+    """The format of a file. Raises one of :data:`UNREADABLE` where it can't be read or is not whole."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        head, size = os.read(descriptor, BLOCK), os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    ends = ["." + suffix.lower() for suffix in os.path.basename(file).split(".")[1:]]
+    packing = _packing(head)
+    if ends and ends[-1] in _PACKED_BY_NAME:
+        packing = packing or _PACKED_BY_NAME[ends.pop()]
+    ends = [suffix for suffix in ends if suffix not in _PACKED_BY_NAME]
+    kind, content = ends[-1] if ends else "", "text"
+    if packing:
+        with open_unpacked(file, packing) as unpacked:
+            head = unpacked.read(BLOCK)
+    if kind == ".parquet":
+        content = "parquet"
+        refusal = f"Parquet within {packing}; unpack it" if packing else ""
+    else:
+        refusal = _refusal(head)
+        if kind in _JSON_LINES or (kind == ".json" and head.lstrip()[:1] == b"{" and _has_lines(file, packing)):
+            content = "jsonl"
+    return Format(packing, content, size, refusal)  # type: ignore[arg-type]
+
+
+def look_before(file: str) -> tuple[str, str]:
+    """Packing and content of a file as commit 968f896 took them, from the name alone."""
+    name = file.removesuffix(".gz")
+    content = next((kind for kind in ("jsonl", "parquet") if name.endswith(f".{kind}")), "text")
+    return "" if name == file else "gzip", content
+
+
+def open_unpacked(file: str, packing: str) -> IO[bytes]:
+    """The file's content as a stream."""
+    opened: Any
+    match packing:
+        case "gzip":
+            opened = gzip.open(file, "rb")
+        case "bzip2":
+            opened = bz2.open(file, "rb")
+        case "xz":
+            opened = lzma.open(file, "rb")
+        case "zstd":
+            # `zstd --long=31`, as large corpora are packed, wants more memory than is allowed by default.
+            opened = zstd.open(file, "rb", options={zstd.DecompressionParameter.window_log_max: 31})
+        case _:
+            opened = open(file, "rb")
+    return cast("IO[bytes]", opened)
+
+
+def unreadable(error: BaseException, key: str, file: str) -> BadInput:
+    """What to tell a person who gave the file under that key of the config, where it raised one of UNREADABLE."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return BadInput(f"{key}: {file} cannot be read: {error.strerror}")
+    with open(file, "rb") as opened:
+        packing = _packing(opened.read(16)) or _PACKED_BY_NAME.get(os.path.splitext(file)[1].lower(), "")
+    return BadInput(f"{key}: {file} is not whole {packing}: {error}")
+
+
+def _packing(head: bytes) -> str:
+    if _ANY_PACKED.match(head) is None:
+        return ""
+    return next(kind for kind, magic in _PACKED.items() if re.match(magic, head))
+
+
+def _refusal(head: bytes) -> str:
+    """What it is that begins so, where that is no text; empty for text, of any encoding that has bytes for letters."""
+    if _ANY_SIGNATURE.match(head):
+        return next(what for signature, what in _SIGNATURES.items() if re.match(signature, head))
+    if packing := _packing(head):
+        return f"packed twice, by {packing} within"
+    if wide := _wide(head):
+        return wide
+    controls = len(head) - len(head.translate(None, _CONTROLS))
+    # Noise, packed or encrypted bytes have 8 % of control characters, text in Latin-1, KOI8 or Big5 has none.
+    if len(head) >= _ENOUGH and controls > 0.03 * len(head) and not _is_utf_8(head):
+        return f"binary: {controls} of its first {len(head)} bytes are control characters"
+    return ""
+
+
+def _wide(head: bytes) -> str:
+    """Whether a letter is two or four bytes: by their mark, or by where the zeros are."""
+    letters = sum(head.count(byte) for byte in range(32, 127)) if head[:2] in (b"\xff\xfe", b"\xfe\xff") else len(head)
+    if letters < 0.75 * len(head):  # or it is Latin-1 that begins with such letters
+        with_mark = codecs.getincrementaldecoder("utf-16")()
+        try:
+            with_mark.decode(head)
+        except UnicodeDecodeError:
+            return ""
+        return _UTF_16
+    if len(head) < 16 or head.count(0) < len(head) / 8:
+        return ""
+    columns = np.frombuffer(head[: len(head) // 4 * 4], np.uint8).reshape(-1, 4)
+    zeros = (columns == 0).mean(axis=0)
+    if zeros.min() < 0.05 and np.sort(zeros)[1] > 0.9:
+        return "text in UTF-32, or an array of numbers"
+    for high in (0, 1):
+        if zeros[[high, high + 2]].min() > 0.4 and zeros[[1 - high, 3 - high]].max() < 0.05:
+            return f"{_UTF_16} (or it is an array of numbers: data=memmap)"
+    return ""
+
+
+def _is_utf_8(head: bytes) -> bool:
+    """A character that is cut off at the end counts as whole."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _has_lines(file: str, packing: str) -> bool:
+    """Whether the first line is a JSON object by itself, and another one begins in the next."""
+    with open_unpacked(file, packing) as opened:
+        lines = iter(lambda: opened.readline(_LONGEST_LINE), b"")
+        first, second = ([line for _, line in zip(range(2), filter(bytes.strip, lines), strict=False)] + [b""] * 2)[:2]
+    try:
+        return isinstance(json.loads(first), dict) and second.lstrip()[:1] == b"{"
+    except (ValueError, RecursionError):
+        return False
