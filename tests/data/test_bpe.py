@@ -65,10 +65,12 @@ def test_any_text_comes_back_and_its_ids_stand_for_its_bytes(trained: str) -> No
         assert tokenizer.decode(ids) == text
         assert tokenizer.to_bytes(ids) == text.encode()
     blocks = tokenizer.encode_blocks([text.encode() for text in TEXTS])
-    for text, ids in zip(TEXTS, blocks, strict=True):
-        np.testing.assert_array_equal(ids, tokenizer.encode(text))
-    assert sum(map(len, blocks)) < 0.6 * sum(len(text.encode()) for text in TEXTS)
-    assert tokenizer.encode_blocks([b"ab\xff\xfec"])[0].tolist() == tokenizer.encode("ab\ufffd\ufffdc").tolist()
+    for text, block in zip(TEXTS, blocks, strict=True):
+        np.testing.assert_array_equal(block.ids, tokenizer.encode(text))
+        assert block.sizes is None
+        assert block.gives_back
+    assert sum(len(block.ids) for block in blocks) < 0.6 * sum(len(text.encode()) for text in TEXTS)
+    assert tokenizer.encode_blocks([b"ab\xff\xfec"])[0].ids.tolist() == tokenizer.encode("ab\ufffd\ufffdc").tolist()
     assert tokenizer.to_bytes(np.array([0, *tokenizer.encode("a"), 0])) == b"a"
     with pytest.raises(ValueError, match="400: not an id"):
         tokenizer.decode([400])
@@ -119,7 +121,7 @@ def test_the_name_of_a_special_token_is_text(trained: str) -> None:
     """Or a page of HTML would have documents end within it, and bytes that nobody counts."""
     tokenizer = JsonTokenizer(trained)
     text = f"a {END_OF_TEXT} b"
-    for ids in (tokenizer.encode(text), *tokenizer.encode_blocks([text.encode()])):
+    for ids in (tokenizer.encode(text), tokenizer.encode_blocks([text.encode()])[0].ids):
         assert tokenizer.end_of_text not in ids
         assert tokenizer.to_bytes(ids) == text.encode()
 

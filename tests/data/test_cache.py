@@ -15,6 +15,7 @@ import pytest
 from xattn.data import cache, corpus, documents
 from xattn.data.cache import Tokens, stored_text, stored_tokens
 from xattn.data.corpus import load_corpus
+from xattn.data.tokenizer import Encoded
 from xattn.errors import Preempted
 
 from .configs import text_config
@@ -36,17 +37,17 @@ class Made:
         self.numbers: list[int] = []
         self._fails_at = fails_at
 
-    def __call__(self, number: int) -> Iterator[np.ndarray]:
+    def __call__(self, number: int) -> Iterator[Encoded]:
         self.numbers.append(number)
-        yield ARRAYS[number][:4]
+        yield Encoded(ARRAYS[number][:4], None, True)
         if number == self._fails_at:
             raise KeyboardInterrupt
-        yield ARRAYS[number][4:]
+        yield Encoded(ARRAYS[number][4:], None, True)
 
 
 def stored(make: Made, said: list[str] | None = None, key: str = "key") -> Tokens:
     say = (said if said is not None else []).append
-    return stored_tokens(key, 5, make, np.dtype("<u2"), say=say, stop=lambda: False)
+    return stored_tokens(key, 5, make, np.dtype("<u2"), np.ones_like, say=say, stop=lambda: False)
 
 
 def test_tokens_of_several_arrays_are_one() -> None:
@@ -127,7 +128,7 @@ def test_two_at_once_share_the_work() -> None:
     inside, go_on, said = threading.Event(), threading.Event(), list[str]()
 
     class Slow(Made):
-        def __call__(self, number: int) -> Iterator[np.ndarray]:
+        def __call__(self, number: int) -> Iterator[Encoded]:
             inside.set()
             go_on.wait(60)
             return super().__call__(number)
@@ -141,7 +142,7 @@ def test_two_at_once_share_the_work() -> None:
         said.append(text)
         go_on.set()
 
-    found.append(stored_tokens("key", 5, other, np.dtype("<u2"), say=say, stop=lambda: False))
+    found.append(stored_tokens("key", 5, other, np.dtype("<u2"), np.ones_like, say=say, stop=lambda: False))
     first.join(60)
     assert len(said) == 1
     assert "another process is tokenising" in said[0]
@@ -153,7 +154,7 @@ def test_two_at_once_share_the_work() -> None:
 def test_a_request_to_stop_is_heard_between_shards() -> None:
     make = Made()
     with pytest.raises(Preempted, match="same command"):
-        stored_tokens("key", 5, make, np.dtype("<u2"), say=print, stop=lambda: len(make.numbers) == 2)
+        stored_tokens("key", 5, make, np.dtype("<u2"), np.ones_like, say=print, stop=lambda: len(make.numbers) == 2)
     assert make.numbers == [0, 1]
 
 
@@ -194,6 +195,7 @@ from pathlib import Path
 from tests.data.configs import text_config
 from xattn.data import corpus
 from xattn.data.corpus import load_corpus
+from xattn.data.tokenizer import Encoded
 corpus.IN_MEMORY_BYTES = 0
 (part,) = load_corpus(text_config(path=sys.argv[1]), 64).parts
 assert len(part.train) + len(part.validation) == Path(sys.argv[1]).stat().st_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol, overload
 
@@ -162,6 +162,12 @@ class EvaluationWindows(Sequence[Windows]):
 
     def __len__(self) -> int:
         return -(-int(self._ends[-1]) // self._batch_size)
+
+    def targets(self) -> Iterator[tuple[Ids, slice]]:
+        """For each window: the ids that it is cut from, and where in them its targets stand."""
+        for ids, starts in self._sources:
+            for start in starts.tolist():
+                yield ids, slice(start + 1, min(start + self._context_length + 1, len(ids)))
 
     @overload
     def __getitem__(self, number: int) -> Windows: ...

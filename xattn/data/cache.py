@@ -1,8 +1,10 @@
 """Token ids on disk, made once: content-addressed shards in the user's cache folder, mapped into memory.
 
-A shard is raw little-endian ids, ``00007.bin``, and its number of ids and SHA-256 in ``00007.json``. Both are written
-under temporary names, synced and renamed, the ids first: a shard whose .json is there is whole. A process that is
-killed goes on at the next start with the shard that it was at; a shard that fails its digest is made again.
+A shard is raw little-endian ids, ``00007.bin``, and a record of it, ``00007.json``: the number of ids, SHA-256, and
+whether the tokens give back the text. Where tokens take up other numbers of bytes than they stand for by themselves,
+``00007.sizes`` has those, uint32 (N,). All are written under temporary names, synced and renamed, the record last: a
+shard whose .json is there is whole. A process that is killed goes on at the next start with the shard that it was at;
+a shard that fails its digest is made again.
 """
 
 from __future__ import annotations
@@ -17,44 +19,61 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from xattn.data.tokenizer import Encoded
 from xattn.errors import Preempted
 from xattn.run_folder import fsync, write_atomically
 from xattn.tracking.display import Screen
 
-Encode = Callable[[int], Iterator[np.ndarray]]  # the ids of a shard, piece after piece
+Encode = Callable[[int], Iterator[Encoded]]  # a shard, piece after piece
+SizesOf = Callable[[np.ndarray], np.ndarray]  # ids → how many bytes each stands for by itself
+_SIZES = np.dtype("<u4")
 
 
 class Tokens:
-    """Arrays of ids laid end to end, as one: ``tokens[a:b]`` copies, ``len(tokens)``, and ``part(a, b)`` does not."""
+    """Arrays of ids laid end to end, as one: ``tokens[a:b]`` copies, ``len(tokens)``, and ``part(a, b)`` does not.
 
-    def __init__(self, arrays: Sequence[np.ndarray]):
-        self._arrays = [array for array in arrays if len(array)] or [np.zeros(0, np.uint8)]
-        self._ends = np.cumsum([len(array) for array in self._arrays])
+    sizes: of each array, how many bytes of text its tokens take up; None: as many as they stand for by themselves.
+    gives_back: whether the tokens decode to the text that they were made from.
+    """
+
+    def __init__(
+        self, arrays: Sequence[np.ndarray], sizes: Sequence[np.ndarray | None] | None = None, *, gives_back: bool = True
+    ):
+        paired = zip(arrays, [None] * len(arrays) if sizes is None else sizes, strict=True)
+        self._arrays = [(array, size) for array, size in paired if len(array)] or [(np.zeros(0, np.uint8), None)]
+        self._ends = np.cumsum([len(array) for array, _ in self._arrays])
+        self.gives_back = gives_back
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, part: slice) -> np.ndarray:
+        found = [array for array, _ in self._within(part)]
+        return np.concatenate(found) if found else self._arrays[0][0][:0]
+
+    def sizes(self, part: slice, sizes_of: SizesOf) -> np.ndarray:
+        """How many bytes of text each of these tokens takes up."""
+        found = [sizes_of(array) if size is None else size for array, size in self._within(part)]
+        return np.concatenate([np.zeros(0, _SIZES), *found])
+
+    def part(self, start: int, stop: int) -> Tokens:
+        within = list(self._within(slice(start, stop)))
+        return Tokens([array for array, _ in within], [size for _, size in within], gives_back=self.gives_back)
+
+    def _within(self, part: slice) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         start, stop, _ = part.indices(len(self))
         first = int(np.searchsorted(self._ends, start, side="right"))
-        found = []
-        for array, end in zip(self._arrays[first:], self._ends[first:].tolist(), strict=True):
+        for (array, size), end in zip(self._arrays[first:], self._ends[first:].tolist(), strict=True):
             begin = end - len(array)
             if begin >= stop:
                 break
-            found.append(array[max(start - begin, 0) : stop - begin])
-        return np.concatenate(found) if found else self._arrays[0][:0]
-
-    def part(self, start: int, stop: int) -> Tokens:
-        ends = self._ends.tolist()
-        begins = [end - len(array) for array, end in zip(self._arrays, ends, strict=True)]
-        return Tokens(
-            [array[max(start - b, 0) : max(stop - b, 0)] for array, b in zip(self._arrays, begins, strict=True)]
-        )
+            here = slice(max(start - begin, 0), stop - begin)
+            yield array[here], None if size is None else size[here]
 
 
 def cache_folder() -> Path | None:
@@ -68,7 +87,14 @@ def cache_folder() -> Path | None:
 
 
 def stored_tokens(
-    key: str, shards: int, encode: Encode, dtype: np.dtype, *, say: Callable[[str], None], stop: Callable[[], bool]
+    key: str,
+    shards: int,
+    encode: Encode,
+    dtype: np.dtype,
+    sizes_of: SizesOf,
+    *,
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
 ) -> Tokens:
     """The ids of all shards, from the cache where they are there and whole, else made by ``encode`` and kept there.
 
@@ -76,9 +102,9 @@ def stored_tokens(
     A second process waits for the first one. Raises :class:`Preempted` where ``stop()``, asked between shards, says so.
     """
     if (cache := cache_folder()) is not None:
-        return _tokens_in(cache / key, shards, encode, dtype, say, stop)
+        return _tokens_in(cache / key, shards, encode, dtype, sizes_of, say, stop)
     with tempfile.TemporaryDirectory(prefix="xattn-tokens-") as folder:  # files that are mapped outlive their names
-        return _tokens_in(Path(folder), shards, encode, dtype, say, stop)
+        return _tokens_in(Path(folder), shards, encode, dtype, sizes_of, say, stop)
 
 
 def stored_text(key: str, make: Callable[[], str]) -> str:
@@ -98,7 +124,13 @@ def stored_text(key: str, make: Callable[[], str]) -> str:
 
 
 def _tokens_in(
-    folder: Path, shards: int, encode: Encode, dtype: np.dtype, say: Callable[[str], None], stop: Callable[[], bool]
+    folder: Path,
+    shards: int,
+    encode: Encode,
+    dtype: np.dtype,
+    sizes_of: SizesOf,
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
 ) -> Tokens:
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder / ".lock", say, stop):
@@ -112,43 +144,84 @@ def _tokens_in(
             for number in todo:
                 if stop():
                     raise Preempted("stopped while the corpus was tokenised; the same command goes on from there")
-                _write(folder, number, encode(number), dtype)
+                _write(folder, number, encode(number), dtype, sizes_of)
                 advance()
-        return Tokens([_mapped(folder / f"{number:05d}.bin", dtype) for number in range(shards)])
+        files = [folder / f"{number:05d}.bin" for number in range(shards)]
+        records = [_record(file) or {} for file in files]
+        return Tokens(
+            [_mapped(file, dtype) for file in files],
+            [
+                None if record["sizes"] is None else _mapped(file.with_suffix(".sizes"), _SIZES)
+                for file, record in zip(files, records, strict=True)
+            ],
+            gives_back=all(record["gives_back"] for record in records),
+        )
+
+
+def _record(file: Path) -> dict[str, Any] | None:
+    """Of a shard; None where there is none. Raises ValueError where it is damaged."""
+    try:
+        recorded = json.loads(file.with_suffix(".json").read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    if not isinstance(recorded, dict) or recorded.keys() != {"ids", "sha256", "sizes", "gives_back"}:
+        raise ValueError(f"{file}: not the record of a shard")
+    return recorded
 
 
 def _whole(folder: Path, number: int, dtype: np.dtype) -> str:
     file = folder / f"{number:05d}.bin"
     try:
-        recorded = json.loads(file.with_suffix(".json").read_text("utf-8"))
-    except FileNotFoundError:
-        return "missing"
-    except ValueError:
+        if (recorded := _record(file)) is None:
+            return "missing"
+        digest, count = _digest(file), file.stat().st_size // dtype.itemsize
+        sizes = None if recorded["sizes"] is None else _digest(file.with_suffix(".sizes"))
+    except (ValueError, FileNotFoundError):
         return "damaged"
-    try:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    except FileNotFoundError:
-        return "damaged"
-    same = recorded == {"ids": file.stat().st_size // dtype.itemsize, "sha256": digest}
+    same = recorded | {"ids": count, "sha256": digest, "sizes": sizes} == recorded
     return "whole" if same else "damaged"
 
 
-def _write(folder: Path, number: int, blocks: Iterator[np.ndarray], dtype: np.dtype) -> None:
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _write(folder: Path, number: int, blocks: Iterator[Encoded], dtype: np.dtype, sizes_of: SizesOf) -> None:
     file = folder / f"{number:05d}.bin"
-    temporary, digest, count = file.with_suffix(".tmp"), hashlib.sha256(), 0
     file.with_suffix(".json").unlink(missing_ok=True)
-    with temporary.open("wb") as opened:
+    counts, sizes, gives_back = list[int](), list[np.ndarray | None](), True
+
+    def ids() -> Iterator[np.ndarray]:
+        nonlocal gives_back
         for block in blocks:
-            content = block.astype(dtype).tobytes()
+            counts.append(len(block.ids))
+            sizes.append(block.sizes)
+            gives_back &= block.gives_back
+            yield block.ids.astype(dtype)
+
+    digest, digest_of_sizes = _write_arrays(file, ids()), None
+    if any(size is not None for size in sizes):
+        parts = np.split(_mapped(file, dtype), np.cumsum(counts)[:-1])
+        filled = (sizes_of(part) if size is None else size for part, size in zip(parts, sizes, strict=True))
+        digest_of_sizes = _write_arrays(file.with_suffix(".sizes"), (size.astype(_SIZES) for size in filled))
+    record = {"ids": sum(counts), "sha256": digest, "sizes": digest_of_sizes, "gives_back": gives_back}
+    write_atomically(file.with_suffix(".json"), json.dumps(record))
+    fsync(folder)
+
+
+def _write_arrays(file: Path, arrays: Iterator[np.ndarray]) -> str:
+    """Their digest. The file is there when all of it is on disk."""
+    temporary, digest = file.with_suffix(".tmp"), hashlib.sha256()
+    with temporary.open("wb") as opened:
+        for array in arrays:
+            content = array.tobytes()
             opened.write(content)
             digest.update(content)
-            count += len(block)
         opened.flush()
         os.fsync(opened.fileno())
     temporary.rename(file)
-    write_atomically(file.with_suffix(".json"), json.dumps({"ids": count, "sha256": digest.hexdigest()}))
-    fsync(folder)
+    return digest.hexdigest()
 
 
 def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:

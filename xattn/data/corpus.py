@@ -30,13 +30,13 @@ from xattn.data.documents import PIECE_BYTES, Block, Files, HFDataset, Piece, So
 from xattn.data.finding import find
 from xattn.data.memmap import open_memmaps
 from xattn.data.task_config import TaskConfig
-from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
+from xattn.data.tokenizer import ByteTokenizer, Encoded, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 
 IN_MEMORY_BYTES = 64 * 2**20  # a smaller corpus of bytes is read faster than a cache of it could be checked
 BPE_BYTES = 100 * 10**6  # of the training text, at its beginning: what BPE is trained on
 _BATCH_BYTES = 4 * 2**20  # tokenised at once
-_FORMAT = 2  # of the cache's content: another one where the same bytes would give other ids
+_FORMAT = 3  # of the cache's content: another one where the same bytes would give other ids or another record
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -53,13 +53,15 @@ class Part:
 class Corpus:
     """One part, or the sources of a mixture. sha256: of all bytes that were read, and of the tokenizer.
 
-    end_of_text: the id that stands between documents, None where nothing does.
+    end_of_text: the id that stands between documents, None where nothing does. gives_back: whether the tokens decode to
+    the text that was read.
     """
 
     parts: tuple[Part, ...]
     tokenizer: Tokenizer
     sha256: str
     end_of_text: int | None
+    gives_back: bool = True
 
 
 def check(config: DataConfig) -> None:
@@ -165,10 +167,14 @@ def _tokenised(
             for i in range(0, len(each), 2**22)
         ]
     sha256 = hashlib.sha256(json.dumps([digests, tokenizer.sha256()]).encode()).hexdigest()
+    gives_back = all(each.gives_back for each in ids if isinstance(each, Tokens))
+    if not gives_back:
+        say(f"tokenizer   {tokenizer.name} does not give back all that it reads; bits per byte are of the text as read")
     if isinstance(config, PythonStdlibConfig):
-        return Corpus((Part(ids[0], ids[1]),), tokenizer, sha256, tokenizer.end_of_text)
-    parts = [_split_at_end(each, fraction, weight) for each, (_, weight) in zip(ids, sources, strict=True)]
-    return Corpus(tuple(parts), tokenizer, sha256, tokenizer.end_of_text)
+        parts = [Part(ids[0], ids[1])]
+    else:
+        parts = [_split_at_end(each, fraction, weight) for each, (_, weight) in zip(ids, sources, strict=True)]
+    return Corpus(tuple(parts), tokenizer, sha256, tokenizer.end_of_text, gives_back)
 
 
 def _file_sources(config: DataConfig | Tokenised) -> list[tuple[Files, float]]:
@@ -204,7 +210,8 @@ def _ids(
     pieces = source.pieces()
     dtype = np.dtype(np.uint8 if tokenizer.vocab_size <= 2**8 else "<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     if isinstance(tokenizer, ByteTokenizer) and 0 < sum(piece.size for piece in pieces) < IN_MEMORY_BYTES:
-        return np.concatenate([np.zeros(0, dtype), *_encode(source, pieces, tokenizer, dtype)])
+        encoded = _encode(source, pieces, tokenizer)
+        return np.concatenate([np.zeros(0, dtype), *(each.ids.astype(dtype, copy=False) for each in encoded)])
     shards = _grouped(pieces)
     version = importlib.metadata.version("tokenizers")
     files = {file: number for number, file in enumerate(dict.fromkeys(piece.file for piece in pieces))}
@@ -213,8 +220,9 @@ def _ids(
     return stored_tokens(
         hashlib.sha256(key.encode()).hexdigest()[:32],
         len(shards),
-        lambda number: _encode(source, shards[number], tokenizer, dtype),
+        lambda number: _encode(source, shards[number], tokenizer),
         dtype,
+        tokenizer.sizes,
         say=say,
         stop=stop,
     )
@@ -233,24 +241,49 @@ def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return groups
 
 
-def _encode(source: Source, pieces: Sequence[Piece], tokenizer: TextTokenizer, dtype: np.dtype) -> Iterator[np.ndarray]:
-    border = [] if tokenizer.end_of_text is None else [np.array([tokenizer.end_of_text], dtype)]
+def _encode(source: Source, pieces: Sequence[Piece], tokenizer: TextTokenizer) -> Iterator[Encoded]:
     batch: list[Block] = []
-    size = 0
-
-    def ids() -> np.ndarray:
-        encoded = tokenizer.encode_blocks([block.text for block in batch])
-        found = [[*(border if block.begins else []), each] for block, each in zip(batch, encoded, strict=True)]
-        return np.concatenate([np.zeros(0, dtype), *(array for each in found for array in each)], dtype=dtype)
-
+    size = left = 0
     for piece in pieces:
         for block in source.read(piece):
             batch.append(block)
             size += len(block.text)
             if size >= _BATCH_BYTES:
-                yield ids()
+                encoded, left = _encode_batch(batch, tokenizer, left)
+                yield encoded
                 batch, size = [], 0
-    yield ids()
+    yield _encode_batch(batch, tokenizer, left)[0]
+
+
+def _encode_batch(batch: Sequence[Block], tokenizer: TextTokenizer, left: int) -> tuple[Encoded, int]:
+    """The batch with its ends of text, each before its document.
+
+    left: bytes of blocks before it that have no token; they count with its first. Those of its own come back.
+    """
+    border = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.uint32)
+    by_itself = tokenizer.is_byte_level and not tokenizer.sizes(border).any()
+    nothing = Encoded(border, None if by_itself else np.zeros(len(border), np.uint32), True)
+    found = list[Encoded]()
+    in_tokens = tokenizer.encode_blocks([block.text for block in batch])
+    for block, encoded in zip(batch, in_tokens, strict=True):
+        if block.begins and len(border):
+            found.append(nothing)
+        if not len(encoded.ids):
+            left += len(block.text)
+        elif left:
+            sizes = tokenizer.sizes(encoded.ids) if encoded.sizes is None else encoded.sizes
+            sizes[0] += left
+            encoded, left = encoded._replace(sizes=sizes), 0
+        found.append(encoded)
+    whole = Encoded(
+        np.concatenate([np.zeros(0, np.uint8), *(each.ids for each in found)]),
+        None,
+        gives_back=all(each.gives_back for each in found),
+    )
+    if any(each.sizes is not None for each in found):
+        every = [tokenizer.sizes(each.ids) if each.sizes is None else each.sizes for each in found]
+        whole = whole._replace(sizes=np.concatenate(every))
+    return whole, left
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

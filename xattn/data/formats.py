@@ -1,4 +1,4 @@
-"""What a file holds, by its name and its first block: text, JSON lines or Parquet, plain or packed; or nothing to read."""
+"""What a file holds, by its name and its first block: text, JSON lines or Parquet, plain or packed, or something else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import zlib
+from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -121,16 +122,16 @@ def open_unpacked(file: str, packing: str) -> IO[bytes]:
     opened: Any
     match packing:
         case "gzip":
-            opened = gzip.open(file, "rb")
+            opened = gzip.GzipFile(file)
         case "bzip2":
-            opened = bz2.open(file, "rb")
+            opened = bz2.BZ2File(file)
         case "xz":
-            opened = lzma.open(file, "rb")
+            opened = lzma.LZMAFile(file)
         case "zstd":
             # `zstd --long=31`, as large corpora are packed, wants more memory than is allowed by default.
-            opened = zstd.open(file, "rb", options={zstd.DecompressionParameter.window_log_max: 31})
+            opened = zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
         case _:
-            opened = open(file, "rb")
+            opened = Path(file).open("rb")
     return cast("IO[bytes]", opened)
 
 

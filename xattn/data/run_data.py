@@ -22,8 +22,9 @@ from xattn.data.batches import (
     shares,
     window_starts,
 )
+from xattn.data.cache import Tokens
 from xattn.data.config import DataConfig, MemmapConfig, Tokenised, has_segments
-from xattn.data.corpus import load_corpus
+from xattn.data.corpus import Corpus, load_corpus
 from xattn.data.task_config import TaskConfig
 from xattn.data.tasks import TaskBatches, check, evaluation_examples
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
@@ -36,7 +37,8 @@ class RunData:
 
     batch: the training windows of each update. windows: those that every evaluation scores, in batches of one shape.
     tokenizer: a :class:`TextTokenizer` where the tokens stand for text. sha256: of all that was read to make them.
-    description: for people, ``11,834,567 bytes of training text``.
+    description: for people, ``11,834,567 bytes of training text``. scored_size: bytes of the text that the scored tokens
+    were made from; None: nobody has seen it, and it is what they decode to. gives_back: whether tokens decode to it.
     """
 
     batch: Batches
@@ -44,6 +46,8 @@ class RunData:
     tokenizer: Tokenizer
     sha256: str
     description: str
+    scored_size: int | None = None
+    gives_back: bool = True
 
     @cached_property
     def optional(self) -> tuple[str, ...]:
@@ -64,20 +68,16 @@ class RunData:
             raise IntegrityError(f"{file}: is not the tokenizer that this run began with; begin anew with resume=never")
 
     def scored_bytes(self) -> bytes | None:
-        """What the targets of the evaluation stand for, window after window; None where they stand for no bytes."""
-        if not isinstance(self.tokenizer, TextTokenizer):
+        """The text that the scored tokens were made from, window after window; None where they don't give it back."""
+        if not isinstance(self.tokenizer, TextTokenizer) or not (self.gives_back or self.tokenizer.is_byte_level):
             return None
-        return b"".join(self.tokenizer.to_bytes(w.targets[w.weights > 0]) for w in self.windows)
+        found = b"".join(self.tokenizer.to_bytes(w.targets[w.weights > 0]) for w in self.windows)
+        return found if self.scored_size in (None, len(found)) else None
 
     def bytes_per_token(self) -> float | None:
         """Of the scored tokens; None where they stand for no bytes."""
-        if not isinstance(self.tokenizer, TextTokenizer):
-            return None
-        size = count = 0
-        for windows in self.windows:
-            targets = windows.targets[windows.weights > 0]
-            size, count = size + len(self.tokenizer.to_bytes(targets)), count + len(targets)
-        return size / count
+        size = len(self.scored_bytes() or b"") if self.scored_size is None else self.scored_size
+        return size / sum(int((windows.weights > 0).sum()) for windows in self.windows) or None
 
 
 def load_data(
@@ -115,13 +115,26 @@ def load_data(
         description = f"{size:,} bytes of training text"
     else:
         description = f"{size:,} tokens to train on, of {corpus.tokenizer.vocab_size:,} kinds"
+    held_out = EvaluationWindows(scored, **sizes)
     return RunData(
         batch=batches[0] if len(parts) == 1 else MixtureBatches(batches, weights, batch_size=batch_size, seed=seed),
-        windows=EvaluationWindows(scored, **sizes),
+        windows=held_out,
         tokenizer=corpus.tokenizer,
         sha256=corpus.sha256,
         description=description,
+        scored_size=None if isinstance(config, MemmapConfig) else _scored_size(held_out, corpus),
+        gives_back=corpus.gives_back,
     )
+
+
+def _scored_size(windows: EvaluationWindows, corpus: Corpus) -> int:
+    """How many bytes of text the targets of the windows were made from."""
+    size, tokenizer = 0, corpus.tokenizer
+    assert isinstance(tokenizer, TextTokenizer)
+    for ids, part in windows.targets():
+        sizes = ids.sizes(part, tokenizer.sizes) if isinstance(ids, Tokens) else tokenizer.sizes(ids[part])
+        size += int(sizes.sum())
+    return size
 
 
 class _Sizes(TypedDict):

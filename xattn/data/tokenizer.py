@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+from xattn.errors import BadInput
 
 # Under these names an end of text, or the nearest thing to it, is known.
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
+_MOST_IDS = 2**24  # as data.vocab_size
+
 Ids = Iterable[int] | np.ndarray
+
+
+class Encoded(NamedTuple):
+    """A text in tokens.
+
+    ids: unsigned integers (N,). sizes: uint32 (N,), how many bytes of the text each token takes up; together all of
+    them. None: as many as :meth:`TextTokenizer.sizes` says. gives_back: whether the ids decode to the text.
+    """
+
+    ids: np.ndarray
+    sizes: np.ndarray | None
+    gives_back: bool
 
 
 class Tokenizer(Protocol):
@@ -35,7 +53,8 @@ class Tokenizer(Protocol):
 class TextTokenizer(Tokenizer, Protocol):
     """A tokenizer whose ids stand for bytes of text.
 
-    end_of_text: the id that stands before each document, or None. name: for people.
+    end_of_text: the id that stands before each document, or None. name: for people. is_byte_level: whether it is known
+    for each id which bytes it stands for.
     """
 
     @property
@@ -44,13 +63,18 @@ class TextTokenizer(Tokenizer, Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def is_byte_level(self) -> bool: ...
+
     def to_bytes(self, ids: np.ndarray) -> bytes:
         """What the ids stand for; an end of text stands for no bytes."""
         ...
 
-    def encode_blocks(self, texts: list[bytes]) -> list[np.ndarray]:
-        """The ids of each, unsigned integers (N,)."""
+    def sizes(self, ids: np.ndarray) -> np.ndarray:
+        """uint32 (N,): how many bytes each id stands for by itself. Of byte-level tokenizers alone."""
         ...
+
+    def encode_blocks(self, texts: Sequence[bytes]) -> list[Encoded]: ...
 
     def sha256(self) -> str: ...
 
@@ -59,6 +83,7 @@ class ByteTokenizer:
     """Token ids are the bytes of the text in UTF-8; any bytes at all can be encoded. 256 is the end of text, if any."""
 
     name = "bytes"
+    is_byte_level = True
     start = ord("\n")
 
     def __init__(self, *, end_of_text: bool = False):
@@ -69,8 +94,8 @@ class ByteTokenizer:
         """uint8 (N,), one id a byte."""
         return np.frombuffer(text.encode("utf-8") if isinstance(text, str) else text, np.uint8)
 
-    def encode_blocks(self, texts: list[bytes]) -> list[np.ndarray]:
-        return [np.frombuffer(text, np.uint8) for text in texts]
+    def encode_blocks(self, texts: Sequence[bytes]) -> list[Encoded]:
+        return [Encoded(np.frombuffer(text, np.uint8), None, True) for text in texts]
 
     def decode(self, ids: Ids) -> str:
         """Bytes that are not UTF-8, a model's slips among them, become U+FFFD. Raises ValueError for other ids."""
@@ -78,6 +103,9 @@ class ByteTokenizer:
 
     def to_bytes(self, ids: np.ndarray) -> bytes:
         return ids[ids < 256].astype(np.uint8).tobytes()
+
+    def sizes(self, ids: np.ndarray) -> np.ndarray:
+        return (ids < 256).astype(np.uint32)
 
     def sha256(self) -> str:
         return hashlib.sha256(b"bytes").hexdigest()
@@ -88,7 +116,7 @@ class JsonTokenizer:
 
     Text that is not UTF-8 is read with U+FFFD in the place of what is broken. ``to_bytes`` is exact for byte-level
     tokenizers; for the others it is what the library decodes. Nothing is added to a text and nothing is cut off, and
-    the name of a special token in it, ``</s>``, is text.
+    the name of a special token in it, ``</s>``, is text. Raises :class:`BadInput` where the library can't encode a text.
     """
 
     def __init__(
@@ -104,16 +132,16 @@ class JsonTokenizer:
         from tokenizers import Tokenizer as Loaded
 
         self.name = name
-        try:
+        with _what_the_library_raises("not a tokenizer.json"):
             self._tokenizer = Loaded.from_str(text)
-        except Exception as error:  # the library raises plain Exceptions
-            raise ValueError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # that is: as the letters that they are
         self.text = text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         taken = max(ids.values(), default=0) + 1
+        if taken > _MOST_IDS:
+            raise ValueError(f"has the id {taken - 1}; allowed are those below {_MOST_IDS}")
         if vocab_size is not None and vocab_size < taken:
             raise ValueError(f"has {taken} ids, more than vocab_size = {vocab_size}")
         self.vocab_size = vocab_size or taken
@@ -122,6 +150,7 @@ class JsonTokenizer:
         names = _ENDS_OF_TEXT if end_of_text is None else [end_of_text]
         self.end_of_text = next((ids[each] for each in names if each in ids), None)
         self._bytes = self._byte_table(ids) if _is_byte_level(json.loads(text)) else None
+        self._sizes = np.array([len(token) for token in self._bytes or ()], np.uint32)
 
     def without_border(self) -> JsonTokenizer:
         """The same, and no end of text stands between documents."""
@@ -134,26 +163,64 @@ class JsonTokenizer:
         newline = self.encode("\n")
         return int(newline[0]) if self.end_of_text is None and len(newline) else self.end_of_text or 0
 
+    @property
+    def is_byte_level(self) -> bool:
+        return self._bytes is not None
+
     def encode(self, text: str) -> np.ndarray:
         """uint32 (N,)."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+        with self._refusing():
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
-    def encode_blocks(self, texts: list[bytes]) -> list[np.ndarray]:
+    def encode_blocks(self, texts: Sequence[bytes]) -> list[Encoded]:
         """On all cores: the library's own threads."""
-        decoded = [text.decode("utf-8", errors="replace") for text in texts]
-        encoded = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
-        return [np.array(each.ids, np.uint32) for each in encoded]
+        if self._bytes is None:
+            return self._with_offsets(texts)
+        with self._refusing():
+            encodings = self._tokenizer.encode_batch_fast(_as_text(texts), add_special_tokens=False)
+        found = [
+            Encoded(np.array(each.ids, np.uint32), None, b"".join(map(self._bytes.__getitem__, each.ids)) == text)
+            for each, text in zip(encodings, texts, strict=True)
+        ]
+        changed = [number for number, each in enumerate(found) if not each.gives_back]
+        for number, each in zip(changed, self._with_offsets([texts[i] for i in changed]), strict=True):
+            found[number] = each._replace(gives_back=False)
+        return found
+
+    def _with_offsets(self, texts: Sequence[bytes]) -> list[Encoded]:
+        """With the sizes from where in the text the library found each token."""
+        decoded = _as_text(texts)
+        with self._refusing():
+            encodings = self._tokenizer.encode_batch(decoded, add_special_tokens=False)
+            again = self._tokenizer.decode_batch([each.ids for each in encodings])
+        return [
+            Encoded(np.array(each.ids, np.uint32), _sizes(text, each.offsets), back.encode() == text)
+            for each, text, back in zip(encodings, texts, again, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            with _what_the_library_raises(self.name):
+                yield
+        except ValueError as error:
+            raise BadInput(f"data.tokenizer: {error}") from error
 
     def decode(self, ids: Ids) -> str:
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise ValueError(f"{wrong[0]}: not an id; they are 0 to {self.vocab_size - 1}")
         if self._bytes is None:
-            return str(self._tokenizer.decode(ids))
+            with self._refusing():
+                return str(self._tokenizer.decode(ids))
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
 
     def to_bytes(self, ids: np.ndarray) -> bytes:
         return self.decode(ids).encode() if self._bytes is None else b"".join(self._bytes[i] for i in ids.tolist())
+
+    def sizes(self, ids: np.ndarray) -> np.ndarray:
+        assert self.is_byte_level  # what an id of another tokenizer stands for depends on its neighbours
+        return self._sizes[ids]
 
     def sha256(self) -> str:
         return hashlib.sha256(f"{self.end_of_text} {self.text}".encode()).hexdigest()
@@ -189,10 +256,55 @@ class IdTokenizer:
         return " ".join(str(int(i)) for i in ids)
 
 
+@contextlib.contextmanager
+def _what_the_library_raises(told: str) -> Iterator[None]:
+    """Raises it as ValueError: plain Exceptions, and the panics of Rust, which are no Exceptions and have no name here."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{told}: {reason}") from error
+
+
 def _is_byte_level(loaded: dict[str, Any]) -> bool:
-    """Whether the decoder, or one of a sequence of decoders, is GPT-2's map of characters to bytes."""
-    decoder = loaded.get("decoder") or {}
-    return any(each.get("type") == "ByteLevel" for each in (decoder, *decoder.get("decoders", ())))
+    """Whether tokens are written in GPT-2's characters for bytes: the decoder says so, or, if there is none, what cuts
+    the text before the model."""
+    decoder, before = loaded.get("decoder"), loaded.get("pre_tokenizer") or {}
+    steps = [before, *before.get("pretokenizers", ())] if decoder is None else [decoder, *decoder.get("decoders", ())]
+    return any(each.get("type") == "ByteLevel" for each in steps)
+
+
+def _as_text(texts: Sequence[bytes]) -> list[str]:
+    return [text.decode("utf-8", errors="replace") for text in texts]
+
+
+def _mark_broken(error: UnicodeError) -> tuple[str, int]:
+    """A handler of decoding errors: U+DC01 to U+DC04, which no UTF-8 has, says how many bytes U+FFFD stands for."""
+    assert isinstance(error, UnicodeDecodeError)
+    return chr(0xDC00 + error.end - error.start), error.end
+
+
+codecs.register_error("xattn.mark_broken", _mark_broken)
+
+
+def _sizes(text: bytes, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """uint32 (N,): the bytes of the text from where the token before ended to where this one does; the last has the rest.
+
+    So what the tokenizer leaves out of a text, spaces or what it doesn't know, counts with the token after it, and a
+    character of several tokens with its first. offsets: of characters, where a broken one is U+FFFD.
+    """
+    if not offsets:
+        return np.zeros(0, np.uint32)
+    marked = text.decode("utf-8", errors="xattn.mark_broken").encode("utf-32-le", errors="surrogatepass")
+    points = np.frombuffer(marked, "<u4")
+    widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    widths = np.where((points > 0xDC00) & (points < 0xDC05), points - 0xDC00, widths)
+    borders = np.concatenate([[0], np.cumsum(widths)])
+    ends = borders[np.maximum.accumulate(np.array(offsets)[:, 1])]
+    ends[-1] = len(text)
+    return np.diff(ends, prepend=0).astype(np.uint32)
 
 
 def byte_characters() -> list[str]:
