@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from xattn.data.task_config import TaskConfig
 from xattn.section import Section
@@ -35,7 +35,7 @@ class Tokenised(Section):
     @model_validator(mode="after")
     def _names_go_with_their_file(self) -> Self:
         if self.tokenizer.endswith(".tiktoken") and self.tiktoken_pattern is None:
-            raise ValueError("a .tiktoken file needs data.tiktoken_pattern: gpt2, cl100k or o200k")
+            raise ValueError("a .tiktoken file needs data.tiktoken_pattern: gpt2 (r50k, p50k), cl100k or o200k")
         if self.tokenizer in ("bytes", "bpe") and self.end_of_text is not None:
             raise ValueError(f"data.end_of_text is a name in a tokenizer.json; {self.tokenizer} has an end of its own")
         return self
@@ -53,9 +53,9 @@ class PythonStdlibConfig(Tokenised):
 class TextConfig(Tokenised):
     """``data=text``: files of your own.
 
-    path: a file, a folder (all files below it) or a glob; files are joined in sorted order. ``.jsonl``: a document a
-        line; ``.parquet``: a document a row; any other file is one document of text. Hidden files and folders of a
-        folder are left out; text and ``.jsonl`` may be ``.gz``.
+    path: a file, a folder (all files below it) or a glob; files are joined in sorted order, each once. ``.jsonl``: a
+        document a line; ``.parquet``: a document a row; any other file is one document of text. Text and ``.jsonl`` may
+        be packed. What is no text is refused; of a folder it is left out, as its hidden files and folders are.
     field: the name of the text in each line or row.
     validation_fraction: of the tokens, at the end.
     """
@@ -73,11 +73,18 @@ class MixtureSource(Section):
     field: str = Field(default="text", min_length=1)
 
 
+def _some_sources(sources: tuple[MixtureSource, ...]) -> tuple[MixtureSource, ...]:
+    """Counts them after each was found good; pydantic's own min_length also counts the bad ones as missing."""
+    if not 1 <= len(sources) <= 1000:
+        raise ValueError("a list of 1 to 1000 sources, [{path: a.txt, weight: 3}]")
+    return sources
+
+
 class MixtureConfig(Tokenised):
     """``data=mixture``: several sources of text, each drawn from by its weight, and each with its own part held out."""
 
     name: Literal["mixture"]
-    sources: tuple[MixtureSource, ...] = Field(min_length=1, max_length=1000, strict=False)
+    sources: Annotated[tuple[MixtureSource, ...], Field(strict=False), AfterValidator(_some_sources)]
 
 
 class HFConfig(Tokenised):

@@ -12,6 +12,9 @@ from xattn.data.config import MemmapConfig
 from xattn.errors import BadInput
 
 _BLOCK = 2**22
+_LOOK = 2**16  # ids at the beginning of a file that are looked at
+_ENOUGH = 64  # of them show something
+_PRINTABLE = (*range(32, 127), *b"\t\n\r")
 
 
 class MappedIds:
@@ -33,6 +36,8 @@ class MappedIds:
             raise BadInput(f"data.path: {file} cannot be read: {error.strerror}") from error
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise BadInput(f"data.path: {file} is not a flat array of integers: {ids.dtype} of shape {ids.shape}")
+        if file.suffix != ".npy" and (other := _something_else(ids[:_LOOK])):
+            raise BadInput(f"data.path: {file} read as data.dtype = {dtype}: {other}")
         self.ids: np.ndarray = ids
 
     def check_ids(self, vocab_size: int) -> str:
@@ -49,6 +54,29 @@ class MappedIds:
                 )
             digest.update(block.tobytes())
         return digest.hexdigest()
+
+
+def _something_else(ids: np.ndarray) -> str:
+    """What the first ids of a file show that is not of this type: every number is below a vocabulary's size then too.
+
+    The parts of a wider number alternate: the low ones vary, and the high ones of a vocabulary below 2^18 are 0 to 3.
+    """
+    if len(ids) < _ENOUGH:
+        return ""
+    width = ids.dtype.itemsize
+    if width > 1:
+        text = ids.tobytes()
+        printable = sum(text.count(byte) for byte in _PRINTABLE)
+        if printable > 0.99 * len(text):
+            return "it is text, not ids; data=text reads it"
+    for factor in (4, 2):
+        columns = ids[: len(ids) // factor * factor].reshape(-1, factor)
+        low, high = columns[:, : factor // 2], columns[:, factor // 2 :]
+        wide = {1: "uint8", 2: "uint16", 4: "uint32", 8: "int64"}.get(factor * width)
+        if wide and 0 <= high.min() and high.max() <= 3 and len(np.unique(low)) > 4 * len(np.unique(high)):
+            part = "second id" if factor == 2 else "third and fourth id"
+            return f"every {part} is 0 to {high.max()}, as where ids are wider; data.dtype={wide}?"
+    return ""
 
 
 def open_memmaps(config: MemmapConfig) -> list[MappedIds]:
