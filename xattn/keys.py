@@ -23,7 +23,9 @@ ABSENT: dict[str, Any] = {
     "backend.then": None,
     "model.norm_eps": 1e-6,
     "model.init_from": None,
+    "data.filler": "random",
 }
+_OF_ONE_CHOICE = {"data.filler": "mqar"}  # only this choice of the group has the key
 _NAMED_AT_EVERY_VALUE = "model.matmul_precision"
 
 # Old key → the key that has its meaning now. A run's name is still made with the old one.
@@ -81,7 +83,9 @@ def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
         if (found := _take(tree, key)) is not None and found[0] != left:
             raise BadInput(f"{key} = {found[0]}: only {left} is supported since this key was removed")
     for key, meaning in ABSENT.items():
-        _group(tree, key).setdefault(key.rpartition(".")[2], copy.deepcopy(meaning))
+        group = _group(tree, key)
+        if key not in _OF_ONE_CHOICE or group.get("name") == _OF_ONE_CHOICE[key]:
+            group.setdefault(key.rpartition(".")[2], copy.deepcopy(meaning))
     return tree
 
 

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 
 END_OF_TEXT = "<|endoftext|>"
+_NO_TIKTOKEN = "not a .tiktoken file"
 
 # The patterns that cut text into words before BPE, of the vocabularies of that name (github.com/openai/tiktoken),
 # written without possessive quantifiers, which this library's engine reads otherwise; they match the same.
@@ -24,6 +25,22 @@ PATTERNS = {
         rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:{_CONTRACTIONS})?"
         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+}
+
+
+# tiktoken's encodings by the last rank of their files, and the ids of their special tokens (tiktoken_ext/openai_public):
+# r50k_base (gpt2's are the same), p50k_base, cl100k_base, o200k_base.
+SPECIAL_TOKENS = {
+    50255: {END_OF_TEXT: 50256},
+    50280: {END_OF_TEXT: 50256},
+    100255: {
+        END_OF_TEXT: 100257,
+        "<|fim_prefix|>": 100258,
+        "<|fim_middle|>": 100259,
+        "<|fim_suffix|>": 100260,
+        "<|endofprompt|>": 100276,
+    },
+    199997: {END_OF_TEXT: 199999, "<|endofprompt|>": 200018},
 }
 
 
@@ -52,27 +69,28 @@ def from_tiktoken(content: bytes, pattern: str) -> str:
     """The tokenizer.json that encodes as tiktoken does with these ranks, each line ``<base64 of the bytes> <rank>``.
 
     The file has ranks where this library wants pairs to merge: the pair of a token is what BPE with the ranks below its
-    own leaves of it. The end of text is the id after the last. Raises ValueError where the content is no such file.
+    own leaves of it. Special tokens have tiktoken's ids where the ranks are as many as those of one of its encodings;
+    else the end of text is the id after the last. Raises ValueError, with the line, where the content is no such file.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     from xattn.data.tokenizer import byte_characters
 
-    try:
-        lines = [line.split() for line in content.splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except (ValueError, binascii.Error) as error:
-        raise ValueError(f"not a .tiktoken file, with lines of base64 and a rank: {error}") from error
-    if {bytes([byte]) for byte in range(256)} - set(ranks) or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError("not a .tiktoken file: it lacks some of the 256 bytes, or its ranks are not 0, 1, 2, …")
+    ranks, lines = _ranks(content)
+    last = max(ranks.values())
+    special = SPECIAL_TOKENS.get(last, {END_OF_TEXT: last + 1})
+    if absent := set(range(last)) - set(ranks.values()) - set(special.values()):
+        raise ValueError(f"{_NO_TIKTOKEN}: no line has the rank {min(absent)}, and one has {last}")
     characters = byte_characters()
 
     def written(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
-    pairs = [_pair(ranks, token) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    pairs = [_pair(ranks, token, lines) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    # The library gives a special token the id after the last, and any other to one that the vocabulary has.
+    placed = {name: i for name, i in special.items() if special != {END_OF_TEXT: len(ranks)}}
     model = models.BPE(
-        {written(token): rank for token, rank in ranks.items()},
+        {written(token): rank for token, rank in ranks.items()} | placed,
         [(written(a), written(b)) for a, b in pairs],
         ignore_merges=True,  # a whole word that is a token is that token, as in tiktoken
     )
@@ -84,17 +102,37 @@ def from_tiktoken(content: bytes, pattern: str) -> str:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     return str(tokenizer.to_str())
 
 
-def _pair(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
+def _ranks(content: bytes) -> tuple[dict[bytes, int], dict[bytes, int]]:
+    """Token → its rank, and → the number of its line."""
+    ranks, lines, seen = dict[bytes, int](), dict[bytes, int](), set[int]()
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            encoded, written = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(written)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"{_NO_TIKTOKEN}: line {number} is not base64 and a rank: {line[:40]!r}") from error
+        if not 0 <= rank < 2**24 or rank in seen or token in ranks or not token:
+            raise ValueError(f"{_NO_TIKTOKEN}: line {number} has a token or a rank that is not its own: {line[:40]!r}")
+        ranks[token], lines[token] = rank, number
+        seen.add(rank)
+    if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"{_NO_TIKTOKEN}: of the 256 bytes {len(absent)} have no line, the first of them {absent[0]:#04x}")
+    return ranks, lines
+
+
+def _pair(ranks: dict[bytes, int], token: bytes, lines: dict[bytes, int]) -> tuple[bytes, bytes]:
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         found = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
         lower = [each for each in found if each[0] < ranks[token]]
         if not lower:
-            raise ValueError(f"not a .tiktoken file: no two entries join to {token!r}")
+            raise ValueError(f"{_NO_TIKTOKEN}: line {lines[token]}: no two tokens of lower ranks join to {token[:40]!r}")
         _, i = min(lower)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]

@@ -299,7 +299,7 @@ def _tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
         if path.suffix == ".tiktoken":
             assert config.tiktoken_pattern is not None
             digest = hashlib.sha256(content).hexdigest()[:24]
-            key = f"tiktoken-{config.tiktoken_pattern}-{digest}"
+            key = f"tiktoken-{_FORMAT}-{config.tiktoken_pattern}-{digest}"
             text = stored_text(key, lambda: from_tiktoken(content, str(config.tiktoken_pattern)))
         else:
             text = content.decode("utf-8")

@@ -19,12 +19,13 @@ class MQARConfig(Section):
     """``data=mqar``: multi-query associative recall.
 
     num_pairs: keys with their values, each asked for once; at most context_length / 4. vocab_size: the lower half are
-    keys, the upper half values.
+    keys, the upper half values. filler: what stands between the queries, ``random`` tokens or ``zeros``.
     """
 
     name: Literal["mqar"]
     vocab_size: VocabSize
     num_pairs: PositiveInt
+    filler: Literal["random", "zeros"] = "random"
 
 
 class InductionConfig(Section):

@@ -99,14 +99,16 @@ def check(config: TaskConfig, context_length: int) -> None:
 
 
 def mqar(config: MQARConfig, generator: np.random.Generator, number: int, length: int) -> Examples:
-    """Multi-query associative recall: k₁ v₁ k₂ v₂ …, then each key once more among random tokens; what was its value?
+    """Multi-query associative recall: k₁ v₁ k₂ v₂ …, then each key once more among filler; what was its value?
 
     Arora et al., Zoology (arXiv 2312.04927), section 4 and appendix: vocabulary 8192, keys from its lower half (0 left
     out), values from its upper, all different; the gap from the pairs to a query is drawn without replacement with
     p(i) ∝ i^(α − 1), α = 0.01, in steps of two tokens. The answer is asked for at its query, and what follows there is
-    a random token. One difference: random tokens are all but the sequence's own keys, of which theirs has a few by
-    chance: hardly any of 8192, but many in a small vocabulary. Known result: attention solves it at every width from 64
-    on, with two layers, at lengths 64–512 with 4–64 pairs; gated convolutions need a width that grows with the length.
+    filler. Two differences. Their code fills with random tokens by default, but the runs of the paper's figure with the
+    token 0 alone: ``filler=zeros`` is that, ``random`` is our default. And our random tokens are all but the sequence's
+    own keys, of which theirs has a few by chance: hardly any of 8192, but many in a small vocabulary. Known result, with
+    zeros: attention solves it at every width from 64 on, with two layers, at lengths 64–512 with 4–64 pairs; gated
+    convolutions need a width that grows with the length.
     """
     half, pairs = config.vocab_size // 2, config.num_pairs
     keys = 1 + _distinct(generator, number, pairs, half - 1)
@@ -116,9 +118,12 @@ def mqar(config: MQARConfig, generator: np.random.Generator, number: int, length
     # Gumbel's trick: the largest of log p + noise are a draw without replacement, for all sequences at once.
     noise = np.log(weights) + generator.gumbel(size=(number, places))
     queries = 2 * pairs + 2 * np.argsort(-noise, axis=1)[:, :pairs]
-    tokens = generator.integers(0, config.vocab_size - pairs, (number, length + 1))
-    for key in np.sort(keys, axis=1).T:  # ascending: each is stepped over
-        tokens += tokens >= key[:, None]
+    if config.filler == "zeros":
+        tokens = np.zeros((number, length + 1), np.int64)
+    else:
+        tokens = generator.integers(0, config.vocab_size - pairs, (number, length + 1))
+        for key in np.sort(keys, axis=1).T:  # ascending: each is stepped over
+            tokens += tokens >= key[:, None]
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
     distance, answers = np.zeros((2, number, length), np.int32)
     np.put_along_axis(tokens, queries, keys, axis=1)
