@@ -122,7 +122,9 @@ def _ranks(content: bytes) -> tuple[dict[bytes, int], dict[bytes, int]]:
         ranks[token], lines[token] = rank, number
         seen.add(rank)
     if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(f"{_NO_TIKTOKEN}: of the 256 bytes {len(absent)} have no line, the first of them {absent[0]:#04x}")
+        raise ValueError(
+            f"{_NO_TIKTOKEN}: of the 256 bytes {len(absent)} have no line, the first of them {absent[0]:#04x}"
+        )
     return ranks, lines
 
 
@@ -132,7 +134,9 @@ def _pair(ranks: dict[bytes, int], token: bytes, lines: dict[bytes, int]) -> tup
         found = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
         lower = [each for each in found if each[0] < ranks[token]]
         if not lower:
-            raise ValueError(f"{_NO_TIKTOKEN}: line {lines[token]}: no two tokens of lower ranks join to {token[:40]!r}")
+            raise ValueError(
+                f"{_NO_TIKTOKEN}: line {lines[token]}: no two tokens of lower ranks join to {token[:40]!r}"
+            )
         _, i = min(lower)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
