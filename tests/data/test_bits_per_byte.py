@@ -129,8 +129,7 @@ def test_latin_1_under_bpe_has_a_byte_for_each_letter(tmp_path: Path) -> None:
     targets = np.concatenate([w.targets[w.weights > 0] for w in data.windows])
     decoded = data.tokenizer.decode(targets)
     assert decoded.count("\ufffd") > 10
-    assert data.scored_size == len(decoded)
-    assert text.decode("latin-1").endswith(decoded[-9:])
+    assert data.scored_size == len(decoded.lstrip("\ufffd"))  # it begins within a letter, which counts before
     assert data.scored_bytes() is None, "what was scored is not there any more for gzip to pack"
     assert len(said) == 1
     assert "t.json does not give back all that it reads" in said[0]
@@ -199,7 +198,7 @@ def test_ids_that_decode_to_nothing_have_no_bits_per_byte(tmp_path: Path) -> Non
     assert data.bytes_per_token() is None
 
 
-# ---- what the library raises ------------------------------------------------------------------------------------------
+# ---- what the library raises -----------------------------------------------------------------------------------------
 
 
 def refused(folder: Path, tokenizer: dict[str, object] | str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 from xattn import run_folder
-from xattn.data.bpe import END_OF_TEXT, from_tiktoken, train_bpe
+from xattn.data.bpe import END_OF_TEXT, SPECIAL_TOKENS, from_tiktoken, train_bpe
 from xattn.data.corpus import load_corpus
 from xattn.data.run_data import load_data, load_tokenizer
 from xattn.data.tokenizer import JsonTokenizer
@@ -104,6 +105,42 @@ def _o200k(source: str) -> str:
     return "|".join(eval(line.strip().rstrip(",")) for line in lines.splitlines() if line.strip().startswith('r"""'))
 
 
+def ranks_of(number: int, hole: int | None = None) -> bytes:
+    """A file of as many ranks as an encoding of tiktoken has: bytes, pairs of bytes, and longer ones."""
+    pairs = (bytes([a, b]) for a in range(256) for b in range(256))
+    longer = (bytes([a, b, c]) for a in b"abc" for b in range(256) for c in range(256))
+    tokens = itertools.chain((bytes([byte]) for byte in range(256)), pairs, longer)
+    ranks = (rank for rank in range(number) if rank != hole)
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in zip(ranks, tokens, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pattern", "number", "hole"),
+    [
+        ("r50k_base", "gpt2", 50_256, None),
+        ("p50k_base", "gpt2", 50_281, 50_256),
+        ("cl100k_base", "cl100k", 100_256, None),
+        pytest.param("o200k_base", "o200k", 199_998, None, marks=pytest.mark.slow),
+    ],
+)
+def test_special_tokens_have_the_ids_that_tiktoken_gives_them(
+    encoding: str, pattern: str, number: int, hole: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of text of cl100k is 100257, one after the id after the last rank; p50k has it among its ranks."""
+    content = ranks_of(number, hole)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines())}
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    peer = tiktoken.Encoding(**getattr(openai_public, encoding)())
+    ours = JsonTokenizer(from_tiktoken(content, pattern))
+    assert ours.end_of_text == peer.eot_token
+    assert ours.vocab_size == peer.n_vocab
+    assert SPECIAL_TOKENS[max(ranks.values())] == peer._special_tokens
+    text = "".join([*TEXTS[:20], *ODD, END_OF_TEXT])
+    assert ours.encode(text).tolist() == peer.encode(text, disallowed_special=())
+    assert ours.to_bytes(ours.encode(text)) == text.encode()
+    assert ours.to_bytes(np.array([*peer._special_tokens.values()])) == b""
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"no ranks here", b"YQ== 0\n", base64.b64encode(b"a") + b" x\n"],
@@ -115,6 +152,29 @@ def test_what_is_no_tiktoken_file_is_told(content: bytes, tmp_path: Path) -> Non
     config = text_config(path=str(tmp_path / "text"), tokenizer=str(tmp_path / "a.tiktoken"), tiktoken_pattern="gpt2")
     with pytest.raises(BadInput, match=r"data\.tokenizer = .*a\.tiktoken.*not a \.tiktoken file"):
         load_corpus(config, 4)
+
+
+BYTES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([*BYTES[:7], b"%%% 7", *BYTES[8:]], "line 8 is not base64 and a rank: b'%%% 7'"),
+        ([*BYTES[:7], b"", b"BQ== seven", *BYTES[8:]], "line 9 is not base64 and a rank"),
+        ([*BYTES, b"YWI="], "line 257 is not base64 and a rank"),
+        ([*BYTES, b"YWI= 12"], "line 257 has a token or a rank that is not its own"),
+        ([*BYTES, b"YQ== 256"], "line 257 has a token or a rank that is not its own"),
+        ([*BYTES, b"YWI= 99999999999"], "line 257 has a token or a rank that is not its own"),
+        ([*BYTES, b"YWJj 256"], "line 257: no two tokens of lower ranks join to b'abc'"),
+        ([*BYTES, b"YWI= 260"], "no line has the rank 256"),
+        (BYTES[:-3], "of the 256 bytes 3 have no line, the first of them 0xfd"),
+    ],
+)
+def test_a_bad_line_of_ranks_is_named(lines: list[bytes], told: str) -> None:
+    with pytest.raises(ValueError, match=r"^not a \.tiktoken file: ") as error:
+        from_tiktoken(b"\r\n".join(lines), "gpt2")
+    assert told in str(error.value)
 
 
 def test_the_name_of_a_special_token_is_text(trained: str) -> None:

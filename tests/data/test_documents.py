@@ -107,6 +107,9 @@ def test_a_missing_column_and_half_a_parquet_are_bad_input(tmp_path: Path) -> No
     for field, told in (("text", "no column 'text'; there are 'body', 'id'"), ("id", "what is not a string")):
         with pytest.raises(BadInput, match=told):
             load_corpus(text_config(path=str(file), field=field), 4)
+    pq.write_table(pa.table({"text": ["a"] * 40 + [None] + ["b"] * 40}), file, row_group_size=25)
+    with pytest.raises(BadInput, match=r"a\.parquet: row 40 \(the first is 0\): column 'text' .* not a string: null"):
+        load_corpus(text_config(path=str(file)), 4)
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(BadInput, match="not whole parquet"):
         load_corpus(text_config(path=str(file), field="body"), 4)

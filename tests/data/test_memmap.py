@@ -78,3 +78,32 @@ def test_what_is_no_array_of_ids_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "empty.bin").write_bytes(b"")
     with pytest.raises(BadInput, match="training part has 0 tokens"):
         load_corpus(memmap_config(path=str(tmp_path / "empty.bin")), 4)
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 50_257, 128_256, 260_000])
+@pytest.mark.parametrize(("wide", "dtype"), [("uint32", "uint16"), ("int64", "uint16"), ("int64", "uint32")])
+def test_ids_of_another_width_are_refused_by_the_look(wide: str, dtype: str, vocabulary: int, tmp_path: Path) -> None:
+    """uint32 read as uint16 is an id and a 0, 1, 2 or 3 in turn: all of them are below the vocabulary's size."""
+    ids = np.minimum(np.random.default_rng(0).zipf(1.2, 4000) - 1, vocabulary - 1)
+    ids.astype(np.dtype(wide).newbyteorder("<")).tofile(tmp_path / "ids.bin")
+    path = str(tmp_path / "ids.bin")
+    with pytest.raises(BadInput, match=rf"ids\.bin read as data\.dtype = {dtype}: every .* data\.dtype={wide}\?"):
+        check(memmap_config(path=path, dtype=dtype, vocab_size=vocabulary))
+    right = memmap_config(path=path, dtype=wide, vocab_size=vocabulary)
+    check(right)
+    np.testing.assert_array_equal(load_corpus(right, 4).parts[0].train[:], ids[:3600])
+
+
+def test_text_is_no_ids(tmp_path: Path) -> None:
+    """Two letters are a number below 50,257."""
+    (tmp_path / "train.bin").write_bytes(b"plain text in two columns, " * 40)
+    (tmp_path / "val.bin").write_bytes(b"plain text in two columns, " * 40)
+    with pytest.raises(BadInput, match=r"train\.bin read as data\.dtype = uint16: it is text"):
+        check(memmap_config(path=str(tmp_path), vocab_size=50_257))
+    check(memmap_config(path=str(tmp_path), dtype="uint8", vocab_size=256))
+
+
+@pytest.mark.parametrize("ids", [np.zeros(999), np.arange(999) % 2, np.arange(999) % 7, np.tile([3, 0, 5, 0], 99)])
+def test_ids_that_alternate_by_themselves_are_taken(ids: np.ndarray, tmp_path: Path) -> None:
+    ids.astype("<u2").tofile(tmp_path / "ids.bin")
+    check(memmap_config(path=str(tmp_path / "ids.bin")))

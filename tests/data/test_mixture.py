@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from xattn.config import compose
 from xattn.data.batches import MixtureBatches, TrainingBatches, shares
 from xattn.data.run_data import load_data
 from xattn.errors import BadInput
@@ -91,3 +92,12 @@ def test_a_bad_source_is_named(tmp_path: Path) -> None:
     sources[1]["path"] = str(tmp_path / "short.txt")
     with pytest.raises(BadInput, match=r"data\.sources\[1\]\.path = .*short.txt': its validation part has 5 bytes"):
         load_data(mixture_config(sources=sources), context_length=8, batch_size=4, windows=12, seed=0)
+
+
+def test_a_weight_of_none_is_told_in_one_line() -> None:
+    """A second line said that there was no source: the list was counted without the bad one."""
+    with pytest.raises(BadInput) as error:
+        compose(["data=mixture", "data.sources=[{path: a.txt, weight: 0}]"])
+    assert str(error.value) == "data.sources[0].weight = 0: must be greater than 0"
+    with pytest.raises(BadInput, match=r"^data\.sources = \[\]: must be a list of 1 to 1000 sources.*\]$"):
+        compose(["data=mixture", "data.sources=[]"])

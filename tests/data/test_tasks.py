@@ -7,6 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from xattn import keys
+from xattn.config import compose, run_hash
 from xattn.data import tasks
 from xattn.data.task_config import (
     CopyingConfig,
@@ -73,6 +75,29 @@ def test_mqar_asks_each_key_once_and_only_keys_that_were_given() -> None:
         given_away += int((row[queries + 1] == answer[queries]).sum())
     assert fillers == set(range(32))
     assert given_away < 0.15 * 5 * NUMBER  # one in 27 by chance
+
+
+def test_mqar_with_zeros_is_pairs_and_queries_alone() -> None:
+    """As the runs of Zoology's figure have it; queries, answers and what is asked for are those of the other filler."""
+    zeros = made(MQAR.model_copy(update={"filler": "zeros"}))
+    random = made(MQAR)
+    np.testing.assert_array_equal(zeros.distance, random.distance)
+    np.testing.assert_array_equal(zeros.answers, random.answers)  # type: ignore[arg-type]
+    places = np.pad(zeros.distance > 0, ((0, 0), (0, 1)))
+    places[:, :10] = True
+    np.testing.assert_array_equal(zeros.tokens[places], random.tokens[places])
+    assert (zeros.tokens[places] > 0).all()
+    assert not zeros.tokens[~places].any()
+
+
+def test_mqar_names_and_reads_older_runs_as_before() -> None:
+    """Only the new filler has a name of its own, and the key is of this choice of data alone."""
+    config = compose(["data=mqar", "evaluation.probes=[]"])
+    assert config.data.filler == "random"  # type: ignore[union-attr]
+    assert run_hash(config) == "98b79fd3f2"  # as the commit before this key has it
+    assert run_hash(compose(["data=mqar", "evaluation.probes=[]", "data.filler=zeros"])) != run_hash(config)
+    assert keys.up_to_date({"data": {"name": "mqar"}})["data"]["filler"] == "random"
+    assert keys.up_to_date({"data": {"name": "text"}})["data"] == {"name": "text"}
 
 
 def test_mqar_prefers_near_queries() -> None:

@@ -28,7 +28,7 @@ PATTERNS = {
 }
 
 
-# tiktoken's encodings by the last rank of their files, and the ids of their special tokens (tiktoken_ext/openai_public):
+# tiktoken's encodings by the last rank of their files, with the ids of their special tokens, as its openai_public has:
 # r50k_base (gpt2's are the same), p50k_base, cl100k_base, o200k_base.
 SPECIAL_TOKENS = {
     50255: {END_OF_TEXT: 50256},

@@ -1,4 +1,4 @@
-"""What a file holds, by its name and its first block: text, JSON lines or Parquet, plain or packed, or something else."""
+"""What a file holds, by its name and its first block: text, JSON lines or Parquet, plain or packed; or what else."""
 
 from __future__ import annotations
 
@@ -126,12 +126,12 @@ def open_unpacked(file: str, packing: str) -> IO[bytes]:
         case "bzip2":
             opened = bz2.BZ2File(file)
         case "xz":
-            opened = lzma.LZMAFile(file)
+            opened = lzma.LZMAFile(file)  # noqa: SIM115
         case "zstd":
             # `zstd --long=31`, as large corpora are packed, wants more memory than is allowed by default.
             opened = zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
         case _:
-            opened = Path(file).open("rb")
+            opened = Path(file).open("rb")  # noqa: SIM115
     return cast("IO[bytes]", opened)
 
 

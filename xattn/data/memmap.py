@@ -73,7 +73,7 @@ def _something_else(ids: np.ndarray) -> str:
         columns = ids[: len(ids) // factor * factor].reshape(-1, factor)
         low, high = columns[:, : factor // 2], columns[:, factor // 2 :]
         wide = {1: "uint8", 2: "uint16", 4: "uint32", 8: "int64"}.get(factor * width)
-        if wide and 0 <= high.min() and high.max() <= 3 and len(np.unique(low)) > 4 * len(np.unique(high)):
+        if wide and high.min() >= 0 and high.max() <= 3 and len(np.unique(low)) > 4 * len(np.unique(high)):
             part = "second id" if factor == 2 else "third and fourth id"
             return f"every {part} is 0 to {high.max()}, as where ids are wider; data.dtype={wide}?"
     return ""

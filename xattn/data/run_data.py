@@ -37,8 +37,9 @@ class RunData:
 
     batch: the training windows of each update. windows: those that every evaluation scores, in batches of one shape.
     tokenizer: a :class:`TextTokenizer` where the tokens stand for text. sha256: of all that was read to make them.
-    description: for people, ``11,834,567 bytes of training text``. scored_size: bytes of the text that the scored tokens
-    were made from; None: nobody has seen it, and it is what they decode to. gives_back: whether tokens decode to it.
+    description: for people, ``11,834,567 bytes of training text``. scored_size: bytes of the text that the scored
+    tokens were made from; None: that was not read here, and counts as what they decode to. gives_back: whether tokens
+    decode to it.
     """
 
     batch: Batches

@@ -106,8 +106,8 @@ def mqar(config: MQARConfig, generator: np.random.Generator, number: int, length
     p(i) ∝ i^(α − 1), α = 0.01, in steps of two tokens. The answer is asked for at its query, and what follows there is
     filler. Two differences. Their code fills with random tokens by default, but the runs of the paper's figure with the
     token 0 alone: ``filler=zeros`` is that, ``random`` is our default. And our random tokens are all but the sequence's
-    own keys, of which theirs has a few by chance: hardly any of 8192, but many in a small vocabulary. Known result, with
-    zeros: attention solves it at every width from 64 on, with two layers, at lengths 64–512 with 4–64 pairs; gated
+    own keys, of which theirs has a few by chance: hardly any of 8192, but many in a small vocabulary. Known result,
+    with zeros: attention solves it at every width from 64 on, with two layers, at lengths 64–512 with 4–64 pairs; gated
     convolutions need a width that grows with the length.
     """
     half, pairs = config.vocab_size // 2, config.num_pairs

@@ -116,7 +116,7 @@ class JsonTokenizer:
 
     Text that is not UTF-8 is read with U+FFFD in the place of what is broken. ``to_bytes`` is exact for byte-level
     tokenizers; for the others it is what the library decodes. Nothing is added to a text and nothing is cut off, and
-    the name of a special token in it, ``</s>``, is text. Raises :class:`BadInput` where the library can't encode a text.
+    the name of a special token in it, ``</s>``, is text. Raises :class:`BadInput` where the library can't encode one.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class IdTokenizer:
 
 @contextlib.contextmanager
 def _what_the_library_raises(told: str) -> Iterator[None]:
-    """Raises it as ValueError: plain Exceptions, and the panics of Rust, which are no Exceptions and have no name here."""
+    """Raises it as ValueError: plain Exceptions, and Rust's panics, which are no Exceptions and can't be imported."""
     try:
         yield
     except BaseException as error:
@@ -290,10 +290,10 @@ codecs.register_error("xattn.mark_broken", _mark_broken)
 
 
 def _sizes(text: bytes, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """uint32 (N,): the bytes of the text from where the token before ended to where this one does; the last has the rest.
+    """uint32 (N,): the bytes of the text from where the token before ended to where this one does.
 
-    So what the tokenizer leaves out of a text, spaces or what it doesn't know, counts with the token after it, and a
-    character of several tokens with its first. offsets: of characters, where a broken one is U+FFFD.
+    So what the tokenizer leaves out of a text, spaces or what it doesn't know, counts with the token after it, or with
+    the last, and a character of several tokens with its first. offsets: of characters, where a broken one is U+FFFD.
     """
     if not offsets:
         return np.zeros(0, np.uint32)
