@@ -409,6 +409,18 @@ def test_probes_that_were_run_later_are_judged(writer: Writer) -> None:
     assert effect.paired.difference == pytest.approx(-0.5025)
 
 
+def test_attention_statistics_that_were_measured_later_are_shown(writer: Writer) -> None:
+    for arm in ("softmax", "none"):
+        path = writer.run({"backend.activation": arm, "seed": 0}, 2.0)
+        later(
+            path, ["trainer.attention_stats_every=5"], **{"attention/0/0/entropy": 1.5, "attention/0/0/distance_0": 0.5}
+        )
+        later(path, ["backend.window=4"], **{"attention/0/0/entropy": 9.0})
+    page = files(writer)["report.md"]
+    assert "| softmax | – | 1.5 | – | – | – | – |" in page
+    assert "| softmax | 0.500 |" in page
+
+
 # ---- when arms part --------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,9 +56,9 @@ def heads_of(chosen: Chosen, statistic: str) -> np.ndarray | None:
     maps = []
     for run in chosen.runs.values():
         found = {}
-        for key in run.summary:
+        for key, measured in _attention(run).items():
             if place := re.fullmatch(rf"attention/(\d+)/(\d+)/{statistic}", key):
-                found[int(place[1]), int(place[2])] = run.number(key)
+                found[int(place[1]), int(place[2])] = finite(measured)
         if found:
             layers, heads = (1 + max(place[i] for place in found) for i in (0, 1))
             value = {place: np.nan if x is None else x for place, x in found.items()}
@@ -66,6 +67,17 @@ def heads_of(chosen: Chosen, statistic: str) -> np.ndarray | None:
     if not maps:
         return None
     return np.nanmax(maps, axis=0) if statistic.startswith("max") else np.nanmean(maps, axis=0)
+
+
+def _attention(run: Run) -> dict[str, Any]:
+    """The run's attention statistics at its last step: of its summary, or evaluated later."""
+    found: dict[str, Any] = {}
+    for row in run.evaluations:
+        results, overrides = row.get("results"), row.get("overrides")
+        own = isinstance(overrides, list) and not any(str(each).startswith(("data", "backend")) for each in overrides)
+        if own and row.get("step") == run.summary.get("step") and isinstance(results, dict):
+            found |= results
+    return {key: value for key, value in (found | dict(run.summary)).items() if key.startswith("attention/")}
 
 
 def attention_blocks(design: Design, chosen: Mapping[Cell, Chosen]) -> list[Block]:
@@ -122,7 +134,7 @@ def _over_heads(statistic: str, heads: np.ndarray | None) -> float | None:
 
 
 def _distances(chosen: Mapping[Cell, Chosen]) -> list[str]:
-    keys = {key.rpartition("/")[2] for each in chosen.values() for run in each.runs.values() for key in run.summary}
+    keys = {key.rpartition("/")[2] for each in chosen.values() for run in each.runs.values() for key in _attention(run)}
     return sorted(
         (key for key in keys if re.fullmatch(r"distance_\d+", key)), key=lambda key: int(key.partition("_")[2])
     )
