@@ -194,11 +194,11 @@ def test_a_folder_is_read_without_what_is_no_text_and_says_so(tmp_path: Path) ->
     assert read(tmp_path, said) == TEXT
     (line,) = said
     for told in (
-        "1 hidden (.hidden)",
-        "1 more name of the same files",
-        "2 without text",
+        "hidden: 1 (.hidden)",
+        "more names of the same files: 1",
+        "without text to read: 2 (",
         "b.zip is a zip archive",
-        "1 links",
+        "to nothing: 1 (nowhere.txt)",
     ):
         assert told in line, line
     sources = [{"path": str(tmp_path), "weight": 1.0}, {"path": str(tmp_path / "a.txt"), "weight": 1.0}]

@@ -8,13 +8,12 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, cast
 
 from xattn.data.config import HFConfig
-from xattn.data.finding import Found, some
+from xattn.data.finding import Found, sha256_of_files, some
 from xattn.data.formats import UNREADABLE, Format, look, look_before, open_unpacked, unreadable
 from xattn.errors import BadInput
 
@@ -22,7 +21,6 @@ PIECE_BYTES = 32 * 2**20  # of a file, about; a piece is what is tokenised again
 PIECE_ROWS = 20_000
 BLOCK_BYTES = 2**17  # a longer document is tokenised in such blocks, cut after a line or before a space
 _PACKING_RATIO = 4
-_SMALL = 2**18  # bytes of a file that is hashed in one read
 
 
 class Piece(NamedTuple):
@@ -87,7 +85,7 @@ class Files:
         if refused and not (self._is_folder and found):
             raise BadInput(f"{self._key}: no text to read: {some([*refused.values()])}")
         if refused:
-            self._left_out.append(f"{len(refused)} without text to read ({some([*refused.values()])})")
+            self._left_out.append(f"without text to read: {len(refused)} ({some([*refused.values()])})")
         return found
 
     @property
@@ -289,31 +287,6 @@ class HFDataset:
         if config.field not in names:
             raise BadInput(f"{self._name}: no column {config.field!r}; there are {_some(names)}; data.field names it")
         return opened
-
-
-def sha256_of_files(files: Sequence[str], key: str) -> list[str]:
-    """The digest of each file's bytes; of large files several at a time."""
-
-    def digest(name: str) -> str | None:
-        """None: the file is large."""
-        try:
-            with open(name, "rb") as opened:
-                begun = opened.read(_SMALL)
-        except OSError as error:
-            raise unreadable(error, key, name) from error
-        return hashlib.sha256(begun).hexdigest() if len(begun) < _SMALL else None
-
-    def digest_large(name: str) -> str:
-        try:
-            with open(name, "rb") as opened:
-                return hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise unreadable(error, key, name) from error
-
-    found = [digest(name) for name in files]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        large = pool.map(digest_large, [name for name, each in zip(files, found, strict=True) if each is None])
-        return [next(large) if each is None else each for each in found]
 
 
 def _border(opened: IO[bytes], nominal: int, kind: str) -> int:

@@ -1,18 +1,22 @@
-"""Which files a path means: itself, all below a folder, or what a glob matches; each file once."""
+"""Which files a path means, itself, all below a folder, or what a glob matches, each file once; and their digests."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import stat
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from xattn.data.formats import unreadable
 from xattn.errors import BadInput
 
+_SMALL = 2**18  # bytes of a file that is hashed in one read
 _ANY_DEPTH = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
 
 
@@ -52,7 +56,7 @@ def find(path: str, told: str) -> Found:
         seen.add((state.st_dev, state.st_ino))
         files.append(file)
     if again:
-        left_out.append(f"{again} more {'name' if again == 1 else 'names'} of the same files")
+        left_out.append(f"more names of the same files: {again}")
     if not files:
         kind = "the folder has no files" if is_folder else "no such file or folder, and no file matches it"
         raise BadInput(f"{told}: {kind}")
@@ -85,7 +89,7 @@ def _below(root: str, left_out: list[str]) -> list[str]:
         (closed, "folders not readable"),
     ):
         if names:
-            left_out.append(f"{len(names)} {what} ({some(names)})")
+            left_out.append(f"{what}: {len(names)} ({some(names)})")
     return found
 
 
@@ -123,3 +127,28 @@ def _folders(root: str) -> Iterator[str]:
 def some(names: list[str]) -> str:
     """The first few in their order, for a line."""
     return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+
+
+def sha256_of_files(files: Sequence[str], key: str) -> list[str]:
+    """The digest of each file's bytes; of large files several at a time."""
+
+    def digest(name: str) -> str | None:
+        """None: the file is large."""
+        try:
+            with open(name, "rb") as opened:
+                begun = opened.read(_SMALL)
+        except OSError as error:
+            raise unreadable(error, key, name) from error
+        return hashlib.sha256(begun).hexdigest() if len(begun) < _SMALL else None
+
+    def digest_large(name: str) -> str:
+        try:
+            with open(name, "rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise unreadable(error, key, name) from error
+
+    found = [digest(name) for name in files]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        large = pool.map(digest_large, [name for name, each in zip(files, found, strict=True) if each is None])
+        return [next(large) if each is None else each for each in found]
