@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.core.utils import (
+    JobReturn,
+    JobStatus,
+    configure_log,
+    env_override,
+    filter_overrides,
+    setup_globals,
+)
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -22,21 +29,95 @@ from xattn.sweep.study import carry_out_elsewhere, outcomes
 from xattn.sweep.workers import carry_out
 from xattn.tracking.tracker import Row
 
+Asked = tuple[Job, DictConfig]  # a run, and the whole config that it was composed to, Hydra's part included
+
 
 class XattnLauncher(Launcher):
     """Validates every job before the first starts, then makes the runs in this process or in one for each GPU."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.config = hydra_context, config
+        self.context, self.config, self.task = hydra_context, config, task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
-        jobs = each_once(jobs_of(self.context, self.config, job_overrides, initial_job_idx))
-        carry_out(jobs)
-        return [
-            JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
-            for job in jobs
-        ]
+        asked = composed_jobs(self.context, self.config, job_overrides, initial_job_idx)
+        jobs = each_once([job for job, _ in asked])
+        with self.as_hydra_does(asked):
+            carry_out(jobs)
+        return [_returned(job) for job in jobs]
+
+    @contextlib.contextmanager
+    def as_hydra_does(self, asked: Sequence[Asked]) -> Iterator[None]:
+        """Does around runs that share this process what Hydra does around a job that has a process of its own.
+
+        Environment and log are the process's, so all runs have one.
+        """
+        with environment(asked):
+            _configure_log(asked[0][1])
+            for job, composed in asked:
+                _save_configs(job, composed)
+                self.context.callbacks.on_job_start(config=composed, task_function=self.task)
+            yield
+            for job, composed in asked:
+                self.context.callbacks.on_job_end(config=composed, job_return=_returned(job))
+
+
+@contextlib.contextmanager
+def environment(asked: Sequence[Asked]) -> Iterator[None]:
+    """``hydra.job.env_set`` (and env_copy), for this process and those that it starts.
+
+    jax reads it when it is first imported, so this has to be entered before. Raises :class:`BadInput` where the runs
+    ask for several environments, or for working directories of their own.
+    """
+    if any(composed.hydra.job.chdir for _, composed in asked):
+        raise BadInput(
+            "hydra.job.chdir = true: the runs of a sweep share a process, which has one working directory; leave it "
+            "out, or add hydra/launcher=slurm_local"
+        )
+    wanted = [OmegaConf.to_container(composed.hydra.job.env_set, resolve=True) for _, composed in asked]
+    first = wanted[0] if wanted else {}
+    for other in wanted:
+        names = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
+        if not names:
+            continue
+        raise BadInput(
+            f"hydra.job.env_set: {', '.join(names)}: differs between runs that share a process; sweep them by a "
+            "command each, or add hydra/launcher=slurm_local"
+        )
+    with env_override(first):
+        yield
+
+
+def _configure_log(composed: DictConfig) -> None:
+    """Hydra's ``hydra.job_logging``, for the whole sweep: a file that it names stands in the study's folder."""
+    if OmegaConf.select(composed, "hydra.job_logging.root") is None:
+        return
+    folder = Path(composed.hydra.sweep.dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = composed.copy()
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(folder)
+    configure_log(config.hydra.job_logging, config.hydra.verbose)
+
+
+def _save_configs(job: Job, composed: DictConfig) -> None:
+    """Hydra's own YAML files, where ``hydra.output_subdir`` asks for them; ours stand in the run's folder anyway."""
+    if (name := composed.hydra.output_subdir) is None:
+        return
+    folder = job.folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    parts = {
+        "config": ours,
+        "hydra": OmegaConf.masked_copy(composed, "hydra"),
+        "overrides": composed.hydra.overrides.task,
+    }
+    for file, part in parts.items():
+        (folder / f"{file}.yaml").write_text(OmegaConf.to_yaml(part), "utf-8")
+
+
+def _returned(job: Job) -> JobReturn:
+    return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
 
 
 class WithActivations:
@@ -83,33 +164,40 @@ class ElsewhereLauncher(Launcher):
 
 
 def jobs_of(
+    context: HydraContext, config: DictConfig, job_overrides: Sequence[Sequence[str]], first: int = 0
+) -> list[Job]:
+    """The runs that these overrides ask for, one for each. Raises :class:`BadInput` where one of them is bad."""
+    return [job for job, _ in composed_jobs(context, config, job_overrides, first)]
+
+
+def composed_jobs(
     context: HydraContext,
     config: DictConfig,
     job_overrides: Sequence[Sequence[str]],
     first: int = 0,
     *,
     prunes: Sequence[Callable[[Row], bool]] | None = None,
-) -> list[Job]:
-    """The runs that these overrides ask for, one for each. Raises :class:`BadInput` where one of them is bad.
-
-    prunes: for each, what may end it early.
-    """
-    jobs: list[Job] = []
+) -> list[Asked]:
+    """As :func:`jobs_of`, with what each was composed to. prunes: for each run, what may end it early."""
+    asked: list[Asked] = []
+    typed = list(config.hydra.overrides.task)  # what a job gets of it, Hydra has read and written again
     for number, overrides in enumerate(job_overrides, first):
         try:
             composed = context.config_loader.load_sweep_config(config, list(overrides))
             with open_dict(composed):
                 composed.hydra.job.id = composed.hydra.job.num = number
-            validated = xattn.config.from_hydra(composed)
+            validated = xattn.config.from_hydra(composed, typed)
             folder = Path(*(OmegaConf.select(composed, f"hydra.sweep.{part}") for part in ("dir", "subdir")))
             folder = xattn.config.folder_of(validated, folder)
+            with open_dict(composed):
+                composed.hydra.runtime.output_dir = str(folder.absolute())
         except (BadInput, *xattn.config.COMPOSITION_ERRORS) as error:
             told = xattn.config.explain(error, overrides)
             none_is = f"of {len(job_overrides)} runs none is started: " if len(job_overrides) > 1 else ""
             raise BadInput(f"{none_is}{told}") from error
         prune = prunes[number - first] if prunes else prunes_nothing
-        jobs.append(Job(validated, folder, tuple(filter_overrides(overrides)), prune=prune))
-    return jobs
+        asked.append((Job(validated, folder, tuple(filter_overrides(overrides)), prune=prune), composed))
+    return asked
 
 
 def each_once(jobs: Sequence[Job]) -> list[Job]:
@@ -128,6 +216,6 @@ def own_faults() -> Iterator[None]:
     """Around what is not composing: train.py would take these for malformed overrides, and they are faults of ours."""
     try:
         yield
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):
         traceback.print_exc()
         raise SystemExit(ExitCode.ERROR) from None

@@ -3,24 +3,37 @@ in xattn.sweep.tune."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import InstantiationException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 import xattn.config
-from hydra_plugins.xattn_launcher import XattnLauncher, each_once, jobs_of, own_faults
+from hydra_plugins.xattn_launcher import (
+    Asked,
+    XattnLauncher,
+    composed_jobs,
+    each_once,
+    environment,
+    jobs_of,
+    own_faults,
+)
+from xattn.config import Config
+from xattn.data.config import MemmapConfig, Tokenised
 from xattn.errors import BadInput
+from xattn.metrics import loss_metric
 from xattn.sweep import study
 from xattn.sweep.check import check_data
 from xattn.sweep.tune import Dimension, Tuning, tune
@@ -44,15 +57,75 @@ def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> 
         ) from error
 
 
+def _parsed(context: HydraContext, arguments: Sequence[str]) -> list[Override]:
+    """The overrides, of which those that are swept have values. Raises :class:`BadInput` where one has none."""
+    parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides(list(arguments))
+    for each in parsed:
+        try:
+            has_values = not each.is_discrete_sweep() or any(True for _ in each.sweep_string_iterator())
+        except ValueError as error:
+            raise BadInput(f"{each.input_line}: {error}") from error
+        if not has_values:
+            choices = context.config_loader.get_group_options(each.key_or_group)
+            there = f"; there is {', '.join(choices)}" if choices else ""
+            matched = "matches no choice" if isinstance(each.value(), Glob) else "has no value"
+            raise BadInput(f"{each.input_line}: {matched}, so there is nothing to run{there}")
+    return parsed
+
+
+def _sweeps(
+    context: HydraContext, config: DictConfig, arguments: Sequence[str]
+) -> list[tuple[Mapping[str, str], Sequence[str]]]:
+    """The sweeps that the arguments ask for: the ``hydra.sweeper.params`` of each, and what goes with them.
+
+    It is one, but where several choices of a group (``experiment=a,b``) bring params of their own: then it is one for
+    each, and the study is all of them. Raises :class:`BadInput` where they bring a launcher or sweeper of their own.
+    """
+
+    name, of_hydra, loader = config.hydra.job.config_name, list(config.hydra.overrides.hydra), context.config_loader
+    swept = [
+        each
+        for each in _parsed(context, arguments)
+        if each.is_discrete_sweep()
+        and loader.get_group_options(each.key_or_group, config_name=name, overrides=of_hydra)
+    ]
+    params, how = _how_it_sweeps(config)
+    found: list[tuple[Mapping[str, str], Sequence[str]]] = []
+    for values in itertools.product(*(each.sweep_string_iterator() for each in swept)):
+        chosen = {
+            each.input_line: f"{each.get_key_element()}={value}" for each, value in zip(swept, values, strict=True)
+        }
+        typed = [chosen.get(argument, argument) for argument in arguments]
+        try:
+            own, own_how = _how_it_sweeps(loader.load_configuration(name, [*of_hydra, *typed], RunMode.MULTIRUN))
+        except xattn.config.COMPOSITION_ERRORS as error:
+            raise BadInput(xattn.config.explain(error, typed)) from error
+        if own_how != how:
+            raise BadInput(
+                f"{' '.join(chosen.values())}: has a launcher or sweeper of its own, and a sweep has one; sweep it "
+                "by a command of its own"
+            )
+        found.append((own, typed))
+    return found if any(own != params for own, _ in found) else [(params, arguments)]
+
+
+def _how_it_sweeps(composed: DictConfig) -> tuple[dict[str, str], object]:
+    """The params of the sweeper; and all else that it and the launcher are told."""
+    sweeper, launcher = (OmegaConf.to_container(composed.hydra[part]) for part in ("sweeper", "launcher"))
+    assert isinstance(sweeper, dict)
+    params = sweeper.pop("params", None) and OmegaConf.to_container(composed.hydra.sweeper.params, resolve=True)
+    return {str(key): str(value) for key, value in (params or {}).items()}, (sweeper, launcher)
+
+
 class GridSweeper(Sweeper):
     """All combinations, by Hydra's own grammar, in the order in which Hydra's own sweeper has them.
 
     That one validates each batch when the one before it is done, and leaves a multirun.yaml also where nothing runs.
+    ``params`` are read where it sweeps, since each choice of a group may bring its own.
     """
 
     def __init__(self, max_batch_size: int | None = None, params: Mapping[str, Any] | None = None):
         self._max_batch_size = max_batch_size
-        self._params = [f"{key}={value}" for key, value in (params or {}).items()]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = hydra_context, config
@@ -62,13 +135,21 @@ class GridSweeper(Sweeper):
         size = self._max_batch_size
         if size is not None and (not isinstance(size, int) or size < 1):
             raise BadInput(f"hydra.sweeper.max_batch_size = {self._max_batch_size}: must be at least 1, or null")
-        parser = OverridesParser.create(config_loader=self._context.config_loader)
-        parsed = parser.parse_overrides([*self._params, *arguments])
-        batches = BasicSweeper.split_arguments(parsed, self._max_batch_size)
+        jobs: list[list[str]] = []
+        for params, typed in _sweeps(self._context, self._config, arguments):
+            parsed = _parsed(self._context, [*(f"{key}={value}" for key, value in params.items()), *typed])
+            for each in parsed:
+                if each.is_sweep_override() and not each.is_discrete_sweep():
+                    raise BadInput(
+                        f"{each.input_line}: a grid takes choice(…) and range(…); hydra/sweeper=optuna draws from an "
+                        "interval"
+                    )
+            jobs += BasicSweeper.split_arguments(parsed, None)[0]
+        batches = list(BasicSweeper.split_overrides_to_chunks(jobs, size))
         results: list[Sequence[JobReturn]] = []
         with own_faults():
             if len(batches) > 1:
-                each_once(jobs_of(self._context, self._config, [overrides for batch in batches for overrides in batch]))
+                each_once(jobs_of(self._context, self._config, jobs))
             for batch in batches:
                 results.append(self._launcher.launch(batch, initial_job_idx=sum(map(len, results))))
                 for result in results[-1]:
@@ -77,10 +158,9 @@ class GridSweeper(Sweeper):
 
 
 class OptunaSweeper(Sweeper):
-    """Draws trials from a search space, by what the runs before them came to."""
+    """Draws trials from a search space, by what the runs before them came to. params: as :class:`GridSweeper`'s."""
 
     def __init__(self, params: Mapping[str, Any] | None = None, **options: Any):
-        self._params = {str(key): str(value) for key, value in (params or {}).items()}
         self._options = options
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -89,9 +169,15 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         tuning = xattn.config.section(Tuning, self._options, at="hydra.sweeper")
-        typed = {key: f"{key}={value}" for key, value in self._params.items()}
-        typed |= {argument.partition("=")[0]: argument for argument in arguments}
-        parsed = OverridesParser.create().parse_overrides(list(typed.values()))
+        sweeps = _sweeps(self._context, self._config, arguments)
+        if len(sweeps) > 1:
+            raise BadInput(
+                f"{' '.join(arguments)}: several choices bring a search space each (hydra.sweeper.params); tune each "
+                "by a command of its own"
+            )
+        typed = {key: f"{key}={value}" for key, value in sweeps[0][0].items()}
+        typed |= {argument.partition("=")[0]: argument for argument in sweeps[0][1]}
+        parsed = _parsed(self._context, list(typed.values()))
         space = {each.key_or_group: _dimension(each) for each in parsed if each.is_sweep_override()}
         self._added = {each.key_or_group for each in parsed if each.is_add()}  # written with a +
         fixed = [each.input_line or "" for each in parsed if not each.is_sweep_override()]
@@ -104,9 +190,11 @@ class OptunaSweeper(Sweeper):
         return f"+{override}" if override.partition("=")[0] in self._added else override
 
     def _tune(self, tuning: Tuning, space: Mapping[str, Dimension], fixed: list[str]) -> None:
-        base = jobs_of(self._context, self._config, [fixed])[0]
+        base, composed = self._base(space, fixed)
+        values = xattn.config.hashed_values(base.config)
+        space = {key: _whole(each) if type(values.get(key)) is int else each for key, each in space.items()}
         for key, dimension in space.items():
-            choices = dimension.choices or [str(dimension.low)]
+            choices = _values(dimension)
             for choice in choices if "." not in key else choices[:1]:
                 try:
                     jobs_of(self._context, self._config, [[*fixed, self._as_typed(f"{key}={choice}")]])
@@ -118,25 +206,75 @@ class OptunaSweeper(Sweeper):
                 f"sweep.workers = {workers}: a process tunes alone; the same command in {workers} terminals shares the "
                 "trials, CUDA_VISIBLE_DEVICES=… a GPU for each"
             )
-        if isinstance(self._launcher, XattnLauncher) and not any(key.partition(".")[0] == "data" for key in space):
-            check_data([base])
+        if isinstance(self._launcher, XattnLauncher):
+            with environment([(base, composed)]):
+                if not any(key.partition(".")[0] == "data" for key in space):
+                    check_data([base])
+        if tuning.objective == "auto":
+            tuning = tuning.model_copy(update={"objective": self._loss(space, fixed)})
+        metric = tuning.objective if tuning.objective in ("val_loss", "val_bpb") else None
 
         def plan(trials: list[list[str]], prunes: list[Any]) -> tuple[list[Path], Callable[[StudyView], None]]:
             overrides = [[*fixed, *map(self._as_typed, trial)] for trial in trials]
-            asked = jobs_of(self._context, self._config, overrides, prunes=prunes)
-            jobs = each_once(asked)
+            asked = composed_jobs(self._context, self._config, overrides, prunes=prunes)
+            jobs = each_once([job for job, _ in asked])
 
             def make(view: StudyView) -> None:
                 if isinstance(self._launcher, XattnLauncher):
-                    study.make(jobs, view=view, keys=list(space))
+                    with self._launcher.as_hydra_does(asked):
+                        study.make(jobs, view=view, keys=list(space), metric=metric)
                 else:
-                    distinct = {job.folder: typed for job, typed in zip(asked, overrides, strict=True)}
+                    distinct = {job.folder: typed for (job, _), typed in zip(asked, overrides, strict=True)}
                     self._launcher.launch(list(distinct.values()), initial_job_idx=0)
 
-            return [job.folder for job in asked], make
+            return [job.folder for job, _ in asked], make
 
         folder = Path(OmegaConf.select(self._config, "hydra.sweep.dir"))
         tune(tuning, space, base.config, folder, plan)
+
+    def _base(self, space: Mapping[str, Dimension], fixed: list[str]) -> Asked:
+        """The config without the keys of the space; with a first value of each, where it is none without them."""
+        try:
+            return composed_jobs(self._context, self._config, [fixed])[0]
+        except BadInput:
+            first = [self._as_typed(f"{key}={_values(each)[0]}") for key, each in space.items()]
+            return composed_jobs(self._context, self._config, [[*fixed, *first]])[0]
+
+    def _loss(self, space: Mapping[str, Dimension], fixed: list[str]) -> str:
+        """The loss that all points of the space can be compared by.
+
+        Raises :class:`BadInput` where that is bits per byte and a run has none.
+        """
+        values = {key: _values(each) for key, each in space.items()}
+        first = {key: choices[0] for key, choices in values.items()}
+        others = [key for key in space if key.startswith("data.") or "." not in key]  # groups, experiments among them
+        points = [first, *(first | {key: choice} for key in others for choice in values[key][1:])]
+        configs: list[Config] = []
+        for point in points:
+            with contextlib.suppress(BadInput):  # values that do not fit together are left out when they are drawn
+                typed = [self._as_typed(f"{key}={value}") for key, value in point.items()]
+                configs.append(jobs_of(self._context, self._config, [[*fixed, *typed]])[0].config)
+        metric = loss_metric(map(xattn.config.hashed_values, configs))
+        of_text = Tokenised | MemmapConfig
+        without = [each.data.name for each in configs if not isinstance(each.data, of_text) or not each.data.tokenizer]
+        if metric == "val_bpb" and without:
+            raise BadInput(
+                f"hydra.sweeper.objective = auto: tokens differ within the space, and data={without[0]} has no bits "
+                "per byte to compare them by; tune each by a command of its own, or name an objective"
+            )
+        return metric
+
+
+def _values(dimension: Dimension) -> list[str]:
+    """Its choices, or its ends."""
+    return dimension.choices or [str(dimension.low), str(dimension.high)]
+
+
+def _whole(dimension: Dimension) -> Dimension:
+    """Of a key that holds whole numbers: the numbers from low to high, which Hydra's grammar has as floats."""
+    ends = {"low": int(dimension.low), "high": int(dimension.high)}
+    same = ends == {"low": dimension.low, "high": dimension.high}
+    return dimension.model_copy(update=ends) if same else dimension
 
 
 def _dimension(override: Override) -> Dimension:

@@ -462,6 +462,21 @@ BAD = [
     (["trainer.steps=${sed}"], ["sed", "did you mean seed?"]),
     (["trainer.steps=${oc.env:XATTN_NOT_SET}"], ["trainer.steps", "XATTN_NOT_SET"]),
     (["trainer.steps=${trainer.steps}"], ["trainer.steps"]),
+    (["data=null"], ["data = null", "no such choice", "python_stdlib"]),
+    (["experiment=null"], ["experiment = null", "leave it out for none"]),
+    (["hydra/job_logging=colorlog"], ["hydra/job_logging = colorlog: no such choice", "disabled"]),
+    (["hydra.job.env_copy=[XATTN_NOT_SET]"], ["hydra.job.env_copy = XATTN_NOT_SET"]),
+    # text that the grammar reads as something else
+    (["study=1e3"], ["study = 1000.0", "text", """'study="1e3"'"""]),
+    (["study=1_000"], ["study = 1000", """'study="1_000"'"""]),
+    (["study=null"], ["study = None", """'study="null"'"""]),
+    (["study=true"], ["study = True", """'study="true"'"""]),
+    (["study=nan"], ["study = nan", """'study="nan"'"""]),
+    (["study={a:1}"], ["study = {'a': 1}: must be text"]),
+    (["data=text", "data.path=123"], ["data.path = 123", """'data.path="123"'"""]),
+    (["data=text", "data.path=x", "data.tokenizer=1"], ["data.tokenizer = 1", """'data.tokenizer="1"'"""]),
+    (["tracking.wandb.project=1e3"], ["""'tracking.wandb.project="1e3"'"""]),
+    (["data=mixture", "data.sources=[{path: 1, weight: 1}]"], ["data.sources[0].path = 1: must be text, in quotes"]),
     # the grammar
     (["sigmoid"], ["sigmoid", "key=value"]),
     (["seed=1=2"], ["seed=1=2", "quotes"]),
@@ -483,6 +498,59 @@ def test_a_bad_value_is_a_short_message_that_names_it(overrides: list[str], expe
     assert 1 <= len(message.splitlines()) <= 5
     assert "Traceback" not in message
     assert "pydantic" not in message
+
+
+def test_one_bad_item_of_a_list_is_one_line() -> None:
+    with pytest.raises(BadInput) as error:
+        compose(["data=mixture", "data.sources=[{path: a, weight: 0}]"])
+    assert str(error.value) == "data.sources[0].weight = 0: must be greater than 0"
+
+
+def test_text_that_looks_like_a_date_or_an_octal_number_is_text() -> None:
+    for text in ("2026-11-29", "010", "0x10", "on"):
+        assert compose([f"study={text}"]).study == text
+
+
+@pytest.fixture
+def own_choices(tmp_path: Path) -> str:
+    """The override that has Hydra look in a folder with experiments of somebody's own."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer: {steps: 3}\n")
+    (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\ntrainer: {stepz: 3}\n")
+    (tmp_path / "experiment" / "other.yaml").write_text("defaults: [/model: huge]\n")
+    return f"hydra.searchpath=[file://{tmp_path}]"
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["experiment=mine", "trainer.stepz=3"], "trainer.stepz: no such key (did you mean trainer.steps?)"),
+        (["experiment=mine", "backend=sigmod"], "backend = sigmod: no such choice (did you mean sigmoid?)"),
+        (
+            ["experiment=mine", "data=text", "data.path=x", "data.pth=4"],
+            "data.pth: no such key (did you mean data.path?)",
+        ),
+        (["experiment=mine", "study=1e3"], "study = 1000.0: must be text"),
+        (["experiment=mine", "data=null"], "data = null: no such choice"),
+        (["experiment=mino"], "experiment = mino: no such choice (did you mean mine?); allowed: mine, mqar"),
+        (["experiment=typo"], "trainer.stepz = 3: no such key (did you mean trainer.steps?)"),
+        (["experiment=other"], "experiment/other.yaml: model = huge: no such choice; allowed: gpt2, nano, small"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_choices_of_ones_own_are_not_blamed_for_another_mistake(typed: list[str], told: str, own_choices: str) -> None:
+    with pytest.raises(BadInput) as error:
+        compose([own_choices, *typed])
+    assert told in str(error.value)
+
+
+def test_a_run_is_not_called_as_the_folder_of_the_report(tmp_path: Path) -> None:
+    """One that is there already, made before this was refused, can go on."""
+    with pytest.raises(BadInput, match="cannot be called report"):
+        xconfig.folder_of(compose(), tmp_path / "report")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "config.yaml").touch()
+    assert xconfig.folder_of(compose(), tmp_path / "report") == tmp_path / "report"
 
 
 def test_a_key_of_the_runs_own_choice_is_suggested_where_a_config_is_amended() -> None:

@@ -56,6 +56,20 @@ def test_a_second_process_is_refused_until_the_first_is_dead(holder: subprocess.
     RunFolder(tmp_path / "run").release()
 
 
+def test_what_a_start_that_died_has_left_does_not_block_the_next(tmp_path: Path) -> None:
+    """Hydra writes before we do, where a log or YAML files of its own are asked for."""
+    (tmp_path / ".hydra").mkdir()
+    for name in ("log.txt", "train.log", "foo.log", ".hydra/hydra.yaml", ".hydra/config.yaml"):
+        (tmp_path / name).touch()
+    RunFolder(tmp_path).release()
+    for name in ("notes.txt", ".git/config.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        with pytest.raises(BadInput, match="not empty"):
+            RunFolder(tmp_path)
+        (tmp_path / name).unlink()
+
+
 def test_a_second_holder_in_this_process_is_refused_too(tmp_path: Path) -> None:
     first = RunFolder(tmp_path / "run")
     with pytest.raises(FolderInUse):

@@ -370,6 +370,21 @@ BAD = [
     (["-m", "data=text", "data.path=missing.txt", "seed=0,1"], ["of 2 runs none is started", "missing.txt"]),
     (["--unknown"], ["--unknown"]),
     (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "needs -m"]),
+    (["hydra/job_logging=colorlog"], ["hydra/job_logging = colorlog", "default, disabled, none, stdout"]),
+    (["hydra.output_subdir=."], ["hydra.output_subdir=.", "the run's own files"]),
+    (["hydra.output_subdir=checkpoints/x"], ["hydra.output_subdir=checkpoints/x", "the run's own files"]),
+    (["hydra.run.dir=report"], ["report", "xattn report"]),
+    (["hydra.job.chdir=true", "data=text", "data.path=missing.txt"], ["missing.txt", "hydra.job.chdir = true"]),
+    (["hydra.job.env_copy=[XATTN_NOT_SET]"], ["hydra.job.env_copy = XATTN_NOT_SET", "no such environment variable"]),
+    (["--cfg", "job", "--package", "nowhere"], ["'nowhere'"]),
+    (["--hydra-help", "seed=1"], ["seed=1", "--hydra-help", "takes no overrides"]),
+    (["study=1e3"], ["study = 1000.0", """'study="1e3"'"""]),
+    (["-m", "study=1e3", "seed=0,1"], ["study = 1000.0", """'study="1e3"'"""]),
+    (["-m", "study=1e3,2e3"], ["study = 1000.0", """'study="…"'"""]),
+    (["-m", "backend=choice(softmax,sigmoid)", "trainer.stepz=3"], ["trainer.stepz: no such key", "trainer.steps"]),
+    (["-m", "seed=range(3)", "trainer.stepz=3"], ["trainer.stepz: no such key", "trainer.steps"]),
+    (["-m", "backend=glob(zzz*)"], ["backend=glob(zzz*)", "none, sigmoid, softmax"]),
+    (["-m", "hydra.job.chdir=true", "seed=0,1"], ["hydra.job.chdir", "one working directory"]),
     (["data=text", "data.path=missing.txt"], ["data.path", "missing.txt"]),
 ]
 
@@ -405,6 +420,41 @@ def test_what_only_a_start_can_see_is_two_as_well(overrides: list[str], expected
     assert 1 <= len(err.splitlines()) <= 5
 
 
+def test_choices_in_a_folder_of_ones_own_are_not_blamed(tmp_path: Path, without_jax: str) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /data: text]\n"
+    )
+    for where in (["--config-dir", "conf"], ["--config-dir=conf"], [f"hydra.searchpath=[file://{tmp_path}/conf]"]):
+        code, _, err = train(*where, "experiment=mine", "data.pth=x", cwd=tmp_path, stubs=without_jax)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "data.pth: no such key (did you mean data.path?)" in err
+
+
+def test_what_hydra_reads_without_our_keys_is_named(tmp_path: Path, without_jax: str) -> None:
+    code, _, err = train("+hydra.job.env_set.X='${seed}'", cwd=tmp_path, stubs=without_jax)
+    assert code == 2
+    assert "xattn: hydra.job.env_set.X: refers to seed, which Hydra does not know" in err
+
+
+def test_what_hydra_writes_into_a_runs_folder_does_not_block_it(tmp_path: Path, text_file: Path) -> None:
+    """Neither the start that asks for it, nor, where that ends before there is a run, the plain one afterwards."""
+    plain = [*TINY, "data=text", "data.path=text.txt", "trainer.steps=2"]
+    asked = ["hydra/job_logging=default", "hydra.job.name=mine", "hydra.output_subdir=.hydra"]
+    code, _, err = train(*plain, *asked, cwd=tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert {"mine.log", ".hydra"} <= set(os.listdir(run_of(tmp_path)))
+    shutil.copy(text_file, tmp_path / "text.txt")
+    code, _, err = train(*plain, cwd=tmp_path)
+    assert code == 0, err
+    code, out, err = train(*plain, *asked, "resume=never", cwd=tmp_path)
+    assert code == 0, err
+    assert json.loads((run_of(tmp_path) / "summary.json").read_text())["status"] == "done"
+    code, out, err = train(*plain, *asked, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "done already" in out
+
+
 def test_somebody_elses_folder_is_left_alone(tmp_path: Path, without_jax: str) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("mine")
@@ -424,6 +474,15 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path, without_jax: str) -
             ["python train.py backend.activation=sigmoid", "optimizer: adamw, lion, muon, sgd", "learning_rate"],
         ),
         (["--cfg", "job"], ["activation: softmax", "learning_rate: 0.003", "path: x"]),
+        (
+            ["--cfg", "hydra", "--resolve"],
+            ["dir: outputs/default/softmax-text-lr0.003-seed0-", "dir: outputs/default\n"],
+        ),
+        (
+            ["hydra/job_logging=default", "--cfg", "hydra", "--resolve"],
+            ["/train.log", "output_dir: /", "outputs/default/softmax-text"],
+        ),
+        (["--cfg", "job", "--resolve", "--package", "backend"], ["# @package backend", "theta: 10000"]),
     ],
 )
 def test_help_and_the_config_are_shown_without_jax(

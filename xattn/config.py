@@ -17,7 +17,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, ValidationError
@@ -76,7 +76,10 @@ def folder_of(config: Config, folder: Path) -> Path:
     """Where the config's run is: ``folder``, or the one beside it in which an older version made the same run.
 
     Where both folders hold a run the first is taken, and a line says so. ``resume=never`` starts over in the first.
+    Raises :class:`BadInput` where the folder is the one of a study's report.
     """
+    if folder.name == run_folder.REPORT and not (folder / run_folder.CONFIG).is_file():
+        raise BadInput(f"{folder}: a run's folder cannot be called {folder.name}: `xattn report` writes there")
     older = older_folder(config, folder)
     if older is None or config.resume == "never":
         return folder
@@ -181,21 +184,24 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (before.get(key), after.get(key)) for key in hashed if before.get(key) != after.get(key)}
 
 
-def from_hydra(composed: DictConfig) -> Config:
-    """Validates a composed config. Raises :class:`BadInput` with a line for each bad key, five at most."""
+def from_hydra(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
+    """Validates a config composed from these overrides.
+
+    Raises :class:`BadInput` with a line for each bad key, five at most.
+    """
     ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     try:
         raw = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise BadInput(explain(error)) from error
     assert isinstance(raw, dict)
-    return _validated({str(key): value for key, value in raw.items()})
+    return _validated({str(key): value for key, value in raw.items()}, overrides)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The config of ``python train.py OVERRIDES…``, for notebooks and tests."""
     try:
-        return from_hydra(_composed(overrides))
+        return from_hydra(_composed(overrides), overrides)
     except COMPOSITION_ERRORS as error:
         raise BadInput(explain(error, overrides)) from error
 
@@ -228,7 +234,7 @@ def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]
     for key in sorted(keys, key=lambda key: key.count(".")):  # groups first: keys change what they brought
         value = OmegaConf.select(OmegaConf.create(composed), key)
         OmegaConf.update(values, key, value, merge=False)
-    return from_hydra(values)
+    return from_hydra(values, overrides)
 
 
 def save(config: Config) -> str:
@@ -261,7 +267,11 @@ def save_overrides(overrides: Sequence[str]) -> str:
 
 def register_resolvers() -> None:
     """Makes ``${run_name:}`` the name of the composed run's folder; it raises :class:`BadInput` on a bad config."""
-    OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(from_hydra(_root_)), replace=True)
+
+    def name(*, _root_: DictConfig) -> str:
+        return run_name(from_hydra(_root_, list(_root_.hydra.overrides.task)))
+
+    OmegaConf.register_new_resolver("run_name", name, replace=True)
 
 
 def section(kind: type[SectionT], values: Mapping[str, Any], *, at: str) -> SectionT:
@@ -272,11 +282,11 @@ def section(kind: type[SectionT], values: Mapping[str, Any], *, at: str) -> Sect
         raise BadInput(_explain_validation(error, values, at=f"{at}.")) from error
 
 
-def _validated(raw: Mapping[str, Any]) -> Config:
+def _validated(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise BadInput(_explain_validation(error, raw)) from error
+        raise BadInput(_explain_validation(error, raw, overrides=overrides)) from error
     every, layers = config.backend.every, config.model.num_layers
     if every is not None and every > layers:
         raise BadInput(f"backend.every = {every}: must be at most model.num_layers = {layers}, or no layer is the then")
@@ -297,7 +307,7 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
 # ---- what a person is told -------------------------------------------------------------------------------------------
 
 # What Hydra and omegaconf raise while they compose: their own kinds, and plain ones for some malformed overrides.
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError)
 
 _QUOTING = (
     "A value with a space, a comma, brackets or other special characters goes in quotes:\n"
@@ -317,24 +327,46 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         return f"{_first_line(error)}: several values are a sweep, and need -m. {_QUOTING}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: a value is needed, for example {error.full_key}=…"
-    for override in overrides:
-        group, _, choices = override.lstrip("+").partition("=")
-        options = _options(group)
-        for choice in choices.split(","):
-            if options and choice not in options:
-                hint = " (leave it out for none)" if override == "experiment=null" else _nearest(choice, options)
-                return f"{group} = {choice}: no such choice{hint}; allowed: {', '.join(options)}"
+    if isinstance(error, MissingConfigException) and error.options:
+        return _no_such_choice(error, error.options)
+    if (told := _no_choice_at_all(overrides)) is not None:
+        return told
+    if isinstance(error, KeyError):
+        return f"hydra.job.env_copy = {error.args[0]}: no such environment variable"
     if unknown := re.search(r"Could not override '([^']+)'|Interpolation key '([^']+)' not found", text):
         key = unknown[1] or unknown[2]
+        if by := re.search(r"full_key: (hydra\.\S+)", text):
+            return f"{by[1]}: refers to {key}, which Hydra does not know where it reads this key"
         group, _, leaf = key.rpartition(".")
         if group == "backend.then" and leaf in LayerConfig.model_fields:
             value = next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), "…")
             return f"{key}: not there to be changed; write +{key}={value}, or 'backend.then={{{leaf}: {value}}}'"
         shown = "hydra" if key.startswith("hydra.") else "job"
         near = "" if shown == "hydra" else _nearest_key(key, overrides)
+        if key.startswith("hydra.sweeper.params."):
+            near = f" yet; ++{key}=… adds it"
         return f"{key}: no such key{near}; `python train.py --cfg {shown}` shows them all"
     key_of_value = re.search(r"full_key: (\S+)", text)
     return f"{key_of_value[1]}: {_first_line(error)}" if key_of_value else _first_line(error)
+
+
+def _no_such_choice(error: MissingConfigException, options: Sequence[str]) -> str:
+    """Names the group as it is typed, and the file that asks for the choice where nobody typed it."""
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    asked_by = re.match(r"In '([^']+)'", str(error))
+    where = "" if asked_by is None or asked_by[1] in ("config", "hydra/config") else f"{asked_by[1]}.yaml: "
+    return f"{where}{group} = {choice}: no such choice{_nearest(choice, options)}; allowed: {', '.join(options)}"
+
+
+def _no_choice_at_all(overrides: Sequence[str]) -> str | None:
+    """For a group that is given null, a number, a list or a mapping, of which Hydra names none."""
+    for override in overrides:
+        group, _, value = override.lstrip("+").partition("=")
+        options = _options(group)
+        if options and re.fullmatch(r"null|true|false|[-+.\d{\[].*", value, re.IGNORECASE):
+            hint = " (leave it out for none)" if override == "experiment=null" else ""
+            return f"{group} = {value}: no such choice{hint}; allowed: {', '.join(options)}"
+    return None
 
 
 def _options(group: str) -> list[str]:
@@ -344,11 +376,16 @@ def _options(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
-def _explain_validation(error: ValidationError, raw: Mapping[str, Any], *, at: str = "") -> str:
+def _explain_validation(
+    error: ValidationError, raw: Mapping[str, Any], *, at: str = "", overrides: Sequence[str] = ()
+) -> str:
     expected: dict[str, list[str]] = {}  # key → what each member of its type allows
     given: dict[str, str] = {}
     nearest: dict[str, str] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
+        if detail["type"] == "too_short" and len(details) > 1:
+            continue  # pydantic counts a list's good items; the bad ones have lines of their own
         kind, context = detail["type"], detail.get("ctx", {})
         key = at + _dotted(detail["loc"], raw)
         message = re.sub(r"^(Value error, |Input should be )", "", detail["msg"])
@@ -358,6 +395,9 @@ def _explain_validation(error: ValidationError, raw: Mapping[str, Any], *, at: s
             message = f"a value is needed, for example {key}=…"
         elif kind == "string_pattern_mismatch":
             message = "letters, digits, '.', '_' and '-' are allowed, the first a letter or a digit"
+        elif kind == "string_type":
+            message = f"text{_quoting(key, overrides)}"
+            given[key] = _short(detail["input"])
         elif kind == "model_type":
             message = "a mapping" + (", such as {activation: softmax}" if key.endswith("then") else "")
         elif kind == "tuple_type":
@@ -378,6 +418,15 @@ def _explain_validation(error: ValidationError, raw: Mapping[str, Any], *, at: s
             rule = f"must be {rule}"
         lines.append(f"{key}{value}: {rule}{nearest.get(key, '')}")
     return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"and {len(lines) - 4} more"])
+
+
+def _quoting(key: str, overrides: Sequence[str]) -> str:
+    """How to type a text that Hydra's grammar reads as a number, a truth value, null or a list."""
+    if "[" in key:
+        return ", in quotes"
+    values = [override.partition("=")[2] for override in overrides if override.lstrip("+").partition("=")[0] == key]
+    typed = values[-1] if values and re.fullmatch(r"[^'\",(]+", values[-1]) else "…"
+    return f""", which it is in quotes: '{key}="{typed}"'"""
 
 
 def _dotted(loc: Sequence[int | str], raw: Mapping[str, Any]) -> str:
@@ -404,9 +453,9 @@ def _nearest_key(key: str, overrides: Sequence[str]) -> str:
     files = {choice: (CONF / group / f"{choice}.yaml").read_text("utf-8") for choice in _options(group)}
     if having := [f"{group}={choice}" for choice, text in files.items() if name in (yaml.safe_load(text) or {})]:
         return f" here; {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it"
-    choices = [override for override in overrides if re.fullmatch(r"[\w/]+=[\w-]+", override)]
+    choices = [override for override in overrides if re.fullmatch(r"\+?[\w/]+=[\w-]+", override)]
     try:
-        known = _composed(choices)
+        known = _composed([*choices, *_search_path(overrides)])
     except COMPOSITION_ERRORS:
         known = _composed(())
     keys = [k for k, _ in flatten(OmegaConf.to_container(known, resolve=False))] + [str(k) for k in known]
@@ -420,6 +469,18 @@ def _nearest_key(key: str, overrides: Sequence[str]) -> str:
 
     best = max(keys, key=likeness)
     return f" (did you mean {best}?)" if likeness(best) else ""
+
+
+def _search_path(arguments: Sequence[str]) -> list[str]:
+    """The override that has Hydra look where these arguments of train.py had it look."""
+    folders = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, _, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folders.append(json.dumps(f"file://{Path(value or following).absolute()}"))
+        elif flag == "hydra.searchpath":
+            folders.append(value.strip("[]"))
+    return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 
 def _similar(a: str, b: str) -> float:

@@ -11,20 +11,24 @@ import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
 from xattn import cli, entry, hosts
 from xattn.attempt import Job
+from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.hosts import ToldByFirst
 from xattn.run import run
+from xattn.run_folder import FOLDERS
 from xattn.same_training import Trainings, answer, is_answerable
 from xattn.signals import interruption
 from xattn.sweep import study
@@ -37,16 +41,27 @@ def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     parser.exit(ExitCode.BAD_INPUT, f"xattn: {message}; overrides stand together, after any flag. See --help\n")
 
 
+def _resolved_hydra_cfg(src_cfg: DictConfig) -> DictConfig:
+    """In place of Hydra's own, for ``--cfg hydra --resolve``: that drops our keys before it resolves what is made of
+    them, and does not know a run's folder either."""
+    cfg = src_cfg.copy()
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(Path(cfg.hydra.run.dir).absolute())
+        OmegaConf.resolve(cfg)
+    return _sanitized_hydra_cfg(cfg)
+
+
+_sanitized_hydra_cfg = Hydra.get_sanitized_hydra_cfg
+
+
 @hydra.main(version_base="1.3", config_path=str(xattn.config.CONF), config_name="config")
 def train(composed: DictConfig) -> ExitCode:
     """One run, or one job of a sweep that a launcher of Hydra's carries elsewhere."""
     hydra_config = HydraConfig.get()
     made, typed = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
     try:
-        config = xattn.config.from_hydra(composed)
-        if (folder := xattn.config.folder_of(config, made)) != made:
-            with contextlib.suppress(OSError):  # Hydra has made one by the run's name of today; others may be at it
-                made.rmdir()
+        config = xattn.config.from_hydra(composed, typed)
+        folder = _folder(config, made)
         is_trial = hydra_config.runtime.choices["hydra/sweeper"] == "optuna"  # the tuner wants a run for each
         if _is_answered(Job(config, folder, answerable=not is_trial)):
             code = ExitCode.DONE
@@ -56,7 +71,8 @@ def train(composed: DictConfig) -> ExitCode:
         code = error.exit_code
     except XattnError as error:
         code = error.exit_code
-        entry.tell(error)
+        where = f"\nhydra.job.chdir = true: paths are looked up in {made}" if hydra_config.job.chdir else ""
+        entry.tell(f"{error}{where}")
     except Exception:  # the outermost rim: what run() itself does not catch is a fault of ours
         traceback.print_exc()
         code = ExitCode.ERROR
@@ -74,6 +90,18 @@ def _is_answered(job: Job) -> bool:
     with contextlib.suppress(OSError):  # Hydra has made it; run() makes it again where it is needed
         job.folder.rmdir()
     return answer(found, print) is not None
+
+
+def _folder(config: Config, made: Path) -> Path:
+    """The run's folder, where Hydra has made that of its name of today; this is taken away again if it is another."""
+    folder = None
+    try:
+        folder = xattn.config.folder_of(config, made)
+    finally:
+        if folder != made:
+            with contextlib.suppress(OSError):  # others may be at it
+                made.rmdir()
+    return folder
 
 
 def main() -> NoReturn:
@@ -94,15 +122,15 @@ def _train() -> int:
             stream.reconfigure(errors="backslashreplace")  # a sample of text may not stop a run on an ASCII screen
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them, and we explain them
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
+    if "--resolve" in sys.argv:
+        Hydra.get_sanitized_hydra_cfg = staticmethod(_resolved_hydra_cfg)  # type: ignore[method-assign]
     xattn.config.register_resolvers()
     try:
         entry.check_working_directory()
         sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
         if sweeps and hosts.place(os.environ).count > 1:
             raise BadInput("-m: a sweep over several processes; start one run by them, or sweep by a launcher")
-        for argument in [] if sweeps else sys.argv[1:]:
-            if argument.startswith(("hydra/launcher=", "hydra/sweeper=")):
-                raise BadInput(f"{argument}: is for a sweep, and needs -m")
+        _refuse(sys.argv[1:], sweeps=sweeps)
         with interruption.listening():
             train()
     except XattnError as error:
@@ -111,6 +139,10 @@ def _train() -> int:
     except xattn.config.COMPOSITION_ERRORS as error:
         entry.tell(xattn.config.explain(error, sys.argv[1:]))
         return ExitCode.BAD_INPUT
+    except SystemExit as left:
+        if left.code == 1 and any(argument.startswith(("-p", "--package")) for argument in sys.argv[1:]):
+            return ExitCode.BAD_INPUT  # Hydra has said which package there is none of
+        raise
     except BrokenPipeError:  # who read what we print has read enough: `python train.py --help | head`
         return ExitCode.DONE
     except OSError as error:  # Hydra makes the run's folder before train() is called
@@ -118,6 +150,20 @@ def _train() -> int:
         entry.tell(refusal)
         return refusal.exit_code
     return _codes[-1] if _codes else study.exit_code()
+
+
+def _refuse(arguments: Sequence[str], *, sweeps: bool) -> None:
+    """Raises :class:`BadInput` for what Hydra would take, and nothing would come of."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key in ("hydra/launcher", "hydra/sweeper") and not sweeps:
+            raise BadInput(f"{argument}: is for a sweep, and needs -m")
+        if key == "hydra.output_subdir" and Path(value.strip("'\"")).parts[:1] in ((), *((name,) for name in FOLDERS)):
+            raise BadInput(
+                f"{argument}: the run's own files are there; allowed is another name, such as .hydra, or null"
+            )
+        if "=" in argument and "--hydra-help" in arguments:
+            raise BadInput(f"{argument}: --hydra-help shows Hydra's own flags, and takes no overrides; see --help")
 
 
 def _leave(code: int) -> NoReturn:

@@ -17,9 +17,15 @@ Values = Mapping[str, Any]  # dotted key → value
 
 def tokens_of(values: Values) -> tuple[Any, ...]:
     """Equal for configs that cut the same text into the same tokens."""
-    if values.get("data.tokenizer") == "bytes":  # what belongs to other tokenizers has no effect
-        return ("bytes", values.get("data.documents"))
-    return tuple(values.get(key) for key in _OF_TOKENS)
+    tokenizer = values.get("data.tokenizer")
+    has_borders = values.get("data.documents", "joined") != "joined"  # a token each, which is scored too
+    if values.get("data.name") == "memmap" or "data.tokenizer" not in values:  # ids that are there, or a task's own
+        return tuple(values.get(f"data.{key}") for key in ("name", "path", "vocab_size"))
+    if tokenizer == "bytes":  # what belongs to other tokenizers has no effect
+        return (tokenizer, has_borders)
+    if tokenizer == "bpe":  # trained on the text
+        return (tokenizer, has_borders, values.get("data.vocab_size"), text_of(values))
+    return (tokenizer, has_borders, values.get("data.tiktoken_pattern"), values.get("data.end_of_text"))
 
 
 def text_of(values: Values) -> tuple[Any, ...]:
@@ -34,5 +40,5 @@ def is_per_token(metric: str) -> bool:
 
 
 def loss_metric(configs: Iterable[Values]) -> str:
-    """The loss that runs of these configs can be ranked by: val_loss, or val_bpb where their tokens differ."""
+    """The held-out loss that such runs can be compared by: val_loss, or val_bpb where their tokens differ."""
     return LOSS if len({tokens_of(values) for values in configs}) <= 1 else BITS

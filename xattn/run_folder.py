@@ -22,6 +22,7 @@ CONFIG, OVERRIDES, PROVENANCE = "config.yaml", "overrides.yaml", "provenance.jso
 METRICS, SUMMARY, LOG = "metrics.jsonl", "summary.json", "log.txt"
 EVALUATIONS = "evaluations.jsonl"
 CHECKPOINTS, ARTIFACTS = "checkpoints", "artifacts"
+FOLDERS = (CHECKPOINTS, ARTIFACTS, "wandb")
 TOKENIZER = "tokenizer.json"
 LOCK = ".lock"
 SUPERSEDED = ".superseded"
@@ -30,6 +31,8 @@ _TEMPORARY = ".tmp"
 _TRIES, _TRY_SECONDS = 5, 0.01
 # What a start that died before its config.yaml may have left: a folder with no more than this counts as empty.
 _NOTHING_YET = {LOCK, LOG, CONFIG + _TEMPORARY}
+_HYDRA = "hydra.yaml"
+REPORT = "report"  # the folder in a study's that its report is written to, and so no run's
 
 
 class RunFolder:
@@ -162,8 +165,7 @@ def _acquire(path: Path) -> int:
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            names = {entry.name for entry in path.iterdir()}
-            if CONFIG not in names and not names <= _NOTHING_YET:
+            if not (path / CONFIG).exists() and not all(map(_is_nothing_yet, path.iterdir())):
                 raise BadInput(f"{path}: is not empty and holds no {CONFIG} of a run; choose another folder")
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
@@ -186,6 +188,17 @@ def _acquire(path: Path) -> int:
         if _is_at(descriptor, path / LOCK):
             return descriptor
         os.close(descriptor)  # moved aside between the open and the lock: take the new one
+
+
+def _is_nothing_yet(entry: Path) -> bool:
+    """Whether a start that died before its config.yaml may have left it: we, or Hydra before us, where a log
+    (``hydra/job_logging``) or YAML files of its own (``hydra.output_subdir``) are asked for."""
+    return entry.name in _NOTHING_YET or entry.suffix == ".log" or (entry / _HYDRA).is_file()
+
+
+def is_of_hydra(config: Path) -> bool:
+    """Whether a config.yaml is one that Hydra wrote into ``hydra.output_subdir``, and not a run's."""
+    return config.with_name(_HYDRA).is_file()
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xattn.run_folder import read_summary
+from xattn.run_folder import read_provenance, read_summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.slow
@@ -50,13 +50,15 @@ def test_ray(tiny: list[str], tmp_path: Path) -> None:
 
 
 def test_several_processes_share_a_sweep(tiny: list[str], tmp_path: Path) -> None:
-    """As they would on a machine with several GPUs, here without one."""
-    command = ["sweep.workers=2", *tiny, "trainer.steps=4", "seed=0,1,2"]
+    """As they would on a machine with several GPUs, here without one; with the environment that Hydra is to set, before
+    they import jax."""
+    command = ["sweep.workers=2", *tiny, "trainer.steps=4", "seed=0,1,2", "+hydra.job.env_set.JAX_NUM_CPU_DEVICES=2"]
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
     assert statuses(tmp_path) == ["done", "done", "done"]
     for run in (tmp_path / "outputs" / "default").glob("*/log.txt"):
         assert run.read_text("utf-8").count("computed by") == 1
+        assert (read_provenance(run.parent) or {})["device_count"] == 2
 
 
 def test_several_processes_train_each_training_once(tiny: list[str], tmp_path: Path) -> None:

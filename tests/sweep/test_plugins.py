@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig
@@ -53,13 +55,13 @@ def start(tiny: list[str]) -> Iterator[Callable[..., None]]:
     """``python train.py -m TINY OVERRIDES``, but for the command line."""
 
     def start(sweeper: GridSweeper | OptunaSweeper, launcher: Launcher, *overrides: str) -> None:
-        hydra = [each for each in overrides if each.startswith("hydra.")]
+        hydra = [each for each in overrides if each.lstrip("+").startswith("hydra")]
         config = loader.load_configuration("config", [*hydra, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
-        context, task = HydraContext(config_loader=loader, callbacks=Callbacks()), _task
+        context, task = HydraContext(config_loader=loader, callbacks=Callbacks(config)), _task
         sweeper.setup(hydra_context=context, task_function=task, config=config)
         launcher.setup(hydra_context=context, task_function=task, config=config)
         sweeper._launcher = launcher
-        sweeper.sweep([*tiny, *(each for each in overrides if not each.startswith("hydra."))])
+        sweeper.sweep([*tiny, *(each for each in overrides if each not in hydra)])
 
     xattn.config.register_resolvers()
     with initialize_config_dir(str(xattn.config.CONF), version_base="1.3"):
@@ -87,6 +89,32 @@ class OtherMachines(Launcher):
         return []
 
 
+class Noted(Launcher):
+    """Notes what is to be launched, and composes nothing."""
+
+    def __init__(self) -> None:
+        self.jobs: list[list[str]] = []
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        pass
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        self.jobs += [[word for word in job if not word.startswith(("model.", "trainer"))] for job in job_overrides]
+        return []
+
+
+class Heard(Callback):
+    """What Hydra tells a callback of the user's own."""
+
+    told: ClassVar[list[tuple[str, Any]]] = []
+
+    def on_job_start(self, config: DictConfig, **of_task: Any) -> None:
+        self.told.append(("start", config.seed))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **others: Any) -> None:
+        self.told.append(("end", config.seed))
+
+
 def optuna_sweeper(**options: Any) -> OptunaSweeper:
     pytest.importorskip("optuna", reason="the extra tune is not installed")
     defaults = {"objective": "val_loss", "direction": "minimize", "sampler": "random", "pruner": "none"}
@@ -109,6 +137,171 @@ def test_runs_that_differ_do_not_share_a_folder(made: list[Job], start: Callable
     with pytest.raises(BadInput, match=r"runs that differ in seed; hydra\.sweep\.subdir must"):
         start(GridSweeper(), XattnLauncher(), "hydra.sweep.subdir=x", "seed=0,1")
     assert made == []
+
+
+@pytest.mark.parametrize("values", ["study_activation,study_theta", "choice(study_activation, study_theta)"])
+def test_each_experiment_is_swept_as_its_file_says(values: str, start: Callable[..., None]) -> None:
+    """54 and 50 runs; one more key that is typed multiplies both, and one that both sweep takes the place of theirs."""
+    noted, typed = Noted(), f"experiment={values}"
+    start(GridSweeper(), noted, typed)
+    of = [[job for job in noted.jobs if f"experiment={name}" in job] for name in ("study_activation", "study_theta")]
+    assert [len(jobs) for jobs in of] == [54, 50]
+    assert len(noted.jobs) == 104
+    assert all(any(word.startswith("optimizer.learning_rate=") for word in job) for job in of[0])
+    assert not any(word.startswith("backend.theta=") for job in of[0] for word in job)
+    assert {word for job in of[1] for word in job if word.startswith("seed=")} == {f"seed={seed}" for seed in range(5)}
+    noted = Noted()
+    start(GridSweeper(), noted, typed, "seed=7,8", "schedule=cosine,linear")
+    assert len(noted.jobs) == (18 + 10) * 2 * 2
+
+
+def test_experiments_that_sweep_nothing_are_one_grid_in_the_order_typed(start: Callable[..., None]) -> None:
+    noted = Noted()
+    start(GridSweeper(), noted, "seed=0,1", "backend=none,sigmoid")
+    assert [job[-2:] for job in noted.jobs] == [
+        [f"seed={seed}", f"backend={backend}"] for seed in (0, 1) for backend in ("none", "sigmoid")
+    ]
+
+
+def test_an_experiment_with_a_sweeper_of_its_own_is_swept_by_itself(start: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nhydra: {sweeper: {max_batch_size: 3}}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    noted = Noted()
+    with pytest.raises(BadInput, match=r"experiment=mine: has a launcher or sweeper of its own"):
+        start(GridSweeper(), noted, f"hydra.searchpath=[file://{tmp_path}]", "experiment=study_theta,mine")
+    assert noted.jobs == []
+
+
+def test_several_search_spaces_are_not_tuned_at_once(start: Callable[..., None]) -> None:
+    with pytest.raises(BadInput, match=r"experiment=study_activation,study_theta.*by a command of its own"):
+        start(optuna_sweeper(), XattnLauncher(), "experiment=study_activation,study_theta")
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("backend=glob(zzz*)", r"backend=glob\(zzz\*\): matches no choice.*there is none, sigmoid, softmax"),
+        ("seed=glob(*)", r"seed=glob\(\*\): matches no choice, so there is nothing to run$"),
+        ("seed=range(5, 5)", r"seed=range\(5, 5\): has no value"),
+        ("seed=range(0, 5, 0)", r"seed=range\(0, 5, 0\): .*zero"),
+        ("optimizer.learning_rate=interval(0.1, 1)", r"interval\(0\.1, 1\): a grid takes choice"),
+        ("backend=choice(softmax, sigmod)", r"backend = sigmod: no such choice \(did you mean sigmoid\?\)"),
+    ],
+)
+def test_a_sweep_of_no_runs_says_why(typed: str, told: str, made: list[Job], start: Callable[..., None]) -> None:
+    with pytest.raises(BadInput, match=told):
+        start(GridSweeper(), XattnLauncher(), typed)
+    if "interval" not in typed and "range(0" not in typed:
+        with pytest.raises(BadInput, match=r"nothing to run|no such choice|takes choice"):
+            start(optuna_sweeper(), XattnLauncher(), typed)
+    assert made == []
+
+
+@pytest.mark.parametrize("sweeper", ["grid", "optuna"])
+def test_the_environment_that_hydra_is_to_set_is_there_for_every_run(
+    sweeper: str, start: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before anything looks at a device, and no longer than the sweep."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XATTN_COPIED", "7")
+    seen: list[tuple[str | None, str | None]] = []
+
+    def look(jobs: Sequence[Job], **shown: Any) -> None:
+        seen.append((os.environ.get("XATTN_SET"), os.environ.get("XATTN_COPIED")))
+        for job in jobs:
+            finish(job.folder)
+
+    monkeypatch.setattr(study, "make", look)
+    monkeypatch.setattr(xattn_launcher, "carry_out", look)
+    which = GridSweeper() if sweeper == "grid" else optuna_sweeper(n_trials=1)
+    typed = ["+hydra.job.env_set.XATTN_SET=5", "hydra.job.env_copy=[XATTN_COPIED]", "seed=choice(0, 1)"]
+    start(which, XattnLauncher(), *typed)
+    assert seen == [("5", "7")]
+    assert "XATTN_SET" not in os.environ
+
+
+def test_runs_of_one_process_have_one_environment_and_working_directory(
+    made: list[Job], start: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nhydra: {job: {env_set: {XATTN_SET: '1'}}}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    for names in ("mine,plain_layers", "plain_layers,mine"):
+        with pytest.raises(
+            BadInput, match=r"hydra\.job\.env_set: XATTN_SET: differs between runs that share a process"
+        ):
+            start(GridSweeper(), XattnLauncher(), search, f"experiment={names}")
+    with pytest.raises(BadInput, match=r"hydra\.job\.chdir = true: .*one working directory"):
+        start(GridSweeper(), XattnLauncher(), "hydra.job.chdir=true", "seed=0,1")
+    assert made == []
+
+
+def test_log_files_and_callbacks_that_hydra_is_asked_for_are_there(
+    made: list[Job], start: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    configured: list[DictConfig] = []
+    monkeypatch.setattr(xattn_launcher, "configure_log", lambda config, verbose: configured.append(config))
+    monkeypatch.setattr(Heard, "told", told := [])
+    monkeypatch.setattr(xattn_launcher, "carry_out", lambda jobs: told.append(("runs", len(jobs))))
+    asked = ["hydra/job_logging=default", "hydra.output_subdir=.hydra"]
+    asked.append(f"+hydra.callbacks.heard._target_={__name__}.Heard")
+    start(GridSweeper(), XattnLauncher(), *asked, "study=s", "seed=0,1")
+    assert told == [("start", 0), ("start", 1), ("runs", 2), ("end", 0), ("end", 1)]
+    assert [config.handlers.file.filename for config in configured] == [str(tmp_path / "outputs" / "s" / "train.log")]
+    files = sorted(path.name for path in (tmp_path / "outputs" / "s").glob("*/.hydra/*"))
+    assert files == sorted(["config.yaml", "hydra.yaml", "overrides.yaml"] * 2)
+
+
+def test_no_run_of_a_sweep_is_called_as_the_folder_of_the_report(made: list[Job], start: Callable[..., None]) -> None:
+    with pytest.raises(BadInput, match=r"default/report: a run's folder cannot be called report"):
+        start(GridSweeper(), XattnLauncher(), "hydra.sweep.subdir=report", "seed=0")
+    start(GridSweeper(), XattnLauncher(), "study=report", "seed=0")
+    assert made[0].folder.parts[:2] == ("outputs", "report")
+
+
+@pytest.mark.parametrize(
+    ("space", "metric"),
+    [
+        (["data.tokenizer=choice(bytes, bpe)"], "val_bpb"),
+        (["data.tokenizer=choice(bpe)", "data.vocab_size=interval(300, 400)"], "val_bpb"),
+        (["data.vocab_size=interval(300, 400)"], "val_loss"),  # which bytes have no use for
+        (["backend=choice(softmax, none)"], "val_loss"),
+    ],
+)
+def test_the_loss_that_is_tuned_is_one_that_all_points_can_be_compared_by(
+    space: list[str], metric: str, made: list[Job], start: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(optuna_sweeper(objective="auto"), XattnLauncher(), *space)
+    assert f"trials: {metric} 1.0000" in capsys.readouterr().out
+    assert made
+
+
+def test_a_key_that_needs_a_value_gets_it_from_the_space(
+    made: list[Job], start: Callable[..., None], tiny: list[str]
+) -> None:
+    path = next(word.partition("=")[2] for word in tiny if word.startswith("data.path="))
+    start(optuna_sweeper(n_trials=1), XattnLauncher(), f"data.path=choice({path!r})")
+    assert [job.config.data.path for job in made] == [path]
+
+
+def test_tokens_that_stand_for_no_bytes_are_not_tuned_against_others(
+    made: list[Job], start: Callable[..., None]
+) -> None:
+    with pytest.raises(BadInput, match=r"objective = auto: tokens differ.*data=memmap has no bits per byte"):
+        start(optuna_sweeper(objective="auto"), XattnLauncher(), "data=memmap", "data.path=choice(a, b)")
+    assert made == []
+
+
+def test_an_interval_of_a_key_that_holds_whole_numbers_draws_whole_numbers(
+    made: list[Job], start: Callable[..., None]
+) -> None:
+    """A key that holds any number keeps them all, also where its ends are whole."""
+    start(optuna_sweeper(), XattnLauncher(), "model.mlp_dim=interval(8, 40)", "optimizer.clip_norm=interval(1, 2)")
+    assert len(made) == 2
+    assert all(8 <= job.config.model.mlp_dim <= 40 for job in made)
+    assert all(job.config.optimizer.clip_norm % 1 for job in made)
 
 
 @pytest.mark.parametrize("batch", [None, 1])

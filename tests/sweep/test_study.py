@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -75,6 +76,22 @@ def test_jobs_of_one_program_follow_each_other(tmp_path: Path) -> None:
     backends = [typed[0] for typed in started]
     assert len(backends) == 6
     assert all(backends[i] == backends[i + 1] for i in (0, 2, 4))
+
+
+def test_runs_are_made_in_the_order_typed(tmp_path: Path) -> None:
+    """As far as those of one program can follow each other."""
+    order = [[f"backend={b}", f"seed={s}"] for b in ("softmax", "none", "sigmoid") for s in (1, 0)]
+    started, start = recorder(lambda job: ExitCode.DONE)
+    carry_out(jobs_of(tmp_path, *order), start)
+    assert [list(typed) for typed in started] == order
+
+
+def test_a_report_is_proposed_on_each_study_of_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"], ["seed=2"])
+    jobs[1:] = [dataclasses.replace(job, folder=tmp_path / "other" / job.folder.name) for job in jobs[1:]]
+    carry_out(jobs, recorder(lambda job: ExitCode.DONE)[1])
+    proposed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "xattn report" in line]
+    assert proposed == [str(tmp_path / "default"), str(tmp_path / "other")]
 
 
 def test_one_that_fails_is_told_of_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,6 +236,56 @@ def test_the_table_has_the_best_first_and_the_keys_that_differ(
     assert lines[0].endswith("default: 3 runs")
     assert lines[1].split()[:3] == ["activation", "status", "val_loss"]
     assert [line.split()[0] for line in lines[2:5]] == ["softmax", "sigmoid", "none"]
+
+
+def test_equals_stand_in_the_order_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = jobs_of(tmp_path, *([f"seed={seed}"] for seed in (3, 1, 2)))
+    carry_out(jobs, recorder(lambda job: ExitCode.DONE if job.config.seed != 3 else ExitCode.ERROR)[1])
+    rows = [
+        line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith(tuple("0123456789abcdef"))
+    ]
+    assert [row for row in rows if row in "123"] == ["1", "2", "3"]  # the last has no loss
+    finish(jobs[0])
+    carry_out(jobs, recorder(lambda job: ExitCode.DONE)[1])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if " done " in line and "-seed" in line] == ["3", "1", "2"]
+
+
+def test_runs_whose_tokens_differ_are_compared_by_bits_per_byte(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the line of each run, the sweep's table, and the one of ``xattn runs``: bpe has fewer tokens, each dearer."""
+    jobs = jobs_of(tmp_path, ["data.tokenizer=bytes"], ["data.tokenizer=bpe"])
+
+    def start(pack: Sequence[Job]) -> list[ExitCode]:
+        for job in pack:
+            finish(job, "done")
+            loss = (2.0, 2.9) if job is not jobs[0] and job.config.data.tokenizer == "bpe" else (1.5, 3.1)
+            summary = {"status": "done", "step": 20, "val_loss": loss[0], "val_bpb": loss[1]}
+            run_folder.write_summary(job.folder, summary)
+        return [ExitCode.DONE] * len(pack)
+
+    carry_out(jobs, start)
+    runs.main([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "data.tokenizer=bpe: done, val_bpb 2.9000" in out
+    tables = out[out.index("tokenizer  status") :].split("tokenizer  status")[1:]
+    assert len(tables) == 2
+    for table in tables:
+        header, first, second = table.splitlines()[:3]
+        assert header.split()[0] == "val_bpb"
+        assert (first.split()[:3], second.split()[:3]) == (["bpe", "done", "2.9000"], ["bytes", "done", "3.1000"])
+
+
+def test_the_yaml_files_of_hydra_are_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (job,) = jobs_of(tmp_path, ["seed=0"])
+    finish(job)
+    (job.folder / ".hydra").mkdir()
+    for name in ("config.yaml", "hydra.yaml"):
+        (job.folder / ".hydra" / name).touch()
+    runs.main([str(job.folder.parent)])
+    assert "1 run\n" in (out := capsys.readouterr().out)
+    assert ".hydra" not in out
 
 
 def test_a_config_that_cannot_be_read_hides_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

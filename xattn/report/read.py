@@ -18,7 +18,7 @@ from xattn import run_folder
 from xattn.errors import BadInput
 from xattn.keys import up_to_date
 
-REPORT = "report"
+REPORT = run_folder.REPORT
 # Of a row's attention statistics, over layers and heads: the largest logit, the mean of the others.
 ATTENTION_CURVES: Mapping[str, Callable[[Sequence[float]], float]] = {
     "attention/max_logit": max,

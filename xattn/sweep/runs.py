@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
             raise BadInput(f"{folder}: no such folder")
         found = [config for depth in ("", "*/", "*/*/") for config in folder.glob(f"{depth}config.yaml")]
         for config in sorted(found):
-            if run_folder.SUPERSEDED not in config.parts:
+            if run_folder.SUPERSEDED not in config.parts and not run_folder.is_of_hydra(config):
                 studies.setdefault(config.parent.parent, {})[config.parent] = None
     for study, runs in studies.items():
         print(f"{study}: {len(runs)} run{'s' * (len(runs) > 1)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import time
 import traceback
@@ -21,7 +22,7 @@ from xattn.run_folder import shown
 from xattn.same_training import Trainings, answer, answered, in_turn
 from xattn.signals import interruption
 from xattn.sweep.packing import is_finished, summary_of, take_pack
-from xattn.sweep.table import print_table
+from xattn.sweep.table import loss_of, print_table
 from xattn.sweep.view import StudyView, so_many
 
 _POLL_SECONDS = 1.0
@@ -87,8 +88,12 @@ def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
     if jobs:
         from xattn.report.propose import report_command  # scipy's import is not waited for at the start
 
-        runs = [by_others[folder][0] if folder in by_others else folder for folder in asked]
-        print(f"a report on them: {report_command(jobs[0].folder.parent, runs)}")
+        studies: dict[Path, list[Path]] = {}
+        for folder in asked:
+            run = by_others[folder][0] if folder in by_others else folder
+            studies.setdefault(run.absolute().parent, []).append(run)
+        for study, runs in studies.items():
+            print(f"a report on them: {report_command(study, runs)}")
 
 
 def make_each_training_once(jobs: Sequence[Job], start: Start = start) -> None:
@@ -150,19 +155,31 @@ def answers(jobs: Sequence[Job]) -> dict[Path, tuple[Path, dict[str, Any]]]:
 
 
 def make(
-    jobs: Sequence[Job], start: Start = start, *, view: StudyView | None = None, keys: Sequence[str] | None = None
+    jobs: Sequence[Job],
+    start: Start = start,
+    *,
+    view: StudyView | None = None,
+    keys: Sequence[str] | None = None,
+    metric: str | None = None,
 ) -> None:
-    """Runs of one program follow each other, or train as one. One that another process is running is waited for, and
-    taken over if that dies; one that fails, here or there, is told of, and the others go on.
+    """Runs of one program follow each other, in the order given, or train as one.
+
+    One that another process is running is waited for, and taken over if that dies; one that fails, here or there, is
+    told of, and the others go on.
 
     view: of a study that these are a part of. keys: by whose values a run is called; None: by those that differ here.
+    metric: the loss that is told of each; None: the one that these can be compared by.
     """
     keys = xattn.config.varying_keys([job.config for job in jobs]) if keys is None else keys
+    metric = loss_of([job.config for job in jobs]) if metric is None else metric
     waiting_for: set[Path] = set()
     with StudyView(len(jobs), sum(map(is_finished, jobs))) if view is None else contextlib.nullcontext(view) as view:
         jobs = [dataclasses.replace(job, watch=(*job.watch, view)) for job in jobs]
         unfinished = [job for job in jobs if not is_finished(job)]
-        queue = deque(sorted(unfinished, key=lambda job: xattn.config.program_key(job.config)))
+        by_program: dict[str, list[Job]] = {}
+        for job in unfinished:
+            by_program.setdefault(xattn.config.program_key(job.config), []).append(job)
+        queue = deque(itertools.chain.from_iterable(by_program.values()))
         failures = {job.folder: summary_of(job).get("failures") for job in queue}
         while queue:
             if summary_of(queue[0]).get("failures") not in (None, failures[queue[0].folder]):  # once a sweep is enough
@@ -186,7 +203,7 @@ def make(
                     view.say(f"  {label(job, keys)}: stopped at step {_saved_step(job)}, and saved")
                     continue
                 if code != ExitCode.IN_USE:
-                    view.ended(label(job, keys), _outcome(job, code), failed=code not in _ENDED_WELL)
+                    view.ended(label(job, keys), _outcome(job, code, metric), failed=code not in _ENDED_WELL)
                     continue
                 if job.folder not in waiting_for:
                     view.say(f"  {label(job, keys)}: another process is at it")
@@ -242,8 +259,9 @@ def _saved_step(job: Job) -> int:
     return saved or 0
 
 
-def _outcome(job: Job, code: ExitCode) -> str:
+def _outcome(job: Job, code: ExitCode, metric: str) -> str:
     summary = summary_of(job)
-    if code in (ExitCode.DONE, ExitCode.DIVERGED) and summary.get("val_loss") is not None:
-        return f"{summary['status']}, val_loss {summary['val_loss']:.4f}"
+    told = metric if summary.get(metric) is not None else "val_loss"
+    if code in (ExitCode.DONE, ExitCode.DIVERGED) and summary.get(told) is not None:
+        return f"{summary['status']}, {told} {summary[told]:.4f}"
     return code.name.lower()

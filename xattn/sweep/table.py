@@ -14,6 +14,7 @@ from xattn import run_folder
 from xattn.config import Config
 from xattn.errors import BadInput
 from xattn.keys import short
+from xattn.metrics import loss_metric
 from xattn.tracking.display import Screen
 
 
@@ -23,29 +24,30 @@ def print_table(
     asked: Mapping[Path, Config] | None = None,
     answers: Mapping[Path, tuple[Path, dict[str, Any]]] | None = None,
 ) -> None:
-    """One line a run, the best val_loss first: the values of ``keys``, status, losses, speed, folder.
+    """One line a run: the values of ``keys``, status, losses, speed, folder.
 
-    asked: the configs of runs that may not have begun. answers: for those that another run answers for, that run's
-    folder and what its summary is for them.
+    The best comes first, by the loss that all can be compared by (:func:`loss_of`), which is the first of the two; runs
+    that have none, or the same, stand in the order given. asked: the configs of runs that may not have begun. answers:
+    for those that another run answers for, that run's folder and what its summary is for them.
     """
     shown = {folder: (folder, _summary(folder)) for folder in folders} | dict(answers or {})
+    configs = {folder: asked[folder] if asked is not None else read_config(folder) for folder in folders}
+    metric = loss_of([config for config in configs.values() if config is not None])
+    losses = sorted(("val_loss", "val_bpb"), key=lambda loss: loss != metric)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    numbers = ("val_loss", "val_bpb", "step", "tokens/s")
     for column in (*map(short, keys), "status"):
         table.add_column(column, no_wrap=True)
-    for column in numbers:
+    for column in (*losses, "step", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("run", no_wrap=True)
-    for folder in sorted(folders, key=lambda folder: _rank(*shown[folder])):
-        run, summary = shown[folder]
-        config = asked[folder] if asked is not None else read_config(folder)
+    for folder in sorted(folders, key=lambda folder: _rank(shown[folder][1], metric)):
+        (run, summary), config = shown[folder], configs[folder]
         values = {} if config is None else xattn.config.hashed_values(config)
         speed = summary.get("tokens_per_second")
         table.add_row(
             *(_text(values.get(key)) for key in keys),
             _status(run, summary, config),
-            _text(summary.get("val_loss"), ".4f"),
-            _text(summary.get("val_bpb"), ".4f"),
+            *(_text(summary.get(loss), ".4f") for loss in losses),
             _text(summary.get("step")),
             _text(speed, ",.0f"),
             run.name,
@@ -69,9 +71,14 @@ def _summary(folder: Path) -> dict[str, Any]:
         return {"status": "summary not readable"}
 
 
-def _rank(folder: Path, summary: dict[str, Any]) -> tuple[float, str]:
-    loss = summary.get("val_loss")
-    return (math.inf if loss is None else loss, folder.name)
+def _rank(summary: dict[str, Any], metric: str) -> float:
+    loss: float | None = summary.get(metric)
+    return math.inf if loss is None else loss
+
+
+def loss_of(configs: Sequence[Config]) -> str:
+    """The key of summary.json that the runs of these configs are compared by."""
+    return loss_metric(map(xattn.config.hashed_values, configs))
 
 
 def read_config(folder: Path) -> Config | None:

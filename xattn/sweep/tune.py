@@ -49,7 +49,10 @@ _IN_ROWS = {"val_loss": "val_loss", "best_val_loss": "val_loss", "val_bpb": "val
 
 
 class Tuning(Section):
-    """``hydra/sweeper=optuna``: see conf/hydra/sweeper/optuna.yaml."""
+    """``hydra/sweeper=optuna``: see conf/hydra/sweeper/optuna.yaml.
+
+    objective: ``auto`` is the loss that all points of the space can be compared by (:mod:`xattn.metrics`).
+    """
 
     n_trials: PositiveInt
     objective: str
@@ -62,15 +65,16 @@ class Tuning(Section):
     @field_validator("objective")
     @classmethod
     def _is_a_number_of_the_summary(cls, value: str) -> str:
-        if value not in OBJECTIVES and not value.startswith(MEASURED):
+        if value not in ("auto", *OBJECTIVES) and not value.startswith(MEASURED):
             nearest = difflib.get_close_matches(value, OBJECTIVES, n=1)
             meant = f" (did you mean {nearest[0]}?)" if nearest else ""
-            raise ValueError(f"one of {', '.join(OBJECTIVES)}, {'…, '.join(MEASURED)}…{meant}")
+            raise ValueError(f"auto, or one of {', '.join(OBJECTIVES)}, {'…, '.join(MEASURED)}…{meant}")
         return value
 
     @model_validator(mode="after")
     def _prunes_by_what_is_measured(self) -> Tuning:
-        if self.pruner != "none" and self.objective not in _IN_ROWS and not self.objective.startswith(MEASURED):
+        known = ("auto", *_IN_ROWS)
+        if self.pruner != "none" and self.objective not in known and not self.objective.startswith(MEASURED):
             raise ValueError(
                 f"hydra.sweeper.pruner = {self.pruner}: {self.objective} is not known before the end; allowed: none, "
                 f"or one of {', '.join(_IN_ROWS)}, {'…, '.join(MEASURED)}… as objective"
@@ -102,6 +106,7 @@ def tune(
     """Draws and makes trials until n_trials of this study have come to an end, and prints the table of them.
 
     Points that a config cannot have are told of and left out. Raises :class:`BadInput` where no other was drawn.
+    ``tuning.objective`` is a number of summary.json here, not ``auto``.
     """
     if base.resume == "never":
         raise BadInput("resume = never: tuning goes on with its study; another study=<name> begins one")
@@ -225,7 +230,8 @@ def _study(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder:
             for key, value in values.items()
             if not any(key == drawn or key.startswith(f"{drawn}.") for drawn in space)
         }
-        question = [tuning.objective, tuning.direction, others, dimensions]
+        objective = "val_loss" if tuning.objective == "auto" else tuning.objective  # as older versions had it
+        question = [objective, tuning.direction, others, dimensions]
         return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:10]
 
     values = xattn.config.hashed_values(base)
