@@ -12,7 +12,7 @@ import yaml
 
 DEFAULT: dict[str, dict[str, Any]] = {
     "backend": {"activation": "softmax", "qk_pre_activation": "none", "theta": 10000.0, "context_length": 128},
-    "data": {"name": "python_stdlib"},
+    "data": {"name": "python_stdlib", "tokenizer": "bytes", "documents": "joined"},
     "optimizer": {"learning_rate": 0.003, "weight_decay": 0.1, "name": "adamw"},
     "trainer": {"steps": 200, "batch_size": 16, "checkpoint_every": 100},
     "tracking": {"wandb": {"mode": "disabled"}},
