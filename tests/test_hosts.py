@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 
 import pytest
@@ -33,6 +34,44 @@ def test_the_environment_says_which_of_how_many(environment: dict[str, str], exp
 def test_variables_that_do_not_fit_together_are_bad_input(wrong: dict[str, str]) -> None:
     with pytest.raises(BadInput, match=next(iter(wrong))):
         place(OURS | wrong)
+
+
+SLURM = {"SLURM_STEP_NUM_TASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        (SLURM, "SLURM_PROCID"),
+        (SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID"),
+        (SLURM | {"SLURM_PROCID": "8"}, "SLURM_PROCID"),  # of another step
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK"),
+    ],
+)
+def test_variables_that_are_left_over_are_named_and_what_to_do(environment: dict[str, str], name: str) -> None:
+    with pytest.raises(BadInput, match=f"{name} = .*{next(iter(environment))} is left over .*: unset it"):
+        place(environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [SLURM | {"SLURM_PROCID": "1"}, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}],
+)
+def test_processes_that_jax_finds_no_address_for_are_told_so(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was "at None". jax asks for more of the manager's variables than say how many processes there are."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    count = next(iter(environment))
+    with pytest.raises(BadInput) as told:
+        hosts.join(heartbeat_seconds=10, connect_seconds=3)
+    assert "None" not in str(told.value)
+    assert f"{count} = {environment[count]}" in str(told.value)
+    assert "set JAX_COORDINATOR_ADDRESS=host:port" in str(told.value)
+    assert f"{count} is left over" in str(told.value)
 
 
 @pytest.mark.parametrize("has_ipv6", [True, False])

@@ -16,7 +16,8 @@ from xattn import cli
 PROGRAM = """
 import glob, os, signal, sys, time
 index, count = int(os.environ["JAX_PROCESS_ID"]), int(os.environ["JAX_NUM_PROCESSES"])
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, lambda *_: sys.exit(75))
 print(f"process {index} of {count} at {os.environ['JAX_COORDINATOR_ADDRESS']}", flush=True)
 open(f"started-{index}", "w").write(str(os.getpid()))
 while sum(os.path.getsize(file) > 0 for file in glob.glob("started-*")) < count:  # or one is ended before it has begun
@@ -84,10 +85,12 @@ def test_when_one_dies_the_rest_is_ended(what: tuple[str, ...], code: int, progr
             os.kill(pid, 0)
 
 
-def test_a_signal_reaches_all_and_their_code_is_the_answer(program: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_reaches_all_and_their_code_is_the_answer(number: signal.Signals, program: Path) -> None:
+    """They are in sessions of their own, and would live on without a terminal and without who started them."""
     process = launch(program, 2, "sleep", "sleep")
     started(program.parent, 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 75
 

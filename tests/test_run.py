@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,28 @@ def test_failures_of_other_source_are_not_counted(command: list[str], tmp_path: 
         found = run_folder.read_summary(path)
         assert found is not None
         assert found["failures"] == here | {"count": count, "step": 0}
+
+
+ASKS_FOR_DETERMINISM = """
+import sys
+from pathlib import Path
+from xattn import pack
+from xattn.config import compose
+from xattn.run import run
+
+def look():
+    print("jax" in sys.modules)
+    raise SystemExit
+
+pack.ask_for_determinism = look
+run(compose([*sys.argv[2:], "trainer.deterministic=true"]), Path(sys.argv[1]), quiet=True)
+"""
+
+
+def test_determinism_is_asked_for_before_jax_is_there(command: list[str], tmp_path: Path) -> None:
+    """On a GPU it is refused where jax has been loaded before: a run that stands alone could never have it."""
+    root = Path(xattn.config.__file__).resolve().parent.parent
+    asked = [sys.executable, "-c", ASKS_FOR_DETERMINISM, str(tmp_path / "run"), *command]
+    done = subprocess.run(asked, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"

@@ -368,3 +368,13 @@ def test_a_path_is_shown_as_seen_from_here(tmp_path: Path, monkeypatch: pytest.M
     assert run_folder.shown(tmp_path) == str(tmp_path)
     here.rmdir()
     assert run_folder.shown(here / "outputs") == str(here / "outputs")
+
+
+@pytest.mark.parametrize("text", ["[]", '"done"', "3", "null", "true", "[" * 100_000, "\0", "{", ""])
+@pytest.mark.parametrize("name", [run_folder.SUMMARY, run_folder.PROVENANCE])
+def test_a_file_that_holds_no_json_object_is_bad_input(name: str, text: str, tmp_path: Path) -> None:
+    """One that holds null is not one that is missing."""
+    (tmp_path / name).write_text(text)
+    read = run_folder.read_summary if name == run_folder.SUMMARY else run_folder.read_provenance
+    with pytest.raises(BadInput, match=f"{name}: not readable"):
+        read(tmp_path)

@@ -27,7 +27,7 @@ from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError
 from xattn.provenance import changes, provenance
 from xattn.run_folder import RunFolder, result_line, shown
 from xattn.tracking.display import Display
-from xattn.tracking.tracker import MetricsFile, Row, Tracker
+from xattn.tracking.tracker import MetricsFile, Row, Tracker, brief, read_rows
 from xattn.tracking.wandb import WandbMirror, refuse_without_key
 from xattn.training.llama import initial_weights
 
@@ -82,6 +82,7 @@ class Attempt:
         self._start = time.perf_counter()
         self._summary: dict[str, Any] = {"step": 0, "committed_step": None} | dict(before) | {"status": "running"}
         self._mirror: WandbMirror | None = None
+        self._lost: list[int] = []  # steps up to the newest checkpoint whose rows are gone
         self.data: RunData
         self._probes: list[Probe]
         self._rows: slice
@@ -260,24 +261,45 @@ class Attempt:
                 "data_sha256": origin["data_sha256"],
                 "versions": origin["versions"],
             },
+            before_commit=lambda: self._metrics.sync(),
             on_commit=self._committed,
             say=self.display.warn,
         )
 
     def restore(self, shapes: TrainState, at_most: int | None) -> Restored | None:
-        """The newest whole checkpoint, of no later step than ``at_most``."""
+        """The newest whole checkpoint, of no later step than ``at_most``, to which metrics.jsonl has all rows."""
         if steps := self._checkpoints.steps():  # the newest may have been renamed into place just before a kill
             self._summary["committed_step"] = steps[-1]
             run_folder.write_summary(self.folder.path, self._summary)  # before a broken one is moved aside
-        restored = self._checkpoints.restore_state(shapes, at_most=at_most)
+        with hosts.team().in_step():
+            lost = self._steps_without_row(steps[-1] if steps else 0)
+        self._lost = hosts.team().from_first(lost)
+        bounds = [*([] if at_most is None else [at_most]), *(step - 1 for step in self._lost[:1])]
+        restored = self._checkpoints.restore_state(shapes, at_most=min(bounds, default=None))
         with hosts.team().in_step():
             committed = self._summary["committed_step"]
-            if restored is None and at_most is None and committed is not None:
+            if restored is None and not bounds and committed is not None:
                 raise IntegrityError(
                     f"{self._checkpoints.folder}: a checkpoint of step {committed} was there and is gone; bring it "
                     "back, or begin anew with resume=never"
                 )
         return restored
+
+    def _steps_without_row(self, until: int) -> list[int]:
+        """Of the steps up to that one, those whose row should be in metrics.jsonl and is not."""
+        there = read_rows(self.folder / run_folder.METRICS).lines if until else {}
+        leaves_row = self.config.trainer.leaves_row
+        return [step for step in range(1, until + 1) if leaves_row(step) and step not in there]
+
+    def refuse_to_lose_rows(self) -> None:
+        """Raises :class:`IntegrityError` where rows are lost that no checkpoint is old enough to make again."""
+        with hosts.team().in_step():
+            if self._lost:
+                raise IntegrityError(
+                    f"{shown(self.folder / run_folder.METRICS)}: the rows of steps {brief(self._lost)} are lost or "
+                    "damaged, and no checkpoint is old enough to make them again\nput them back, from a copy or a "
+                    'tracker; or write {"step": N} for each to give it up; or start over with resume=never'
+                )
 
     def go_on_from(self, restored: Restored | None, state: TrainState) -> Member:
         """What the loop trains: the run as it was at the checkpoint, or ``state``, where it begins."""
@@ -288,11 +310,16 @@ class Attempt:
             progress.restore(restored.step, restored.tree, restored.progress)
             self._committed(restored.step)
             self.display.say(f"resumed     from step {restored.step}")
+            if self._lost:
+                self.display.warn(
+                    f"warning: {shown(self.folder / run_folder.METRICS)}: the rows of steps {brief(self._lost)} are "
+                    f"lost or damaged; they are made again from there, and later checkpoints are in checkpoints/.bad"
+                )
         else:
             self._summary |= {"step": 0, "committed_step": None}
             run_folder.write_summary(self.folder.path, self._summary)
         self._checkpoints.set_back(progress.step)
-        self._metrics = MetricsFile(self.folder / run_folder.METRICS, after=progress.step)
+        self._metrics = MetricsFile(self.folder / run_folder.METRICS, after=progress.step, say=self.display.warn)
         trackers: list[Tracker] = [self._metrics, self.display, *self._job.watch]
         if self._mirror is not None:
             trackers.append(self._mirror)

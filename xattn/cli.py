@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from xattn import entry
+from xattn.device import first_look
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 
 # Command → the module whose main(argv) carries it out, and what it is for.
@@ -35,6 +36,8 @@ _COMMANDS = {
     "compare": ("xattn.compare", "set runs side by side"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
 }
+
+_IMPORT_JAX = ("bench", "plan")  # as they are loaded; others look at the device when they have read what was typed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +75,8 @@ def _carry_out(words: Sequence[str]) -> int:
     for command, (module, _) in _COMMANDS.items():
         length = len(command.split())
         if " ".join(words[:length]) == command:
+            if words[0] in _IMPORT_JAX and not {"-h", "--help"} & set(words):
+                first_look()
             return int(import_module(module).main(words[length:]))
     group = (
         {command: told for command, told in _COMMANDS.items() if command.startswith(f"{words[0]} ")} if words else {}

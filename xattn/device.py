@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import re
+import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from xattn.errors import BadInput
+from xattn.errors import BadInput, looking_at
+
+# Loads the part of jax that reads XLA_FLAGS, and has it read them.
+_READ_XLA_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
+
+
+@functools.cache
+def first_look() -> None:
+    """Has jax find its devices. Raises :class:`BadInput` where the environment asks for what is not here."""
+    with looking_at("device"):
+        if os.environ.get("XLA_FLAGS"):
+            _check_xla_flags()
+        import jax
+
+        jax.devices()
+
+
+def _check_xla_flags() -> None:
+    """Raises RuntimeError where XLA cannot read its flags: it would end the process, so that another one is asked."""
+    asked = subprocess.run([sys.executable, "-c", _READ_XLA_FLAGS], capture_output=True, text=True, errors="replace")
+    told = [line.partition("] ")[2] for line in asked.stderr.splitlines() if re.match("[EF][0-9]+ .*flag", line)]
+    if asked.returncode and told:  # any other trouble is left to jax, which can tell of it
+        raise RuntimeError(told[0])
 
 
 def ask_for_determinism() -> None:
@@ -20,6 +45,7 @@ def ask_for_determinism() -> None:
     if "--xla_gpu_deterministic_ops" in flags:
         return
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    first_look()
     import jax
 
     if too_late and jax.default_backend() != "cpu":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
@@ -58,9 +62,9 @@ class Preempted(XattnError):
     exit_code = ExitCode.PREEMPTED
 
 
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 _STORAGE_WORDS = re.compile(
-    "No space left|quota exceeded|File too large|Read-only file system|Input/output error", re.I
+    "No space left|quota exceeded|File too large|Read-only file system|Input/output error|Stale file handle", re.I
 )
 
 
@@ -84,3 +88,124 @@ def storage_error(error: BaseException, path: Path) -> StorageError | None:
 def _full(path: Path, reason: str | None) -> str:
     there = next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
     return f"{path}: cannot be written: {reason} ({shutil.disk_usage(there).free:,} bytes are free there)"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message; its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What the outside may raise at a first look at something, and what a person is told of it.
+
+    A row applies to an error of one of ``kinds`` whose message contains ``says`` (a regular expression), whose errno is
+    one of ``errnos`` if there are any, while the environment has ``variable`` if one is named.
+
+    told: may have {error}, its first line; {value}, the variable's; {path} and {system}, the file system it is on.
+    """
+
+    kinds: tuple[type[Exception], ...]
+    becomes: type[XattnError]
+    told: str
+    says: str = ""
+    errnos: tuple[int, ...] = ()
+    variable: str | None = None
+
+    def applies(self, error: Exception) -> bool:
+        return (
+            isinstance(error, self.kinds)
+            and re.search(self.says, str(error)) is not None
+            and (not self.errnos or (isinstance(error, OSError) and error.errno in self.errnos))
+            and (self.variable is None or self.variable in os.environ)
+        )
+
+
+# By what is looked at; of several rows the first that applies. tests/test_outside.py raises each.
+OUTSIDE: dict[str, tuple[Outside, ...]] = {
+    "device": (
+        Outside(
+            (RuntimeError,),
+            BadInput,
+            "XLA_FLAGS = {value!r}: {error}",
+            says="[Ff]lag",
+            variable="XLA_FLAGS",
+        ),
+        Outside(
+            (RuntimeError,),
+            BadInput,
+            "JAX_NUM_CPU_DEVICES = {value!r}: must be a number of at least 1, or unset",
+            says="process_index",
+            variable="JAX_NUM_CPU_DEVICES",
+        ),
+        Outside(
+            (RuntimeError,),
+            BadInput,
+            "XLA_FLAGS = {value!r}: leaves jax no device; xla_force_host_platform_device_count must be at least 1",
+            says="process_index",
+            variable="XLA_FLAGS",
+        ),
+        Outside(  # jax asserts that it has a plugin for CUDA, and its assertion has no message
+            (AssertionError, RuntimeError),
+            BadInput,
+            "JAX_PLATFORMS = {value!r}: jax finds no such device here, or has no plugin for it ({error}); unset it, or "
+            "JAX_PLATFORMS=cpu",
+            says="^$|nable to initialize backend|nknown backend",
+            variable="JAX_PLATFORMS",
+        ),
+        Outside(
+            (RuntimeError,),
+            BadInput,
+            "JAX_PLATFORM_NAME = {value!r}: {error}; unset it, or JAX_PLATFORM_NAME=cpu",
+            says="nknown backend",
+            variable="JAX_PLATFORM_NAME",
+        ),
+        Outside(  # a driver that does not answer, or a plugin of another version
+            (RuntimeError,), BadInput, "jax finds no device: {error}", says="nable to initialize backend"
+        ),
+        Outside(
+            (ValueError,),
+            BadInput,
+            "a variable of the environment is not what jax takes: {error}",
+            says="for JAX flag jax_|for environment '|^jax\\.default_device",
+        ),
+    ),
+    "lock": (
+        Outside(  # Lustre without -o flock, NFS without its lock service, some FUSE
+            (OSError,),
+            StorageError,
+            "{path}: the file system there ({system}) has no locks ({error}), and without one two processes could "
+            "write in one folder\nmount it with locks (Lustre: -o flock), or put runs on another: hydra.run.dir=…, "
+            "hydra.sweep.dir=…",
+            errnos=(errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK),
+        ),
+    ),
+}
+
+
+@contextlib.contextmanager
+def looking_at(what: str, path: Path | None = None) -> Iterator[None]:
+    """Turns what the outside raises here into the error that :data:`OUTSIDE` has for it. Anything else passes."""
+    rows = OUTSIDE[what]
+    try:
+        yield
+    except tuple({kind for row in rows for kind in row.kinds}) as error:
+        for row in rows:
+            if row.applies(error):
+                value = os.environ[row.variable] if row.variable else None
+                system = _file_system(path) if path else None
+                raise row.becomes(
+                    row.told.format(error=first_line(error), value=value, path=path, system=system)
+                ) from error
+        raise
+
+
+def _file_system(path: Path) -> str:
+    """Kind and mount point of the file system that a path is on, by Linux's /proc; elsewhere the mount point alone."""
+    mount = next((folder for folder in (path, *path.parents) if os.path.ismount(folder)), Path("/"))
+    with contextlib.suppress(OSError):
+        for line in reversed(Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()):
+            _, where, kind, *_ = line.split(" ")
+            if where.replace("\\040", " ") == str(mount):
+                return f"{kind} at {mount}"
+    return str(mount)

@@ -221,7 +221,7 @@ def _opened(path: Path) -> TextIO:
     try:
         while True:
             file = path.open("a+", encoding="utf-8", errors="replace")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            run_folder.flock(file.fileno(), fcntl.LOCK_EX, path)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file

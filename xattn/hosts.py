@@ -13,15 +13,17 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xattn.errors import BadInput, ExitCode, XattnError
+from xattn.device import first_look
+from xattn.errors import BadInput, ExitCode, XattnError, first_line, looking_at
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _MANAGERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
@@ -31,11 +33,20 @@ _STEPS_TO_AGREE = 2
 
 @dataclass(frozen=True)
 class Place:
-    """Which of how many processes this is. coordinator: host:port of the first; None leaves it to jax to find."""
+    """Which of how many processes this is.
+
+    coordinator: host:port of the first; None leaves it to jax to find. told_by: the variable that says how many.
+    """
 
     index: int
     count: int
     coordinator: str | None
+    told_by: str = field(default="", compare=False)
+
+    @property
+    def if_alone(self) -> str:
+        """What to do where the variable is left over, as in a shell that a job of SLURM has opened."""
+        return f"if this process is alone, {self.told_by} is left over from another job: unset it"
 
 
 def place(environment: Mapping[str, str]) -> Place:
@@ -52,10 +63,15 @@ def place(environment: Mapping[str, str]) -> Place:
             raise BadInput(f"{INDEX} = {index}: must be from 0 to {COUNT} − 1 = {count - 1}")
         if count > 1 and (coordinator is None or not coordinator.rpartition(":")[2].isdigit()):
             raise BadInput(f"{COORDINATOR} = {coordinator!r}: must be host:port of process 0")
-        return Place(index, count, coordinator)
+        return Place(index, count, coordinator, COUNT)
     for count_of, index_of in _MANAGERS:
-        if count_of in environment and _number(environment, count_of) > 1:
-            return Place(_number(environment, index_of), _number(environment, count_of), coordinator)
+        if count_of in environment and (count := _number(environment, count_of)) > 1:
+            rank = environment.get(index_of, "")
+            here = Place(int(rank) if rank.isdigit() else -1, count, coordinator, count_of)
+            if not 0 <= here.index < count:
+                must_be = f"must be from 0 to {count_of} − 1 = {count - 1}"
+                raise BadInput(f"{index_of} = {environment.get(index_of)!r}: {must_be}; {here.if_alone}")
+            return here
     return Place(0, 1, None)
 
 
@@ -201,7 +217,8 @@ def team() -> Team:
 def join(*, heartbeat_seconds: int, connect_seconds: int) -> Team:
     """Meets the others, where the environment says that there are others; a second call finds them met.
 
-    Raises :class:`BadInput` where the coordinator's port is in use, :class:`XattnError` where the others don't come.
+    Raises :class:`BadInput` where the coordinator's port is in use or jax has no device, :class:`XattnError` where the
+    others don't come.
     """
     global _team
     here = place(os.environ)
@@ -209,8 +226,15 @@ def join(*, heartbeat_seconds: int, connect_seconds: int) -> Team:
         return _team
     if here.index == 0 and here.coordinator is not None:
         _refuse_port_in_use(here.coordinator)
-    import jax
+    with looking_at("device"):
+        import jax
 
+    if here.index == 0 and here.told_by != COUNT:
+        print(
+            f"waiting for {here.count - 1} other processes ({here.told_by} = {here.count}), at most {connect_seconds} "
+            f"s; {here.if_alone}",
+            file=sys.stderr,
+        )
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     try:
         jax.distributed.initialize(
@@ -223,12 +247,24 @@ def join(*, heartbeat_seconds: int, connect_seconds: int) -> Team:
             shutdown_timeout_seconds=connect_seconds,
         )
     except Exception as error:
-        raise XattnError(
-            f"process {here.index} of {here.count} has not met the others at {here.coordinator} within "
-            f"{connect_seconds} s (parallel.connect_seconds): {str(error).splitlines()[0]}"
-        ) from error
+        raise _not_met(here, connect_seconds, error) from error
     _team = Team(here.index, here.count, patience=heartbeat_seconds + 10)
+    first_look()  # each for itself: what they agree by are the devices
     return _team
+
+
+def _not_met(here: Place, connect_seconds: int, error: Exception) -> XattnError:
+    if here.coordinator is None and isinstance(error, ValueError):  # jax asks the manager's variables, and some lack
+        return BadInput(
+            f"{here.told_by} = {here.count}: this is one of {here.count} processes, and jax finds no address of the "
+            f"first in the environment; set {COORDINATOR}=host:port in all\n{here.if_alone}"
+        )
+    where = here.coordinator or f"the address that jax takes from the environment of {here.told_by}"
+    hint = "" if here.told_by == COUNT else f"\n{here.if_alone}"
+    return XattnError(
+        f"process {here.index} of {here.count} has not met the others at {where} within {connect_seconds} s "
+        f"(parallel.connect_seconds): {first_line(error)}{hint}"
+    )
 
 
 def _refuse_port_in_use(coordinator: str) -> None:

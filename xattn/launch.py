@@ -18,6 +18,7 @@ from types import FrameType
 from xattn.arguments import Parser, whole
 from xattn.errors import BadInput
 from xattn.hosts import COORDINATOR, COUNT, INDEX
+from xattn.signals import DEMANDS, WARNINGS
 
 # Exit codes with which all processes of a run leave by themselves; with any other one has died, and the rest is lost.
 _TOGETHER = {0, 2, 3, 4, 5, 6, 75}
@@ -45,8 +46,9 @@ def main(argv: Sequence[str]) -> int:
 class _Processes:
     def __init__(self, command: Sequence[str], count: int, port: int):
         self._signals: list[int] = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        for number in (*DEMANDS, *WARNINGS):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
         # In sessions of their own: a terminal's Ctrl-C reaches this process alone, which hands it on once.
         self._running = [
             subprocess.Popen(

@@ -14,7 +14,7 @@ from xattn.data.config import Tokenised
 from xattn.data.run_data import RunData, as_documents, load_data, load_tokenizer
 from xattn.data.task_config import TaskConfig
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
-from xattn.device import keep_compiled_programs
+from xattn.device import first_look, keep_compiled_programs
 from xattn.errors import BadInput, IntegrityError
 from xattn.model.config import group_of
 from xattn.run_folder import finite_or_none
@@ -264,6 +264,7 @@ def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> L
     config, summary = read(path)
     tokenizer = load_tokenizer(config.data, path)
 
+    first_look()
     import jax
 
     from xattn.model.transformer import LanguageModel, init_params

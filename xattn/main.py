@@ -56,7 +56,22 @@ _sanitized_hydra_cfg = Hydra.get_sanitized_hydra_cfg
 
 @hydra.main(version_base="1.3", config_path=str(xattn.config.CONF), config_name="config")
 def train(composed: DictConfig) -> ExitCode:
-    """One run, or one job of a sweep that a launcher of Hydra's carries elsewhere."""
+    """One run, or one job of a sweep that a launcher of Hydra's carries elsewhere.
+
+    Those launchers pickle this function with copies of all that it names: it names nothing but another one.
+    """
+    return train_one(composed)
+
+
+def train_one(composed: DictConfig) -> ExitCode:
+    """The run of a composed config, and its exit code; where nobody listens to signals yet, they are listened to."""
+    with interruption.listening():
+        code = _run(composed)
+    _codes.append(code)
+    return code
+
+
+def _run(composed: DictConfig) -> ExitCode:
     hydra_config = HydraConfig.get()
     made, typed = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
     try:
@@ -64,20 +79,17 @@ def train(composed: DictConfig) -> ExitCode:
         folder = _folder(config, made)
         is_trial = hydra_config.runtime.choices["hydra/sweeper"] == "optuna"  # the tuner wants a run for each
         if _is_answered(Job(config, folder, answerable=not is_trial)):
-            code = ExitCode.DONE
-        else:
-            code = run(config, folder, typed, stop=lambda: interruption.requested)
+            return ExitCode.DONE
+        return run(config, folder, typed, stop=lambda: interruption.requested)
     except ToldByFirst as error:
-        code = error.exit_code
+        return error.exit_code
     except XattnError as error:
-        code = error.exit_code
         where = f"\nhydra.job.chdir = true: paths are looked up in {made}" if hydra_config.job.chdir else ""
         entry.tell(f"{error}{where}")
+        return error.exit_code
     except Exception:  # the outermost rim: what run() itself does not catch is a fault of ours
         traceback.print_exc()
-        code = ExitCode.ERROR
-    _codes.append(code)
-    return code
+        return ExitCode.ERROR
 
 
 def _is_answered(job: Job) -> bool:
@@ -128,8 +140,11 @@ def _train() -> int:
     try:
         entry.check_working_directory()
         sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
-        if sweeps and hosts.place(os.environ).count > 1:
-            raise BadInput("-m: a sweep over several processes; start one run by them, or sweep by a launcher")
+        if sweeps and (here := hosts.place(os.environ)).count > 1:
+            raise BadInput(
+                f"-m: a sweep over several processes ({here.told_by} = {here.count}); start one run by them, or sweep "
+                f"by a launcher\n{here.if_alone}"
+            )
         _refuse(sys.argv[1:], sweeps=sweeps)
         with interruption.listening():
             train()

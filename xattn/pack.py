@@ -19,7 +19,7 @@ from xattn import hosts
 from xattn.attempt import Attempt
 from xattn.config import Config
 from xattn.data.config import has_segments
-from xattn.device import ask_for_determinism, hush_libraries, keep_compiled_programs
+from xattn.device import ask_for_determinism, first_look, hush_libraries, keep_compiled_programs
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.model.config import group_of
 
@@ -75,15 +75,17 @@ class Pack:
             attempt.note(text)
 
     def _train(self) -> None:
+        config = self._config
+        hush_libraries(self._note)
+        if config.trainer.deterministic:
+            ask_for_determinism()
+        first_look()  # what jax cannot have is told of before anything else imports it
+
         from xattn.training.loop import train
         from xattn.training.memory import refuse_what_does_not_fit
         from xattn.training.programs import programs
         from xattn.training.sharding import layout_of
 
-        config = self._config
-        hush_libraries(self._note)
-        if config.trainer.deterministic:
-            ask_for_determinism()
         keep_compiled_programs()
         with hosts.team().in_step():
             layout = layout_of(config)
@@ -137,11 +139,17 @@ class Pack:
         ]
 
     def _newest_of_all(self, shapes: TrainState) -> list[Restored | None]:
-        """A checkpoint of each open run, of one step; None where they begin."""
+        """A checkpoint of each open run, of one step; None where they begin.
+
+        Raises :class:`IntegrityError` where one has none that its rows of metrics.jsonl reach to.
+        """
         at_most: int | None = None
         while True:
             restored = [attempt.restore(shapes, at_most) for attempt in self._open]
             steps = {0 if found is None else found.step for found in restored}
+            if 0 in steps:
+                for attempt in self._open:
+                    attempt.refuse_to_lose_rows()
             if len(steps) == 1:
                 return restored
             at_most = min(steps)

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from xattn.errors import BadInput, FolderInUse, storage_error
+from xattn.errors import BadInput, FolderInUse, StorageError, looking_at, storage_error
 
 CONFIG, OVERRIDES, PROVENANCE = "config.yaml", "overrides.yaml", "provenance.json"
 METRICS, SUMMARY, LOG = "metrics.jsonl", "summary.json", "log.txt"
@@ -85,15 +85,25 @@ class RunFolder:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process is running in the run folder ``path``."""
+    """Whether a process is running in the run folder ``path``; where there are no locks, none can be."""
     try:
         with (path / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+            flock(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, path)
+    except (FileNotFoundError, StorageError):
         return False
     except BlockingIOError:
         return True
     return False
+
+
+def flock(descriptor: int, operation: int, path: Path) -> None:
+    """The kernel's lock on an open file at ``path``.
+
+    Raises :class:`StorageError` where the file system has none, BlockingIOError where another process has it and the
+    operation does not wait.
+    """
+    with looking_at("lock", path):
+        fcntl.flock(descriptor, operation)
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
@@ -108,11 +118,13 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        loaded = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path}: not readable: {error}") from error
+    if not isinstance(loaded, dict):
+        raise BadInput(f"{path}: not readable: holds {json.dumps(loaded)[:40]}, and must hold a JSON object")
     return loaded
 
 
@@ -178,7 +190,10 @@ def _acquire(path: Path) -> int:
         except OSError as error:
             raise storage_error(error, path) or BadInput(f"{path}: cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+        except StorageError:
+            os.close(descriptor)
+            raise
         except BlockingIOError as error:
             os.close(descriptor)
             if (tries := tries + 1) <= _TRIES:

@@ -51,6 +51,21 @@ def test_another_value_of_a_hashed_key_is_refused_by_name(key: str, command: lis
         run(config, untouched)
 
 
+@pytest.mark.parametrize("text", ["[]", '"done"', "null", "3"])
+@pytest.mark.parametrize("name", ["summary.json", "provenance.json", "config.yaml"])
+def test_a_file_of_another_type_is_refused_by_name(
+    name: str, text: str, command: list[str], untouched: Path, tmp_path: Path
+) -> None:
+    """And not taken for one that is missing: the run there would be begun over."""
+    shutil.copytree(untouched, folder := tmp_path / untouched.name)
+    (folder / name).write_text(text)
+    if name == "provenance.json":  # a finished run is shown without a look at its data
+        (folder / "summary.json").write_text('{"status": "running", "step": 0}')
+    with pytest.raises(BadInput, match=name):
+        run(xattn.config.compose(command), folder)
+    assert (folder / name).read_text() == text
+
+
 def test_of_many_keys_that_differ_some_are_named(command: list[str], untouched: Path, cwd: Path) -> None:
     shutil.copytree(untouched, cwd / "here")
     training = train(*command, *(f"{key}={value}" for key, value in OTHER.items()), "hydra.run.dir=here", cwd=cwd)

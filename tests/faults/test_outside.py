@@ -204,3 +204,20 @@ def test_a_clock_that_is_set_back_changes_nothing(command: list[str], cwd: Path,
     training = train(*overrides, cwd=cwd, points=["clock-back"])
     assert training.wait() == 0, training.out + training.err
     assert differences(the_run(cwd), reference) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("JAX_PLATFORMS", "nonsense"), ("XLA_FLAGS", "--nonsense=1"), ("JAX_NUM_CPU_DEVICES", "x")],
+)
+@pytest.mark.parametrize("more", [(), ("-m", "seed=0,1")])
+def test_a_device_that_is_not_here_is_bad_input(
+    variable: str, value: str, more: tuple[str, ...], command: list[str], cwd: Path
+) -> None:
+    """One line that names the variable, and no run is begun. tests/test_outside.py has the other kinds."""
+    code, out, err = real(*more, *command, cwd=cwd, env={variable: value})
+    assert code == 2, out + err
+    (line,) = [line for line in err.splitlines() if line.startswith("xattn: ")]
+    assert variable.lower() in line.lower()
+    assert len(err.splitlines()) <= 5
+    assert not any((run / "config.yaml").exists() for run in runs(cwd))

@@ -1,14 +1,35 @@
-"""SIGTERM, SIGINT, SIGSTOP: from the moment that the run folder is held."""
+"""Signals that ask for an end, and SIGSTOP: from the moment that the run folder is held."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
-from .harness import STEPS, Reference, Training, differences, last_step, runs, steps, summary, the_run, train, until
+from xattn.signals import DEMANDS, WARNINGS
+
+from .harness import (
+    PATIENCE,
+    ROOT,
+    STEPS,
+    Reference,
+    Training,
+    differences,
+    last_step,
+    runs,
+    steps,
+    summary,
+    the_run,
+    train,
+    until,
+)
 
 pytestmark = pytest.mark.faults
 
@@ -20,7 +41,7 @@ def wait_for_step(training: Training, cwd: Path, step: int) -> None:
     until(lambda: any(last_step(run) >= step for run in runs(cwd)), training)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [*DEMANDS, *WARNINGS])
 def test_the_first_signal_saves_and_leaves_with_75(
     number: signal.Signals, command: list[str], cwd: Path, reference: Reference
 ) -> None:
@@ -40,7 +61,7 @@ def test_the_first_signal_saves_and_leaves_with_75(
     assert differences(run, reference) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", DEMANDS)
 def test_the_second_signal_leaves_at_once_and_the_run_is_still_resumable(
     number: signal.Signals, command: list[str], cwd: Path, reference: Reference
 ) -> None:
@@ -52,6 +73,79 @@ def test_the_second_signal_leaves_at_once_and_the_run_is_still_resumable(
     training.send(number)
     assert training.wait() == 128 + number
     assert time.monotonic() - sent < 2
+    again = train(*command, cwd=cwd)
+    assert again.wait() == 0, again.out + again.err
+    assert differences(the_run(cwd), reference) == []
+
+
+def test_a_warning_that_is_repeated_lets_the_save_end(command: list[str], cwd: Path) -> None:
+    """A shell hands on the hangup that its jobs have had from the kernel; a CPU limit warns every second."""
+    training = Training(*command, cwd=cwd, points=["pace:30", "slow-save:1000"])
+    wait_for_step(training, cwd, 4)
+    for number in WARNINGS * 2:
+        training.send(number)
+        time.sleep(0.1)
+    assert training.wait() == 75, training.out + training.err
+    assert summary(the_run(cwd))["status"] == "preempted"
+
+
+def test_a_demand_after_a_warning_leaves_at_once(command: list[str], cwd: Path) -> None:
+    training = Training(*command, cwd=cwd, points=["pace:30", "slow-save:3000"])
+    wait_for_step(training, cwd, 4)
+    training.send(signal.SIGUSR1)
+    time.sleep(0.2)
+    training.send(signal.SIGTERM)
+    assert training.wait() == 128 + signal.SIGTERM
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(
+    command: list[str], cwd: Path, reference: Reference
+) -> None:
+    """nohup's hangup, and the Ctrl-C of who started it in the background of a script."""
+    training = Training(*command, cwd=cwd, points=["ignored:SIGHUP", "ignored:SIGINT", "pace:30"])
+    wait_for_step(training, cwd, 4)
+    training.send(signal.SIGHUP)
+    training.send(signal.SIGINT)
+    assert training.wait() == 0, training.out + training.err
+    assert differences(the_run(cwd), reference) == []
+
+
+def test_a_handler_that_stands_already_is_called_after_the_save(
+    command: list[str], cwd: Path, reference: Reference
+) -> None:
+    """submitit's queues the job again and leaves: called at once, it would lose the steps since the last checkpoint."""
+    training = Training(*command, cwd=cwd, points=["standing:SIGUSR2", SLOW])
+    wait_for_step(training, cwd, 6)
+    training.send(signal.SIGUSR2)
+    assert training.wait() == 255, training.out + training.err
+    found = summary(the_run(cwd))
+    assert found["status"] == "preempted"
+    assert found["step"] == found["committed_step"] >= 6
+    assert (cwd / "queued-again").exists()
+    again = train(*command, cwd=cwd)
+    assert again.wait() == 0, again.out + again.err
+    assert differences(the_run(cwd), reference) == []
+
+
+def test_a_closed_terminal_loses_nothing(command: list[str], cwd: Path, reference: Reference) -> None:
+    """The hangup comes, and from then on every line for the screen fails (EIO)."""
+    ours, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "faults" / "victim.py"), SLOW, "--", *command],
+        cwd=cwd,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    until(lambda: any(last_step(run) >= 6 for run in runs(cwd)))
+    os.close(ours)
+    assert process.wait(PATIENCE) == 75
+    found = summary(the_run(cwd))
+    assert found["status"] == "preempted"
+    assert found["step"] == found["committed_step"]
     again = train(*command, cwd=cwd)
     assert again.wait() == 0, again.out + again.err
     assert differences(the_run(cwd), reference) == []

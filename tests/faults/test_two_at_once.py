@@ -94,3 +94,13 @@ def test_a_sweep_takes_over_from_one_that_dies(command: list[str], cwd: Path, re
     assert second.wait() == 0, second.out + second.err
     assert differences(runs(cwd)[0], reference) == []
     assert [summary(run)["status"] for run in runs(cwd)] == ["done", "done"]
+
+
+@pytest.mark.parametrize("more", [(), ("-m", "seed=0,1")])
+def test_without_locks_no_run_is_made(more: tuple[str, ...], command: list[str], cwd: Path) -> None:
+    """A line with the file system and what helps, and no run that a second process could destroy."""
+    training = train(*more, *command, cwd=cwd, points=["no-locks"])
+    assert training.wait() == (1 if more else 6), training.out + training.err
+    assert "has no locks (" in training.err
+    assert "Traceback" not in training.out + training.err
+    assert not any((run / "config.yaml").exists() for run in runs(cwd))

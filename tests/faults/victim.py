@@ -110,6 +110,24 @@ def kill_renamed(name: str, times: str = "1") -> None:
     patch(Path, "rename", after=_die_when(lambda self, target: Path(target).name == name, int(times)))
 
 
+def power_cut(step: str) -> None:
+    """As that step's checkpoint has its name: of metrics.jsonl there is only what was synced."""
+    synced: dict[int, int] = {}  # inode → bytes
+
+    def note(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    def cut(self: Path, target: Path) -> None:
+        if Path(target).name == step:
+            metrics = Path(target).parent.parent / "metrics.jsonl"
+            os.truncate(metrics, synced.get(metrics.stat().st_ino, 0))
+            die()
+
+    patch(os, "fsync", before=note)
+    patch(Path, "rename", after=cut)
+
+
 def kill_locked() -> None:
     """The moment that the run folder is held."""
     from xattn.run_folder import RunFolder
@@ -385,6 +403,32 @@ def nonfinite_evaluation(*times: str) -> None:
     loop.held_out_loss = patched
 
 
+def ignored(name: str) -> None:
+    """That signal is ignored before the process begins, as by nohup."""
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def standing(name: str) -> None:
+    """As submitit's: a handler that stands before ours, queues the job again, and leaves with 255."""
+
+    def handler(number: int, frame: Any) -> None:
+        Path("queued-again").touch()
+        sys.exit(-1)
+
+    signal.signal(getattr(signal, name), handler)
+
+
+def no_locks() -> None:
+    """As on Lustre without ``-o flock``."""
+    import errno
+    import fcntl
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    fcntl.flock = flock  # type: ignore[assignment]
+
+
 def clock_back() -> None:
     """The wall clock goes back by a day every time that somebody looks at it."""
     now, looks = time.time, [0]
@@ -487,6 +531,7 @@ POINTS: dict[str, Callable[..., None]] = {
     "replaced": kill_replaced,
     "rename": kill_rename,
     "renamed": kill_renamed,
+    "power-cut": power_cut,
     "locked": kill_locked,
     "data": kill_data,
     "compile": kill_compile,
@@ -514,6 +559,9 @@ POINTS: dict[str, Callable[..., None]] = {
     "bad-batch": bad_batch,
     "nonfinite": nonfinite,
     "nonfinite-evaluation": nonfinite_evaluation,
+    "ignored": ignored,
+    "standing": standing,
+    "no-locks": no_locks,
     "clock-back": clock_back,
     "patience": patience,
     "mutate-rename": mutate_rename,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ import xattn.config
 from hydra_plugins import xattn_launcher
 from hydra_plugins.xattn_launcher import ElsewhereLauncher, XattnLauncher
 from hydra_plugins.xattn_sweeper import GridSweeper, OptunaSweeper
-from xattn import run_folder
+from xattn import main, run_folder
 from xattn.attempt import Job
 from xattn.errors import BadInput, ExitCode
 from xattn.sweep import study
@@ -404,3 +405,13 @@ def test_no_trial_is_drawn_where_the_corpus_is_missing(
         start(optuna_sweeper(), XattnLauncher(), f"{RATE}=choice(0.001, 0.01)", "data.path=missing.txt")
     assert made == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_launcher_pickles_of_a_run_refers_to_this_package_and_copies_nothing() -> None:
+    """A copy of the object that signals ask would be asked by none: SIGUSR2 to a job of submitit lost its steps."""
+    cloudpickle = pytest.importorskip("cloudpickle", reason="neither the extra slurm nor ray is installed")
+    task = main.train.__wrapped__  # what Hydra hands to its launchers
+    unpickled = pickle.loads(cloudpickle.dumps(task))
+    assert unpickled is not task
+    for name in unpickled.__code__.co_names:
+        assert unpickled.__globals__[name] is getattr(main, name)

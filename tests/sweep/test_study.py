@@ -140,11 +140,14 @@ def test_one_that_had_failed_and_another_process_has_made_is_done(
     assert "failed in another process" not in capsys.readouterr().out
 
 
-def test_a_summary_that_cannot_be_read_hides_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("text", ["", "[]", '"done"', "null"])
+def test_a_summary_that_cannot_be_read_hides_no_other_run(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
     finish(jobs[0])
     finish(jobs[1])
-    (jobs[0].folder / run_folder.SUMMARY).write_text("")
+    (jobs[0].folder / run_folder.SUMMARY).write_text(text)
     runs.main([str(tmp_path), str(tmp_path / "default")])
     out = capsys.readouterr().out
     assert "default: 2 runs" in out
@@ -153,6 +156,28 @@ def test_a_summary_that_cannot_be_read_hides_no_other_run(tmp_path: Path, capsys
     assert out.count(jobs[1].folder.name) == 1
     runs.main([str(jobs[1].folder)])
     assert jobs[1].folder.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {run_folder.CONFIG: "[]", run_folder.PROVENANCE: '"text"'},
+        {run_folder.SUMMARY: '{"status": "done", "val_loss": "low", "tokens_per_second": [1]}'},
+        {run_folder.SUMMARY: '{"status": 3}'},
+    ],
+)
+def test_values_of_another_type_hide_no_other_run(
+    broken: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
+    for job in jobs:
+        finish(job)
+    for name, text in broken.items():
+        (jobs[0].folder / name).write_text(text)
+    runs.main([str(tmp_path / "default")])
+    out = capsys.readouterr().out
+    assert jobs[0].folder.name in out
+    assert jobs[1].folder.name in out
 
 
 def test_what_others_make_can_be_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xattn.tracking.tracker import MetricsFile
+from xattn.tracking.tracker import MetricsFile, brief, read_rows
 
 
 def read(path: Path) -> list[dict[str, float | None]]:
@@ -50,3 +50,87 @@ def test_rewinding_drops_rows_and_goes_on(tmp_path: Path) -> None:
     metrics.log({"step": 2, "try": 2})
     metrics.close()
     assert read(path) == [{"step": 1, "try": 1}, {"step": 2, "try": 2}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\0" * 50,
+        b"",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf{}",
+        b'{"step": 2, "train_lo',
+        b'{"step": 2, "train_lo{"step": 2}',
+        b'{"step": "2"}',
+        b'{"step": 2.0}',
+        b'{"step": true}',
+        b'{"step": null}',
+        b'{"step": -2}',
+        b'{"train_loss": 2.0}',
+        b'{"step": 2, "train_loss": "2.0"}',
+        b'{"step": 2, "train_loss": [2.0]}',
+        b"[2]",
+        b"2",
+        b"null",
+        b"[" * 100_000,
+        b'{"step": ' + b"2" * 5000 + b"}",
+    ],
+)
+def test_a_line_that_is_no_row_is_damage_and_hides_no_other(line: bytes, tmp_path: Path) -> None:
+    """Also while it stands at the end, or alone."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    rows = read_rows(path)
+    assert list(rows.lines) == [1, 3]
+    assert rows.damaged == (2,)
+    path.write_bytes(line + b"\n")
+    assert read_rows(path).damaged == (1,)
+    path.write_bytes(line)
+    assert not read_rows(path).damaged  # it is being written
+
+
+def test_of_rows_of_one_step_the_last_counts_and_order_is_restored(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written = '{"step": 3}\n{"step": 1, "try": 1}\n{"step": 2}\n{"step": 1, "try": 2}\n'
+    path.write_text(written)
+    said: list[str] = []
+    MetricsFile(path, after=2, say=said.append).close()
+    assert read(path) == [{"step": 1, "try": 2}, {"step": 2}]
+    (line,) = said
+    (kept,) = tmp_path.glob("metrics.jsonl.damaged-*")
+    assert kept.read_text() == written
+    assert kept.name in line
+    assert "lines: 2;" in line
+
+
+def test_a_whole_file_is_kept_without_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "train')
+    said: list[str] = []
+    MetricsFile(path, after=2, say=said.append).close()
+    assert [row["step"] for row in read(path)] == [1, 2]
+    assert not said
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_no_file_and_an_empty_file_have_no_rows(tmp_path: Path) -> None:
+    assert not read_rows(tmp_path / "metrics.jsonl").lines
+    (tmp_path / "metrics.jsonl").touch()
+    assert not read_rows(tmp_path / "metrics.jsonl").lines
+
+
+def test_rows_are_on_the_disk_when_they_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's content and its name: a file that was just made is lost with its folder's entry."""
+    synced: list[Path] = []
+    monkeypatch.setattr("xattn.tracking.tracker.fsync", synced.append)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", after=0)
+    metrics.sync()
+    metrics.close()
+    assert synced == [tmp_path / "metrics.jsonl", tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([2], "2"), (range(1, 7), "1, 2, 3, 4, 5, 6"), (range(9), "0, 1, 2, 3, 4 and 4 more")]
+)
+def test_many_numbers_are_told_in_brief(numbers: list[int], text: str) -> None:
+    assert brief(numbers) == text

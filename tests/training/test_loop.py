@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from xattn.config import compose
 from xattn.data.batches import TrainingBatches, evaluation_windows
 from xattn.data.run_data import RunData
 from xattn.data.tokenizer import ByteTokenizer
+from xattn.errors import StorageError
 from xattn.evaluation.loss import held_out_loss
 from xattn.evaluation.probes import make_probes
 from xattn.training import checkpoint
@@ -79,6 +81,7 @@ def test_rows_are_written_at_their_steps_with_the_figures_of_that_update(compile
     progress = fresh(compiled)
     rows = run(compiled, progress, tmp_path)
     assert [row["step"] for row in rows] == [3, 4, 6, 8, 9, 11]
+    assert [step for step in range(1, 12) if CONFIG.trainer.leaves_row(step)] == [3, 4, 6, 8, 9, 11]
     training = {"train_loss", "grad_norm", "param_norm", "learning_rate", "tokens_per_second"}
     evaluation = {"val_loss", "val_bpb"}
     for row in rows:
@@ -155,6 +158,25 @@ def test_a_run_of_one_step_logs_evaluates_and_saves(compiled: Programs, tmp_path
     assert [row["step"] for row in rows] == [1]
     assert {"train_loss", "val_loss"} < set(rows[0])
     assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
+
+
+def test_before_a_checkpoint_has_its_name_somebody_may_do_something(compiled: Programs, tmp_path: Path) -> None:
+    """And where that fails there is none."""
+    state, seen = fresh(compiled).state, []
+
+    def look() -> None:
+        seen.append(checkpoints.steps())
+        if len(seen) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+
+    checkpoints = Checkpoints(tmp_path, before_commit=look)
+    checkpoints.save(1, state, {}, val_loss=None)
+    checkpoints.wait()
+    checkpoints.save(2, state, {}, val_loss=None)
+    with pytest.raises(StorageError):
+        checkpoints.wait()
+    assert seen == [[], [1]]
+    assert checkpoints.steps() == [1]
 
 
 def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_bits(compiled: Programs, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xattn.data.tokenizer import Encoded
-from xattn.errors import Preempted
-from xattn.run_folder import fsync, write_atomically
+from xattn.errors import Preempted, StorageError
+from xattn.run_folder import flock, fsync, write_atomically
 from xattn.tracking.display import Screen
 
 Encode = Callable[[int], Iterator[Encoded]]  # a shard, piece after piece
@@ -77,13 +77,15 @@ class Tokens:
 
 
 def cache_folder() -> Path | None:
-    """``xattn/tokens`` of the user's cache folder, or None where it can't be written."""
+    """``xattn/tokens`` of the user's cache folder, or None where it can't be written or locked."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "xattn" / "tokens"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        with (folder / ".lock").open("a") as lock:
+            flock(lock.fileno(), fcntl.LOCK_SH, folder)
+    except (OSError, StorageError):
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    return folder
 
 
 def stored_tokens(
@@ -236,7 +238,7 @@ def _held(lock: Path, say: Callable[[str], None], stop: Callable[[], bool]) -> I
     try:
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, lock)
                 break
             except BlockingIOError:
                 if stop():

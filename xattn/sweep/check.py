@@ -13,7 +13,7 @@ import xattn.config
 from xattn.attempt import Job
 from xattn.config import Config
 from xattn.data import corpus
-from xattn.device import ask_for_determinism
+from xattn.device import ask_for_determinism, first_look
 from xattn.errors import BadInput
 from xattn.pack import choose_attention
 from xattn.run_folder import read_provenance
@@ -44,6 +44,7 @@ def check_devices(jobs: Sequence[Job]) -> None:
     with _none_is_started(jobs):
         if any(config.trainer.deterministic for config in configs):
             ask_for_determinism()  # before the first look at a device
+        first_look()
         from xattn.training.sharding import layout_of
 
         for config in {xattn.config.pack_key(config): config for config in configs}.values():

@@ -11,6 +11,7 @@ import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job
 from xattn.config import Config
+from xattn.device import first_look
 from xattn.errors import BadInput
 
 if TYPE_CHECKING:
@@ -96,12 +97,12 @@ def pack_size(config: Config) -> int:
     one_device = all(size == 1 for size in config.parallel.axes().values())
     if config.sweep.pack == "off" or config.trainer.nonfinite == "rollback" or not one_device:
         return 1  # a run that rolls back is at another step than its pack
-    if config.sweep.pack == "auto":
+    try:
+        first_look()
         import jax
 
-        if jax.default_backend() != "gpu":
+        if config.sweep.pack == "auto" and jax.default_backend() != "gpu":
             return 1
-    try:
         if not all(row.vmaps for row in _attention(config)):
             return 1
     except BadInput:

@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from xattn.run_folder import flock
+
 _DRAWING = ".tuning.lock"
 
 
@@ -18,7 +20,7 @@ _DRAWING = ".tuning.lock"
 def drawing(folder: Path) -> Iterator[None]:
     """While it is entered, every other process of this study waits to enter it."""
     with (folder / _DRAWING).open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock.fileno(), fcntl.LOCK_EX, folder)
         yield
 
 
@@ -27,7 +29,7 @@ def present(folder: Path) -> Iterator[str]:
     """A name under which :func:`is_present` finds this process, until the end."""
     name = f".tuning-{secrets.token_hex(4)}"
     with (folder / name).open("x") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock.fileno(), fcntl.LOCK_EX, folder)
         try:
             yield name
         finally:
@@ -38,7 +40,7 @@ def is_present(folder: Path, name: str) -> bool:
     """Whether the process of that name is at the study; of one that died the file is removed."""
     try:
         with (folder / name).open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            flock(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, folder)
     except FileNotFoundError:
         return False
     except BlockingIOError:

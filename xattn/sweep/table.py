@@ -58,9 +58,9 @@ def print_table(
 def _status(folder: Path, summary: dict[str, Any], config: Config | None) -> str:
     """As in the summary, but a run that was killed cannot say so itself: nobody holds its folder any more."""
     if config is None and (folder / run_folder.CONFIG).is_file():
-        own = (run_folder.read_provenance(folder) or {}).get("registered")
-        return f"made with {', '.join(own)}" if own else "config of another version"
-    status: str = summary.get("status", "not begun")
+        own = _provenance(folder).get("registered")
+        return f"made with {', '.join(own)}" if isinstance(own, dict) and own else "config of another version"
+    status = str(summary.get("status", "not begun"))
     return "killed" if status == "running" and not run_folder.is_held(folder) else status
 
 
@@ -71,9 +71,16 @@ def _summary(folder: Path) -> dict[str, Any]:
         return {"status": "summary not readable"}
 
 
+def _provenance(folder: Path) -> dict[str, Any]:
+    try:
+        return run_folder.read_provenance(folder) or {}
+    except BadInput:
+        return {}
+
+
 def _rank(summary: dict[str, Any], metric: str) -> float:
-    loss: float | None = summary.get(metric)
-    return math.inf if loss is None else loss
+    loss = summary.get(metric)
+    return loss if isinstance(loss, int | float) else math.inf
 
 
 def loss_of(configs: Sequence[Config]) -> str:
@@ -90,4 +97,6 @@ def read_config(folder: Path) -> Config | None:
 
 
 def _text(value: Any, form: str = "") -> str:
-    return "–" if value is None else format(value, form)
+    if value is None:
+        return "–"
+    return format(value, form) if isinstance(value, int | float) else str(value)

@@ -167,6 +167,7 @@ def _merge(outcomes: Mapping[Any, ExitCode]) -> None:
 def _work(jobs: Sequence[Job], results: Any) -> None:
     """One of the processes. Signals come from the one that started it, and none from the terminal."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it is how the parent asks, whatever that one ignores
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
     with interruption.listening(), contextlib.suppress(SystemExit):

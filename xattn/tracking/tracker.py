@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from xattn.run_folder import to_json, write_atomically
+from xattn.run_folder import fsync, shown, to_json, write_atomically
 
 Row = Mapping[str, Any]
 
@@ -18,20 +21,71 @@ class Tracker(Protocol):
     def log(self, row: Row) -> None: ...
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What is whole of a metrics.jsonl.
+
+    lines: step → its line, in the order of steps; of several rows of one step the last. damaged: the numbers, from 1,
+    of the lines that are no row, or another row of a step. in_order: whether the steps of the rows ascend.
+    """
+
+    lines: Mapping[int, str]
+    damaged: tuple[int, ...] = ()
+    in_order: bool = True
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a metrics.jsonl, whatever a crash or a power cut has made of it; none where it is not there.
+
+    A last line without its end is one that is being written, or was cut short: it counts neither as a row nor as
+    damage.
+    """
+    found: dict[int, tuple[int, str]] = {}
+    damaged = []
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        step = _step_of(line)
+        if step is None:
+            damaged.append(number)
+            continue
+        if step in found:
+            damaged.append(found[step][0])
+        found[step] = number, line.decode("utf-8")
+    steps = sorted(found)
+    numbers = [found[step][0] for step in steps]
+    return Rows({step: found[step][1] for step in steps}, tuple(sorted(damaged)), numbers == sorted(numbers))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The row's step, or None where the line is no row: a JSON object of numbers and nulls, with a whole ``step``."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return None
+    return row["step"] if all(value is None or type(value) in (int, float) for value in row.values()) else None
+
+
 class MetricsFile:
     """metrics.jsonl: a JSON object a line, each handed to the operating system before :meth:`log` returns.
 
-    after: the step that the run goes on from; rows beyond it, and a last line that was cut short, are dropped, so that
-    every step stands there exactly once.
+    after: the step that the run goes on from; rows beyond it, damaged lines, and a last line that was cut short, are
+    dropped, so that every step stands there exactly once and in order. say: told of damage, which is kept in a copy.
     """
 
-    def __init__(self, path: Path, *, after: int):
-        self._path = path
+    def __init__(self, path: Path, *, after: int, say: Callable[[str], None] = lambda text: None):
+        self._path, self._say = path, say
         self._file = self._reopened(after)
 
     def log(self, row: Row) -> None:
         self._file.write(to_json(row) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Pushes the rows so far to the disk, and the file's name too."""
+        fsync(self._path)
+        fsync(self._path.parent)
 
     def rewind(self, after: int) -> None:
         """Drops the rows beyond that step."""
@@ -42,9 +96,18 @@ class MetricsFile:
         self._file.close()
 
     def _reopened(self, after: int) -> TextIO:
+        rows = read_rows(self._path)
+        if rows.damaged or not rows.in_order:
+            kept = self._path.with_name(f"{self._path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+            shutil.copyfile(self._path, kept)
+            what = f"damaged or repeated lines: {brief(rows.damaged)}" if rows.damaged else "rows out of order"
+            self._say(f"warning: {shown(self._path)}: {what}; repaired, and kept as it was in {kept.name}")
         if self._path.exists():
-            kept = [
-                line for line in self._path.read_text("utf-8").split("\n")[:-1] if json.loads(line)["step"] <= after
-            ]
-            write_atomically(self._path, "".join(f"{line}\n" for line in kept))
+            write_atomically(self._path, "".join(f"{line}\n" for step, line in rows.lines.items() if step <= after))
         return self._path.open("a", encoding="utf-8")
+
+
+def brief(numbers: Sequence[int]) -> str:
+    """The numbers for a sentence, the first few of many."""
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 6 else ""
+    return ", ".join(map(str, numbers[:5] if more else numbers)) + more

@@ -49,6 +49,7 @@ class Checkpoints:
     Args:
         folder: ``checkpoints/`` of the run folder.
         belongs_to: what a checkpoint is of (config, data, versions), written into each manifest.
+        before_commit: called before a checkpoint gets its name, from the thread that saves.
         on_commit: told each step once its checkpoint is there for good; from the thread that saves.
         say: told of checkpoints that were found broken.
     """
@@ -58,11 +59,13 @@ class Checkpoints:
         folder: Path,
         *,
         belongs_to: Mapping[str, Any] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
         on_commit: Callable[[int], None] = lambda step: None,
         say: Callable[[str], None] = lambda text: None,
     ):
         self.folder = folder
         self._belongs_to = dict(belongs_to or {})
+        self._before_commit = before_commit
         self._on_commit = on_commit
         self._say = say
         self._worker = ThreadPoolExecutor(1, "checkpoint")
@@ -129,6 +132,7 @@ class Checkpoints:
             (temporary / _SEAL).write_bytes(sha256(text).hexdigest().encode())
             for path in [*temporary.rglob("*"), temporary]:  # a folder's names too, at every depth
                 fsync(path)
+            self._before_commit()
             if final.exists():  # a step saved again after a resume from an older one
                 _delete(final)
             temporary.rename(final)

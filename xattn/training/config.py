@@ -129,6 +129,20 @@ class TrainerConfig(Section):
     nonfinite: Literal["stop", "skip", "rollback"]
     deterministic: bool
 
+    def logs(self, step: int) -> bool:
+        return step == self.steps or step % self.log_every == 0
+
+    def evaluates(self, step: int) -> bool:
+        return step == self.steps or step % self.eval_every == 0
+
+    def studies(self, step: int) -> bool:
+        every = self.attention_stats_every
+        return every is not None and (step == self.steps or step % every == 0)
+
+    def leaves_row(self, step: int) -> bool:
+        """Whether metrics.jsonl gets a row at that step."""
+        return self.logs(step) or self.evaluates(step) or self.studies(step)
+
     @model_validator(mode="after")
     def _batch_has_equal_parts(self) -> TrainerConfig:
         if self.batch_size % self.gradient_accumulation:

@@ -128,19 +128,13 @@ class _Pace:
 
     def due(self, step: int, *, stopping: bool) -> _Due:
         config = self._config
-        last = step == config.steps
         saves = (
-            last
+            step == config.steps
             or stopping
             or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
             or (config.checkpoint_minutes is not None and self._is_late())
         )
-        return _Due(
-            logs=last or step % config.log_every == 0,
-            evaluates=last or step % config.eval_every == 0,
-            studies=config.attention_stats_every is not None and (last or step % config.attention_stats_every == 0),
-            saves=saves,
-        )
+        return _Due(logs=config.logs(step), evaluates=config.evaluates(step), studies=config.studies(step), saves=saves)
 
     def saved(self) -> None:
         self._saved_at = time.monotonic()
