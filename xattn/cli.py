@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry.tell("interrupted")
         return 128 + signal.SIGINT
     except Exception as error:  # the outermost rim: a fault of ours
-        if (full := storage_error(error, Path.cwd())) is not None:
+        if (full := storage_error(error, Path("standard output"))) is not None:
             entry.tell(full)
             return full.exit_code
         entry.tell(f"{type(error).__name__}: {error}".splitlines()[0] + _kept())

@@ -161,7 +161,7 @@ def _train() -> int:
     except BrokenPipeError:  # who read what we print has read enough: `python train.py --help | head`
         return ExitCode.DONE
     except OSError as error:  # Hydra makes the run's folder before train() is called
-        refusal = storage_error(error, Path.cwd()) or BadInput(f"{error.filename}: {error.strerror}")
+        refusal = storage_error(error, Path("standard output")) or BadInput(f"{error.filename}: {error.strerror}")
         entry.tell(refusal)
         return refusal.exit_code
     return _codes[-1] if _codes else study.exit_code()
