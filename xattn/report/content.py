@@ -127,15 +127,17 @@ def _alone(found: Findings) -> Iterator[Block]:
         "Apart from the seed, each of these differs from every other run in more than one choice. What the difference "
         "is due to cannot be said, so it is not taken."
     )
+    means = []
+    for group in found.alone:
+        losses = [loss for run in group.runs if (loss := run.result(CHOSEN_BY)) is not None]
+        means.append((float(np.mean(losses)) if losses else np.inf, group))
     rows = []
-    for group in found.alone[:_ROWS]:
+    for mean, group in sorted(means, key=lambda each: each[0])[:_ROWS]:
         values = ", ".join(f"{short(key)} {show(value)}" for key, value in group.where.items())
-        losses = [loss for run in group.runs if (loss := run.result("val_loss")) is not None]
-        mean = number(float(np.mean(losses)) if losses else None, ".4f")
-        rows.append([values, str(len(group.runs)), mean])
+        rows.append([values, str(len(group.runs)), number(mean if np.isfinite(mean) else None, ".4f")])
     more = len(found.alone) - len(rows)
     note = f"And {counted(more, 'more such setting')}; results.csv has every run." if more else ""
-    yield Table(["setting", "runs", "mean val_loss"], rows, words=["setting"], note=note)
+    yield Table(["setting", "runs", f"mean {CHOSEN_BY}"], rows, words=["setting"], note=note)
 
 
 def _details(each: Comparison, selection: Selection, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
