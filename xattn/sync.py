@@ -11,6 +11,7 @@ from xattn import run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, XattnError
 from xattn.run_folder import RunFolder
+from xattn.tracking.tracker import read_rows
 from xattn.tracking.wandb import WandbMirror, resolve_mode
 
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def sync(path: Path) -> None:
-    """Sends every row and the summary again, under the run's own wandb id, however long that takes.
+    """Sends every whole row and the summary again, under the run's own wandb id, however long that takes.
 
     Raises :class:`BadInput` where ``path`` is not a run that has finished or stopped, :class:`FolderInUse` where it is
     running, :class:`XattnError` where wandb fails.
@@ -48,8 +49,7 @@ def sync(path: Path) -> None:
             say=print,
             from_the_start=True,
         )
-        metrics = folder / run_folder.METRICS
-        for line in metrics.read_text("utf-8").split("\n")[:-1] if metrics.is_file() else ():  # the last may be torn
+        for line in read_rows(folder / run_folder.METRICS).lines.values():
             mirror.log(json.loads(line))
         mirror.finish(summary, 0 if summary["status"] == "done" else 1, for_ever=True)
         if mirror.failure is not None:

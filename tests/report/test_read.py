@@ -160,3 +160,20 @@ def test_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
     assert all(run.curves["step"].size == 10_000 for run in study.runs)
     assert read < 2
     assert time.process_time() - start < 10
+
+
+def test_rows_that_a_crash_repeated_or_moved_are_read_once_and_in_order(writer: Writer) -> None:
+    """And one byte that is no UTF-8, or NULs, cost one line and not the curves."""
+    path = writer.run({"seed": 0})
+    rows = [
+        '{"step": 2, "train_loss": 9.0}',
+        '{"step": 1, "train_loss": 3.0}',
+        "\0\0\0",
+        '{"step": 2, "train_loss": 2.0}',
+    ]
+    content = "".join(f"{row}\n" for row in rows).encode() + b'{"step": 3, "train\xff_loss": 1.0}\n{"step": 4\xff}\n'
+    (path / "metrics.jsonl").write_bytes(content)
+    run = read_run(path)
+    assert run.curves["step"].tolist() == [1, 2, 3]
+    assert run.curves["train_loss"].tolist()[:2] == [3.0, 2.0]
+    assert run.problems == ("metrics.jsonl has 2 lines that are no JSON",)
