@@ -145,11 +145,12 @@ def test_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
     from xattn.report.findings import Question
     from xattn.report.judge import judge
 
-    first = writer.run({"seed": 0}, 2.0, rows=10_000)
+    first = writer.run({"seed": 0, "trainer.steps": 10_000}, 2.0, rows=10_000)
     for seed in range(4):
         for theta in range(1, 6):
             if (seed, theta) != (0, 1):
-                path = writer.run({"seed": seed, "backend.theta": float(theta)}, 2.0 + theta / 100 + seed / 1e3, rows=1)
+                keys = {"seed": seed, "backend.theta": float(theta), "trainer.steps": 10_000}
+                path = writer.run(keys, 2.0 + theta / 100 + seed / 1e3, rows=1)
                 (path / "metrics.jsonl").unlink()
                 (path / "metrics.jsonl").hardlink_to(first / "metrics.jsonl")
     start = time.process_time()  # it is one thread's: on a quiet machine the same as the wall's, on a busy one fair
