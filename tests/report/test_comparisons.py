@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from xattn.errors import BadInput
 from xattn.keys import changes_training
 from xattn.report import main
-from xattn.report.command import texts
-from xattn.report.curves import difference_curve
+from xattn.report.command import texts, write
+from xattn.report.curves import difference_curve, loss_curves
+from xattn.report.figures import rates
 from xattn.report.findings import Comparison, Findings, Question
 from xattn.report.judge import judge
 from xattn.report.read import read_study
-from xattn.report.statistics import matched
-from xattn.report.words import verdict
+from xattn.report.statistics import Effect, Paired, matched
+from xattn.report.words import sentence, verdict
 
 from .folders import Writer
 
@@ -206,11 +207,11 @@ def test_runs_that_differ_in_more_than_one_choice_are_not_compared(writer: Write
     findings = found(writer)
     (comparison,) = findings.comparisons
     assert [factor.key for factor in comparison.design.factors] == ["backend.activation"]
-    assert comparison.where == {"backend.context_length": 128, "trainer.steps": 200, "trainer.batch_size": 16}
+    assert comparison.group.where == {"backend.context_length": 128, "trainer.steps": 200, "trainer.batch_size": 16}
     (alone,) = findings.alone
     assert [run.name for run in alone.runs] == ["debug"]
     page = files(writer)["report.md"]
-    assert "| activation softmax, context_length 32, steps 20, batch_size 8 | 1 | 4.4000 |" in page
+    assert "| activation softmax, context_length 32, steps 20, batch_size 8 | 1 | val_loss 4.4000 | 1 |" in page
     check_that_all_agree(writer)
 
 
@@ -224,11 +225,12 @@ def test_each_question_has_its_own_comparison(writer: Writer) -> None:
                 writer.run(keys | {"backend.activation": arm, "seed": seed}, loss)
     findings = found(writer)
     assert [effect.paired.difference for effect in findings.effects] == pytest.approx([0.301, 0.101])
-    assert [dict(each.where)["trainer.steps"] for each in findings.comparisons] == [20, 200]
+    assert [dict(each.group.where)["trainer.steps"] for each in findings.comparisons] == [20, 200]
     page = files(writer)["report.md"]
-    assert "## Verdict: context_length 32, steps 20, batch_size 8" in page
+    assert "## Verdict 1: context_length 32, steps 20, batch_size 8" in page
     assert (
-        "\\multicolumn{9}{l}{val\\_loss: context\\_length 32, steps 20, batch\\_size 8}" in files(writer)["table.tex"]
+        "\\multicolumn{9}{l}{1. val\\_loss: context\\_length 32, steps 20, batch\\_size 8}"
+        in files(writer)["table.tex"]
     )
     rows = list(csv.DictReader(files(writer)["results.csv"].splitlines()))
     assert {(row["trainer.steps"], row["comparison"]) for row in rows} == {("20", "1"), ("200", "2")}
@@ -336,7 +338,7 @@ def test_losses_of_other_tokens_are_compared_by_bits_per_byte(writer: Writer) ->
     assert abs(effect.paired.difference or 0.0) == pytest.approx(0.5205, abs=1e-3)
     assert "val_loss is per token, and the runs' tokens differ; they are compared by val_bpb." in found(writer).odd
     (asked,) = found(writer, metric="val_loss").effects
-    assert "val_loss cannot be compared, it is per token, and their tokens differ" in verdict(asked)
+    assert "the values of val_loss are not comparable: they are per token, and their tokens differ" in verdict(asked)
     assert "difference in val_bpb" not in files(writer)["table.tex"]
     check_that_all_agree(writer)
 
@@ -350,7 +352,8 @@ def test_losses_on_other_texts_are_not_compared_but_arms_on_each_are(writer: Wri
                 writer.run(keys, 3.0 - easy + worse + seed / 10 * (1 + worse), provenance=sha)
     by_factor = {effect.factor: effect for effect in found(writer).effects}
     assert verdict(by_factor["data.path"]) == (
-        "Nothing can be said of b.txt against a.txt: val_loss cannot be compared, they are of different texts."
+        "Nothing can be said of b.txt against a.txt: the values of val_loss are not comparable: they are of different "
+        "texts."
     )
     assert by_factor["backend.activation"].paired.difference == pytest.approx(0.11)
     assert by_factor["backend.activation"].cells == 2
@@ -373,7 +376,10 @@ def test_pairs_on_other_data_are_left_out(writer: Writer) -> None:
     (effect,) = found(writer).effects
     assert (effect.paired.seeds, effect.left_out, effect.baseline_left_out) == (2, 1, 1)
     assert effect.paired.difference == pytest.approx(0.1)
-    assert any("some val_loss cannot be compared, the data differ (data_sha256)" in each for each in found(writer).odd)
+    assert any(
+        "some values of val_loss are not comparable: the data differ (data_sha256)" in each
+        for each in found(writer).odd
+    )
 
 
 def test_what_was_evaluated_later_stands_in_for_what_a_summary_lacks(writer: Writer) -> None:
@@ -464,3 +470,220 @@ def test_random_trials_over_many_keys_are_judged_in_time(writer: Writer, choices
     written = files(writer)
     assert time.process_time() - start < 10
     assert len(written["report.md"]) < 200_000
+
+
+# ---- evaluations, choices, sentences, figures ------------------------------------------------------------------------
+
+
+def test_of_several_windows_that_all_have_the_whole_text_is_taken(writer: Writer) -> None:
+    """As the page advises where windows of other lengths are other samples of the text."""
+    for length, whole in ((64, 2.0), (128, 2.3)):
+        for seed in range(2):
+            keys = {"backend.context_length": length, "evaluation.windows": 64, "seed": seed}
+            path = writer.run(keys, 1.0 + length / 1000)
+            later(path, ["evaluation.windows=all"], val_loss=whole + seed / 10 * whole)
+    (effect,) = found(writer).effects
+    assert effect.paired.difference == pytest.approx(-0.3 * 1.05)
+    assert not any("xattn evaluate" in each for each in found(writer).odd)
+
+
+def test_runs_of_one_training_pool_what_was_measured_of_them(writer: Writer) -> None:
+    for seed in range(2):
+        writer.run({"backend.activation": "softmax", "evaluation.windows": 64, "seed": seed}, 1.0, name=f"a{seed}")
+        writer.run({"backend.activation": "softmax", "evaluation.windows": "all", "seed": seed}, 2.0, name=f"b{seed}")
+        keys = {"backend.activation": "sigmoid", "evaluation.windows": "all", "seed": seed}
+        writer.run(keys, 2.1 + seed / 9, name=f"c{seed}")
+    (effect,) = found(writer).effects
+    assert (effect.paired.seeds, effect.baseline_mean) == (2, 2.0)
+
+
+def test_an_evaluation_on_another_text_stands_in_for_nothing(writer: Writer) -> None:
+    for arm in ("softmax", "sigmoid"):
+        for seed in range(2):
+            path = writer.run({"backend.activation": arm, "evaluation.windows": 64, "seed": seed}, None)
+            later(path, ["evaluation.windows=all", "data=text", "data.path=x"], val_loss=9.0 + seed)
+            later(path, ["evaluation.windows=all"], val_loss=2.0 + (arm == "sigmoid") + seed / 10)
+            later(path, ["evaluation.windows=all", "backend.window=3"], val_loss=7.0)
+    (effect,) = found(writer).effects
+    assert (effect.arm_mean, effect.baseline_mean) == (pytest.approx(3.05), pytest.approx(2.05))
+
+
+def test_an_evaluation_of_an_earlier_step_is_not_the_runs_result(writer: Writer) -> None:
+    for arm in ("softmax", "sigmoid"):
+        path = writer.run({"backend.activation": arm, "seed": 0}, 2.0)
+        (path / "evaluations.jsonl").write_text(
+            '{"step": 7, "overrides": ["evaluation.windows=all"], "results": {"val_loss": 1}}\n'
+        )
+    assert only(writer).metric.windows is None
+
+
+def test_probes_are_judged_at_the_settings_that_the_loss_chose(writer: Writer) -> None:
+    for arm in ("softmax", "none"):
+        for rate, loss in ((1e-3, 2.0), (3e-3, 2.5)):
+            keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "evaluation.windows": 64, "seed": 0}
+            path = writer.run(keys, loss)
+            measured = {"val_loss": 5.0 - loss, "probe/mqar/accuracy": rate * (2 if arm == "none" else 1)}
+            later(path, ["evaluation.windows=all", "evaluation.probes=[mqar]"], **measured)
+            if arm == "softmax":
+                later(path, ["evaluation.windows=9"], val_loss=1.0)
+    comparison = only(writer, where={"evaluation.windows": ["64"]})
+    chosen = {cell[0]: each.setting for cell, each in comparison.chosen.items()}
+    (probe,) = comparison.probes["probe/mqar/accuracy"]
+    rates = {"softmax": chosen["softmax"][0], "none": 2 * chosen["none"][0]}
+    assert (probe.baseline_mean, probe.arm_mean) == (rates["softmax"], rates["none"])
+
+
+def test_keys_changed_side_by_side_are_choices_of_their_own(writer: Writer) -> None:
+    """README's third command changes two: it is not called an effect of the activation."""
+    writer.run({}, 2.0, name="default")
+    writer.run({"backend.activation": "none", "backend.qk_pre_activation": "swish"}, 2.2, name="both")
+    writer.run({"backend.activation": "sigmoid"}, 2.1, name="sigmoid")
+    findings = found(writer)
+    assert [effect.arm for effect in findings.effects] == ["sigmoid"]
+    assert [run.name for each in findings.alone for run in each.runs] == ["both"]
+
+
+def test_a_file_that_was_typed_is_one_choice(writer: Writer) -> None:
+    """``model=small`` changes depth and width at once, and is one word."""
+    for size, layers, width in (("nano", 4, 128), ("small", 6, 256)):
+        path = writer.run({"model.num_layers": layers, "model.embedding_dim": width}, 2.0 + layers, name=size)
+        (path / "overrides.yaml").write_text(f"- model={size}\n")
+    (effect,) = found(writer).effects
+    assert (effect.factor, effect.paired.difference) == (
+        "model.num_layers",
+        pytest.approx(2.0 if effect.arm == 6 else -2.0),
+    )
+    assert "- model.num_layers (and with it embedding_dim): " in files(writer)["report.md"]
+
+
+def test_the_baseline_may_be_named_by_what_changes_with_it(writer: Writer) -> None:
+    """And an optimizer that has no such key is the default where conf's has none."""
+    for momentum, name in ((None, "adamw"), (0.9, "muon"), (0.95, "muon")):
+        keys: dict[str, Any] = {"optimizer.name": name}
+        writer.run(keys if momentum is None else keys | {"optimizer.momentum": momentum}, 2.0, name=f"{name}{momentum}")
+    (factor,) = only(writer).design.factors
+    assert (factor.key, factor.baseline, factor.baseline_is_given) == ("optimizer.momentum", None, True)
+    (factor,) = only(writer, baselines={"optimizer.name": "muon"}).design.factors
+    assert factor.baseline in (0.9, 0.95)
+
+
+def test_numbers_may_be_typed_in_any_spelling(writer: Writer) -> None:
+    for theta in (10000.0, 100.0):
+        for arm in ("softmax", "sigmoid"):
+            writer.run({"backend.theta": theta, "backend.activation": arm, "seed": 0}, 2.0)
+    assert len(found(writer, where={"backend.theta": ["1e4"]}).study.runs) == 2
+    assert {e.baseline for e in found(writer, baselines={"backend.theta": "1e2"}).effects if "theta" in e.factor} == {
+        100
+    }
+
+
+def effect_of(arm: str, d: float, p: float | None, seeds: int = 3, **more: Any) -> Effect:
+    found = Paired(seeds, d, d - 0.01, d + 0.01) if seeds > 1 and p is not None else Paired(seeds, d if seeds else None)
+    return Effect("backend.activation", arm, "softmax", "val_loss", found, p_holm=p, **more)
+
+
+@pytest.mark.parametrize(
+    ("effects", "words"),
+    [
+        (
+            [effect_of("none", 0.2, 0.01), effect_of("sigmoid", -0.1, 0.02)],
+            "none is worse than softmax, val_loss +0.2000 [+0.1900, +0.2100], p 0.010; sigmoid is better than softmax, "
+            "val_loss −0.1000 [−0.1100, −0.0900], p 0.020.",
+        ),
+        (
+            [effect_of("none", 0.2, 0.01), effect_of("sigmoid", 0.1, 0.3)],
+            "none is worse than softmax, val_loss +0.2000 [+0.1900, +0.2100], p 0.010. No difference in val_loss "
+            "between softmax and sigmoid (+0.1000 [+0.0900, +0.1100], p 0.300) is shown.",
+        ),
+        ([effect_of("none", 0.4, None, 1)], "none against softmax: val_loss +0.4000 from one seed, so no interval."),
+        (
+            [effect_of("none", 0.4, None, 2)],
+            "none against softmax: val_loss +0.4000, exactly the same in all 2 seeds, so no interval.",
+        ),
+        (
+            [effect_of("none", 0.0, None, 0, diverged=6, ended=6, baseline_ended=6)],
+            "none against softmax: no seed finished in both arms, 6 of 6 runs diverged, of softmax 0 of 6.",
+        ),
+        (
+            [effect_of("none", 0.2, 0.01, baseline_diverged=2, baseline_ended=6, ended=6)],
+            "none is higher where the baseline did not diverge, but more stable, than softmax, val_loss +0.2000 "
+            "[+0.1900, +0.2100], p 0.010, 0 of 6 runs diverged, of softmax 2 of 6.",
+        ),
+    ],
+)  # fmt: skip
+def test_the_sentence_at_the_top_says_all(effects: list[Effect], words: str) -> None:
+    assert sentence(effects) == words
+
+
+def test_an_interaction_is_the_difference_of_the_two_beside_it(writer: Writer) -> None:
+    table = {("softmax", "none"): 2.0, ("softmax", "swish"): 1.9, ("sigmoid", "none"): 2.2, ("sigmoid", "swish"): 2.4}
+    for (arm, pre), loss in table.items():
+        for seed in range(3):
+            keys = {"backend.activation": arm, "backend.qk_pre_activation": pre, "seed": seed}
+            writer.run(keys, loss + seed / 10 + (arm == "sigmoid") * seed / 100)
+    (both,) = only(writer).interactions
+    assert both.arm_mean == pytest.approx(0.5 + 0.01)  # sigmoid − softmax under swish
+    assert both.baseline_mean == pytest.approx(0.2 + 0.01)  # and under none
+    page = files(writer)["report.md"]
+    assert "| backend.activation × backend.qk_pre_activation | sigmoid × swish | +0.5100 | +0.2100 | +0.3000 |" in page
+    assert "| activation sigmoid, qk_pre_activation swish | 2.5100 | 0.1100 | 3 | 0 |" in page
+
+
+def test_each_comparison_has_figures_of_its_own(writer: Writer) -> None:
+    for steps, size in ((200, 16), (20, 8)):
+        for arm in ("softmax", "sigmoid"):
+            for seed in range(2):
+                keys = {"trainer.steps": steps, "trainer.batch_size": size, "backend.activation": arm, "seed": seed}
+                writer.run(keys, 2.0 + seed / 9 + (arm == "sigmoid") * (1 + seed) / steps, rows=10)
+    folder = writer.folder / "report"
+    write(found(writer), folder)
+    page = (folder / "report.md").read_text()
+    assert page.index("](effects.svg)") < page.index("## Verdict 2") < page.index("](2-effects.svg)")
+    assert {"effects.svg", "2-effects.svg", "differences.svg", "2-differences.svg"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert (folder / "effects.svg").read_text() != (folder / "2-effects.svg").read_text()
+
+
+def test_figures_of_others_in_the_folder_of_a_report_stay(writer: Writer, tmp_path: Path) -> None:
+    writer.run({"seed": 0})
+    (tmp_path / "curves-mine.pdf").touch()
+    (tmp_path / "effects.pdf").touch()
+    write(found(writer), tmp_path)
+    assert (tmp_path / "curves-mine.pdf").exists()
+    assert (tmp_path / "effects.pdf").exists()  # this was no report's folder then
+    write(found(writer), tmp_path)
+    assert not (tmp_path / "effects.pdf").exists()
+
+
+def test_results_csv_says_what_enters_the_comparison(writer: Writer) -> None:
+    writer.run({"backend.activation": "softmax", "seed": 0}, 2.0, name="in")
+    path = writer.run({"backend.activation": "sigmoid", "seed": 0}, 2.0, name="failed", status="failed")
+    later(path, ["evaluation.probes=[mqar]"], **{"probe/mqar/accuracy": 0.5})
+    later(writer.folder / "in", ["evaluation.probes=[mqar]"], **{"probe/mqar/accuracy": 0.25})
+    rows = {row["run"]: row for row in csv.DictReader(files(writer)["results.csv"].splitlines())}
+    assert (rows["in"]["judged"], rows["failed"]["judged"]) == ("true", "false")
+    assert (rows["in"]["probe/mqar/accuracy"], rows["failed"]["probe/mqar/accuracy"]) == ("0.25", "")
+
+
+def test_curves_of_other_tokens_are_drawn_in_bits_per_byte(writer: Writer) -> None:
+    for size, loss, bits in ((512, 2.0, 3.0), (4096, 3.3, 2.5)):
+        for seed in range(2):
+            keys = {"data.tokenizer": "bpe", "data.vocab_size": size, "seed": seed}
+            writer.run(keys, loss, summary={"val_bpb": bits}, provenance={"data_sha256": str(size)})
+    comparison = only(writer)
+    assert {curve.key for curve in loss_curves(comparison.chosen).values()} == {"val_bpb"}
+    assert _difference(writer).key == "val_bpb"
+
+
+def test_the_tuning_figure_draws_the_best_of_what_else_was_tuned(writer: Writer) -> None:
+    for rate, decay, loss in ((1e-3, 0.1, 4.0), (1e-3, 1.0, 2.0), (3e-3, 0.1, 3.0), (3e-3, 1.0, 2.5)):
+        for arm in ("softmax", "sigmoid"):
+            keys = {"optimizer.learning_rate": rate, "optimizer.weight_decay": decay, "backend.activation": arm}
+            writer.run(keys | {"seed": 0}, loss)
+    comparison = only(writer, tuned=["optimizer.weight_decay"])
+    figure = rates(comparison.design, comparison.chosen, 0)
+    assert figure is not None
+    line = figure.axes[0].get_lines()[0]
+    assert list(line.get_xdata()) == [1e-3, 3e-3]
+    assert list(line.get_ydata()) == [2.0, 2.5]

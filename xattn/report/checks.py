@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from xattn.report.findings import Comparison
 from xattn.report.metric import spans
 from xattn.report.read import Run, Study
 from xattn.report.selection import Chosen, Selection, split
-from xattn.report.statistics import Effect
+from xattn.report.statistics import Effect, matched
 from xattn.report.words import counted
 
 _AT_MOST = 8  # names in a sentence
@@ -24,24 +25,20 @@ _LETTERS = 16  # of a hash
 def what_is_odd(study: Study, comparisons: Sequence[Comparison], selection: Selection) -> list[str]:
     """A sentence for each thing that a reader should know before believing a difference."""
     said = _folders(study)
-    for each in comparisons:
+    for i, each in enumerate(comparisons, 1):
         of_one = [
             *_too_few(each.design, selection),
             *_metric(each),
             *_repeated(each.design),
             *_missing(each.design),
             *_edges(each.design, each.chosen),
-            *_budgets(each.design),
+            *_budgets(each),
             *_left_out(each.effects),
             *_baselines(each.design.factors),
         ]
-        where = f"Where {_spelled(each.where)}: " if each.where and len(comparisons) > 1 else ""
+        where = f"Comparison {i}: " if len(comparisons) > 1 else ""
         said += [f"{where}{sentence}" for sentence in of_one]
     return [*said, *_unequal(study.runs)]
-
-
-def _spelled(where: Mapping[str, object]) -> str:
-    return ", ".join(f"{short(key)} is {show(value)}" for key, value in where.items())
 
 
 def _folders(study: Study) -> list[str]:
@@ -56,6 +53,8 @@ def _folders(study: Study) -> list[str]:
         "pruned": "stopped early by the tuner, and not judged",
         "not begun": "without a summary.json, and not judged",
     }
+    others = {run.status for run in study.runs} - {*states, "done", "diverged"}
+    states |= {status: f"of the unknown status {status!r}, and not judged" for status in sorted(others)}
     for status, words in states.items():
         names = [run.name for run in study.runs if run.status == status]
         if names:
@@ -107,9 +106,7 @@ def _missing(design: Design) -> list[str]:
         for setting, runs in settings.items():
             seeds = [show(seed) for seed in design.seeds if seed not in runs]
             if seeds:
-                where = ", ".join(
-                    f"{k.rpartition('.')[2]} {show(v)}" for k, v in zip(design.tuned, setting, strict=True)
-                )
+                where = ", ".join(f"{short(k)} {show(v)}" for k, v in zip(design.tuned, setting, strict=True))
                 where = f"{design.label(cell)}{' at ' + where if where else ''}"
                 said.append(f"Missing seeds: {where} has no run with seed {_list(seeds)}.")
     if len(said) > _AT_MOST:
@@ -169,24 +166,34 @@ def _unequal(runs: Sequence[Run]) -> list[str]:
     return said
 
 
-def _budgets(design: Design) -> list[str]:
-    """Arms that were given more than others: training tokens, and settings to choose the best of."""
+def _budgets(comparison: Comparison) -> list[str]:
+    """Arms that were given more than the baseline: training tokens of their pairs, and settings to choose from."""
     said = []
-    for factor in design.factors:
-        i = design.factors.index(factor)
-        tokens: dict[str, set[int]] = {}
+    design = comparison.design
+    for i, factor in enumerate(design.factors):
+        tokens: dict[str, set[tuple[int | None, ...]]] = {}
+        for arm in factor.arms[1:]:
+            pairs = matched(design, comparison.chosen, factor, arm, comparison.metric)
+            both = [
+                (a.runs[seed].tokens_seen, b.runs[seed].tokens_seen) for a, b in pairs.cells for seed in pairs.seeds
+            ]
+            if unequal := {pair for pair in both if pair[0] != pair[1]}:
+                tokens[show(arm)] = set(unequal)
+        if tokens:
+            parts = (
+                f"{arm}: {' or '.join(f'{a or 0:,} against {b or 0:,}' for a, b in sorted(pairs, key=str))}"
+                for arm, pairs in tokens.items()
+            )
+            said.append(f"Different budgets between the arms of {factor.key}, in training tokens: {'; '.join(parts)}.")
         tried: dict[str, set[int]] = {}
         for cell, settings in design.runs.items():
-            arm = show(cell[i])
-            tried.setdefault(arm, set()).add(len(settings))
-            for run in (run for runs in settings.values() for run in runs.values()):
-                steps, each = run.config.get("trainer.steps"), run.tokens_per_step
-                if isinstance(steps, int) and each is not None:
-                    tokens.setdefault(arm, set()).add(steps * each)
-        for what, by_arm in (("training tokens", tokens), ("settings tried of what was tuned", tried)):
-            if len({frozenset(values) for values in by_arm.values()}) > 1:
-                parts = (f"{arm}: {' or '.join(f'{n:,}' for n in sorted(values))}" for arm, values in by_arm.items())
-                said.append(f"Different budgets between the arms of {factor.key}, in {what}: {'; '.join(parts)}.")
+            tried.setdefault(show(cell[i]), set()).add(len(settings))
+        if len({frozenset(values) for values in tried.values()}) > 1:
+            parts = (f"{arm}: {' or '.join(f'{n:,}' for n in sorted(values))}" for arm, values in tried.items())
+            said.append(
+                f"Different budgets between the arms of {factor.key}, in settings tried of what was tuned: "
+                f"{'; '.join(parts)}."
+            )
     return said
 
 
@@ -203,13 +210,13 @@ def _left_out(effects: Sequence[Effect]) -> list[str]:
         if effect.cells_left_out:
             said.append(
                 f"{effect.factor} = {show(effect.arm)}: {counted(effect.cells_left_out, 'combination')} of the other "
-                f"factors {'has' if effect.cells_left_out == 1 else 'have'} too few pairs of finished runs, and "
+                f"factors {'has' if effect.cells_left_out == 1 else 'have'} too few comparable pairs of runs, and "
                 f"{'is' if effect.cells_left_out == 1 else 'are'} not in its mean."
             )
         if effect.why_not:
             said.append(
-                f"{effect.factor} = {show(effect.arm)} against {show(effect.baseline)}: some {effect.metric} cannot be "
-                f"compared, {effect.why_not}."
+                f"{effect.factor} = {show(effect.arm)} against {show(effect.baseline)}: some values of {effect.metric} "
+                f"are not comparable: {effect.why_not}."
             )
     return said
 
@@ -220,6 +227,11 @@ def _baselines(factors: Sequence[Factor]) -> list[str]:
         for factor in factors
         if not factor.baseline_is_given
     ]
+
+
+def _brief(text: str) -> str:
+    """The beginning of a digest; any other text as it is."""
+    return text[:_LETTERS] if re.fullmatch("[0-9a-f]{40,}", text) else text
 
 
 def _list(names: Sequence[str], of: int | None = None) -> str:

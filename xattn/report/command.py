@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from xattn import run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, storage_error
+from xattn.keys import short
 from xattn.report import figures
 from xattn.report.content import page_of, prefix, where
 from xattn.report.cost import why_speeds_differ
-from xattn.report.curves import Curve, curves_of, difference_curve, loss_curves
+from xattn.report.curves import AXES, Curve, curves_of, difference_curve, loss_curves
 from xattn.report.design import TUNED, show
 from xattn.report.findings import Comparison, Findings, Question
 from xattn.report.judge import judge
@@ -27,12 +28,20 @@ from xattn.report.statistics import matched
 from xattn.report.tables import effects_csv, results_csv, table_tex
 from xattn.report.words import counted, verdict
 
+_PAGE = "report.html"
 _DRAWN = 5  # comparisons with figures, at most
 # The files of every figure that there can be.
 _FIGURES = [
     f"{begins}{name}.{suffix}"
     for begins in ("", *(prefix(i) for i in range(1, _DRAWN)))
-    for name in ("effects", "differences", "tuning-*", "curves-*", "stability", "attention-heads")
+    for name in (
+        "effects",
+        "differences",
+        "tuning-*",
+        *(f"curves-{axis}" for axis in AXES),
+        "stability",
+        "attention-heads",
+    )
     for suffix in ("svg", "pdf")
 ]
 _EPILOG = """examples:
@@ -92,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         raise storage_error(error, target) or BadInput(f"{target}: cannot be written: {error.strerror}") from error
     _tell(found)
-    print(f"report: {run_folder.shown(target.absolute() / 'report.html')}")
+    print(f"report: {run_folder.shown(target.absolute() / _PAGE)}")
     return ExitCode.DONE
 
 
@@ -105,10 +114,9 @@ def _pairs(options: Sequence[str], name: str) -> Iterator[tuple[str, str]]:
 
 
 def _tell(found: Findings) -> None:
-    for each in found.comparisons:
-        of = where(each, len(found.comparisons) > 1).removeprefix(": ")
-        if of and each.effects:
-            print(f"{of}:")
+    for i, each in enumerate(found.comparisons):
+        if len(found.comparisons) > 1 and each.effects:
+            print(f"Comparison{where(found, i)}")
         for effect in each.effects:
             print(f"{effect.factor}: {verdict(effect)}")
     if found.alone:
@@ -126,14 +134,16 @@ def write(found: Findings, folder: Path) -> None:
     if (folder / run_folder.CONFIG).exists():
         raise BadInput(f"{folder}: is a run's folder; say where the report is to be written with --out FOLDER")
     folder.mkdir(exist_ok=True, parents=True)
-    for old in (path for pattern in _FIGURES for path in folder.glob(pattern)):
-        old.unlink(missing_ok=True)  # of a study that was another then: the page would not show it
+    if (folder / _PAGE).exists():  # a report of ours, on what the study was then: the page would not show its figures
+        for old in (path for pattern in _FIGURES for path in folder.glob(pattern)):
+            old.unlink(missing_ok=True)
     captions, svgs = {}, {}
     for name, figure, caption in _figures(found):
         svgs[name] = figures.save(figure, folder, name)
         captions[name] = caption
     for name, text in texts(found, captions, svgs, folder).items():
-        run_folder.write_atomically(folder / name, text, shared=True)
+        content = text.encode("utf-8", "backslashreplace")  # a folder's name may be no text
+        run_folder.write_atomically(folder / name, content, shared=True)
 
 
 def texts(found: Findings, captions: Mapping[str, str], svgs: Mapping[str, str], folder: Path) -> dict[str, str]:
@@ -141,9 +151,9 @@ def texts(found: Findings, captions: Mapping[str, str], svgs: Mapping[str, str],
     are given, by name."""
     page = page_of(found, captions)
     study, folder = found.study.folder.resolve(), folder.resolve()
-    here = "/".join(("", *folder.parts[-2:], "report.html"))
+    here = "/".join(("", *folder.parts[-2:], _PAGE))
     return {
-        "report.html": to_html(page, svgs, runs=os.path.relpath(study, folder), here=here),
+        _PAGE: to_html(page, svgs, runs=os.path.relpath(study, folder), here=here),
         "report.md": to_markdown(page),
         "table.tex": table_tex(found.comparisons, found.command),
         "results.csv": results_csv(found.study.runs, found.comparisons),
@@ -162,10 +172,10 @@ def _figures_of(each: Comparison) -> Iterator[tuple[str, Figure, str]]:
         yield "effects", figures.forest(each.effects), "Difference of each arm to its baseline, paired by seed."
     differences = _differences(each)
     if (figure := figures.difference_curves(differences)) is not None:
-        (key, *more) = {curve.key for arms in differences.values() for curve in arms.values()}
-        caption = f"Arm − baseline in {' or '.join((key, *more))}, seed by seed, against steps: mean and 95 % interval."
-        same = " Both sides saw the same batches, so that their noise cancels." if "train_loss" in (key, *more) else ""
-        yield "differences", figure, caption + same
+        losses = dict.fromkeys(curve.key for arms in differences.values() for curve in arms.values())
+        caption = f"Arm − baseline in {' or '.join(losses)}, seed by seed, against steps: mean and 95 % interval."
+        same = "Of train_loss both sides saw the same batches, so that their noise cancels."
+        yield "differences", figure, f"{caption} {same}" if "train_loss" in losses else caption
     for i, key in enumerate(each.design.tuned):
         figure = figures.rates(each.design, each.chosen, i)
         if figure is not None:
@@ -173,7 +183,8 @@ def _figures_of(each: Comparison) -> Iterator[tuple[str, Figure, str]]:
                 f"Validation loss against {key}: the line is the mean over seeds, small marks are seeds, the ring is "
                 "the value chosen, a cross at the top a value at which a seed diverged."
             )
-            yield f"tuning-{key.rpartition('.')[2]}", figure, caption
+            others = " Each at the best of what else was tuned." if len(each.design.tuned) > 1 else ""
+            yield f"tuning-{short(key)}", figure, caption + others
     curves = loss_curves(each.chosen)
     comparable = why_speeds_differ(each.chosen.values()) is None
     for axis in ("steps", "tokens", *(["seconds"] if comparable else [])):
@@ -187,8 +198,9 @@ def _figures_of(each: Comparison) -> Iterator[tuple[str, Figure, str]]:
     if (figure := figures.stability(each.design, watched)) is not None:
         logit = " The largest logit is the largest of all heads in each seed." if watched["attention/max_logit"] else ""
         yield "stability", figure, f"Means over seeds.{logit}"
+    heads = {cell: heads_of(chosen) for cell, chosen in each.chosen.items()}
     maps = {
-        name: {cell: heads for cell, chosen in each.chosen.items() if (heads := heads_of(chosen, key)) is not None}
+        name: {cell: found[key] for cell, found in heads.items() if key in found}
         for key, name in STATISTICS.items()
         if key in ("effective_keys", "max_logit", "first_token", "output_norm")
     }

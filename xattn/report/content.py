@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from xattn.report.cost import SAME_LOAD, cost_of, why_speeds_differ
 from xattn.report.design import Factor, in_order, show
 from xattn.report.findings import Comparison, Findings
 from xattn.report.measures import attention_blocks, probe_blocks
+from xattn.report.metric import Metric
 from xattn.report.read import Run
 from xattn.report.selection import CHOSEN_BY, Selection, sensitivity, split
 from xattn.report.statistics import BOOTSTRAP_FROM, EXACT_TO, Effect
@@ -38,12 +39,11 @@ Pictures = Mapping[str, str]  # name → caption, of the figures that there are
 
 def page_of(found: Findings, pictures: Pictures) -> Page:
     """The page; a comparison's figures are those that :func:`prefix` begins the name of."""
-    several = len(found.comparisons) > 1
     judged = [run for each in found.comparisons for run in each.runs]
     blocks: list[Block] = [*_trained(found.study.runs, judged or found.study.runs)]
     for i, each in enumerate(found.comparisons):
         blocks += [
-            Heading(f"Verdict{where(each, several)}"),
+            Heading(f"Verdict{where(found, i)}"),
             *_verdicts(each),
             *_picture(f"{prefix(i)}effects", pictures),
         ]
@@ -52,7 +52,7 @@ def page_of(found: Findings, pictures: Pictures) -> Page:
         own = {
             name.removeprefix(prefix(i)): caption for name, caption in pictures.items() if name.startswith(prefix(i))
         }
-        blocks += _details(each, found.selection, own, prefix(i), where(each, several))
+        blocks += _details(each, found.selection, own, prefix(i), where(found, i))
     blocks += [*_oddities(found), *_runs(found)]
     return Page(f"Study {found.study.folder.resolve().name}", blocks)
 
@@ -62,11 +62,12 @@ def prefix(i: int) -> str:
     return f"{i + 1}-" if i else ""
 
 
-def where(comparison: Comparison, several: bool) -> str:
-    """What sets the comparison apart from the page's others, for a heading."""
-    if not several or not comparison.where:
+def where(found: Findings, i: int) -> str:
+    """For a heading where there are several comparisons: this one's number, and what sets it apart."""
+    if len(found.comparisons) == 1:
         return ""
-    return ": " + ", ".join(f"{short(key)} {show(value)}" for key, value in comparison.where.items())
+    label = found.comparisons[i].group.label
+    return f" {i + 1}{f': {label}' if label else ''}"
 
 
 # What was trained: a line each of parts, in words around a value of a run.
@@ -137,7 +138,18 @@ def _verdicts(each: Comparison) -> Iterator[Block]:
     if not each.effects:
         yield Paragraph("Nothing differs between the runs but the seed. There is nothing to compare.")
         return
-    yield Bullets([f"{factor.key}: {sentence(each.of(factor))}" for factor in each.design.factors if each.of(factor)])
+    yield Bullets(
+        [
+            f"{factor.key}{_with(factor)}: {sentence(each.of(factor))}"
+            for factor in each.design.factors
+            if each.of(factor)
+        ]
+    )
+
+
+def _with(factor: Factor) -> str:
+    """The keys that change with the factor's."""
+    return f" (and with it {', '.join(map(short, factor.also))})" if factor.also else ""
 
 
 def _alone(found: Findings) -> Iterator[Block]:
@@ -146,20 +158,21 @@ def _alone(found: Findings) -> Iterator[Block]:
         return
     yield Heading("Not compared")
     yield Paragraph(
-        "Apart from the seed, each of these differs from every other run in more than one choice. What the difference "
-        "is due to cannot be said, so it is not taken."
+        "Apart from the seed, each of these differs from every other run in more than one choice, so a difference "
+        "could not be attributed to one of them."
     )
     means = []
-    for group in found.alone:
-        losses = [loss for run in group.runs if (loss := run.result(CHOSEN_BY)) is not None]
-        means.append((float(np.mean(losses)) if losses else np.inf, group))
+    for each in found.alone:
+        values = [value for chosen in each.chosen.values() for value in chosen.values.values()]
+        means.append((float(np.mean(values)) if values else np.inf, len(values), each))
     rows = []
-    for mean, group in sorted(means, key=lambda each: each[0])[:_ROWS]:
-        values = ", ".join(f"{short(key)} {show(value)}" for key, value in group.where.items())
-        rows.append([values, str(len(group.runs)), number(mean if np.isfinite(mean) else None, ".4f")])
+    for mean, seeds, each in sorted(means, key=lambda entry: entry[:2])[:_ROWS]:
+        form = precision(each.metric.name)
+        value = f"{each.metric.name} {number(mean, form)}" if np.isfinite(mean) else "–"
+        rows.append([each.group.label, str(len(each.runs)), value, str(seeds)])
     more = len(found.alone) - len(rows)
     note = f"And {counted(more, 'more such setting')}; results.csv has every run." if more else ""
-    yield Table(["setting", "runs", f"mean {CHOSEN_BY}"], rows, words=["setting"], note=note)
+    yield Table(["setting", "runs", "mean", "seeds"], rows, words=["setting"], note=note)
 
 
 def _details(each: Comparison, selection: Selection, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
@@ -171,7 +184,7 @@ def _details(each: Comparison, selection: Selection, pictures: Pictures, prefix:
         yield Paragraph(_NOTE + (_NOTE_BCA if _has_bootstrap(each) else ""))
     if each.design.tuned:
         yield Paragraph(_selection(each, selection))
-    yield from _interactions(each)
+    yield from _interactions(each, where)
     for title, begins in (("When arms part", "differences"), ("Learning curves", "curves")):
         if names := [name for name in pictures if name.startswith(begins)]:
             yield Heading(f"{title}{where}")
@@ -207,7 +220,7 @@ def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
         return
     form = precision(each.metric.name)
     rows = [
-        [show(e.arm), number(e.arm_mean, form), number(e.baseline_mean, form), *_numbers(e, boot), *_counts(e)]
+        [show(e.arm), number(e.arm_mean, form), number(e.baseline_mean, form), *_numbers(e, boot), *e.counts]
         for e in effects
     ]
     also = f" With it change {', '.join(factor.also)}: the runs cannot tell their effects apart." if factor.also else ""
@@ -224,11 +237,11 @@ def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
     yield Bullets([*map(verdict, effects), *notes])
 
 
-def _interactions(each: Comparison) -> Iterator[Block]:
+def _interactions(each: Comparison, where: str) -> Iterator[Block]:
     if not each.interactions:
         return
     boot, form = _has_bootstrap(each), f"+{precision(each.metric.name)}"
-    yield Heading("Interactions")
+    yield Heading(f"Interactions{where}")
     yield Paragraph(
         "How much more an arm of the one factor changes the metric under an arm of the other than under that one's "
         "baseline: (a, b) − (a₀, b) minus (a, b₀) − (a₀, b₀). Zero where the two effects add up."
@@ -255,7 +268,7 @@ def _cells(each: Comparison) -> Table:
         mean = number(float(np.mean(values)), form) if values else "–"
         rows.append([each.design.label(cell), mean, spread, str(len(values)), str(len(at.diverged))])
     columns = ["combination", f"mean {each.metric.name}", "sd over seeds", "seeds", "diverged"]
-    note = "Each over all of its own seeds; differences above are of the seeds that all corners have."
+    note = "Each over all seeds that it is judged by; differences above are of the seeds that all corners have."
     return Table(columns, rows, words=["combination"], note=note)
 
 
@@ -266,15 +279,14 @@ def _tuning(comparison: Comparison, pictures: Pictures, prefix: str, where: str)
     yield Heading(f"Tuning of {' and '.join(design.tuned)}{where}")
     rows = []
     for cell, each in comparison.chosen.items():
-        best = next(candidate for candidate in each.candidates if candidate.setting == each.setting)
         rows.append(
             [
                 design.label(cell),
                 ", ".join(map(show, each.setting)) + (" (edge)" if each.at_edge else ""),
-                number(best.mean, ".4f"),
+                number(each.best.mean(each.shared), ".4f"),
                 str(len(each.candidates)),
                 str(sum(bool(candidate.diverged) for candidate in each.candidates)),
-                number(sensitivity(each.candidates, design.runs[cell]), ".4f"),
+                number(sensitivity(each, design.runs[cell]), ".4f"),
             ]
         )
     yield Table(
@@ -363,15 +375,16 @@ def _runs(found: Findings) -> Iterator[Block]:
     (program, _) = programs.most_common(1)[0]
     yield Paragraph("The command of one run, to which each run adds its own words:")
     yield Table(["command"], [[f"{shlex.join(['python', program, *shared])} …"]], code=["command"])
-    metric = found.comparisons[0].metric.name if found.comparisons else CHOSEN_BY
+    metrics = {run.folder: each.metric for each in (*found.comparisons, *found.alone) for run in each.runs}
+    names = {metric.name for metric in metrics.values()} or {CHOSEN_BY}
     rows = []
     for run in runs:
         commit = (run.provenance.get("git_commit") or "none")[:10]
         dirty = " (dirty)" if run.provenance.get("git_dirty") else ""
         own = shlex.join(word for word in run.overrides if word not in shared)
         words = own if run.program == program else f"python {run.program} … {own}"
-        rows.append([run.name, words, run.status, number(run.number(metric), precision(metric)), commit + dirty])
-    columns = ["folder", "its own words", "status", metric, "commit"]
+        rows.append([run.name, words, run.status, _result(run, metrics.get(run.folder), names), commit + dirty])
+    columns = ["folder", "its own words", "status", *(names if len(names) == 1 else ["result"]), "commit"]
     yield Table(columns, rows, words=["folder"], code=["its own words"], folders="folder")
     later = [
         [run.name, show(each.get("step")), *(json.dumps(each.get(key)) for key in ("overrides", "results"))]
@@ -395,18 +408,20 @@ def _numbers(effect: Effect, boot: bool) -> list[str]:
     cells += [number(effect.detectable, ".2g"), str(found.seeds)]
     if boot:
         low, high = found.bootstrap or (None, None)
-        cells.append(f"[{number(low, '+.4f')}, {number(high, '+.4f')}]")
+        form = f"+{precision(effect.metric)}"
+        cells.append(f"[{number(low, form)}, {number(high, form)}]")
     return cells
 
 
 _COUNTED = ("left out", "diverged")
 
 
-def _counts(effect: Effect) -> list[str]:
-    return [
-        f"{effect.left_out} + {effect.baseline_left_out}",
-        f"{effect.diverged} of {effect.ended}",
-    ]
+def _result(run: Run, metric: Metric | None, names: Collection[str]) -> str:
+    """The run's value of what it is judged by, with its name where that is not the same for all."""
+    value = None if metric is None else metric.value(run)
+    if metric is None or value is None:
+        return "–"
+    return f"{metric.name} " * (len(names) > 1) + number(value, precision(metric.name))
 
 
 def _has_bootstrap(each: Comparison) -> bool:

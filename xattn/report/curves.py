@@ -9,7 +9,9 @@ from functools import reduce
 import numpy as np
 from scipy import special
 
+from xattn.metrics import BITS, LOSS
 from xattn.report.design import Cell
+from xattn.report.metric import are_comparable
 from xattn.report.read import Run
 from xattn.report.selection import Chosen
 from xattn.report.statistics import LEVEL, Matched
@@ -33,8 +35,11 @@ class Curve:
 
 
 def loss_curves(chosen: Mapping[Cell, Chosen]) -> dict[Cell, Curve]:
-    """Of one loss, so that they can be set side by side: val_loss, or train_loss where more cells have that."""
-    return max((curves_of(chosen, key) for key in ("val_loss", "train_loss")), key=len)
+    """Of one loss, so that they can be set side by side: the one that most cells have, of those that are of the same
+    thing in all runs. Empty where none is."""
+    runs = [run for each in chosen.values() for run in each.runs.values()]
+    found = [curves_of(chosen, key) for key in (LOSS, BITS, "train_loss") if are_comparable(runs, key)]
+    return max(found, key=len, default={})
 
 
 def curves_of(chosen: Mapping[Cell, Chosen], key: str) -> dict[Cell, Curve]:
@@ -61,15 +66,16 @@ def difference_curve(pairs: Matched) -> Curve | None:
     """Arm − baseline over the seeds, against steps, each seed's the mean over the combinations of the other factors.
 
     Of the training loss where both sides saw the same batches at the same step, so that the noise of batches cancels;
-    else of val_loss. None without pairs or common steps, and where the losses are of different tokens.
+    else of val_loss or val_bpb, where it is of the same thing. None without a loss, pairs, or common steps.
     """
     both = [[(ours.runs[seed], theirs.runs[seed]) for ours, theirs in pairs.cells] for seed in pairs.seeds]
     all_pairs = [pair for of_seed in both for pair in of_seed]
-    if not all_pairs or any(
-        ours.config.get("data.tokenizer") != t.config.get("data.tokenizer") for ours, t in all_pairs
-    ):
+    losses = [key for key in (LOSS, BITS) if all(are_comparable(pair, key) for pair in all_pairs)]
+    if all_pairs and all(_same_batches(ours, theirs) for ours, theirs in all_pairs):
+        losses = ["train_loss"]
+    if not all_pairs or not losses:
         return None
-    key = "train_loss" if all(_same_batches(ours, theirs) for ours, theirs in all_pairs) else "val_loss"
+    key = losses[0]
     points = {run.folder: _points(run, key) for pair in all_pairs for run in pair}
     steps = _shared_steps(list(points.values()))
     if steps.size < 2:
@@ -121,7 +127,7 @@ def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _points(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
-    there = ~np.isnan(run.curves[key])
+    there = np.abs(run.curves[key]) < 1e100  # and no NaN; beyond there is nothing to draw
     return run.curves["step"][there], run.curves[key][there]
 
 

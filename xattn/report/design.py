@@ -4,7 +4,7 @@ each of their arms, and the pairing by seed."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scipy.sparse import coo_array
@@ -55,15 +55,6 @@ class Design:
     runs: Mapping[Cell, Mapping[Setting, Mapping[Any, Run]]]
     repeated: tuple[Run, ...]
 
-    def others(self, factor: Factor) -> list[tuple[Any, ...]]:
-        """The combinations of the other factors' arms that were run with any arm of this one."""
-        i = self.factors.index(factor)
-        return list(dict.fromkeys(cell[:i] + cell[i + 1 :] for cell in self.runs))
-
-    def cell(self, factor: Factor, arm: Any, others: tuple[Any, ...]) -> Cell:
-        i = self.factors.index(factor)
-        return (*others[:i], arm, *others[i:])
-
     def label(self, cell: Cell) -> str:
         """``sigmoid``; with more factors than one ``activation sigmoid, theta 1000``."""
         if len(self.factors) == 1:
@@ -73,18 +64,23 @@ class Design:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that answer one question: what they share, and does another group's runs not, is in ``where``."""
+    """Runs that answer one question. where: keys with one value in this group, and another elsewhere in the study."""
 
     runs: tuple[Run, ...]
     where: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """``context_length 128, steps 200``"""
+        return ", ".join(f"{short(key)} {show(value)}" for key, value in self.where.items())
 
 
 def groups_of(runs: Sequence[Run], tuned: Sequence[str] = TUNED) -> list[Group]:
     """Splits the runs into groups that each answer one question, the largest first.
 
     Two runs belong together if, apart from seed and tuned keys, they differ in one choice or in none. A choice is a
-    key, or several keys of one config group that always change together, as ``optimizer=muon`` changes several. Runs
-    that a chain of such pairs connects are one group. So a key becomes a factor only where runs differ in it alone.
+    key, with those that it brings along (:func:`_grouped`). Runs that a chain of such pairs connects are one group. So
+    a key becomes a factor only where runs differ in it alone.
     """
     known = [run for run in runs if run.config]
     choices = [(leader, *also) for leader, also in _grouped(_varying(known, tuned), known).items()]
@@ -156,6 +152,7 @@ def find_design(
         by_seed = table.setdefault(cell, {}).setdefault(setting, {})
         if run.seed in by_seed:
             repeated.append(run)
+            by_seed[run.seed] = _pooled(by_seed[run.seed], run)
         else:
             by_seed[run.seed] = run
     places = [{arm: i for i, arm in enumerate(factor.arms)} for factor in factors]
@@ -167,6 +164,17 @@ def find_design(
         runs={cell: {setting: table[cell][setting] for setting in in_order(table[cell])} for cell in ordered},
         repeated=tuple(repeated),
     )
+
+
+def _pooled(run: Run, repeated: Run) -> Run:
+    """The run, with what was measured of another run of the same training: its parameters are the same."""
+    same_data = run.provenance.get("data_sha256") == repeated.provenance.get("data_sha256")
+    if repeated.status != "done" or run.status != "done" or not same_data:
+        return run
+    windows = repeated.config.get("evaluation.windows")
+    overrides = [] if windows is None else [f"evaluation.windows={windows}"]
+    own = {"step": repeated.summary.get("step"), "overrides": overrides, "results": dict(repeated.summary)}
+    return replace(run, evaluations=(*repeated.evaluations, own, *run.evaluations))
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
@@ -214,14 +222,21 @@ def _settles(leader: str, key: str, runs: Sequence[Run]) -> bool:
 
 
 def _grouped(keys: Sequence[str], runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
-    """Leader → the keys of its own config group whose values it settles: ``optimizer=muon`` changes several at once."""
+    """Leader → the keys of its own config group that it brings along, since its value settles theirs.
+
+    A choice does that which other keys belong to: ``optimizer=muon`` (``optimizer.name``) has a momentum, a pattern of
+    layers a second kind, a tokenizer its vocabulary. So does a file that was typed, as in ``model=small``; but not
+    ``trainer=debug``, which is a length and a pace. Keys that somebody changed side by side are choices of their own.
+    """
+    typed = {word.lstrip("+").partition("=")[0] for run in runs for word in run.overrides} - {"trainer"}
     values = {key: len({run.config.get(key) for run in runs}) for key in keys}
-    # Layers of two kinds differ in several keys at once, and the pattern is what makes them differ.
-    by_weight = sorted(keys, key=lambda key: (-values[key], key != "backend.every", not key.endswith(".name")))
+    by_weight = sorted(keys, key=lambda key: (-values[key], key != "backend.every", not _has_others(key)))
     groups: dict[str, list[str]] = {}
     for key in by_weight:
+        group = key.partition(".")[0]
         for leader in groups:
-            if leader.partition(".")[0] == key.partition(".")[0] and _settles(leader, key, runs):
+            brings = _has_others(leader) or _has_others(key) or group in typed
+            if leader.partition(".")[0] == group and brings and _settles(leader, key, runs):
                 groups[leader].append(key)
                 break
         else:
@@ -229,16 +244,29 @@ def _grouped(keys: Sequence[str], runs: Sequence[Run]) -> dict[str, tuple[str, .
     return {key: tuple(groups[key]) for key in keys if key in groups}
 
 
+def _has_others(key: str) -> bool:
+    """Whether other keys of its group belong to some of its values."""
+    return key.endswith(".name") or key in ("backend.every", "data.tokenizer")
+
+
 def _factor(
     key: str, also: tuple[str, ...], runs: Sequence[Run], defaults: Mapping[str, Any], baselines: Mapping[str, Any]
 ) -> Factor:
     arms = _as_typed(key, in_order({run.config.get(key) for run in runs}), runs)
-    given = next((each[key] for each in (baselines, defaults) if key in each and each[key] in arms), None)
-    is_given = any(key in each and each[key] in arms for each in (baselines, defaults))
+    asked = [  # also by a companion: the arm that has its value
+        run.config.get(key)
+        for companion in (key, *also)
+        for run in runs
+        if companion in baselines and run.config.get(companion) == baselines[companion]
+    ]
+    default = (
+        [defaults.get(key)] if defaults and defaults.get(key) in arms else []
+    )  # a key that conf lacks is None there
+    given = [*asked, *default]
     counts = {arm: sum(run.config.get(key) == arm for run in runs) for arm in arms}
-    baseline = arms[arms.index(given)] if is_given else max(arms, key=lambda arm: counts[arm])
+    baseline = arms[arms.index(given[0])] if given else max(arms, key=lambda arm: counts[arm])
     arms.remove(baseline)
-    return Factor(key, (baseline, *arms), baseline, is_given, also)
+    return Factor(key, (baseline, *arms), baseline, bool(given), also)
 
 
 def _as_typed(key: str, arms: list[Any], runs: Sequence[Run]) -> list[Any]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from xattn import run_folder
 from xattn.report.curves import AXES, Curve
 from xattn.report.design import Cell, Design, show
-from xattn.report.selection import Chosen
+from xattn.report.selection import Candidate, Chosen
 from xattn.report.statistics import Effect
 from xattn.report.words import better_is
 
@@ -99,7 +99,7 @@ def difference_curves(factors: Mapping[str, Mapping[str, Curve]]) -> Figure | No
         for axes, (name, arms) in zip(panels, factors.items(), strict=False):
             axes.axhline(0, color=_INK, linewidth=0.8)
             settled = []
-            for i, (arm, curve) in enumerate(arms.items(), 1):
+            for i, (arm, curve) in enumerate([*arms.items()][:PANELS], 1):
                 steps, style = curve.x["steps"], _style(i)
                 axes.fill_between(steps, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
                 dash = DASHES[i % len(DASHES)]
@@ -139,7 +139,8 @@ def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | Non
             axes.minorticks_off()
             axes.set_title(_title(design, group), loc="left")
         _label(panels[: len(groups)], design.tuned[i], "val_loss")
-        panels[0].legend()
+        if panels[0].get_legend_handles_labels()[0]:
+            panels[0].legend()
         return figure
 
 
@@ -254,25 +255,25 @@ def _coloured(svg: str, colours: Mapping[str, str]) -> str:
 
 
 def _rate_curve(axes: Axes, each: Chosen, i: int, colour: int, label: str) -> None:
+    """At each value of the i-th tuned key the best of the candidates that have it."""
     style = _style(colour)
-    points: dict[float, list[float]] = {}
+    at_value: dict[float, list[Candidate]] = {}
     for candidate in each.candidates:
-        for loss in candidate.losses.values():
-            points.setdefault(candidate.setting[i], []).append(loss)
+        at_value.setdefault(candidate.setting[i], []).append(candidate)
+    best = {x: min(found, key=lambda candidate: candidate.rank(each.shared)) for x, found in at_value.items()}
+    for x, candidate in best.items():
         if candidate.diverged:
-            top = axes.get_xaxis_transform()
-            axes.plot(candidate.setting[i], 0.97 - 0.04 * colour, "x", color=style["color"], transform=top)
-    xs = sorted(points)
+            axes.plot(x, 0.97 - 0.04 * colour, "x", color=style["color"], transform=axes.get_xaxis_transform())
+    xs = sorted(x for x, candidate in best.items() if candidate.losses)
     if not xs:
         return
-    axes.plot(
-        xs, [np.mean(points[x]) for x in xs], linestyle=DASHES[colour % len(DASHES)], markersize=4, label=label, **style
-    )
+    means = [np.mean([*best[x].losses.values()]) for x in xs]
+    axes.plot(xs, means, linestyle=DASHES[colour % len(DASHES)], markersize=4, label=label, **style)
     for x in xs:
-        axes.plot([x] * len(points[x]), points[x], linestyle="none", markersize=2.5, alpha=0.5, **style)
-    best = each.setting[i]
-    if best in points:
-        axes.plot(best, np.mean(points[best]), "o", markersize=9, markerfacecolor="none", color=style["color"])
+        losses = [*best[x].losses.values()]
+        axes.plot([x] * len(losses), losses, linestyle="none", markersize=2.5, alpha=0.5, **style)
+    if (x := each.setting[i]) in xs:
+        axes.plot(x, means[xs.index(x)], "o", markersize=9, markerfacecolor="none", color=style["color"])
 
 
 def _style(arm: int) -> dict[str, Any]:

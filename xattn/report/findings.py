@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from xattn.report.design import Cell, Design, Factor, Group
 from xattn.report.metric import Metric
@@ -15,21 +14,19 @@ from xattn.report.statistics import Effect
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group of runs that answer one question, and the answer.
+    """A group of runs that answer one question, and the answer. probes: in-context measure → its effects."""
 
-    where: what sets the group apart from the study's others. probes: in-context measure → its effects; probes_chosen:
-    and its values.
-    """
-
-    where: Mapping[str, Any]
-    runs: tuple[Run, ...]
+    group: Group
     design: Design
     metric: Metric
     chosen: Mapping[Cell, Chosen]
     effects: Sequence[Effect]
     interactions: Sequence[Effect]
     probes: Mapping[str, Sequence[Effect]]
-    probes_chosen: Mapping[str, Mapping[Cell, Chosen]]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        return self.group.runs
 
     def of(self, factor: Factor) -> list[Effect]:
         """The factor's effects, an arm each."""
@@ -38,11 +35,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that the page is made from. alone: groups in which there is nothing to compare, where others have that."""
+    """All that the page is made from. alone: groups without a factor, where the study has several groups."""
 
     study: Study
     comparisons: Sequence[Comparison]
-    alone: Sequence[Group]
+    alone: Sequence[Comparison]
     odd: Sequence[str]
     selection: Selection
     command: str

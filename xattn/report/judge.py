@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from xattn.report.design import TUNED, Cell, Design, Group, find_design, groups_
 from xattn.report.findings import Comparison, Findings, Question
 from xattn.report.measures import probes_of
 from xattn.report.metric import Metric, metric_for
-from xattn.report.read import Run, Study
-from xattn.report.selection import Chosen, choose
+from xattn.report.read import Run, Study, finite
+from xattn.report.selection import Chosen, choose, with_metric
 from xattn.report.statistics import Effect, interactions, main_effects
 
 
@@ -29,19 +29,21 @@ def judge(study: Study, question: Question, *, command: str = "") -> Findings:
         _check_key(key, study.runs, "--tuned")
     tuned = (*TUNED, *question.tuned)
     baselines = dict(_baselines(study.runs, question.baselines or {}))
-    groups = groups_of(study.runs, tuned)
-    designs = [(group, find_design(group.runs, conf_defaults(), tuned, baselines)) for group in groups]
-    comparisons = [
-        _compared(group, design, question) for group, design in designs if design.factors or len(designs) == 1
+    defaults = conf_defaults()
+    judged = [
+        _compared(group, find_design(group.runs, defaults, tuned, baselines), question)
+        for group in groups_of(study.runs, tuned)
     ]
-    factors = {factor.key: factor.arms for each in comparisons for factor in each.design.factors}
+    comparisons = [each for each in judged if each.design.factors or len(judged) == 1]
+    factors = {
+        key: None for each in comparisons for factor in each.design.factors for key in (factor.key, *factor.also)
+    }
     for key in baselines.keys() - factors.keys():
         raise BadInput(f"--baseline {key}=…: is no factor here; {_there_are(factors)}")
-    compared = {id(each.runs) for each in comparisons}
     return Findings(
         study=study,
         comparisons=comparisons,
-        alone=[group for group in groups if id(group.runs) not in compared],
+        alone=[each for each in judged if not each.design.factors and len(judged) > 1],
         odd=what_is_odd(study, comparisons, question.selection),
         selection=question.selection,
         command=command,
@@ -51,20 +53,17 @@ def judge(study: Study, question: Question, *, command: str = "") -> Findings:
 def _compared(group: Group, design: Design, question: Question) -> Comparison:
     metric = metric_for(group.runs, question.metric)
     chosen = choose(design, metric, question.selection)
-    if is_speed(metric.name) and (why_not := why_speeds_differ(chosen.values())) is not None:
+    if design.factors and is_speed(metric.name) and (why_not := why_speeds_differ(chosen.values())) is not None:
         raise BadInput(f"--metric {metric.name}: no verdict on speeds, because {why_not}; they stand in results.csv")
     of_probes = {name: metric_for(group.runs, name) for name in probes_of(group.runs) if name != metric.name}
-    probes_chosen = {name: choose(design, probe, question.selection) for name, probe in of_probes.items()}
     return Comparison(
-        where=group.where,
-        runs=group.runs,
+        group=group,
         design=design,
         metric=metric,
         chosen=chosen,
         effects=list(_effects(design, chosen, metric)),
         interactions=interactions(design, chosen, metric),
-        probes={name: list(_effects(design, probes_chosen[name], probe)) for name, probe in of_probes.items()},
-        probes_chosen=probes_chosen,
+        probes={name: list(_effects(design, with_metric(chosen, probe), probe)) for name, probe in of_probes.items()},
     )
 
 
@@ -79,9 +78,9 @@ def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:
         _check_key(key, runs, "--where")
         there = list(dict.fromkeys(show(run.config.get(key)) for run in runs))
         for value in values:
-            if value not in there:
+            if not any(_is(run.config.get(key), value) for run in runs):
                 raise BadInput(f"--where {key}={value}: no run has it; there are {', '.join(there[:12])}")
-        runs = [run for run in runs if show(run.config.get(key)) in values]
+        runs = [run for run in runs if any(_is(run.config.get(key), value) for value in values)]
         if not runs:
             raise BadInput(f"--where {key}={','.join(values)}: no run has this and what else was asked for")
     if question.seeds is not None:
@@ -96,10 +95,20 @@ def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:
 def _baselines(runs: Sequence[Run], asked: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     for key, arm in asked.items():
         _check_key(key, runs, "--baseline")
-        arms = {show(value): value for value in (run.config.get(key) for run in runs)}
-        if arm not in arms:
-            raise BadInput(f"--baseline {key}={arm}: no run has it; there are {', '.join(list(arms)[:12])}")
-        yield key, arms[arm]
+        arms = dict.fromkeys(run.config.get(key) for run in runs)
+        found = [value for value in arms if _is(value, arm)]
+        if not found:
+            raise BadInput(f"--baseline {key}={arm}: no run has it; there are {', '.join(map(show, [*arms][:12]))}")
+        yield key, found[0]
+
+
+def _is(value: Any, typed: str) -> bool:
+    """Whether the value is what was typed: 0.003 is 3e-3 too."""
+    size = finite(value)
+    try:
+        return show(value) == typed or (size is not None and size == float(typed))
+    except ValueError:
+        return False
 
 
 def _check_key(key: str, runs: Sequence[Run], option: str) -> None:
@@ -120,5 +129,5 @@ def _check_metric(runs: Sequence[Run], metric: str | None) -> None:
     raise BadInput(f"--metric {metric}: no run's summary.json has such a number{hint}")
 
 
-def _there_are(factors: Mapping[str, Sequence[Any]]) -> str:
+def _there_are(factors: Collection[str]) -> str:
     return f"there are {', '.join(factors)}" if factors else "nothing differs between the runs that are compared"

@@ -51,22 +51,27 @@ def probes_of(runs: Sequence[Run]) -> list[str]:
     return sorted(key for key in found if key.startswith("probe/"))
 
 
-def heads_of(chosen: Chosen, statistic: str) -> np.ndarray | None:
-    """(layers, heads): the mean over the cell's runs, for a largest value the largest; None where no run has it."""
-    maps = []
+def heads_of(chosen: Chosen) -> dict[str, np.ndarray]:
+    """Statistic → (layers, heads): the mean over the cell's runs, for a largest value the largest."""
+    maps: dict[str, list[np.ndarray]] = {}
     for run in chosen.runs.values():
-        found = {}
-        for key, measured in _attention(run).items():
-            if place := re.fullmatch(rf"attention/(\d+)/(\d+)/{statistic}", key):
-                found[int(place[1]), int(place[2])] = finite(measured)
-        if found:
-            layers, heads = (1 + max(place[i] for place in found) for i in (0, 1))
-            value = {place: np.nan if x is None else x for place, x in found.items()}
-            maps.append(np.array([[value.get((i, j), np.nan) for j in range(heads)] for i in range(layers)]))
-    maps = [each for each in maps if each.shape == maps[0].shape and not np.isnan(each).all()]
-    if not maps:
-        return None
-    return np.nanmax(maps, axis=0) if statistic.startswith("max") else np.nanmean(maps, axis=0)
+        found: dict[str, dict[tuple[int, int], float]] = {}
+        for key, value in _attention(run).items():
+            _, layer, head, statistic = [*key.split("/", 3), "", "", ""][:4]
+            if layer.isdecimal() and head.isdecimal():
+                number_there = finite(value)
+                found.setdefault(statistic, {})[int(layer), int(head)] = (
+                    np.nan if number_there is None else number_there
+                )
+        for statistic, values in found.items():
+            layers, heads = (1 + max(place[i] for place in values) for i in (0, 1))
+            grid = np.array([[values.get((i, j), np.nan) for j in range(heads)] for i in range(layers)])
+            if not np.isnan(grid).all() and grid.shape == maps.get(statistic, [grid])[0].shape:
+                maps.setdefault(statistic, []).append(grid)
+    return {
+        statistic: np.nanmax(grids, axis=0) if statistic.startswith("max") else np.nanmean(grids, axis=0)
+        for statistic, grids in maps.items()
+    }
 
 
 def _attention(run: Run) -> dict[str, Any]:
@@ -83,12 +88,15 @@ def _attention(run: Run) -> dict[str, Any]:
 def attention_blocks(design: Design, chosen: Mapping[Cell, Chosen]) -> list[Block]:
     """Two tables: the statistics, and the mass at each distance; nothing where no run has any."""
     rows, masses = [], []
-    distances = _distances(chosen)
-    for cell, each in chosen.items():
-        found = {name: heads_of(each, name) for name in (*STATISTICS, *distances)}
-        if any(heads is not None for heads in found.values()):
-            rows.append([design.label(cell), *(number(_over_heads(name, found[name])) for name in STATISTICS)])
-            masses.append([design.label(cell), *(number(_over_heads(d, found[d]), ".3f") for d in distances)])
+    maps = {cell: heads_of(each) for cell, each in chosen.items()}
+    distances = sorted(
+        {key for found in maps.values() for key in found if re.fullmatch(r"distance_\d+", key)},
+        key=lambda key: int(key.partition("_")[2]),
+    )
+    for cell, found in maps.items():
+        if found:
+            rows.append([design.label(cell), *(number(_over_heads(name, found.get(name))) for name in STATISTICS)])
+            masses.append([design.label(cell), *(number(_over_heads(d, found.get(d)), ".3f") for d in distances)])
     if not rows:
         return []
     ranges = [_range(d, after) for d, after in itertools.zip_longest(distances, distances[1:])]
@@ -115,8 +123,7 @@ def probe_blocks(design: Design, effects: Mapping[str, Sequence[Effect]]) -> lis
             for effect in (effect for effect in of_metric if effect.factor == factor.key):
                 means = [number(mean, precision(metric)) for mean in (effect.arm_mean, effect.baseline_mean)]
                 arms = f"{factor.name} {show(effect.arm)} against {show(effect.baseline)}"
-                left_out = f"{effect.left_out} + {effect.baseline_left_out}"
-                found = [difference(effect), p_value(effect.p_holm), str(effect.paired.seeds), left_out]
+                found = [difference(effect), p_value(effect.p_holm), str(effect.paired.seeds), effect.counts[0]]
                 rows.append([metric.removeprefix("probe/"), arms, *means, *found])
     if not rows:
         return []
@@ -131,13 +138,6 @@ def _over_heads(statistic: str, heads: np.ndarray | None) -> float | None:
     if heads is None:
         return None
     return float(np.nanmax(heads) if statistic.startswith("max") else np.nanmean(heads))
-
-
-def _distances(chosen: Mapping[Cell, Chosen]) -> list[str]:
-    keys = {key.rpartition("/")[2] for each in chosen.values() for run in each.runs.values() for key in _attention(run)}
-    return sorted(
-        (key for key in keys if re.fullmatch(r"distance_\d+", key)), key=lambda key: int(key.partition("_")[2])
-    )
 
 
 def _range(key: str, after: str | None) -> str:

@@ -14,26 +14,26 @@ _OF_TEXT = ("val_loss", "best_val_loss", "train_loss", "val_bpb")
 
 
 class Unit(NamedTuple):
-    """What a run's number is of. changed: what ``xattn evaluate`` changed in the model, such as backend.theta."""
+    """What a run's number is of. given: what else ``xattn evaluate`` was told, such as backend.theta or data.path."""
 
     tokens: tuple[Any, ...]
     text: tuple[Any, ...]
     data_sha256: str | None
     windows: str | None
-    changed: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Metric:
     """A number of a run, over given windows of the held-out text.
 
-    name: as in summary.json. windows, changed: as in :class:`Unit`; a run that was not evaluated so when it was
+    name: as in summary.json. windows, given: as in :class:`Unit`; a run that was not evaluated so when it was
     trained has the number from its evaluations.jsonl, if it is there.
     """
 
     name: str
     windows: str | None = None
-    changed: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
     def of(self, run: Run) -> tuple[float, Unit | None] | None:
         """The number at the end of a run that is done, with what it is of; None where there is none.
@@ -44,7 +44,7 @@ class Metric:
             value = run.result(self.name)
             return None if value is None else (value, None)
         for unit, value in _measured(run, self.name):
-            if (unit.windows, unit.changed) == (self.windows, self.changed):
+            if (unit.windows, unit.given) == (self.windows, self.given):
                 return value, unit
         return None
 
@@ -60,7 +60,7 @@ class Metric:
         """
         if ours is None or theirs is None:
             return None
-        if (ours.windows, ours.changed) != (theirs.windows, theirs.changed):
+        if (ours.windows, ours.given) != (theirs.windows, theirs.given) and self.name != "train_loss":
             return "they are over different windows"
         known = None not in (ours.data_sha256, theirs.data_sha256)
         same_data = known and ours.data_sha256 == theirs.data_sha256
@@ -69,7 +69,7 @@ class Metric:
         if ours.tokens == theirs.tokens and known and not same_data:
             return "the data differ (data_sha256)"
         if ours.tokens != theirs.tokens and is_per_token(self.name):
-            return "it is per token, and their tokens differ"
+            return "they are per token, and their tokens differ"
         return None
 
 
@@ -79,7 +79,7 @@ def is_of_text(metric: str) -> bool:
 
 def metric_for(runs: Sequence[Run], metric: str | None) -> Metric:
     """The metric asked for, else val_loss, or val_bpb where the runs' tokens differ; over the windows that most runs
-    were evaluated on."""
+    were evaluated on, of several the whole text."""
     done = [run for run in runs if run.status == "done"]
     if metric is None:
         metric = loss_metric(run.config for run in done)
@@ -87,9 +87,18 @@ def metric_for(runs: Sequence[Run], metric: str | None) -> Metric:
             metric = LOSS
     counts: Counter[tuple[str | None, tuple[str, ...]]] = Counter()
     for run in done:
-        counts.update(list(dict.fromkeys((unit.windows, unit.changed) for unit, _ in _measured(run, metric))))
-    windows, changed = counts.most_common(1)[0][0] if counts else (None, ())
-    return Metric(metric, windows, changed)
+        counts.update(list(dict.fromkeys((unit.windows, unit.given) for unit, _ in _measured(run, metric))))
+    windows, given = max(counts, key=lambda how: (counts[how], not how[1], how[0] == "all"), default=(None, ()))
+    return Metric(metric, windows, given)
+
+
+def are_comparable(runs: Sequence[Run], metric: str) -> bool:
+    """Whether the runs' own values of the metric, as they were logged, are of the same thing.
+
+    Data of another ``data_sha256`` under the same config pass: a curve is a mean over seeds, wherever they were run.
+    """
+    units = [unit_of(run)._replace(data_sha256=None) for run in runs]
+    return all(Metric(metric).why_not(units[0], unit) is None for unit in units[1:])
 
 
 def _measured(run: Run, metric: str) -> list[tuple[Unit, float]]:
@@ -99,30 +108,28 @@ def _measured(run: Run, metric: str) -> list[tuple[Unit, float]]:
     found: dict[Unit, float] = {}
     if (value := run.number(metric)) is not None:
         found[unit_of(run)] = value
-    later: dict[Unit, float] = {}
-    for row in run.evaluations:
+    for row in reversed(run.evaluations):
         overrides, results = row.get("overrides"), row.get("results")
-        if row.get("step") == run.summary.get("step") and isinstance(overrides, list) and isinstance(results, dict):
-            value = finite(results.get(metric))
-            if value is not None:
-                later[unit_of(run, [str(override) for override in overrides])] = value
-    return list((found | {unit: value for unit, value in later.items() if unit not in found}).items())
+        if row.get("step") != run.summary.get("step") or not isinstance(overrides, list):
+            continue
+        if isinstance(results, dict) and (value := finite(results.get(metric))) is not None:
+            found.setdefault(unit_of(run, [str(override) for override in overrides]), value)
+    return list(found.items())
 
 
 def unit_of(run: Run, overrides: Sequence[str] = ()) -> Unit:
     """What an evaluation of the run is of, its own or a later one with these overrides."""
-    values: dict[str, Any] = {}
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        values[key] = value
+    values = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
     windows = values.pop("evaluation.windows", run.config.get("evaluation.windows"))
-    windows = None if windows is None else str(windows)
-    data = tuple(sorted((key, value) for key, value in values.items() if key.partition(".")[0] == "data"))
-    changed = tuple(sorted(f"{key}={value}" for key, value in values.items() if key.startswith("backend.")))
-    sha256 = run.provenance.get("data_sha256")
-    if data:  # another text, in the run's own tokens
-        return Unit(tokens_of(run.config), data, None, windows, changed)
-    return Unit(tokens_of(run.config), text_of(run.config), sha256, windows, changed)
+    given = tuple(sorted(f"{key}={value}" for key, value in values.items() if key.startswith(("backend", "data"))))
+    is_other_text = any(each.startswith("data") for each in given)  # read in the run's own tokens
+    return Unit(
+        tokens=tokens_of(run.config),
+        text=() if is_other_text else text_of(run.config),
+        data_sha256=None if is_other_text else run.provenance.get("data_sha256"),
+        windows=None if windows is None else str(windows),
+        given=given,
+    )
 
 
 def spans(runs: Sequence[Run], metric: Metric) -> str | None:

@@ -36,11 +36,8 @@ def report_command(study: Path, runs: Collection[Path]) -> str:
 
 def _values(configs: Collection[Mapping[str, Any]]) -> dict[str, set[Any]]:
     """Key → the values that the configs have, of keys whose values can be typed."""
-    found: dict[str, set[Any]] = {}
-    for config in configs:
-        for key, value in config.items():
-            if changes_training(key, config):
-                found.setdefault(key, set()).add(value)
+    keys = dict.fromkeys(key for config in configs for key in config if changes_training(key, config))
+    found = {key: {config.get(key) for config in configs} for key in keys}
     return {key: values for key, values in found.items() if not any("," in show(value) for value in values)}
 
 

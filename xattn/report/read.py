@@ -1,4 +1,4 @@
-"""Reads a study's run folders. What is missing, half written or foreign is said, and never a failure."""
+"""Reads a study's run folders. Missing, partial and foreign files are reported, and are never an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ATTENTION_CURVES: Mapping[str, Callable[[Sequence[float]], float]] = {
     "attention/entropy": fmean,
     "attention/output_norm": fmean,
 }
-CURVES = ("step", "train_loss", "val_loss", "grad_norm", "tokens_per_second", *ATTENTION_CURVES)
+CURVES = ("step", "train_loss", "val_loss", "val_bpb", "grad_norm", "tokens_per_second", *ATTENTION_CURVES)
 # What other programs may have written into a run folder is taken only where it is of these kinds.
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "status": (str,),
@@ -139,7 +139,7 @@ def read_study(folder: Path) -> Study:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The dotted keys of a run's config.yaml and their values; empty where it is missing or not readable."""
-    return dict(flatten(_read_config(folder / run_folder.CONFIG, [])))
+    return _flat(_read_config(folder / run_folder.CONFIG, []), [])
 
 
 def read_run(folder: Path) -> Run:
@@ -159,7 +159,7 @@ def read_run(folder: Path) -> Run:
         status = "killed"
     return Run(
         folder=folder,
-        config=dict(flatten(config)),
+        config=_flat(config, problems),
         overrides=tuple(str(override) for override in overrides),
         provenance=provenance,
         summary=summary,
@@ -179,10 +179,21 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", _leaf(value)
 
 
+def _flat(config: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
+    try:
+        return dict(flatten(config))
+    except RecursionError:  # YAML can refer to itself
+        problems.append(f"{run_folder.CONFIG} is not readable")
+        return {}
+
+
 def _leaf(value: Any) -> Any:
     """A value that equals itself and can be a dictionary's key: NaN, and what YAML makes of dates, become text."""
     if isinstance(value, list | dict):
-        return json.dumps(value, default=str)
+        try:
+            return json.dumps(value, default=str)
+        except (ValueError, TypeError, RecursionError):  # YAML can refer to itself, and have keys of any type
+            return str(value)
     plain = value is None or isinstance(value, str | bool) or finite(value) is not None
     return value if plain else str(value)
 

@@ -67,7 +67,7 @@ def _html_table(table: Table, runs: str) -> str:
         for column, kind, text in zip(table.columns, kinds, row, strict=True):
             inner = f"<code>{escape(text)}</code>" if column in table.code else escape(text)
             if column == table.folders:
-                inner = f'<a href="{quote(runs)}/{quote(text)}/">{inner}</a>'
+                inner = f'<a href="{quote(runs)}/{quote(text, errors="surrogateescape")}/">{inner}</a>'
             cells.append(f"<td{kind}>{inner}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f'\n<p class="note">{escape(table.note)}</p>' if table.note else ""

@@ -24,10 +24,10 @@ class Candidate:
     losses: Mapping[Any, float]
     diverged: tuple[Any, ...]
 
-    @property
-    def mean(self) -> float | None:
-        """Over the seeds that did not diverge."""
-        return float(np.mean(list(self.losses.values()))) if self.losses else None
+    def mean(self, seeds: Collection[Any]) -> float | None:
+        """Over those of the seeds that did not diverge."""
+        losses = [loss for seed, loss in self.losses.items() if seed in seeds]
+        return float(np.mean(losses)) if losses else None
 
     @property
     def ended(self) -> tuple[Any, ...]:
@@ -45,7 +45,8 @@ class Candidate:
 class Chosen:
     """A cell at its chosen setting.
 
-    candidates: all of the cell's settings, as the choosing seeds saw them. values: seed → metric, of the judging seeds
+    candidates: all of the cell's settings, as the choosing seeds saw them. best: the one chosen. shared: the seeds that
+    they were compared on. values: seed → metric, of the judging seeds
     whose run is done and has it. units: what each of them is of. diverged: judging seeds whose run diverged. at_edge:
     tuned keys whose chosen value is the smallest or largest that was tried, of more than one.
     """
@@ -53,6 +54,8 @@ class Chosen:
     cell: Cell
     setting: Setting
     candidates: tuple[Candidate, ...]
+    best: Candidate
+    shared: frozenset[Any]
     values: Mapping[Any, float]
     units: Mapping[Any, Unit | None]
     diverged: tuple[Any, ...]
@@ -100,6 +103,8 @@ def choose(design: Design, metric: Metric, selection: Selection = "same") -> dic
             cell=cell,
             setting=best.setting,
             candidates=candidates,
+            best=best,
+            shared=frozenset(seeds),
             values={seed: value for seed, (value, _) in results.items()},
             units={seed: unit for seed, (_, unit) in results.items()},
             diverged=tuple(in_order(seed for seed, run in runs.items() if run.status == "diverged")),
@@ -109,17 +114,30 @@ def choose(design: Design, metric: Metric, selection: Selection = "same") -> dic
     return chosen
 
 
-def sensitivity(candidates: Sequence[Candidate], runs: Mapping[Setting, Mapping[Any, Run]]) -> float | None:
+def with_metric(chosen: Mapping[Cell, Chosen], metric: Metric) -> dict[Cell, Chosen]:
+    """The same settings and runs, with their values of another metric."""
+    found = {}
+    for cell, each in chosen.items():
+        results = {seed: result for seed, run in each.runs.items() if (result := metric.of(run)) is not None}
+        found[cell] = replace(
+            each,
+            values={seed: value for seed, (value, _) in results.items()},
+            units={seed: unit for seed, (_, unit) in results.items()},
+        )
+    return found
+
+
+def sensitivity(chosen: Chosen, runs: Mapping[Setting, Mapping[Any, Run]]) -> float | None:
     """How much a wrong learning rate costs: the mean over the grid of min(ℓ, ℓ₀) − min ℓ.
 
-    ℓ is a setting's mean validation loss, where a diverged run counts as ℓ₀, its first logged training loss (Wortsman
-    et al., arXiv 2309.14322, section 2.2). Comparable only between cells with the same grid. None with fewer than two
-    settings, or where a run has not logged.
+    ℓ is a setting's mean validation loss over the seeds that settings were compared on, where a diverged run counts as
+    ℓ₀, its first logged training loss (Wortsman et al., arXiv 2309.14322, section 2.2). Comparable only between cells
+    with the same grid. None with fewer than two settings, or where a run has not logged.
     """
     means = []
-    for candidate in candidates:
+    for candidate in chosen.candidates:
         losses = []
-        for seed in candidate.ended:
+        for seed in (seed for seed in candidate.ended if seed in chosen.shared):
             logged = runs[candidate.setting][seed].curves["train_loss"]
             start = finite(float(logged[0])) if logged.size else None
             if start is None:

@@ -49,10 +49,11 @@ class Effect:
     factor and arm are written ``a × b`` where the comparison is an interaction: how much more (a's arm − a's baseline)
     is under b's arm than under b's baseline. arm_mean, baseline_mean: of the pairs alone, so that
     ``difference == arm_mean − baseline_mean``; of an interaction the two differences that are compared. left_out,
-    baseline_left_out: runs with a result that are in no pair. p_holm: p after Holm's correction over the factor's
-    comparisons, of which there are `comparisons`. detectable: see :func:`detectable`, corrected as p_holm is; the
-    interval is not. diverged, baseline_diverged: runs, of as many that ended (done or diverged) as `ended` and
-    `baseline_ended` say. cells: how many were averaged. why_not: why results that are there are not comparable.
+    baseline_left_out: runs with a value at the chosen settings that are in no pair. p_holm: p after Holm's correction
+    over the factor's comparisons, of which there are `comparisons`. detectable: see :func:`detectable`, corrected as
+    p_holm is; the interval is not. diverged, baseline_diverged: runs, of as many that ended (done or diverged) as
+    `ended` and `baseline_ended` say. cells: how many were averaged. why_not: why values that are there are not
+    comparable.
     """
 
     factor: str
@@ -74,6 +75,11 @@ class Effect:
     cells: int = 1
     cells_left_out: int = 0
     why_not: str = ""
+
+    @property
+    def counts(self) -> tuple[str, str]:
+        """For a table: how many runs were left out (the arm's + the baseline's), and how many of the arm's diverged."""
+        return f"{self.left_out} + {self.baseline_left_out}", f"{self.diverged} of {self.ended}"
 
     @property
     def more_diverged(self) -> float:
@@ -152,8 +158,8 @@ def main_effects(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, 
 def matched(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: Any, metric: Metric) -> Matched:
     """The runs of an arm and of the factor's baseline that differ in that alone.
 
-    With holes in the crossing, those combinations of the other factors' arms are taken, and those seeds, that give
-    the most pairs in which every combination has every seed.
+    Where the crossing has holes, combinations of the other factors' arms are taken, those with the most seeds first,
+    as long as that makes more pairs in which every combination has every seed.
     """
     return _matched(design, _by_arm(design, chosen, factor), factor, arm, metric)
 

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-from xattn.keys import has_effect, short
+from xattn.keys import has_effect
 from xattn.report.design import SEED, show
 from xattn.report.findings import Comparison
+from xattn.report.measures import probes_of
+from xattn.report.metric import metric_for
 from xattn.report.read import Run
 from xattn.report.words import difference, number, p_value, precision
 
 EFFECT_COLUMNS = (
     *("factor", "arm", "baseline", "metric", "seeds", "difference", "ci_low", "ci_high", "p", "p_holm", "p_signflip"),
-    *("arm_mean", "baseline_mean", "left_out", "baseline_left_out", "where"),
+    *("arm_mean", "baseline_mean", "left_out", "baseline_left_out", "where", "comparison"),
 )
 _SUMMARY = (
     *("step", "val_loss", "val_bpb", "best_val_loss", "train_loss", "tokens_per_second", "compile_seconds"),
@@ -28,15 +30,15 @@ _PROVENANCE = ("device_kind", "device_count", "git_commit", "git_dirty", "source
 def effects_csv(comparisons: Sequence[Comparison]) -> str:
     """A row a comparison of two arms; a cell is empty where nothing can be said."""
     rows = []
-    for each in comparisons:
-        where = " ".join(f"{key}={show(value)}" for key, value in each.where.items())
+    for i, each in enumerate(comparisons, 1):
+        where = " ".join(f"{key}={show(value)}" for key, value in each.group.where.items())
         for effect in (*each.effects, *chain.from_iterable(each.probes.values())):
             found = effect.paired
             rows.append(
                 [
                     *(effect.factor, show(effect.arm), show(effect.baseline), effect.metric, found.seeds),
                     *(found.difference, found.ci_low, found.ci_high, found.p, effect.p_holm, found.p_signflip),
-                    *(effect.arm_mean, effect.baseline_mean, effect.left_out, effect.baseline_left_out, where),
+                    *(effect.arm_mean, effect.baseline_mean, effect.left_out, effect.baseline_left_out, where, i),
                 ]
             )
     return _csv(EFFECT_COLUMNS, rows)
@@ -44,13 +46,16 @@ def effects_csv(comparisons: Sequence[Comparison]) -> str:
 
 def results_csv(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
     """A row a run: the keys that differ, what the run found, what it was made with. comparison: the number of the one
-    that the run belongs to, from 1; judged: whether its number is in it."""
-    judged = {run.folder for each in comparisons for chosen in each.chosen.values() for run in chosen.runs.values()}
+    that the run belongs to, from 1; judged: whether its value enters it."""
+    judged = {
+        chosen.runs[seed].folder for each in comparisons for chosen in each.chosen.values() for seed in chosen.values
+    }
     number_of = {run.folder: i for i, each in enumerate(comparisons, 1) for run in each.runs}
     keys = dict.fromkeys(key for run in runs for key in run.config if has_effect(key))
     varying = [key for key in keys if key != SEED and len({run.config.get(key) for run in runs}) > 1]
     more = sorted({each.metric.name for each in comparisons} - {*_SUMMARY})
-    probes = sorted({key for run in runs for key in run.summary if key.startswith("probe/")} - {*more})
+    probes = sorted({*probes_of(runs)} - {*more})
+    measured = [metric_for(runs, name) for name in probes]
     columns = [
         "run",
         "status",
@@ -66,7 +71,7 @@ def results_csv(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
     ]
     rows = []
     for run in runs:
-        summary = [run.summary.get(key) for key in (*_SUMMARY, *more, *probes)]
+        summary = [run.summary.get(key) for key in (*_SUMMARY, *more)] + [metric.value(run) for metric in measured]
         provenance = [run.provenance.get(key) for key in _PROVENANCE]
         configured = [run.config.get(key) for key in (*varying, SEED)]
         own = [run.name, run.status, run.folder in judged, *configured, *summary, *provenance, run.command]
@@ -87,10 +92,10 @@ def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
         "\\toprule",
         f"factor & arm & {named} & baseline's & difference [95\\,\\%] & $p$ (Holm) & seeds & left out & diverged \\\\",
     ]
-    for each in comparisons:
+    for i, each in enumerate(comparisons, 1):
         if several:
-            where = ", ".join(f"{short(key)} {show(value)}" for key, value in each.where.items())
-            lines += ["\\midrule", f"\\multicolumn{{9}}{{l}}{{{_tex(each.metric.name)}: {_tex(where)}}} \\\\"]
+            where = f"{i}. {each.metric.name}: {each.group.label}".removesuffix(": ")
+            lines += ["\\midrule", f"\\multicolumn{{9}}{{l}}{{{_tex(where)}}} \\\\"]
         for factor in each.design.factors:
             lines.append("\\midrule")
             first = f"{factor.key}, against {show(factor.baseline)}"
@@ -99,7 +104,7 @@ def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
                 cells = [_tex(first), _tex(show(effect.arm))]
                 cells += [_math(number(mean, form)) for mean in (effect.arm_mean, effect.baseline_mean)]
                 cells += [_math(difference(effect)), _math(p_value(effect.p_holm)), str(effect.paired.seeds)]
-                cells += [f"{effect.left_out} + {effect.baseline_left_out}", f"{effect.diverged} of {effect.ended}"]
+                cells += effect.counts
                 lines.append(" & ".join(cells) + " \\\\")
                 first = ""
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])

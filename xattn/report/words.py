@@ -20,7 +20,9 @@ def p_value(p: float | None) -> str:
 
 
 def precision(metric: str) -> str:
-    """Four decimals for losses, rates and shares; five digits for what may be of any size, such as speeds."""
+    """Four decimals for losses, rates and shares; whole numbers for what is counted; else five digits."""
+    if metric in ("step", "num_params", "flops_per_step", "peak_memory_bytes"):
+        return ",.0f"
     return ".4f" if metric.endswith(("loss", "bpb")) or metric.startswith("probe/") else ",.5g"
 
 
@@ -46,35 +48,47 @@ def sentence(effects: Sequence[Effect]) -> str:
     metric, baseline = effects[0].metric, show(effects[0].baseline)
     shown = [
         f"{show(effect.arm)} is {_direction(effect)} {baseline}, {metric} {difference(effect)}, "
-        f"p {p_value(effect.p_holm)}"
+        f"p {p_value(effect.p_holm)}{_diverged(effect)}"
         for effect in effects
         if is_shown(effect)
     ]
     parts = []
     if undecided := [effect for effect in effects if effect.p_holm is not None and not is_shown(effect)]:
-        arms = [f"{show(effect.arm)} ({difference(effect)}, p {p_value(effect.p_holm)})" for effect in undecided]
+        arms = [f"{show(e.arm)} ({difference(e)}, p {p_value(e.p_holm)}{_diverged(e)})" for e in undecided]
         parts.append(f"No difference in {metric} between {baseline} and {_listed(arms)} is shown")
-    if unsure := [effect for effect in effects if effect.p_holm is None]:
-        arms = [f"{show(effect.arm)} ({difference(effect)}, {_why_unsure(effect)})" for effect in unsure]
-        parts.append(f"Nothing is certain of {_listed(arms)} against {baseline}")
+    parts += [
+        f"{show(effect.arm)} against {baseline}: {_unsure(effect)}{_diverged(effect)}"
+        for effect in effects
+        if effect.p_holm is None
+    ]
     return ". ".join(["; ".join(shown), *parts] if shown else parts) + "."
 
 
-def _why_unsure(effect: Effect) -> str:
+def _unsure(effect: Effect) -> str:
+    size = f"{effect.metric} {difference(effect)}"
     if effect.paired.seeds == 1:
-        return f"{effect.metric} of 1 seed"
+        return f"{size} from one seed, so no interval"
     if effect.paired.seeds:
-        return f"all {effect.paired.seeds} seeds differ by the same"
-    return effect.why_not or "no seed has both finished"
+        return f"{size}, exactly the same in all {effect.paired.seeds} seeds, so no interval"
+    return _why_nothing(effect)
+
+
+def _why_nothing(effect: Effect) -> str:
+    if effect.why_not:
+        return f"the values of {effect.metric} are not comparable: {effect.why_not}"
+    return "no seed finished in both arms"
+
+
+def _diverged(effect: Effect) -> str:
+    if not effect.diverged and not effect.baseline_diverged:
+        return ""
+    of_baseline = f"of {show(effect.baseline)} {effect.baseline_diverged} of {effect.baseline_ended}"
+    return f", {effect.diverged} of {effect.ended} runs diverged, {of_baseline}"
 
 
 def is_shown(effect: Effect) -> bool:
     """Whether the difference is significant after Holm's correction."""
     return effect.p_holm is not None and effect.p_holm <= 1 - LEVEL
-
-
-def seeds_of(effect: Effect) -> str:
-    return counted(effect.paired.seeds, "seed")
 
 
 def counted(number: int, thing: str) -> str:
@@ -97,13 +111,12 @@ def verdict(effect: Effect) -> str:
             f"{effect.baseline_diverged} of {effect.baseline_ended} of {baseline}{of_others}."
         )
     if found.difference is None:
-        why = f"{effect.metric} cannot be compared, {effect.why_not}" if effect.why_not else "no seed has both finished"
-        return f"Nothing can be said of {arm} against {baseline}: {why}.{tail}"
+        return f"Nothing can be said of {arm} against {baseline}: {_why_nothing(effect)}.{tail}"
     form = f"+{precision(effect.metric)}"
     size = f"{effect.metric} {number(found.difference, form)}"
-    seeds = seeds_of(effect)
+    seeds = counted(found.seeds, "seed")
     if found.p is None or found.ci_low is None or found.ci_high is None:
-        why = "one pair has no spread" if found.seeds == 1 else "all pairs differ by the same"
+        why = "one pair is not enough" if found.seeds == 1 else "all pairs differ by exactly the same amount"
         return f"{arm} against {baseline}: {size} ({seeds}); no interval can be given, because {why}.{tail}"
     facts = (
         f"{size}, 95 % interval {number(found.ci_low, form)} to {number(found.ci_high, form)}, {seeds}, "
@@ -125,7 +138,7 @@ def verdict(effect: Effect) -> str:
 def signflip_note(seeds: int) -> str | None:
     """Said where so few seeds leave a sign-flip p no way below 0.05."""
     smallest = smallest_signflip_p(seeds)
-    if seeds < 1 or smallest <= 1 - LEVEL:
+    if seeds < 2 or smallest <= 1 - LEVEL:
         return None
     return (
         f"Sign-flip test: with {counted(seeds, 'seed')} no p below {smallest:.4g} can be reached. The t test's smaller "
