@@ -151,9 +151,7 @@ def _unequal(runs: Sequence[Run]) -> list[str]:
     for name, value in things:
         counts = Counter(show(value(run)) for run in ended)
         if len(counts) > 1:
-            parts = ", ".join(
-                f"{text[:_LETTERS]} ({counted(count, 'run')})" for text, count in counts.most_common(_AT_MOST)
-            )
+            parts = ", ".join(f"{_brief(text)} ({counted(n, 'run')})" for text, n in counts.most_common(_AT_MOST))
             said.append(f"Different {name}: {parts}.")
     versions = [dict(run.provenance.get("versions") or {}) for run in ended]
     for package in sorted({package for each in versions for package in each}):

@@ -6,30 +6,30 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
 from xattn.keys import short
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Picture, Table
 from xattn.report.cost import SAME_LOAD, cost_of, why_speeds_differ
-from xattn.report.design import Factor, in_order, show
+from xattn.report.design import Factor, show
 from xattn.report.findings import Comparison, Findings
 from xattn.report.measures import attention_blocks, probe_blocks
 from xattn.report.metric import Metric
 from xattn.report.read import Run
 from xattn.report.selection import CHOSEN_BY, Selection, sensitivity, split
 from xattn.report.statistics import BOOTSTRAP_FROM, EXACT_TO, Effect
+from xattn.report.trained import trained
 from xattn.report.words import counted, difference, number, p_value, precision, sentence, signflip_note, verdict
 
-_VALUES = 8  # of one thing that was trained with, shown at most
 _ROWS = 40  # of a table of what is not judged, at most
 _NOTE = (
     "Means are of the pairs alone, the same seed on both sides, averaged over the combinations of the other factors "
-    "that both were run with; so their difference is the one beside them. Left out: runs with a result that are in no "
-    "pair, the arm's + the baseline's. The interval is a t interval, of one arm alone. p: paired t test; Holm: "
-    "corrected over the factor's arms. Detectable: the difference that is found after Holm with probability 0.8, if "
-    "seeds differ as much as these did. Diverged: of the runs that ended. Sign-flip: exact up to "
+    "that both were run with; so their difference is the one beside them. Left out: runs with a value at the chosen "
+    "settings that are in no pair, the arm's + the baseline's. The interval is a t interval, of one arm alone. p: "
+    "paired t test; Holm: corrected over the factor's arms. Detectable: the difference that is found after Holm with "
+    "probability 0.8, if seeds differ as much as these did. Diverged: of the runs that ended. Sign-flip: exact up to "
     f"{EXACT_TO} seeds, from more of 9,999 random flips."
 )
 _NOTE_BCA = f" BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on."
@@ -40,7 +40,7 @@ Pictures = Mapping[str, str]  # name → caption, of the figures that there are
 def page_of(found: Findings, pictures: Pictures) -> Page:
     """The page; a comparison's figures are those that :func:`prefix` begins the name of."""
     judged = [run for each in found.comparisons for run in each.runs]
-    blocks: list[Block] = [*_trained(found.study.runs, judged or found.study.runs)]
+    blocks: list[Block] = [*trained(found.study.runs, judged or found.study.runs)]
     for i, each in enumerate(found.comparisons):
         blocks += [
             Heading(f"Verdict{where(found, i)}"),
@@ -68,70 +68,6 @@ def where(found: Findings, i: int) -> str:
         return ""
     label = found.comparisons[i].group.label
     return f" {i + 1}{f': {label}' if label else ''}"
-
-
-# What was trained: a line each of parts, in words around a value of a run.
-_Fact = Callable[[Run], object]
-_FACTS: Mapping[str, Sequence[tuple[str, _Fact]]] = {
-    "data": [
-        ("{}", lambda run: " ".join(show(run.config[k]) for k in ("data.name", "data.path") if k in run.config)),
-        ("as {}", lambda run: run.config.get("data.tokenizer")),
-    ],
-    "model": [
-        ("{} parameters", lambda run: run.number("num_params")),
-        ("{} layers", lambda run: run.config.get("model.num_layers")),
-        ("{} heads", lambda run: run.config.get("model.num_heads")),
-        ("width {}", lambda run: run.config.get("model.embedding_dim")),
-    ],
-    "training": [
-        ("{} steps", lambda run: run.config.get("trainer.steps")),
-        ("batches of {}", lambda run: run.config.get("trainer.batch_size")),
-        ("context {}", lambda run: run.config.get("backend.context_length")),
-        ("{} tokens seen", lambda run: run.tokens_seen),
-    ],
-    "optimizer": [
-        ("{}", lambda run: run.config.get("optimizer.name")),
-        ("learning rate {}", lambda run: run.config.get("optimizer.learning_rate")),
-        ("schedule {}", lambda run: run.config.get("schedule.name")),
-    ],
-    "seeds": [("{}", lambda run: show(run.seed))],
-    "devices": [
-        ("{}", lambda run: run.provenance.get("device_kind")),
-        ("{} in each run", lambda run: run.provenance.get("device_count")),
-    ],
-    "versions": [
-        ("python {}", lambda run: run.provenance.get("versions", {}).get("python")),
-        ("jax {}", lambda run: run.provenance.get("versions", {}).get("jax")),
-        ("xattn {}", lambda run: run.provenance.get("versions", {}).get("xattn")),
-    ],
-    "begun": [("{}", lambda run: run.provenance.get("started_at", "")[:10])],
-}
-
-
-def _trained(runs: Sequence[Run], judged: Sequence[Run]) -> Iterator[Block]:
-    """What the comparisons rest on; where their runs differ, each value once."""
-    ended = [run for run in judged if run.status in ("done", "diverged")] or judged
-    rows = []
-    for name, parts in _FACTS.items():
-        told = []
-        for words, value in parts:
-            values = in_order({each for run in ended if (each := value(run)) not in (None, "")})
-            if values:
-                told.append(words.format(_each(values)))
-        if told:
-            rows.append([name, ", ".join(told)])
-    yield Heading("What was trained")
-    yield Table(["what", "value"], rows, words=["what", "value"])
-    states = Counter(run.status for run in runs)
-    yield Paragraph(
-        f"{counted(len(runs), 'run')} ({', '.join(f'{count} {status}' for status, count in states.items())}). One seed "
-        "means one initialisation and one data order in every arm, so runs are compared seed by seed."
-    )
-
-
-def _each(values: Sequence[object]) -> str:
-    told = [f"{each:,}" if isinstance(each, int) else show(each) for each in values]
-    return " / ".join(told) if len(told) <= _VALUES else f"{' / '.join(told[:_VALUES])} / … ({len(told)} values)"
 
 
 def _verdicts(each: Comparison) -> Iterator[Block]:
