@@ -60,6 +60,12 @@ RAISED = [
     ("lock", {}, OSError(errno.ENOSYS, "Function not implemented"), "has no locks"),
     ("lock", {}, OSError(errno.EOPNOTSUPP, "Operation not supported"), "has no locks"),
     ("lock", {}, OSError(errno.ENOLCK, "No locks available"), "has no locks"),
+    (
+        "working directory",
+        {},
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
+        "the working directory cannot be looked up",
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from xattn.errors import BadInput
+from xattn.errors import looking_at
 
 
 def open_streams() -> None:
@@ -23,10 +23,8 @@ def open_streams() -> None:
 
 def check_working_directory() -> None:
     """Raises :class:`BadInput` where the working directory was deleted, or cannot be looked up."""
-    try:
+    with looking_at("working directory"):
         Path.cwd()
-    except OSError as error:
-        raise BadInput(f"the working directory: {error.strerror}; start from a folder that exists") from error
 
 
 def tell(message: object) -> None:

@@ -180,6 +180,11 @@ OUTSIDE: dict[str, tuple[Outside, ...]] = {
             errnos=(errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK),
         ),
     ),
+    "working directory": (
+        Outside(  # it was deleted, or a folder above it cannot be read
+            (OSError,), BadInput, "the working directory cannot be looked up ({error}); start from a folder that exists"
+        ),
+    ),
 }
 
 
