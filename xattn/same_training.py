@@ -169,7 +169,8 @@ def _identity_of(folder: Path) -> str | None:
     found = _recorded(folder).get("training_identity")
     try:
         if not isinstance(found, str):
-            config = yaml.load((folder / run_folder.CONFIG).read_text("utf-8"), _Loader)
+            text = (folder / run_folder.CONFIG).read_text("utf-8")
+            config = yaml.load(text, _Loader)
             found = keys.training_identity_of(config) if isinstance(config, dict) else None
     except (BadInput, OSError, ValueError, yaml.YAMLError):
         return None

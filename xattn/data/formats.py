@@ -67,7 +67,7 @@ _SIGNATURES = {
 }
 _ANY_SIGNATURE = re.compile(b"|".join(_SIGNATURES))
 _UTF_16 = "text in UTF-16; convert it to UTF-8"
-_ENOUGH = 512  # bytes that can be told from text
+_ENOUGH = 2048  # bytes, to tell them from text; fewer are taken as they are
 # Control characters that texts have: NUL, bell, backspace, tab, line and page ends, DOS's end of file, escape.
 _CONTROLS = bytes({*range(32), 127} - {0, 7, 8, 9, 10, 11, 12, 13, 26, 27})
 
