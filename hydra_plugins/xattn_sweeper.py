@@ -58,7 +58,7 @@ def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> 
 
 
 def _parsed(context: HydraContext, arguments: Sequence[str]) -> list[Override]:
-    """The overrides, of which those that are swept have values. Raises :class:`BadInput` where one has none."""
+    """Parses the overrides. Raises :class:`BadInput` for a sweep without values."""
     parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides(list(arguments))
     for each in parsed:
         try:
@@ -110,7 +110,7 @@ def _sweeps(
 
 
 def _how_it_sweeps(composed: DictConfig) -> tuple[dict[str, str], object]:
-    """The params of the sweeper; and all else that it and the launcher are told."""
+    """Returns ``hydra.sweeper.params``, and the rest of the sweeper's and the launcher's settings."""
     sweeper, launcher = (OmegaConf.to_container(composed.hydra[part]) for part in ("sweeper", "launcher"))
     assert isinstance(sweeper, dict)
     params = sweeper.pop("params", None) and OmegaConf.to_container(composed.hydra.sweeper.params, resolve=True)

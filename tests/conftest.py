@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,3 +39,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "lines.txt"
     path.write_text("".join(f"line {i}: {i} + {i * 7 % 13} = {i + i * 7 % 13}\n" for i in range(1500)))
     return path
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The study of the golden runs below the current folder, with their text: each of 4 steps, with 4 windows."""
+    golden = Path(__file__).resolve().parent / "golden" / "runs"
+    shutil.copy(golden / "text.txt", tmp_path)
+    for config in golden.glob("*/config.yaml"):
+        shutil.copytree(config.parent, tmp_path / "outputs" / "golden" / config.parent.name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs" / "golden"

@@ -34,16 +34,6 @@ RUNS = sorted(path.parent for path in (GOLDEN / "runs").glob("*/config.yaml"))
 AGES = pytest.mark.parametrize("name", [run.name for run in RUNS])
 
 
-@pytest.fixture
-def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The study that the golden runs stand in, below the current folder, with their text."""
-    shutil.copy(GOLDEN / "runs" / "text.txt", tmp_path)
-    for run in RUNS:
-        shutil.copytree(run, tmp_path / "outputs" / "golden" / run.name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "outputs" / "golden"
-
-
 def typed(folder: Path) -> list[str]:
     overrides: list[str] = yaml.safe_load((folder / run_folder.OVERRIDES).read_text())
     return overrides

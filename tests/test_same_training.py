@@ -47,16 +47,6 @@ def _reads_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(same_training, "_identities", {})
 
 
-@pytest.fixture
-def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The study of the golden runs, with its text; each of them trained 4 steps, evaluated at 2, with 4 windows."""
-    shutil.copy(GOLDEN / "runs" / "text.txt", tmp_path)
-    for run in RUNS:
-        shutil.copytree(run, tmp_path / "outputs" / "golden" / run.name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "outputs" / "golden"
-
-
 def typed(folder: Path, *overrides: str) -> list[str]:
     given = {override.partition("=")[0] for override in overrides}
     before: list[str] = yaml.safe_load((folder / run_folder.OVERRIDES).read_text())

@@ -142,6 +142,7 @@ REFUSED: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "utf-32": (lambda _: TEXT.decode().encode("utf-32"), "UTF-32"),
     "utf-32 bare": (lambda _: TEXT.decode().encode("utf-32-le"), "UTF-32"),
     "noise": (lambda _: NOISE.bytes(4000), "binary: "),
+    "a little noise": (lambda _: NOISE.bytes(600), "binary: "),
     "floats": (lambda _: NOISE.standard_normal(999).astype(np.float32).tobytes(), "binary: "),
     "pickle": (lambda _: b"\x80\x04\x95" + TEXT, "a pickle"),
 }
@@ -176,6 +177,7 @@ def test_bytes_that_texts_have_by_chance_are_kept(tmp_path: Path) -> None:
         b"\x1b[31mred\x1b[0m\n" * 99,
         b"a\x01b\x02\x03" * 400,
         bytes(range(256)),
+        bytes(range(256)) * 4,
         b"PK is two letters " * 40,
     ):
         (tmp_path / "a.txt").write_bytes(text)

@@ -13,7 +13,7 @@ from xattn.report.defaults import conf_defaults
 from xattn.report.design import Design, find_design
 from xattn.report.metric import Metric
 from xattn.report.read import read_study
-from xattn.report.selection import Candidate, choose, split
+from xattn.report.selection import Candidate, choose, sensitivity, split
 from xattn.report.simulate import promises, some_rejected
 from xattn.report.statistics import (
     EXACT_TO,
@@ -251,6 +251,24 @@ def test_a_missing_seed_does_not_change_the_choice(writer: Writer) -> None:
                     writer.run(keys, 2.0 + worse + luck[seed])
     chosen = choose(design_of(writer), LOSS)
     assert chosen[("sigmoid",)].setting == (1e-3,)
+
+
+def test_what_tuning_says_is_of_the_seeds_that_settings_were_compared_on(writer: Writer) -> None:
+    """Seed 2 of 3e-3 is missing, and is the lucky one of 1e-3: means and sensitivity are of seeds 0 and 1."""
+    luck = (0.0, 0.0, -1.0)
+    for rate, worse in ((1e-3, 0.0), (3e-3, 0.1)):
+        for seed in range(3):
+            if (rate, seed) != (3e-3, 2):
+                writer.run(
+                    {"optimizer.learning_rate": rate, "backend.theta": 10.0, "seed": seed}, 2.0 + worse + luck[seed]
+                )
+                keys = {"optimizer.learning_rate": rate, "backend.theta": 100.0, "seed": seed}
+                writer.run(keys, 3.0 + worse + luck[seed])
+    design = design_of(writer)
+    for cell, each in choose(design, LOSS).items():
+        assert (each.setting, each.shared) == ((1e-3,), {0, 1})
+        assert each.best.mean(each.shared) == (2.0 if cell == (10.0,) else 3.0)
+        assert sensitivity(each, design.runs[cell]) == pytest.approx(0.05)
 
 
 def test_effects_are_averaged_over_the_other_factor_and_interactions_are_what_is_left(writer: Writer) -> None:

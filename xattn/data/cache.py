@@ -103,10 +103,41 @@ def stored_tokens(
     key: names the content. Where there is no cache they live in a temporary folder, which goes with this process.
     A second process waits for the first one. Raises :class:`Preempted` where ``stop()``, asked between shards, says so.
     """
+    with _folder_for(key) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _held(folder / ".lock", say, stop):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                found = list(pool.map(lambda number: _whole(folder, number, dtype), range(shards)))
+            damaged = [number for number, state in enumerate(found) if state == "damaged"]
+            if damaged:
+                say(f"warning: {len(damaged)} damaged shards of tokens in {folder} are made again")
+            todo = [number for number, state in enumerate(found) if state != "whole"]
+            with _bar(len(todo)) as advance:
+                for number in todo:
+                    if stop():
+                        raise Preempted("stopped while the corpus was tokenised; the same command goes on from there")
+                    _write(folder, number, encode(number), dtype, sizes_of)
+                    advance()
+            files = [folder / f"{number:05d}.bin" for number in range(shards)]
+            records = [_record(file) or {} for file in files]
+            return Tokens(
+                [_mapped(file, dtype) for file in files],
+                [
+                    None if record["sizes"] is None else _mapped(file.with_suffix(".sizes"), _SIZES)
+                    for file, record in zip(files, records, strict=True)
+                ],
+                gives_back=all(record["gives_back"] for record in records),
+            )
+
+
+@contextlib.contextmanager
+def _folder_for(key: str) -> Iterator[Path]:
+    """The content's folder in the cache; a temporary one where there is no cache."""
     if (cache := cache_folder()) is not None:
-        return _tokens_in(cache / key, shards, encode, dtype, sizes_of, say, stop)
+        yield cache / key
+        return
     with tempfile.TemporaryDirectory(prefix="xattn-tokens-") as folder:  # files that are mapped outlive their names
-        return _tokens_in(Path(folder), shards, encode, dtype, sizes_of, say, stop)
+        yield Path(folder)
 
 
 def stored_text(key: str, make: Callable[[], str]) -> str:
@@ -123,41 +154,6 @@ def stored_text(key: str, make: Callable[[], str]) -> str:
         text = make()
         write_atomically(file, json.dumps({"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
     return text
-
-
-def _tokens_in(
-    folder: Path,
-    shards: int,
-    encode: Encode,
-    dtype: np.dtype,
-    sizes_of: SizesOf,
-    say: Callable[[str], None],
-    stop: Callable[[], bool],
-) -> Tokens:
-    folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder / ".lock", say, stop):
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(lambda number: _whole(folder, number, dtype), range(shards)))
-        damaged = [number for number, state in enumerate(found) if state == "damaged"]
-        if damaged:
-            say(f"warning: {len(damaged)} damaged shards of tokens in {folder} are made again")
-        todo = [number for number, state in enumerate(found) if state != "whole"]
-        with _bar(len(todo)) as advance:
-            for number in todo:
-                if stop():
-                    raise Preempted("stopped while the corpus was tokenised; the same command goes on from there")
-                _write(folder, number, encode(number), dtype, sizes_of)
-                advance()
-        files = [folder / f"{number:05d}.bin" for number in range(shards)]
-        records = [_record(file) or {} for file in files]
-        return Tokens(
-            [_mapped(file, dtype) for file in files],
-            [
-                None if record["sizes"] is None else _mapped(file.with_suffix(".sizes"), _SIZES)
-                for file, record in zip(files, records, strict=True)
-            ],
-            gives_back=all(record["gives_back"] for record in records),
-        )
 
 
 def _record(file: Path) -> dict[str, Any] | None:

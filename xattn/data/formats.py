@@ -67,7 +67,8 @@ _SIGNATURES = {
 }
 _ANY_SIGNATURE = re.compile(b"|".join(_SIGNATURES))
 _UTF_16 = "text in UTF-16; convert it to UTF-8"
-_ENOUGH = 2048  # bytes, to tell them from text; fewer are taken as they are
+_ENOUGH = 512  # bytes that can be told from text
+_SMALL = 2048  # of fewer bytes it takes more to call them noise: that they cannot be packed
 # Control characters that texts have: NUL, bell, backspace, tab, line and page ends, DOS's end of file, escape.
 _CONTROLS = bytes({*range(32), 127} - {0, 7, 8, 9, 10, 11, 12, 13, 26, 27})
 
@@ -160,7 +161,8 @@ def _refusal(head: bytes) -> str:
         return wide
     controls = len(head) - len(head.translate(None, _CONTROLS))
     # Noise, packed or encrypted bytes have 8 % of control characters, text in Latin-1, KOI8 or Big5 has none.
-    if len(head) >= _ENOUGH and controls > 0.03 * len(head) and not _is_utf_8(head):
+    is_odd = len(head) >= _ENOUGH and controls > 0.03 * len(head) and not _is_utf_8(head)
+    if is_odd and (len(head) >= _SMALL or len(zlib.compress(head)) > 0.8 * len(head)):
         return f"binary: {controls} of its first {len(head)} bytes are control characters"
     return ""
 

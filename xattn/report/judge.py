@@ -21,8 +21,11 @@ from xattn.report.statistics import Effect, interactions, main_effects
 
 
 def judge(study: Study, question: Question, *, command: str = "") -> Findings:
-    """Raises :class:`BadInput` where what is asked for is not in the study, and for a speed where speeds are not
-    comparable."""
+    """Groups the study's runs and judges each group.
+
+    Raises :class:`BadInput` where what is asked for is not in the study, and for a speed where speeds are not
+    comparable.
+    """
     study = replace(study, runs=tuple(_asked_for(study.runs, question)))
     _check_metric(study.runs, question.metric)
     for key in question.tuned:
