@@ -144,7 +144,8 @@ def shaping(config: Config) -> Config:
 
 def _unswept(layers: LayerConfig) -> dict[str, Any]:
     """Fixed values of the numbers that a layer reads from the train state."""
-    return {"theta": 1.0, "sigmoid_bias": "learned" if layers.sigmoid_bias == "learned" else "auto"}
+    bias = "learned" if layers.sigmoid_bias == "learned" else "auto"
+    return {"theta": 1.0, "sigmoid_bias": bias, "logit_scale": 1.0}
 
 
 def program_key(config: Config) -> str:

@@ -24,6 +24,17 @@ ABSENT: dict[str, Any] = {
     "model.norm_eps": 1e-6,
     "model.init_from": None,
     "data.filler": "random",
+    "backend.decay": "none",
+    "backend.input_gate": "none",
+    "backend.rotary_fraction": 1.0,
+    "backend.sink": "none",
+    "backend.logit_scale": 1.0,
+    "model.output_norm": "none",
+    "model.output_gate": "none",
+    "model.conv": None,
+    "model.value_residual": "none",
+    "model.exclusive": False,
+    "model.parameters": None,
 }
 _OF_ONE_CHOICE = {"data.filler": "mqar"}  # only this choice of the group has the key
 _NAMED_AT_EVERY_VALUE = "model.matmul_precision"

@@ -35,8 +35,6 @@ class Activation:
     weight: Pointwise | None = None
     slope: Pointwise | None = None
     """(logits, n) → d weight / d logit. None: as jax differentiates ``weight``."""
-    extra_logit: float | None = None
-    """Of a normalised activation: a logit that takes weight and gives no value."""
     takes_bias: bool = False
     """Whether a bias b is added to the logits: −log n unless the caller gives another."""
     is_linear: bool = False

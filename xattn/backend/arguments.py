@@ -7,14 +7,17 @@ from numbers import Real
 from typing import Any, get_args
 
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from xattn.backend.activations import Activation, QKPreActivation, activation
+from xattn.backend.decay import LEAST
 from xattn.backend.rope import Theta, checked_theta
 from xattn.backend.spec import AttentionSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
 Bias = float | Float[Array, ""] | Float[Array, " NH"] | None
+Sink = Bias
 
 
 def checked_pre_activation(name: str) -> QKPreActivation:
@@ -74,18 +77,36 @@ def checked_spec(
     sigmoid_bias: Bias = None,
     segment_ids: Int[Array, "B S"] | None = None,
     window: int | None = None,
+    num_kv_heads: int | None = None,
+    log_decay: Float[Array, "B *NKV S"] | None = None,
+    log_input_gate: Float[Array, "B *NKV S"] | None = None,
+    rotary_fraction: float = 1.0,
+    logit_scale: float | Float[Array, ""] = 1.0,
+    sink: Sink = None,
 ) -> AttentionSpec:
-    """The meaning of a call over ``length`` tokens; arguments and errors as in :func:`xattn.backend.api.attention`."""
+    """The meaning of a call over ``length`` tokens; arguments and errors as in :func:`xattn.backend.api.attention`.
+
+    num_kv_heads: the keys' heads NKV; None is num_heads.
+    """
     chosen = activation(activation_function)
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     for name, value in (("context_length", context_length), ("window", window)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None, got {value}")
     mask = f"attention_mask must be bool, True = attend, of shape (S, S) = {(length, length)}"
     segments = f"segment_ids must be integers of shape (B, S) = {(batch, length)}"
     n = length if context_length is None else context_length
+    if isinstance(rotary_fraction, Array) or not 0 <= rotary_fraction <= 1:
+        raise ValueError(f"rotary_fraction must be a number from 0 to 1, got {rotary_fraction}")
+    decay = _checked_log("log_decay", log_decay, (batch, kv_heads, length))
     return AttentionSpec(
         theta=checked_theta(theta),
+        logit_scale=_checked_scale(logit_scale),
         bias=_checked_bias(sigmoid_bias, num_heads, n, chosen),
+        sink=_checked_sink(sink, num_heads, chosen),
+        log_decay=None if decay is None else jnp.maximum(decay, LEAST),
+        log_input_gate=_checked_log("log_input_gate", log_input_gate, (batch, kv_heads, length)),
+        rotary_fraction=float(rotary_fraction),
         mask=_checked_array(attention_mask, (length, length), jnp.bool_, mask),
         segment_ids=_checked_array(segment_ids, (batch, length), jnp.integer, segments),
         activation=chosen,
@@ -101,6 +122,47 @@ def _checked_array(array: Array | None, shape: tuple[int, int], kind: Any, rule:
     if array.shape != shape or not jnp.issubdtype(array.dtype, kind):
         raise ValueError(f"{rule}; got {array.dtype} of shape {array.shape}")
     return jnp.asarray(array)
+
+
+def _checked_log(name: str, array: Array | None, shape: tuple[int, int, int]) -> Float32[Array, "B NKV S"] | None:
+    """A log_decay or log_input_gate in float32, its values judged where they are known: an array may be traced."""
+    if array is None:
+        return None
+    array = jnp.asarray(array)
+    if array.shape == (shape[0], shape[2]) and shape[1] == 1:
+        array = array[:, None]
+    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be floating, of shape (B, NKV, S) = {shape}; got {array.dtype} of shape {array.shape}"
+        )
+    if not isinstance(array, Tracer):
+        if name == "log_decay" and not jnp.all(array <= 0):
+            raise ValueError(f"log_decay must not be positive, nor NaN: a decay can't amplify; got {jnp.max(array)}")
+        if name == "log_input_gate" and not jnp.all(jnp.isfinite(array)):
+            raise ValueError("log_input_gate must be finite; a gate that is shut is a large negative number")
+    return array.astype(jnp.float32)
+
+
+def _checked_scale(logit_scale: float | Float[Array, ""]) -> Float32[Array, ""]:
+    if isinstance(logit_scale, Real) and not (logit_scale > 0 and math.isfinite(logit_scale)):
+        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
+    scale = jnp.asarray(logit_scale, jnp.float32)
+    if scale.ndim:
+        raise ValueError(f"logit_scale must be a scalar, got shape {scale.shape}")
+    return scale
+
+
+def _checked_sink(sink: Sink, num_heads: int, activation: Activation) -> Float32[Array, " NH"] | None:
+    if sink is None:
+        return None
+    if not activation.is_normalised:
+        raise ValueError(f"a sink is a term of softmax's sum; activation_function {activation.name!r} has none: omit it")
+    if isinstance(sink, Real) and not math.isfinite(sink):
+        raise ValueError(f"sink must be finite, got {sink}")
+    array = jnp.asarray(sink, jnp.float32)
+    if array.shape not in ((), (num_heads,)):
+        raise ValueError(f"sink must be a scalar or of shape (NH,) = {(num_heads,)}, got shape {array.shape}")
+    return jnp.broadcast_to(array, (num_heads,))
 
 
 def _checked_bias(sigmoid_bias: Bias, num_heads: int, n: int, activation: Activation) -> Float32[Array, " NH"] | None:

@@ -56,9 +56,9 @@ def blockwise(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tunin
 
 def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) -> Results:
     """On one device, or as XLA splits it."""
-    dtype = v.dtype if spec.activation.extra_logit is None else F32
+    dtype = v.dtype if spec.sink is None else F32
     results = forward_tiles(q, k, v, spec.segment_ids, spec, 0, tuning, dtype)
-    out, lse = formula.with_extra_logit(results, spec)
+    out, lse = formula.with_sink(results, spec)
     return out.astype(v.dtype), lse
 
 
@@ -87,13 +87,14 @@ def _prepared_forward(
 def _prepared_backward(passes: Passes, residuals: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
     q, k, v, spec, out, lse = residuals
     (rotated_q, rotated_k), unprepare = jax.vjp(
-        lambda q, k, theta: prepare(q, k, replace(spec, theta=theta)), q, k, spec.theta
+        lambda q, k, theta, scale: prepare(q, k, replace(spec, theta=theta, logit_scale=scale)),
+        *(q, k, spec.theta, spec.logit_scale),
     )
     rotated_q, g, out = (formula.grouped(x, k.shape[1]) for x in (rotated_q, g, out))
     d_q, d_k, d_v, d_bias = passes.backward(rotated_q, rotated_k, v, spec, (out, lse), g, passes.tuning)
-    d_q, d_k, d_theta = unprepare((d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype)))
+    d_q, d_k, d_theta, d_scale = unprepare((d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype)))
     bias = None if spec.bias is None else d_bias.reshape(spec.bias.shape)
-    d_spec = replace(spec, theta=d_theta, bias=bias, mask=None, segment_ids=None)
+    d_spec = replace(spec, theta=d_theta, logit_scale=d_scale, bias=bias, mask=None, segment_ids=None)
     return d_q, d_k, d_v.astype(v.dtype), d_spec
 
 

@@ -53,6 +53,9 @@ class Call:
     window: int | None = None
     has_mask: bool = False
     has_segment_ids: bool = False
+    has_decay: bool = False
+    has_input_gate: bool = False
+    has_sink: bool = False
     platform: str = field(default_factory=lambda: platform())
     """cpu, cuda, rocm, tpu, …: where it will run."""
     compute_capability: str | None = None
@@ -75,6 +78,9 @@ class Call:
             window=spec.window,
             has_mask=spec.mask is not None,
             has_segment_ids=spec.segment_ids is not None,
+            has_decay=spec.log_decay is not None,
+            has_input_gate=spec.log_input_gate is not None,
+            has_sink=spec.sink is not None,
         )
 
     @property
@@ -136,6 +142,8 @@ def _not_on_cuda(call: Call) -> str | None:
         (call.platform != "cuda", f"the platform {call.platform}: it needs a CUDA device"),
         (call.dtype not in ("bfloat16", "float16"), f"{call.dtype}: its kernels take bfloat16 and float16"),
         (call.has_mask or call.has_segment_ids, "a given mask or segment_ids (S×S): its kernels are causal only"),
+        (call.has_decay or call.has_input_gate, "a decay or an input gate: its kernels add no array to the logits"),
+        (call.has_sink, "a sink: its kernels know no logit without a key"),
         (call.context > 1, "a split sequence: its kernels see one device"),
     )
 
@@ -165,8 +173,7 @@ def _not_hopper(call: Call) -> str | None:
 def _not_linear(call: Call) -> str | None:
     return _first(
         (call.has_mask, "a given mask: its state is a sum over all earlier tokens"),
-        (call.window is not None, "a window: a sum can't forget"),
-        (call.has_segment_ids, "segment_ids: a sum can't forget"),
+        (call.window is not None, "a window: a sum does not forget token by token"),
     )
 
 

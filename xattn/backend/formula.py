@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from xattn.backend import decay
 from xattn.backend.spec import AttentionSpec, Values, product
 
 F32 = jnp.float32
@@ -24,6 +25,8 @@ F32 = jnp.float32
 LOWEST = float(jnp.finfo(jnp.float32).min)
 Scores = Float32[Array, "B NKV *G T S"]
 Keep = Bool[Array, "#B T S"]
+Terms = Float32[Array, "B NKV T S"]
+"""E_ts = D_ts + log i_s: what decay and input gate leave of s at t, as a logarithm."""
 
 
 class Tokens(NamedTuple):
@@ -37,7 +40,7 @@ class Tokens(NamedTuple):
 
 
 def may_attend(rows: Tokens, columns: Tokens, spec: AttentionSpec, mask: Bool[Array, "T S"] | None) -> Keep:
-    """(the given mask, or causal) ∧ window ∧ equal segments; True = attend.
+    """(the given mask, or causal) ∧ window ∧ equal segments, and causal with a decay too; True = attend.
 
     mask: the part of a given mask for these rows and columns; None is causal.
     """
@@ -47,6 +50,8 @@ def may_attend(rows: Tokens, columns: Tokens, spec: AttentionSpec, mask: Bool[Ar
         keep = keep & columns.exist[None, :]
     if spec.window is not None:
         keep = keep & (s <= t) & (t - spec.window < s)
+    if spec.log_decay is not None:
+        keep = keep & (s <= t)
     keep = keep[None]
     if rows.segments is not None and columns.segments is not None:
         keep = keep & (rows.segments[:, :, None] == columns.segments[:, None, :])
@@ -63,9 +68,22 @@ def scores(q: Float[Array, "B NKV *G T DHQK"], k: Float[Array, "B NKV S DHQK"]) 
     return product("bk...td,bksd->bk...ts", q, k) / math.sqrt(q.shape[-1])
 
 
-def logits(scores: Scores, spec: AttentionSpec) -> Scores:
-    """The scores and their additive terms: what the activation is a function of."""
-    return scores if spec.bias is None else scores + spec.bias.reshape(1, *scores.shape[1:-2], 1, 1)
+def logits(scores: Scores, spec: AttentionSpec, terms: Terms | None = None) -> Scores:
+    """What the activation is a function of: A + b + E, or A · e^E where the weight is the logit."""
+    logits = scores if spec.bias is None else scores + _of_query_heads(spec.bias, scores)
+    if terms is None:
+        return logits
+    terms = terms[:, :, None] if logits.ndim == 5 else jnp.repeat(terms, logits.shape[1] // terms.shape[1], axis=1)
+    return logits * jnp.exp(terms) if spec.activation.is_linear else logits + terms
+
+
+def terms(spec: AttentionSpec, rows: Int[Array, " T"]) -> Terms | None:
+    """E_ts of the queries at the positions ``rows`` and all keys; None without decay and input gate."""
+    decayed = None if spec.log_decay is None else decay.sums(spec.log_decay, rows)
+    if spec.log_input_gate is None:
+        return decayed
+    gate = spec.log_input_gate[:, :, None, :]
+    return jnp.broadcast_to(gate, (*gate.shape[:2], rows.size, gate.shape[3])) if decayed is None else decayed + gate
 
 
 def weights(logits: Scores, keep: Keep, spec: AttentionSpec) -> Scores:
@@ -75,10 +93,15 @@ def weights(logits: Scores, keep: Keep, spec: AttentionSpec) -> Scores:
     if not activation.is_normalised:
         return jnp.where(keep, activation(logits, spec.n), 0)
     logits = jnp.where(keep, logits, LOWEST)
-    if activation.extra_logit is None:
+    if spec.sink is None:
         return jnp.where(keep, jax.nn.softmax(logits, axis=-1), 0)
-    extra = jnp.full((*logits.shape[:-1], 1), activation.extra_logit, F32)
-    return jnp.where(keep, jax.nn.softmax(jnp.concatenate([logits, extra], axis=-1), axis=-1)[..., :-1], 0)
+    sink = jnp.broadcast_to(_of_query_heads(spec.sink, logits), (*logits.shape[:-1], 1))
+    return jnp.where(keep, jax.nn.softmax(jnp.concatenate([logits, sink], axis=-1), axis=-1)[..., :-1], 0)
+
+
+def _of_query_heads(x: Float32[Array, " NH"], logits: Array) -> Array:
+    """x with the logits' axes, one number a head."""
+    return x.reshape(1, *logits.shape[1:-2], 1, 1)
 
 
 def _of_heads(keep: Array, logits: Array) -> Array:
@@ -140,13 +163,21 @@ def joined(a: Results, b: Results) -> Results:
     return a[0] * jnp.exp(a[1] - lse) + b[0] * jnp.exp(b[1] - lse), lse
 
 
-def with_extra_logit(results: Results, spec: AttentionSpec) -> Results:
-    """The results over all columns and the activation's extra logit, which takes weight and has no value."""
-    if (extra := spec.activation.extra_logit) is None:
+def with_sink(results: Results, spec: AttentionSpec) -> Results:
+    """The results over all columns and the sink, which takes weight and has no value."""
+    if spec.sink is None:
         return results
     assert results[1] is not None
-    lse = jnp.logaddexp(results[1], extra)
+    lse = jnp.logaddexp(results[1], _of_query_heads(spec.sink, results[1]))
     return results[0] * jnp.exp(results[1] - lse), lse
+
+
+def gradient_of_sink(
+    lse: Float32[Array, "B NKV G T 1"], delta: Float32[Array, "B NKV G T 1"], spec: AttentionSpec
+) -> Float32[Array, " NH"]:
+    """Σ −p δ with p = e^(z − lse) the weight that the sink takes; the arguments are those of :func:`weights_again`."""
+    assert spec.sink is not None
+    return -jnp.sum(jnp.exp(_of_query_heads(spec.sink, lse) - lse) * delta, axis=(0, 3, 4)).reshape(-1)
 
 
 def weights_again(
@@ -154,7 +185,7 @@ def weights_again(
 ) -> tuple[Scores, Callable[[Array, Array | None], Array]]:
     """The weights of some columns, in the backward pass, and (their gradient, δ) → the logits' gradient.
 
-    lse: of the row over *all* its columns, extra logit included. δ = Σ_d out_td · (gradient of out)_td, one for each
+    lse: of the row over *all* its columns, the sink included. δ = Σ_d out_td · (gradient of out)_td, one for each
     row. Both are None for a pointwise activation, whose weights don't depend on each other.
     """
     keep = _of_heads(keep, logits)

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 
 from xattn.backend.formula import F32
 from xattn.backend.mesh import CONTEXT, SEQUENCE_SPLIT, context_devices, on_each
-from xattn.backend.rope import rotary_tables, rotate
-from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values, prepare, product
+from xattn.backend.rope import rotate
+from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values, prepare, product, spec_tables
 
 State = Float[Array, "B NKV DHQK DHV"]
 """Float32 where it is returned."""
@@ -52,7 +52,7 @@ def linear(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning |
     if devices == 1 or q.shape[2] % devices:
         return linear_with_state(q, k, v, spec, None, tuning)[0]
     _check(spec)
-    places = replace(spec, theta=P())  # type: ignore[arg-type]
+    places = replace(spec, theta=P(), logit_scale=P())  # type: ignore[arg-type]
     states = on_each(_state_of_device, in_specs=(SEQUENCE_SPLIT, SEQUENCE_SPLIT, places), out_specs=P(CONTEXT))(
         k, v, spec
     )
@@ -92,7 +92,7 @@ def linear_with_state(
     if initial is None:
         initial = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
     out, state = chunked(q, k, v, spec, initial.astype(F32), tuning or Tuning.of_platform())
-    sin, cos = rotary_tables(jnp.array([-q.shape[2]]), q.shape[-1], spec.theta)
+    sin, cos = spec_tables(jnp.array([-q.shape[2]]), q.shape[-1], spec)
     return out, rotate(state.swapaxes(-1, -2), sin, cos).swapaxes(-1, -2)
 
 

@@ -14,9 +14,10 @@ from xattn.backend.spec import AttentionSpec, prepare, product
 def reference(
     q: Float[Array, "B NH S DHQK"], k: Float[Array, "B NKV S DHQK"], v: Float[Array, "B NKV S DHV"], spec: AttentionSpec
 ) -> Float[Array, "B NH S DHV"]:
-    """out = weights · v with weights = f(R(q) R(k)ᵀ / √DHQK), and 0 where a token may not attend.
+    """out = weights · v, with the weights as :func:`xattn.backend.api.attention` states them.
 
-    f is a row of :mod:`xattn.backend.activations`. Query head h reads key/value head ⌊h · NKV / NH⌋. q, k, v and the
+    They are f(g · R(q) R(k)ᵀ / √DHQK + E), or e^E times those under ``none``, and 0 where a token may not attend; f is a
+    row of :mod:`xattn.backend.activations`. Query head h reads key/value head ⌊h · NKV / NH⌋. q, k, v and the
     output have one dtype. Logits and weights are float32; the weights are rounded to v's dtype before they meet v, and
     that product too is accumulated in float32. A row that may attend to nothing is 0.
     """
@@ -50,4 +51,5 @@ def attended(
         asked = formula.Tokens(rows, None if segments is None else segments[:, rows])
     keep = formula.may_attend(asked, columns, spec, mask)
     scores = formula.scores(q, k)
-    return Attended(scores, keep, formula.weights(formula.logits(scores, spec), keep, spec))
+    logits = formula.logits(scores, spec, formula.terms(spec, asked.positions))
+    return Attended(scores, keep, formula.weights(logits, keep, spec))

@@ -81,7 +81,7 @@ def _device_forward(
     start = (k, v, spec.segment_ids), (jnp.zeros((*q.shape[:-1], v.shape[-1]), F32), lse)
     last = _stretches(devices, length, spec.window) - 1
     keys, results = jax.lax.fori_loop(0, last, step, start)
-    out, lse = formula.with_extra_logit(attend(last, keys, results), spec)
+    out, lse = formula.with_sink(attend(last, keys, results), spec)
     return out.astype(v.dtype), lse
 
 

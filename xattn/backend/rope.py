@@ -75,7 +75,10 @@ def apply_rotary_emb(
 def rotary_tables(
     positions: Int[Array, "*shape"], feat_dim: int, theta: Theta
 ) -> tuple[Float32[Array, "*shape {feat_dim}//2"], Float32[Array, "*shape {feat_dim}//2"]]:
-    """As :func:`precompute_freqs`, at any positions."""
+    """As :func:`precompute_freqs`, at any positions; feat_dim may be 0, which rotates nothing."""
+    if feat_dim == 0:
+        empty = jnp.zeros((*positions.shape, 0), jnp.float32)
+        return empty, empty
     _check_width(feat_dim)
     exponents = jnp.arange(0, feat_dim, 2, dtype=jnp.float32) / feat_dim
     # A power, not exp(−exponent · log theta): the rounding of that product would be a tenfold error of the angle.
@@ -84,14 +87,23 @@ def rotary_tables(
 
 
 def rotate(
-    x: Float[Array, "*heads S DHQK"], sin: Float[Array, "#S DHQK//2"], cos: Float[Array, "#S DHQK//2"]
+    x: Float[Array, "*heads S DHQK"],
+    sin: Float[Array, "#S pairs"],
+    cos: Float[Array, "#S pairs"],
+    scale: Float32[Array, ""] | None = None,
 ) -> Float[Array, "*heads S DHQK"]:
-    """x rotated, float32 inside and x's dtype out. −sin rotates back."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    """scale · x rotated, float32 inside and x's dtype out. −sin rotates back.
+
+    The tables are as wide as the pairs that turn, the first of x; its other channels keep their direction.
+    """
+    wide, turning = x.astype(jnp.float32), 2 * sin.shape[-1]
+    pairs = wide[..., :turning].reshape(*x.shape[:-1], sin.shape[-1], 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     lead = tuple(range(x.ndim - sin.ndim))
     sin, cos = jnp.expand_dims(sin, lead), jnp.expand_dims(cos, lead)
-    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(*x.shape[:-1], turning)
+    whole = turned if turning == x.shape[-1] else jnp.concatenate([turned, wide[..., turning:]], axis=-1)
+    return (whole if scale is None else whole * scale).astype(x.dtype)
 
 
 def checked_theta(theta: Theta) -> Float32[Array, ""]:

@@ -21,8 +21,8 @@ Output = Float[Array, "B NH S DHV"]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("theta", "bias", "mask", "segment_ids"),
-    meta_fields=("activation", "qk_pre_activation", "window", "n"),
+    data_fields=("theta", "logit_scale", "bias", "sink", "mask", "segment_ids", "log_decay", "log_input_gate"),
+    meta_fields=("activation", "qk_pre_activation", "rotary_fraction", "window", "n"),
 )
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
@@ -32,18 +32,33 @@ class AttentionSpec:
     """
 
     theta: Float32[Array, ""]
+    logit_scale: Float32[Array, ""]
+    """A factor on the logits besides 1/√DHQK."""
     bias: Float32[Array, " NH"] | None
     """Added to the logits; None where the activation takes none."""
+    sink: Float32[Array, " NH"] | None
+    """A logit that takes weight and has no value; None is none, and only a normalised activation has one."""
     mask: Bool[Array, "S S"] | None
     """True = attend; None is causal."""
     segment_ids: Int[Array, "B S"] | None
     """A token attends within its own segment."""
+    log_decay: Float32[Array, "B NKV S"] | None
+    """ℓ, from −100 to 0. A token t sees s through D_ts = Σ_{r=s+1..t} ℓ_r; with a decay the mask is also causal."""
+    log_input_gate: Float32[Array, "B NKV S"] | None
+    """log i: how much of a token is written."""
     activation: Activation
     qk_pre_activation: QKPreActivation
+    rotary_fraction: float
+    """Share of the channels that RoPE rotates."""
     window: int | None
     """A token t attends to t − window < s ≤ t; None is no limit."""
     n: int
     """The sequence length of training, which a pointwise activation may depend on."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no query attends to a later key."""
+        return self.mask is None or self.window is not None or self.log_decay is not None
 
 
 def pre_activate(x: Float[Array, "*shape"], spec: AttentionSpec) -> Float[Array, "*shape"]:
@@ -52,9 +67,19 @@ def pre_activate(x: Float[Array, "*shape"], spec: AttentionSpec) -> Float[Array,
 
 
 def prepare(q: Queries, k: Keys, spec: AttentionSpec, first: Array | int = 0) -> tuple[Queries, Keys]:
-    """R g(q) and R g(k), pre-activation and RoPE, at the S positions from ``first`` on; each keeps its dtype."""
-    sin, cos = rotary_tables(first + jnp.arange(q.shape[-2]), q.shape[-1], spec.theta)
-    return rotate(pre_activate(q, spec), sin, cos), rotate(pre_activate(k, spec), sin, cos)
+    """g · R f(q) and R f(k), with logit scale g, pre-activation f and RoPE R at the S positions from ``first`` on.
+
+    Each keeps its dtype.
+    """
+    sin, cos = spec_tables(first + jnp.arange(q.shape[-2]), q.shape[-1], spec)
+    return rotate(pre_activate(q, spec), sin, cos, spec.logit_scale), rotate(pre_activate(k, spec), sin, cos)
+
+
+def spec_tables(
+    positions: Int[Array, "*shape"], width: int, spec: AttentionSpec
+) -> tuple[Float32[Array, "*shape pairs"], Float32[Array, "*shape pairs"]]:
+    """Sine and cosine of the channels that are rotated: the first 2 · round(rotary_fraction · DHQK / 2)."""
+    return rotary_tables(positions, 2 * round(spec.rotary_fraction * width / 2), spec.theta)
 
 
 def product(subscripts: str, x: Float[Array, ...], y: Float[Array, ...]) -> Float32[Array, ...]:

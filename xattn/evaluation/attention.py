@@ -124,6 +124,7 @@ def _of_layer(
             num_heads=q.shape[1],
             theta=hyperparameters.theta,
             sigmoid_bias=bias,
+            logit_scale=hyperparameters.logit_scale,
             length=q.shape[2],
             segment_ids=segment_ids,
         )

@@ -48,6 +48,14 @@ class ModelConfig(Section):
     matmul_precision: of the projections and their gradients. ``default``: as the device multiplies dtype, which for
         float32 is TF32 on NVIDIA and bfloat16 on a TPU. ``bfloat16``: factors rounded to it, sums in float32.
     init_from: a Llama folder whose weights the run starts from, in place of random ones; null means random.
+    conv: width of a causal depthwise convolution on queries, keys and values, before their norm; null means none.
+    value_residual: ``first`` mixes the first layer's values into those of each later one, v ← λ v + μ v¹, with learned
+        λ and μ (arXiv 2410.17897).
+    exclusive: takes out of each head's output what is along the token's own value (arXiv 2603.09078).
+    output_norm: ``rmsnorm`` normalises each head's output.
+    output_gate: multiplies the heads' output by σ(W x): ``head`` has a number a head, ``channel`` one a channel
+        (arXiv 2505.06708).
+    parameters: the number of parameters that mlp_dim is chosen for, whatever mlp_dim says; null means mlp_dim counts.
     """
 
     num_layers: PositiveInt
@@ -68,6 +76,12 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"]
     matmul_precision: Literal["default", "bfloat16"]
     init_from: Initial | None
+    conv: Annotated[int, Field(ge=2)] | None
+    value_residual: Literal["none", "first"]
+    exclusive: bool
+    output_norm: Literal["none", "rmsnorm"]
+    output_gate: Literal["none", "head", "channel"]
+    parameters: PositiveInt | None
 
     @field_validator("init_from", mode="before")
     @classmethod
@@ -142,6 +156,20 @@ class LayerConfig(Section):
     """``auto`` is −log(context_length); a number is itself; ``learned`` is a scalar a head, from −log n."""
     window: PositiveInt | None
     """A token attends to itself and to the window − 1 tokens before it; null means to all before it."""
+    decay: Literal["none", "alibi", "retnet", "learned", "input"]
+    """How what is past fades; ℓ is the log of what is left of it after a token, one for each key/value head.
+
+    ``alibi``: ℓ = −m_h, the slopes of arXiv 2108.12409. ``retnet``: ℓ = log(1 − 2^(−5−h)) (arXiv 2307.08621).
+    ``learned``: ℓ = log σ(b_h). ``input``: ℓ = log σ(w_h · x + b_h) of the layer's normed input x.
+    """
+    input_gate: Literal["none", "sigmoid"]
+    """How much of a token is written: ``sigmoid`` is log i = log σ(u_h · x + c_h)."""
+    rotary_fraction: Annotated[float, Field(ge=0, le=1)]
+    """Share of a head's channels that RoPE rotates, the first ones; 0 is NoPE."""
+    sink: Literal["none", "zero", "learned"]
+    """One more term e^z in softmax's sum, without a value: z is 0, or a learned scalar a head."""
+    logit_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """A factor on the logits besides 1/√DHQK."""
     implementation: Annotated[str, _one_of(dispatch.names)]
     """A row of the dispatch table (xattn/backend/dispatch.py), or ``auto``."""
 
@@ -149,6 +177,14 @@ class LayerConfig(Section):
     @classmethod
     def _silu_is_swish(cls, value: Any) -> Any:
         return "swish" if value == "silu" else value
+
+    @field_validator("sink")
+    @classmethod
+    def _has_a_sum_to_sink_in(cls, value: str, info: ValidationInfo) -> str:
+        name = info.data.get("activation", "softmax")
+        if value != "none" and not activations.activation(name).is_normalised:
+            raise ValueError(f"a sink is a term of softmax's sum, and {name} has none; sink=none, or activation=softmax")
+        return value
 
 
 _KEYS = tuple(LayerConfig.model_fields)
@@ -213,8 +249,12 @@ def _inherited(own: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any
         ValueError: ``then`` has a key that its activation does not take.
     """
     name = then.get("activation", own["activation"])
-    if name not in activations.names() or activations.activation(name).takes_bias:
+    if name not in activations.names():
         return dict(own)
-    if "sigmoid_bias" in then:
-        raise ValueError(f"{name} takes no sigmoid_bias; leave it out")
-    return {**own, "sigmoid_bias": "auto"}
+    row, found = activations.activation(name), dict(own)
+    for key, default, is_taken in (("sigmoid_bias", "auto", row.takes_bias), ("sink", "none", row.is_normalised)):
+        if not is_taken:
+            if key in then:
+                raise ValueError(f"{name} takes no {key}; leave it out")
+            found[key] = default
+    return found

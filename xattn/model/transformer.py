@@ -42,6 +42,8 @@ class LayerHyperparameters(NamedTuple):
     """RoPE's wavelength base."""
     sigmoid_bias: jax.Array | float
     """Added to the logits of an activation that takes a bias; not read where the bias is learned."""
+    logit_scale: jax.Array | float = 1.0
+    """A factor on the logits besides 1/√DHQK."""
 
 
 ModelHyperparameters = LayerHyperparameters | Mapping[str, LayerHyperparameters]
@@ -59,13 +61,16 @@ def layer_spec(
     num_heads: int,
     theta: Any,
     sigmoid_bias: Any,
+    logit_scale: Any,
     length: int = 1,
     batch: int = 1,
     segment_ids: Int[Array, "B S"] | None = None,
+    **of_tokens: Any,
 ) -> AttentionSpec:
-    """What attention means in layers of one kind. theta and the bias are numbers of the train state, not the config's.
+    """What attention means in layers of one kind. theta, bias and scale are numbers of the train state, not the config's.
 
-    sigmoid_bias: ignored under an activation that takes none. length, batch: S and B of the segment_ids.
+    sigmoid_bias: ignored under an activation that takes none. length, batch: S and B of the segment_ids. of_tokens:
+    num_kv_heads, log_decay, log_input_gate and sink, as :func:`xattn.backend.arguments.checked_spec` takes them.
     """
     takes_bias = activations.activation(layers.activation).takes_bias
     return checked_spec(
@@ -79,6 +84,9 @@ def layer_spec(
         sigmoid_bias=sigmoid_bias if takes_bias else None,
         segment_ids=segment_ids,
         window=layers.window,
+        rotary_fraction=layers.rotary_fraction,
+        logit_scale=logit_scale,
+        **of_tokens,
     )
 
 
@@ -377,6 +385,7 @@ class Attention(nn.Module):
             num_heads=config.num_heads,
             theta=hyperparameters.theta,
             sigmoid_bias=bias,
+            logit_scale=hyperparameters.logit_scale,
             length=tokens,
             batch=batch,
             segment_ids=segment_ids,

@@ -164,7 +164,6 @@ def _inputs(case: Case, row: Activation) -> Inputs:
         keep=oracle.keep_of(BATCH, case.length, **restrictions),
         bias=bias if row.takes_bias else None,
         pointwise=None if row.name in OWN_FORMULAS or row.is_normalised else _in_float64(row, spec.n),
-        extra_logit=row.extra_logit,
     )
     return Inputs(q, k, v, g, spec, problem)
 

@@ -38,6 +38,16 @@ PLAIN: dict[str, Any] = {
     "model.qk_norm": "none",
     "model.mlp": "swiglu",
     "model.layer_scale": None,
+    "backend.decay": "none",
+    "backend.input_gate": "none",
+    "backend.rotary_fraction": 1.0,
+    "backend.sink": "none",
+    "backend.logit_scale": 1.0,
+    "model.conv": None,
+    "model.value_residual": "none",
+    "model.exclusive": False,
+    "model.output_norm": "none",
+    "model.output_gate": "none",
 }
 
 # Ours → theirs, of the matrices and norms of a layer.

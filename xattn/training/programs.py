@@ -96,7 +96,7 @@ def hyperparameters(config: Config) -> Hyperparameters:
 
 def _of_kind(backend: BackendConfig) -> LayerHyperparameters:
     bias = -math.log(backend.context_length) if isinstance(backend.sigmoid_bias, str) else backend.sigmoid_bias
-    return LayerHyperparameters(jnp.float32(backend.theta), jnp.float32(bias))
+    return LayerHyperparameters(jnp.float32(backend.theta), jnp.float32(bias), jnp.float32(backend.logit_scale))
 
 
 class Programs(NamedTuple):

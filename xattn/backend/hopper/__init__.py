@@ -21,6 +21,7 @@ def hopper(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning |
     assert spec.mask is None
     assert spec.segment_ids is None
     assert spec.window is None
+    assert spec.log_decay is spec.log_input_gate is None
     import jax.numpy as jnp
 
     from xattn.backend.hopper.fused import fused  # imports Pallas, which nobody else needs
