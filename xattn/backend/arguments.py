@@ -156,7 +156,9 @@ def _checked_sink(sink: Sink, num_heads: int, activation: Activation) -> Float32
     if sink is None:
         return None
     if not activation.is_normalised:
-        raise ValueError(f"a sink is a term of softmax's sum; activation_function {activation.name!r} has none: omit it")
+        raise ValueError(
+            f"a sink is a term of softmax's sum, which activation_function {activation.name!r} lacks: omit it"
+        )
     if isinstance(sink, Real) and not math.isfinite(sink):
         raise ValueError(f"sink must be finite, got {sink}")
     array = jnp.asarray(sink, jnp.float32)

@@ -15,15 +15,49 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from xattn.backend import formula
+from xattn.backend import decay, formula
 from xattn.backend.formula import F32, Results, Tokens
 from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values, prepare, product
 
 Index = Array | int
-Gradients = tuple[Array, Array, Array, Array]
-"""(dq in q's dtype or float32, dk, dv, dbias (NKV, G), all float32)"""
+
+
+class KeySide(NamedTuple):
+    """A stretch of keys, and all that belongs to them."""
+
+    k: Float[Array, "B NKV S DHQK"]
+    """Rotated."""
+    v: Float[Array, "B NKV S DHV"]
+    segments: Int[Array, "B S"] | None
+    log_decay: decay.LogDecay | None
+    log_input_gate: Float32[Array, "B NKV S"] | None
+
+
+class Distance(NamedTuple):
+    """How far a stretch of queries is from one of keys."""
+
+    tokens: Index
+    """The first query's position less the first key's; other than 0 only without a given mask."""
+    log_decay: Float32[Array, "B NKV"] | None
+    """Σ ℓ of the stretches between the two; None is 0."""
+
+
+HERE = Distance(0, None)
+
+
+class Gradients(NamedTuple):
+    """Of prepared queries, keys and values, and of the terms of a logit; float32 but for q."""
+
+    q: Float[Array, "B NKV G S DHQK"]
+    k: Float32[Array, "B NKV S DHQK"]
+    v: Float32[Array, "B NKV S DHV"]
+    bias: Float32[Array, "NKV G"]
+    rows: Float32[Array, "B NKV S 1"] | None
+    """Σ_s of the gradient of E_ts; None without decay."""
+    columns: Float32[Array, "B NKV S 1"] | None
+    """Σ_t of the gradient of E_ts; None without decay and input gate."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +91,14 @@ def blockwise(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tunin
 def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) -> Results:
     """On one device, or as XLA splits it."""
     dtype = v.dtype if spec.sink is None else F32
-    results = forward_tiles(q, k, v, spec.segment_ids, spec, 0, tuning, dtype)
-    out, lse = formula.with_sink(results, spec)
+    out, lse = formula.with_sink(forward_tiles(q, key_side(k, v, spec), spec, HERE, tuning, dtype), spec)
     return out.astype(v.dtype), lse
 
 
 def _backward(
     q: Array, k: Array, v: Array, spec: AttentionSpec, results: Results, g: Array, tuning: Tuning
 ) -> Gradients:
-    return backward_tiles(q, k, v, spec.segment_ids, spec, 0, results, g, tuning, q.dtype)
+    return backward_tiles(q, key_side(k, v, spec), spec, HERE, results, g, tuning, q.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -91,60 +124,75 @@ def _prepared_backward(passes: Passes, residuals: tuple[Any, ...], g: Array) -> 
         *(q, k, spec.theta, spec.logit_scale),
     )
     rotated_q, g, out = (formula.grouped(x, k.shape[1]) for x in (rotated_q, g, out))
-    d_q, d_k, d_v, d_bias = passes.backward(rotated_q, rotated_k, v, spec, (out, lse), g, passes.tuning)
-    d_q, d_k, d_theta, d_scale = unprepare((d_q.reshape(q.shape).astype(q.dtype), d_k.astype(k.dtype)))
-    bias = None if spec.bias is None else d_bias.reshape(spec.bias.shape)
-    d_spec = replace(spec, theta=d_theta, logit_scale=d_scale, bias=bias, mask=None, segment_ids=None)
-    return d_q, d_k, d_v.astype(v.dtype), d_spec
+    found = passes.backward(rotated_q, rotated_k, v, spec, (out, lse), g, passes.tuning)
+    d_q, d_k, d_theta, d_scale = unprepare((found.q.reshape(q.shape).astype(q.dtype), found.k.astype(k.dtype)))
+    d_spec = replace(
+        spec,
+        theta=d_theta,
+        logit_scale=d_scale,
+        bias=None if spec.bias is None else found.bias.reshape(spec.bias.shape),
+        sink=None if spec.sink is None else formula.gradient_of_sink(lse, _delta(g, out), spec),
+        log_decay=None if found.rows is None else decay.gradient(found.rows[..., 0], found.columns[..., 0]),
+        log_input_gate=None if spec.log_input_gate is None else found.columns[..., 0],
+        mask=None,
+        segment_ids=None,
+    )
+    return d_q, d_k, found.v.astype(v.dtype), d_spec
 
 
 prepared.defvjp(_prepared_forward, _prepared_backward)
 
 
+def _delta(g: Array, out: Array) -> Float32[Array, "B NKV G S 1"]:
+    """δ_t = Σ_d of output and its gradient, which the gradient of a normalised activation needs."""
+    return jnp.sum(g.astype(F32) * out.astype(F32), axis=-1, keepdims=True)
+
+
+def key_side(k: Array, v: Array, spec: AttentionSpec) -> KeySide:
+    """The keys whose queries have this spec."""
+    return KeySide(k, v, spec.segment_ids, spec.log_decay, spec.log_input_gate)
+
+
 def forward_tiles(
     q: Float[Array, "B NKV G S DHQK"],
-    k: Float[Array, "B NKV S DHQK"],
-    v: Float[Array, "B NKV S DHV"],
-    key_segments: Int[Array, "B S"] | None,
+    keys: KeySide,
     spec: AttentionSpec,
-    offset: Index,
+    distance: Distance,
     tuning: Tuning,
     dtype: Any,
 ) -> Results:
-    """A stretch of queries and one of as many keys, both rotated; the activation's extra logit is left out.
+    """A stretch of queries and one of as many keys, both rotated; the sink is left out.
 
-    The queries' segments are the spec's. offset: the first query's position less the first key's; other than 0 only
-    without a given mask. dtype: of the output, which is 0 in a row that may attend to none of these keys.
+    The spec's arrays are the queries'. dtype: of the output, which is 0 in a row that may attend to none of these keys.
     """
-    length = q.shape[-2]
+    length, width = q.shape[-2], keys.v.shape[-1]
     tile, padded = _cuts(length, tuning)
-    q, k, v = (_pad(x, padded) for x in (q, k, v))
-    key_segments, spec = _pad(key_segments, padded, -1), _pad_spec(spec, padded)
+    q, keys, spec = _pad(q, padded), _pad_keys(keys, padded), _pad_spec(spec, padded)
+    meet = _meeting(keys, spec, distance, tile, length)
 
     def of_queries(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         q_ = _cut(q, i, tile)
 
         def of_keys(j: Array, sums: formula.Sums) -> formula.Sums:
-            logits, keep = _logits(q_, _cut(k, j, tile), key_segments, i, j, spec, offset, length)
-            return formula.add_columns(sums, logits, keep, _cut(v, j, tile), spec)
+            keep, terms = meet(i, j)
+            logits = formula.logits(formula.scores(q_, _cut(keys.k, j, tile)), spec, terms)
+            return formula.add_columns(sums, logits, keep, _cut(keys.v, j, tile), spec)
 
-        first, last = _tiles_of_keys(i, tile, padded, spec, offset)
-        nothing = formula.no_sums((*q.shape[:3], tile), v.shape[-1])
+        first, last = _tiles_of_keys(i, tile, padded, spec, distance.tokens)
+        nothing = formula.no_sums((*q.shape[:3], tile), width)
         out, lse = formula.finished(jax.lax.fori_loop(first, last, of_keys, nothing), spec)
         return _put(carry[0], out, i), carry[1] if lse is None else _put(carry[1], lse, i)
 
-    start = (jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.zeros((*q.shape[:-1], 1), F32))
+    start = (jnp.zeros((*q.shape[:-1], width), dtype), jnp.zeros((*q.shape[:-1], 1), F32))
     out, lse = (x[..., :length, :] for x in jax.lax.fori_loop(0, padded // tile, of_queries, start))
     return out, lse if spec.activation.is_normalised else None
 
 
 def backward_tiles(
     q: Float[Array, "B NKV G S DHQK"],
-    k: Float[Array, "B NKV S DHQK"],
-    v: Float[Array, "B NKV S DHV"],
-    key_segments: Int[Array, "B S"] | None,
+    keys: KeySide,
     spec: AttentionSpec,
-    offset: Index,
+    distance: Distance,
     results: Results,
     g: Float[Array, "B NKV G S DHV"],
     tuning: Tuning,
@@ -156,39 +204,54 @@ def backward_tiles(
     """
     length = q.shape[-2]
     tile, padded = _cuts(length, tuning)
-    q, k, v, g, out, lse = (_pad(x, padded) for x in (q, k, v, g, *results))
-    key_segments, spec = _pad(key_segments, padded, -1), _pad_spec(spec, padded)
+    q, g, out, lse = (_pad(x, padded) for x in (q, g, *results))
+    keys, spec = _pad_keys(keys, padded), _pad_spec(spec, padded)
+    meet = _meeting(keys, spec, distance, tile, length)
     scale = 1 / math.sqrt(q.shape[-1])
 
-    def of_queries(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        d_q, *rest = carry
+    def of_queries(i: Array, carry: Gradients) -> Gradients:
         q_, g_ = _cut(q, i, tile), _cut(g, i, tile)
         lse_ = delta = None
         if lse is not None:
-            lse_ = _cut(lse, i, tile)
-            delta = jnp.sum(g_.astype(F32) * _cut(out, i, tile).astype(F32), axis=-1, keepdims=True)
+            lse_, delta = _cut(lse, i, tile), _delta(g_, _cut(out, i, tile))
 
-        def of_keys(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            d_q_, d_k, d_v, d_bias = carry
-            k_ = _cut(k, j, tile)
-            logits, keep = _logits(q_, k_, key_segments, i, j, spec, offset, length)
+        def of_keys(j: Array, sums: Gradients) -> Gradients:
+            k_, v_ = _cut(keys.k, j, tile), _cut(keys.v, j, tile)
+            keep, terms = meet(i, j)
+            logits = formula.logits(formula.scores(q_, k_), spec, terms)
             weights, pull = formula.weights_again(logits, keep, lse_, spec)
-            d_logits = pull(product("bkgtd,bksd->bkgts", g_, _cut(v, j, tile)), delta)
-            if spec.bias is not None:
-                d_bias += jnp.sum(d_logits, axis=(0, 3, 4))
-            weights, d_logits = weights.astype(v.dtype), d_logits.astype(q.dtype)
-            d_q_ += product("bkgts,bksd->bkgtd", d_logits, k_) * scale
-            d_k = _add(d_k, product("bkgts,bkgtd->bksd", d_logits, q_) * scale, j)
-            d_v = _add(d_v, product("bkgts,bkgtd->bksd", weights, g_), j)
-            return d_q_, d_k, d_v, d_bias
+            d_logits = pull(product("bkgtd,bksd->bkgts", g_, v_), delta)
+            d_scores, d_terms = formula.gradients_of_logits(d_logits, logits, spec, terms)
+            weights, d_scores = weights.astype(v_.dtype), d_scores.astype(q.dtype)
+            return Gradients(
+                q=sums.q + product("bkgts,bksd->bkgtd", d_scores, k_) * scale,
+                k=_add(sums.k, product("bkgts,bkgtd->bksd", d_scores, q_) * scale, j),
+                v=_add(sums.v, product("bkgts,bkgtd->bksd", weights, g_), j),
+                bias=sums.bias if spec.bias is None else sums.bias + jnp.sum(d_logits, axis=(0, 3, 4)),
+                rows=None if sums.rows is None else sums.rows + d_terms.sum((2, 4))[..., None],
+                columns=None if sums.columns is None else _add(sums.columns, d_terms.sum((2, 3))[..., None], j),
+            )
 
-        first, last = _tiles_of_keys(i, tile, padded, spec, offset)
-        d_q_, *rest = jax.lax.fori_loop(first, last, of_keys, (jnp.zeros(q_.shape, F32), *rest))
-        return _put(d_q, d_q_, i), *rest
+        first, last = _tiles_of_keys(i, tile, padded, spec, distance.tokens)
+        own = carry._replace(q=jnp.zeros(q_.shape, F32), rows=zeros(tile) if carry.rows is not None else None)
+        sums = jax.lax.fori_loop(first, last, of_keys, own)
+        rows = None if sums.rows is None else _put(carry.rows, sums.rows, i)
+        return sums._replace(q=_put(carry.q, sums.q, i), rows=rows)
 
-    start = (jnp.zeros(q.shape, dtype), jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32), jnp.zeros(q.shape[1:3], F32))
-    d_q, d_k, d_v, d_bias = jax.lax.fori_loop(0, padded // tile, of_queries, start)
-    return d_q[..., :length, :], d_k[..., :length, :], d_v[..., :length, :], d_bias
+    def zeros(tokens: int) -> Float32[Array, "B NKV T 1"]:
+        return jnp.zeros((*q.shape[:2], tokens, 1), F32)
+
+    start = Gradients(
+        q=jnp.zeros(q.shape, dtype),
+        k=jnp.zeros(keys.k.shape, F32),
+        v=jnp.zeros(keys.v.shape, F32),
+        bias=jnp.zeros(q.shape[1:3], F32),
+        rows=zeros(padded) if spec.log_decay is not None else None,
+        columns=zeros(padded) if spec.has_terms else None,
+    )
+    found = jax.lax.fori_loop(0, padded // tile, of_queries, start)
+    of_tokens = {name: x[..., :length, :] for name, x in found._asdict().items() if name != "bias" and x is not None}
+    return found._replace(**of_tokens)
 
 
 def _cuts(length: int, tuning: Tuning) -> tuple[int, int]:
@@ -204,28 +267,38 @@ def _tiles_of_keys(i: Array, tile: int, padded: int, spec: AttentionSpec, offset
     """The tiles, first to last (excluded), that hold every key which a query of block i may attend to; there may be
     none."""
     count = padded // tile
-    causal = spec.mask is None or spec.window is not None
-    last = jnp.clip((i * tile + offset + tile - 1) // tile + 1, 0, count) if causal else count
+    last = jnp.clip((i * tile + offset + tile - 1) // tile + 1, 0, count) if spec.is_causal else count
     first = 0 if spec.window is None else jnp.maximum(i * tile + offset - spec.window + 1, 0) // tile
     return first, last
 
 
-def _logits(
-    q: Array, k: Array, key_segments: Array | None, i: Array, j: Array, spec: AttentionSpec, offset: Index, length: int
-) -> tuple[Float32[Array, "B NKV G T T"], Bool[Array, "#B T T"]]:
-    """Logits of query block i and key block j, and which may attend."""
-    tile = q.shape[-2]
+def _meeting(
+    keys: KeySide, spec: AttentionSpec, distance: Distance, tile: int, length: int
+) -> Callable[[Array, Array], tuple[formula.Keep, formula.Terms | None]]:
+    """(query block i, key block j) → who of them may attend, and E_ts; the arrays are padded, length is without."""
+    across = None
+    if spec.log_decay is not None:
+        assert keys.log_decay is not None
+        are_one = distance.tokens == 0
+        across = decay.stretches(spec.log_decay, keys.log_decay, tile, are_one, distance.log_decay)
 
     def tokens(block: Array, shift: Index, segments: Array | None) -> Tokens:
         if segments is not None:
             segments = jax.lax.dynamic_slice_in_dim(segments, block * tile, tile, axis=1)
         return Tokens(shift + block * tile + jnp.arange(tile), segments)
 
-    rows, columns = tokens(i, offset, spec.segment_ids), tokens(j, 0, key_segments)
-    if length % tile:  # padding comes after all queries of the same stretch, not after those of a later one
-        columns = columns._replace(exist=columns.positions < length)
-    mask = None if spec.mask is None else jax.lax.dynamic_slice(spec.mask, (i * tile, j * tile), (tile, tile))
-    return formula.logits(formula.scores(q, k), spec), formula.may_attend(rows, columns, spec, mask)
+    def meet(i: Array, j: Array) -> tuple[formula.Keep, formula.Terms | None]:
+        rows, columns = tokens(i, distance.tokens, spec.segment_ids), tokens(j, 0, keys.segments)
+        if length % tile:  # padding comes after all queries of the same stretch, not after those of a later one
+            columns = columns._replace(exist=columns.positions < length)
+        mask = None if spec.mask is None else jax.lax.dynamic_slice(spec.mask, (i * tile, j * tile), (tile, tile))
+        terms = None if across is None else across.tile(i, j)
+        if keys.log_input_gate is not None:
+            gate = jax.lax.dynamic_slice_in_dim(keys.log_input_gate, j * tile, tile, axis=2)[:, :, None]
+            terms = gate if terms is None else terms + gate
+        return formula.may_attend(rows, columns, spec, mask), terms
+
+    return meet
 
 
 def _pad(x: Any, padded: int, axis: int = -2) -> Any:
@@ -238,9 +311,15 @@ def _pad(x: Any, padded: int, axis: int = -2) -> Any:
 
 
 def _pad_spec(spec: AttentionSpec, padded: int) -> AttentionSpec:
-    """A given mask is False in the padding."""
+    """A given mask is False in the padding, and nothing decays there."""
     mask = None if spec.mask is None else jnp.pad(spec.mask, (0, padded - spec.mask.shape[0]))
-    return replace(spec, mask=mask, segment_ids=_pad(spec.segment_ids, padded, -1))
+    of_tokens = {name: _pad(getattr(spec, name), padded, -1) for name in ("segment_ids", "log_decay", "log_input_gate")}
+    return replace(spec, mask=mask, **of_tokens)
+
+
+def _pad_keys(keys: KeySide, padded: int) -> KeySide:
+    k, v, *of_tokens = keys
+    return KeySide(_pad(k, padded), _pad(v, padded), *(_pad(x, padded, -1) for x in of_tokens))
 
 
 def _cut(x: Array, i: Array, tile: int) -> Array:

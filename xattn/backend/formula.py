@@ -25,7 +25,7 @@ F32 = jnp.float32
 LOWEST = float(jnp.finfo(jnp.float32).min)
 Scores = Float32[Array, "B NKV *G T S"]
 Keep = Bool[Array, "#B T S"]
-Terms = Float32[Array, "B NKV T S"]
+Terms = Float32[Array, "B NKV #T S"]
 """E_ts = D_ts + log i_s: what decay and input gate leave of s at t, as a logarithm."""
 
 
@@ -73,8 +73,22 @@ def logits(scores: Scores, spec: AttentionSpec, terms: Terms | None = None) -> S
     logits = scores if spec.bias is None else scores + _of_query_heads(spec.bias, scores)
     if terms is None:
         return logits
-    terms = terms[:, :, None] if logits.ndim == 5 else jnp.repeat(terms, logits.shape[1] // terms.shape[1], axis=1)
+    terms = _of_terms(terms, logits)
     return logits * jnp.exp(terms) if spec.activation.is_linear else logits + terms
+
+
+def _of_terms(terms: Terms, logits: Array) -> Array:
+    """terms with the logits' heads, or an axis for them."""
+    return terms[:, :, None] if logits.ndim == 5 else jnp.repeat(terms, logits.shape[1] // terms.shape[1], axis=1)
+
+
+def gradients_of_logits(
+    gradient: Scores, logits: Scores, spec: AttentionSpec, terms: Terms | None
+) -> tuple[Scores, Scores | None]:
+    """The gradients of :func:`logits`, of the scores and of the terms, one for each query head."""
+    if terms is None or not spec.activation.is_linear:
+        return gradient, gradient
+    return gradient * jnp.exp(_of_terms(terms, logits)), gradient * logits
 
 
 def terms(spec: AttentionSpec, rows: Int[Array, " T"]) -> Terms | None:

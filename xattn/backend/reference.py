@@ -16,8 +16,7 @@ def reference(
 ) -> Float[Array, "B NH S DHV"]:
     """out = weights · v, with the weights as :func:`xattn.backend.api.attention` states them.
 
-    They are f(g · R(q) R(k)ᵀ / √DHQK + E), or e^E times those under ``none``, and 0 where a token may not attend; f is a
-    row of :mod:`xattn.backend.activations`. Query head h reads key/value head ⌊h · NKV / NH⌋. q, k, v and the
+    Where a token may not attend they are 0. Query head h reads key/value head ⌊h · NKV / NH⌋. q, k, v and the
     output have one dtype. Logits and weights are float32; the weights are rounded to v's dtype before they meet v, and
     that product too is accumulated in float32. A row that may attend to nothing is 0.
     """

@@ -56,6 +56,11 @@ class AttentionSpec:
     """The sequence length of training, which a pointwise activation may depend on."""
 
     @property
+    def has_terms(self) -> bool:
+        """Whether a logit has the term E_ts, of a decay or an input gate."""
+        return self.log_decay is not None or self.log_input_gate is not None
+
+    @property
     def is_causal(self) -> bool:
         """Whether no query attends to a later key."""
         return self.mask is None or self.window is not None or self.log_decay is not None

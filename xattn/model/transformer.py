@@ -67,7 +67,7 @@ def layer_spec(
     segment_ids: Int[Array, "B S"] | None = None,
     **of_tokens: Any,
 ) -> AttentionSpec:
-    """What attention means in layers of one kind. theta, bias and scale are numbers of the train state, not the config's.
+    """What attention means in layers of one kind; theta, bias and scale are numbers of the train state.
 
     sigmoid_bias: ignored under an activation that takes none. length, batch: S and B of the segment_ids. of_tokens:
     num_kv_heads, log_decay, log_input_gate and sink, as :func:`xattn.backend.arguments.checked_spec` takes them.
