@@ -83,10 +83,12 @@ def checked_spec(
     rotary_fraction: float = 1.0,
     logit_scale: float | Float[Array, ""] = 1.0,
     sink: Sink = None,
+    segments_are_runs: bool = False,
 ) -> AttentionSpec:
     """The meaning of a call over ``length`` tokens; arguments and errors as in :func:`xattn.backend.api.attention`.
 
-    num_kv_heads: the keys' heads NKV; None is num_heads.
+    num_kv_heads: the keys' heads NKV; None is num_heads. segments_are_runs: whether the caller knows that no segment id
+    comes back after another.
     """
     chosen = activation(activation_function)
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -107,6 +109,7 @@ def checked_spec(
         log_decay=None if decay is None else jnp.maximum(decay, LEAST),
         log_input_gate=_checked_log("log_input_gate", log_input_gate, (batch, kv_heads, length)),
         rotary_fraction=float(rotary_fraction),
+        segments_are_runs=segments_are_runs,
         mask=_checked_array(attention_mask, (length, length), jnp.bool_, mask),
         segment_ids=_checked_array(segment_ids, (batch, length), jnp.integer, segments),
         activation=chosen,

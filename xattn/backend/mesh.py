@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+
+from xattn.backend.spec import AttentionSpec
 
 CONTEXT = "context"
 SEQUENCE_SPLIT = P(None, None, CONTEXT)
@@ -20,6 +23,13 @@ def context_devices() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return mesh.shape[CONTEXT] if types.get(CONTEXT) == AxisType.Auto else 1
+
+
+def split_by_sequence(spec: AttentionSpec) -> Any:
+    """How the spec's arrays are split: those of tokens by the sequence, the others not."""
+    whole: Any = jax.tree.map(lambda _: P(), spec)
+    of_tokens = {"segment_ids": P(None, CONTEXT), "log_decay": SEQUENCE_SPLIT, "log_input_gate": SEQUENCE_SPLIT}
+    return replace(whole, **{name: place for name, place in of_tokens.items() if getattr(spec, name) is not None})
 
 
 def on_each(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

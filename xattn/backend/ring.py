@@ -2,25 +2,35 @@
 
 Each of n devices holds S/n queries, keys and values. It attends to its own keys, passes them to the next device,
 attends to those that it received, and so on (Ring Attention, Liu et al., arXiv 2310.01889). Within a stretch of keys
-this is :mod:`xattn.backend.blockwise`, and :mod:`xattn.backend.formula` joins the results. A stretch that comes after
-its queries costs no product. In the backward the gradients of keys and values travel with them, and end up at home.
+this is :mod:`xattn.backend.blockwise`, and :mod:`xattn.backend.formula` joins the results. A decay over the stretches in
+between is summed from one number for each. A stretch that comes after its queries costs no product. In the backward the gradients of keys and values travel with them, and end up at home.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float32
 
 from xattn.backend import formula
-from xattn.backend.blockwise import Gradients, Passes, Tuning, backward_tiles, blockwise, forward_tiles, prepared
+from xattn.backend.blockwise import (
+    Distance,
+    Gradients,
+    KeySide,
+    Passes,
+    Tuning,
+    backward_tiles,
+    blockwise,
+    forward_tiles,
+    key_side,
+    prepared,
+)
 from xattn.backend.formula import F32, LOWEST, Results
-from xattn.backend.mesh import CONTEXT, SEQUENCE_SPLIT, context_devices, on_each
+from xattn.backend.mesh import CONTEXT, SEQUENCE_SPLIT, context_devices, on_each, split_by_sequence
 from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
 
 _GROUPED = P(None, None, None, CONTEXT)
@@ -45,41 +55,55 @@ def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) 
     """On all devices of the axis."""
     run = on_each(
         partial(_device_forward, tuning=tuning, devices=context_devices()),
-        in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec)),
+        in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, split_by_sequence(spec), P()),
         out_specs=_GROUPED,
     )
-    return run(q, k, v, spec)
+    return run(q, k, v, spec, _decays(spec))
 
 
 def _backward(
     q: Array, k: Array, v: Array, spec: AttentionSpec, results: Results, g: Array, tuning: Tuning
 ) -> Gradients:
+    of_tokens = Gradients(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, P(), SEQUENCE_SPLIT, SEQUENCE_SPLIT)  # type: ignore[arg-type]
     run = on_each(
         partial(_device_backward, tuning=tuning, devices=context_devices()),
-        in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, _split(spec), _GROUPED, _GROUPED),
-        out_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, P()),
+        in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, split_by_sequence(spec), P(), _GROUPED, _GROUPED),
+        out_specs=of_tokens,
     )
-    return run(q, k, v, spec, results, g)
+    return run(q, k, v, spec, _decays(spec), results, g)
+
+
+def _decays(spec: AttentionSpec) -> Float32[Array, "B NKV devices"] | None:
+    """Σ ℓ of each device's stretch."""
+    if spec.log_decay is None:
+        return None
+    return jnp.sum(spec.log_decay.reshape(*spec.log_decay.shape[:2], context_devices(), -1), axis=-1)
 
 
 def _device_forward(
-    index: Array, q: Array, k: Array, v: Array, spec: AttentionSpec, *, tuning: Tuning, devices: int
+    index: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    spec: AttentionSpec,
+    decays: Array | None,
+    *,
+    tuning: Tuning,
+    devices: int,
 ) -> Results:
-    """What device ``index`` does; all arrays are its own stretches."""
-    length = q.shape[-2]
+    """What device ``index`` does; all arrays but the decays are its own stretches."""
 
-    def attend(turn: Any, keys: Any, results: Results) -> Results:
-        k, v, segments = keys
-        part = forward_tiles(q, k, v, segments, spec, _offset(index, turn, devices, length), tuning, F32)
-        return formula.joined(results, part)
+    def attend(turn: Any, keys: KeySide, results: Results) -> Results:
+        distance = _distance(index, turn, devices, q.shape[-2], decays)
+        return formula.joined(results, forward_tiles(q, keys, spec, distance, tuning, F32))
 
     def step(turn: Any, carry: Any) -> Any:
         keys, results = carry
         return _pass_on(keys, 1, devices), attend(turn, keys, results)
 
     lse = jnp.full((*q.shape[:-1], 1), LOWEST, F32) if spec.activation.is_normalised else None
-    start = (k, v, spec.segment_ids), (jnp.zeros((*q.shape[:-1], v.shape[-1]), F32), lse)
-    last = _stretches(devices, length, spec.window) - 1
+    start = key_side(k, v, spec), (jnp.zeros((*q.shape[:-1], v.shape[-1]), F32), lse)
+    last = _stretches(devices, q.shape[-2], spec.window) - 1
     keys, results = jax.lax.fori_loop(0, last, step, start)
     out, lse = formula.with_sink(attend(last, keys, results), spec)
     return out.astype(v.dtype), lse
@@ -91,37 +115,53 @@ def _device_backward(
     k: Array,
     v: Array,
     spec: AttentionSpec,
+    decays: Array | None,
     results: Results,
     g: Array,
     *,
     tuning: Tuning,
     devices: int,
 ) -> Gradients:
-    length = q.shape[-2]
-
-    def attend(turn: Any, keys: Any, gradients: Gradients) -> Gradients:
-        k, v, segments = keys
-        offset = _offset(index, turn, devices, length)
-        part = backward_tiles(q, k, v, segments, spec, offset, results, g, tuning, F32)
-        return jax.tree.map(jnp.add, gradients, part)
+    def attend(turn: Any, keys: KeySide, sums: Gradients) -> Gradients:
+        distance = _distance(index, turn, devices, q.shape[-2], decays)
+        found = backward_tiles(q, keys, spec, distance, results, g, tuning, F32)
+        return jax.tree.map(jnp.add, sums, found)
 
     def step(turn: Any, carry: Any) -> Any:
-        keys, gradients = carry
-        d_q, d_k, d_v, d_bias = attend(turn, keys, gradients)
-        d_k, d_v = _pass_on((d_k, d_v), 1, devices)
-        return _pass_on(keys, 1, devices), (d_q, d_k, d_v, d_bias)
+        keys, sums = carry
+        return _pass_on(keys, 1, devices), _pass_on_with_keys(attend(turn, keys, sums), 1, devices)
 
-    zeros = (*(jnp.zeros(x.shape, F32) for x in (q, k, v)), jnp.zeros(q.shape[1:3], F32))
-    last = _stretches(devices, length, spec.window) - 1
-    keys, gradients = jax.lax.fori_loop(0, last, step, ((k, v, spec.segment_ids), zeros))
-    d_q, d_k, d_v, d_bias = attend(last, keys, gradients)
-    d_k, d_v = _pass_on((d_k, d_v), -last, devices)
-    return d_q, d_k, d_v, jax.lax.psum(d_bias, CONTEXT)
+    def zeros(width: int) -> Float32[Array, "B NKV S width"]:
+        return jnp.zeros((*k.shape[:3], width), F32)
+
+    start = Gradients(
+        q=jnp.zeros(q.shape, F32),
+        k=zeros(k.shape[-1]),
+        v=zeros(v.shape[-1]),
+        bias=jnp.zeros(q.shape[1:3], F32),
+        rows=None if spec.log_decay is None else zeros(1),
+        columns=zeros(1) if spec.has_terms else None,
+    )
+    last = _stretches(devices, q.shape[-2], spec.window) - 1
+    keys, sums = jax.lax.fori_loop(0, last, step, (key_side(k, v, spec), start))
+    found = _pass_on_with_keys(attend(last, keys, sums), -last, devices)
+    return found._replace(bias=jax.lax.psum(found.bias, CONTEXT))
 
 
-def _offset(index: Array, turn: Any, devices: int, length: int) -> Array:
-    """Position of the device's queries less that of the keys that it holds after ``turn`` turns."""
-    return (index - (index - turn) % devices) * length
+def _distance(index: Array, turn: Any, devices: int, length: int, decays: Array | None) -> Distance:
+    """From the keys that device ``index`` holds after ``turn`` turns to its queries."""
+    holder = (index - turn) % devices
+    tokens = (index - holder) * length
+    if decays is None:
+        return Distance(tokens, None)
+    device = jnp.arange(devices)
+    return Distance(tokens, jnp.sum(jnp.where((holder < device) & (device < index), decays, 0), axis=-1))
+
+
+def _pass_on_with_keys(gradients: Gradients, distance: int, devices: int) -> Gradients:
+    """Those that belong to keys go where the keys go."""
+    k, v, columns = _pass_on((gradients.k, gradients.v, gradients.columns), distance, devices)
+    return gradients._replace(k=k, v=v, columns=columns)
 
 
 def _stretches(devices: int, length: int, window: int | None) -> int:
@@ -132,9 +172,3 @@ def _stretches(devices: int, length: int, window: int | None) -> int:
 def _pass_on(tree: Any, distance: int, devices: int) -> Any:
     pairs = [(i, (i + distance) % devices) for i in range(devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, CONTEXT, pairs), tree)
-
-
-def _split(spec: AttentionSpec) -> Any:
-    """How the spec's arrays are split: segment_ids by the sequence."""
-    whole: Any = jax.tree.map(lambda _: P(), spec)
-    return whole if spec.segment_ids is None else replace(whole, segment_ids=P(None, CONTEXT))

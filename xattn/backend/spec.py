@@ -22,7 +22,7 @@ Output = Float[Array, "B NH S DHV"]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("theta", "logit_scale", "bias", "sink", "mask", "segment_ids", "log_decay", "log_input_gate"),
-    meta_fields=("activation", "qk_pre_activation", "rotary_fraction", "window", "n"),
+    meta_fields=("activation", "qk_pre_activation", "rotary_fraction", "window", "n", "segments_are_runs"),
 )
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
@@ -54,6 +54,8 @@ class AttentionSpec:
     """A token t attends to t − window < s ≤ t; None is no limit."""
     n: int
     """The sequence length of training, which a pointwise activation may depend on."""
+    segments_are_runs: bool = False
+    """Whether it is known that each segment is one run of tokens: that no id comes back after another."""
 
     @property
     def has_terms(self) -> bool:
