@@ -1,8 +1,8 @@
 """``none`` in linear time: attention without a normaliser is a sum of outer products, and may be summed chunk by chunk.
 
 With rotated q and k, out_t = q_t · C_t and C_t = e^{ℓ_t} C_{t−1} + i_t k_t v_tᵀ / √DHQK, exactly; ℓ = 0 without decay
-and i = 1 without gate. Inside a chunk of T tokens the T×T weights are formed as in the reference; what lies before the chunk
-arrives as one DHQK×DHV state. Every exponent there is a sum of ℓ that starts at the chunk's head. Where a document
+and i = 1 without gate. Inside a chunk of T tokens the T×T weights are formed as in the reference; what lies before the
+chunk arrives as one DHQK×DHV state. Every exponent is a sum of ℓ that starts at the chunk's head. Where a document
 begins the state counts for nothing. Time and memory are linear in S: O(S · (T + DHQK) · DHV) and O(S · (DHQK + DHV)).
 
 In einsum: b B, k NKV, g G, n chunks at once, t and s tokens of a chunk, d DHQK, e DHV.

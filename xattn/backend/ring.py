@@ -2,8 +2,9 @@
 
 Each of n devices holds S/n queries, keys and values. It attends to its own keys, passes them to the next device,
 attends to those that it received, and so on (Ring Attention, Liu et al., arXiv 2310.01889). Within a stretch of keys
-this is :mod:`xattn.backend.blockwise`, and :mod:`xattn.backend.formula` joins the results. A decay over the stretches in
-between is summed from one number for each. A stretch that comes after its queries costs no product. In the backward the gradients of keys and values travel with them, and end up at home.
+this is :mod:`xattn.backend.blockwise`, and :mod:`xattn.backend.formula` joins the results. What decays over the
+stretches in between is summed from one number for each. A stretch that comes after its queries costs no product. In the
+backward the gradients of keys and values travel with them, and end up at home.
 """
 
 from __future__ import annotations
