@@ -54,10 +54,10 @@ class Gradients(NamedTuple):
     k: Float32[Array, "B NKV S DHQK"]
     v: Float32[Array, "B NKV S DHV"]
     bias: Float32[Array, "NKV G"]
-    rows: Float32[Array, "B NKV S 1"] | None
-    """Σ_s of the gradient of E_ts; None without decay."""
-    columns: Float32[Array, "B NKV S 1"] | None
-    """Σ_t of the gradient of E_ts; None without decay and input gate."""
+    rows: Any
+    """Σ_s of the gradient of E_ts, (B, NKV, S, 1); None without decay."""
+    columns: Any
+    """Σ_t of the gradient of E_ts, (B, NKV, S, 1); None without decay and input gate."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _prepared_backward(passes: Passes, residuals: tuple[Any, ...], g: Array) -> 
         logit_scale=d_scale,
         bias=None if spec.bias is None else found.bias.reshape(spec.bias.shape),
         sink=None if spec.sink is None else formula.gradient_of_sink(lse, _delta(g, out), spec),
-        log_decay=None if found.rows is None else decay.gradient(found.rows[..., 0], found.columns[..., 0]),
+        log_decay=None if spec.log_decay is None else decay.gradient(found.rows[..., 0], found.columns[..., 0]),
         log_input_gate=None if spec.log_input_gate is None else found.columns[..., 0],
         mask=None,
         segment_ids=None,

@@ -9,6 +9,11 @@ A cache keeps rotated keys, and values; a window bounds how many. Of a linear ac
 DHQK×DHV state a head, of constant size. Both keep *absolute* positions and a counter: rotating a state back at every
 token, as the border of a call does (:func:`xattn.backend.linear.linear_with_state`), would drift.
 
+With a decay, an input gate or documents the cache is made for them, and each call's spec has its tokens' own::
+
+    cache = init_cache(spec, …, fades=True)
+    out, cache = decode_step(q, k, v, cache, of_tokens(spec, k, log_decay=log_decay))
+
 The caches of a model's layers may be stacked along axes in front; :func:`grow` and :func:`append` take them together.
 """
 
@@ -23,14 +28,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from xattn.backend import dispatch, formula
+from xattn.backend import dispatch, formula, linear
 from xattn.backend.arguments import checked_arrays, checked_spec
 from xattn.backend.formula import F32, Tokens
-from xattn.backend.linear import Tuning, chunked
 from xattn.backend.spec import AttentionSpec, prepare, product
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("k", "v", "length"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("k", "v", "length", "terms", "segments"), meta_fields=())
 @dataclass(frozen=True)
 class KVCache:
     """The last C tokens: the one at position p is in slot p mod C."""
@@ -40,16 +44,22 @@ class KVCache:
     v: Float[Array, "*layers B NKV C DHV"]
     length: Int32[Array, "*layers"]
     """Tokens seen, which is the position of the next."""
+    terms: Float32[Array, "*layers B NKV C"] | None = None
+    """E_ts of each token s with t the newest: D_ts + log i_s. None without decay and input gate."""
+    segments: Int32[Array, "*layers B C"] | None = None
+    """Each token's segment; None without documents."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("state", "length"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("state", "length", "segment"), meta_fields=())
 @dataclass(frozen=True)
 class StateCache:
-    """All tokens, summed."""
+    """All tokens, summed; of several documents only the last."""
 
     state: Float32[Array, "*layers B NKV DHQK DHV"]
-    """Σ_s R(s) k_s v_sᵀ / √DHQK."""
+    """Σ_s i_s e^{D_ts} R(s) k_s v_sᵀ / √DHQK with t the newest."""
     length: Int32[Array, "*layers"]
+    segment: Int32[Array, "*layers B"] | None = None
+    """The newest token's; None without documents."""
 
 
 Cache = KVCache | StateCache
@@ -61,6 +71,11 @@ class Entry(NamedTuple):
 
     key: Float[Array, "*layers B NKV 1 DHQK"] | Float32[Array, "*layers B NKV DHQK DHV"]
     value: Float[Array, "*layers B NKV 1 DHV"] | None
+    log_decay: Float32[Array, "*layers B NKV 1"] | None = None
+    """By which the terms of all earlier tokens fall; None where a cache has no terms, or under a state."""
+    log_input_gate: Float32[Array, "*layers B NKV 1"] | None = None
+    """The token's own term."""
+    segment: Int32[Array, "*layers B 1"] | None = None
 
 
 def decoding_spec(*, num_heads: int, context_length: int | None = None, **choices: Any) -> AttentionSpec:
@@ -78,6 +93,33 @@ def decoding_spec(*, num_heads: int, context_length: int | None = None, **choice
     return spec
 
 
+def of_tokens(
+    spec: AttentionSpec,
+    keys: Float[Array, "B NKV S DHQK"],
+    *,
+    log_decay: Float[Array, "B NKV S"] | None = None,
+    log_input_gate: Float[Array, "B NKV S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+) -> AttentionSpec:
+    """The spec of one call: that of all, with what belongs to the call's tokens.
+
+    Raises:
+        ValueError: as :func:`xattn.backend.api.attention`.
+    """
+    batch, kv_heads, length, _ = keys.shape
+    checked = checked_spec(
+        num_heads=kv_heads,
+        num_kv_heads=kv_heads,
+        batch=batch,
+        length=length,
+        log_decay=log_decay,
+        log_input_gate=log_input_gate,
+        segment_ids=segment_ids,
+    )
+    names = ("log_decay", "log_input_gate", "segment_ids")
+    return replace(spec, **{name: getattr(checked, name) for name in names})
+
+
 def init_cache(
     spec: AttentionSpec,
     *,
@@ -87,6 +129,8 @@ def init_cache(
     head_dim_v: int,
     capacity: int,
     dtype: Any = jnp.float32,
+    fades: bool = False,
+    documents: bool = False,
 ) -> Cache:
     """A cache that has seen nothing.
 
@@ -96,16 +140,20 @@ def init_cache(
         capacity: tokens to come, prompt included; less than 1 is a ValueError. :func:`grow` makes room for more.
             With a window the cache keeps that many, and ``none`` without one keeps no token: neither overflows.
         dtype: of keys and values; a state is always float32.
+        fades: whether the calls' specs have a log_decay or a log_input_gate.
+        documents: whether they have segment_ids.
     """
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
     length = jnp.zeros((), jnp.int32)
     if spec.activation.is_linear and spec.window is None:
-        return StateCache(jnp.zeros((batch, num_kv_heads, head_dim_qk, head_dim_v), F32), length)
+        segment = jnp.zeros(batch, jnp.int32) if documents else None
+        return StateCache(jnp.zeros((batch, num_kv_heads, head_dim_qk, head_dim_v), F32), length, segment)
     # All of a window, even if capacity is less: such a cache never has to grow.
     capacity = spec.window or capacity
     k, v = (jnp.zeros((batch, num_kv_heads, capacity, width), dtype) for width in (head_dim_qk, head_dim_v))
-    return KVCache(k, v, length)
+    terms = jnp.zeros((batch, num_kv_heads, capacity), F32) if fades else None
+    return KVCache(k, v, length, terms, jnp.zeros((batch, capacity), jnp.int32) if documents else None)
 
 
 def grow(cache: Cache, spec: AttentionSpec, tokens: int = 1) -> Cache:
@@ -118,8 +166,18 @@ def grow(cache: Cache, spec: AttentionSpec, tokens: int = 1) -> Cache:
     capacity = cache.k.shape[-2]
     while capacity < int(cache.length.max()) + tokens:
         capacity *= 2
-    more = [(0, 0)] * (cache.k.ndim - 2) + [(0, capacity - cache.k.shape[-2]), (0, 0)]
-    return replace(cache, k=jnp.pad(cache.k, more), v=jnp.pad(cache.v, more))
+
+    def longer(x: Array | None, axis: int) -> Array | None:
+        if x is None:
+            return None
+        return jnp.pad(x, [(0, capacity - x.shape[axis] if i == x.ndim + axis else 0) for i in range(x.ndim)])
+
+    k, v, terms, segments = (
+        longer(x, axis) for x, axis in ((cache.k, -2), (cache.v, -2), (cache.terms, -1), (cache.segments, -1))
+    )
+    assert k is not None
+    assert v is not None
+    return KVCache(k, v, cache.length, terms, segments)
 
 
 def prefill(
@@ -137,7 +195,7 @@ def prefill(
     Args:
         queries, keys, values: of one dtype; three axes are one head.
         cache: one that has seen nothing.
-        spec: from :func:`decoding_spec`.
+        spec: from :func:`decoding_spec`, or :func:`of_tokens` of it.
         length: tokens of the prompt that count, at most S; None is all. The rest is padding, and the output there is
             meaningless.
         implementation: as in :func:`xattn.backend.api.attention`; ``none`` without a window takes ``auto`` and
@@ -148,13 +206,12 @@ def prefill(
             that is unknown or does not support the call.
     """
     q, k, v = checked_arrays(queries, keys, values)
+    _check_kind(cache, spec)
     seen = jnp.asarray(q.shape[2] if length is None else length, jnp.int32)
     if isinstance(cache, StateCache):
         if implementation != dispatch.AUTO and dispatch.row(implementation).name != "linear":
             raise ValueError(f"attention implementation {implementation!r} does not keep the state that this cache is")
-        counts = (jnp.arange(v.shape[2]) < seen)[None, None, :, None]
-        out, state = chunked(q, k, jnp.where(counts, v, 0), spec, cache.state, Tuning.of_platform())
-        after: Cache = StateCache(state, seen)
+        out, after = _prefill_state(q, k, v, cache, spec, seen)
     else:
         capacity = cache.k.shape[2]
         if spec.window is None and q.shape[2] > capacity:
@@ -163,8 +220,50 @@ def prefill(
         positions = jnp.clip(_positions(seen, capacity), 0, q.shape[2] - 1)
         _, k = prepare(q, k, spec)
         k, v = (jnp.take(x, positions, axis=2) for x in (k, v))
-        after = KVCache(k.astype(cache.k.dtype), v.astype(cache.v.dtype), seen)
+        terms = formula.terms(_until(spec, seen), seen[None] - 1)
+        after = KVCache(
+            k.astype(cache.k.dtype),
+            v.astype(cache.v.dtype),
+            seen,
+            None if terms is None else jnp.take(terms[:, :, 0], positions, axis=2),
+            None if spec.segment_ids is None else jnp.take(spec.segment_ids, positions, axis=1),
+        )
     return (out if queries.ndim == 4 else out[:, 0]), after
+
+
+def _check_kind(cache: Cache, spec: AttentionSpec) -> None:
+    """Raises ValueError where the spec has what the cache was not made for, or lacks what it was made for."""
+    of_documents = (cache.segment if isinstance(cache, StateCache) else cache.segments) is not None
+    fades = spec.has_terms if isinstance(cache, StateCache) else cache.terms is not None
+    for name, made, given in (
+        ("fades", fades, spec.has_terms),
+        ("documents", of_documents, spec.segment_ids is not None),
+    ):
+        if made != given:
+            raise ValueError(f"a cache made with {name}={made} gets a call with {name}={given}; see init_cache")
+
+
+def _until(spec: AttentionSpec, length: Int[Array, ""]) -> AttentionSpec:
+    """The spec where tokens from ``length`` on are padding: nothing decays there, and no document begins."""
+    decays, segments = spec.log_decay, spec.segment_ids
+    if decays is not None:
+        decays = jnp.where(jnp.arange(decays.shape[2]) < length, decays, 0)
+    if segments is not None:
+        last = jax.lax.dynamic_slice_in_dim(segments, length - 1, 1, axis=1)
+        segments = jnp.where(jnp.arange(segments.shape[1]) < length, segments, last)
+    return replace(spec, log_decay=decays, segment_ids=segments)
+
+
+def _prefill_state(
+    q: Array, k: Array, v: Array, cache: StateCache, spec: AttentionSpec, seen: Int[Array, ""]
+) -> tuple[Array, Cache]:
+    counts = (jnp.arange(v.shape[2]) < seen)[None, None, :, None]
+    spec = _until(spec, seen)
+    known, segment = None, None
+    if spec.segment_ids is not None:
+        known, segment = linear.documents(spec.segment_ids), spec.segment_ids[:, -1].astype(jnp.int32)
+    out, state = linear.chunked(q, k, jnp.where(counts, v, 0), spec, known, cache.state, linear.Tuning.of_platform())
+    return out, StateCache(state, seen, segment)
 
 
 def decode_step(
@@ -200,24 +299,62 @@ def attend(
     q, k, v = checked_arrays(queries, keys, values)
     if q.shape[2] != 1:
         raise ValueError(f"decode_step takes one token, got {q.shape[2]}; prefill takes many")
+    _check_kind(cache, spec)
     q, k = prepare(q, k, spec, cache.length)
     q = formula.grouped(q, k.shape[1])[..., 0, :]  # (B, NKV, G, DHQK): with two axes of 1, XLA:CPU copies the cache
+    segment = None if spec.segment_ids is None else spec.segment_ids.astype(jnp.int32)
     if isinstance(cache, StateCache):
-        state = cache.state + product("bksd,bkse->bkde", k, v) / math.sqrt(q.shape[-1])
-        out, entry = product("bkgd,bkde->bkge", q.astype(F32), state), Entry(state, None)
+        state = _state_with(k, v, cache, spec)
+        out, entry = product("bkgd,bkde->bkge", q.astype(F32), state), Entry(state, None, segment=segment)
     else:
-        out, entry = _attend_to_tokens(q, k, v, cache, spec), Entry(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+        out = _attend_to_tokens(q, k, v, cache, spec)
+        entry = Entry(k.astype(cache.k.dtype), v.astype(cache.v.dtype), segment=segment)
+        if cache.terms is not None:
+            falls, own = _own_terms(spec, *k.shape[:2])
+            entry = entry._replace(log_decay=falls, log_input_gate=own)
     return out.astype(values.dtype).reshape(*queries.shape[:-1], v.shape[-1]), entry
 
 
 def append(cache: Cache, entry: Entry) -> Cache:
     """The cache after the token of :func:`attend`."""
     if isinstance(cache, StateCache):
-        return StateCache(entry.key, cache.length + 1)
+        return StateCache(entry.key, cache.length + 1, None if entry.segment is None else entry.segment[..., 0])
     assert entry.value is not None
     slot = jnp.max(cache.length) % cache.k.shape[-2]
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=cache.k.ndim - 2)
-    return KVCache(put(cache.k, entry.key), put(cache.v, entry.value), cache.length + 1)
+    terms, segments = cache.terms, cache.segments
+    if terms is not None:
+        assert entry.log_decay is not None
+        assert entry.log_input_gate is not None
+        own = entry.log_input_gate
+        terms = jax.lax.dynamic_update_slice_in_dim(terms + entry.log_decay, own, slot, axis=terms.ndim - 1)
+    if segments is not None:
+        assert entry.segment is not None
+        segments = jax.lax.dynamic_update_slice_in_dim(segments, entry.segment, slot, axis=segments.ndim - 1)
+    return KVCache(put(cache.k, entry.key), put(cache.v, entry.value), cache.length + 1, terms, segments)
+
+
+def _own_terms(spec: AttentionSpec, batch: int, kv_heads: int) -> tuple[Array, Array]:
+    """(ℓ, log i) of the token, (B, NKV, 1) each; 0 where the spec lacks it."""
+    none = jnp.zeros((batch, kv_heads, 1), F32)
+    return (
+        none if spec.log_decay is None else spec.log_decay,
+        none if spec.log_input_gate is None else spec.log_input_gate,
+    )
+
+
+def _state_with(k: Array, v: Array, cache: StateCache, spec: AttentionSpec) -> Float32[Array, "B NKV DHQK DHV"]:
+    """The state that includes the token."""
+    before, added = cache.state, product("bksd,bkse->bkde", k, v) / math.sqrt(k.shape[-1])
+    if spec.log_decay is not None:
+        before = before * jnp.exp(spec.log_decay)[..., None]
+    if spec.log_input_gate is not None:
+        added = added * jnp.exp(spec.log_input_gate)[..., None]
+    if cache.segment is not None:
+        assert spec.segment_ids is not None
+        goes_on = (spec.segment_ids[:, 0] == cache.segment) | (cache.length == 0)
+        before = jnp.where(goes_on[:, None, None, None], before, 0)
+    return before + added
 
 
 def _attend_to_tokens(q: Array, k: Array, v: Array, cache: KVCache, spec: AttentionSpec) -> Array:
@@ -225,10 +362,18 @@ def _attend_to_tokens(q: Array, k: Array, v: Array, cache: KVCache, spec: Attent
     t, capacity = cache.length, cache.k.shape[2]
     positions = _positions(t, capacity)
     # The new token comes last, and may always be attended to: no row is empty.
-    columns = Tokens(jnp.append(positions, t), exist=jnp.append(positions >= 0, True))
-    keep = formula.may_attend(Tokens(t[None]), columns, spec, None)
+    segments = spec.segment_ids
+    if cache.segments is not None and segments is not None:
+        segments = jnp.concatenate([cache.segments, segments.astype(jnp.int32)], axis=1)
+    columns = Tokens(jnp.append(positions, t), segments, exist=jnp.append(positions >= 0, True))
+    keep = formula.may_attend(Tokens(t[None], spec.segment_ids), columns, spec, None)
     scores = jnp.concatenate([formula.scores(q, cache.k.astype(q.dtype)), formula.scores(q, k)], axis=-1)
-    weights = formula.weights(formula.logits(scores[..., None, :], spec), keep, spec)[..., 0, :].astype(v.dtype)
+    terms = None
+    if cache.terms is not None:
+        falls, own = _own_terms(spec, *k.shape[:2])
+        terms = jnp.concatenate([cache.terms + falls, own], axis=-1)[:, :, None]
+    logits = formula.logits(scores[..., None, :], spec, terms)
+    weights = formula.weights(logits, keep, spec)[..., 0, :].astype(v.dtype)
     out = product("bkgs,bkse->bkge", weights[..., :-1], cache.v.astype(v.dtype))
     out = out + product("bkgs,bkse->bkge", weights[..., -1:], v)
     return out if spec.window is not None else jnp.where(t < capacity, out, jnp.nan)

@@ -84,8 +84,8 @@ def _of_terms(terms: Terms, logits: Array) -> Array:
 
 def gradients_of_logits(
     gradient: Scores, logits: Scores, spec: AttentionSpec, terms: Terms | None
-) -> tuple[Scores, Scores | None]:
-    """The gradients of :func:`logits`, of the scores and of the terms, one for each query head."""
+) -> tuple[Scores, Scores]:
+    """The gradients of :func:`logits`, of the scores and of terms that are there, for each query head."""
     if terms is None or not spec.activation.is_linear:
         return gradient, gradient
     return gradient * jnp.exp(_of_terms(terms, logits)), gradient * logits

@@ -187,7 +187,7 @@ def _left_of(of: _Chunks) -> Float32[Array, "B NKV *n T"] | None:
     """What is left of a token's k vᵀ at the end of its chunk: i_s e^{Σ_{r>s} ℓ_r}, 0 if a document begins after it."""
     exponents = [decay.exclusive_to_end(of.log_decay)] if of.log_decay is not None else []
     exponents += [of.log_input_gate] if of.log_input_gate is not None else []
-    left = jnp.exp(sum(exponents)) if exponents else None  # type: ignore[arg-type]
+    left = jnp.exp(sum(exponents)) if exponents else None
     if of.runs is None:
         return left
     return jnp.where(of.runs == of.runs[..., -1:], jnp.float32(1) if left is None else left, 0)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from xattn.backend import dispatch
 from xattn.backend.activations import QKPreActivation
 from xattn.backend.arguments import checked_arrays, checked_spec
 from xattn.backend.linear import linear_with_state
+
+Gate = Float[Array, "B *NKV S"] | Float[Array, "B *NKV S 1"]
 
 
 @dataclass
@@ -26,6 +30,10 @@ class mLSTMBackendAttentionConfig:
     activation_function: str = "softmax"
     qk_pre_activation_function: QKPreActivation = "none"
     theta: float = 10000.0
+    gates: Literal["none", "sigmoid"] = "none"
+    """``none`` ignores the gates of an mLSTM. ``sigmoid`` applies them: f as a decay, i as an input gate."""
+    rotary_fraction: float = 1.0
+    """Share of a head's channels that RoPE rotates, the first ones; an mLSTM has 0."""
 
     def assign_model_config_params(self, model_config: Any) -> None:
         """Take the context length from the model's config."""
@@ -48,8 +56,8 @@ class mLSTMBackendAttention(nn.Module):
         q: Float[Array, "B *NH S DHQK"],
         k: Float[Array, "B *NKV S DHQK"],
         v: Float[Array, "B *NKV S DHV"],
-        i: Array | None = None,
-        f: Array | None = None,
+        i: Gate | None = None,
+        f: Gate | None = None,
         c_initial: Float[Array, "B *NKV DHQK DHV"] | None = None,
         n_initial: Array | None = None,
         m_initial: Array | None = None,
@@ -64,17 +72,25 @@ class mLSTMBackendAttention(nn.Module):
         the S tokens seen. Pass the state that one call returns to the next, whose positions count from 0 again: two
         halves equal the whole at any cut. Softmax and sigmoid have no such state.
 
+        With ``gates="sigmoid"`` it is the mLSTM with sigmoid gates (arXiv 2503.14376) without its normaliser::
+
+            C_t = σ(f_t) C_{t−1} + σ(i_t) k_t v_tᵀ / √DHQK,   out_t = q_t · C_t
+
+        and under softmax and sigmoid the logs of the gates are added to the logits, as
+        :func:`xattn.backend.api.attention` says of log_decay and log_input_gate.
+
         Args:
-            i, f: input and forget gates of an mLSTM; accepted and ignored.
+            i, f: input and forget gates before their sigmoid, float, one for each key/value head and token: (B, NH, S)
+                or (B, NH, S, 1); (B, S) or (B, S, 1) where q has three axes. Accepted and ignored with gates="none".
             c_initial: under ``none`` a state, used in float32; else None.
             n_initial, m_initial: must be None: there is no normaliser, and no running maximum.
             return_last_states: under ``none``, return ``(out, (c, None, None))``; else must be False.
 
         Raises:
-            ValueError: a state that the activation does not have, or one of the wrong shape; and whatever
+            ValueError: a state that the activation does not have, or one of the wrong shape; with gates="sigmoid" a
+                gate that is None or of another shape; an unknown choice of gates; and whatever
                 :func:`xattn.backend.api.attention` raises.
         """
-        del i, f
         for name, state in (("n_initial", n_initial), ("m_initial", m_initial)):
             if state is not None:
                 raise ValueError(f"attention has no such state: {name} must be None, got shape {state.shape}")
@@ -88,6 +104,11 @@ class mLSTMBackendAttention(nn.Module):
             qk_pre_activation_function=config.qk_pre_activation_function,
             theta=config.theta,
             context_length=None if config.context_length == -1 else config.context_length,
+            batch=q.shape[0],
+            num_kv_heads=k.shape[1],
+            rotary_fraction=config.rotary_fraction,
+            log_decay=self._log_sigmoid("f", f, k, one_head),
+            log_input_gate=self._log_sigmoid("i", i, k, one_head),
         )
         if c_initial is None and not return_last_states:
             out = dispatch.compute(q, k, v, spec)
@@ -104,3 +125,20 @@ class mLSTMBackendAttention(nn.Module):
         if one_head:
             out, state = out[:, 0], state[:, 0]
         return (out, (state, None, None)) if return_last_states else out
+
+    def _log_sigmoid(
+        self, name: str, gate: Gate | None, k: Float[Array, "B NKV S DHQK"], one_head: bool
+    ) -> Float32[Array, "B NKV S"] | None:
+        """log σ of a gate's pre-activation; None where gates are not applied."""
+        if self.config.gates == "none":
+            return None
+        if self.config.gates != "sigmoid":
+            raise ValueError(f"unknown gates {self.config.gates!r}; choices: none, sigmoid")
+        batch, heads, length, _ = k.shape
+        axes, shape = ("(B, S)", (batch, length)) if one_head else ("(B, NH, S)", (batch, heads, length))
+        if gate is None or gate.shape not in (shape, (*shape, 1)):
+            got = "None" if gate is None else f"shape {gate.shape}"
+            raise ValueError(
+                f"gates='sigmoid' needs the gate {name} of shape {axes} = {shape}, or {(*shape, 1)}; got {got}"
+            )
+        return jax.nn.log_sigmoid(gate.reshape(batch, heads, length).astype(jnp.float32))
