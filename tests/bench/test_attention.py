@@ -50,6 +50,12 @@ def test_the_forward_alone_in_bfloat16_with_a_window_and_a_limit(tmp_path: Path)
     assert all("GB of memory" in s["reason"] for s in record["skipped"])
 
 
+def test_a_decay_is_measured_beside_none(tmp_path: Path) -> None:
+    record = run(tmp_path, "--lengths", "32", "--activations", "none", "--decay", "none", "input")
+    assert {"linear", "linear+decay", "blockwise+decay"} <= {r["name"] for r in record["results"]}
+    assert {s["name"]: s["reason"] for s in record["skipped"]}["jax.nn+decay"] == "it has no decay"
+
+
 def test_a_wrong_name_is_named() -> None:
     with pytest.raises(BadInput, match="--implementations: invalid choice: 'magic'"):
         main(["--implementations", "magic"])

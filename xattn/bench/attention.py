@@ -6,11 +6,15 @@ temporaries, which is exact and needs no run. The peak of the whole process is r
 means something for one implementation at one length only:
 
     xattn bench attention --implementations blockwise --activations softmax --lengths 16384 --heads 4 --repeats 1
+
+``--decay none input`` measures each without and with a decay of its own for every head and token, its gradient
+included: half-lives are spread from 2 to S.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import statistics
 import sys
@@ -33,6 +37,8 @@ from xattn.tracking.display import Screen
 
 PEER = "jax.nn"
 """The name under which ``jax.nn.dot_product_attention`` stands in the results."""
+DECAYED = "+decay"
+"""What follows the name of an implementation that is measured with a decay."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arrays = _arrays(options, length)
         for activation in options.activations:
             subjects = []
-            for name in options.implementations:
-                made = _prepare(name, activation, arrays, options)
+            for name, decay in itertools.product(options.implementations, options.decay):
+                made = _prepare(name, activation, arrays, options, has_decay=decay == "input")
                 if isinstance(made, Skipped):
                     skipped.append(made)
                 else:
@@ -114,6 +120,7 @@ def _parser() -> Parser:
     parser.add_argument("--kv-heads", type=int, help="default: as many as --heads")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--window", type=int)
+    parser.add_argument("--decay", nargs="+", choices=("none", "input"), default=["none"])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--passes", choices=("forward", "forward+backward"), default="forward+backward")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each implementation")
@@ -125,24 +132,26 @@ def _parser() -> Parser:
 
 
 def _arrays(options: argparse.Namespace, length: int) -> tuple[jax.Array, ...]:
-    """q, k, v and the cotangent of the output."""
+    """q, k, v, the cotangent of the output, and a log decay."""
     kv_heads = options.kv_heads or options.heads
     rng = np.random.default_rng(0)
-    return tuple(
+    qkvg = tuple(
         jnp.asarray(rng.standard_normal((options.batch, heads, length, options.head_dim), np.float32), options.dtype)
         for heads in (options.heads, kv_heads, kv_heads, options.heads)
     )
+    half_lives = np.exp(rng.uniform(np.log(2), np.log(max(length, 2)), (options.batch, kv_heads, length)))
+    return *qkvg, jnp.asarray(-np.log(2) / half_lives, jnp.float32)
 
 
 def _prepare(
-    name: str, activation: str, arrays: tuple[jax.Array, ...], options: argparse.Namespace
+    name: str, activation: str, arrays: tuple[jax.Array, ...], options: argparse.Namespace, *, has_decay: bool
 ) -> Subject | Skipped:
-    length = arrays[0].shape[2]
-    if reason := _refusal(name, activation, arrays, options):
-        return Skipped(name, activation, length, reason)
+    length, shown = arrays[0].shape[2], name + DECAYED * has_decay
+    if reason := _refusal(name, activation, arrays, options, has_decay):
+        return Skipped(shown, activation, length, reason)
     if name == PEER:
 
-        def call(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def call(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> jax.Array:
             q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
             window = None if options.window is None else (options.window - 1, 0)
             out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
@@ -150,13 +159,15 @@ def _prepare(
 
     else:
 
-        def call(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, k, v, activation_function=activation, window=options.window, implementation=name)
+        def call(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> jax.Array:
+            given: Any = {"log_decay": log_decay} if has_decay else {}
+            choices: Any = {"activation_function": activation, "window": options.window, "implementation": name}
+            return attention(q, k, v, **choices, **given)
 
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Any:
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, log_decay: jax.Array) -> Any:
         if options.passes == "forward":
-            return call(q, k, v)
-        out, vjp = jax.vjp(call, q, k, v)
+            return call(q, k, v, log_decay)
+        out, vjp = jax.vjp(call, q, k, v, log_decay)
         return out, vjp(g)
 
     traced = jax.jit(both).lower(*arrays)
@@ -167,17 +178,19 @@ def _prepare(
     assert memory is not None, "CPU, GPU and TPU programs all know their memory"
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     if needed > options.memory_limit * 1e9:
-        return Skipped(name, activation, length, f"needs {needed / 1e9:.1f} GB of memory (--memory-limit)")
-    return Subject(name, activation, length, compiled, seconds, needed)
+        return Skipped(shown, activation, length, f"needs {needed / 1e9:.1f} GB of memory (--memory-limit)")
+    return Subject(shown, activation, length, compiled, seconds, needed)
 
 
-def _refusal(name: str, activation: str, arrays: tuple[jax.Array, ...], options: argparse.Namespace) -> str | None:
+def _refusal(
+    name: str, activation: str, arrays: tuple[jax.Array, ...], options: argparse.Namespace, has_decay: bool
+) -> str | None:
     """Why the named one can't serve, or None."""
     if name == PEER:
-        return None if activation == "softmax" else "it has softmax only"
+        return "it has no decay" if has_decay else None if activation == "softmax" else "it has softmax only"
     if name == dispatch.AUTO:
         return None
-    q, k, v, _ = arrays
+    q, k, v, *_ = arrays
     call = dispatch.Call(
         activation=activations.activation(activation),
         dtype=q.dtype.name,
@@ -188,6 +201,7 @@ def _refusal(name: str, activation: str, arrays: tuple[jax.Array, ...], options:
         head_dim_qk=q.shape[3],
         head_dim_v=v.shape[3],
         window=options.window,
+        has_decay=has_decay,
     )
     missing = dispatch.row(name).refusal(call)
     return missing and f"it does not support {missing}"
