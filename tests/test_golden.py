@@ -80,6 +80,7 @@ def test_a_kind_of_layers_is_evaluated_under_other_numbers(outputs: Path) -> Non
     base = run.evaluate()["val_loss"]
     assert run.evaluate(["backend.then.theta=3"])["val_loss"] != base
     assert run.evaluate(["backend.theta=3"])["val_loss"] != base
+    assert run.evaluate(["backend.then.logit_scale=3"])["val_loss"] != base
     # n stays that of training; a window of all tokens changes nothing.
     assert run.evaluate(["backend.then.window=16"])["val_loss"] == pytest.approx(base, rel=1e-5)
     with pytest.raises(BadInput, match="cannot be changed here"):
@@ -87,6 +88,8 @@ def test_a_kind_of_layers_is_evaluated_under_other_numbers(outputs: Path) -> Non
     (alone,) = (run.name for run in RUNS if run.name.startswith("sigmoid"))
     with pytest.raises(BadInput, match="layers of one kind"):
         xattn.load(outputs / alone).evaluate(["backend.then.theta=3"])
+    single = xattn.load(outputs / alone)
+    assert single.evaluate(["backend.logit_scale=3"])["val_loss"] != single.evaluate()["val_loss"]
 
 
 def test_the_report_reads_all_ages_as_one_study(outputs: Path) -> None:
@@ -191,7 +194,7 @@ def test_absence_keeps_its_meaning_when_the_default_changes(monkeypatch: pytest.
     monkeypatch.setitem(keys.ABSENT, "model.norm_eps", 1e-6)
     old = {"model": {"norm": "rmsnorm"}, "backend": {"every": 2, "then": {"theta": 3.0}}}
     assert keys.up_to_date(old)["model"]["norm_eps"] == 1e-6
-    assert keys.up_to_date(old)["backend"] == {"every": 2, "then": {"theta": 3.0}}
+    assert keys.up_to_date(old)["backend"]["then"] == {"theta": 3.0}
     assert keys.up_to_date({"model": {"norm_eps": 1e-5}})["model"]["norm_eps"] == 1e-5
     named = {"model.matmul_precision": "default", "model.norm_eps": 1e-6, "backend.every": None}
     assert keys.naming(named) == {"model.matmul_precision": "default"}

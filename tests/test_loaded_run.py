@@ -75,6 +75,8 @@ def test_logits_in_one_call(loaded: xattn.LoadedRun) -> None:
     apart = loaded.logits(tokens[0], segment_ids=np.arange(10) // 5)
     np.testing.assert_allclose(apart[:5], whole[0, :5], rtol=1e-5, atol=1e-5)
     assert np.abs(apart[5:] - whole[0, 5:]).max() > 1e-3
+    with pytest.raises(BadInput, match="segment_ids: an id comes back"):
+        loaded.logits(tokens[0], segment_ids=[0, 0, 1, 1, 1, 0, 0, 0, 2, 2])
     for bad, message in (
         (tokens - 1, "0 to 255, got -1"),
         (tokens + 250, "got 250 to 269"),

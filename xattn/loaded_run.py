@@ -23,7 +23,8 @@ from xattn.training import llama
 if TYPE_CHECKING:
     import jax
 
-    from xattn.model.transformer import LanguageModel, ModelHyperparameters
+    from xattn.model.hyperparameters import ModelHyperparameters
+    from xattn.model.transformer import LanguageModel
 
 # What an evaluation may change of a run's config.
 MAY_DIFFER = (
@@ -32,7 +33,7 @@ MAY_DIFFER = (
     *(
         f"{of}.{key}"
         for of in ("backend", "backend.then")
-        for key in ("theta", "sigmoid_bias", "window", "implementation")
+        for key in ("theta", "sigmoid_bias", "logit_scale", "window", "implementation")
     ),
 )
 
@@ -62,7 +63,7 @@ class LoadedRun:
 
         segment_ids: int, of the tokens' shape; tokens of different segments don't attend to each other.
 
-        Raises :class:`BadInput` for tokens that the vocabulary lacks.
+        Raises :class:`BadInput` for tokens that the vocabulary lacks, or a segment that is not in one piece.
         """
         import jax.numpy as jnp
         import numpy as np
@@ -72,9 +73,13 @@ class LoadedRun:
             raise BadInput(f"tokens must be integers of shape (B, S) or (S,), got {ids.dtype} of shape {ids.shape}")
         if ids.min() < 0 or ids.max() >= self.model.vocab_size:
             raise BadInput(f"tokens must be 0 to {self.model.vocab_size - 1}, got {ids.min()} to {ids.max()}")
-        segments = None if segment_ids is None else jnp.asarray(np.atleast_2d(segment_ids))
+        segments = None if segment_ids is None else np.atleast_2d(segment_ids)
+        if segments is not None and any(len(np.unique(row)) <= np.count_nonzero(np.diff(row)) for row in segments):
+            raise BadInput("segment_ids: an id comes back after another; give each document an id of its own")
         found: Any = self.model.apply(
-            {"params": self.params}, jnp.asarray(np.atleast_2d(ids)), self.hyperparameters, segment_ids=segments
+            {"params": self.params},
+            *(jnp.asarray(np.atleast_2d(ids)), self.hyperparameters),
+            segment_ids=None if segments is None else jnp.asarray(segments),
         )
         return found if ids.ndim == 2 else found[0]
 
@@ -144,7 +149,8 @@ class LoadedRun:
         from xattn.evaluation.attention import attention_study, statistics_row, study_windows
         from xattn.evaluation.loss import held_out_loss, score_windows
         from xattn.evaluation.probes import make_probes, places_of, run_probes
-        from xattn.model.transformer import LanguageModel, layer_hyperparameters, with_sigmoid_bias
+        from xattn.model.hyperparameters import layer_hyperparameters, with_sigmoid_bias
+        from xattn.model.transformer import LanguageModel
         from xattn.pack import choose_attention
         from xattn.training.programs import hyperparameters
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -130,23 +130,26 @@ class Pack:
         from xattn.training.programs import ended, hyperparameters
 
         fresh = [compiled.init(hyperparameters(attempt.config)) for attempt in self._attempts]
-        restored = dict(zip(self._open, self._newest_of_all(fresh[0]), strict=True))
+        of_attempts = dict(zip(self._attempts, fresh, strict=True))
+        restored = self._newest_of_all(of_attempts)
         return [
             attempt.go_on_from(restored[attempt], state)
             if attempt in restored
             else Member(Progress(ended(state)), attempt.data.batch, active=False)
-            for attempt, state in zip(self._attempts, fresh, strict=True)
+            for attempt, state in of_attempts.items()
         ]
 
-    def _newest_of_all(self, shapes: TrainState) -> list[Restored | None]:
-        """A checkpoint of each open run, of one step; None where they begin.
+    def _newest_of_all(self, fresh: Mapping[Attempt, TrainState]) -> dict[Attempt, Restored | None]:
+        """A checkpoint of each open run, all of one step; None where they begin.
+
+        fresh: the state that each run begins with.
 
         Raises :class:`IntegrityError` where one has none that its rows of metrics.jsonl reach to.
         """
         at_most: int | None = None
         while True:
-            restored = [attempt.restore(shapes, at_most) for attempt in self._open]
-            steps = {0 if found is None else found.step for found in restored}
+            restored = {attempt: attempt.restore(fresh[attempt], at_most) for attempt in self._open}
+            steps = {0 if found is None else found.step for found in restored.values()}
             if 0 in steps:
                 for attempt in self._open:
                     attempt.refuse_to_lose_rows()
@@ -181,6 +184,9 @@ def choose_attention(config: Config, *, context: int, hardware: Hardware | None 
             head_dim_v=model.head_dim,
             window=backend.window,
             has_segment_ids=has_segments(config.data),
+            has_decay=backend.decay != "none",
+            has_input_gate=backend.input_gate != "none",
+            has_sink=backend.sink != "none",
             context=context,
             **where,
         )

@@ -35,23 +35,32 @@ def model_of(activation: str, *more: str) -> tuple[LanguageModel, Any]:
     return model, jax.tree.map(lambda leaf: jnp.asarray(0.5 * random.standard_normal(leaf.shape), jnp.float32), shapes)
 
 
-def by_formula(activation: str, params: Any, bias: float, rows: list[int], window: int) -> dict[str, np.ndarray]:
+def by_formula(
+    activation: str, params: Any, bias: float, rows: list[int], window: int, segments: Any = None
+) -> dict[str, np.ndarray]:
     """The statistics of the first layer in float64, row by row and key by key: name → (NH,)."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    layer = {name: params["layers"]["attention"][name]["kernel"][0] for name in ("query", "key", "value")}
+    attention = jax.tree.map(lambda leaf: leaf[0], params["layers"]["attention"])
+    layer = {name: attention[name]["kernel"] for name in ("query", "key", "value")}
     values: dict[str, list[np.ndarray]] = {}
-    for tokens in TOKENS:
+    for row, tokens in enumerate(TOKENS):
         x = params["token_embedding"]["embedding"][tokens]
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * params["layers"]["attention_norm"]["scale"][0]
         q, k, v = (x @ layer[name] for name in ("query", "key", "value"))
+        decay, gate = (_log_sigmoid(attention.get(name), x) for name in ("decay", "input_gate"))
         for t in rows:
             found: dict[str, list[float]] = {}
             for head in range(HEADS):
                 keys = [s for s in range(t + 1) if t - window < s]
+                keys = [s for s in keys if segments is None or segments[row][s] == segments[row][t]]
                 a = np.array([_logit(q[t, head * WIDTH : (head + 1) * WIDTH], k[s], t - s) for s in keys])
-                p = {"softmax": np.exp(a) / np.exp(a).sum(), "sigmoid": 1 / (1 + np.exp(-a - bias)), "none": a}[
-                    activation
-                ]
+                e = np.array([decay[s + 1 : t + 1].sum() + gate[s] for s in keys])
+                sink = np.exp(attention["sink"][head]) if "sink" in attention else 0.0
+                p = {
+                    "softmax": np.exp(a + e) / (sink + np.exp(a + e).sum()),
+                    "sigmoid": 1 / (1 + np.exp(-a - bias - e)),
+                    "none": a * np.exp(e),
+                }[activation]
                 share = abs(p) / abs(p).sum()
                 one: dict[str, float] = {"entropy": -(share * np.log(share)).sum(), "max_logit": a.max()}
                 one |= {"effective_keys": math.exp(one["entropy"]), "weight_sum": abs(p).sum()}
@@ -63,6 +72,11 @@ def by_formula(activation: str, params: Any, bias: float, rows: list[int], windo
             for name, each in found.items():
                 values.setdefault(name, []).append(np.array(each))
     return {name: np.max(x, 0) if name == "max_logit" else np.mean(x, 0) for name, x in values.items()}
+
+
+def _log_sigmoid(gate: Any, x: np.ndarray) -> np.ndarray:
+    """Of the pre-activations of the one key/value head, (S,)."""
+    return np.zeros(LENGTH) if gate is None else -np.log1p(np.exp(-x @ gate["kernel"] - gate["bias"]))[:, 0]
 
 
 def _logit(q: np.ndarray, k: np.ndarray, distance: int) -> float:
@@ -84,6 +98,21 @@ def test_every_statistic_is_its_formula(activation: str) -> None:
         if name != "weight_sum":  # of softmax it is 1 in every layer
             assert np.abs(values[0] - values[1]).max() > 1e-3, name
     np.testing.assert_allclose(study.maps.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_statistics_know_the_layers_terms_and_documents(activation: str) -> None:
+    """max_logit is the score alone; a sink takes weight, and no share; what follows the heads is not in output_norm."""
+    sink = ["backend.sink=learned"] if activation == "softmax" else []
+    after = ["model.exclusive=true", "model.output_norm=rmsnorm", "model.output_gate=head"]
+    model, params = model_of(activation, "backend.decay=input", "backend.input_gate=sigmoid", *sink, *after)
+    segments = np.asarray([[0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]], np.int32)
+    study = attention_study(model)(params, HYPER, WINDOWS._replace(segment_ids=segments))
+    expected = by_formula(activation, params, -1.5, list(range(LENGTH)), LENGTH, segments)
+    for name, values in study.statistics.items():
+        np.testing.assert_allclose(values[0], expected[name], rtol=2e-4, atol=1e-5, err_msg=name)
+    if sink:
+        assert (study.statistics["weight_sum"] < 0.95).all()
 
 
 def test_of_a_long_sequence_some_rows_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from xattn.evaluation import attention as study
 from xattn.model.functions import rms_norm
 from xattn.model.generation import empty_caches
 from xattn.model.pattern import layers_of
-from xattn.model.transformer import LanguageModel, Layer, LayerHyperparameters, attention_inputs, init_params
+from xattn.model.transformer import LanguageModel, Layer, LayerHyperparameters, Stream, attention_inputs, init_params
 
 from .test_transformer import SMALL, TOKENS, V
 
@@ -96,7 +96,7 @@ def assert_close(one: Any, other: Any, **tolerance: float) -> None:
 def one_layer(model: LanguageModel, params: Any, x: jax.Array, hyper: Any) -> Any:
     """The stream after a layer of a model whose layers are all alike."""
     layer = Layer(model.config, model.backend, False)
-    return layer.apply({"params": params}, x, hyper, None, None, None)[0]
+    return layer.apply({"params": params}, Stream(x, None), hyper, None, None, None)[0].x
 
 
 def layer_by_layer(params: Any, num_layers: int, every: int, *of_kinds: tuple[str, ...]) -> np.ndarray:
@@ -338,7 +338,7 @@ def test_each_kind_reads_its_own_numbers() -> None:
     assert by_number["backend"].sigmoid_bias == by_number["then"].sigmoid_bias == 0  # it is learned, or there is none
 
     def inputs(hyper: Any) -> dict[str, Any]:
-        """(q, k, v, bias) of the layers, by their numbers."""
+        """What attention gets in the layers, by their numbers."""
         found = inputs_of(model, params, hyper)
         rows = layers_of(model.backend, 3)
         return {

@@ -213,6 +213,32 @@ def test_layers_of_two_kinds_are_one_devices_and_go_on_another_mesh(tmp_path: Pa
     np.testing.assert_allclose(score(after, state), evaluated, rtol=1e-5)
 
 
+def test_all_terms_are_one_devices_with_rows_sequence_heads_and_parameters_split() -> None:
+    """Decaying states from device to device, a ring with a sink, convolutions over the stretches' borders, the first
+    layer's values; in layers of two kinds, with one after the last period. No output_norm: what ``exclusive`` leaves
+    can be small, and a norm makes its rounding large."""
+    meaning = (
+        *("backend=none", "backend.decay=input", "backend.input_gate=sigmoid", "backend.rotary_fraction=0.5"),
+        *("model.num_layers=3", "model.conv=3", "model.value_residual=first", "model.exclusive=true"),
+        *("model.output_gate=channel", "backend.every=2", "backend.logit_scale=1.5"),
+    )
+    then = "activation: softmax, decay: alibi, input_gate: none, sink: learned"
+    kinds = (*meaning, f"backend.then={{{then}}}")
+    split = (
+        *(*meaning, "backend.implementation=linear", f"backend.then={{{then}, implementation: ring}}"),
+        *("parallel.context=2", "parallel.tensor=2", "parallel.fsdp=2"),
+    )
+    one, evaluated = alone(*kinds)
+    assert one[-1] < one[0] - 0.3
+    run = compiled(*split)
+    state, losses = trained(run, run.init(hyperparameters(config_of(*kinds))), 0, STEPS)
+    attention = state.params["layers"]["attention"]
+    assert shards(attention["output_gate"]["kernel"]) == 4
+    assert shards(attention["value_taps"]) == shards(state.params["then_layers"]["attention"]["sink"]) == 2
+    np.testing.assert_allclose(losses, one, rtol=1e-5)
+    np.testing.assert_allclose(score(run, state), evaluated, rtol=1e-5)
+
+
 def test_a_tree_is_brought_together_for_programs_that_know_no_mesh() -> None:
     state = compiled("backend=sigmoid", *MIXED).init(hyperparameters(config_of("backend=sigmoid")))
     whole = on_one_device(state.params)

@@ -85,15 +85,28 @@ def test_a_run_is_the_same_on_any_mesh_and_its_program_is_not() -> None:
     assert program_key(spread) == program_key(compose(["parallel=data"]))
 
 
-@pytest.mark.parametrize("model", [[], ["model=gpt2"], ["model.mlp=gelu"], ["model.embeddings=tied"]])
+TERMS = [
+    *("backend.activation=softmax", "backend.sigmoid_bias=auto", "backend.sink=learned", "backend.input_gate=sigmoid"),
+    *("model.conv=3", "model.value_residual=first", "model.output_norm=rmsnorm", "model.output_gate=channel"),
+]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *([], ["model=gpt2"], ["model.mlp=gelu"], ["model.embeddings=tied"]),
+        *([*TERMS, "backend.decay=input"], [*TERMS, "backend.decay=learned"]),
+    ],
+)
 def test_every_matrix_and_embedding_has_a_rule(model: list[str]) -> None:
     """A parameter that nobody has thought of would lie whole on each device."""
-    config = compose([*model, *TINY, "backend=sigmoid", "backend.sigmoid_bias=learned", "model.mlp_dim=8"])
+    config = compose([*TINY, "backend=sigmoid", "backend.sigmoid_bias=learned", "model.mlp_dim=8", *model])
     model, tokens = LanguageModel(config.model, config.backend, 256), jnp.zeros((1, 8), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, LayerHyperparameters(1e4, 0.0))["params"]
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
         rule = PARAMETERS.get((path[-2].key, path[-1].key))
-        assert rule is not None or parameter_role(path) == "vector", jax.tree_util.keystr(path)
+        of_heads = path[-1].key in ("bias", "decay_bias", "sink", "query_taps", "key_taps", "value_taps")
+        assert rule is not None or (parameter_role(path) == "vector" and not of_heads), jax.tree_util.keystr(path)
         assert rule is None or len(rule) <= leaf.ndim
 
 

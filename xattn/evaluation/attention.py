@@ -21,16 +21,16 @@ import numpy as np
 from xattn.backend.reference import attended
 from xattn.backend.spec import AttentionSpec, product
 from xattn.data.batches import Windows
+from xattn.model.attention import OF_TOKENS, Inputs, of_terms
 from xattn.model.config import BackendConfig
-from xattn.model.pattern import layers_of
-from xattn.model.transformer import (
-    LanguageModel,
+from xattn.model.hyperparameters import (
     LayerHyperparameters,
     ModelHyperparameters,
-    attention_inputs,
     layer_hyperparameters,
     layer_spec,
 )
+from xattn.model.pattern import layers_of
+from xattn.model.transformer import LanguageModel, attention_inputs
 
 WINDOWS = 4  # of evaluation's, the first of them
 MAP_SIDE = 64  # at most
@@ -57,12 +57,14 @@ def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
 
     - ``entropy``: mean over t of −Σ_s p_ts ln p_ts, in nats. ``effective_keys``: mean of its exponential: over how many
       keys a row would have to be spread evenly to have that entropy, 1 to t + 1.
-    - ``max_logit``: the greatest A_ts that may be attended to, before sigmoid's bias. Under ``none`` it is the greatest
-      weight.
-    - ``weight_sum``: mean of Σ_s |P_ts|; 1 under softmax.
+    - ``max_logit``: the greatest score A_ts that may be attended to, logit scale included, before bias, decay and input
+      gate. Under ``none`` without a decay or an input gate it is the greatest weight.
+    - ``weight_sum``: mean of Σ_s |P_ts|. Under softmax it is 1, and with a sink 1 less the sink's weight.
     - ``first_token``: mean of p_t0, the share of the window's first token.
     - ``distance_<d>``: mean of Σ p_ts over d ≤ t − s < d', with d = 0, 1, 4, 16, … and d' the next of them.
-    - ``output_norm``: mean of ‖out_t‖₂, before the output projection.
+    - ``output_norm``: mean of ‖out_t‖₂, before the terms on a head's output and the output projection.
+
+    So the shares p are of the weight that keys have, and a sink has no share.
 
     out_shardings: where the results lie, of parameters on several devices: a sharding that every host can read.
     """
@@ -112,25 +114,24 @@ def statistics_row(study: AttentionStudy) -> dict[str, float]:
 
 
 def _of_layer(
-    segment_ids: Any, kind: BackendConfig, hyperparameters: LayerHyperparameters, inputs: tuple[jax.Array, ...]
+    segment_ids: Any, kind: BackendConfig, hyperparameters: LayerHyperparameters, inputs: Inputs
 ) -> AttentionStudy:
-    """Of one layer, over all windows: (q, k, v, bias), the first three (windows, NH or NKV, S, ·)."""
-    *qkv, bias = inputs
+    """Of one layer, over all windows, which are the first axis of the arrays of tokens."""
 
-    def of_window(inputs: Any) -> AttentionStudy:
-        q, k, v, segment_ids = jax.tree.map(lambda x: x[None], inputs)
+    def of_window(of_tokens: Any) -> AttentionStudy:
+        of_tokens, segment_ids = jax.tree.map(lambda x: x[None], of_tokens)
+        one = inputs._replace(**of_tokens)
         spec = layer_spec(
             kind,
-            num_heads=q.shape[1],
-            theta=hyperparameters.theta,
-            sigmoid_bias=bias,
-            logit_scale=hyperparameters.logit_scale,
-            length=q.shape[2],
+            num_heads=one.q.shape[1],
+            num_kv_heads=one.k.shape[1],
+            length=one.q.shape[2],
             segment_ids=segment_ids,
+            **(hyperparameters._asdict() | of_terms(one)),
         )
-        return _of_window(q, k, v, spec)
+        return _of_window(one.q, one.k, one.v, spec)
 
-    each = jax.lax.map(of_window, (*qkv, segment_ids))
+    each = jax.lax.map(of_window, ({name: getattr(inputs, name) for name in OF_TOKENS}, segment_ids))
     over = {name: jnp.max if name.startswith("max") else jnp.mean for name in each.statistics}
     return AttentionStudy({name: over[name](x, axis=0) for name, x in each.statistics.items()}, each.maps[0])
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from xattn.backend import activations
 from xattn.data.batches import Windows
-from xattn.model.transformer import LanguageModel, ModelHyperparameters
+from xattn.model.hyperparameters import ModelHyperparameters
+from xattn.model.transformer import LanguageModel
 
 ScoreWindows = Callable[[Any, ModelHyperparameters, Windows], jax.Array]
 

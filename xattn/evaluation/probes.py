@@ -35,8 +35,9 @@ from xattn.data.tokenizer import TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 from xattn.evaluation.config import ProbeName
 from xattn.model.config import BackendConfig
+from xattn.model.hyperparameters import ModelHyperparameters, with_sigmoid_bias
 from xattn.model.loss import next_token_losses
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, with_sigmoid_bias
+from xattn.model.transformer import LanguageModel
 
 SEQUENCES = 64  # of a task that is a probe
 LONGEST = 8  # times context_length, for extrapolation

@@ -17,8 +17,12 @@ import numpy as np
 
 from xattn.backend.decode import grow, init_cache
 from xattn.backend.spec import AttentionSpec
+from xattn.model.attention import LayerCache
+from xattn.model.config import ModelConfig
+from xattn.model.convolution import Recent
+from xattn.model.hyperparameters import ModelHyperparameters, layer_hyperparameters, layer_spec
 from xattn.model.pattern import Caches, layers_of
-from xattn.model.transformer import LanguageModel, ModelHyperparameters, layer_hyperparameters, layer_spec
+from xattn.model.transformer import LanguageModel
 
 # Tokens that one call of the device draws: what is streamed arrives in such pieces.
 CHUNK = 16
@@ -83,18 +87,26 @@ def stream(
     caches = empty_caches(model, hyperparameters, batch=1, capacity=capacity)
     logits, caches = _read(model, params, hyperparameters, padded[None], jnp.int32(len(prompt)), caches)
     for done in range(0, num_tokens, CHUNK):
-        caches = {kind: grow(cache, specs[kind], CHUNK) for kind, cache in caches.items()}
+        caches = {
+            kind: cache._replace(attention=grow(cache.attention, specs[kind], CHUNK)) for kind, cache in caches.items()
+        }
         drawn_by = (key, *_as_arrays(sampling, model.vocab_size))
         logits, caches, tokens = _decode(model, params, hyperparameters, logits, caches, jnp.int32(done), *drawn_by)
         yield np.asarray(tokens)[: num_tokens - done]
 
 
-def empty_caches(model: LanguageModel, hyperparameters: ModelHyperparameters, *, batch: int, capacity: int) -> Caches:
-    """Caches for :meth:`LanguageModel.decode` that have seen nothing: one of each layer, stacked for each kind."""
+def empty_caches(
+    model: LanguageModel, hyperparameters: ModelHyperparameters, *, batch: int, capacity: int, documents: bool = False
+) -> Caches:
+    """Caches for :meth:`LanguageModel.decode` that have seen nothing: one of each layer, stacked for each kind.
+
+    documents: whether the calls give segment_ids.
+    """
     config, found = model.config, {}
     layers = layers_of(model.backend, config.num_layers)
     for kind, spec in _specs(model, hyperparameters).items():
-        cache = init_cache(
+        backend = model.backend.kinds[kind]
+        attention = init_cache(
             spec,
             batch=batch,
             num_kv_heads=config.kv_heads,
@@ -102,9 +114,22 @@ def empty_caches(model: LanguageModel, hyperparameters: ModelHyperparameters, *,
             head_dim_v=config.head_dim,
             capacity=capacity,
             dtype=jnp.dtype(config.dtype),
+            fades=backend.decay != "none" or backend.input_gate != "none",
+            documents=documents,
         )
+        cache = LayerCache(attention, _nothing_recent(config, batch, documents))
         found[kind] = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(layers[kind])), cache)  # noqa: B023
     return found
+
+
+def _nothing_recent(config: ModelConfig, batch: int, documents: bool) -> Recent | None:
+    """What a layer's convolutions look at before the first token."""
+    if config.conv is None:
+        return None
+    shape = batch, config.conv - 1
+    heads = {"query": config.num_heads, "key": config.kv_heads, "value": config.kv_heads}
+    rows = {name: jnp.zeros((*shape, n * config.head_dim), config.dtype) for name, n in heads.items()}
+    return Recent(rows, jnp.zeros(shape, jnp.int32) if documents else None)
 
 
 def draw(

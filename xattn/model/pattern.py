@@ -15,14 +15,17 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from xattn.backend.decode import Cache
+from xattn.model.attention import LayerCache
 from xattn.model.config import BackendConfig
 
-Caches = Mapping[str, Cache]
-"""Kind of layer → the cache of :mod:`xattn.backend.decode` with one more axis in front, the layers of that kind."""
+Caches = Mapping[str, LayerCache]
+"""Kind of layer → its cache with one more axis in front, the layers of that kind."""
 
-RunLayer = Callable[[str, Any, jax.Array, Cache | None, jax.Array | None], tuple[jax.Array, Any]]
-"""(kind, parameters, the residual stream, cache, dropout key) of a layer → (the stream, what else the layer gives)."""
+RunLayer = Callable[[str, Any, Any, LayerCache | None, jax.Array | None], tuple[Any, Any]]
+"""(kind, parameters, stream, cache, dropout key) of a layer → (the stream, what else the layer gives).
+
+The stream is what goes from layer to layer, a tree of arrays that keep their shapes.
+"""
 
 
 def layers_of(backend: BackendConfig, num_layers: int) -> dict[str, list[int]]:
@@ -45,7 +48,7 @@ def merged(of_kinds: Mapping[str, Any], num_layers: int, backend: BackendConfig)
 
 def run(
     layer: RunLayer,
-    x: jax.Array,
+    stream: Any,
     params: Mapping[str, Any],
     caches: Caches | None,
     keys: jax.Array | None,
@@ -53,7 +56,7 @@ def run(
     backend: BackendConfig,
     *,
     unrolled: bool,
-) -> tuple[jax.Array, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """The stream after all layers, and kind → what its layers give, stacked.
 
     params: with the entries of :func:`merged`. keys: of all layers, or None without dropout.
@@ -66,28 +69,30 @@ def run(
     for kind, count in (("backend", every - 1), ("then", 1)):
         stacks[kind] = (count, (params.get(f"{kind}_layers", {}), caches and caches[kind]))
 
-    def in_turn(x: jax.Array, arrays: Mapping[str, Any], layers: range) -> tuple[jax.Array, dict[str, Any]]:
+    def in_turn(stream: Any, arrays: Mapping[str, Any], layers: range) -> tuple[Any, dict[str, Any]]:
         given: dict[str, list[Any]] = {}
         for i in layers:
             kind = backend.kind_of(i)
             shared, key = _row(arrays["shared"], i)
             own, cache = _row(arrays[kind], len(given.setdefault(kind, [])))
-            x, gives = layer(kind, _both(shared, own), x, cache, key)
+            stream, gives = layer(kind, _both(shared, own), stream, cache, key)
             given[kind].append(gives)
-        return x, {kind: jax.tree.map(lambda *rows: jnp.stack(rows), *rows) for kind, rows in given.items()}
+        return stream, {kind: jax.tree.map(lambda *rows: jnp.stack(rows), *rows) for kind, rows in given.items()}
 
     looped = {
         name: jax.tree.map(lambda leaf: leaf[: periods * n].reshape(periods, n, *leaf.shape[1:]), arrays)  # noqa: B023
         for name, (n, arrays) in stacks.items()
     }
     unroll = periods if unrolled else 1
-    x, found = jax.lax.scan(lambda x, arrays: in_turn(x, arrays, range(every)), x, looped, unroll=unroll)
+    stream, found = jax.lax.scan(
+        lambda stream, arrays: in_turn(stream, arrays, range(every)), stream, looped, unroll=unroll
+    )
     found = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
     if num_layers % every:  # after the last full period, all of them of the kind ``backend``
         rest = {name: jax.tree.map(lambda leaf: leaf[periods * n :], arrays) for name, (n, arrays) in stacks.items()}  # noqa: B023
-        x, last = in_turn(x, rest, range(num_layers % every))
+        stream, last = in_turn(stream, rest, range(num_layers % every))
         found["backend"] = jax.tree.map(lambda *parts: jnp.concatenate(parts), found["backend"], last["backend"])
-    return x, found
+    return stream, found
 
 
 def _row(arrays: Any, index: int) -> Any:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xattn.errors import IntegrityError, storage_error
 from xattn.hosts import team
@@ -32,6 +33,7 @@ Which = Literal["last", "best"]
 KEPT = 2  # of the newest, besides the best
 _MANIFEST, _SEAL = "manifest.json", "manifest.sha256"
 _BAD = ".bad"
+_NUMBERS = "hyperparameters"  # the field of TrainState to which later versions add leaves
 _TEMPORARY, _DELETING = ".tmp-", ".deleting-"
 
 
@@ -160,7 +162,8 @@ class Checkpoints:
         """The newest :class:`TrainState` that passes the check, of no later step than ``at_most``, or None where none
         of these has a folder.
 
-        Its leaves lie on the devices as those of ``shapes``, on whichever they lay when it was saved. Of several
+        Its leaves lie on the devices as those of ``shapes``, on whichever they lay when it was saved. A number of the
+        hyperparameters that an older version did not have yet is that of ``shapes``. Of several
         processes all call this, and the first reads. Steps that fail are moved to ``checkpoints/.bad/`` and told of.
         Raises :class:`IntegrityError` where all fail.
         """
@@ -217,17 +220,41 @@ class Checkpoints:
         manifest = _checked_manifest(folder)
         expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _leaves(shapes)}
         there = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in manifest["leaves"][part].items()}
-        if expected != there:
-            odd = sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name))
+        new = {name for name in expected.keys() - there.keys() if name.startswith(f"['{_NUMBERS}']")}
+        if odd := sorted(
+            name for name in expected.keys() | there.keys() if name not in new and expected.get(name) != there.get(name)
+        ):
             raise IntegrityError(f"{part} do not fit this model, {odd[0]} for one")
         for name, digest in manifest["files"].items():
             if name.startswith(f"{part}/") and _file_digest(folder / name) != digest:
                 raise IntegrityError(f"{name} is not as it was written")
-        targets = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-        tree = self._orbax.restore(folder / part, args=ocp.args.StandardRestore(targets))
-        if _leaf_digests(tree) != manifest["leaves"][part]:
+        tree = self._restored(folder / part, shapes, new)
+        if {name: leaf for name, leaf in _leaf_digests(tree).items() if name not in new} != manifest["leaves"][part]:
             raise IntegrityError(f"{part} restored are not as they were saved")
         return tree, manifest["progress"]
+
+    def _restored(self, folder: Path, shapes: Any, new: set[str]) -> Any:
+        """The tree in a folder, of NumPy arrays. It lacks the hyperparameters ``new``: those are the ones of shapes."""
+        targets = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        if not new:
+            return self._orbax.restore(folder, args=ocp.args.StandardRestore(targets))
+
+        def keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+            return tuple(str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key) for key in path)
+
+        numbers = {_NUMBERS: shapes[_NUMBERS]}
+        known = [
+            (keys(path), np.empty(leaf.shape, leaf.dtype))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(numbers)
+            if jax.tree_util.keystr(path) not in new
+        ]
+        targets |= unflatten_dict(dict(known))  # the names of a NamedTuple's fields are what orbax saves
+        tree = self._orbax.restore(folder, args=ocp.args.StandardRestore(targets))
+        found = flatten_dict({_NUMBERS: tree[_NUMBERS]})
+        whole = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: found[keys(path)] if keys(path) in found else np.asarray(leaf), numbers
+        )
+        return tree | whole
 
     def _move_aside(self, step: int) -> Path:
         target = self.folder / _BAD / f"{step}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"

@@ -27,13 +27,8 @@ from xattn.evaluation.attention import Study, attention_study
 from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.evaluation.probes import PlacesOf, places_of
 from xattn.model.config import BackendConfig
-from xattn.model.transformer import (
-    LanguageModel,
-    LayerHyperparameters,
-    ModelHyperparameters,
-    init_params,
-    matmul_flops_per_token,
-)
+from xattn.model.hyperparameters import LayerHyperparameters, ModelHyperparameters
+from xattn.model.transformer import LanguageModel, init_params, matmul_flops_per_token
 from xattn.training.gradients import loss_and_gradient
 from xattn.training.optimizer import OptimizerHyperparameters, global_norm, learning_rate_factor, optimizer
 from xattn.training.sharding import Layout, layout_of

@@ -42,6 +42,16 @@ PARAMETERS: dict[tuple[str, str], tuple[str | None, ...]] = {
     ("up", "kernel"): ("embed", "hidden"),
     ("down", "kernel"): ("hidden", "embed"),
     ("attention", "sigmoid_bias"): ("heads",),
+    ("attention", "sink"): ("heads",),
+    ("attention", "decay_bias"): ("heads",),
+    ("decay", "kernel"): ("embed", "heads"),
+    ("decay", "bias"): ("heads",),
+    ("input_gate", "kernel"): ("embed", "heads"),
+    ("input_gate", "bias"): ("heads",),
+    ("attention", "query_taps"): (None, "heads"),
+    ("attention", "key_taps"): (None, "heads"),
+    ("attention", "value_taps"): (None, "heads"),
+    ("output_gate", "kernel"): ("embed", "heads"),
 }
 _ROWS = ("data", "fsdp")  # both split the rows of a batch
 
@@ -146,17 +156,18 @@ class Layout:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """While a program is traced here, the residual stream is split by rows and sequence."""
+        """While a program is traced here, what goes from layer to layer is split by rows and sequence."""
         if self.mesh is None:
             yield
             return
-        stream = self._sharding(P(_ROWS, "context", None))
+        # (B, S, D) of the residual stream, (B, NKV, S, DH) of the first layer's values; a flag has no axes.
+        of_axes = {3: P(_ROWS, "context", None), 4: P(_ROWS, P.UNCONSTRAINED, "context", None), 0: P()}
 
         def constrain(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             out = call(*args, **kwargs)
             if context.method_name != "__call__" or not isinstance(context.module, Layer | nn.Embed):
                 return out
-            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, stream), out)
+            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self._sharding(of_axes[x.ndim])), out)
 
         with jax.set_mesh(self.mesh), nn.intercept_methods(constrain):
             yield
