@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import DictConfig
 
 from xattn import config as xconfig
 from xattn.config import Config, compose, differences, run_hash, run_name
+from xattn.data.vocabulary import vocab_size
 from xattn.errors import BadInput
+from xattn.model.size import num_params
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 GOLDEN = Path(__file__).parent / "golden" / "default.yaml"
@@ -59,6 +63,11 @@ OTHER_VALUES: dict[str, Any] = {
     "backend.context_length": 40,
     "backend.sigmoid_bias": "learned",
     "backend.window": 7,
+    "backend.decay": "input",
+    "backend.input_gate": "sigmoid",
+    "backend.rotary_fraction": 0.5,
+    "backend.sink": "zero",
+    "backend.logit_scale": 2.0,
     "backend.implementation": "reference",
     "model.num_layers": 3,
     "model.num_heads": 2,
@@ -77,6 +86,12 @@ OTHER_VALUES: dict[str, Any] = {
     "model.remat": "dots",
     "model.dtype": "bfloat16",
     "model.matmul_precision": "bfloat16",
+    "model.conv": 3,
+    "model.value_residual": "first",
+    "model.exclusive": True,
+    "model.output_norm": "rmsnorm",
+    "model.output_gate": "head",
+    "model.parameters": 900_000,
     "data.path": "another",
     "data.field": "body",
     "data.tokenizer": "bpe",
@@ -304,6 +319,104 @@ def test_a_saved_config_is_read_back_as_it_was(overrides: list[str], tmp_path: P
     path.write_text(xconfig.save(config), encoding="utf-8")
     assert xconfig.load(path) == config
     assert run_name(xconfig.load(path)) == run_name(config)
+
+
+# ---- model.parameters ------------------------------------------------------------------------------------------------
+
+
+def parameters_of(config: Config) -> int:
+    return num_params(config.model, config.backend, vocab_size=vocab_size(config.data))
+
+
+def test_mlp_dim_is_chosen_for_a_number_of_parameters(tmp_path: Path) -> None:
+    """In each arm its own, whatever mlp_dim is typed; config.yaml has it, and is read as it stands."""
+    asked = ["model.parameters=900000"]
+    arms = [[], ["model.mlp=gelu"], ["model.output_gate=channel"], ["model.num_kv_heads=2", "data.documents=packed"]]
+    chosen = [compose([*arm, *asked]) for arm in arms]
+    assert len({config.model.mlp_dim for config in chosen}) == len(arms)
+    for arm, config in zip(arms, chosen, strict=True):
+        assert abs(parameters_of(config) - 900_000) <= 4 * 3 * 128 / 2  # half of what one hidden unit has
+        assert compose([*arm, *asked, "model.mlp_dim=5"]) == config
+        path = tmp_path / "config.yaml"
+        path.write_text(xconfig.save(config), encoding="utf-8")
+        assert yaml.safe_load(path.read_text("utf-8"))["model"]["mlp_dim"] == config.model.mlp_dim
+        assert xconfig.load(path) == config
+        values = yaml.safe_load(path.read_text("utf-8"))
+        assert xconfig.from_hydra(DictConfig(values)) == config
+    assert list(differences(compose(), chosen[0])) == ["model.mlp_dim", "model.parameters"]
+    assert compose(["model.parameters=null"]) == compose()
+
+
+def test_numbers_that_lead_to_one_mlp_dim_share_a_program_and_not_a_name() -> None:
+    exact = parameters_of(compose())
+    one, other, plain = compose([f"model.parameters={exact}"]), compose([f"model.parameters={exact + 1}"]), compose()
+    assert one.model.mlp_dim == other.model.mlp_dim == plain.model.mlp_dim
+    assert xconfig.program_key(one) == xconfig.program_key(other) == xconfig.program_key(plain)
+    assert len({run_hash(config) for config in (one, other, plain)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "vocabulary"),
+    [
+        ([], 256),
+        (["data.documents=separated"], 257),
+        (["data.tokenizer=bpe", "data.vocab_size=512"], 512),
+        (["data=mixture", "data.sources=[{path: a, weight: 1}]", "data.documents=packed"], 257),
+        (["data=hf", "data.dataset=d"], 256),
+        (["data=memmap", "data.path=p", "data.vocab_size=999"], 999),
+        (["data=mqar", "data.vocab_size=64"], 64),
+        (["data=copying", "data.vocab_size=65"], 65),
+    ],
+    ids=str,
+)
+def test_the_vocabulary_is_known_without_the_data(data: list[str], vocabulary: int) -> None:
+    """None of these corpora is there."""
+    config = compose([*data, "model.parameters=900000"])
+    assert vocab_size(config.data) == vocabulary
+    with_more = num_params(config.model, config.backend, vocab_size=vocabulary + 10)
+    assert abs(parameters_of(config) - 900_000) <= 768 < abs(with_more - 900_000)
+
+
+def test_the_vocabulary_of_a_tokenizers_file_is_read_from_it(tmp_path: Path) -> None:
+    """As it is now: another file of the same name is another vocabulary. Where none is needed none is read."""
+    file = tmp_path / "tokenizer.json"
+    typed = ["data=text", "data.path=nowhere", f"data.tokenizer={file}"]
+    compose(typed)
+    with pytest.raises(BadInput, match=r"^data\.tokenizer = .*No such file"):
+        compose([*typed, "model.parameters=900000"])
+    for words in (3, 300):
+        model = {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(words)}, "unk_token": "w0"}
+        file.write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}), "utf-8")
+        config = compose([*typed, "model.parameters=900000"])
+        assert abs(num_params(config.model, config.backend, vocab_size=words) - 900_000) <= 768
+
+
+def test_an_evaluation_on_other_data_leaves_the_model_as_it_is() -> None:
+    config = compose(["model.parameters=900000"])
+    amended = xconfig.amend(config, ["data=mqar", "data.vocab_size=4096"], may_differ=["data"])
+    assert amended.model == config.model
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["model.parameters=5"], "model.parameters = 5: must be at least 331136"),
+        (["model.parameters=0"], "model.parameters = 0: must be greater than 0"),
+        (["model.parameters=1e6"], "model.parameters = 1000000.0: must be a valid integer"),
+        (["model.parameters=many"], "model.parameters = 'many': must be a valid integer"),
+    ],
+)
+def test_a_number_of_parameters_that_cannot_be_is_bad_input(typed: list[str], told: str) -> None:
+    with pytest.raises(BadInput) as error:
+        compose(typed)
+    assert str(error.value).startswith(told)
+
+
+def test_a_model_that_starts_from_weights_has_their_size(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(BadInput) as error:
+        compose([f"model.init_from={tmp_path}", "model.parameters=900000"])
+    assert str(error.value).startswith("model.parameters = 900000: must be null with model.init_from")
 
 
 def test_a_config_is_frozen() -> None:

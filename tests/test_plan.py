@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -58,6 +59,51 @@ def test_of_two_kinds_of_layers_it_is_what_the_compiled_step_needs() -> None:
     assert found.flops_per_step == compiled.flops_per_step
     assert found.flops_per_step == planned(compose([*SMALL, "backend=none"])).flops_per_step
     assert compiled.peak_memory_bytes / 2 < found.memory_bytes < compiled.peak_memory_bytes * 2
+
+
+TERMS = [
+    *("model.conv=3", "model.value_residual=first", "model.exclusive=true", "model.output_norm=rmsnorm"),
+    "model.output_gate=channel",
+]
+
+
+def test_what_the_terms_around_attention_need_is_what_the_compiled_step_needs_more() -> None:
+    def needed(*overrides: str) -> tuple[int, int]:
+        config = compose([*SMALL, "backend.context_length=256", "backend.implementation=blockwise", *overrides])
+        compiled, _ = programs(config, 256)
+        found = planned(config)
+        assert found.flops_per_step == compiled.flops_per_step
+        return found.memory_bytes, compiled.peak_memory_bytes
+
+    (plain, compiled_plain), (with_terms, compiled_with_terms) = needed(), needed(*TERMS)
+    assert 0.5 < (compiled_with_terms - compiled_plain) / (with_terms - plain) < 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "then", "more"),
+    [
+        (["model.output_gate=channel", "model.conv=3"], "{theta: 500}", 3 * (2 * 64 * 64 + 2 * 3 * 3 * 64)),
+        (["backend.decay=input"], "{decay: none}", 2 * (2 * 64 * 2)),
+        (["backend.decay=none"], "{decay: input, input_gate: sigmoid}", 1 * (2 * 64 * 2 + 2 * 64 * 2)),
+    ],
+)
+def test_a_term_costs_in_the_layers_that_have_it(keys: list[str], then: str, more: int) -> None:
+    """Of three layers of width 64 and two heads the second is ``then``. more: FLOPs of a token's forward pass."""
+    plain, mixed = planned(compose(SMALL)), planned(compose([*SMALL, *keys, "backend.every=2", f"backend.then={then}"]))
+    assert mixed.flops_per_step - plain.flops_per_step == 3 * (8 * 128) * more
+    assert mixed.memory["activations"] > plain.memory["activations"]
+
+
+def test_one_kinds_terms_are_not_counted_for_the_others_layers() -> None:
+    """What each layer keeps, and while a layer's gradient is computed twice that of the greatest."""
+
+    def activations(*overrides: str) -> int:
+        config = [*SMALL, "model.num_layers=8", "backend.implementation=reference", *overrides]
+        return planned(compose(config)).memory["activations"]
+
+    none, every = activations(), activations("backend.decay=input")
+    one_of_four = activations("backend.every=4", "backend.then={decay: input}")
+    assert one_of_four - none == pytest.approx((every - none) * (2 + 2) / (8 + 2), rel=1e-6)
 
 
 @pytest.mark.parametrize(("layers", "every", "of_reference"), [(4, 2, 2), (5, 2, 2), (6, 3, 2), (5, 5, 1)])
@@ -174,13 +220,13 @@ def test_attention_is_what_it_would_be_on_the_devices_that_are_planned() -> None
         activations("tpu-v5p", "backend.implementation=cudnn")
 
 
-def test_packed_documents_go_round_the_ring_as_they_would_in_the_run() -> None:
+def test_packed_documents_of_linear_attention_send_states_too() -> None:
     config = [*SMALL, "backend=none", "backend.context_length=4096"]
     joined, packed = (
         planned(compose([*config, f"data.documents={documents}"]), ONE | {"context": 4}).communication["context"]
         for documents in ("joined", "packed")
     )
-    assert packed > 2 * joined  # a state a device, or all keys and values
+    assert packed == joined  # a state a device; keys and values would be more than twice as much
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +255,30 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["plan", *SMALL, *where, *words]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_a_number_of_parameters_is_that_of_the_vocabulary_that_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    for size in ([], ["--vocab-size", "5000"]):
+        assert main(["plan", *SMALL, "model.parameters=800000", "--device", "h100", *size, "--json"]) == 0
+        assert abs(json.loads(capsys.readouterr().out)["parameters"] - 800_000) <= 3 * 3 * 64 / 2
+    assert main(["plan", *SMALL, "model.parameters=500000", "--device", "h100", "--vocab-size", "50000"]) == 2
+    assert "model.parameters = 500000: must be at least 6" in capsys.readouterr().err
+
+
+def test_the_vocabulary_of_a_tokenizers_file_is_planned_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """data.vocab_size is another's, of bpe."""
+    file = tmp_path / "tokenizer.json"
+    typed = ["plan", *SMALL, "data=text", "data.path=nowhere", f"data.tokenizer={file}", "--device", "h100", "--json"]
+    assert main(typed) == 2
+    assert capsys.readouterr().err.startswith("xattn: data.tokenizer = ")
+    assert main([*typed, "--vocab-size", "70"]) == 0
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 70
+    model = {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(61)}, "unk_token": "w0"}
+    file.write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}), "utf-8")
+    assert main(typed) == 0
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 61
 
 
 def test_devices_are_known_by_what_jax_calls_them() -> None:

@@ -28,6 +28,7 @@ from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
 from xattn.keys import digest, flatten, has_effect, naming, naming_before_matmul_precision, up_to_date
 from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
+from xattn.model.size import mlp_dim_for
 from xattn.section import Section
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
@@ -131,7 +132,7 @@ def shaping(config: Config) -> Config:
     return config.model_copy(
         update={
             "backend": backend.model_copy(update=_unswept(backend) | {"then": then}),
-            "model": config.model.model_copy(update={"init_from": None}),
+            "model": config.model.model_copy(update={"init_from": None, "parameters": None}),
             "optimizer": config.optimizer.model_copy(
                 update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
             ),
@@ -186,10 +187,36 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def from_hydra(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
-    """Validates a config composed from these overrides.
+    """Validates a config composed from these overrides, and chooses mlp_dim where ``model.parameters`` is given.
 
     Raises :class:`BadInput` with a line for each bad key, five at most.
     """
+    config = _read(composed, overrides)
+    if config.model.parameters is None:
+        return config
+    from xattn.data.vocabulary import vocab_size
+
+    return sized(config, vocab_size(config.data))
+
+
+def sized(config: Config, vocab_size: int) -> Config:
+    """The config with the mlp_dim with which the model has ``model.parameters`` as nearly as possible; that of the
+    config, whatever was typed, has no say. Where ``model.parameters`` is null, the config as it is.
+
+    Raises :class:`BadInput` where no mlp_dim makes the model that small, or where ``model.init_from`` gives it a size.
+    """
+    model = config.model
+    if model.parameters is None:
+        return config
+    if model.init_from is not None:
+        raise BadInput(
+            f"model.parameters = {model.parameters}: must be null with model.init_from; mlp_dim is that of the weights"
+        )
+    chosen = mlp_dim_for(model.parameters, model, config.backend, vocab_size=vocab_size)
+    return config.model_copy(update={"model": model.model_copy(update={"mlp_dim": chosen})})
+
+
+def _read(composed: DictConfig, overrides: Sequence[str]) -> Config:
     ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     try:
         raw = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
@@ -235,7 +262,7 @@ def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]
     for key in sorted(keys, key=lambda key: key.count(".")):  # groups first: keys change what they brought
         value = OmegaConf.select(OmegaConf.create(composed), key)
         OmegaConf.update(values, key, value, merge=False)
-    return from_hydra(values, overrides)
+    return _read(values, overrides)  # its mlp_dim stays what it is, whatever the vocabulary of other data
 
 
 def save(config: Config) -> str:

@@ -22,13 +22,14 @@ from rich.table import Table
 
 from xattn.arguments import Parser, whole
 from xattn.backend.dispatch import platform
-from xattn.config import Config, compose
-from xattn.data.config import DataConfig, Tokenised
-from xattn.data.tokenizer import ByteTokenizer
+from xattn.config import Config, compose, sized
+from xattn.data.vocabulary import vocab_size as vocab_size_of
 from xattn.hardware import HARDWARE, NETWORK, Hardware, hardware_of, measured_peak
+from xattn.model.config import BackendConfig, ModelConfig
 from xattn.model.loss import MOST_LOGITS
 from xattn.model.pattern import layers_of
-from xattn.model.transformer import LanguageModel, init_params, matmul_flops_per_token
+from xattn.model.size import matmul_flops_per_token
+from xattn.model.transformer import LanguageModel, init_params
 from xattn.pack import choose_attention
 from xattn.tracking.display import Screen
 from xattn.training.memory import available_bytes, what_helps
@@ -67,17 +68,13 @@ def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, in
     can't do it."""
     choices = choose_attention(config, context=mesh["context"], hardware=hardware)
     layers = layers_of(config.backend, config.model.num_layers)
-    attention = [choices[kind].name for kind, those in layers.items() for _ in those]
+    attention = [(config.backend.kinds[kind], choices[kind].name) for kind, those in layers.items() for _ in those]
     parameters, optimizer_state = _state_sizes(config, vocab_size)
     tokens = config.trainer.batch_size * config.backend.context_length
-    flops = (
-        3
-        * tokens
-        * matmul_flops_per_token(config.model, context_length=config.backend.context_length, vocab_size=vocab_size)
-    )
+    flops = 3 * tokens * matmul_flops_per_token(config.model, config.backend, vocab_size=vocab_size)
     again = 4 / 3 if config.model.remat == "full" else 1.0
     memory = _memory(config, vocab_size, parameters, optimizer_state, mesh, attention)
-    sent = _communication(config, parameters, mesh, attention)
+    sent = _communication(config, parameters, mesh, [name for _, name in attention])
     peak = EFFICIENCY * hardware.peak(config.model.factor_dtype)
     # Parameters, gradient and optimizer state are read, and all but the gradient written, once an update.
     passes = 2 * (memory["parameters"] + memory["optimizer state"]) + memory["gradient"]
@@ -107,22 +104,21 @@ def _memory(
     parameters: int,
     optimizer_state: int,
     mesh: dict[str, int],
-    attention: Sequence[str],
+    attention: Sequence[tuple[BackendConfig, str]],
 ) -> dict[str, int]:
-    """attention: what computes it, for each layer."""
+    """attention: for each layer its kind's keys, and what computes it."""
     model, shards = config.model, mesh["fsdp"] * mesh["tensor"]
     narrow = 2 if model.dtype == "bfloat16" else 4
     rows = config.trainer.batch_size / (mesh["data"] * mesh["fsdp"] * config.trainer.gradient_accumulation)
     tokens = rows * config.backend.context_length / mesh["context"]
-    everything = [tokens * _kept_by_a_layer(config, each) * narrow / mesh["tensor"] for each in attention]
+    everything = [tokens * _kept_by_a_layer(model, layer, name) * narrow / mesh["tensor"] for layer, name in attention]
     stream = tokens * model.embedding_dim * narrow
     match model.remat:
         case "none":
             kept = sum(everything)
         case "dots":
-            up = (3 if model.mlp == "swiglu" else 1) * model.mlp_dim
-            projections = 3 * model.embedding_dim + 2 * model.kv_heads * model.head_dim + up
-            kept = model.num_layers * (stream + tokens * projections * narrow / mesh["tensor"])
+            projections = sum(_projections(model, layer) for layer, _ in attention)
+            kept = model.num_layers * stream + tokens * projections * narrow / mesh["tensor"]
         case "full":
             kept = model.num_layers * stream
     # While a layer's gradient is computed: what comes in and goes out, or all of it again.
@@ -139,9 +135,17 @@ def _memory(
     }
 
 
-def _kept_by_a_layer(config: Config, attention: str) -> float:
-    """Numbers a token that the backward pass of a layer reads: inputs of its norms, products and functions."""
-    model, backend = config.model, config.backend
+def _projections(model: ModelConfig, layer: BackendConfig) -> int:
+    """Numbers a token that the projections of a layer make."""
+    d, kv = model.embedding_dim, model.kv_heads * model.head_dim
+    gates = model.kv_heads * ((layer.decay == "input") + (layer.input_gate == "sigmoid"))
+    gates += {"none": 0, "head": model.num_heads, "channel": d}[model.output_gate]
+    return 3 * d + 2 * kv + (3 if model.mlp == "swiglu" else 1) * model.mlp_dim + gates
+
+
+def _kept_by_a_layer(model: ModelConfig, layer: BackendConfig, attention: str) -> float:
+    """Numbers a token, in the model's dtype, that the backward pass of a layer reads: inputs of its norms, products and
+    functions."""
     d, kv = model.embedding_dim, model.kv_heads * model.head_dim
     projected = d + 2 * kv
     rotated = d + kv
@@ -150,8 +154,21 @@ def _kept_by_a_layer(config: Config, attention: str) -> float:
     if model.norm_placement == "hybrid":
         kept += d
     if attention == "reference":
-        kept += 2 * model.num_heads * backend.context_length
+        kept += 2 * model.num_heads * layer.context_length
+    kept += _kept_by_terms(model, layer)
     return kept + 2 * d + (4 if model.mlp == "swiglu" else 3) * model.mlp_dim
+
+
+def _kept_by_terms(model: ModelConfig, layer: BackendConfig) -> int:
+    """What of :func:`_kept_by_a_layer` the terms around attention and its decay and gate add."""
+    d, kv = model.embedding_dim, model.kv_heads * model.head_dim
+    in_float32 = 2 if model.dtype == "bfloat16" else 1
+    taps = (model.conv or 0) * (d + 2 * kv)  # what each tap multiplies
+    gates = {"none": 0, "head": d + model.num_heads, "channel": 2 * d}[model.output_gate]  # both factors
+    outputs = d * (model.exclusive + (model.output_norm == "rmsnorm")) + gates
+    of_heads = 2 * model.kv_heads * ((layer.decay in ("learned", "input")) + (layer.input_gate == "sigmoid"))
+    values = 2 * kv if model.value_residual == "first" else 0
+    return in_float32 * (taps + outputs + of_heads) + values
 
 
 def _communication(config: Config, parameters: int, mesh: dict[str, int], attention: Sequence[str]) -> dict[str, int]:
@@ -198,7 +215,8 @@ def _speed(axis: str, mesh: dict[str, int], hardware: Hardware) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(argv)
     config = compose(options.overrides)
-    vocab_size = options.vocab_size or _vocab_size(config.data)
+    vocab_size = options.vocab_size or vocab_size_of(config.data)
+    config = sized(config, vocab_size)
     hardware = HARDWARE[options.device] if options.device else _here()
     devices = options.devices or (1 if options.device else jax.device_count())
     sizes = mesh_sizes(config.parallel, devices)
@@ -222,13 +240,6 @@ def _parser() -> Parser:
     parser.add_argument("--vocab-size", type=whole(1), metavar="V", help="default: of the data's tokenizer")
     parser.add_argument("--json", action="store_true")
     return parser
-
-
-def _vocab_size(config: DataConfig) -> int:
-    """Of the data's tokenizer, none of which is read."""
-    if isinstance(config, Tokenised) and config.tokenizer == "bytes":
-        return ByteTokenizer(end_of_text=config.documents != "joined").vocab_size
-    return config.vocab_size
 
 
 def _here() -> Hardware:

@@ -21,7 +21,6 @@ from xattn.model.transformer import (
     LanguageModel,
     LayerHyperparameters,
     init_params,
-    matmul_flops_per_token,
     parameter_role,
 )
 
@@ -255,36 +254,6 @@ def test_a_prefix_means_the_same_alone() -> None:
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 
-def count_by_formula(model: LanguageModel) -> int:
-    c, d = model.config, model.config.embedding_dim
-    kv = c.kv_heads * c.head_dim
-    layer = 2 * d * d + 2 * d * kv + (3 if c.mlp == "swiglu" else 2) * d * c.mlp_dim
-    layer += d * (3 if c.norm_placement == "hybrid" else 2)
-    layer += 2 * c.head_dim if c.qk_norm == "rmsnorm" else 0
-    layer += 2 * d if c.layer_scale is not None else 0
-    layer += c.num_heads if model.backend.activation == "sigmoid" and model.backend.sigmoid_bias == "learned" else 0
-    return c.num_layers * layer + d + model.vocab_size * d * (1 if c.embeddings == "tied" else 2)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "vocab_size", "about"),
-    [
-        (["model=nano"], 256, 0.9e6),
-        (["model=small"], 256, 10.8e6),
-        (["model=gpt2", "model.dtype=float32"], 50257, 124e6),
-        (["model=nano", "model.num_kv_heads=2", "model.layer_scale=0.1"], 256, 0.8e6),
-        (["backend=sigmoid", "backend.sigmoid_bias=learned", "model.norm=layernorm"], 256, 0.9e6),
-    ],
-)
-def test_the_number_of_parameters(overrides: list[str], vocab_size: int, about: float) -> None:
-    config = compose(overrides)
-    model = LanguageModel(config.model, config.backend, vocab_size)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32), HYPER)
-    counted = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    assert counted == count_by_formula(model)
-    assert counted == pytest.approx(about, rel=0.05)
-
-
 def test_roles_are_told_by_name() -> None:
     """Stacked scales have two axes, stacked matrices three: only the name says what decays."""
     params = random_params(model_of("backend=sigmoid", "backend.sigmoid_bias=learned", "model.layer_scale=0.1"))
@@ -401,32 +370,6 @@ def test_the_loss_is_the_negative_log_likelihood(dtype: str, scale: float) -> No
     np.testing.assert_allclose(
         gradient.astype(jnp.float32), expected_gradient, atol=1e-2 if dtype == "bfloat16" else 1e-5
     )
-
-
-@pytest.mark.parametrize("overrides", [[], ["model.mlp=gelu", "model.num_kv_heads=1", "model.num_layers=3"]])
-def test_operations_are_counted_as_xla_counts_them(overrides: list[str]) -> None:
-    """The reference computes all S² pairs, twice those that the formula counts; the rest is not in matrix products."""
-    wide = ["model.embedding_dim=64", "model.mlp_dim=160", "backend.context_length=96", "model.layers=unrolled"]
-    model = model_of(*wide, "backend.implementation=reference", *overrides, vocab_size=256)
-    tokens = jax.ShapeDtypeStruct((2, 96), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, HYPER)
-    cost = jax.jit(model.apply).lower(shapes, tokens, HYPER).compile().cost_analysis()
-    counted = matmul_flops_per_token(model.config, context_length=96, vocab_size=256)
-    skipped = model.config.num_layers * 2 * 96 * 64
-    assert cost["flops"] / (2 * 96) == pytest.approx(counted + skipped, rel=0.12)
-
-
-def test_operations_differ_from_nanogpts_as_the_documentation_says() -> None:
-    """Half of its attention, and no scales of norms; docs/cost.md has the share for GPT-2 124M."""
-    layers, d, length, vocab = 12, 768, 1024, 50304
-    keys = [f"model.num_layers={layers}", f"model.embedding_dim={d}", "model.num_heads=12", "model.num_kv_heads=12"]
-    config = compose([*keys, "model.mlp=gelu", f"model.mlp_dim={4 * d}", f"backend.context_length={length}"]).model
-    ours = 3 * matmul_flops_per_token(config, context_length=length, vocab_size=vocab)
-    norms = (2 * layers + 1) * d
-    parameters = layers * 12 * d * d + vocab * d + norms
-    nanogpts = 6 * parameters + 12 * layers * d * length  # estimate_mfu in its model.py
-    assert nanogpts - ours == 6 * layers * d * length + 6 * norms
-    assert 1 - ours / nanogpts == pytest.approx(0.066, abs=0.0005)
 
 
 @pytest.mark.parametrize("precision", ["default", "bfloat16"])

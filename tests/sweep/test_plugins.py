@@ -25,7 +25,9 @@ from hydra_plugins.xattn_sweeper import GridSweeper, OptunaSweeper
 from xattn import main, run_folder
 from xattn.attempt import Job
 from xattn.errors import BadInput, ExitCode
+from xattn.model.size import num_params
 from xattn.sweep import study
+from xattn.sweep.table import print_table
 
 RATE = "optimizer.learning_rate"
 
@@ -120,6 +122,34 @@ def optuna_sweeper(**options: Any) -> OptunaSweeper:
     pytest.importorskip("optuna", reason="the extra tune is not installed")
     defaults = {"objective": "val_loss", "direction": "minimize", "sampler": "random", "pruner": "none"}
     return OptunaSweeper(**defaults | {"n_trials": 2, "at_once": 1, "seed": 0} | options)
+
+
+def test_the_arms_of_a_sweep_have_as_many_parameters(
+    made: list[Job], start: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each by an mlp_dim of its own, which the table shows and the name of the folder is made from."""
+    sweep = ("backend.decay=none,input", "model.output_gate=none,channel", "model.parameters=20000")
+    start(GridSweeper(), XattnLauncher(), *sweep)
+    sizes = [num_params(job.config.model, job.config.backend, vocab_size=256) for job in made]
+    assert all(abs(size - 20_000) <= 3 * 16 / 2 for size in sizes)
+    widths = [job.config.model.mlp_dim for job in made]
+    assert len({job.folder for job in made}) == len(set(widths)) == 4
+    folders = [job.folder for job in made]
+    assert [xattn.config.run_name(job.config) for job in made] == [folder.name for folder in folders]
+    print_table(
+        folders, xattn.config.varying_keys([job.config for job in made]), {job.folder: job.config for job in made}
+    )
+    table = capsys.readouterr().out
+    assert all(key in table for key in ("decay", "output_gate", "mlp_dim", *map(str, widths)))
+    assert "parameters" not in table
+
+
+def test_a_sweep_with_an_arm_that_cannot_be_so_small_starts_nothing(
+    made: list[Job], start: Callable[..., None]
+) -> None:
+    with pytest.raises(BadInput, match=r"model\.parameters = 9000: must be at least 9"):
+        start(GridSweeper(), XattnLauncher(), "model.embeddings=tied,untied", "model.parameters=9000")
+    assert made == []
 
 
 def test_trials_are_made_where_the_launcher_makes_them(made: list[Job], start: Callable[..., None]) -> None:

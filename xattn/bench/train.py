@@ -27,7 +27,7 @@ from xattn.arguments import Parser
 from xattn.backend import activations
 from xattn.bench.peer import Peer
 from xattn.bench.record import write_record
-from xattn.config import Config, compose
+from xattn.config import Config, compose, sized
 from xattn.data.batches import Windows
 from xattn.device import keep_compiled_programs
 from xattn.errors import BadInput
@@ -128,7 +128,7 @@ def _prepare(model: str, activation: str, options: argparse.Namespace) -> Subjec
     choices = [f"model={model}", f"backend.activation={activation}"]
     if not any(override.startswith("data") for override in options.overrides):
         choices.append("data=python_stdlib")  # not read; an experiment's may still want a path
-    config = compose([*options.overrides, *choices])
+    config = sized(compose([*options.overrides, *choices]), options.vocab_size)
     compiled, _ = programs(config, options.vocab_size)
     rows, length = config.trainer.batch_size, config.backend.context_length
     tokens = np.random.default_rng(0).integers(options.vocab_size, size=(rows, length + 1), dtype=np.int32)

@@ -75,7 +75,7 @@ def check(config: DataConfig) -> None:
         for source, _ in _file_sources(config):
             source.look()
     if isinstance(config, Tokenised) and config.tokenizer != "bpe":
-        _tokenizer_on_disk(config)
+        tokenizer_on_disk(config)
 
 
 def load_corpus(
@@ -155,7 +155,7 @@ def _tokenised(
             say(f"left out    of {name}: {source.left_out}")
     digests = [source.sha256() for source, _ in sources]
     if tokenizer is None:
-        tokenizer = _bpe(config, to_learn, digests) if config.tokenizer == "bpe" else _tokenizer_on_disk(config)
+        tokenizer = _bpe(config, to_learn, digests) if config.tokenizer == "bpe" else tokenizer_on_disk(config)
     ids = [
         _ids(source, digest, tokenizer, say=say, stop=stop)
         for (source, _), digest in zip(sources, digests, strict=True)
@@ -289,7 +289,8 @@ def _encode_batch(batch: Sequence[Block], tokenizer: TextTokenizer, left: int) -
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
+def tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
+    """The tokenizer of the config, which is not ``bpe``. Raises :class:`BadInput` where its file cannot be used."""
     if config.tokenizer == "bytes":
         return ByteTokenizer(end_of_text=config.documents != "joined")
     path = Path(os.path.expanduser(config.tokenizer))

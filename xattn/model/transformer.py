@@ -310,16 +310,3 @@ class MLP(nn.Module):
         else:
             hidden = nn.gelu(dense(config, config.mlp_dim, "up")(x))
         return dense(config, config.embedding_dim, "down", residual=True)(hidden)
-
-
-def matmul_flops_per_token(config: ModelConfig, *, context_length: int, vocab_size: int) -> int:
-    """Floating-point operations of the forward pass's matrix products, for one token of a full window.
-
-    2 for each weight of a matrix that the token is multiplied with (the output projection included, the embedding
-    look-up not), and for causal attention, over the average of S/2 positions that a token attends to, 2 · S/2 for each
-    query, key pair of products: 2 · S · D a layer. A training step costs three times this.
-    """
-    d, kv_dim = config.embedding_dim, config.kv_heads * config.head_dim
-    mlp = (3 if config.mlp == "swiglu" else 2) * d * config.mlp_dim
-    layer = 2 * (2 * d * d + 2 * d * kv_dim + mlp) + 2 * context_length * d
-    return config.num_layers * layer + 2 * d * vocab_size

@@ -15,6 +15,7 @@ from xattn.report.findings import Comparison
 from xattn.report.metric import spans
 from xattn.report.read import Run, Study
 from xattn.report.selection import Chosen, Selection, split
+from xattn.report.size import unfair
 from xattn.report.statistics import Effect, matched
 from xattn.report.words import counted
 
@@ -33,6 +34,7 @@ def what_is_odd(study: Study, comparisons: Sequence[Comparison], selection: Sele
             *_missing(each.design),
             *_edges(each.design, each.chosen),
             *_budgets(each),
+            *unfair(each),
             *_left_out(each.effects),
             *_baselines(each.design.factors),
         ]

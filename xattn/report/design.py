@@ -15,6 +15,7 @@ from xattn.report.read import Run, finite
 
 SEED = "seed"
 TUNED = ("optimizer.learning_rate",)
+MLP_DIM, PARAMETERS = "model.mlp_dim", "model.parameters"
 
 Cell = tuple[Any, ...]  # a value for each factor
 Setting = tuple[Any, ...]  # a value for each tuned key
@@ -86,7 +87,7 @@ def groups_of(runs: Sequence[Run], tuned: Sequence[str] = TUNED) -> list[Group]:
     choices = [(leader, *also) for leader, also in _grouped(_varying(known, tuned), known).items()]
     cells: dict[Cell, list[Run]] = {}
     for run in known:
-        cells.setdefault(tuple(tuple(run.config.get(key) for key in keys) for keys in choices), []).append(run)
+        cells.setdefault(tuple(tuple(_value(run, key) for key in keys) for keys in choices), []).append(run)
     numbers = _connected(list(cells))
     members: dict[int, list[Run]] = {}
     for number, of_cell in zip(numbers, cells.values(), strict=True):
@@ -118,7 +119,7 @@ def _where(group: Sequence[Run], groups: Sequence[Sequence[Run]], keys: Sequence
     """The keys that have one value in this group, and that some other run of the study has another value of."""
     if len(groups) == 1:
         return {}
-    values = {key: {run.config.get(key) for run in group} for key in keys}
+    values = {key: {_value(run, key) for run in group} for key in keys}
     return {key: found.pop() for key, found in values.items() if len(found) == 1}
 
 
@@ -133,7 +134,7 @@ def find_design(
     defaults, baselines: key → the arm that the others are compared with; what is in ``baselines`` goes first.
     """
     groups = _grouped(_varying(runs, tuned), runs)
-    free = [key for key in tuned if len({run.config.get(key) for run in runs}) > 1]
+    free = [key for key in tuned if len({_value(run, key) for run in runs}) > 1]
     settled = {key for leader in groups for key in free if _settles(leader, key, runs)}
     free = [key for key in free if key not in settled]
     if not groups:  # the tuned key is the question itself
@@ -147,8 +148,8 @@ def find_design(
     table: dict[Cell, dict[Setting, dict[Any, Run]]] = {}
     repeated = []
     for run in sorted(runs, key=lambda run: run.status != "done"):  # of one training the run that is done counts
-        cell = tuple(run.config.get(factor.key) for factor in factors)
-        setting = tuple(run.config.get(key) for key in free)
+        cell = tuple(_value(run, factor.key) for factor in factors)
+        setting = tuple(_value(run, key) for key in free)
         by_seed = table.setdefault(cell, {}).setdefault(setting, {})
         if run.seed in by_seed:
             repeated.append(run)
@@ -201,13 +202,19 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def _value(run: Run, key: str) -> Any:
+    """The run's value of a key. None for an mlp_dim that ``model.parameters`` chose: it follows from the other keys."""
+    is_chosen = key == MLP_DIM and run.config.get(PARAMETERS) is not None
+    return None if is_chosen else run.config.get(key)
+
+
 def _varying(runs: Sequence[Run], tuned: Sequence[str]) -> list[str]:
     """The keys that change the training and have more than one value, seed and tuned keys aside."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     return [
         key
         for key in keys
-        if key != SEED and key not in tuned and _counts(key, runs) and len({run.config.get(key) for run in runs}) > 1
+        if key != SEED and key not in tuned and _counts(key, runs) and len({_value(run, key) for run in runs}) > 1
     ]
 
 
@@ -218,24 +225,27 @@ def _counts(key: str, runs: Sequence[Run]) -> bool:
 def _settles(leader: str, key: str, runs: Sequence[Run]) -> bool:
     """Whether the leader's value says the key's."""
     seen: dict[Any, Any] = {}
-    return all(seen.setdefault(run.config.get(leader), run.config.get(key)) == run.config.get(key) for run in runs)
+    return all(seen.setdefault(_value(run, leader), _value(run, key)) == _value(run, key) for run in runs)
 
 
 def _grouped(keys: Sequence[str], runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
     """Leader → the keys of its own config group that it brings along, since its value settles theirs.
 
     A choice does that which other keys belong to: ``optimizer=muon`` (``optimizer.name``) has a momentum, a pattern of
-    layers a second kind, a tokenizer its vocabulary. So does a file that was typed, as in ``model=small``; but not
+    layers a second kind, a tokenizer its vocabulary, a number of parameters takes the place of an mlp_dim. So does a
+    file that was typed, as in ``model=small``; but not
     ``trainer=debug``, which is a length and a pace. Keys that somebody changed side by side are choices of their own.
     """
     typed = {word.lstrip("+").partition("=")[0] for run in runs for word in run.overrides} - {"trainer"}
-    values = {key: len({run.config.get(key) for run in runs}) for key in keys}
-    by_weight = sorted(keys, key=lambda key: (-values[key], key != "backend.every", not _has_others(key)))
+    values = {key: len({_value(run, key) for run in runs}) for key in keys}
+    by_weight = sorted(
+        keys, key=lambda key: (-values[key], key not in ("backend.every", PARAMETERS), not _has_others(key))
+    )
     groups: dict[str, list[str]] = {}
     for key in by_weight:
         group = key.partition(".")[0]
         for leader in groups:
-            brings = _has_others(leader) or _has_others(key) or group in typed
+            brings = _has_others(leader) or _has_others(key) or group in typed or {leader, key} == {MLP_DIM, PARAMETERS}
             if leader.partition(".")[0] == group and brings and _settles(leader, key, runs):
                 groups[leader].append(key)
                 break
@@ -252,18 +262,18 @@ def _has_others(key: str) -> bool:
 def _factor(
     key: str, also: tuple[str, ...], runs: Sequence[Run], defaults: Mapping[str, Any], baselines: Mapping[str, Any]
 ) -> Factor:
-    arms = _as_typed(key, in_order({run.config.get(key) for run in runs}), runs)
+    arms = _as_typed(key, in_order({_value(run, key) for run in runs}), runs)
     asked = [  # also by a companion: the arm that has its value
-        run.config.get(key)
+        _value(run, key)
         for companion in (key, *also)
         for run in runs
-        if companion in baselines and run.config.get(companion) == baselines[companion]
+        if companion in baselines and _value(run, companion) == baselines[companion]
     ]
     default = (
         [defaults.get(key)] if defaults and defaults.get(key) in arms else []
     )  # a key that conf lacks is None there
     given = [*asked, *default]
-    counts = {arm: sum(run.config.get(key) == arm for run in runs) for arm in arms}
+    counts = {arm: sum(_value(run, key) == arm for run in runs) for arm in arms}
     baseline = arms[arms.index(given[0])] if given else max(arms, key=lambda arm: counts[arm])
     arms.remove(baseline)
     return Factor(key, (baseline, *arms), baseline, bool(given), also)

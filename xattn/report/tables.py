@@ -14,6 +14,7 @@ from xattn.report.findings import Comparison
 from xattn.report.measures import probes_of
 from xattn.report.metric import metric_for
 from xattn.report.read import Run
+from xattn.report.size import unfair
 from xattn.report.words import difference, number, p_value, precision
 
 EFFECT_COLUMNS = (
@@ -81,7 +82,7 @@ def results_csv(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
 
 def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
     """A booktabs table: each arm's mean and its baseline's in the pairs of the two, their difference, how many runs are
-    in no pair, and how many diverged."""
+    in no pair, and how many diverged. Below them stands which arms are larger or smaller than their baseline."""
     several = len(comparisons) > 1
     metrics = {each.metric.name for each in comparisons}
     named = _tex(metrics.pop()) if len(metrics) == 1 else "mean"
@@ -107,6 +108,8 @@ def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
                 cells += effect.counts
                 lines.append(" & ".join(cells) + " \\\\")
                 first = ""
+        for sentence in unfair(each):
+            lines += ["\\midrule", f"\\multicolumn{{9}}{{p{{\\linewidth}}}}{{\\footnotesize {_tex(sentence)}}} \\\\"]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 

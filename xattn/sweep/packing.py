@@ -13,6 +13,7 @@ from xattn.attempt import Job
 from xattn.config import Config
 from xattn.device import first_look
 from xattn.errors import BadInput
+from xattn.model.size import matmul_flops_per_token
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Implementation
@@ -119,11 +120,8 @@ def _attention(config: Config) -> list[Implementation]:
 
 
 def _paying(config: Config) -> int:
-    from xattn.model.transformer import matmul_flops_per_token
-
-    context_length = config.backend.context_length
-    flops = matmul_flops_per_token(config.model, context_length=context_length, vocab_size=256)
-    work = 3 * flops * config.trainer.batch_size * context_length / _FLOPS_PER_SECOND
+    flops = matmul_flops_per_token(config.model, config.backend, vocab_size=256)
+    work = 3 * flops * config.trainer.batch_size * config.backend.context_length / _FLOPS_PER_SECOND
     launches = _LAUNCH_SECONDS_PER_LAYER * config.model.num_layers
     if 1 + launches / work < _WORTH_IT:
         return 1

@@ -28,7 +28,8 @@ from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.evaluation.probes import PlacesOf, places_of
 from xattn.model.config import BackendConfig
 from xattn.model.hyperparameters import LayerHyperparameters, ModelHyperparameters
-from xattn.model.transformer import LanguageModel, init_params, matmul_flops_per_token
+from xattn.model.size import matmul_flops_per_token
+from xattn.model.transformer import LanguageModel, init_params
 from xattn.training.gradients import loss_and_gradient
 from xattn.training.optimizer import OptimizerHyperparameters, global_norm, learning_rate_factor, optimizer
 from xattn.training.sharding import Layout, layout_of
@@ -224,7 +225,7 @@ def _compile(config: Config, vocab_size: int, optional: tuple[str, ...], layout:
         compiled = _compiled(layout.jit_step(step, state).lower(state, windows), config)
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
-    flops = matmul_flops_per_token(config.model, context_length=context_length, vocab_size=vocab_size)
+    flops = matmul_flops_per_token(config.model, config.backend, vocab_size=vocab_size)
     return Programs(
         model=one.model,
         init=one.init,

@@ -1,0 +1,86 @@
+"""The size of a model and the work of a token, by formula from the config alone. Importing this module imports no jax.
+
+Shape letters: NH query heads, NKV key/value heads, DH head width, S sequence, D embedding, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from xattn.backend import activations
+from xattn.errors import BadInput
+from xattn.model.config import BackendConfig, ModelConfig
+
+
+def num_params(model: ModelConfig, backend: BackendConfig, *, vocab_size: int) -> int:
+    """Counts the parameters of :func:`xattn.model.transformer.init_params`."""
+    d = model.embedding_dim
+    embeddings = (1 if model.embeddings == "tied" else 2) * vocab_size * d
+    layers = sum(_weights(model, kind) + _others(model, kind) for kind in _layers(model, backend))
+    return embeddings + layers + d  # d: the scale of the last norm
+
+
+def mlp_dim_for(parameters: int, model: ModelConfig, backend: BackendConfig, *, vocab_size: int) -> int:
+    """Returns the mlp_dim ≥ 1 with which the model's number of parameters is nearest; of two, the larger.
+
+    Raises:
+        BadInput: the model has more parameters even with an mlp_dim of 1.
+    """
+    smallest = num_params(model.model_copy(update={"mlp_dim": 1}), backend, vocab_size=vocab_size)
+    if parameters < smallest:
+        raise BadInput(
+            f"model.parameters = {parameters}: must be at least {smallest}, the parameters of this model with an "
+            "mlp_dim of 1"
+        )
+    each = model.num_layers * _mlp_matrices(model) * model.embedding_dim
+    return 1 + (2 * (parameters - smallest) + each) // (2 * each)
+
+
+def matmul_flops_per_token(model: ModelConfig, backend: BackendConfig, *, vocab_size: int) -> int:
+    """Counts the floating-point operations of the forward pass's products, for one token of a full window.
+
+    2 for each weight that the token is multiplied with: those of the projections, gates and convolutions, and of the
+    output embedding, but not of the look-up. For causal attention, over the average of S/2 positions that a token
+    attends to, 2 · S/2 for each query, key pair of products: 2 · S · D a layer, whatever the activation or window.
+    A training step costs three times this.
+    """
+    d = model.embedding_dim
+    attention = 2 * backend.context_length * d
+    layers = sum(2 * _weights(model, kind) + attention for kind in _layers(model, backend))
+    return layers + 2 * d * vocab_size
+
+
+def _layers(model: ModelConfig, backend: BackendConfig) -> Iterator[BackendConfig]:
+    """The keys of each layer."""
+    kinds = backend.kinds
+    counts = Counter(backend.kind_of(layer) for layer in range(model.num_layers))
+    for kind, count in counts.items():
+        yield from [kinds[kind]] * count
+
+
+def _mlp_matrices(model: ModelConfig) -> int:
+    return 3 if model.mlp == "swiglu" else 2
+
+
+def _weights(model: ModelConfig, layer: BackendConfig) -> int:
+    """Weights of a layer that multiply each token: matrices, and the taps of convolutions."""
+    d, kv = model.embedding_dim, model.kv_heads * model.head_dim
+    found = 2 * d * d + 2 * d * kv + _mlp_matrices(model) * d * model.mlp_dim
+    found += d * model.kv_heads * ((layer.decay == "input") + (layer.input_gate == "sigmoid"))
+    found += (model.conv or 0) * (d + 2 * kv)
+    return found + d * {"none": 0, "head": model.num_heads, "channel": d}[model.output_gate]
+
+
+def _others(model: ModelConfig, layer: BackendConfig) -> int:
+    """Parameters of a layer that are in no product: scales, biases, sinks and the mix of values."""
+    d = model.embedding_dim
+    found = (3 if model.norm_placement == "hybrid" else 2) * d
+    found += 2 * model.head_dim if model.qk_norm == "rmsnorm" else 0
+    found += 2 * d if model.layer_scale is not None else 0
+    found += model.head_dim if model.output_norm == "rmsnorm" else 0
+    found += 2 if model.value_residual == "first" else 0
+    found += model.kv_heads * ((layer.decay in ("learned", "input")) + (layer.input_gate == "sigmoid"))
+    found += model.num_heads if layer.sink == "learned" else 0
+    has_learned_bias = layer.sigmoid_bias == "learned" and activations.activation(layer.activation).takes_bias
+    return found + (model.num_heads if has_learned_bias else 0)
