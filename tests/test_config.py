@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 
 from xattn import config as xconfig
+from xattn.backend import activations
 from xattn.config import Config, compose, differences, run_hash, run_name
 from xattn.data.vocabulary import vocab_size
 from xattn.errors import BadInput
@@ -277,8 +278,9 @@ def test_every_choice_of_every_group_composes(file: Path) -> None:
         values.append("data.path=x")
     config = compose([f"{file.parent.name}={file.stem}", *values])
     section = getattr(config, file.parent.name, None)
-    name = getattr(section, "name", getattr(section, "activation", file.stem))
-    assert name == file.stem
+    assert getattr(section, "name", file.stem) == file.stem
+    if file.parent.name == "backend":  # an activation, or a preset
+        assert (config.backend.activation == file.stem) == (file.stem in activations.names())
 
 
 def test_experiments_say_their_question_and_their_command() -> None:
@@ -479,16 +481,20 @@ BAD = [
     (["~backend.theta"], ["backend.theta", "a value is needed"]),
     (["~seed"], ["seed", "a value is needed"]),
     # a choice
-    (["backend=sigmod"], ["backend", "sigmod", "did you mean sigmoid?", "none, sigmoid, softmax"]),
+    (["backend=sigmod"], ["backend", "sigmod", "did you mean sigmoid?", "allowed: alibi, fox, gla"]),
+    (["backend=gpt-oss"], ["backend = gpt-oss: no such choice (did you mean gpt_oss?)"]),
+    (["backend=gated"], ["backend = gated: no such choice (did you mean experiment=gated?)"]),
+    (["experiment=fox"], ["experiment = fox: no such choice (did you mean backend=fox?)"]),
+    (["experiment=gemma"], ["experiment = gemma: no such choice (did you mean gemma3?)"]),
     (["trainer=debg"], ["trainer", "debg", "did you mean debug?", "debug, default"]),
     (["optimizer=adam"], ["optimizer", "adam", "did you mean adamw?", "lion", "muon", "sgd"]),
     (["experiment=nothing"], ["experiment", "nothing", "shakespeare_cpu"]),
     (["experiment=null"], ["experiment = null", "leave it out", "shakespeare_cpu"]),
-    (["backend=base"], ["backend", "base", "none, sigmoid, softmax"]),
-    (["backend=null"], ["backend", "none, sigmoid, softmax"]),
-    (["backend=3"], ["backend", "3", "none, sigmoid, softmax"]),
+    (["backend=base"], ["backend", "base", "allowed: alibi, fox, gla"]),
+    (["backend=null"], ["backend", "allowed: alibi, fox, gla"]),
+    (["backend=3"], ["backend", "3", "allowed: alibi, fox, gla"]),
     (["optimizer=[1,2]"], ["optimizer", "adamw"]),
-    (["backend={a:1}"], ["backend", "none, sigmoid, softmax"]),
+    (["backend={a:1}"], ["backend", "allowed: alibi, fox, gla"]),
     (["optimizer.name=sgd"], ["optimizer"]),
     (["optimizer.name=adam"], ["optimizer.name", "'adam'", "did you mean adamw?"]),
     (["data.name=txt"], ["data.name", "'txt'", "did you mean text?"]),
@@ -645,7 +651,7 @@ def own_choices(tmp_path: Path) -> str:
         ),
         (["experiment=mine", "study=1e3"], "study = 1000.0: must be text"),
         (["experiment=mine", "data=null"], "data = null: no such choice"),
-        (["experiment=mino"], "experiment = mino: no such choice (did you mean mine?); allowed: mine, mqar"),
+        (["experiment=mino"], "experiment = mino: no such choice (did you mean mine?); allowed: exclusive, gated"),
         (["experiment=typo"], "trainer.stepz = 3: no such key (did you mean trainer.steps?)"),
         (["experiment=other"], "experiment/other.yaml: model = huge: no such choice; allowed: gpt2, nano, small"),
     ],

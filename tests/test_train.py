@@ -383,7 +383,7 @@ BAD = [
     (["-m", "study=1e3,2e3"], ["study = 1000.0", """'study="…"'"""]),
     (["-m", "backend=choice(softmax,sigmoid)", "trainer.stepz=3"], ["trainer.stepz: no such key", "trainer.steps"]),
     (["-m", "seed=range(3)", "trainer.stepz=3"], ["trainer.stepz: no such key", "trainer.steps"]),
-    (["-m", "backend=glob(zzz*)"], ["backend=glob(zzz*)", "none, sigmoid, softmax"]),
+    (["-m", "backend=glob(zzz*)"], ["backend=glob(zzz*)", "none, nope, off_by_one"]),
     (["-m", "hydra.job.chdir=true", "seed=0,1"], ["hydra.job.chdir", "one working directory"]),
     (["data=text", "data.path=missing.txt"], ["data.path", "missing.txt"]),
 ]

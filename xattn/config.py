@@ -378,12 +378,17 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     return f"{key_of_value[1]}: {_first_line(error)}" if key_of_value else _first_line(error)
 
 
+_WITH_PRESETS = ("backend", "experiment")  # a published attention is a choice of one of them
+
+
 def _no_such_choice(error: MissingConfigException, options: Sequence[str]) -> str:
     """Names the group as it is typed, and the file that asks for the choice where nobody typed it."""
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     asked_by = re.match(r"In '([^']+)'", str(error))
     where = "" if asked_by is None or asked_by[1] in ("config", "hydra/config") else f"{asked_by[1]}.yaml: "
-    return f"{where}{group} = {choice}: no such choice{_nearest(choice, options)}; allowed: {', '.join(options)}"
+    elsewhere = [f"{other}={choice}" for other in _WITH_PRESETS if other != group and choice in _options(other)]
+    near = f" (did you mean {elsewhere[0]}?)" if group in _WITH_PRESETS and elsewhere else _nearest(choice, options)
+    return f"{where}{group} = {choice}: no such choice{near}; allowed: {', '.join(options)}"
 
 
 def _no_choice_at_all(overrides: Sequence[str]) -> str | None:
