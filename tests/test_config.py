@@ -196,6 +196,13 @@ def test_a_pattern_changes_the_hash_by_what_it_changes() -> None:
     assert "-every2-softmax-theta_500-" in run_name(base)
 
 
+def test_a_name_shows_the_terms_that_a_run_has() -> None:
+    assert run_name(compose(["backend=fox"])).startswith("softmax-decay_input-rotary_fraction_0-python_stdlib-")
+    gated = run_name(compose(["backend=hybrid", "model.output_gate=head", "model.exclusive=true"]))
+    assert "-every4-" in gated
+    assert "-exclusive_true-output_gate_head-python_stdlib-" in gated
+
+
 @pytest.mark.parametrize(
     ("pattern", "same"),
     [

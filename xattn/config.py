@@ -26,7 +26,7 @@ from xattn import run_folder
 from xattn.data.config import DataConfig
 from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
-from xattn.keys import digest, flatten, has_effect, naming, naming_before_matmul_precision, up_to_date
+from xattn.keys import ABSENT, digest, flatten, has_effect, naming, naming_before_matmul_precision, up_to_date
 from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
 from xattn.model.size import mlp_dim_for
 from xattn.section import Section
@@ -102,22 +102,33 @@ def older_folder(config: Config, folder: Path) -> Path | None:
     return older if (older / run_folder.CONFIG).is_file() else None
 
 
+# Keys of attention's terms: a run's name shows those that it has.
+_BACKEND_TERMS = ("decay", "input_gate", "rotary_fraction", "sink", "logit_scale")
+_MODEL_TERMS = ("conv", "value_residual", "exclusive", "output_norm", "output_gate")
+
+
 def run_name(config: Config) -> str:
     """``<readable>-<hash>``: the name of the run's folder."""
     backend = config.backend
     words: list[str] = [backend.activation]
     if backend.qk_pre_activation != "none":
         words.append(backend.qk_pre_activation)
+    terms = {
+        group: [f"{key}_{_bare(value)}" for key in keys if (value := getattr(section, key)) != ABSENT[f"{group}.{key}"]]
+        for group, keys, section in (("backend", _BACKEND_TERMS, backend), ("model", _MODEL_TERMS, config.model))
+    }
+    words += terms["backend"]
     if backend.then is not None:
         words.append(f"every{backend.every}")
         for key, value in backend.model_dump()["then"].items():
             words.append(value if key in ("activation", "qk_pre_activation") else f"{key}_{_bare(value)}")
+    words += terms["model"]
     words += [config.data.name, f"lr{config.optimizer.learning_rate:g}", f"seed{config.seed}", run_hash(config)]
     return "-".join(words)
 
 
 def _bare(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def shaping(config: Config) -> Config:
