@@ -14,9 +14,11 @@ import pytest
 
 from xattn.backend import attention
 from xattn.testing import oracle
-from xattn.testing.contract import BATCH, LENGTH, THETA, Case, close, inputs
+from xattn.testing.cases import BATCH, LENGTH, THETA, Case, inputs
+from xattn.testing.contract import close
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
+PARTIAL: dict[str, Any] = {"rotary_fraction": 0.5, "logit_scale": 0.7}
 
 
 def test_importing_the_package_and_its_config_imports_no_jax() -> None:
@@ -92,6 +94,7 @@ def test_sigmoids_bias_is_the_context_lengths_unless_given() -> None:
 
 Q = jnp.ones((2, 3, 5, 4))
 
+LOGS = jnp.full((2, 3, 5), -0.5)
 BAD: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((Q, Q, Q), {"activation_function": "relu"}, "'relu'.*softmax, sigmoid, none"),
     ((Q, Q, Q), {"qk_pre_activation_function": "gelu"}, "'gelu'.*none, swish, silu"),
@@ -119,6 +122,23 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((Q, Q, Q), {"sigmoid_bias": 1.0}, "no meaning.*'softmax'"),
     ((Q, Q, Q), {"sigmoid_bias": float("nan"), "activation_function": "sigmoid"}, "got nan"),
     ((Q, Q, Q), {"sigmoid_bias": jnp.ones(2), "activation_function": "sigmoid"}, r"\(3,\).*\(2,\)"),
+    ((Q, Q, Q), {"sink": 0.0, "activation_function": "sigmoid"}, "a sink .*'sigmoid' lacks"),
+    ((Q, Q, Q), {"sink": jnp.zeros(3), "activation_function": "none"}, "a sink .*'none' lacks"),
+    ((Q, Q, Q), {"sink": float("nan")}, "sink must be finite, got nan"),
+    ((Q, Q, Q), {"sink": jnp.ones(2)}, r"sink .*\(3,\).*\(2,\)"),
+    ((Q, Q, Q), {"log_decay": LOGS.at[1, 2, 3].set(0.5)}, r"log_decay must not be positive.*got 0\.5"),
+    ((Q, Q, Q), {"log_decay": LOGS.at[1, 2, 3].set(jnp.nan)}, "log_decay must not be positive, nor NaN.*got nan"),
+    ((Q, Q, Q), {"log_decay": LOGS[:, :1]}, r"log_decay .*\(2, 3, 5\).*\(2, 1, 5\)"),
+    ((Q, Q, Q), {"log_decay": LOGS[:, 0]}, r"log_decay .*\(2, 3, 5\).*\(2, 5\)"),
+    ((Q, Q[:, :1], Q[:, :1]), {"log_decay": LOGS}, r"log_decay .*\(2, 1, 5\).*\(2, 3, 5\)"),
+    ((Q, Q, Q), {"log_decay": LOGS.astype(int)}, "log_decay must be floating.*got int32"),
+    ((Q, Q, Q), {"log_input_gate": LOGS.at[0, 0, 0].set(-jnp.inf)}, "log_input_gate must be finite"),
+    ((Q, Q, Q), {"log_input_gate": LOGS.at[0, 0, 0].set(jnp.nan)}, "log_input_gate must be finite"),
+    ((Q, Q, Q), {"log_input_gate": LOGS[..., 1:]}, r"log_input_gate .*\(2, 3, 5\).*\(2, 3, 4\)"),
+    *(((Q, Q, Q), {"rotary_fraction": x}, f"from 0 to 1, got {x}") for x in (-0.1, 1.5, float("nan"))),
+    *(((Q, Q, Q), {"logit_scale": x}, f"logit_scale must be positive.*got {x}") for x in (0.0, -1.0, float("inf"))),
+    ((Q, Q, Q), {"logit_scale": jnp.ones(2)}, r"logit_scale must be a scalar.*\(2,\)"),
+    ((Q, Q, Q), {"activation_function": "none", "implementation": "linear", "window": 2}, "not support a window"),
 ]
 
 
@@ -126,3 +146,79 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
 def test_bad_arguments_are_errors_that_name_them(arrays: tuple, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention(*arrays, **keywords)
+
+
+def test_terms_are_those_of_the_page() -> None:
+    x = inputs(Case(activation="softmax", mask="arbitrary", decay="mild", input_gate=True, sink="learned", **PARTIAL))
+    terms = {name: x.terms[name] for name in ("log_decay", "log_input_gate", "sink")}
+    out = attention(x.q, x.k, x.v, x.spec.mask, theta=THETA, **terms, **PARTIAL)
+    close("out", out, oracle.forward(x.problem), "float32")
+
+
+def test_the_defaults_of_the_terms_are_no_terms() -> None:
+    x = inputs(Case(activation="softmax"))
+    plain = attention(x.q, x.k, x.v)
+    off = {"log_decay": None, "log_input_gate": None, "rotary_fraction": 1.0, "logit_scale": 1.0, "sink": None}
+    np.testing.assert_array_equal(attention(x.q, x.k, x.v, **off), plain)
+    zeros = jnp.zeros(x.k.shape[:3])
+    for name in ("log_decay", "log_input_gate"):
+        np.testing.assert_allclose(attention(x.q, x.k, x.v, **{name: zeros}), plain, rtol=1e-5, atol=1e-6)
+    # A logit that takes all there is, and one that takes nothing.
+    assert np.max(np.abs(attention(x.q, x.k, x.v, sink=50.0))) < 1e-15
+    np.testing.assert_allclose(attention(x.q, x.k, x.v, sink=-50.0), plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "linear"])
+def test_a_decay_counts_as_no_less_than_minus_a_hundred_and_has_no_gradient_below(implementation: str) -> None:
+    x = inputs(Case(activation="none", decay="resets"))
+
+    def out(decay: jax.Array) -> jax.Array:
+        return attention(x.q, x.k, x.v, activation_function="none", log_decay=decay, implementation=implementation)
+
+    decay = x.terms["log_decay"]
+    assert decay is not None
+    below = np.asarray(decay) < -100
+    assert np.any(below)
+    np.testing.assert_array_equal(out(decay), out(jnp.maximum(decay, -100.0)))
+    gradient = np.asarray(jax.grad(lambda decay: jnp.sum(out(decay) * x.g))(decay))
+    assert not np.any(gradient[below])
+    assert np.any(gradient[~below] != 0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_with_a_decay_a_mask_is_causal_too(activation: str) -> None:
+    x = inputs(Case(activation=activation, decay="mild"))
+    everything = jnp.ones((LENGTH, LENGTH), bool)
+    for name in ("reference", "blockwise"):
+        out = attention(
+            *(x.q, x.k, x.v, everything),
+            activation_function=activation,
+            theta=THETA,
+            log_decay=x.terms["log_decay"],
+            implementation=name,
+        )
+        close("out", out, oracle.forward(x.problem), "float32")
+
+
+def test_one_head_of_three_axes_has_terms_of_two() -> None:
+    x = inputs(Case(activation="softmax", decay="mild", input_gate=True, heads=1, kv_heads=1))
+    terms = {name: x.terms[name] for name in ("log_decay", "log_input_gate")}
+    whole = attention(x.q, x.k, x.v, **terms)
+    one = attention(x.q[:, 0], x.k[:, 0], x.v[:, 0], **{name: term[:, 0] for name, term in terms.items()})
+    np.testing.assert_array_equal(one, whole[:, 0])
+
+
+def test_a_traced_decay_is_taken_as_it_is() -> None:
+    """Its values are not known when the call is checked."""
+    jax.jit(lambda decay: attention(Q, Q, Q, log_decay=decay))(LOGS)
+    with pytest.raises(ValueError, match=r"\(2, 3, 5\).*\(2, 3, 4\)"):
+        jax.jit(lambda decay: attention(Q, Q, Q, log_decay=decay))(LOGS[..., 1:])
+
+
+def test_a_known_decay_is_judged_under_jit_too() -> None:
+    """As the slopes of ALiBi are known there."""
+    plain = attention(Q, Q, Q, log_decay=LOGS)
+    np.testing.assert_allclose(jax.jit(lambda q: attention(q, q, q, log_decay=LOGS))(Q), plain, rtol=1e-5)
+    positive = -LOGS
+    with pytest.raises(ValueError, match=r"log_decay must not be positive.*got 0\.5"):
+        jax.jit(lambda q: attention(q, q, q, log_decay=positive))(Q)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +13,17 @@ import pytest
 
 from xattn.backend import activations, dispatch
 from xattn.backend import linear as linear_module
-from xattn.backend.activations import QKPreActivation
 from xattn.backend.dispatch import TABLE, Call, row
-from xattn.testing.contract import (
-    BATCH,
-    HEADS,
-    LENGTH,
-    MASKS,
-    SUBJECTS,
-    Case,
-    Subject,
-    check_causal,
-    check_theta_gradient,
-    check_values,
-    inputs,
-)
+from xattn.testing.cases import BATCH, DECAYS, HEADS, LENGTH, MASKS, SUBJECTS, Case, Subject, inputs
+from xattn.testing.contract import check_causal, check_theta_gradient, check_values
+
+from .pairwise import allowed_pairs, covering, pairs
 
 ACTIVATIONS = activations.names()
 
 CASES = [
-    *(
-        Case(activation=a, pre_activation=p, mask=m)
-        for a, p, m in itertools.product(ACTIVATIONS, get_args(QKPreActivation), MASKS)
-    ),
-    *(Case(activation=a, pre_activation="swish", mask=m, dtype="bfloat16") for a in ACTIVATIONS for m in MASKS[:4]),
+    *(Case(activation=a, mask=m) for a, m in itertools.product(ACTIVATIONS, MASKS)),
+    *(Case(activation=a, pre_activation="swish", dtype="bfloat16") for a in ACTIVATIONS),
     *(Case(activation=a, dtype="float16") for a in ACTIVATIONS),
     # Grouped heads; one token; a context that is not the sequence; biases that differ from head to head.
     *(
@@ -49,11 +36,62 @@ CASES = [
     Case(activation="sigmoid", bias_step=0.3, heads=6, kv_heads=2),
 ]
 
+# All terms of the formula, two by two.
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "mask": tuple(mask for mask in MASKS if mask not in ("causal", "arbitrary")),  # "empty rows" is arbitrary too
+    "decay": DECAYS,
+    "rotary_fraction": (1.0, 0.0, 0.25, 0.5),
+    "activation": ACTIVATIONS,
+    "sink": ("none", "zero", "learned"),
+    "heads": ((3, 3), (6, 2), (5, 1)),
+    "length": (LENGTH, 29, 1),
+    "dtype": ("float32", "bfloat16"),
+    "input_gate": (False, True),
+    "logit_scale": (1.0, 0.7),
+    "pre_activation": ("none", "swish"),
+    "context_length": (None, 5),
+    "bias_step": (0.0, 0.3),
+}
+# Those of the only implementation that serves one activation.
+LINEAR_FACTORS = FACTORS | {
+    "mask": ("default", "segments", "documents"),
+    "activation": ("none",),
+    "sink": ("none",),
+    "context_length": (None,),
+    "bias_step": (0.0,),
+}
+
+
+def allowed(row: dict[str, Any]) -> bool:
+    """A sink is softmax's, a bias sigmoid's."""
+    activations = {row["activation"]} if "activation" in row else set()
+    if row.get("sink", "none") != "none":
+        activations.add("softmax")
+    if row.get("bias_step", 0):
+        activations.add("sigmoid")
+    return len(activations) <= 1
+
+
+ROWS = covering(FACTORS, allowed)
+LINEAR_ROWS = covering(LINEAR_FACTORS, allowed)
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    heads, kv_heads = row["heads"]
+    return Case(**row | {"heads": heads, "kv_heads": kv_heads})
+
+
 PLAIN = [Case(activation=a) for a in ACTIVATIONS]
+FADING = [
+    Case(activation=a, decay="mild", input_gate=True, rotary_fraction=0.5, sink="learned" if a == "softmax" else "none")
+    for a in ACTIVATIONS
+]
+TERMS = [case_of(row) for row in ROWS]
+LINEAR_TERMS = [case_of(row) for row in LINEAR_ROWS]
 
 
-def pairs(cases: list[Case]) -> pytest.MarkDecorator:
-    """Every implementation with every case that it says it supports."""
+def served(cases: list[Case], implementations: tuple[str, ...] = dispatch.names()) -> pytest.MarkDecorator:
+    """Each of these implementations with every case that it says it supports."""
     return pytest.mark.parametrize(
         ("subject", "case"),
         [
@@ -61,9 +99,7 @@ def pairs(cases: list[Case]) -> pytest.MarkDecorator:
             for subject in SUBJECTS
             if subject.name != "ring"  # without a mesh it is blockwise; with one it is in test_ring.py
             for case in cases
-            # What the pre-activation does stands before all that the others do differently from the reference.
-            if case.pre_activation == "none" or case.mask == "default" or subject.name == "reference"
-            if subject.serves(case)
+            if subject.implementation in implementations and subject.serves(case)
         ],
     )
 
@@ -75,7 +111,8 @@ def test_every_row_is_here_and_what_it_leaves_out_it_says() -> None:
     assert refused["reference"] == refused["blockwise"] == []
     assert refused["cudnn"] == refused["hopper"] == CASES
     assert {case.activation for case in CASES if case not in refused["linear"]} == {"none"}
-    assert {case.mask for case in CASES if case not in refused["linear"]} == {"default"}
+    assert {case.mask for case in CASES if case not in refused["linear"]} == {"default", "segments", "documents"}
+    assert not any(row("linear").refusal(case.call()) for case in LINEAR_TERMS)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -120,22 +157,40 @@ def test_an_accelerator_multiplies_float32_as_float32(dtype: str, monkeypatch: p
     assert exact == {dtype == "float32"}
 
 
-@pairs(CASES)
+@pytest.mark.parametrize(("factors", "rows"), [(FACTORS, ROWS), (LINEAR_FACTORS, LINEAR_ROWS)], ids=["all", "linear"])
+def test_the_rows_hold_every_pair_of_two_values(factors: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    held = set().union(*map(pairs, rows))
+    assert all(map(allowed, rows))
+    assert held == set(allowed_pairs(factors, allowed))
+    assert len(held) > 10 * len(rows), "the rows are not much fewer than the pairs"
+
+
+@served(TERMS, ("reference", "blockwise"))
+def test_terms_two_by_two_are_the_formulas(subject: Subject, case: Case) -> None:
+    check_values(subject.function, case)
+
+
+@served(LINEAR_TERMS, ("linear",))
+def test_terms_of_a_state_two_by_two_are_the_formulas(subject: Subject, case: Case) -> None:
+    check_values(subject.function, case)
+
+
+@served(CASES)
 def test_output_and_gradients_are_the_formulas(subject: Subject, case: Case) -> None:
     check_values(subject.function, case)
 
 
-@pairs(PLAIN)
+@served(PLAIN + FADING)
 def test_theta_has_the_right_gradient(subject: Subject, case: Case) -> None:
     check_theta_gradient(subject.function, case)
 
 
-@pairs(PLAIN)
+@served(PLAIN + FADING)
 def test_causal_and_not_more(subject: Subject, case: Case) -> None:
     check_causal(subject.function, case)
 
 
-@pairs(PLAIN)
+@served(PLAIN)
 def test_vmap_over_batch_and_over_heads_is_the_batched_call(subject: Subject, case: Case) -> None:
     x = inputs(case)
     function = subject.function
@@ -150,7 +205,7 @@ def test_vmap_over_batch_and_over_heads_is_the_batched_call(subject: Subject, ca
     np.testing.assert_allclose(alone, whole, rtol=1e-5, atol=1e-6)
 
 
-@pairs(PLAIN)
+@served(PLAIN)
 def test_a_pack_of_thetas_is_as_many_single_calls(subject: Subject, case: Case) -> None:
     """Packed sweeps: theta (and with it the whole spec's numbers) has a leading axis under vmap, q, k, v too."""
     x = inputs(case)
@@ -168,7 +223,7 @@ def test_a_pack_of_thetas_is_as_many_single_calls(subject: Subject, case: Case) 
     assert not np.allclose(packed[1][0], packed[1][1]), "theta and q changed nothing"
 
 
-@pairs(PLAIN)
+@served(PLAIN)
 def test_numbers_do_not_compile_again_and_runs_repeat_bit_for_bit(subject: Subject, case: Case) -> None:
     x = inputs(case)
     function = subject.function
@@ -190,7 +245,7 @@ def test_numbers_do_not_compile_again_and_runs_repeat_bit_for_bit(subject: Subje
     np.testing.assert_array_equal(other[:, :, 0], first[:, :, 0])
 
 
-@pairs(PLAIN)
+@served(PLAIN + FADING)
 def test_sharded_is_unsharded(subject: Subject, case: Case) -> None:
     """Batch and heads over four devices, or the sequence over two, under plain jit."""
     case = replace(case, heads=4, kv_heads=4, length=12)

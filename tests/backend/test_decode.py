@@ -11,19 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.backend.decode import Cache, KVCache, StateCache, decode_step, decoding_spec, grow, init_cache, prefill
+from xattn.backend.decode import (
+    Cache,
+    KVCache,
+    StateCache,
+    decode_step,
+    decoding_spec,
+    grow,
+    init_cache,
+    of_tokens,
+    prefill,
+)
 from xattn.backend.spec import AttentionSpec
 from xattn.testing import oracle
-from xattn.testing.contract import (
-    LENGTH,
-    THETA,
-    Case,
-    Inputs,
-    check_decoding,
-    close,
-    decoding,
-    inputs,
-)
+from xattn.testing.cases import LENGTH, THETA, Case, Inputs, inputs
+from xattn.testing.contract import call_of, check_decoding, close, decoding
 
 # n is the context length, and the sequence runs past it.
 CONTEXT = 5
@@ -37,6 +39,20 @@ CASES = [
     ),
     *(Case(activation=a, context_length=CONTEXT, dtype="bfloat16") for a in ("softmax", "sigmoid", "none")),
 ]
+FADING: dict[str, Any] = {"decay": "resets", "input_gate": True, "heads": 6, "kv_heads": 2}
+OF_TOKENS = [
+    *(Case(activation=a, context_length=CONTEXT, decay="mild") for a in ("softmax", "sigmoid", "none")),
+    *(Case(activation=a, context_length=CONTEXT, input_gate=True) for a in ("softmax", "none")),
+    *(Case(activation=a, context_length=CONTEXT, mask="documents", **FADING) for a in ("softmax", "sigmoid", "none")),
+    *(Case(activation=a, context_length=CONTEXT, mask="window", **FADING) for a in ("softmax", "sigmoid", "none")),
+    *(Case(activation=a, context_length=CONTEXT, mask="documents") for a in ("softmax", "none")),
+    Case(activation="softmax", mask="segments", decay="hard", sink="learned"),
+    Case(activation="softmax", mask="window", sink="learned", logit_scale=0.7, rotary_fraction=0.5),
+    Case(activation="none", decay="hard", logit_scale=0.7, rotary_fraction=0.5, pre_activation="swish"),
+    Case(activation="none", decay="mild", mask="documents", rotary_fraction=0.0, dtype="bfloat16"),
+]
+
+SIZES: dict[str, Any] = {"batch": 2, "num_kv_heads": 3, "head_dim_qk": 10, "head_dim_v": 7, "capacity": 4}
 
 step = jax.jit(decode_step)
 
@@ -51,7 +67,7 @@ def tokens(x: Inputs, first: int) -> Any:
 
 
 @pytest.mark.parametrize("prompt", [0, 7])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + OF_TOKENS, ids=str)
 def test_a_prompt_and_then_token_by_token_is_the_parallel_form(case: Case, prompt: int) -> None:
     check_decoding(case, prompt=prompt)
 
@@ -93,21 +109,42 @@ def test_what_is_kept() -> None:
     assert state.state.shape == (1, 2, 6, 5)
     assert state.state.dtype == jnp.float32
     assert isinstance(kept("none", 7), KVCache)
+    assert jax.tree.leaves((state.segment, kept("softmax", None).terms, kept("softmax", None).segments)) == []
 
 
-def test_a_cache_grows_by_doubling_and_past_its_end_is_loud() -> None:
-    x, spec, cache = start(CASES[0], capacity=3)
+def test_what_is_kept_of_tokens_that_fade_in_documents() -> None:
+    sizes: dict[str, Any] = {"batch": 3, "num_kv_heads": 2, "head_dim_qk": 6, "head_dim_v": 5, "capacity": 99}
+    for activation, window, kept in (("softmax", None, 99), ("none", 7, 7)):
+        spec = decoding_spec(num_heads=4, activation_function=activation, window=window)
+        cache = init_cache(spec, **sizes, fades=True, documents=True)
+        assert isinstance(cache, KVCache)
+        assert cache.terms is not None
+        assert cache.segments is not None
+        assert cache.terms.shape == (3, 2, kept)
+        assert cache.segments.shape == (3, kept)
+    state = init_cache(decoding_spec(num_heads=4, activation_function="none"), **sizes, fades=True, documents=True)
+    assert isinstance(state, StateCache)
+    assert state.segment is not None
+    assert state.segment.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "case", [CASES[0], Case(activation="softmax", mask="documents", decay="mild", input_gate=True)], ids=str
+)
+def test_a_cache_grows_by_doubling_and_past_its_end_is_loud(case: Case) -> None:
+    x, spec, cache = start(case, capacity=3)
     full = cache
+    calls = [call_of(x, spec, slice(t, t + 1)) for t in range(LENGTH)]
     outs, capacities = [], set()
-    for token in tokens(x, 0):
+    for token, of_token in calls:
         cache = grow(cache, spec)
         capacities.add(cache.k.shape[2])
-        out, cache = step(*token, cache, spec)
+        out, cache = step(*token, cache, of_token)
         outs.append(out)
     close("out", jnp.concatenate(outs, axis=2), oracle.forward(x.problem), "float32")
     assert capacities == {3, 6, 12, 24}
-    for t, token in enumerate(tokens(x, 0)):
-        out, full = step(*token, full, spec)
+    for t, (token, of_token) in enumerate(calls):
+        out, full = step(*token, full, of_token)
         assert np.all(np.isnan(out)) == (t >= 3)
 
 
@@ -150,6 +187,15 @@ def test_errors() -> None:
         prefill(*arrays, implementation="blockwise")
     with pytest.raises(ValueError, match="unknown attention implementation 'quick'"):
         prefill(*arrays, implementation="quick")
+    with pytest.raises(ValueError, match=r"fades=False gets a call with fades=True"):
+        prefill(*arrays[:3], cache, of_tokens(spec, y.k, log_decay=jnp.zeros(y.k.shape[:3])))
+    with pytest.raises(ValueError, match=r"documents=False gets a call with documents=True"):
+        prefill(*arrays[:3], cache, of_tokens(spec, y.k, segment_ids=jnp.zeros((2, LENGTH), int)))
+    fading = init_cache(spec, **SIZES, fades=True)
+    with pytest.raises(ValueError, match=r"fades=True gets a call with fades=False"):
+        decode_step(*next(tokens(x, 0)), fading, spec)
+    with pytest.raises(ValueError, match="log_decay must not be positive"):
+        of_tokens(spec, y.k, log_decay=jnp.ones(y.k.shape[:3]))
     with pytest.raises(ValueError, match="one token, got 13"):
         decode_step(x.q, x.k, x.v, cache, spec)
     with pytest.raises(ValueError, match="context_length"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from typing import Any
@@ -22,6 +23,17 @@ CALL = Call(
     head_dim_qk=64,
     head_dim_v=64,
     platform="cpu",
+)
+EVERYTHING = replace(
+    CALL,
+    window=3,
+    has_mask=True,
+    has_segment_ids=True,
+    has_decay=True,
+    has_input_gate=True,
+    has_sink=True,
+    platform="tpu",
+    sequence=1,
 )
 
 
@@ -51,9 +63,35 @@ def test_a_name_is_taken_even_where_auto_would_not_or_is_an_error_with_the_reaso
 @pytest.mark.parametrize("name", activations.names())
 def test_the_last_row_serves_every_call(name: str) -> None:
     last = dispatch.TABLE[-1]
-    for call in (CALL, replace(CALL, window=3, has_mask=True, has_segment_ids=True, platform="tpu", sequence=1)):
+    for call in (CALL, EVERYTHING):
         assert last.refusal(replace(call, activation=activation(name))) is None
         assert last.unfavourable(replace(call, activation=activation(name))) is None
+
+
+TERMS = ("has_decay", "has_input_gate", "has_sink")
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("name", ["cudnn", "hopper"])
+def test_kernels_of_gpus_refuse_the_terms_and_say_why(name: str, term: str) -> None:
+    chosen = activation("softmax" if name == "cudnn" else "sigmoid")
+    able = replace(CALL, activation=chosen, dtype="bfloat16", platform="cuda", compute_capability="9.0", sequence=4096)
+    assert dispatch.row(name).refusal(able) is None
+    reason = "a sink: its kernels" if term == "has_sink" else "a decay or an input gate: its kernels"
+    assert str(dispatch.row(name).refusal(replace(able, **{term: True}))).startswith(reason)
+    choice = choose(replace(able, **{term: True}))
+    assert choice.name == "blockwise"
+    assert reason in choice.passed_over[name]
+
+
+def test_linear_refuses_a_window_and_a_mask_and_nothing_else_of_none() -> None:
+    given = ("window", "has_mask", "has_segment_ids", "has_decay", "has_input_gate")
+    for values in itertools.product((False, True), repeat=len(given)):
+        asked: dict[str, Any] = dict(zip(given, values, strict=True))
+        call = replace(CALL, activation=activation("none"), **asked | {"window": 7 if asked["window"] else None})
+        refused = dispatch.row("linear").refusal(call)
+        assert (refused is None) == (not asked["window"] and not asked["has_mask"]), asked
+        assert choose(call).name == ("linear" if refused is None else "reference")
 
 
 def test_names_are_unique_and_auto_is_none_of_them() -> None:

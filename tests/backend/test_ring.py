@@ -26,7 +26,8 @@ from xattn.backend.dispatch import Call, choose
 from xattn.backend.linear import linear
 from xattn.backend.mesh import context_devices
 from xattn.backend.ring import ring
-from xattn.testing.contract import Case, Subject, check_theta_gradient, check_values
+from xattn.testing.cases import Case, Subject
+from xattn.testing.contract import check_theta_gradient, check_values
 
 ACTIVATIONS = activations.names()
 TILES = blockwise_module.Tuning(tile=4)
@@ -36,14 +37,25 @@ LINEAR = Subject("linear", "linear", partial(linear, tuning=linear_module.Tuning
 # Stretches of 12 and of 6 tokens: one is a multiple of the tile, the other is not; a window of 4 reaches into one
 # neighbour's.
 LENGTH = 24
+TERMS: dict[str, Any] = {"input_gate": True, "heads": 4, "kv_heads": 2, "rotary_fraction": 0.5, "logit_scale": 0.7}
 RINGS = [
     *(Case(activation=a, length=LENGTH) for a in ACTIVATIONS),
     *(Case(activation=a, length=LENGTH, mask="window", heads=4, kv_heads=2) for a in ACTIVATIONS),
     *(Case(activation=a, length=LENGTH, mask="segments", pre_activation="swish") for a in ACTIVATIONS),
+    # What belongs to the keys travels with them, and a decay crosses the stretches in between.
+    *(Case(activation=a, length=LENGTH, decay="mild", **TERMS) for a in ACTIVATIONS),
+    Case(activation="softmax", length=LENGTH, mask="documents", decay="resets", sink="learned"),
+    Case(activation="sigmoid", length=LENGTH, mask="window", decay="hard"),
+    Case(activation="none", length=LENGTH, mask="segments", input_gate=True),
 ]
 STATES = [
     Case(activation="none", length=LENGTH),
     Case(activation="none", length=LENGTH, heads=4, kv_heads=2, pre_activation="swish"),
+    Case(activation="none", length=LENGTH, decay="mild", **TERMS),
+    Case(activation="none", length=LENGTH, mask="documents"),
+    Case(activation="none", length=LENGTH, mask="segments"),  # they return: no sum of a device knows them
+    Case(activation="none", length=LENGTH, mask="documents", decay="resets", input_gate=True),
+    Case(activation="none", length=LENGTH, decay="hard", dtype="bfloat16"),
 ]
 
 
@@ -82,8 +94,11 @@ def test_bfloat16_is_joined_in_float32() -> None:
         check_values(RING.function, Case(activation="softmax", length=LENGTH, dtype="bfloat16"))
 
 
-def compiled(function: Any, activation: str, length: int) -> tuple[Any, int]:
-    """Value and gradients of a call that lies split by its sequence over four devices, and the numbers in its keys."""
+def compiled(function: Any, activation: str, length: int, fades: bool = False) -> tuple[Any, int]:
+    """Value and gradients of a call that lies split by its sequence over four devices, and the numbers in its keys.
+
+    fades: whether it has decay, input gate and documents.
+    """
     spec = checked_spec(
         batch=1,
         num_heads=2,
@@ -94,32 +109,40 @@ def compiled(function: Any, activation: str, length: int) -> tuple[Any, int]:
     )
     shape = (1, 2, length, 16)
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(function(q, k, v, spec) ** 2)
+    def loss(floats: list[jax.Array], segments: jax.Array | None) -> jax.Array:
+        q, k, v, *logs = floats
+        of_tokens = dict(zip(("log_decay", "log_input_gate"), logs, strict=bool(logs)))
+        return jnp.sum(
+            function(q, k, v, replace(spec, **of_tokens, segment_ids=segments, segments_are_runs=fades)) ** 2
+        )
 
     with mesh_of(4) as mesh:
-        split = NamedSharding(mesh, P(None, None, "context"))
-        arrays = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)] * 3
-        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), out_shardings=(None, (split,) * 3))
-        return program.lower(*arrays).compile(), math.prod(shape)
+        split, of_ids = (NamedSharding(mesh, P(*axes, "context")) for axes in ((None, None), (None,)))
+        floats = [shape] * 3 + [shape[:3]] * (2 if fades else 0)
+        arrays = [jax.ShapeDtypeStruct(of, jnp.float32, sharding=split) for of in floats]
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=of_ids) if fades else None
+        program = jax.jit(jax.value_and_grad(loss), out_shardings=(None, [split] * len(floats)))
+        return program.lower(arrays, ids).compile(), math.prod(shape)
 
 
-def gathered(program: Any) -> int:
-    """Numbers in the largest array that a collective brings together on each device; 0 where none does."""
-    found = re.findall(r"= \(?(?:f32|bf16)\[([\d,]*)\][^=]*? (?:all-gather|all-reduce|all-to-all)\(", program.as_text())
+def gathered(program: Any, collectives: str = "all-gather|all-reduce|all-to-all") -> int:
+    """Numbers in the largest array that a collective brings to each device; 0 where none does."""
+    found = re.findall(rf"= \(?\w+\[([\d,]*)\][^=]*? (?:{collectives})\(", program.as_text())
     return max((math.prod(int(n) for n in shape.split(",") if n) for shape in found), default=0)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_keys_and_values_go_round_and_are_never_together(activation: str) -> None:
-    program, keys = compiled(partial(ring, tuning=TILES), activation, 64)
+@pytest.mark.parametrize(("activation", "fades"), [*((a, False) for a in ACTIVATIONS), ("softmax", True)])
+def test_keys_and_values_go_round_and_are_never_together(activation: str, fades: bool) -> None:
+    program, keys = compiled(partial(ring, tuning=TILES), activation, 64, fades)
     assert "collective-permute(" in program.as_text() or "collective-permute-start(" in program.as_text()
     assert gathered(program) < keys / 4
 
 
-def test_only_states_are_gathered() -> None:
-    program, keys = compiled(partial(linear, tuning=linear_module.Tuning(chunk=16)), "none", 2048)
-    assert "collective-permute(" not in program.as_text()
+@pytest.mark.parametrize("fades", [False, True])
+def test_only_states_are_gathered(fades: bool) -> None:
+    program, keys = compiled(partial(linear, tuning=linear_module.Tuning(chunk=16)), "none", 2048, fades)
+    # A device asks the one before it for a single token's segment.
+    assert gathered(program, "collective-permute|collective-permute-start") <= (2 if fades else 0)
     assert 0 < gathered(program) <= 4 * 2 * 16 * 16 < keys / 4
 
 
@@ -139,6 +162,8 @@ def test_auto_takes_the_ring_for_a_long_split_sequence_and_says_why_not_before()
     assert chosen("softmax", 1024).name == chosen("sigmoid", 1024).name == "ring"
     assert chosen("none", 1024).name == "linear"
     assert chosen("none", 1024, window=7).name == "ring"
+    assert chosen("none", 1024, has_decay=True, has_input_gate=True, has_segment_ids=True).name == "linear"
+    assert chosen("softmax", 1024, has_decay=True, has_sink=True).name == "ring"
     assert chosen("softmax", 64).passed_over["ring"] == "no faster than the reference below S = 256"
     assert chosen("softmax", 1024, context=1).passed_over["ring"] == "the mesh has no context axis"
     assert "go through all of it" in chosen("softmax", 1024, has_mask=True).passed_over["blockwise"]

@@ -19,6 +19,7 @@ from xattn.backend import (
     arguments,
     blockwise,
     cudnn,
+    decay,
     decode,
     dispatch,
     formula,
@@ -33,7 +34,7 @@ from xattn.backend import (
 from xattn.backend.hopper import fused
 
 MODULES = (
-    *(api, arguments, blockwise, cudnn, decode, dispatch, formula, fused, hopper),
+    *(api, arguments, blockwise, cudnn, decay, decode, dispatch, formula, fused, hopper),
     *(linear, module, reference, ring, rope, spec),
 )
 B, S, DHQK, DHV = 2, 8, 10, 3
@@ -75,13 +76,18 @@ def trace(function: Any, *given: Any) -> None:
     jax.eval_shape(jax.grad(lambda *x: jnp.sum(function(*x).astype("float32"))), *given)
 
 
+def terms(kv_heads: tuple[int, ...], length: int = S) -> dict[str, jax.Array]:
+    return {name: zeros(B, *kv_heads, length) for name in ("log_decay", "log_input_gate")}
+
+
 # What each implementation may be given besides its arrays.
 RESTRICTED: dict[str, Any] = {"window": 3, "segment_ids": zeros(B, S, dtype="int32")}
-GIVEN = {
+PARTIAL: dict[str, Any] = {"rotary_fraction": 0.5, "logit_scale": jnp.float32(0.7)}
+GIVEN: dict[str, list[dict[str, Any]]] = {
     "reference": [{}, RESTRICTED, {"attention_mask": zeros(S, S, dtype="bool")}],
     "blockwise": [{}, RESTRICTED, {"attention_mask": zeros(S, S, dtype="bool")}],
     "ring": [{}, RESTRICTED],
-    "linear": [{}],
+    "linear": [{}, {"segment_ids": zeros(B, S, dtype="int32")}],
 }
 
 
@@ -92,15 +98,16 @@ def test_attention(implementation: str, devices: int) -> None:
     mesh = jax.make_mesh((devices,), ("context",), axis_types=(AxisType.Auto,))
     for heads, kv_heads in HEADS:
         for activation in ["none"] if implementation == "linear" else ACTIVATIONS:
-            for given in GIVEN[implementation]:
-                bias = {"sigmoid_bias": zeros(*heads)} if activation == "sigmoid" else {}
+            for given in [*GIVEN[implementation], {**GIVEN[implementation][-1], **terms(kv_heads), **PARTIAL}]:
+                own = {"sigmoid_bias": zeros(*heads)} if activation == "sigmoid" else {}
+                own = {"sink": zeros(*heads)} if activation == "softmax" and "logit_scale" in given else own
                 attend = partial(
                     api.attention,
                     activation_function=activation,
                     theta=jnp.float32(9.0),
                     implementation=implementation,
                     **given,
-                    **bias,
+                    **own,
                 )
                 with jax.set_mesh(mesh):
                     trace(attend, *arrays(heads, kv_heads))
@@ -109,8 +116,11 @@ def test_attention(implementation: str, devices: int) -> None:
 def test_the_records() -> None:
     def of(heads: int, kv_heads: int, mask: jax.Array, segments: jax.Array) -> None:
         given = {"attention_mask": mask, "segment_ids": segments, "activation_function": "sigmoid"}
-        meaning = arguments.checked_spec(batch=B, num_heads=heads, length=S, **given)
         q, k, _ = arrays((heads,), (kv_heads,))
+        sizes = {"batch": B, "num_heads": heads, "num_kv_heads": kv_heads, "length": S}
+        meaning = arguments.checked_spec(**sizes, **given, **terms((kv_heads,)), **PARTIAL)
+        fields_are_true(arguments.checked_spec(**sizes, sink=zeros(heads)))
+        fields_are_true(blockwise.key_side(k, k, meaning))
         for record in (meaning, reference.attended(q, k, meaning), reference.attended(q, k, meaning, jnp.arange(4))):
             fields_are_true(record)
 
@@ -120,14 +130,24 @@ def test_the_records() -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("window", [None, 4])
-def test_decoding(activation: str, window: int | None) -> None:
-    """Caches and entries too, of one layer and of three, stacked."""
+@pytest.mark.parametrize("fades", [False, True])
+def test_decoding(activation: str, window: int | None, fades: bool) -> None:
+    """Caches and entries too, of one layer and of three, stacked; where they fade there are documents too."""
 
     def stacked(tree: Any) -> Any:
         return jax.tree.map(lambda x: jnp.stack([x, x, x]), tree)
 
+    def of_tokens(meaning: Any, keys: jax.Array) -> Any:
+        if not fades:
+            return meaning
+        keys = keys if keys.ndim == 4 else keys[:, None]
+        length = keys.shape[2]
+        own = terms(keys.shape[1:2], length)
+        return decode.of_tokens(meaning, keys, segment_ids=zeros(B, length, dtype="int32"), **own)
+
     def run(meaning: Any, cache: Any, prompt: Any, token: Any) -> None:
-        _, cache = decode.prefill(*prompt, cache, meaning, length=S - 1)
+        _, cache = decode.prefill(*prompt, cache, of_tokens(meaning, prompt[1]), length=S - 1)
+        meaning = of_tokens(meaning, token[1])
         _, cache = decode.decode_step(*token, cache, meaning)
         _, entry = decode.attend(*token, cache, meaning)
         for record in (cache, entry, stacked(entry), decode.append(stacked(cache), stacked(entry))):
@@ -137,7 +157,7 @@ def test_decoding(activation: str, window: int | None) -> None:
     for heads, kv_heads in HEADS:
         meaning = decode.decoding_spec(num_heads=(*heads, 1)[0], **choices)
         sizes = {"num_kv_heads": (*kv_heads, 1)[0], "head_dim_qk": DHQK, "head_dim_v": DHV, "capacity": 13}
-        cache = decode.init_cache(meaning, batch=B, **sizes)
+        cache = decode.init_cache(meaning, batch=B, **sizes, fades=fades, documents=fades)
         fields_are_true(decode.grow(stacked(cache), meaning, 20))
         jax.eval_shape(run, meaning, cache, arrays(heads, kv_heads), arrays(heads, kv_heads, 1))
 
@@ -150,10 +170,14 @@ def test_rotation() -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_module(activation: str) -> None:
-    function = jaxtyped(inspect.unwrap(module.mLSTMBackendAttention.__call__), typechecker=beartype)
-    backend = module.mLSTMBackendAttention(module.mLSTMBackendAttentionConfig(activation_function=activation))
+@pytest.mark.parametrize("gates", ["none", "sigmoid"])
+def test_the_module(activation: str, gates: Any) -> None:
+    call = jaxtyped(inspect.unwrap(module.mLSTMBackendAttention.__call__), typechecker=beartype)
+    backend = module.mLSTMBackendAttention(
+        module.mLSTMBackendAttentionConfig(activation_function=activation, gates=gates)
+    )
     for heads, kv_heads in HEADS:
+        function = partial(call, i=zeros(B, *kv_heads, S), f=zeros(B, *kv_heads, S, 1)) if gates != "none" else call
         trace(partial(function, backend), *arrays(heads, kv_heads))
         if activation == "none":
             state = zeros(B, *kv_heads, DHQK, DHV)
@@ -187,7 +211,7 @@ def turned(x: jax.Array) -> jax.Array:
         lambda q, k, v, of: api.attention(q, k, v, turned(zeros(S, S + 1, dtype="bool"))),
         lambda q, k, v, of: decode.attend(q, k, v, decode.KVCache(k, v, zeros(dtype="int32")), of),
         lambda q, k, v, of: formula.scores(turned(q), k),
-        lambda q, k, v, of: rope.rotate(q, zeros(S, DHQK), zeros(S, DHQK)),
+        lambda q, k, v, of: rope.rotate(q, zeros(S, DHQK // 2), zeros(S, 3)),
     ],
 )
 def test_a_wrong_array_is_noticed(wrong: Any) -> None:

@@ -6,6 +6,7 @@ import math
 from numbers import Real
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int
@@ -132,18 +133,24 @@ def _checked_log(name: str, array: Array | None, shape: tuple[int, int, int]) ->
     if array is None:
         return None
     array = jnp.asarray(array)
-    if array.shape == (shape[0], shape[2]) and shape[1] == 1:
-        array = array[:, None]
-    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.shape not in (
+        shape,
+        *([shape[::2]] if shape[1] == 1 else []),
+    ):
         raise ValueError(
             f"{name} must be floating, of shape (B, NKV, S) = {shape}; got {array.dtype} of shape {array.shape}"
         )
     if not isinstance(array, Tracer):
-        if name == "log_decay" and not jnp.all(array <= 0):
-            raise ValueError(f"log_decay must not be positive, nor NaN: a decay can't amplify; got {jnp.max(array)}")
-        if name == "log_input_gate" and not jnp.all(jnp.isfinite(array)):
-            raise ValueError("log_input_gate must be finite; a gate that is shut is a large negative number")
-    return array.astype(jnp.float32)
+        with jax.ensure_compile_time_eval():  # a known array may be met under jit too
+            _check_values(name, array)
+    return array.reshape(shape).astype(jnp.float32)
+
+
+def _check_values(name: str, array: Array) -> None:
+    if name == "log_decay" and not jnp.all(array <= 0):
+        raise ValueError(f"log_decay must not be positive, nor NaN: a decay can't amplify; got {jnp.max(array)}")
+    if name == "log_input_gate" and not jnp.all(jnp.isfinite(array)):
+        raise ValueError("log_input_gate must be finite; a gate that is shut is a large negative number")
 
 
 def _checked_scale(logit_scale: float | Float[Array, ""]) -> Float32[Array, ""]:

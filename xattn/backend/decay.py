@@ -20,8 +20,8 @@ LogDecay = Float32[Array, "B NKV S"]
 
 def sums(log_decay: LogDecay, rows: Int[Array, " T"]) -> Float32[Array, "B NKV T S"]:
     """D_ts of the queries at the positions ``rows``; 0 for s ≥ t."""
-    after = jnp.where(jnp.arange(log_decay.shape[-1]) <= rows[:, None], log_decay[..., None, :], 0)
-    return exclusive_to_end(after)
+    until = jnp.arange(log_decay.shape[-1])[None, :] <= rows[:, None]
+    return exclusive_to_end(jnp.where(until[None, None], log_decay[..., None, :], 0))
 
 
 def exclusive_to_end(x: Float32[Array, "*shape S"]) -> Float32[Array, "*shape S"]:

@@ -25,8 +25,8 @@ F32 = jnp.float32
 LOWEST = float(jnp.finfo(jnp.float32).min)
 Scores = Float32[Array, "B NKV *G T S"]
 Keep = Bool[Array, "#B T S"]
-Terms = Float32[Array, "B NKV #T S"]
-"""E_ts = D_ts + log i_s: what decay and input gate leave of s at t, as a logarithm."""
+Terms = Float32[Array, "B KV #T S"]
+"""E_ts = D_ts + log i_s: what decay and input gate leave of s at t, as a logarithm. KV is the keys' own heads."""
 
 
 class Tokens(NamedTuple):

@@ -60,7 +60,7 @@ def documents(segment_ids: Int[Array, "B S"]) -> Documents:
     """The documents of segments of which none comes back after another."""
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     runs = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
-    return Documents(runs, runs - begins)
+    return Documents(runs, runs - begins.astype(jnp.int32))
 
 
 def linear(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
@@ -125,11 +125,11 @@ def _earlier(
     earlier = jnp.tri(devices, k=-1, dtype=F32)
     if spec.log_decay is not None:
         whole = jnp.sum(spec.log_decay.reshape(*spec.log_decay.shape[:2], devices, -1), axis=-1)
-        earlier = earlier * jnp.exp(decay.sums(whole, jnp.arange(devices) - 1))
+        earlier = earlier[None, None] * jnp.exp(decay.sums(whole, jnp.arange(devices) - 1))
     if documents is not None:
         runs, previous = (x.reshape(x.shape[0], devices, -1) for x in documents)
         goes_on = previous[:, :, None, 0] == runs[:, None, :, -1]
-        earlier = jnp.where(goes_on[:, None], earlier, 0)
+        earlier = jnp.where(goes_on[:, None], earlier if earlier.ndim == 4 else earlier[None, None], 0)
     return earlier
 
 
@@ -138,7 +138,7 @@ def _state_of_device(index: Array, k: Array, v: Array, spec: AttentionSpec, docu
     """What the device's own stretch adds to the state at its end, (1, B, NKV, DHQK, DHV), keys rotated as they are."""
     _, rotated_k = prepare(k, k, spec, index * k.shape[2])
     left = _left_of(_Chunks.of(spec, documents, lambda x, **_: x))
-    rotated_k = rotated_k if left is None else (rotated_k * left[..., None]).astype(k.dtype)
+    rotated_k = rotated_k if left is None else (rotated_k.astype(F32) * left[..., None]).astype(k.dtype)
     return product("bksd,bkse->bkde", rotated_k, v)[None] / math.sqrt(k.shape[-1])
 
 
@@ -259,7 +259,7 @@ def chunked(
         causal = jnp.broadcast_to(jnp.tri(chunk, dtype=bool), (*q.shape[:-1], chunk))
         weights = jnp.where(causal, _weighted(product("bkgntd,bknsd->bkgnts", q, k) * scale, of), 0)
         left, carried = _left_of(of), _from_before(of)
-        added = k if left is None else (k * left[..., None]).astype(k.dtype)
+        added = k if left is None else (k.astype(F32) * left[..., None]).astype(k.dtype)
         own = product("bknsd,bknse->bknde", added, v) * scale
         before, after = _states(state, own, None if carried is None else carried[1])
         out = product("bkgnts,bknse->bkgnte", weights.astype(v.dtype), v)

@@ -17,6 +17,9 @@ F64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 Function = Callable[[F64], F64]
 
+LEAST = -100.0
+"""A log decay counts as no less than this."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -30,26 +33,56 @@ class Problem:
     swish: bool
     sin: F64
     cos: F64
+    """(S, pairs): the first pairs of the channels turn, the others don't."""
     keep: Bool
     """(B, S, S)."""
     bias: F64 | None
     """(NH,), added to the logits."""
     pointwise: tuple[Function, Function] | None = None
     """Of another activation: logits → weights, logits → slopes."""
-    extra_logit: float | None = None
-    """In softmax's sum, without a value."""
+    sink: F64 | None = None
+    """(NH,), a logit in softmax's sum that has no value."""
+    log_decay: F64 | None = None
+    """(B, NKV, S)."""
+    log_input_gate: F64 | None = None
+    """(B, NKV, S)."""
+    logit_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Of Σ out · g, with the shapes of what they belong to; None where the problem has no such array."""
+
+    q: F64
+    k: F64
+    v: F64
+    bias: F64 | None
+    sink: F64 | None
+    log_decay: F64 | None
+    log_input_gate: F64 | None
+    logit_scale: F64
+    """(B, NH, S, S): the gradient is the sum, and its rounding error is of the size of the terms."""
 
 
 def tables(length: int, width: int, theta: float) -> tuple[F64, F64]:
-    """sin and cos of t · theta^(−2i/width), in float64."""
+    """sin and cos of t · theta^(−2i/width), in float64; width is that of the channels that turn."""
     angles = np.array([[t * theta ** (-2 * i / width) for i in range(width // 2)] for t in range(length)])
     return np.sin(angles), np.cos(angles)
 
 
 def keep_of(
-    batch: int, length: int, *, mask: Bool | None = None, window: int | None = None, segments: F64 | None = None
+    batch: int,
+    length: int,
+    *,
+    mask: Bool | None = None,
+    window: int | None = None,
+    segments: F64 | None = None,
+    causal: bool = False,
 ) -> Bool:
-    """(the given mask, or causal) ∧ (t − window < s ≤ t) ∧ equal segments, element by element."""
+    """(the given mask, or causal) ∧ (t − window < s ≤ t) ∧ equal segments, element by element.
+
+    causal: whether a key after its query is left out, whatever mask is given.
+    """
     keep = np.zeros((batch, length, length), bool)
     for b in range(batch):
         for t in range(length):
@@ -59,7 +92,7 @@ def keep_of(
                     allowed = allowed and t - window < s <= t
                 if segments is not None:
                     allowed = allowed and segments[b, t] == segments[b, s]
-                keep[b, t, s] = allowed
+                keep[b, t, s] = allowed and (s <= t or not causal)
     return keep
 
 
@@ -69,21 +102,50 @@ def _sigmoid(x: F64) -> F64:
 
 def _turn(x: F64, sin: F64, cos: F64) -> F64:
     """A pair (2i, 2i + 1) is a complex number, and rotation a product."""
-    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * (cos + 1j * sin)
-    out = np.empty_like(x)
-    out[..., 0::2], out[..., 1::2] = turned.real, turned.imag
+    turning = 2 * sin.shape[-1]
+    turned = (x[..., 0:turning:2] + 1j * x[..., 1:turning:2]) * (cos + 1j * sin)
+    out = x.copy()
+    out[..., 0:turning:2], out[..., 1:turning:2] = turned.real, turned.imag
     return out
 
 
-def _weights(p: Problem) -> tuple[F64, F64, F64, F64, F64]:
-    """(rotated q, rotated k of every query head, v of every query head, logits, weights)."""
+def _terms(p: Problem, source: list[int]) -> F64 | float:
+    """E_ts = Σ_{s<r≤t} ℓ_r + log i_s of every query head, 0 in place of the sum for s ≥ t."""
+    terms: F64 | float = 0.0
+    if p.log_decay is not None:
+        decay = np.maximum(p.log_decay, LEAST)[:, source]
+        terms = np.zeros((*decay.shape, decay.shape[-1]))
+        for t in range(1, decay.shape[-1]):
+            terms[..., t, :t] = terms[..., t - 1, :t] + decay[..., t, None]
+    return terms if p.log_input_gate is None else terms + p.log_input_gate[:, source, None, :]
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """Query heads each have their own keys and values here."""
+
+    q: F64
+    k: F64
+    """Rotated."""
+    v: F64
+    scores: F64
+    """g · q kᵀ / √DHQK."""
+    terms: F64 | float
+    logits: F64
+    weights: F64
+    sink: F64 | None
+    """(B, NH, S): the weight that it takes."""
+
+
+def _attended(p: Problem) -> _Attended:
     group = p.q.shape[1] // p.k.shape[1]
     source = [h // group for h in range(p.q.shape[1])]
     q, k = (_turn(x * _sigmoid(x) if p.swish else x, p.sin, p.cos) for x in (p.q, p.k[:, source]))
-    logits = np.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[-1])
-    if p.bias is not None:
-        logits = logits + p.bias[:, None, None]
-    keep = p.keep[:, None]
+    scores = p.logit_scale * np.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[-1])
+    terms = _terms(p, source)
+    bias = 0.0 if p.bias is None else p.bias[:, None, None]
+    logits = scores * np.exp(terms) if p.activation == "none" else scores + bias + terms
+    keep, taken = p.keep[:, None], None
     if p.pointwise is not None:
         weights = np.where(keep, p.pointwise[0](logits), 0)
     elif p.activation == "sigmoid":
@@ -91,43 +153,65 @@ def _weights(p: Problem) -> tuple[F64, F64, F64, F64, F64]:
     elif p.activation == "none":
         weights = np.where(keep, logits, 0)
     else:
-        extra = -np.inf if p.extra_logit is None else p.extra_logit
-        top = np.maximum(np.max(np.where(keep, logits, -np.inf), axis=-1, keepdims=True), extra)
+        sink = np.full(p.q.shape[1], -np.inf) if p.sink is None else p.sink
+        top = np.max(np.where(keep, logits, -np.inf), axis=-1, keepdims=True)
+        top = np.maximum(top, sink[:, None, None])
         top = np.where(np.isfinite(top), top, 0)
-        weights = np.where(keep, np.exp(logits - top), 0)
-        total = weights.sum(-1, keepdims=True) + np.exp(extra - top)
-        weights = weights / np.where(total == 0, 1, total)
-    return q, k, p.v[:, source], logits, weights
+        weights = np.where(keep, np.exp(np.where(keep, logits - top, -np.inf)), 0)
+        of_sink = np.exp(sink[:, None, None] - top)
+        total = weights.sum(-1, keepdims=True) + of_sink
+        total = np.where(total == 0, 1, total)
+        weights, taken = weights / total, (of_sink / total)[..., 0]
+    return _Attended(q, k, p.v[:, source], scores, terms, logits, weights, taken)
 
 
 def weights(p: Problem) -> F64:
     """(B, NH, S, S)."""
-    return _weights(p)[-1]
+    return _attended(p).weights
 
 
 def forward(p: Problem) -> F64:
     """(B, NH, S, DHV)."""
-    _, _, v, _, weights = _weights(p)
-    return np.einsum("bhts,bhsd->bhtd", weights, v)
+    x = _attended(p)
+    return np.einsum("bhts,bhsd->bhtd", x.weights, x.v)
 
 
-def vjp(p: Problem, g: F64) -> tuple[F64, F64, F64, F64]:
-    """The gradients of Σ out · g with respect to q, k, v and the bias."""
-    q, k, v, logits, weights = _weights(p)
-    d_weights = np.einsum("bhtd,bhsd->bhts", g, v)
+def vjp(p: Problem, g: F64) -> Gradients:
+    """The gradients of Σ out · g."""
+    x = _attended(p)
+    d_weights = np.einsum("bhtd,bhsd->bhts", g, x.v)
+    d_sink = None
     if p.pointwise is not None:
-        d_logits = np.where(p.keep[:, None], d_weights * p.pointwise[1](logits), 0)
+        d_logits = np.where(p.keep[:, None], d_weights * p.pointwise[1](x.logits), 0)
     elif p.activation == "sigmoid":
-        d_logits = d_weights * weights * (1 - weights)
+        d_logits = d_weights * x.weights * (1 - x.weights)
     elif p.activation == "none":
         d_logits = np.where(p.keep[:, None], d_weights, 0)
     else:
-        d_logits = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True))
-    scale = 1 / math.sqrt(q.shape[-1])
-    d_q = _unprepare(p, p.q, np.einsum("bhts,bhsd->bhtd", d_logits, k) * scale)
-    d_k = _unprepare(p, p.k, _ungroup(np.einsum("bhts,bhtd->bhsd", d_logits, q) * scale, p.k.shape[1]))
-    d_v = _ungroup(np.einsum("bhts,bhtd->bhsd", weights, g), p.v.shape[1])
-    return d_q, d_k, d_v, d_logits.sum((0, 2, 3))
+        delta = np.sum(x.weights * d_weights, axis=-1)
+        d_logits = x.weights * (d_weights - delta[..., None])
+        d_sink = None if p.sink is None or x.sink is None else -np.sum(x.sink * delta, axis=(0, 2))
+    # Under none a weight is A e^E; the others are functions of A + b + E.
+    d_terms = d_logits * x.logits if p.activation == "none" else d_logits
+    d_scores = d_logits * np.exp(x.terms) if p.activation == "none" else d_logits
+    scale = p.logit_scale / math.sqrt(x.q.shape[-1])
+    kv_heads = p.k.shape[1]
+    return Gradients(
+        q=_unprepare(p, p.q, np.einsum("bhts,bhsd->bhtd", d_scores, x.k) * scale),
+        k=_unprepare(p, p.k, _ungroup(np.einsum("bhts,bhtd->bhsd", d_scores, x.q) * scale, kv_heads)),
+        v=_ungroup(np.einsum("bhts,bhtd->bhsd", x.weights, g), kv_heads),
+        bias=None if p.bias is None else d_logits.sum((0, 2, 3)),
+        sink=d_sink,
+        log_decay=None if p.log_decay is None else _of_decay(p.log_decay, _ungroup(d_terms, kv_heads)),
+        log_input_gate=None if p.log_input_gate is None else _ungroup(d_terms, kv_heads).sum(2),
+        logit_scale=d_scores * x.scores / p.logit_scale,
+    )
+
+
+def _of_decay(log_decay: F64, d_terms: F64) -> F64:
+    """Σ over s < r ≤ t of the gradient of E_ts, and 0 where ℓ_r counts as LEAST."""
+    d = [d_terms[:, :, r:, :r].sum((2, 3)) for r in range(log_decay.shape[-1])]
+    return np.where(log_decay < LEAST, 0, np.stack(d, axis=-1))
 
 
 def _ungroup(x: F64, heads: int) -> F64:

@@ -11,7 +11,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
 
 from xattn.backend.dispatch import row
-from xattn.testing.contract import Case, check_causal, check_values
+from xattn.testing.cases import Case
+from xattn.testing.contract import check_causal, check_values
 
 from .test_interpreter import plain_accumulation as plain_accumulation  # a fixture
 
