@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from xattn.config import Config, compose
+from xattn.config import CONF, Config, compose
 from xattn.data.batches import TrainingBatches, evaluation_windows
 from xattn.model.loss import MOST_LOGITS
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
@@ -244,3 +244,25 @@ def test_a_tree_is_brought_together_for_programs_that_know_no_mesh() -> None:
     whole = on_one_device(state.params)
     assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(whole))
     assert state_sha256(whole, None) == state_sha256(state.params, None)
+
+
+PRESETS = sorted(
+    f"{file.parent.name}={file.stem}"
+    for folder in ("backend", "experiment")
+    for file in (CONF / folder).glob("*.yaml")
+    if "# Exact:" in file.read_text("utf-8")
+)
+LAYERS = {"backend=smollm3": 4, "backend=hybrid": 4, "experiment=qwen3_next_like": 4, "experiment=gemma3": 6}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_presets_steps_are_one_devices(preset: str) -> None:
+    """With rows, sequence and heads split."""
+    own = [preset, f"model.num_layers={LAYERS.get(preset, 2)}"]
+    if config_of(*own).backend.window is not None:
+        own.append("backend.window=6")
+    losses = []
+    for mesh in ((), ("parallel.data=2", "parallel.context=2", "parallel.tensor=2")):
+        run = compiled(*own, *mesh)
+        losses.append(trained(run, run.init(hyperparameters(config_of(*own))), 0, 3)[1])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
