@@ -75,8 +75,13 @@ def test_logits_in_one_call(loaded: xattn.LoadedRun) -> None:
     apart = loaded.logits(tokens[0], segment_ids=np.arange(10) // 5)
     np.testing.assert_allclose(apart[:5], whole[0, :5], rtol=1e-5, atol=1e-5)
     assert np.abs(apart[5:] - whole[0, 5:]).max() > 1e-3
+    back = [0, 0, 1, 1, 1, 0, 0, 0, 2, 2]
+    assert np.abs(loaded.logits(tokens[0], segment_ids=back)[5] - apart[5]).max() > 1e-3
+    convolved = dataclasses.replace(
+        loaded, model=loaded.model.clone(config=loaded.model.config.model_copy(update={"conv": 2}))
+    )
     with pytest.raises(BadInput, match="segment_ids: an id comes back"):
-        loaded.logits(tokens[0], segment_ids=[0, 0, 1, 1, 1, 0, 0, 0, 2, 2])
+        convolved.logits(tokens[0], segment_ids=back)
     for bad, message in (
         (tokens - 1, "0 to 255, got -1"),
         (tokens + 250, "got 250 to 269"),
