@@ -79,7 +79,7 @@ class LoadedRun:
         segments = None if segment_ids is None else np.atleast_2d(segment_ids)
         linear = any(activation(kind.activation).is_linear for kind in self.model.backend.kinds.values())
         knows_runs_only = linear or self.model.config.conv is not None
-        rows = [] if segments is None or not knows_runs_only else segments
+        rows: Any = segments if segments is not None and knows_runs_only else ()
         if any(len(np.unique(row)) <= np.count_nonzero(np.diff(row)) for row in rows):
             raise BadInput("segment_ids: an id comes back after another; give each document an id of its own")
         found: Any = self.model.apply(
