@@ -34,6 +34,7 @@ def precompute_freqs(
     """
     if max_length < 0:
         raise ValueError(f"max_length must not be negative, got {max_length}")
+    _check_width(feat_dim)
     return rotary_tables(jnp.arange(max_length), feat_dim, theta)
 
 

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.backend import blockwise, linear, precompute_freqs, reference, ring
+from xattn.backend import blockwise, linear, reference, ring
 from xattn.backend.activations import Activation, QKPreActivation, activation
 from xattn.backend.arguments import checked_spec
 from xattn.backend.decay import LEAST
 from xattn.backend.dispatch import Call, row
+from xattn.backend.rope import rotary_tables
 from xattn.backend.spec import AttentionSpec
 from xattn.testing import oracle
 
@@ -194,7 +195,7 @@ def _inputs(case: Case, row: Activation) -> Inputs:
         logit_scale=case.logit_scale,
         segments_are_runs=case.mask in ("documents", "borders"),
     )
-    sin, cos = precompute_freqs(case.turning, case.length, THETA)
+    sin, cos = rotary_tables(jnp.arange(case.length), case.turning, THETA)
     problem = oracle.Problem(
         q=f64(q),
         k=f64(k),
