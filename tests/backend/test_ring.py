@@ -191,6 +191,17 @@ def joined_without_weight(right: Any) -> Any:
     return lambda a, b: right(a, b) if b[1] is None else (right(a, b)[0] * 0 + a[0] + b[0], right(a, b)[1])
 
 
+def stays_at_home(name: str) -> Any:
+    """What belongs to the keys is the queries' own."""
+    return lambda right: (
+        lambda q, keys, meaning, *rest: right(q, keys._replace(**{name: getattr(meaning, name)}), meaning, *rest)
+    )
+
+
+FADING_RING = next(case for case in RINGS if case.decay == "mild" and case.activation == "softmax")
+FADING_STATE = next(case for case in STATES if case.decay == "mild")
+DOCUMENTS_STATE = next(case for case in STATES if case.mask == "documents")
+
 # (what is broken, where, the function, what breaks it, a case that notices)
 MUTATIONS: list[tuple[str, Any, str, Any, Subject, Case]] = [
     (
@@ -207,13 +218,47 @@ MUTATIONS: list[tuple[str, Any, str, Any, Subject, Case]] = [
         "segments stay at home",
         ring_module,
         "backward_tiles",
-        lambda right: lambda q, k, v, segments, *rest: right(q, k, v, None, *rest),
+        lambda right: lambda q, keys, *rest: right(q, keys._replace(segments=None), *rest),
         RING,
         RINGS[8],
     ),
     ("bias of one device", jax.lax, "psum", lambda right: lambda x, axis: x, RING, RINGS[1]),
-    ("a device's own state twice", linear_module, "_earlier", lambda r: lambda n: jnp.tri(n), LINEAR, STATES[0]),
-    ("positions of one device", linear_module, "chunked", lambda right: lambda *a: right(*a[:6]), LINEAR, STATES[0]),
+    ("a device's own state twice", linear_module, "_earlier", lambda r: lambda n, *_: jnp.tri(n), LINEAR, STATES[0]),
+    ("positions of one device", linear_module, "chunked", lambda right: lambda *a: right(*a[:7]), LINEAR, STATES[0]),
+    (
+        "decay of the stretches between dropped",
+        ring_module,
+        "_distance",
+        lambda right: lambda *given: right(*given)._replace(log_decay=None),
+        RING,
+        FADING_RING,
+    ),
+    ("decay stays at home", ring_module, "forward_tiles", stays_at_home("log_decay"), RING, FADING_RING),
+    ("gate stays at home", ring_module, "backward_tiles", stays_at_home("log_input_gate"), RING, FADING_RING),
+    (
+        "gradient of the gate stays abroad",
+        ring_module,
+        "_pass_on_with_keys",
+        lambda right: lambda found, *rest: right(found, *rest)._replace(columns=found.columns),
+        RING,
+        FADING_RING,
+    ),
+    (
+        "states of earlier devices do not decay",
+        linear_module,
+        "_earlier",
+        lambda right: lambda devices, meaning, of: right(devices, replace(meaning, log_decay=None), of),
+        LINEAR,
+        FADING_STATE,
+    ),
+    (
+        "states of earlier devices cross borders",
+        linear_module,
+        "_earlier",
+        lambda right: lambda devices, meaning, of: right(devices, meaning, None),
+        LINEAR,
+        DOCUMENTS_STATE,
+    ),
 ]
 
 
