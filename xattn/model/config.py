@@ -183,7 +183,7 @@ class LayerConfig(Section):
     def _has_a_sum_to_sink_in(cls, value: str, info: ValidationInfo) -> str:
         name = info.data.get("activation", "softmax")
         if value != "none" and not activations.activation(name).is_normalised:
-            raise ValueError(f"a sink is a term of softmax's sum, which {name} lacks; sink=none, or activation=softmax")
+            raise ValueError(f"none under {name}: a sink is a term of softmax's sum")
         return value
 
 
