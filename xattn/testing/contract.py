@@ -28,7 +28,7 @@ class Bound(NamedTuple):
 
 
 # The one table of tolerances: by dtype and kind of decay.
-TOLERANCE = {
+TOLERANCE: dict[tuple[str, str], Bound] = {
     ("float32", "none"): Bound(5e-6, 5e-6),
     ("float32", "zeros"): Bound(5e-6, 5e-6),
     ("float32", "mild"): Bound(3e-5, 2e-3),
