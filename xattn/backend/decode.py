@@ -220,7 +220,7 @@ def prefill(
         positions = jnp.clip(_positions(seen, capacity), 0, q.shape[2] - 1)
         _, k = prepare(q, k, spec)
         k, v = (jnp.take(x, positions, axis=2) for x in (k, v))
-        terms = formula.terms(_until(spec, seen), seen[None] - 1)
+        terms = formula.terms(spec, seen[None] - 1)
         after = KVCache(
             k.astype(cache.k.dtype),
             v.astype(cache.v.dtype),
