@@ -40,6 +40,8 @@ from xattn.model.modules import Norm, dense, gate
 
 F32 = jnp.float32
 INPUT_GATE_BIAS = 4.0
+# Of q · k v, relative to it, in float32: products that cancel a thousandfold are rare.
+ROUNDING = 1e-4
 Term = Callable[[Float32[Array, "B NH S DHV"]], Float32[Array, "B NH S DHV"]]
 
 
@@ -239,13 +241,13 @@ def of_terms(inputs: Inputs) -> dict[str, Any]:
 def without_own_value(y: Float32[Array, "B NH S DHV"], v: Values) -> Float32[Array, "B NH S DHV"]:
     """y − (y · v̂_t) v̂_t with v̂_t the unit vector of the token's own value, 0 where that is 0 (arXiv 2603.09078).
 
-    What is left is 0 where it is no more than the rounding of y. So it is of a token that attends to itself alone, as
-    the first one does; a norm that comes later would turn what rounding leaves there into an output.
+    What is left is 0 where it is no more than rounding may leave: 1e-4 of y, and an eps of v's dtype. So it is of a token
+    that attends to itself alone, as the first one does; a later norm would make an output of what rounding leaves.
     """
     own = jnp.repeat(v.astype(F32), y.shape[1] // v.shape[1], axis=1)
     squared = jnp.sum(own * own, axis=-1, keepdims=True)
     left = y - jnp.sum(y * own, axis=-1, keepdims=True) / jnp.where(squared > 0, squared, 1) * own
-    rounding = 4 * jnp.finfo(F32).eps + jnp.finfo(v.dtype).eps  # of the sums here, and of y as it came
+    rounding = ROUNDING + jnp.finfo(v.dtype).eps
     is_rounding = jnp.sum(left * left, axis=-1, keepdims=True) <= rounding**2 * jnp.sum(y * y, axis=-1, keepdims=True)
     return jnp.where(is_rounding, 0, left)
 
