@@ -241,8 +241,8 @@ def of_terms(inputs: Inputs) -> dict[str, Any]:
 def without_own_value(y: Float32[Array, "B NH S DHV"], v: Values) -> Float32[Array, "B NH S DHV"]:
     """y − (y · v̂_t) v̂_t with v̂_t the unit vector of the token's own value, 0 where that is 0 (arXiv 2603.09078).
 
-    What is left is 0 where it is no more than rounding may leave: 1e-4 of y, and an eps of v's dtype. So it is of a token
-    that attends to itself alone, as the first one does; a later norm would make an output of what rounding leaves.
+    What is left is 0 where it is no more than rounding may leave: 1e-4 of y, and an eps of v's dtype. That is so in a
+    token that attends to itself alone, as the first one does; a later norm would make an output of the rounding.
     """
     own = jnp.repeat(v.astype(F32), y.shape[1] // v.shape[1], axis=1)
     squared = jnp.sum(own * own, axis=-1, keepdims=True)
