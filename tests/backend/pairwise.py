@@ -34,8 +34,8 @@ def covering(
 
     Args:
         factors: their values.
-        allowed: whether a row is, of which some factors may still be absent. A row that is must have a value for each
-            absent factor.
+        allowed: says whether a row, perhaps without some factors yet, may occur. Every row that may occur must have an
+            allowed value for each factor that is still absent.
         given: rows that there are already.
     """
     held = set().union(*map(pairs, given))

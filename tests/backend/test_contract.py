@@ -169,7 +169,7 @@ def test_terms_two_by_two_are_the_formulas(subject: Subject, case: Case) -> None
 
 @pytest.mark.parametrize("case", LINEAR_TERMS, ids=str)
 def test_terms_of_a_state_two_by_two_are_the_formulas(case: Case) -> None:
-    """In steps of several chunks, each of which has several tokens."""
+    """With several chunks a step, and several tokens a chunk."""
     check_values(next(subject for subject in SUBJECTS if subject.name == "linear2x2").function, case)
 
 

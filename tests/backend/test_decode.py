@@ -128,6 +128,19 @@ def test_what_is_kept_of_tokens_that_fade_in_documents() -> None:
     assert state.segment.shape == (3,)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "none"])
+def test_a_cache_keeps_its_dtypes_whatever_integers_the_segments_are(activation: str) -> None:
+    """A loop over tokens carries the cache, and may not change what it carries."""
+    x = inputs(Case(activation=activation, mask="documents"))
+    small = replace(x.spec, segment_ids=x.spec.segment_ids.astype(jnp.int16))
+    spec, empty = decoding(Case(activation=activation, mask="documents"), LENGTH)
+    _, cache = prefill(x.q, x.k, x.v, empty, replace(spec, segment_ids=small.segment_ids), length=5)
+    token = replace(spec, segment_ids=small.segment_ids[:, 5:6])
+    _, after = decode_step(*(array[:, :, 5:6] for array in (x.q, x.k, x.v)), cache, token)
+    kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), each) for each in (empty, cache, after)]
+    assert kinds[0] == kinds[1] == kinds[2]
+
+
 @pytest.mark.parametrize(
     "case", [CASES[0], Case(activation="softmax", mask="documents", decay="mild", input_gate=True)], ids=str
 )

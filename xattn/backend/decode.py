@@ -141,7 +141,8 @@ def init_cache(
             With a window the cache keeps that many, and ``none`` without one keeps no token: neither overflows.
         dtype: of keys and values; a state is always float32.
         fades: whether the calls' specs have a log_decay or a log_input_gate.
-        documents: whether they have segment_ids.
+        documents: whether they have segment_ids. A state knows the last document alone: there an id that comes back
+            after another begins a new document.
     """
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
@@ -206,7 +207,7 @@ def prefill(
             that is unknown or does not support the call.
     """
     q, k, v = checked_arrays(queries, keys, values)
-    _check_kind(cache, spec)
+    spec = _fitting(cache, spec)
     seen = jnp.asarray(q.shape[2] if length is None else length, jnp.int32)
     if isinstance(cache, StateCache):
         if implementation != dispatch.AUTO and dispatch.row(implementation).name != "linear":
@@ -231,8 +232,11 @@ def prefill(
     return (out if queries.ndim == 4 else out[:, 0]), after
 
 
-def _check_kind(cache: Cache, spec: AttentionSpec) -> None:
-    """Raises ValueError where the spec has what the cache was not made for, or lacks what it was made for."""
+def _fitting(cache: Cache, spec: AttentionSpec) -> AttentionSpec:
+    """The spec with segment_ids as caches keep them.
+
+    Raises ValueError where it has what the cache was not made for, or lacks what it was made for.
+    """
     of_documents = (cache.segment if isinstance(cache, StateCache) else cache.segments) is not None
     fades = spec.has_terms if isinstance(cache, StateCache) else cache.terms is not None
     for name, made, given in (
@@ -241,6 +245,7 @@ def _check_kind(cache: Cache, spec: AttentionSpec) -> None:
     ):
         if made != given:
             raise ValueError(f"a cache made with {name}={made} gets a call with {name}={given}; see init_cache")
+    return spec if spec.segment_ids is None else replace(spec, segment_ids=spec.segment_ids.astype(jnp.int32))
 
 
 def _until(spec: AttentionSpec, length: Int[Array, ""]) -> AttentionSpec:
@@ -261,7 +266,7 @@ def _prefill_state(
     spec = _until(spec, seen)
     known, segment = None, None
     if spec.segment_ids is not None:
-        known, segment = linear.documents(spec.segment_ids), spec.segment_ids[:, -1].astype(jnp.int32)
+        known, segment = linear.documents(spec.segment_ids), spec.segment_ids[:, -1]
     out, state = linear.chunked(q, k, jnp.where(counts, v, 0), spec, known, cache.state, linear.Tuning.of_platform())
     return out, StateCache(state, seen, segment)
 
@@ -299,16 +304,15 @@ def attend(
     q, k, v = checked_arrays(queries, keys, values)
     if q.shape[2] != 1:
         raise ValueError(f"decode_step takes one token, got {q.shape[2]}; prefill takes many")
-    _check_kind(cache, spec)
+    spec = _fitting(cache, spec)
     q, k = prepare(q, k, spec, cache.length)
     q = formula.grouped(q, k.shape[1])[..., 0, :]  # (B, NKV, G, DHQK): with two axes of 1, XLA:CPU copies the cache
-    segment = None if spec.segment_ids is None else spec.segment_ids.astype(jnp.int32)
     if isinstance(cache, StateCache):
         state = _state_with(k, v, cache, spec)
-        out, entry = product("bkgd,bkde->bkge", q.astype(F32), state), Entry(state, None, segment=segment)
+        out, entry = product("bkgd,bkde->bkge", q.astype(F32), state), Entry(state, None, segment=spec.segment_ids)
     else:
         out = _attend_to_tokens(q, k, v, cache, spec)
-        entry = Entry(k.astype(cache.k.dtype), v.astype(cache.v.dtype), segment=segment)
+        entry = Entry(k.astype(cache.k.dtype), v.astype(cache.v.dtype), segment=spec.segment_ids)
         if cache.terms is not None:
             falls, own = _own_terms(spec, *k.shape[:2])
             entry = entry._replace(log_decay=falls, log_input_gate=own)
@@ -364,7 +368,7 @@ def _attend_to_tokens(q: Array, k: Array, v: Array, cache: KVCache, spec: Attent
     # The new token comes last, and may always be attended to: no row is empty.
     segments = spec.segment_ids
     if cache.segments is not None and segments is not None:
-        segments = jnp.concatenate([cache.segments, segments.astype(jnp.int32)], axis=1)
+        segments = jnp.concatenate([cache.segments, segments], axis=1)
     columns = Tokens(jnp.append(positions, t), segments, exist=jnp.append(positions >= 0, True))
     keep = formula.may_attend(Tokens(t[None], spec.segment_ids), columns, spec, None)
     scores = jnp.concatenate([formula.scores(q, cache.k.astype(q.dtype)), formula.scores(q, k)], axis=-1)
