@@ -20,7 +20,7 @@ def check_activation(name: str) -> None:
     Output and gradients of every implementation that serves it are compared with float64, under every kind of mask, in
     float32 and bfloat16, with grouped heads, with decay and an input gate. The float64 comes from the activation's own
     function, and from its own slope where one was given. Then come causality, the gradient of theta, and decoding,
-    which is the parallel form at every position. It takes ten seconds on two CPU cores.
+    which is the parallel form at every position. It takes twenty seconds on two CPU cores.
 
     Raises:
         ValueError: no activation of that name is registered.
