@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +24,62 @@ os.environ |= {
 }
 os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("WANDB_RUN_ID", None)
+
+
+_emitters = "quick"
+
+
+@pytest.fixture
+def emitters_of_runs() -> Iterator[None]:
+    """Where two programs are to agree bit for bit, or nearly, they are compiled by the emitters that runs are."""
+    import jax
+
+    global _emitters
+    jax.clear_caches()
+    _emitters = "of runs"
+    yield
+    _emitters = "quick"
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_emitters() -> Iterator[None]:
+    """Where most optimisations are off, XLA's older emitters compile: they take a third of the time. jax has no setting
+    for that but an option of each program."""
+    if "jax" not in sys.modules:
+        yield
+        return
+    import jax
+    from jax._src import compiler
+
+    older, right = {"xla_cpu_use_fusion_emitters": False}, compiler.get_compile_options
+    try:
+        jax.jit(lambda: 0, compiler_options=older).lower().compile()
+    except jax.errors.JaxRuntimeError:  # this version has no others
+        yield
+        return
+
+    def options(*given: Any, env_options_overrides: dict[str, Any] | None = None, **named: Any) -> Any:
+        if _emitters == "quick" and jax.config.read("jax_disable_most_optimizations"):
+            env_options_overrides = older | dict(env_options_overrides or {})
+        return right(*given, env_options_overrides=env_options_overrides, **named)
+
+    compiler.get_compile_options = options
+    yield
+    compiler.get_compile_options = right
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """A compiled program of XLA's on a CPU takes hundreds of memory mappings. Linux gives a process 65,530 of them, and
+    one that wants more dies of a segmentation fault: so old programs go when a third is taken."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if "jax" in sys.modules and mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

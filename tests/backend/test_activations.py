@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xattn import testing
 from xattn.backend import activations, attention, decode, register_activation
 from xattn.backend.activations import Activation
 from xattn.backend.dispatch import TABLE, choose
 from xattn.provenance import registered
-from xattn.testing import check_activation, checks
+from xattn.testing import Check, check_activation, checks
 from xattn.testing.cases import Case
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_activation.py"
@@ -72,8 +74,8 @@ def test_the_example_registers_relu_in_forty_lines() -> None:
     assert np.all(np.asarray(weights) >= 0)
 
 
-def test_check_activation_passes_what_is_right_and_names_what_is_wrong() -> None:
-    """Wrong here: a function that is another one on tiles than on whole rows."""
+def test_check_activation_passes_what_is_right_and_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong here: a function that is another one on tiles than on whole rows; one case of each implementation shows."""
     example()
     check_activation("relu")
 
@@ -81,6 +83,14 @@ def test_check_activation_passes_what_is_right_and_names_what_is_wrong() -> None
     def by_shape(logits: jax.Array, n: int) -> jax.Array:
         return logits * (1 if logits.shape[-1] == 13 else 2)
 
+    def one_of_each(name: str) -> Iterator[Check]:
+        seen: set[str] = set()
+        for what, check in checks(name):
+            if (subject := what.split()[0]) not in seen:
+                seen.add(subject)
+                yield what, check
+
+    monkeypatch.setattr(testing, "checks", one_of_each)
     with pytest.raises(AssertionError, match=r"by_shape fails \d+ checks:\n.*blockwise"):
         check_activation("by_shape")
     with pytest.raises(ValueError, match="unknown activation_function 'absent'"):

@@ -238,6 +238,7 @@ def of_one_kind_and_of_two(then: str, *same: str) -> tuple[Any, Any]:
     return (losses, gradient), (ours, our_gradient)
 
 
+@pytest.mark.usefixtures("emitters_of_runs")
 @pytest.mark.parametrize("layers", ["scanned", "unrolled"])
 @pytest.mark.parametrize(
     ("activation", "then"),

@@ -109,6 +109,7 @@ def test_only_matrices_and_embeddings_decay(name: str) -> None:
         np.testing.assert_allclose(update, -decays[path[-1].key] * param, rtol=1e-6, atol=1e-7, err_msg=str(path))
 
 
+@pytest.mark.usefixtures("emitters_of_runs")
 @pytest.mark.parametrize("name", NAMES)
 def test_stacked_layers_take_the_update_of_each_layer_alone(name: str) -> None:
     params, gradients = tree(0), [tree(seed) for seed in (1, 2, 3)]
