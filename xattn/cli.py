@@ -33,6 +33,7 @@ _COMMANDS = {
     "evaluate": ("xattn.evaluate", "a run's model on any text, at any length, with any probes"),
     "export": ("xattn.interchange", "a run's parameters as safetensors, or as a Llama for transformers"),
     "report": ("xattn.report", "judge a study and write its report"),
+    "verdict": ("xattn.report.decide", "is an arm shown to be better? exit 0 yes, 10 undecided, 11 the opposite"),
     "compare": ("xattn.compare", "set runs side by side"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
 }

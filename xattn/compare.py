@@ -10,7 +10,7 @@ from rich.table import Table
 from xattn import run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
-from xattn.report.compare import comparison
+from xattn.report.compare import as_json, comparison
 from xattn.report.read import REPORT, read_run
 from xattn.tracking.display import Screen
 
@@ -18,9 +18,15 @@ from xattn.tracking.display import Screen
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="xattn compare", description="Set runs side by side.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--wandb", action="store_true", help="log the same table to the wandb project of the first run")
+    goes_to = parser.add_mutually_exclusive_group()
+    goes_to.add_argument("--wandb", action="store_true", help="log the same table to the first run's wandb project")
+    goes_to.add_argument("--json", action="store_true", help="print the table as an object (docs/agents.md)")
     asked = parser.parse_args(argv)
-    columns, rows = comparison([read_run(folder) for folder in _runs(asked.runs)])
+    runs = [read_run(folder) for folder in _runs(asked.runs)]
+    if asked.json:
+        print(run_folder.to_json(as_json(runs), indent=2, ascii_only=True))
+        return ExitCode.DONE
+    columns, rows = comparison(runs)
     Screen().print_table(_on_screen(columns, rows), folds=True)
     if asked.wandb:
         _to_wandb(asked.runs[0], columns, rows)

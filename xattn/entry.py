@@ -1,4 +1,4 @@
-"""What both commands see to at their rim: standard streams that are open, a working directory, an error's message."""
+"""What both commands see to at their rim: standard streams that are open, a working directory, the last message."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def tell(message: object) -> None:
         print(f"xattn: {message}", file=sys.stderr, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # else the interpreter's own flush fails again
+
+
+def answer(text: str) -> None:
+    """Prints what was asked for; the exit code, which is an answer too, stands even if nobody reads the text."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again

@@ -23,6 +23,8 @@ class ExitCode(IntEnum):
     INTEGRITY = 4
     IN_USE = 5
     STORAGE = 6
+    UNDECIDED = 10  # of `xattn verdict`, as is the next
+    OPPOSITE = 11
     PREEMPTED = 75
 
 

@@ -22,6 +22,7 @@ CONFIG, OVERRIDES, PROVENANCE = "config.yaml", "overrides.yaml", "provenance.jso
 METRICS, SUMMARY, LOG = "metrics.jsonl", "summary.json", "log.txt"
 EVALUATIONS = "evaluations.jsonl"
 CHECKPOINTS, ARTIFACTS = "checkpoints", "artifacts"
+WINDOW_LOSSES = "window_losses.npy"  # among the artifacts
 FOLDERS = (CHECKPOINTS, ARTIFACTS, "wandb")
 TOKENIZER = "tokenizer.json"
 LOCK = ".lock"
@@ -159,9 +160,12 @@ def finite_or_none(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def to_json(values: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """JSON text in which every number that is not finite is null, however deep it stands."""
-    return json.dumps(_finite(values), indent=indent, allow_nan=False, ensure_ascii=False)
+def to_json(values: Mapping[str, Any], *, indent: int | None = None, ascii_only: bool = False) -> str:
+    """JSON text in which every number that is not finite is null, however deep it stands.
+
+    ascii_only: all else is escaped, so that it can be printed whatever encoding a stream has.
+    """
+    return json.dumps(_finite(values), indent=indent, allow_nan=False, ensure_ascii=ascii_only)
 
 
 def _finite(value: Any) -> Any:

@@ -104,3 +104,19 @@ def test_losses_of_other_tokens_or_texts_are_not_subtracted(tmp_path: Path) -> N
     place = next(i for i, row in enumerate(rows) if row[0] == "  − the first's")
     assert rows[place - 1][0] == "val_bpb"
     assert rows[place][1:] == ["", "−0.5000", "–"]
+
+
+def test_programs_get_the_same_as_an_object(
+    runs: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compare.main([*map(str, runs), "--json"]) == ExitCode.DONE
+    found = json.loads(capsys.readouterr().out)
+    first, second = found["runs"]
+    assert (found["schema_version"], found["metric"]) == (1, "val_loss")
+    assert first.keys() == {"run", "status", "values", "measured", "difference"}
+    assert (first["run"], first["status"], first["difference"]) == (str(runs[0]), "done", None)
+    assert second["values"] == {"backend.activation": "none"}
+    assert (second["measured"]["val_loss"], second["measured"]["wall_seconds"]) == (2.1, None)
+    assert second["difference"] == pytest.approx(0.1)
+    with pytest.raises(BadInput, match="--json: not allowed with"):
+        compare.main([str(runs[0]), "--wandb", "--json"])

@@ -123,7 +123,7 @@ def test_without_a_conf_there_are_no_defaults(tmp_path: Path) -> None:
 
 def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
     code = (
-        "import sys; from xattn.report import command, compare, simulate; "
+        "import sys; from xattn.report import command, compare, decide, simulate; "
         "print(*sorted(m for m in sys.modules if m.split('.')[0] in ('jax', 'hydra', 'omegaconf', 'wandb') "
         "or m.startswith('xattn')))"
     )
@@ -131,6 +131,7 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
     assert {name for name in loaded if not name.startswith("xattn.report")} == {
         "xattn",
         "xattn.arguments",
+        "xattn.entry",
         "xattn.errors",
         "xattn.keys",
         "xattn.metrics",

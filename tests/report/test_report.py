@@ -32,7 +32,7 @@ from xattn.report.words import signflip_note, verdict
 
 from .folders import Writer
 
-FILES = {"report.html", "report.md", "table.tex", "results.csv", "effects.csv"}
+FILES = {"report.html", "report.md", "table.tex", "results.csv", "effects.csv", "verdict.json"}
 
 
 def judged(writer: Writer, metric: str | None = None, **asked: object) -> Findings:

@@ -1,4 +1,4 @@
-"""``xattn report`` and ``xattn compare``: what a study's run folders say, with its uncertainty.
+"""``xattn report``, ``xattn verdict`` and ``xattn compare``: what a study's run folders say, with its uncertainty.
 
 Reads run folders only: no jax, no wandb, no network.
 """

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from matplotlib.figure import Figure
 
@@ -17,18 +20,22 @@ from xattn.report import figures
 from xattn.report.content import page_of, prefix, where
 from xattn.report.cost import why_speeds_differ
 from xattn.report.curves import AXES, Curve, curves_of, difference_curve, loss_curves
-from xattn.report.design import TUNED, show
-from xattn.report.findings import Comparison, Findings, Question
+from xattn.report.design import show
+from xattn.report.findings import Comparison, Findings
 from xattn.report.judge import judge
 from xattn.report.measures import STATISTICS, heads_of
 from xattn.report.metric import is_of_text
+from xattn.report.options import add_question, pairs, question_of
 from xattn.report.read import ATTENTION_CURVES, REPORT, read_study
 from xattn.report.render import to_html, to_markdown
 from xattn.report.statistics import matched
 from xattn.report.tables import effects_csv, results_csv, table_tex
+from xattn.report.verdict import verdict_of
 from xattn.report.words import counted, verdict
+from xattn.report.worth import laws
 
 _PAGE = "report.html"
+_VERDICT = "verdict.json"
 _DRAWN = 5  # comparisons with figures, at most
 # The files of every figure that there can be.
 _FIGURES = [
@@ -36,6 +43,7 @@ _FIGURES = [
     for begins in ("", *(prefix(i) for i in range(1, _DRAWN)))
     for name in (
         "effects",
+        "worth",
         "differences",
         "tuning-*",
         *(f"curves-{axis}" for axis in AXES),
@@ -47,23 +55,18 @@ _FIGURES = [
 _EPILOG = """examples:
   xattn report outputs/first
   xattn report outputs/default --where backend.context_length=128 --seeds 0,1,2
-  xattn report outputs/first --baseline backend.activation=sigmoid --out sigmoid_as_baseline"""
+  xattn report outputs/first --baseline backend.activation=sigmoid --out sigmoid_as_baseline
+  xattn report outputs/first --json"""
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="xattn report", description="Judge a study and write its report.", epilog=_EPILOG)
-    parser.add_argument("study", type=Path, help="outputs/<study>")
-    parser.add_argument(
-        "--metric", help="a number of summary.json (default: val_loss, or val_bpb where the runs' tokens differ)"
+    parser = Parser(
+        prog="xattn report",
+        description="Judge a study and write its report.",
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="take only runs with this value, or one of several with commas between them; may be given again",
-    )
-    parser.add_argument("--seeds", metavar="0,1,2", help="take only runs with these seeds")
+    add_question(parser)
     parser.add_argument(
         "--baseline",
         action="append",
@@ -71,62 +74,37 @@ def main(argv: Sequence[str]) -> int:
         metavar="KEY=ARM",
         help="the arm that the factor's others are compared with (default: conf's default); may be given again",
     )
-    parser.add_argument(
-        "--tuned",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help=f"a key that was tuned for each arm, besides {', '.join(TUNED)}; may be given again",
-    )
-    parser.add_argument(
-        "--selection",
-        choices=("same", "heldout"),
-        default="same",
-        help="choose the learning rate on the runs that are judged, or on other seeds",
-    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: STUDY/report)")
+    parser.add_argument("--json", action="store_true", help="print verdict.json, and nothing else, on standard output")
     asked = parser.parse_args(argv)
-    question = Question(
-        metric=asked.metric,
-        selection=asked.selection,
-        tuned=asked.tuned,
-        where={key: value.split(",") for key, value in _pairs(asked.where, "--where")},
-        seeds=None if asked.seeds is None else asked.seeds.split(","),
-        baselines=dict(_pairs(asked.baseline, "--baseline")),
-    )
+    question = question_of(asked, dict(pairs(asked.baseline, "--baseline")))
     found = judge(read_study(asked.study), question, command=f"xattn report {shlex.join(argv)}")
     target = asked.out or asked.study / REPORT
     try:
         write(found, target)
     except OSError as error:
         raise storage_error(error, target) or BadInput(f"{target}: cannot be written: {error.strerror}") from error
-    _tell(found)
-    print(f"report: {run_folder.shown(target.absolute() / _PAGE)}")
+    if asked.json:
+        print(run_folder.to_json(verdict_of(found).model_dump(), indent=2, ascii_only=True), flush=True)
+    _tell(found, target, sys.stderr if asked.json else sys.stdout)
     return ExitCode.DONE
 
 
-def _pairs(options: Sequence[str], name: str) -> Iterator[tuple[str, str]]:
-    for option in options:
-        key, is_pair, value = option.partition("=")
-        if not (key and is_pair and value):
-            raise BadInput(f"{name} {option}: must be KEY=VALUE, for example backend.activation=softmax")
-        yield key, value
-
-
-def _tell(found: Findings) -> None:
+def _tell(found: Findings, target: Path, file: TextIO) -> None:
     for i, each in enumerate(found.comparisons):
         if len(found.comparisons) > 1 and each.effects:
-            print(f"Comparison{where(found, i)}")
+            print(f"Comparison{where(found, i)}", file=file)
         for effect in each.effects:
-            print(f"{effect.factor}: {verdict(effect)}")
+            print(f"{effect.factor}: {verdict(effect)}", file=file)
     if found.alone:
         differ = "differs" if len(found.alone) == 1 else "differ"
-        print(f"{counted(len(found.alone), 'setting')} {differ} from all others in more than one choice: not compared")
+        settings = counted(len(found.alone), "setting")
+        print(f"{settings} {differ} from all others in more than one choice: not compared", file=file)
     if found.odd:
-        are = "is" if len(found.odd) == 1 else "are"
-        print(
-            f"{counted(len(found.odd), 'thing')} {are} missing or odd; the page names {'it' if are == 'is' else 'them'}"
-        )
+        are, them = ("is", "it") if len(found.odd) == 1 else ("are", "them")
+        things = counted(len(found.odd), "thing")
+        print(f"{things} {are} missing or odd; the page names {them}", file=file)
+    print(f"report: {run_folder.shown(target.absolute() / _PAGE)}", file=file)
 
 
 def write(found: Findings, folder: Path) -> None:
@@ -158,6 +136,7 @@ def texts(found: Findings, captions: Mapping[str, str], svgs: Mapping[str, str],
         "table.tex": table_tex(found.comparisons, found.command),
         "results.csv": results_csv(found.study.runs, found.comparisons),
         "effects.csv": effects_csv(found.comparisons),
+        _VERDICT: run_folder.to_json(verdict_of(found).model_dump(), indent=2) + "\n",
     }
 
 
@@ -170,6 +149,9 @@ def _figures(found: Findings) -> Iterator[tuple[str, Figure, str]]:
 def _figures_of(each: Comparison) -> Iterator[tuple[str, Figure, str]]:
     if any(effect.paired.difference is not None for effect in each.effects):
         yield "effects", figures.forest(each.effects), "Difference of each arm to its baseline, paired by seed."
+    if (figure := figures.worth(laws(each), each.metric.name)) is not None:
+        caption = "The baseline's mean loss at each of its lengths, the law through these, and the arms' losses."
+        yield "worth", figure, f"{caption} A line leads from each arm's to the baseline's steps that reach it."
     differences = _differences(each)
     if (figure := figures.difference_curves(differences)) is not None:
         losses = dict.fromkeys(curve.key for arms in differences.values() for curve in arms.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from xattn.keys import has_effect
 from xattn.metrics import loss_metric
@@ -30,28 +31,58 @@ def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows): a column a run; the keys that differ and say what was computed, then what was measured, the
     probes too. The difference to the first run is of val_loss, or of val_bpb where the runs' tokens differ, and only
     where both are of the same text and windows."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if has_effect(key))
-    rows = []
-    for key in keys:
-        values = [run.config.get(key) for run in runs]
-        if any(value != values[0] for value in values):
-            rows.append([key, *map(show, values)])
+    rows = [[key, *map(show, values)] for key, values in _differing(runs).items()]
     rows.append(["status", *(run.status for run in runs)])
-    metric = Metric(loss_metric(run.config for run in runs))
-    probes = dict.fromkeys(key for run in runs for key in run.summary if key.startswith("probe/"))
-    for key, form in (_ROWS | dict.fromkeys(probes, ".4g")).items():
+    metric = _metric(runs)
+    for key, form in _measured(runs).items():
         rows.append([key, *(number(run.number(key), form) for run in runs)])
         if key == metric.name and len(runs) > 1:
-            rows.append(["  − the first's", *_to_the_first(runs, metric)])
+            differences = (number(difference, "+.4f") for difference in _to_the_first(runs, metric)[1:])
+            rows.append(["  − the first's", "", *differences])
     return ["", *(run.name for run in runs)], rows
 
 
-def _to_the_first(runs: Sequence[Run], metric: Metric) -> list[str]:
-    """The differences to the first run's loss, where both are of the same thing."""
-    differences: list[float | None] = []
+def as_json(runs: Sequence[Run]) -> dict[str, Any]:
+    """The same for programs: an object a run, whose ``difference`` to the first is of ``metric``."""
+    metric, differing, measured = _metric(runs), _differing(runs), _measured(runs)
+    return {
+        "schema_version": 1,
+        "metric": metric.name,
+        "runs": [
+            {
+                "run": str(run.folder),
+                "status": run.status,
+                "values": {key: values[i] for key, values in differing.items()},
+                "measured": {key: run.number(key) for key in measured},
+                "difference": difference,
+            }
+            for i, (run, difference) in enumerate(zip(runs, _to_the_first(runs, metric), strict=True))
+        ],
+    }
+
+
+def _differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The keys that say what was computed and differ → the value of each run."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if has_effect(key))
+    values = {key: [run.config.get(key) for run in runs] for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _measured(runs: Sequence[Run]) -> dict[str, str]:
+    """What is shown of the summaries → its format."""
+    return _ROWS | dict.fromkeys((key for run in runs for key in run.summary if key.startswith("probe/")), ".4g")
+
+
+def _metric(runs: Sequence[Run]) -> Metric:
+    return Metric(loss_metric(run.config for run in runs))
+
+
+def _to_the_first(runs: Sequence[Run], metric: Metric) -> list[float | None]:
+    """The differences to the first run's loss, where both are of the same thing; None for the first."""
+    differences: list[float | None] = [None]
     first = runs[0].number(metric.name)
     for run in runs[1:]:
         loss = run.number(metric.name)
         same = metric.why_not(unit_of(runs[0]), unit_of(run)) is None
         differences.append(loss - first if same and loss is not None and first is not None else None)
-    return ["", *(number(difference, "+.4f") for difference in differences)]
+    return differences

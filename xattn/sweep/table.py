@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from xattn.config import Config
 from xattn.errors import BadInput
 from xattn.keys import short
 from xattn.metrics import loss_metric
+from xattn.report.read import finite
 from xattn.tracking.display import Screen
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run as the table shows it: the folder that has its result, and the values of the keys that were asked for."""
+
+    run: Path
+    values: Mapping[str, Any]
+    status: str
+    summary: Mapping[str, Any]
 
 
 def print_table(
@@ -24,15 +36,9 @@ def print_table(
     asked: Mapping[Path, Config] | None = None,
     answers: Mapping[Path, tuple[Path, dict[str, Any]]] | None = None,
 ) -> None:
-    """One line a run: the values of ``keys``, status, losses, speed, folder.
-
-    The best comes first, by the loss that all can be compared by (:func:`loss_of`), which is the first of the two; runs
-    that have none, or the same, stand in the order given. asked: the configs of runs that may not have begun. answers:
-    for those that another run answers for, that run's folder and what its summary is for them.
-    """
-    shown = {folder: (folder, _summary(folder)) for folder in folders} | dict(answers or {})
-    configs = {folder: asked[folder] if asked is not None else read_config(folder) for folder in folders}
-    metric = loss_of([config for config in configs.values() if config is not None])
+    """One line a run, as :func:`rows_of` has them: the values of ``keys``, status, losses, speed, folder. The loss that
+    all can be compared by is the first of the two."""
+    metric, rows = rows_of(folders, keys, asked, answers)
     losses = sorted(("val_loss", "val_bpb"), key=lambda loss: loss != metric)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in (*map(short, keys), "status"):
@@ -40,19 +46,39 @@ def print_table(
     for column in (*losses, "step", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("run", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            *map(_text, row.values.values()),
+            row.status,
+            *(_text(row.summary.get(loss), ".4f") for loss in losses),
+            _text(row.summary.get("step")),
+            _text(row.summary.get("tokens_per_second"), ",.0f"),
+            row.run.name,
+        )
+    Screen().print_table(table)
+
+
+def rows_of(
+    folders: Sequence[Path],
+    keys: Sequence[str],
+    asked: Mapping[Path, Config] | None = None,
+    answers: Mapping[Path, tuple[Path, dict[str, Any]]] | None = None,
+) -> tuple[str, list[Row]]:
+    """The loss that all can be compared by (:func:`loss_of`), and a row for each run.
+
+    The best comes first; runs that have no loss, or the same, stand in the order given. asked: the configs of runs that
+    may not have begun. answers: for those that another run answers for, that run's folder and what its summary is for
+    them.
+    """
+    shown = {folder: (folder, _summary(folder)) for folder in folders} | dict(answers or {})
+    configs = {folder: asked[folder] if asked is not None else read_config(folder) for folder in folders}
+    metric = loss_of([config for config in configs.values() if config is not None])
+    rows = []
     for folder in sorted(folders, key=lambda folder: _rank(shown[folder][1], metric)):
         (run, summary), config = shown[folder], configs[folder]
         values = {} if config is None else xattn.config.hashed_values(config)
-        speed = summary.get("tokens_per_second")
-        table.add_row(
-            *(_text(values.get(key)) for key in keys),
-            _status(run, summary, config),
-            *(_text(summary.get(loss), ".4f") for loss in losses),
-            _text(summary.get("step")),
-            _text(speed, ",.0f"),
-            run.name,
-        )
-    Screen().print_table(table)
+        rows.append(Row(run, {key: values.get(key) for key in keys}, _status(run, summary, config), summary))
+    return metric, rows
 
 
 def _status(folder: Path, summary: dict[str, Any], config: Config | None) -> str:
@@ -79,8 +105,8 @@ def _provenance(folder: Path) -> dict[str, Any]:
 
 
 def _rank(summary: dict[str, Any], metric: str) -> float:
-    loss = summary.get(metric)
-    return loss if isinstance(loss, int | float) else math.inf
+    loss = finite(summary.get(metric))
+    return math.inf if loss is None else loss
 
 
 def loss_of(configs: Sequence[Config]) -> str:

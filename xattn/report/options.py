@@ -1,0 +1,60 @@
+"""The options that say what is asked of a study, for every command that asks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from xattn.errors import BadInput
+from xattn.report.design import TUNED
+from xattn.report.findings import Question
+
+
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """Adds the study and what is asked of it; :func:`question_of` reads them."""
+    parser.add_argument("study", type=Path, help="outputs/<study>")
+    parser.add_argument(
+        "--metric", help="a number of summary.json (default: val_loss, or val_bpb where the runs' tokens differ)"
+    )
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="take only runs with this value, or one of several with commas between them; may be given again",
+    )
+    parser.add_argument("--seeds", metavar="0,1,2", help="take only runs with these seeds")
+    parser.add_argument(
+        "--tuned",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"a key that was tuned for each arm, besides {', '.join(TUNED)}; may be given again",
+    )
+    parser.add_argument(
+        "--selection",
+        choices=("same", "heldout"),
+        help="choose the learning rate on the runs that are judged, or on other seeds (default: same; heldout where "
+        "sweep.half_width chose the number of seeds)",
+    )
+
+
+def question_of(asked: argparse.Namespace, baselines: Mapping[str, str]) -> Question:
+    return Question(
+        metric=asked.metric,
+        selection=asked.selection,
+        tuned=asked.tuned,
+        where={key: value.split(",") for key, value in pairs(asked.where, "--where")},
+        seeds=None if asked.seeds is None else asked.seeds.split(","),
+        baselines=baselines,
+    )
+
+
+def pairs(options: Sequence[str], name: str) -> Iterator[tuple[str, str]]:
+    """Key and value of each ``KEY=VALUE``."""
+    for option in options:
+        key, is_pair, value = option.partition("=")
+        if not (key and is_pair and value):
+            raise BadInput(f"{name} {option}: must be KEY=VALUE, for example backend.activation=softmax")
+        yield key, value
