@@ -204,9 +204,24 @@ def test_heldout_seeds_judge_what_others_chose(writer: Writer) -> None:
     assert same.paired.seeds == 5
 
 
-def test_seeds_are_split_only_where_something_was_chosen() -> None:
-    assert split((0, 1, 2), "heldout", tuned=True) == ((0,), (1, 2))
-    assert split((0, 1, 2), "heldout", tuned=False) == ((0, 1, 2), (0, 1, 2))
+def test_seeds_are_split_only_where_something_was_chosen(writer: Writer) -> None:
+    for seed in range(3):
+        for activation in ("softmax", "sigmoid"):
+            writer.run({"backend.activation": activation, "optimizer.learning_rate": 1e-3, "seed": seed}, 2.0)
+    assert split(design_of(writer), "heldout") == ((0, 1, 2), (0, 1, 2))
+    for seed in range(3):
+        writer.run({"backend.activation": "sigmoid", "optimizer.learning_rate": 3e-3, "seed": seed}, 2.0)
+    assert split(design_of(writer), "heldout") == ((0,), (1, 2))
+    assert split(design_of(writer), "same") == ((0, 1, 2), (0, 1, 2))
+
+
+def test_seeds_of_one_setting_judge_what_those_of_several_have_chosen(writer: Writer) -> None:
+    """As ``sweep.half_width`` makes them: the tuning seeds are of every rate, the others of the best one."""
+    for seed in range(10):
+        for rate in (1e-3, 3e-3) if seed < 4 else (3e-3,):
+            for activation in ("softmax", "sigmoid"):
+                writer.run({"backend.activation": activation, "optimizer.learning_rate": rate, "seed": seed}, 2 - rate)
+    assert split(design_of(writer), "heldout") == ((0, 1, 2, 3), (4, 5, 6, 7, 8, 9))
 
 
 def test_a_diverged_run_is_worse_than_any_loss(writer: Writer) -> None:
@@ -303,7 +318,7 @@ def test_one_factor_at_a_time_is_compared_at_the_others_baseline(writer: Writer)
 
 def test_every_promise_is_kept_in_simulation() -> None:
     measured = promises(repetitions=1000)
-    assert len(measured) == 16
+    assert len(measured) == 30
     assert [promise for promise in measured if not promise.kept] == []
     for baseline, said in (("chosen too", "96.6% 98.2%"), ("fixed", "93.2% 94.5%")):  # as the page says
         same = [p.measured for p in measured if "same runs" in p.name and p.name.endswith(baseline)]

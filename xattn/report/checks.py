@@ -95,7 +95,7 @@ def _repeated(design: Design) -> list[str]:
 
 
 def _too_few(design: Design, selection: Selection) -> list[str]:
-    judging = split(design.seeds, selection, bool(design.tuned))[1]
+    judging = split(design, selection)[1]
     if len(judging) > 1 or not design.factors:
         return []
     said = f"Too few seeds for an interval: {len(judging)} to judge by"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -17,11 +17,23 @@ from xattn.report.design import Factor, show
 from xattn.report.findings import Comparison, Findings
 from xattn.report.measures import attention_blocks, probe_blocks
 from xattn.report.metric import Metric
+from xattn.report.noise import noise_blocks
 from xattn.report.read import Run
 from xattn.report.selection import CHOSEN_BY, Selection, sensitivity, split
 from xattn.report.statistics import BOOTSTRAP_FROM, EXACT_TO, Effect
 from xattn.report.trained import trained
-from xattn.report.words import counted, difference, number, p_value, precision, sentence, signflip_note, verdict
+from xattn.report.words import (
+    counted,
+    difference,
+    in_steps,
+    number,
+    p_value,
+    precision,
+    sentence,
+    signflip_note,
+    verdict,
+)
+from xattn.report.worth import Fitted, laws
 
 _ROWS = 40  # of a table of what is not judged, at most
 _NOTE = (
@@ -76,11 +88,18 @@ def _verdicts(each: Comparison) -> Iterator[Block]:
         return
     yield Bullets(
         [
-            f"{factor.key}{_with(factor)}: {sentence(each.of(factor))}"
+            f"{factor.key}{_with(factor)}: {' '.join([sentence(each.of(factor)), *_worths(each.of(factor))])}"
             for factor in each.design.factors
             if each.of(factor)
         ]
     )
+
+
+def _worths(effects: Sequence[Effect]) -> Iterator[str]:
+    """A sentence for each arm whose worth is known."""
+    for effect in effects:
+        if effect.worth is not None and effect.worth.steps is not None:
+            yield f"{show(effect.arm)} is {in_steps(effect.worth)}."
 
 
 def _with(factor: Factor) -> str:
@@ -120,6 +139,8 @@ def _details(each: Comparison, selection: Selection, pictures: Pictures, prefix:
         yield Paragraph(_NOTE + (_NOTE_BCA if _has_bootstrap(each) else ""))
     if each.design.tuned:
         yield Paragraph(_selection(each, selection))
+    yield from _worth(each, pictures, prefix, where)
+    yield from noise_blocks(each, where)
     yield from _interactions(each, where)
     for title, begins in (("When arms part", "differences"), ("Learning curves", "curves")):
         if names := [name for name in pictures if name.startswith(begins)]:
@@ -133,7 +154,7 @@ def _details(each: Comparison, selection: Selection, pictures: Pictures, prefix:
 
 def _selection(each: Comparison, selection: Selection) -> str:
     keys = " and ".join(each.design.tuned)
-    choosing, judging = split(each.design.seeds, selection, tuned=True)
+    choosing, judging = split(each.design, selection)
     text = f"Each arm is judged at its own best {keys}: the one with the least mean {CHOSEN_BY}"
     if selection == "heldout":
         return (
@@ -171,6 +192,29 @@ def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
         note for n in sorted({effect.paired.seeds for effect in effects}) if (note := signflip_note(n)) is not None
     ]
     yield Bullets([*map(verdict, effects), *notes])
+
+
+def _worth(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
+    """The laws that the arms' worth rests on."""
+    found = laws(each)
+    if not found:
+        return
+    yield Heading(f"Worth in steps{where}")
+    yield Paragraph(
+        "An arm's loss, set against the steps that the baseline would take to it by L(C) = E + a·C^(−b), C in steps, "
+        "through the baseline's mean losses. Intervals are of one arm alone, over seeds; an end of one may lie outside "
+        "of the lengths that were run. Net: the steps ÷ what a step costs."
+    )
+    rows = [
+        [law.label, *(number(float(part[0]), ".4g") for part in (law.law.e, law.law.a, law.law.b)), _lengths(law)]
+        for law in found
+    ]
+    yield Table(["baseline", "E", "a", "b", "lengths"], rows, words=["baseline", "lengths"])
+    yield from _picture("worth", pictures, prefix)
+
+
+def _lengths(law: Fitted) -> str:
+    return ", ".join(f"{steps:,}" for steps in law.steps)
 
 
 def _interactions(each: Comparison, where: str) -> Iterator[Block]:

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from xattn.keys import changes_training, short
 from xattn.report.read import Run, finite
 
-SEED = "seed"
+SEED, STEPS = "seed", "trainer.steps"
 TUNED = ("optimizer.learning_rate",)
 MLP_DIM, PARAMETERS = "model.mlp_dim", "model.parameters"
 

@@ -20,6 +20,7 @@ from xattn.report.design import Cell, Design, show
 from xattn.report.selection import Candidate, Chosen
 from xattn.report.statistics import Effect
 from xattn.report.words import better_is
+from xattn.report.worth import Fitted
 
 # Okabe and Ito (2008), "Color Universal Design", without black and yellow, which one of light and dark would swallow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -167,6 +168,34 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
             margin = 0.1 * (max(tops) - min(bottoms)) or 0.1
             axes.set_ylim(min(bottoms) - margin, max(tops) + margin)
         _label(panels[: len(xs)], AXES[against], curves[shown[0]].key)
+        return figure
+
+
+def worth(laws: Sequence[Fitted], metric: str) -> Figure | None:
+    """The baseline's losses against its steps and the law through them, a panel for each law.
+
+    A line leads from an arm's loss to where the law has it.
+    """
+    laws = laws[:PANELS]
+    if not laws:
+        return None
+    with mpl.rc_context(_RC):
+        figure, panels = _grid(len(laws), sharey=False)
+        for axes, each in zip(panels, laws, strict=False):
+            steps = np.geomspace(each.steps.min(), each.steps.max(), 100)
+            axes.plot(steps, each.law.loss(steps), color=_style(0)["color"])
+            axes.plot(each.steps, each.losses, linestyle="none", label="baseline", **_style(0))
+            for i, (arm, points) in enumerate([*each.arms.items()][:PANELS], 1):
+                for own, loss in points:
+                    reached = float(np.exp(each.law.log_steps(np.array([loss]))[0]))
+                    axes.plot([own, reached], [loss, loss], color=_style(i)["color"], linewidth=0.8)
+                axes.plot(*zip(*points, strict=True), linestyle="none", label=_plain(arm), **_style(i))
+            axes.set_xscale("log")
+            axes.set_xticks(each.steps, [f"{own:,}" for own in each.steps])
+            axes.minorticks_off()
+            axes.set_title(_plain(each.label), loc="left")
+            axes.legend()
+        _label(panels[: len(laws)], "steps", metric)
         return figure
 
 

@@ -55,12 +55,15 @@ class Question:
 
     metric: a number of summary.json; None for the validation loss, or bits per byte where the runs' tokens differ.
     tuned: keys that were tuned for each arm, besides the learning rate. where: key → the values that runs are taken
-    with. seeds: those that are taken, None for all. baselines: key → the arm that others are compared with.
+    with. seeds: those that are taken, None for all. baselines: key → the arm that others are compared with. selection:
+    None for ``heldout`` where ``sweep.half_width`` chose the number of seeds, else ``same``. two_stage: the half-width
+    that is asked for and the size of the pilot; None for what the runs say.
     """
 
     metric: str | None = None
-    selection: Selection = "same"
+    selection: Selection | None = None
     tuned: Sequence[str] = ()
     where: Mapping[str, Sequence[str]] | None = None
     seeds: Sequence[str] | None = None
     baselines: Mapping[str, str] | None = None
+    two_stage: tuple[float, int] | None = None

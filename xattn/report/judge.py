@@ -16,8 +16,10 @@ from xattn.report.findings import Comparison, Findings, Question
 from xattn.report.measures import probes_of
 from xattn.report.metric import Metric, metric_for
 from xattn.report.read import Run, Study, finite
-from xattn.report.selection import Chosen, choose, with_metric
+from xattn.report.selection import Chosen, Selection, choose, with_metric
 from xattn.report.statistics import Effect, interactions, main_effects
+from xattn.report.two_stage import asked_half_widths, with_stages
+from xattn.report.worth import with_worth
 
 
 def judge(study: Study, question: Question, *, command: str = "") -> Findings:
@@ -29,33 +31,35 @@ def judge(study: Study, question: Question, *, command: str = "") -> Findings:
     study = replace(study, runs=tuple(_asked_for(study.runs, question)))
     _check_metric(study.runs, question.metric)
     for key in question.tuned:
-        _check_key(key, study.runs, "--tuned")
+        check_key(key, study.runs, "--tuned")
     tuned = (*TUNED, *question.tuned)
     baselines = dict(_baselines(study.runs, question.baselines or {}))
     defaults = conf_defaults()
+    selection = question.selection or ("heldout" if question.two_stage or asked_half_widths(study.runs) else "same")
     judged = [
-        _compared(group, find_design(group.runs, defaults, tuned, baselines), question)
+        _compared(group, find_design(group.runs, defaults, tuned, baselines), question.metric, selection)
         for group in groups_of(study.runs, tuned)
     ]
     comparisons = [each for each in judged if each.design.factors or len(judged) == 1]
+    comparisons = [with_worth(each) for each in with_stages(comparisons, question.two_stage)]
     factors = {
         key: None for each in comparisons for factor in each.design.factors for key in (factor.key, *factor.also)
     }
     for key in baselines.keys() - factors.keys():
-        raise BadInput(f"--baseline {key}=…: is no factor here; {_there_are(factors)}")
+        raise BadInput(f"{key}: is no factor here; {there_are(factors)}")
     return Findings(
         study=study,
         comparisons=comparisons,
         alone=[each for each in judged if not each.design.factors and len(judged) > 1],
-        odd=what_is_odd(study, comparisons, question.selection),
-        selection=question.selection,
+        odd=what_is_odd(study, comparisons, selection),
+        selection=selection,
         command=command,
     )
 
 
-def _compared(group: Group, design: Design, question: Question) -> Comparison:
-    metric = metric_for(group.runs, question.metric)
-    chosen = choose(design, metric, question.selection)
+def _compared(group: Group, design: Design, asked: str | None, selection: Selection) -> Comparison:
+    metric = metric_for(group.runs, asked)
+    chosen = choose(design, metric, selection)
     if design.factors and is_speed(metric.name) and (why_not := why_speeds_differ(chosen.values())) is not None:
         raise BadInput(f"--metric {metric.name}: no verdict on speeds, because {why_not}; they stand in results.csv")
     of_probes = {name: metric_for(group.runs, name) for name in probes_of(group.runs) if name != metric.name}
@@ -78,12 +82,12 @@ def _effects(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) -> I
 def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:
     """The runs that --where and --seeds leave."""
     for key, values in (question.where or {}).items():
-        _check_key(key, runs, "--where")
+        check_key(key, runs, "--where")
         there = list(dict.fromkeys(show(run.config.get(key)) for run in runs))
         for value in values:
-            if not any(_is(run.config.get(key), value) for run in runs):
+            if not any(is_typed(run.config.get(key), value) for run in runs):
                 raise BadInput(f"--where {key}={value}: no run has it; there are {', '.join(there[:12])}")
-        runs = [run for run in runs if any(_is(run.config.get(key), value) for value in values)]
+        runs = [run for run in runs if any(is_typed(run.config.get(key), value) for value in values)]
         if not runs:
             raise BadInput(f"--where {key}={','.join(values)}: no run has this and what else was asked for")
     if question.seeds is not None:
@@ -97,15 +101,20 @@ def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:
 
 def _baselines(runs: Sequence[Run], asked: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     for key, arm in asked.items():
-        _check_key(key, runs, "--baseline")
-        arms = dict.fromkeys(run.config.get(key) for run in runs)
-        found = [value for value in arms if _is(value, arm)]
-        if not found:
-            raise BadInput(f"--baseline {key}={arm}: no run has it; there are {', '.join(map(show, [*arms][:12]))}")
-        yield key, found[0]
+        check_key(key, runs, "--baseline")
+        yield key, value_typed(runs, key, arm)
 
 
-def _is(value: Any, typed: str) -> bool:
+def value_typed(runs: Sequence[Run], key: str, typed: str) -> Any:
+    """The value of the key that was typed. Raises :class:`BadInput` where no run has it."""
+    values = dict.fromkeys(run.config.get(key) for run in runs)
+    for value in values:
+        if is_typed(value, typed):
+            return value
+    raise BadInput(f"{key}={typed}: no run has it; there are {', '.join(map(show, [*values][:12]))}")
+
+
+def is_typed(value: Any, typed: str) -> bool:
     """Whether the value is what was typed: 0.003 is 3e-3 too."""
     size = finite(value)
     try:
@@ -114,7 +123,7 @@ def _is(value: Any, typed: str) -> bool:
         return False
 
 
-def _check_key(key: str, runs: Sequence[Run], option: str) -> None:
+def check_key(key: str, runs: Sequence[Run], option: str) -> None:
     keys = sorted({known for run in runs for known in run.config})
     if keys and key not in keys:
         nearest = difflib.get_close_matches(key, keys, n=1)
@@ -132,5 +141,5 @@ def _check_metric(runs: Sequence[Run], metric: str | None) -> None:
     raise BadInput(f"--metric {metric}: no run's summary.json has such a number{hint}")
 
 
-def _there_are(factors: Collection[str]) -> str:
+def there_are(factors: Collection[str]) -> str:
     return f"there are {', '.join(factors)}" if factors else "nothing differs between the runs that are compared"

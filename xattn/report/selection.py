@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -68,16 +69,25 @@ class Chosen:
         return sum(run.status in ("done", "diverged") for run in self.runs.values())
 
 
-def split(seeds: Sequence[Any], selection: Selection, tuned: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The seeds to choose on and those to judge by: all and all, or for ``heldout`` the first half and the others.
+def split(design: Design, selection: Selection) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The seeds to choose on and those to judge by: all and all; or for ``heldout`` those with which several settings
+    were run and those with one alone, as ``sweep.half_width`` makes them; where all have several, the first half and
+    the others.
 
     Judging by other seeds is a data split: given the choice, the differences are as independent as without one, so that
     a t interval keeps its coverage, for the difference between the settings that were chosen.
     """
-    if selection == "same" or not tuned:
-        return tuple(seeds), tuple(seeds)
-    half = len(seeds) // 2
-    return tuple(seeds[:half]), tuple(seeds[half:])
+    seeds = tuple(design.seeds)
+    if selection == "same" or not design.tuned:
+        return seeds, seeds
+    counts = [
+        Counter(seed for of_setting in settings.values() for seed in of_setting) for settings in design.runs.values()
+    ]
+    several = {seed for count in counts for seed, settings in count.items() if settings > 1}
+    choosing = tuple(seed for seed in seeds if seed in several)
+    if len(choosing) == len(seeds):
+        choosing = seeds[: len(seeds) // 2]
+    return choosing, tuple(seed for seed in seeds if seed not in choosing)
 
 
 def choose(design: Design, metric: Metric, selection: Selection = "same") -> dict[Cell, Chosen]:
@@ -88,7 +98,7 @@ def choose(design: Design, metric: Metric, selection: Selection = "same") -> dic
     are compared on the seeds that they share; one with less than half the seeds of another is passed over. Cells in
     which no run has ended are left out.
     """
-    choosing, judging = split(design.seeds, selection, bool(design.tuned))
+    choosing, judging = split(design, selection)
     by = replace(metric, name=CHOSEN_BY)
     chosen = {}
     for cell, settings in design.runs.items():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import special, stats
@@ -14,6 +14,10 @@ from statsmodels.stats.multitest import multipletests
 from xattn.report.design import Cell, Design, Factor
 from xattn.report.metric import Metric
 from xattn.report.selection import Chosen
+
+if TYPE_CHECKING:
+    from xattn.report.two_stage import TwoStage
+    from xattn.report.worth import Worth
 
 LEVEL = 0.95
 POWER = 0.8
@@ -53,7 +57,9 @@ class Effect:
     over the factor's comparisons, of which there are `comparisons`. detectable: see :func:`detectable`, corrected as
     p_holm is; the interval is not. diverged, baseline_diverged: runs, of as many that ended (done or diverged) as
     `ended` and `baseline_ended` say. cells: how many were averaged. why_not: why values that are there are not
-    comparable.
+    comparable. by_seed: seed → difference, which :attr:`paired` is of, in the order of the seeds.
+    stage: what Stein's procedure says, where ``sweep.half_width`` chose the number of seeds. worth: what the arm is
+    worth in the baseline's steps, where the baseline has runs of several lengths.
     """
 
     factor: str
@@ -75,6 +81,9 @@ class Effect:
     cells: int = 1
     cells_left_out: int = 0
     why_not: str = ""
+    by_seed: Mapping[Any, float] = field(default_factory=dict)
+    stage: TwoStage | None = None
+    worth: Worth | None = None
 
     @property
     def counts(self) -> tuple[str, str]:
@@ -260,6 +269,7 @@ def _effect(
         cells=len(found.cells),
         cells_left_out=len(found.in_question) - len(found.cells),
         why_not=found.why_not,
+        by_seed=dict(zip(found.seeds, (ours - theirs).tolist(), strict=True)),
     )
 
 

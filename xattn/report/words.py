@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from xattn.report.design import show
 from xattn.report.statistics import LEVEL, Effect, smallest_signflip_p
+
+if TYPE_CHECKING:
+    from xattn.report.law import Interval
+    from xattn.report.worth import Worth
+
+Outcome = Literal["better", "worse", "higher", "lower", "undecided", "nothing"]
 
 
 def number(value: float | None, form: str = ".4g") -> str:
@@ -31,8 +38,14 @@ def difference(effect: Effect) -> str:
     found, form = effect.paired, f"+{precision(effect.metric)}"
     if found.difference is None:
         return "–"
-    interval = f" [{number(found.ci_low, form)}, {number(found.ci_high, form)}]" if found.ci_low is not None else ""
-    return number(found.difference, form) + interval
+    low, high = interval(effect)
+    return number(found.difference, form) + ("" if low is None else f" [{number(low, form)}, {number(high, form)}]")
+
+
+def interval(effect: Effect) -> tuple[float | None, float | None]:
+    """The one that the verdict rests on: Stein's where ``sweep.half_width`` chose how many seeds, else Student's."""
+    found = effect.paired if effect.stage is None else effect.stage
+    return found.ci_low, found.ci_high
 
 
 def better_is(metric: str) -> int:
@@ -87,7 +100,10 @@ def _diverged(effect: Effect) -> str:
 
 
 def is_shown(effect: Effect) -> bool:
-    """Whether the difference is significant after Holm's correction."""
+    """Whether there is a difference: Stein's simultaneous interval leaves zero out, where there is one; else the
+    difference is significant after Holm's correction."""
+    if effect.stage is not None:
+        return effect.stage.is_shown
     return effect.p_holm is not None and effect.p_holm <= 1 - LEVEL
 
 
@@ -101,7 +117,37 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def verdict(effect: Effect) -> str:
-    """One or two sentences on an arm against its baseline, never called better if a larger share of it diverged."""
+    """Some sentences on an arm against its baseline, never called better if a larger share of it diverged."""
+    worth = effect.worth
+    if worth is None:
+        return _of_loss(effect)
+    if worth.steps is None:
+        return f"{_of_loss(effect)} What it is worth in the baseline's steps is not said: {worth.why_not}."
+    return f"{_of_loss(effect)} It is {in_steps(worth)}."
+
+
+def in_steps(worth: Worth) -> str:
+    """``equal to 1.18 × the baseline's steps [1.05, 1.31]; a step costs 1.07 × [1.04, 1.10]; net 1.10 × [0.97, 1.25]``,
+    each with its 95 % interval."""
+    assert worth.steps is not None
+    value, limits = _ratio(worth.steps)
+    steps = f"equal to {value} × the baseline's steps {limits}"
+    if worth.step_cost is None or worth.net is None:
+        return f"{steps}; what a step costs is not said: {worth.why_not}"
+    cost, net = (" × ".join(_ratio(each)) for each in (worth.step_cost, worth.net))
+    return f"{steps}; a step costs {cost}; net {net}"
+
+
+def _ratio(found: Interval) -> tuple[str, str]:
+    """``1.18``, ``[1.05, 1.31]``"""
+    value, low, high = (
+        f"{each:.2f}" if each >= 0.1 else f"{each:.2g}" for each in (found.value, found.low, found.high)
+    )
+    return value, f"[{low}, {high}]"
+
+
+def _of_loss(effect: Effect) -> str:
+    """The difference, and whether it is shown."""
     found, arm, baseline = effect.paired, show(effect.arm), show(effect.baseline)
     tail = ""
     if effect.diverged or effect.baseline_diverged:
@@ -115,23 +161,53 @@ def verdict(effect: Effect) -> str:
     form = f"+{precision(effect.metric)}"
     size = f"{effect.metric} {number(found.difference, form)}"
     seeds = counted(found.seeds, "seed")
-    if found.p is None or found.ci_low is None or found.ci_high is None:
+    low, high = interval(effect)
+    if found.p is None or low is None or high is None:
         why = "one pair is not enough" if found.seeds == 1 else "all pairs differ by exactly the same amount"
         return f"{arm} against {baseline}: {size} ({seeds}); no interval can be given, because {why}.{tail}"
     facts = (
-        f"{size}, 95 % interval {number(found.ci_low, form)} to {number(found.ci_high, form)}, {seeds}, "
+        f"{size}, 95 % interval {number(low, form)} to {number(high, form)}, {seeds}, "
         f"p {p_value(effect.p_holm)} after Holm"
     )
     if is_shown(effect):
-        return f"{arm} is {_direction(effect)} {baseline}: {facts}.{tail}"
+        return f"{arm} is {_direction(effect)} {baseline}: {facts}.{_reached(effect)}{tail}"
+    if effect.stage is not None:
+        return f"No difference between {arm} and {baseline} is shown: {facts}.{_reached(effect)}{tail}"
     alone = ""
-    if found.ci_low > 0 or found.ci_high < 0:
+    if low > 0 or high < 0:
         alone = (
             f" The interval is of this arm alone; p is corrected for the {effect.comparisons} arms that were looked at."
         )
     return (
         f"No difference between {arm} and {baseline} is shown: {facts}.{alone} If seeds differ as much as these did, "
         f"such a study finds a difference of {number(effect.detectable, '.2g')} four times in five.{tail}"
+    )
+
+
+def _reached(effect: Effect) -> str:
+    """What was asked of the interval, and whether the seeds suffice."""
+    if (stage := effect.stage) is None:
+        return ""
+    form = precision(effect.metric)
+    asked = f"±{number(stage.half_widths[-1], '.3g')}"
+    if stage.is_reached:
+        told = f" Known to ±{number(stage.half_width, form)}, where {asked} was asked for"
+    else:
+        more = counted(stage.needed - stage.pairs, "more seed")
+        told = f" Known to ±{number(stage.half_width, form)}; {asked} takes {more}"
+    at_once = f", for all {stage.comparisons} comparisons at once" if stage.comparisons > 1 else ""
+    return f"{told}{at_once}.{_extended(stage.half_widths)}"
+
+
+def _extended(half_widths: Sequence[float]) -> str:
+    """What it means that seeds were added for a smaller half-width after those for another."""
+    if len(half_widths) == 1:
+        return ""
+    before = " and ".join(f"±{number(width, '.3g')}" for width in half_widths[:-1])
+    return (
+        f" The study was extended, after {before}: planned beforehand, each interval holds 19 times in 20; decided on "
+        f"after a look at the result, at least one of the {len(half_widths)} misses in up to "
+        f"{len(half_widths) * (1 - LEVEL):.0%} of studies."
     )
 
 
@@ -146,13 +222,33 @@ def signflip_note(seeds: int) -> str | None:
     )
 
 
+def outcome(effect: Effect) -> Outcome:
+    """The verdict in one word.
+
+    better, worse: a difference is shown, in a metric that has a direction. higher, lower: one is shown, but the metric
+    has no direction, or the side with the better values diverged in a larger share of its runs. undecided: none is
+    shown. nothing: there is no interval.
+    """
+    found, better = effect.paired, better_is(effect.metric)
+    if found.difference is None or effect.p_holm is None:
+        return "nothing"
+    if not is_shown(effect):
+        return "undecided"
+    lower = found.difference < 0
+    is_better = lower == (better < 0)
+    if better == 0 or (effect.more_diverged > 0 if is_better else effect.more_diverged < 0):
+        return "lower" if lower else "higher"
+    return "better" if is_better else "worse"
+
+
 def _direction(effect: Effect) -> str:
+    """For the sentence on a difference that is shown."""
+    found = outcome(effect)
     assert effect.paired.difference is not None
     lower = effect.paired.difference < 0
     if better_is(effect.metric) != -1:
         return "lower than" if lower else "higher than"
-    if lower and effect.more_diverged > 0:
-        return "lower where it did not diverge, but less stable, than"
-    if not lower and effect.more_diverged < 0:
-        return "higher where the baseline did not diverge, but more stable, than"
-    return "better than" if lower else "worse than"
+    return {
+        "lower": "lower where it did not diverge, but less stable, than",
+        "higher": "higher where the baseline did not diverge, but more stable, than",
+    }.get(found, f"{found} than")

@@ -1,0 +1,152 @@
+"""The noise floor: how far runs of one config differ by their seed, what is left of that in pairs, and how much hangs
+on which windows of text were scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from xattn import run_folder
+from xattn.report.blocks import Block, Heading, Paragraph, Table
+from xattn.report.design import Factor, show
+from xattn.report.findings import Comparison
+from xattn.report.read import Run
+from xattn.report.selection import Chosen
+from xattn.report.statistics import LEVEL, Matched, matched
+from xattn.report.words import number, precision
+
+_RESAMPLES = 2000
+_OF_WINDOWS = ("val_loss", "val_bpb")  # metrics that are means over the windows
+
+_TEXT = (
+    "How far runs of one config differ by their seed alone (standard deviations), and what is left of that in the "
+    "differences of pairs: it is that spread, over the root of the number of seeds, that a verdict has to stand out "
+    "from. The interval of a standard deviation is that of normal differences (χ²). The windows of text that are "
+    "scored are the same in all runs. Other windows would give another difference, and no number of seeds shows that: "
+    "it is measured by drawing the windows anew with replacement (bootstrap, 95 %)."
+)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Of an arm and its baseline, over the seeds of their pairs.
+
+    arm, baseline: standard deviation between seeds. spread: of the paired differences; low, high: its 95 % interval.
+    correlation: of the two sides, None where one has no spread. seeds_half: half the width of the t interval of the
+    mean difference. windows_half: half the width of its 95 % interval over other windows of the same text, of which
+    there are `windows`; None where the runs do not keep their windows' losses.
+    """
+
+    arm: float
+    baseline: float
+    spread: float
+    low: float
+    high: float
+    correlation: float | None
+    seeds_half: float
+    windows: int
+    windows_half: float | None
+
+
+def noise_of(each: Comparison, factor: Factor, arm: object) -> Noise | None:
+    """None where there are fewer than three pairs."""
+    pairs = matched(each.design, each.chosen, factor, arm, each.metric)
+    n = len(pairs.seeds)
+    if n < 3:
+        return None
+    ours, theirs = (
+        np.array([np.mean([pair[side].values[seed] for pair in pairs.cells]) for seed in pairs.seeds])
+        for side in (0, 1)
+    )
+    spread = float((ours - theirs).std(ddof=1))
+    tail = (1 - LEVEL) / 2
+    low, high = (spread * ((n - 1) / float(special.chdtri(n - 1, p))) ** 0.5 for p in (tail, 1 - tail))
+    varies = ours.std() > 0 and theirs.std() > 0
+    windows, windows_half = _of_windows(each, pairs)
+    return Noise(
+        arm=float(ours.std(ddof=1)),
+        baseline=float(theirs.std(ddof=1)),
+        spread=spread,
+        low=low,
+        high=high,
+        correlation=float(np.corrcoef(ours, theirs)[0, 1]) if varies else None,
+        seeds_half=float(special.stdtrit(n - 1, 1 - tail)) * spread / n**0.5,
+        windows=windows,
+        windows_half=windows_half,
+    )
+
+
+def _of_windows(each: Comparison, pairs: Matched) -> tuple[int, float | None]:
+    """How many windows were scored, and how far the mean difference hangs on which they are."""
+    differences, tokens = [], None
+    if each.metric.name not in _OF_WINDOWS or each.metric.given:
+        return 0, None
+    for seed in pairs.seeds:
+        for sides in pairs.cells:
+            ours, theirs = (_window_sums(each, side, seed) for side in sides)
+            if ours is None or theirs is None or not np.array_equal(ours[:, 1], theirs[:, 1]):
+                return 0, None
+            if tokens is not None and not np.array_equal(tokens, ours[:, 1]):
+                return 0, None
+            tokens = ours[:, 1]
+            differences.append(ours[:, 0] - theirs[:, 0])
+    if tokens is None or len(tokens) < 2:
+        return 0, None
+    count, mean = len(tokens), np.mean(differences, axis=0)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
+    low, high = np.quantile((drawn @ mean) / (drawn @ tokens), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return count, float(high - low) / 2
+
+
+def _window_sums(each: Comparison, side: Chosen, seed: object) -> np.ndarray | None:
+    """(windows, 2): the metric summed over each window, and its tokens. None where the value that is judged was not
+    measured over these windows."""
+    run = side.runs[seed]
+    found = window_losses(run)
+    if found is None:
+        return None
+    per_token, value = found[:, 0].sum() / found[:, 1].sum(), side.values[seed]
+    own = run.number("val_loss")
+    if own is None or abs(per_token - own) > 1e-4 * own or value != run.number(each.metric.name):
+        return None
+    return np.stack([found[:, 0] * value / per_token, found[:, 1]], axis=1)
+
+
+def window_losses(run: Run) -> np.ndarray | None:
+    """(windows, 2), float64: nats and scored tokens of each window at the end of the run; None where it keeps none."""
+    try:
+        found = np.load(run.folder / run_folder.ARTIFACTS / run_folder.WINDOW_LOSSES, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    is_table = found.ndim == 2 and found.shape[1] == 2 and found.dtype.kind == "f"
+    return found.astype(float) if is_table and np.isfinite(found).all() and (found[:, 1] > 0).all() else None
+
+
+def noise_blocks(each: Comparison, where: str) -> Iterator[Block]:
+    """A table of the comparison's noise, and what it means."""
+    form, rows = precision(each.metric.name), []
+    for factor in each.design.factors:
+        for effect in each.of(factor):
+            if (found := noise_of(each, factor, effect.arm)) is None:
+                continue
+            rows.append(
+                [
+                    f"{factor.name} {show(effect.arm)}",
+                    *(number(value, form) for value in (found.baseline, found.arm, found.spread)),
+                    f"{number(found.low, form)} to {number(found.high, form)}",
+                    number(found.correlation, ".2f"),
+                    str(effect.paired.seeds),
+                    f"±{number(found.seeds_half, form)}",
+                    "–" if found.windows_half is None else f"±{number(found.windows_half, form)}",
+                    str(found.windows or "–"),
+                ]
+            )
+    if not rows:
+        return
+    columns = ["arm", "sd baseline", "sd arm", "sd of the difference", "95 % interval", "correlation", "seeds"]
+    yield Heading(f"Noise floor{where}")
+    yield Paragraph(_TEXT)
+    yield Table([*columns, "by seeds", "by windows", "windows"], rows, words=["arm"])

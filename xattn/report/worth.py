@@ -1,0 +1,255 @@
+"""What an arm is worth: the steps that the baseline would take to its loss, and whether they pay for what its own cost.
+
+A law (:mod:`xattn.report.law`) is fitted to the baseline's mean losses at three or more values of ``trainer.steps``,
+each a training with its own schedule. An arm is equal to n times the baseline's steps where by that law the baseline
+takes n times as many steps as the arm to the arm's loss: a compute multiplier, where both sides' steps cost the same.
+Divided by what they do cost, it is a net worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from xattn.keys import short
+from xattn.report.cost import why_speeds_differ
+from xattn.report.design import STEPS, Cell, show
+from xattn.report.findings import Comparison
+from xattn.report.law import LENGTHS, RESAMPLES, Columns, Interval, Law, fit, interval, misfit, resampled, t_interval
+from xattn.report.read import Run, finite
+from xattn.report.selection import Chosen
+from xattn.report.statistics import Effect
+
+LOSSES = ("val_loss", "val_bpb")
+SEEDS = 3  # at least
+MISFIT = 0.01  # the p below which a law of more than three lengths is refused
+_ROUNDING = 1e-9  # of a loss
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What one arm is worth, each a ratio to the baseline.
+
+    steps: the baseline's steps to the arm's loss ÷ the arm's own. step_cost: seconds of a step. net: steps ÷ step_cost.
+    why_not: why `steps` is not given, or where it is, why `step_cost` and `net` are not; empty where all three are.
+    """
+
+    steps: Interval | None = None
+    step_cost: Interval | None = None
+    net: Interval | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Track:
+    """Runs that differ from the baseline's in one factor's arm and in their length, by ``trainer.steps``.
+
+    where: the arms of the other factors, the baseline's own among them.
+    """
+
+    where: Cell
+    baseline: Mapping[int, Chosen]
+    arm: Mapping[int, Chosen]
+
+    @property
+    def judged(self) -> Mapping[int, Chosen]:
+        """The arm at those of its lengths that the baseline has shorter and longer runs than; where there are none, at
+        all. At the ends of the law a better or a worse arm is outside of it, whatever it is worth."""
+        inner = {steps: at for steps, at in self.arm.items() if min(self.baseline) < steps < max(self.baseline)}
+        return inner or self.arm
+
+    @property
+    def anchor(self) -> int:
+        """The baseline's length with most seeds."""
+        return max(self.baseline, key=lambda steps: len(self.baseline[steps].values))
+
+    @property
+    def cells(self) -> Iterator[tuple[str, int, Chosen]]:
+        """Whose, of how many steps, and what was found there."""
+        yield from (("the baseline", steps, at) for steps, at in self.baseline.items())
+        yield from (("the arm", steps, at) for steps, at in self.judged.items())
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A law, what it was fitted to, and what it is asked about. arms: name → steps and loss at each of its lengths."""
+
+    label: str
+    steps: np.ndarray
+    losses: np.ndarray
+    law: Law
+    arms: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+
+def with_worth(comparison: Comparison) -> Comparison:
+    """The comparison, with a :class:`Worth` for each effect of which the baseline has several lengths."""
+    return replace(comparison, effects=[replace(each, worth=worth(comparison, each)) for each in comparison.effects])
+
+
+def worth(comparison: Comparison, effect: Effect) -> Worth | None:
+    """None where the baseline has one length alone, and for a factor that is the length itself."""
+    tracks = _tracks(comparison, effect)
+    lengths = max((len(track.baseline) for track in tracks), default=0)
+    if lengths < 2:
+        return None
+    if (metric := comparison.metric.name) not in LOSSES:
+        return Worth(why_not=f"the law is of a loss ({' or '.join(LOSSES)}), which {metric} is not")
+    if lengths < LENGTHS:
+        return Worth(why_not=f"the baseline has runs of {lengths} lengths, and the law takes {LENGTHS}")
+    tracks = [track for track in tracks if len(track.baseline) >= LENGTHS]
+    columns = [_columns(track, comparison) for track in tracks]
+    if why_not := _too_few(tracks, columns):
+        return Worth(why_not=why_not)
+    costs = _log_costs(tracks)
+    rows = _rows(tracks, columns, {} if isinstance(costs, str) else costs)
+    ratios = log_steps([([*track.baseline], [*track.judged]) for track in tracks], rows)
+    found = ratios if isinstance(ratios, str) else interval(ratios)
+    if isinstance(ratios, str) or isinstance(found, str):
+        return Worth(why_not=str(found))
+    if isinstance(costs, str):
+        return Worth(found, why_not=costs)
+    net = interval(ratios - rows[:, -1])
+    return Worth(why_not=net) if isinstance(net, str) else Worth(found, t_interval([*costs.values()]), net)
+
+
+def _too_few(tracks: Sequence[Track], columns: Sequence[Columns]) -> str:
+    """Why the losses give no interval; empty where they do."""
+    differ = False
+    for track, of_track in zip(tracks, columns, strict=True):
+        for (whose, steps, at), values in zip(track.cells, of_track, strict=True):
+            if at.diverged:
+                return f"runs of {whose} diverged at {steps:,} steps, so that its mean is of the others"
+            is_anchor = at is track.baseline[track.anchor]
+            if len(values) < SEEDS:
+                too = "" if is_anchor else f" that the baseline has at {track.anchor:,} too"
+                return f"{SEEDS} seeds are needed, and {whose} has {len(values)} at {steps:,} steps{too}"
+            differ |= not is_anchor and float(np.ptp([*values.values()])) > _ROUNDING
+    return "" if differ else "all seeds have exactly the same differences"
+
+
+def log_steps(lengths: Sequence[tuple[Sequence[int], Sequence[int]]], rows: np.ndarray) -> np.ndarray | str:
+    """The log of the steps' worth for each row, averaged over the arm's lengths; or why there is none.
+
+    lengths: the baseline's and the arm's, of each track; in this order their losses are the columns of `rows`. The
+    first row holds the means, the others are resamples of them.
+    """
+    ratios, first = [], 0
+    for baseline, arm in lengths:
+        losses = rows[:, first : first + len(baseline)]
+        law = fit(baseline, losses)
+        means = ", ".join(f"{loss:.4f} at {steps:,}" for steps, loss in zip(baseline, losses[0], strict=True))
+        if np.isnan(law.b[0]):
+            return f"no E + a·C^(−b) with a, b > 0 fits the baseline's losses ({means} steps)"
+        if (p := misfit(baseline, losses, law)) < MISFIT:
+            return f"E + a·C^(−b) misses the baseline's losses ({means} steps) by more than seeds explain, p {p:.3f}"
+        first += len(baseline)
+        for steps in arm:
+            loss, ends = rows[:, first], [law.loss(end)[0] for end in (min(baseline), max(baseline))]
+            if not ends[1] <= loss[0] <= ends[0]:
+                side = "below" if loss[0] < ends[1] else "above"
+                other = "longer" if side == "below" else "shorter"
+                return (
+                    f"the arm's loss at {steps:,} steps, {loss[0]:.4f}, lies {side} those of the baseline ({means} "
+                    f"steps); a {other} baseline would tell"
+                )
+            ratios.append(law.log_steps(loss) - np.log(steps))
+            first += 1
+    return np.asarray(np.mean(ratios, axis=0))
+
+
+def laws(comparison: Comparison) -> list[Fitted]:
+    """The laws that some arm's worth rests on, one for each combination of arms that is a baseline."""
+    found: dict[Cell, Fitted] = {}
+    names = [factor for factor in comparison.design.factors if factor.key != STEPS]
+    for effect in comparison.effects:
+        if effect.worth is None or effect.worth.steps is None:
+            continue
+        for track in (track for track in _tracks(comparison, effect) if len(track.baseline) >= LENGTHS):
+            label = ", ".join(f"{factor.name} {show(value)}" for factor, value in zip(names, track.where, strict=True))
+            steps, count = np.array([*track.baseline]), len(track.baseline)
+            losses = _rows([track], [_columns(track, comparison)], {}, 0)[0]
+            law = fit([*track.baseline], losses[None, :count])
+            of_law = found.setdefault(track.where, Fitted(label, steps, losses[:count], law))
+            of_law.arms[f"{short(effect.factor)} {show(effect.arm)}"] = [
+                *zip(track.judged, losses[count:].tolist(), strict=True)
+            ]
+    return [*found.values()]
+
+
+def _tracks(comparison: Comparison, effect: Effect) -> list[Track]:
+    """The arm's and the baseline's cells with values, by the other factors' arms, and then by length."""
+    keys = [factor.key for factor in comparison.design.factors]
+    if STEPS not in keys or effect.factor == STEPS:
+        return []
+    own, length = keys.index(effect.factor), keys.index(STEPS)
+    sides: dict[Cell, tuple[dict[int, Chosen], dict[int, Chosen]]] = {}
+    for cell, at in comparison.chosen.items():
+        steps = finite(cell[length])
+        if not at.values or steps is None or steps <= 0 or cell[own] not in (effect.baseline, effect.arm):
+            continue
+        where = tuple(effect.baseline if i == own else value for i, value in enumerate(cell) if i != length)
+        sides.setdefault(where, ({}, {}))[cell[own] == effect.arm][int(steps)] = at
+    return [
+        Track(where, dict(sorted(baseline.items())), dict(sorted(arm.items())))
+        for where, (baseline, arm) in sides.items()
+        if baseline and arm
+    ]
+
+
+def _columns(track: Track, comparison: Comparison) -> Columns:
+    """Seed → a cell's loss − the baseline's at the anchor, for each of the track's cells; at the anchor its loss.
+
+    So pairs stay pairs where a length has fewer seeds than the anchor: what a seed does to all runs cancels.
+    """
+    anchor = track.baseline[track.anchor]
+    return [
+        {
+            seed: value if at is anchor else value - anchor.values[seed]
+            for seed, value in at.values.items()
+            if seed in anchor.values and comparison.metric.why_not(anchor.units[seed], at.units[seed]) is None
+        }
+        for _, _, at in track.cells
+    ]
+
+
+def _rows(
+    tracks: Sequence[Track], columns: Sequence[Columns], costs: Mapping[Any, float], resamples: int = RESAMPLES
+) -> np.ndarray:
+    """:func:`resampled` losses, a column for each cell of the tracks, and then the costs where there are any."""
+    every = [values for of_track in columns for values in of_track]
+    rows = resampled([*every, costs] if costs else every, resamples)
+    first = 0
+    for track, of_track in zip(tracks, columns, strict=True):
+        anchor = first + [*track.baseline].index(track.anchor)
+        others = [i for i in range(first, first + len(of_track)) if i != anchor]
+        rows[:, others] += rows[:, [anchor]]
+        first += len(of_track)
+    return rows
+
+
+def _log_costs(tracks: Sequence[Track]) -> dict[Any, float] | str:
+    """Seed → log of a step's seconds, the arm's ÷ the baseline's, averaged over the lengths; or why not."""
+    pairs = [
+        (at, track.baseline[steps]) for track in tracks for steps, at in track.judged.items() if steps in track.baseline
+    ]
+    if not pairs:
+        return "the baseline has no runs of the arm's length"
+    if (why_not := why_speeds_differ(at for pair in pairs for at in pair)) is not None:
+        return why_not
+    seconds = [[{seed: _seconds(run) for seed, run in at.runs.items()} for at in pair] for pair in pairs]
+    costs = {}
+    for seed in seconds[0][0]:
+        both = [(ours.get(seed), theirs.get(seed)) for ours, theirs in seconds]
+        ratios = [np.log(ours / theirs) for ours, theirs in both if ours is not None and theirs is not None]
+        if len(ratios) == len(pairs):
+            costs[seed] = float(np.mean(ratios))
+    return costs if len(costs) >= SEEDS else f"fewer than {SEEDS} pairs of runs have a speed"
+
+
+def _seconds(run: Run) -> float | None:
+    """Of a step."""
+    speed, tokens = run.result("tokens_per_second"), run.tokens_per_step
+    return tokens / speed if speed and tokens else None
