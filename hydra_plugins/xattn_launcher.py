@@ -42,9 +42,33 @@ class XattnLauncher(Launcher):
         setup_globals()
         asked = composed_jobs(self.context, self.config, job_overrides, initial_job_idx)
         jobs = each_once([job for job, _ in asked])
+        if jobs[0].config.sweep.half_width is not None:
+            typed = {job.folder: overrides for (job, _), overrides in zip(asked, job_overrides, strict=True)}
+            return self._launch_seeds(jobs, [typed[job.folder] for job in jobs])
         with self.as_hydra_does(asked):
             carry_out(jobs)
         return [_returned(job) for job in jobs]
+
+    def _launch_seeds(self, arms: Sequence[Job], job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        """The runs of these arms, with as many seeds as ``sweep.half_width`` takes."""
+        from xattn.sweep import seeds  # what judges runs is not waited for by others
+
+        composed: dict[Path, DictConfig] = {}
+        without_seed = [[word for word in typed if not word.startswith("seed=")] for typed in job_overrides]
+
+        def compose(wanted: Sequence[tuple[int, int]]) -> Sequence[Job]:
+            overrides = [[*without_seed[arm], f"seed={seed}"] for arm, seed in wanted]
+            asked = composed_jobs(self.context, self.config, overrides)
+            composed.update({job.folder: config for job, config in asked})
+            each_once([job for job, _ in asked])
+            return [job for job, _ in asked]
+
+        def make(jobs: Sequence[Job]) -> None:
+            with self.as_hydra_does([(job, composed[job.folder]) for job in jobs]):
+                carry_out(jobs)
+
+        seeds.carry_out(arms, compose, make)
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=0)]
 
     @contextlib.contextmanager
     def as_hydra_does(self, asked: Sequence[Asked]) -> Iterator[None]:
@@ -153,6 +177,11 @@ class ElsewhereLauncher(Launcher):
         asked = jobs_of(self.context, self.config, job_overrides, initial_job_idx)
         by_folder = {job.folder: overrides for job, overrides in zip(asked, job_overrides, strict=True)}
         jobs = each_once(asked)
+        if (half_width := jobs[0].config.sweep.half_width) is not None:
+            raise BadInput(
+                f"sweep.half_width = {half_width:g}: seeds are added by the machine that makes the runs; leave "
+                "hydra/launcher out, or give seeds instead"
+            )
 
         def launch(unfinished: Sequence[Job]) -> None:
             self._launcher.launch([list(by_folder[job.folder]) for job in unfinished], initial_job_idx)

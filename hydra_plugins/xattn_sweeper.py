@@ -201,6 +201,10 @@ class OptunaSweeper(Sweeper):
                 except BadInput as error:  # values that do not fit together are left out later, these are mistyped
                     if isinstance(error.__cause__, xattn.config.COMPOSITION_ERRORS):
                         raise
+        if (half_width := base.config.sweep.half_width) is not None:
+            raise BadInput(
+                f"sweep.half_width = {half_width:g}: adds seeds to arms that are named, and a tuner draws them"
+            )
         if (workers := base.config.sweep.workers) not in ("auto", 1):
             raise BadInput(
                 f"sweep.workers = {workers}: a process tunes alone; the same command in {workers} terminals shares the "

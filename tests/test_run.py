@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,49 @@ def test_determinism_is_asked_for_before_jax_is_there(command: list[str], tmp_pa
     done = subprocess.run(asked, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
+
+
+ON_ONE_THREAD = """
+import os, sys
+from pathlib import Path
+from xattn.config import compose
+from xattn.errors import BadInput
+from xattn.run import run
+from xattn.run_folder import read_summary
+
+cores, folder, *command = sys.argv[1:]
+if cores == "one":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+run(compose([*command, "trainer.threads=1"]), Path(folder), quiet=True)
+print(read_summary(Path(folder))["state_sha256"])
+try:
+    run(compose([*command, "trainer.threads=2"]), Path(folder + "-2"), quiet=True)
+except BadInput as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system keeps no process to a core")
+def test_a_run_of_one_thread_has_the_same_bits_on_any_number_of_cores(text_file: Path, tmp_path: Path) -> None:
+    """And a process has the number of threads that it began with: a run that asks for another is refused."""
+    # Sums so long that two threads share them: with a thread for each core the bits of these two differ.
+    wide = ["model.mlp_dim=344", "backend.context_length=128", "trainer.batch_size=32", "data=text"]
+    wide += [f"data.path={text_file}", "trainer.steps=2"]
+    told = []
+    for cores in ("one", "all"):
+        asked = [
+            sys.executable,
+            "-c",
+            ON_ONE_THREAD,
+            cores,
+            str(tmp_path / cores),
+            *TINY,
+            *wide,
+            "evaluation.windows=8",
+        ]
+        done = subprocess.run(asked, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout.splitlines()[-2:])
+    assert told[0][0] == told[1][0]
+    assert told[0][1] == "trainer.threads = 2: this process has its threads already (1); start the run by itself"

@@ -29,6 +29,7 @@ from xattn.same_training import Found, Trainings, answer, answered, identity, in
 from xattn.signals import interruption
 from xattn.sweep import study, workers
 from xattn.sweep.packing import is_finished
+from xattn.sweep.workers import Seat
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -446,7 +447,7 @@ def test_starting_over_by_several_workers_takes_no_other_run(
     jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10", "resume=never", "sweep.workers=2"])
     put(tmp_path, jobs[0].config)
     handed: list[Job] = []
-    monkeypatch.setattr(workers, "_devices", lambda unfinished: ["0", "1"])
+    monkeypatch.setattr(workers, "seats", lambda unfinished: [Seat(gpu="0"), Seat(gpu="1")])
     monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: handed.extend(unfinished))
     workers.carry_out(jobs)
     assert [job.folder for job in handed] == [jobs[1].folder]

@@ -370,6 +370,7 @@ BAD = [
     (["-m", "data=text", "data.path=missing.txt", "seed=0,1"], ["of 2 runs none is started", "missing.txt"]),
     (["--unknown"], ["--unknown"]),
     (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "needs -m"]),
+    (["sweep.half_width=0.01"], ["sweep.half_width=0.01", "needs -m"]),
     (["hydra/job_logging=colorlog"], ["hydra/job_logging = colorlog", "default, disabled, none, stdout"]),
     (["hydra.output_subdir=."], ["hydra.output_subdir=.", "the run's own files"]),
     (["hydra.output_subdir=checkpoints/x"], ["hydra.output_subdir=checkpoints/x", "the run's own files"]),
@@ -384,6 +385,9 @@ BAD = [
     (["-m", "backend=choice(softmax,sigmoid)", "trainer.stepz=3"], ["trainer.stepz: no such key", "trainer.steps"]),
     (["-m", "seed=range(3)", "trainer.stepz=3"], ["trainer.stepz: no such key", "trainer.steps"]),
     (["-m", "backend=glob(zzz*)"], ["backend=glob(zzz*)", "none, nope, off_by_one"]),
+    (["-m", "sweep.half_width=0.01"], ["sweep.half_width", "nothing differs"]),
+    (["-m", "sweep.half_width=0.01", "seed=0,1"], ["seed = 0,1", "sweep.half_width adds seeds by itself"]),
+    (["-m", "sweep.budget_minutes=5", "seed=0,1"], ["sweep.budget_minutes", "sweep.half_width"]),
     (["-m", "hydra.job.chdir=true", "seed=0,1"], ["hydra.job.chdir", "one working directory"]),
     (["data=text", "data.path=missing.txt"], ["data.path", "missing.txt"]),
 ]

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import xattn.config
 from xattn import hosts, keys, run_folder
@@ -426,6 +429,7 @@ class Attempt:
             self._draw_attention(compiled, progress)
         match status:
             case "done":
+                self._keep_window_losses(compiled, progress)
                 sample = _sample(compiled, progress.state, self.data.tokenizer, self.config.seed)
                 self._show_result(summary, sample)
             case "preempted":
@@ -466,6 +470,19 @@ class Attempt:
             f"baselines   unigram entropy {unigram_bits_per_byte(scored):.4f}, gzip {gzip_bits_per_byte(scored):.4f} "
             f"bits/byte, of the same {len(scored):,} bytes"
         )
+
+    def _keep_window_losses(self, compiled: Programs, progress: Progress) -> None:
+        """What the last evaluation found, window by window, by which a report tells how much hangs on the windows."""
+        from xattn.training.loop import evaluate
+
+        if progress.of_windows is None:  # the end alone was missing
+            evaluate(compiled, progress, self.data.windows, self.data.bytes_per_token())
+        assert progress.of_windows is not None
+        file = io.BytesIO()
+        np.save(file, progress.of_windows)
+        artifacts = self.folder / run_folder.ARTIFACTS
+        artifacts.mkdir(exist_ok=True)
+        run_folder.write_atomically(artifacts / run_folder.WINDOW_LOSSES, file.getvalue())
 
     def _draw_attention(self, compiled: Programs, progress: Progress) -> None:
         from xattn.evaluation.attention import study_windows

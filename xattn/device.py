@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import logging
 import os
@@ -10,10 +12,15 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from xattn.errors import BadInput, looking_at
+
+THREADS = "NPROC"  # the variable by which XLA is told how many threads its CPU device has
+_LOCKS = 16  # that compilations share, so that the cache does not fill with a lock for each
+_threads: int | None = None  # what compute_with() has been told
 
 # Loads the part of jax that reads XLA_FLAGS, and has it read them.
 _READ_XLA_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
@@ -38,6 +45,42 @@ def _check_xla_flags() -> None:
         raise RuntimeError(told[0])
 
 
+def compute_with(threads: int | None) -> None:
+    """Has jax compute on the CPU with so many threads, and as before with None: one for each core that the process may
+    use.
+
+    jax makes the threads when it first looks at its devices. Raises :class:`BadInput` where it has made another number
+    of them and the CPU is what it computes on.
+    """
+    global _threads
+    if threads == _threads:
+        return
+    if _has_devices():
+        import jax
+
+        if jax.default_backend() == "cpu":
+            has = "one for each core" if _threads is None else str(_threads)
+            raise BadInput(
+                f"trainer.threads = {'null' if threads is None else threads}: this process has its threads already "
+                f"({has}); start the run by itself"
+            )
+        return
+    _threads = threads
+    if threads is None:
+        del os.environ[THREADS]
+    else:
+        os.environ[THREADS] = str(threads)
+
+
+def _has_devices() -> bool:
+    """Whether jax has looked at its devices in this process; it does not say so in public."""
+    if "jax" not in sys.modules:
+        return False
+    from jax._src import xla_bridge
+
+    return bool(xla_bridge.backends_are_initialized())
+
+
 def ask_for_determinism() -> None:
     """XLA reads its flags when a device is first used: later it is too late, which only a GPU minds."""
     too_late = "jax" in sys.modules
@@ -60,12 +103,41 @@ def hush_libraries(note: Callable[[str], None]) -> None:
     sys.unraisablehook = lambda args: note("".join(traceback.format_exception(args.exc_value)))
 
 
+@contextlib.contextmanager
+def compiled_once(program: str) -> Iterator[None]:
+    """Around the compilation of a program that several processes may want at this time: the first compiles it, and the
+    others wait and read it from the cache. Does nothing where there is no cache of ours.
+
+    program: its text.
+    """
+    import jax
+
+    cache, kept = _cache_of_programs(), getattr(jax.config, "jax_compilation_cache_dir", None)
+    if kept != str(cache) or jax.process_count() > 1:  # processes of one run compile together
+        yield
+        return
+    number = zlib.crc32(program.encode()) % _LOCKS
+    try:
+        lock = (cache / f"compiling-{number}.lock").open("a")
+    except OSError:
+        yield
+        return
+    with lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _cache_of_programs() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "xattn" / "programs"
+
+
 def keep_compiled_programs() -> None:
     """Lets processes share compiled programs through the user's cache folder, or does nothing where that is closed."""
     import jax
 
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = Path(base) / "xattn" / "programs"
+    cache = _cache_of_programs()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xattn.device import first_look
+from xattn.device import compute_with, first_look
 from xattn.errors import BadInput, ExitCode, XattnError, first_line, looking_at
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -214,8 +214,10 @@ def team() -> Team:
     return _team
 
 
-def join(*, heartbeat_seconds: int, connect_seconds: int) -> Team:
+def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = None) -> Team:
     """Meets the others, where the environment says that there are others; a second call finds them met.
+
+    threads: as in :func:`xattn.device.compute_with`.
 
     Raises :class:`BadInput` where the coordinator's port is in use or jax has no device, :class:`XattnError` where the
     others don't come.
@@ -249,6 +251,7 @@ def join(*, heartbeat_seconds: int, connect_seconds: int) -> Team:
     except Exception as error:
         raise _not_met(here, connect_seconds, error) from error
     _team = Team(here.index, here.count, patience=heartbeat_seconds + 10)
+    compute_with(threads)
     first_look()  # each for itself: what they agree by are the devices
     return _team
 

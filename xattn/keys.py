@@ -35,6 +35,10 @@ ABSENT: dict[str, Any] = {
     "model.value_residual": "none",
     "model.exclusive": False,
     "model.parameters": None,
+    "trainer.threads": None,
+    "sweep.half_width": None,
+    "sweep.budget_minutes": None,
+    "sweep.pilot_seeds": None,
 }
 _OF_ONE_CHOICE = {"data.filler": "mqar"}  # only this choice of the group has the key
 _NAMED_AT_EVERY_VALUE = "model.matmul_precision"

@@ -210,7 +210,7 @@ class LoadedRun:
         probes = make_probes(
             config.evaluation.probes, data=data_config, run_data=data, backend=config.backend, batch_size=batch_size
         )
-        found = loss._asdict() | run_probes(places_of(model), self.params, hyper, probes)
+        found = loss.row() | run_probes(places_of(model), self.params, hyper, probes)
         if "trainer.attention_stats_every" in given and config.trainer.attention_stats_every is not None:
             found |= statistics_row(attention_study(model)(self.params, hyper, study_windows(data.windows)))
         return {name: None if value is None else finite_or_none(value) for name, value in found.items()}

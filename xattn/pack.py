@@ -19,7 +19,7 @@ from xattn import hosts
 from xattn.attempt import Attempt
 from xattn.config import Config
 from xattn.data.config import has_segments
-from xattn.device import ask_for_determinism, first_look, hush_libraries, keep_compiled_programs
+from xattn.device import ask_for_determinism, compute_with, first_look, hush_libraries, keep_compiled_programs
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.model.config import group_of
 
@@ -79,6 +79,7 @@ class Pack:
         hush_libraries(self._note)
         if config.trainer.deterministic:
             ask_for_determinism()
+        compute_with(config.trainer.threads)
         first_look()  # what jax cannot have is told of before anything else imports it
 
         from xattn.training.loop import train

@@ -35,7 +35,9 @@ def run(
     this; they return the same, or fail.
     """
     together = hosts.join(
-        heartbeat_seconds=config.parallel.heartbeat_seconds, connect_seconds=config.parallel.connect_seconds
+        heartbeat_seconds=config.parallel.heartbeat_seconds,
+        connect_seconds=config.parallel.connect_seconds,
+        threads=config.trainer.threads,
     )
     if together.count > 1:
         values = xattn.config.hashed_values(config) | {"parallel": config.parallel.model_dump(), "study": config.study}

@@ -45,4 +45,7 @@ def test_every_token_but_the_first_counts_once() -> None:
     assert loss.val_bpb == pytest.approx(nats / 51 / math.log(2) / 2, rel=1e-5)
     asked = [each._replace(answers=(each.targets + 3) % 11) for each in windows]  # not for the next token
     loss = held_out_loss(score, params, HYPER, asked, bytes_per_token=None)
-    assert loss == (pytest.approx(answers_nats / 51, rel=1e-5), None)
+    assert loss.row() == {"val_loss": pytest.approx(answers_nats / 51, rel=1e-5), "val_bpb": None}
+    assert loss.of_windows.shape == (8, 2)  # without the row that fills the last batch
+    np.testing.assert_array_equal(loss.of_windows[:, 1], [*[7] * 7, 2])
+    assert loss.of_windows[:, 0].sum() == pytest.approx(answers_nats, rel=1e-5)

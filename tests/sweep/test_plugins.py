@@ -391,8 +391,9 @@ def test_options_of_tuning_that_are_bad_are_told_by_key_value_and_choices(
         ),
         (["optimizer=choice(adamw,mun)"], r"optimizer = mun: no such choice \(did you mean muon\?\)"),
         ([f"{RATE}=choice(1,2)", "sweep.workers=2"], r"sweep\.workers = 2: a process tunes alone"),
+        ([f"{RATE}=choice(1,2)", "sweep.half_width=0.1"], r"sweep\.half_width = 0\.1: adds seeds to arms that are"),
     ],
-    ids=["key", "choice", "workers"],
+    ids=["key", "choice", "workers", "half_width"],
 )
 def test_a_space_that_is_mistyped_begins_no_study(
     typed: list[str], told: str, made: list[Job], start: Callable[..., None], tmp_path: Path

@@ -1,4 +1,4 @@
-"""How many processes share a sweep, each with which GPU; with stand-ins for the machine."""
+"""How many processes share a sweep, each with which GPU or core; with stand-ins for the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xattn import run_folder
 from xattn.attempt import Job
 from xattn.errors import BadInput
 from xattn.sweep import study, workers
-from xattn.sweep.workers import carry_out, gpus
+from xattn.sweep.workers import Seat, carry_out, gpus
 
 
 def jobs_of(outputs: Path, *overrides: str) -> list[Job]:
@@ -24,32 +24,48 @@ def jobs_of(outputs: Path, *overrides: str) -> list[Job]:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str | None]]:
-    """The GPUs of the processes that were to be started; on a machine with two."""
-    started: list[list[str | None]] = []
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[Seat]]:
+    """The seats of the processes that were to be started, none where the study stays in its own; with two GPUs."""
+    started: list[list[Seat]] = []
     monkeypatch.setattr(workers, "gpus", lambda: ["0", "1"])
     monkeypatch.setattr(workers, "check_devices", lambda jobs: None)
-    monkeypatch.setattr(study, "carry_out", lambda jobs: started.append([None]))
+    monkeypatch.setattr(study, "carry_out", lambda jobs: started.append([]))
     monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: started.append(list(devices)))
     return started
 
 
-def test_auto_is_a_process_for_each_gpu_unless_a_run_is_over_several(
-    started: list[list[str | None]], tmp_path: Path
-) -> None:
+def test_auto_is_a_process_for_each_gpu_unless_a_run_is_over_several(started: list[list[Seat]], tmp_path: Path) -> None:
     carry_out(jobs_of(tmp_path))
     carry_out(jobs_of(tmp_path, "parallel.data=2"))
     carry_out(jobs_of(tmp_path, "parallel.fsdp=null"))
     carry_out(jobs_of(tmp_path, "parallel.data=2", "sweep.workers=1"))
     carry_out(jobs_of(tmp_path, "sweep.workers=2"))
-    assert started == [["0", "1"], [None], [None], [None], ["0", "1"]]
+    both = [Seat(gpu="0"), Seat(gpu="1")]
+    assert started == [both, [], [], [], both]
     with pytest.raises(BadInput, match=r"sweep\.workers = 2: each has one GPU.*parallel\.data = 2"):
         carry_out(jobs_of(tmp_path, "parallel.data=2", "sweep.workers=2"))
     assert len(started) == 5
 
 
+def test_auto_is_a_process_for_each_core_where_a_run_computes_with_one_thread(
+    started: list[list[Seat]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has it to itself. Runs with other threads than these are made after them, by a process of their own."""
+    monkeypatch.setattr(workers, "gpus", list)
+    monkeypatch.setattr(workers, "cores", lambda: [3, 5, 6])
+    monkeypatch.setattr(workers, "compute_with", lambda threads: None)
+    one = jobs_of(tmp_path, "trainer.threads=1")
+    all_cores, two = jobs_of(tmp_path), jobs_of(tmp_path, "trainer.threads=2")
+    for jobs in (one, all_cores, one[:1], jobs_of(tmp_path, "trainer.threads=1", "sweep.workers=2"), [*one, *two]):
+        carry_out(jobs)
+    assert started == [[Seat(core=3), Seat(core=5)], [], [], [Seat(), Seat()], [Seat(core=3), Seat(core=5)], [Seat()]]
+    monkeypatch.setattr(workers, "cores", list)  # where no process is kept to a core
+    carry_out(one)
+    assert started[-1] == []
+
+
 def test_resume_never_is_once_a_command(
-    started: list[list[str | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    started: list[list[Seat]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else each of the processes would move aside what another has just made."""
     handed: list[Job] = []

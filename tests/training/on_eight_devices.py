@@ -63,7 +63,7 @@ def alone(*overrides: str) -> tuple[list[float], float]:
 
 
 def score(run: Programs, state: TrainState) -> float:
-    return sum(float(run.score(state.params, state.hyperparameters.model, windows)) for windows in WINDOWS)
+    return sum(float(run.score(state.params, state.hyperparameters.model, windows)[0]) for windows in WINDOWS)
 
 
 def shards(leaf: Any) -> int:

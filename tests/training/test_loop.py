@@ -98,7 +98,7 @@ def test_rows_are_written_at_their_steps_with_the_figures_of_that_update(compile
         if step in (4, 8, 11):
             hyper = state.hyperparameters.model
             expected = held_out_loss(compiled.score, state.params, hyper, WINDOWS, bytes_per_token=1.0)
-            assert (by_step[step]["val_loss"], by_step[step]["val_bpb"]) == expected
+            assert {key: by_step[step][key] for key in evaluation} == expected.row()
             assert expected.val_bpb == pytest.approx(expected.val_loss / np.log(2))
             evaluations.append(expected.val_loss)
     assert state_sha256(progress.state.params, progress.state.opt_state) == state_sha256(state.params, state.opt_state)

@@ -105,7 +105,7 @@ def test_numbers_do_not_compile_again(tiny: Programs, compilations: list[str]) -
         state = compiled.init(hyperparameters(config_of(*overrides)))
         state, first = compiled.step(state, BATCH)
         state, second = compiled.step(state, BATCH)
-        score = compiled.score(state.params, state.hyperparameters.model, windows)
+        score, _ = compiled.score(state.params, state.hyperparameters.model, windows)
         return [first.train_loss.item(), second.train_loss.item(), second.param_norm.item()], score.item()
 
     base = after_two_updates()

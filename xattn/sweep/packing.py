@@ -11,7 +11,7 @@ import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job
 from xattn.config import Config
-from xattn.device import first_look
+from xattn.device import compute_with, first_look
 from xattn.errors import BadInput
 from xattn.model.size import matmul_flops_per_token
 
@@ -99,6 +99,7 @@ def pack_size(config: Config) -> int:
     if config.sweep.pack == "off" or config.trainer.nonfinite == "rollback" or not one_device:
         return 1  # a run that rolls back is at another step than its pack
     try:
+        compute_with(config.trainer.threads)
         first_look()
         import jax
 

@@ -31,6 +31,7 @@ Start = Callable[[Sequence[Job]], Sequence[ExitCode]]
 
 # What each run that this process has swept came to; of several attempts at one, the last.
 outcomes: dict[Path, ExitCode] = {}
+_is_told_of = False  # whether somebody will print the table of the study
 _ENDED_WELL = {ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE}  # the last was waited for
 
 
@@ -75,13 +76,22 @@ def carry_out(jobs: Sequence[Job], start: Start = start) -> None:
 
 @contextlib.contextmanager
 def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
-    """Prints the table of all runs, however it ends, and how to go on."""
+    """Prints the table of all runs, however it ends, and how to go on; once, where a study is told of in parts.
+
+    jobs: read at the end, when there may be more of them.
+    """
+    global _is_told_of
+    if _is_told_of:
+        yield
+        return
+    _is_told_of = True
     try:
         yield
     except SystemExit:
         print("stopped; the same command goes on with what is not done")
         raise
     finally:
+        _is_told_of = False
         asked = {job.folder: job.config for job in jobs}
         by_others = answers(jobs)
         print_table(list(asked), xattn.config.varying_keys(list(asked.values())), asked, by_others)
@@ -176,10 +186,7 @@ def make(
     with StudyView(len(jobs), sum(map(is_finished, jobs))) if view is None else contextlib.nullcontext(view) as view:
         jobs = [dataclasses.replace(job, watch=(*job.watch, view)) for job in jobs]
         unfinished = [job for job in jobs if not is_finished(job)]
-        by_program: dict[str, list[Job]] = {}
-        for job in unfinished:
-            by_program.setdefault(xattn.config.program_key(job.config), []).append(job)
-        queue = deque(itertools.chain.from_iterable(by_program.values()))
+        queue = deque(by_program(unfinished))
         failures = {job.folder: summary_of(job).get("failures") for job in queue}
         while queue:
             if summary_of(queue[0]).get("failures") not in (None, failures[queue[0].folder]):  # once a sweep is enough
@@ -211,6 +218,14 @@ def make(
                 queue.append(job)
             if interruption.requested and (queue or ExitCode.PREEMPTED in outcomes.values()):
                 raise SystemExit(ExitCode.PREEMPTED)
+
+
+def by_program(jobs: Sequence[Job]) -> list[Job]:
+    """Those of one program behind each other, else in the order given."""
+    programs: dict[str, list[Job]] = {}
+    for job in jobs:
+        programs.setdefault(xattn.config.program_key(job.config), []).append(job)
+    return list(itertools.chain.from_iterable(programs.values()))
 
 
 def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None]) -> None:

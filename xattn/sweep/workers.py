@@ -1,4 +1,4 @@
-"""A sweep over several processes of this machine, each with a GPU of its own.
+"""A sweep over several processes of this machine, each with a GPU, or a core of the CPU, of its own.
 
 Each carries out the whole study (:mod:`xattn.sweep.study`), and the locks of the run folders share the work among them,
 as among the terminals of a person who types the same command twice. Importing this module imports no jax.
@@ -19,11 +19,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job, move_older_aside
+from xattn.device import compute_with
 from xattn.errors import BadInput, ExitCode, FolderInUse
 from xattn.same_training import Trainings, answered
 from xattn.signals import interruption
@@ -35,6 +36,13 @@ from xattn.sweep.view import StudyView
 _POLL_SECONDS = 0.5
 
 
+class Seat(NamedTuple):
+    """What one of the processes has to itself: a GPU, as CUDA_VISIBLE_DEVICES names it, or a core; None is neither."""
+
+    gpu: str | None = None
+    core: int | None = None
+
+
 def carry_out(jobs: Sequence[Job]) -> None:
     """:func:`xattn.sweep.study.carry_out`, by as many processes as ``sweep.workers`` says.
 
@@ -43,14 +51,20 @@ def carry_out(jobs: Sequence[Job]) -> None:
     unfinished = [job for job in jobs if not is_finished(job)]
     check_data(unfinished)
     unfinished = _to_be_made(unfinished)
-    devices = _devices(unfinished)
-    if len(devices) <= 1:
+    places = {threads: seats(group) for threads, group in _by_threads(unfinished).items()}
+    if sum(map(len, places.values())) <= 1:
+        for threads in places:
+            compute_with(threads)
         check_devices(unfinished)
         study.carry_out(jobs)
         return
+    if all(seat.gpu is None for each in places.values() for seat in each):
+        check_devices(unfinished)  # to look at a GPU would be to take it
     jobs = [_begun_anew(job) for job in jobs]
     with study.told_at_the_end(jobs):
-        _carry_out(jobs, _to_be_made(jobs), devices)
+        for threads, group in _by_threads(jobs).items():
+            if threads in places:
+                _carry_out(group, _to_be_made(group), places[threads])
 
 
 def _to_be_made(jobs: Sequence[Job]) -> list[Job]:
@@ -60,22 +74,37 @@ def _to_be_made(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in unfinished if answered(trainings.find(job)) is None]
 
 
-def _devices(unfinished: Sequence[Job]) -> list[str | None]:
-    """For each process the GPU that is its own; None where it has no GPU of its own."""
-    if not unfinished:
-        return [None]
-    asked = unfinished[0].config.sweep.workers
+def _by_threads(jobs: Sequence[Job]) -> dict[int | None, list[Job]]:
+    """``trainer.threads`` → the jobs with that: a process computes with one number of threads all its life."""
+    groups: dict[int | None, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.config.trainer.threads, []).append(job)
+    return groups
+
+
+def seats(unfinished: Sequence[Job]) -> list[Seat]:
+    """One for each process: as ``sweep.workers`` says, or for ``auto`` a GPU each, or a core each where a run computes
+    with one thread."""
+    trainer, asked = unfinished[0].config.trainer, unfinished[0].config.sweep.workers
     spread = [job.config for job in unfinished if set(job.config.parallel.axes().values()) != {1}]
     if asked == "auto" and (spread or len(unfinished) == 1):
-        return [None]
+        return [Seat()]
     found = [] if asked == 1 else gpus()
     if found and spread:
         sizes = ", ".join(f"parallel.{axis} = {size}" for axis, size in spread[0].parallel.axes().items() if size != 1)
         raise BadInput(
             f"sweep.workers = {asked}: each has one GPU, and a run is over several: {sizes}; allowed: 1, auto"
         )
-    workers = min(max(1, len(found)) if asked == "auto" else asked, len(unfinished))
-    return [found[i % len(found)] if found else None for i in range(workers)]
+    each = [Seat(gpu=gpu) for gpu in found]
+    if not found and asked == "auto" and trainer.threads == 1:
+        each = [Seat(core=core) for core in cores()]
+    workers = min(max(1, len(each)) if asked == "auto" else asked, len(unfinished))
+    return [each[i % len(each)] if each else Seat() for i in range(workers)]
+
+
+def cores() -> list[int]:
+    """The cores that this process may use; none where the system keeps no process to a core, as macOS does not."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def gpus() -> list[str]:
@@ -114,13 +143,13 @@ def _begun_anew(job: Job) -> Job:
     return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}), answerable=False)
 
 
-def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], devices: Sequence[str | None]) -> None:
+def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], seats: Sequence[Seat]) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = []
-    for device in devices:
-        with _environment({} if device is None else {"CUDA_VISIBLE_DEVICES": device}):
-            processes.append(context.Process(target=_work, args=(list(jobs), results)))
+    for i, seat in enumerate(seats):
+        with _environment({} if seat.gpu is None else {"CUDA_VISIBLE_DEVICES": seat.gpu}):
+            processes.append(context.Process(target=_work, args=(list(jobs), results, seat.core, i / len(seats))))
             processes[-1].start()
     varying, pending, told = xattn.config.varying_keys([job.config for job in jobs]), list(unfinished), False
     with StudyView(len(jobs), len(jobs) - len(unfinished)) as view:
@@ -164,14 +193,21 @@ def _merge(outcomes: Mapping[Any, ExitCode]) -> None:
             study.outcomes[folder] = code
 
 
-def _work(jobs: Sequence[Job], results: Any) -> None:
-    """One of the processes. Signals come from the one that started it, and none from the terminal."""
+def _work(jobs: Sequence[Job], results: Any, core: int | None, start_at: float) -> None:
+    """One of the processes. Signals come from the one that started it, and none from the terminal.
+
+    start_at: how far into the study it starts, so that the processes do not all compile one program.
+    """
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it is how the parent asks, whatever that one ignores
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    jobs = study.by_program(jobs)
+    first = int(start_at * len(jobs))
     with interruption.listening(), contextlib.suppress(SystemExit):
-        study.make_each_training_once(jobs)
+        study.make_each_training_once([*jobs[first:], *jobs[:first]])
     results.put(study.outcomes)
 
 

@@ -116,6 +116,8 @@ class TrainerConfig(Section):
         returns to the last checkpoint or the beginning, leaves that update's batch out, and stops after 3 times.
     deterministic: the same bits on a GPU too, where some of XLA's faster operations do not promise them. A CPU's are
         the same anyway.
+    threads: on a CPU, how many threads compute; null means as many as there are cores. It changes the last bits, since
+        a matrix product is summed in as many parts. Other devices ignore it.
     """
 
     steps: PositiveInt
@@ -128,6 +130,7 @@ class TrainerConfig(Section):
     checkpoint_minutes: PositiveFloat | None
     nonfinite: Literal["stop", "skip", "rollback"]
     deterministic: bool
+    threads: PositiveInt | None
 
     def logs(self, step: int) -> bool:
         return step == self.steps or step % self.log_every == 0

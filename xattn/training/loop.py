@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from xattn.data.batches import Batches, Windows
 from xattn.evaluation.attention import statistics_row, study_windows
 from xattn.evaluation.loss import held_out_loss
@@ -58,7 +60,7 @@ class Progress:
     state: current whenever :func:`train` has returned. step: updates tried. measured: the last values of what a row has
     besides the losses. halted_at: the update that is not finite and ends the run. pruned: whether a tuner has ended it.
     batches_left_out: the numbers of the batches that ``nonfinite=rollback`` leaves out, in the order in which they were
-    found.
+    found. of_windows: see :class:`~xattn.evaluation.loss.HeldOutLoss`; None where it is of another process.
     """
 
     state: TrainState
@@ -72,6 +74,7 @@ class Progress:
     halted_at: int | None = None
     pruned: bool = False
     clock: TrainingClock = field(default_factory=TrainingClock)
+    of_windows: np.ndarray | None = None
 
     def batch_of(self, step: int) -> int:
         """The number of the batch of update ``step``, counted from 0: step − 1, past those that are left out."""
@@ -169,7 +172,7 @@ def train(
     def measure(member: Member, due: _Due) -> dict[str, Any]:
         progress, row = member.progress, {}
         if due.evaluates:
-            row = _evaluate(programs, progress, windows, bytes_per_token) | _probe(programs, progress, member.probes)
+            row = evaluate(programs, progress, windows, bytes_per_token) | _probe(programs, progress, member.probes)
         return row | (_study(programs, progress, windows) if due.studies else {})
 
     state = programs.stack([member.progress.state for member in members])
@@ -251,7 +254,7 @@ def _save(members: Sequence[Member], *, evaluated: bool) -> None:
         checkpoints.save(progress.step, progress.state, progress.saved(), val_loss=val_loss)
 
 
-def _evaluate(
+def evaluate(
     programs: Programs, progress: Progress, windows: Sequence[Windows], bytes_per_token: float | None
 ) -> dict[str, Any]:
     state = progress.state
@@ -261,7 +264,8 @@ def _evaluate(
     progress.val_loss, progress.val_bpb = finite_or_none(loss.val_loss), finite_or_none(loss.val_bpb)
     finite = [x for x in (progress.val_loss, progress.best_val_loss) if x is not None]
     progress.best_val_loss = min(finite, default=None)
-    return loss._asdict()
+    progress.of_windows = loss.of_windows
+    return loss.row()
 
 
 def _probe(programs: Programs, progress: Progress, probes: Sequence[Probe]) -> dict[str, float | None]:

@@ -23,6 +23,7 @@ import optax
 from xattn.backend import activations
 from xattn.config import Config, shaping
 from xattn.data.batches import Windows
+from xattn.device import compiled_once
 from xattn.evaluation.attention import Study, attention_study
 from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.evaluation.probes import PlacesOf, places_of
@@ -202,7 +203,7 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
         return new, StepMetrics(loss, grad_norm, global_norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
-    score, places = layout.score(score_windows(model)), layout.score(places_of(model))
+    score, places = layout.score(score_windows(model, layout.results())), layout.score(places_of(model))
     study = attention_study(model, layout.results())
     return _OneRun(model, layout.init(init, shapes), score, study, places, step, shapes)
 
@@ -222,7 +223,9 @@ def _compile(config: Config, vocab_size: int, optional: tuple[str, ...], layout:
         step, state, windows = jax.vmap(step), _with_runs(state, size), _with_runs(windows, size)
     start = time.perf_counter()
     with layout.tracing():
-        compiled = _compiled(layout.jit_step(step, state).lower(state, windows), config)
+        lowered = layout.jit_step(step, state).lower(state, windows)
+        with compiled_once(lowered.as_text()):
+            compiled = _compiled(lowered, config)
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     flops = matmul_flops_per_token(config.model, config.backend, vocab_size=vocab_size)

@@ -1,0 +1,185 @@
+"""Seeds on demand: ``sweep.half_width`` adds paired seeds until each difference is known well enough.
+
+Stein's two stages (:mod:`xattn.report.two_stage`): a pilot of seeds for every arm, then as many more as its spread asks
+for. How many follows from the pilot's results and the half-width alone, so that a study that was killed, or is shared
+by two terminals, ends with the same seeds. Where learning rates are swept too, the arms first get theirs by seeds of
+their own, which judge nothing. Importing this module imports no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xattn import run_folder
+from xattn.attempt import Job
+from xattn.errors import BadInput
+from xattn.report.defaults import conf_defaults
+from xattn.report.design import find_design, groups_of
+from xattn.report.findings import Findings, Question
+from xattn.report.judge import judge
+from xattn.report.read import CURVES, Run, Study, flatten, read_run
+from xattn.report.selection import Selection
+from xattn.report.statistics import matched
+from xattn.report.two_stage import comparisons_of, pilot_size
+from xattn.report.words import counted, verdict
+from xattn.sweep import study
+from xattn.sweep.packing import summary_of
+from xattn.sweep.workers import seats
+
+TUNING_SEEDS = 4
+_AT_ONCE = 8  # seeds between two looks at the clock
+
+Compose = Callable[[Sequence[tuple[int, int]]], Sequence[Job]]  # (number of the arm, seed) → its job
+
+
+def carry_out(arms: Sequence[Job], compose: Compose, make: Callable[[Sequence[Job]], None]) -> None:
+    """Makes a study whose number of seeds is not given, and prints a sentence for each comparison.
+
+    arms: a job of each, all with the first seed. make: makes the runs that are not there yet.
+    Raises :class:`BadInput` where the arms are not ones that can be compared.
+    """
+    _Seeds(arms, compose, make).carry_out()
+
+
+class _Seeds:
+    """A study under way. jobs: those that were asked for so far, by arm's number and seed."""
+
+    def __init__(self, arms: Sequence[Job], compose: Compose, make: Callable[[Sequence[Job]], None]):
+        self._compose, self._make, self._began = compose, make, time.monotonic()
+        self._first, self._sweep = _first_seed(arms), arms[0].config.sweep
+        comparisons, self._is_tuned = _comparisons(arms)
+        self._pilot = self._sweep.pilot_seeds or pilot_size(comparisons)
+        self._judged: Collection[int] = range(len(arms))
+        self._jobs: dict[tuple[int, int], Job] = {}
+
+    def carry_out(self) -> None:
+        told: list[Job] = []
+        with study.told_at_the_end(told):
+            try:
+                self._carry_out()
+            finally:
+                told += self._jobs.values()
+        if self._arm_of():
+            for effect in self._found().effects:
+                print(f"{effect.factor}: {verdict(effect)}")
+
+    def _carry_out(self) -> None:
+        first = self._first
+        if self._is_tuned:
+            self._add(dict.fromkeys(self._judged, TUNING_SEEDS), first)
+            self._judged, first = self._chosen(), first + TUNING_SEEDS
+        pilot = dict.fromkeys(self._judged, self._pilot)
+        if not self._grow(dict.fromkeys(pilot, 0), pilot, first):
+            return
+        needed = self._needed()
+        if more := max(needed.values()) - self._pilot:
+            minutes = self._seconds_per_seed(needed) * more / 60
+            print(f"after {self._pilot} seeds: {counted(more, 'more seed')}, about {minutes:.0f} minutes")
+        self._grow(pilot, needed, first)
+
+    def _grow(self, made: Mapping[int, int], needed: Mapping[int, int], first: int) -> bool:
+        """Makes the seeds of each arm from so many to so many, as far as there is time; whether there was."""
+        while any(made[arm] < needed[arm] for arm in needed):
+            least = min(made[arm] for arm in needed if made[arm] < needed[arm])
+            if (more := self._seeds_in_time(needed)) == 0:
+                print(f"sweep.budget_minutes = {self._sweep.budget_minutes:g}: stopped with the seeds that there are")
+                return False
+            made = {arm: max(made[arm], min(needed[arm], least + more)) for arm in needed}
+            self._add(made, first)
+        return True
+
+    def _add(self, seeds: Mapping[int, int], first: int) -> None:
+        """Makes what is not there yet of so many seeds of each arm."""
+        wanted = [(arm, first + i) for i in range(max(seeds.values())) for arm, count in seeds.items() if i < count]
+        new = [key for key in wanted if key not in self._jobs]
+        for key, job in zip(new, self._compose(new), strict=True):
+            sweep = job.config.sweep.model_copy(update={"pilot_seeds": self._pilot})
+            self._jobs[key] = dataclasses.replace(job, config=job.config.model_copy(update={"sweep": sweep}))
+        self._make([self._jobs[key] for key in new])
+
+    def _found(self, selection: Selection | None = None) -> Findings:
+        """What the runs that were asked for say."""
+        runs = {run.folder: run for run in map(read_run, dict.fromkeys(self._arm_of()))}
+        folder = next(iter(self._jobs.values())).folder.absolute().parent
+        assert self._sweep.half_width is not None
+        question = Question(selection=selection, two_stage=(self._sweep.half_width, self._pilot))
+        return judge(Study(folder, tuple(runs.values())), question)
+
+    def _arm_of(self) -> dict[Path, int]:
+        """The folder of each run that is there, own or of the same training, and the number of its arm."""
+        answers = study.answers([*self._jobs.values()])
+        found = {}
+        for (arm, _), job in self._jobs.items():
+            folder = answers[job.folder][0] if job.folder in answers else job.folder
+            if (folder / run_folder.CONFIG).is_file():
+                found[folder] = arm
+        return found
+
+    def _chosen(self) -> list[int]:
+        """The arms with the best of what is tuned, one for each combination of the others."""
+        arm_of = self._arm_of()
+        cells = [chosen for each in self._found("same").comparisons for chosen in each.chosen.values()]
+        return sorted({arm_of[run.folder] for chosen in cells for run in chosen.runs.values()})
+
+    def _needed(self) -> dict[int, int]:
+        """How many seeds each arm takes: as many as the comparison that asks for the most of those it is in."""
+        arm_of, needed = self._arm_of(), dict.fromkeys(self._judged, self._pilot)
+        for each in self._found().comparisons:
+            for factor in each.design.factors:
+                for effect in each.of(factor):
+                    if effect.stage is None:
+                        continue
+                    pairs = matched(each.design, each.chosen, factor, effect.arm, each.metric)
+                    folders = [run.folder for pair in pairs.cells for side in pair for run in side.runs.values()]
+                    for arm in {arm_of[folder] for folder in folders}:
+                        needed[arm] = max(needed[arm], effect.stage.needed)
+        return needed
+
+    def _seconds_per_seed(self, arms: Collection[int]) -> float:
+        """Of all these arms, by what their runs took so far, and as many side by side as the machine makes."""
+        jobs = [job for (arm, _), job in self._jobs.items() if arm in arms]
+        seconds = [found for job in jobs if (found := summary_of(job).get("wall_seconds")) is not None]
+        return statistics.median(seconds) * len(arms) / len(seats(jobs)) if seconds else 0.0
+
+    def _seeds_in_time(self, arms: Collection[int]) -> int:
+        """How many more may be begun now: a few at a time where there is a budget."""
+        if self._sweep.budget_minutes is None:
+            return sys.maxsize
+        left = 60 * self._sweep.budget_minutes - (time.monotonic() - self._began)
+        seconds = self._seconds_per_seed(arms)
+        return _AT_ONCE if not seconds else max(0, min(_AT_ONCE, math.floor(left / seconds)))
+
+
+def _first_seed(arms: Sequence[Job]) -> int:
+    seeds = sorted({job.config.seed for job in arms})
+    if len(seeds) > 1:
+        raise BadInput(
+            f"seed = {','.join(map(str, seeds))}: sweep.half_width adds seeds by itself; give the first of them alone, "
+            "or leave sweep.half_width out"
+        )
+    return seeds[0]
+
+
+def _comparisons(arms: Sequence[Job]) -> tuple[int, bool]:
+    """How many differences the arms are compared by, and whether something is tuned for each arm."""
+    runs = [_not_begun(job) for job in arms]
+    designs = [find_design(group.runs, conf_defaults()) for group in groups_of(runs)]
+    comparisons = comparisons_of([factor for design in designs for factor in design.factors])
+    if not comparisons:
+        raise BadInput("sweep.half_width: nothing differs between the runs; name two values of a key, or more")
+    return comparisons, any(design.tuned for design in designs)
+
+
+def _not_begun(job: Job) -> Run:
+    """The job as the report would read it."""
+    config = dict(flatten(job.config.model_dump(mode="json")))
+    empty: dict[str, np.ndarray] = {name: np.empty(0) for name in CURVES}
+    return Run(job.folder, config, job.overrides, {}, {}, empty, (), "not begun", ())
