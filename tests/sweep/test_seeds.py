@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +25,11 @@ from xattn.sweep import seeds, study
 Loss = Callable[[Config], float | None]
 
 
+@functools.cache
+def config_of(*overrides: str) -> Config:
+    return xattn.config.compose(["trainer=debug", *overrides])
+
+
 class Laboratory:
     """Makes the runs of some arms, each a list of overrides: their folders, with the losses that ``loss`` says."""
 
@@ -32,7 +38,7 @@ class Laboratory:
         self.made, self.dies_after = 0, 10**6
 
     def jobs(self, wanted: Sequence[tuple[int, int]]) -> list[Job]:
-        configs = [xattn.config.compose(["trainer=debug", *self.arms[arm], f"seed={seed}"]) for arm, seed in wanted]
+        configs = [config_of(*self.arms[arm]).model_copy(update={"seed": seed}) for arm, seed in wanted]
         return [Job(config, self.outputs / xattn.config.run_name(config)) for config in configs]
 
     def make(self, jobs: Sequence[Job]) -> None:
