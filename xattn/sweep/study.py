@@ -106,11 +106,11 @@ def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
             print(f"a report on them: {report_command(study, runs)}")
 
 
-def make_each_training_once(jobs: Sequence[Job], start: Start = start) -> None:
+def make_each_training_once(jobs: Sequence[Job], start: Start = start, *, start_at: float = 0.0) -> None:
     """:func:`make`, without jobs that need no training: a run that is finished before them, or by them, was trained as
     they ask, to the bit (:mod:`xattn.same_training`). What they want measured of it is measured.
 
-    Of jobs that train the same the first is made, and the next only where that one failed.
+    Of jobs that train the same the first is made, and the next only where that one failed. start_at: see :func:`make`.
     """
     keys, left = xattn.config.varying_keys([job.config for job in jobs]), list(jobs)
     with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
@@ -123,7 +123,7 @@ def make_each_training_once(jobs: Sequence[Job], start: Start = start) -> None:
                 else:
                     unanswered.append(job)
             now, left = in_turn(unanswered)
-            make(now, start, view=view, keys=keys)
+            make(now, start, view=view, keys=keys, start_at=start_at)
             if interruption.requested and left:
                 raise SystemExit(ExitCode.PREEMPTED)
 
@@ -171,6 +171,7 @@ def make(
     view: StudyView | None = None,
     keys: Sequence[str] | None = None,
     metric: str | None = None,
+    start_at: float = 0.0,
 ) -> None:
     """Runs of one program follow each other, in the order given, or train as one.
 
@@ -178,7 +179,8 @@ def make(
     told of, and the others go on.
 
     view: of a study that these are a part of. keys: by whose values a run is called; None: by those that differ here.
-    metric: the loss that is told of each; None: the one that these can be compared by.
+    metric: the loss that is told of each; None: the one that these can be compared by. start_at: how far into the study
+    it starts, from 0 to 1, so that processes that share it do not all compile one program.
     """
     keys = xattn.config.varying_keys([job.config for job in jobs]) if keys is None else keys
     metric = loss_of([job.config for job in jobs]) if metric is None else metric
@@ -187,6 +189,7 @@ def make(
         jobs = [dataclasses.replace(job, watch=(*job.watch, view)) for job in jobs]
         unfinished = [job for job in jobs if not is_finished(job)]
         queue = deque(by_program(unfinished))
+        queue.rotate(-int(start_at * len(queue)))
         failures = {job.folder: summary_of(job).get("failures") for job in queue}
         while queue:
             if summary_of(queue[0]).get("failures") not in (None, failures[queue[0].folder]):  # once a sweep is enough

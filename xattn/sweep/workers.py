@@ -194,20 +194,15 @@ def _merge(outcomes: Mapping[Any, ExitCode]) -> None:
 
 
 def _work(jobs: Sequence[Job], results: Any, core: int | None, start_at: float) -> None:
-    """One of the processes. Signals come from the one that started it, and none from the terminal.
-
-    start_at: how far into the study it starts, so that the processes do not all compile one program.
-    """
+    """One of the processes. Signals come from the one that started it, and none from the terminal."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it is how the parent asks, whatever that one ignores
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
     if core is not None:
         os.sched_setaffinity(0, {core})
-    jobs = study.by_program(jobs)
-    first = int(start_at * len(jobs))
     with interruption.listening(), contextlib.suppress(SystemExit):
-        study.make_each_training_once([*jobs[first:], *jobs[:first]])
+        study.make_each_training_once(jobs, start_at=start_at)
     results.put(study.outcomes)
 
 
