@@ -132,6 +132,7 @@ cores, folder, *command = sys.argv[1:]
 if cores == "one":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 run(compose([*command, "trainer.threads=1"]), Path(folder), quiet=True)
+assert "NPROC" not in os.environ  # or what it starts would compute so too
 print(read_summary(Path(folder))["state_sha256"])
 try:
     run(compose([*command, "trainer.threads=2"]), Path(folder + "-2"), quiet=True)

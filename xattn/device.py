@@ -21,6 +21,7 @@ from xattn.errors import BadInput, looking_at
 THREADS = "NPROC"  # the variable by which XLA is told how many threads its CPU device has
 _LOCKS = 16  # that compilations share, so that the cache does not fill with a lock for each
 _threads: int | None = None  # what compute_with() has been told
+_before: list[str | None] = []  # the variable's value, while it is ours
 
 # Loads the part of jax that reads XLA_FLAGS, and has it read them.
 _READ_XLA_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
@@ -35,6 +36,7 @@ def first_look() -> None:
         import jax
 
         jax.devices()
+    _forget_threads()
 
 
 def _check_xla_flags() -> None:
@@ -46,8 +48,8 @@ def _check_xla_flags() -> None:
 
 
 def compute_with(threads: int | None) -> None:
-    """Has jax compute on the CPU with so many threads, and as before with None: one for each core that the process may
-    use.
+    """Has jax compute on the CPU with so many threads. None leaves the number to XLA, which makes one for each core that
+    the process may use.
 
     jax makes the threads when it first looks at its devices. Raises :class:`BadInput` where it has made another number
     of them and the CPU is what it computes on.
@@ -65,11 +67,20 @@ def compute_with(threads: int | None) -> None:
                 f"({has}); start the run by itself"
             )
         return
+    _forget_threads()
     _threads = threads
-    if threads is None:
-        del os.environ[THREADS]
-    else:
+    if threads is not None:
+        _before.append(os.environ.get(THREADS))
         os.environ[THREADS] = str(threads)
+
+
+def _forget_threads() -> None:
+    """Leaves the environment as it was: a process that is started later may compute with other threads."""
+    while _before:
+        if (before := _before.pop()) is None:
+            del os.environ[THREADS]
+        else:
+            os.environ[THREADS] = before
 
 
 def _has_devices() -> bool:
