@@ -48,8 +48,8 @@ def _check_xla_flags() -> None:
 
 
 def compute_with(threads: int | None) -> None:
-    """Has jax compute on the CPU with so many threads. None leaves the number to XLA, which makes one for each core that
-    the process may use.
+    """Has jax compute on the CPU with so many threads. None leaves the number to XLA, which makes one for each core
+    that the process may use.
 
     jax makes the threads when it first looks at its devices. Raises :class:`BadInput` where it has made another number
     of them and the CPU is what it computes on.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-LOSS, BITS = "val_loss", "val_bpb"
+LOSS, BITS = LOSSES = "val_loss", "val_bpb"
 _OF_TOKENS = (*("data.tokenizer", "data.vocab_size", "data.tiktoken_pattern", "data.documents", "data.end_of_text"),)
 
 Values = Mapping[str, Any]  # dotted key → value

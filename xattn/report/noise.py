@@ -10,16 +10,15 @@ import numpy as np
 from scipy import special
 
 from xattn import run_folder
+from xattn.metrics import LOSSES
 from xattn.report.blocks import Block, Heading, Paragraph, Table
 from xattn.report.design import Factor, show
 from xattn.report.findings import Comparison
+from xattn.report.law import RESAMPLES
 from xattn.report.read import Run
 from xattn.report.selection import Chosen
-from xattn.report.statistics import LEVEL, Matched, matched
+from xattn.report.statistics import LEVEL, Effect, Matched, matched
 from xattn.report.words import number, precision
-
-_RESAMPLES = 2000
-_OF_WINDOWS = ("val_loss", "val_bpb")  # metrics that are means over the windows
 
 _TEXT = (
     "How far runs of one config differ by their seed alone (standard deviations), and what is left of that in the "
@@ -51,29 +50,28 @@ class Noise:
     windows_half: float | None
 
 
-def noise_of(each: Comparison, factor: Factor, arm: object) -> Noise | None:
-    """None where there are fewer than three pairs."""
-    pairs = matched(each.design, each.chosen, factor, arm, each.metric)
-    n = len(pairs.seeds)
-    if n < 3:
+def noise_of(each: Comparison, factor: Factor, effect: Effect) -> Noise | None:
+    """None where there are fewer than three pairs, or they all differ by the same."""
+    found, n = effect.paired, effect.paired.seeds
+    if n < 3 or found.spread is None or found.ci_low is None or found.ci_high is None:
         return None
+    pairs = matched(each.design, each.chosen, factor, effect.arm, each.metric)
     ours, theirs = (
         np.array([np.mean([pair[side].values[seed] for pair in pairs.cells]) for seed in pairs.seeds])
         for side in (0, 1)
     )
-    spread = float((ours - theirs).std(ddof=1))
     tail = (1 - LEVEL) / 2
-    low, high = (spread * ((n - 1) / float(special.chdtri(n - 1, p))) ** 0.5 for p in (tail, 1 - tail))
+    low, high = (found.spread * ((n - 1) / float(special.chdtri(n - 1, p))) ** 0.5 for p in (tail, 1 - tail))
     varies = ours.std() > 0 and theirs.std() > 0
     windows, windows_half = _of_windows(each, pairs)
     return Noise(
         arm=float(ours.std(ddof=1)),
         baseline=float(theirs.std(ddof=1)),
-        spread=spread,
+        spread=found.spread,
         low=low,
         high=high,
         correlation=float(np.corrcoef(ours, theirs)[0, 1]) if varies else None,
-        seeds_half=float(special.stdtrit(n - 1, 1 - tail)) * spread / n**0.5,
+        seeds_half=(found.ci_high - found.ci_low) / 2,
         windows=windows,
         windows_half=windows_half,
     )
@@ -82,7 +80,7 @@ def noise_of(each: Comparison, factor: Factor, arm: object) -> Noise | None:
 def _of_windows(each: Comparison, pairs: Matched) -> tuple[int, float | None]:
     """How many windows were scored, and how far the mean difference hangs on which they are."""
     differences, tokens = [], None
-    if each.metric.name not in _OF_WINDOWS or each.metric.given:
+    if each.metric.name not in LOSSES or each.metric.given:
         return 0, None
     for seed in pairs.seeds:
         for sides in pairs.cells:
@@ -96,7 +94,7 @@ def _of_windows(each: Comparison, pairs: Matched) -> tuple[int, float | None]:
     if tokens is None or len(tokens) < 2:
         return 0, None
     count, mean = len(tokens), np.mean(differences, axis=0)
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     low, high = np.quantile((drawn @ mean) / (drawn @ tokens), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return count, float(high - low) / 2
 
@@ -130,7 +128,7 @@ def noise_blocks(each: Comparison, where: str) -> Iterator[Block]:
     form, rows = precision(each.metric.name), []
     for factor in each.design.factors:
         for effect in each.of(factor):
-            if (found := noise_of(each, factor, effect.arm)) is None:
+            if (found := noise_of(each, factor, effect)) is None:
                 continue
             rows.append(
                 [

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from xattn.keys import short
+from xattn.metrics import LOSSES
 from xattn.report.cost import why_speeds_differ
 from xattn.report.design import STEPS, Cell, show
 from xattn.report.findings import Comparison
@@ -23,7 +24,6 @@ from xattn.report.read import Run, finite
 from xattn.report.selection import Chosen
 from xattn.report.statistics import Effect
 
-LOSSES = ("val_loss", "val_bpb")
 SEEDS = 3  # at least
 MISFIT = 0.01  # the p below which a law of more than three lengths is refused
 _ROUNDING = 1e-9  # of a loss
