@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import xattn.config
@@ -165,3 +166,11 @@ def test_a_run_of_one_thread_has_the_same_bits_on_any_number_of_cores(text_file:
         told.append(done.stdout.splitlines()[-2:])
     assert told[0][0] == told[1][0]
     assert told[0][1] == "trainer.threads = 2: this process has its threads already (1); start the run by itself"
+    # A finished run keeps the losses of its windows: nats and scored tokens, of which val_loss is the ratio.
+    kept, found = (
+        np.load(tmp_path / "all" / "artifacts" / "window_losses.npy"),
+        run_folder.read_summary(tmp_path / "all"),
+    )
+    assert kept.shape == (8, 2)
+    nats, tokens = kept.sum(axis=0)
+    assert nats / tokens == pytest.approx((found or {})["val_loss"], rel=1e-6)
