@@ -18,6 +18,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, ValidationError
@@ -305,10 +306,18 @@ def save_overrides(overrides: Sequence[str]) -> str:
 
 
 def register_resolvers() -> None:
-    """Makes ``${run_name:}`` the name of the composed run's folder; it raises :class:`BadInput` on a bad config."""
+    """Makes ``${run_name:}`` the name of the composed run's folder; it raises :class:`BadInput` on a bad config, and on
+    one that only a sweep can carry out."""
 
     def name(*, _root_: DictConfig) -> str:
-        return run_name(from_hydra(_root_, list(_root_.hydra.overrides.task)))
+        config = from_hydra(_root_, list(_root_.hydra.overrides.task))
+        half_width = config.sweep.half_width
+        if half_width is not None and _root_.hydra.mode != RunMode.MULTIRUN:
+            raise BadInput(
+                f"sweep.half_width = {half_width:g}: adds seeds to a sweep, and needs -m; sweep.half_width=null makes "
+                "one run"
+            )
+        return run_name(config)
 
     OmegaConf.register_new_resolver("run_name", name, replace=True)
 

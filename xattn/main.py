@@ -173,8 +173,6 @@ def _refuse(arguments: Sequence[str], *, sweeps: bool) -> None:
         key, _, value = argument.lstrip("+").partition("=")
         if key in ("hydra/launcher", "hydra/sweeper") and not sweeps:
             raise BadInput(f"{argument}: is for a sweep, and needs -m")
-        if key == "sweep.half_width" and value != "null" and not sweeps:
-            raise BadInput(f"{argument}: adds seeds to a sweep, and needs -m")
         if key == "hydra.output_subdir" and Path(value.strip("'\"")).parts[:1] in ((), *((name,) for name in FOLDERS)):
             raise BadInput(
                 f"{argument}: the run's own files are there; allowed is another name, such as .hydra, or null"
