@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,22 @@ os.environ |= {
 }
 os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("WANDB_RUN_ID", None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, metavar="N", help="of each test's cases only every N-th")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--every N`` each test is there, with the first of its cases and each N-th after that."""
+    every, cases, left = config.getoption("--every"), Counter[str](), set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if cases[test] % every:
+            left.add(item)
+        cases[test] += 1
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=sorted(left, key=lambda item: item.nodeid))
 
 
 _emitters = "quick"
