@@ -310,7 +310,7 @@ def test_debug_changes_only_length_and_pace() -> None:
 
 
 def test_a_verdict_has_a_core_of_its_own_and_evaluates_once() -> None:
-    """Whatever is compared in it: an experiment may set the rest, and only the trainer decides how runs share a machine."""
+    """The experiment adds to it what is no matter of pace, whatever is compared."""
     trainer = compose(["experiment=verdict", "model.output_gate=channel"]).trainer
     assert trainer == compose(["trainer=verdict"]).trainer
     assert (trainer.threads, trainer.eval_every, trainer.checkpoint_every) == (1, trainer.steps, None)
