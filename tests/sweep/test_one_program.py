@@ -6,15 +6,19 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
+import jax
 import pytest
 
 from xattn import run_folder
+from xattn.device import compiled_once, keep_compiled_programs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRID = ["backend.activation=softmax,sigmoid,none", "optimizer.learning_rate=1e-3,2e-3,4e-3,8e-3", "seed=0,1"]
+CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 # Initialisation, the training step, evaluation, and of sampling the prompt's and each further token's.
 PROGRAMS = {"init": 3, "step": 3, "score": 3, "_read": 3, "_decode": 3}
 
@@ -38,3 +42,31 @@ def test_24_runs_in_one_command_compile_three_of_each_program(tiny: list[str], t
     found = [summary for summary in summaries if summary is not None]
     assert [summary["status"] for summary in found] == ["done"] * 24
     assert sum(summary["compile_seconds"] is not None for summary in found) == 3
+
+
+def test_what_another_compiles_is_waited_for_and_other_programs_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is a file's, so it holds between processes as it does here between threads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    kept = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+    order: list[str] = []
+
+    def compile_it() -> None:
+        with compiled_once("a program"):
+            order.append("second")
+
+    try:
+        keep_compiled_programs()
+        other = threading.Thread(target=compile_it)
+        with compiled_once("a program"):
+            other.start()
+            with compiled_once("another program"):
+                other.join(timeout=0.3)
+            order.append("first")
+        other.join(timeout=60)
+    finally:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+    assert order == ["first", "second"]
