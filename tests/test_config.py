@@ -139,6 +139,11 @@ OTHER_VALUES: dict[str, Any] = {
     "sweep.half_width": 0.5,
     "sweep.budget_minutes": 7.5,
     "sweep.pilot_seeds": 5,
+    "finding": {
+        "claim": "one is better",
+        "source": "a paper",
+        "contrasts": [{"name": "one − other", "of": {"seed": 1}, "shown": "> 0", "contradicted": "< 0"}],
+    },
     "seed": 3,
     "study": "another",
     "resume": "never",
@@ -146,6 +151,7 @@ OTHER_VALUES: dict[str, Any] = {
 NOT_HASHED = {key for key in OTHER_VALUES if key.startswith(("tracking.", "parallel.", "sweep."))} | {
     "study",
     "resume",
+    "finding",
     "trainer.checkpoint_every",
     "trainer.checkpoint_minutes",
 }

@@ -34,6 +34,7 @@ _COMMANDS = {
     "export": ("xattn.interchange", "a run's parameters as safetensors, or as a Llama for transformers"),
     "report": ("xattn.report", "judge a study and write its report"),
     "verdict": ("xattn.report.decide", "is an arm shown to be better? exit 0 yes, 10 undecided, 11 the opposite"),
+    "findings": ("xattn.findings", "the claims that studies state: shown, contradicted or undecided"),
     "compare": ("xattn.compare", "set runs side by side"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
 }

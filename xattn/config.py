@@ -30,6 +30,7 @@ from xattn.evaluation.config import EvaluationConfig
 from xattn.keys import ABSENT, digest, flatten, has_effect, naming, naming_before_matmul_precision, up_to_date
 from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
 from xattn.model.size import mlp_dim_for
+from xattn.report.config import FindingConfig
 from xattn.section import Section
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
@@ -59,6 +60,7 @@ class Config(Section):
     tracking: TrackingConfig
     parallel: ParallelConfig
     sweep: SweepConfig
+    finding: FindingConfig | None
     seed: int = Field(ge=0, lt=2**32)
     study: str = Field(pattern=PathName, max_length=100)
     resume: Literal["auto", "never"]
@@ -140,7 +142,8 @@ def shaping(config: Config) -> Config:
     pace = {"log_every": 1, "eval_every": 1} | dict.fromkeys(
         ("attention_stats_every", "checkpoint_every", "checkpoint_minutes")
     )
-    elsewhere = dict.fromkeys(("data", "evaluation", "tracking", "sweep")) | {"seed": 0, "study": "", "resume": "auto"}
+    elsewhere: dict[str, Any] = dict.fromkeys(("data", "evaluation", "tracking", "sweep", "finding"))
+    elsewhere |= {"seed": 0, "study": "", "resume": "auto"}
     return config.model_copy(
         update={
             "backend": backend.model_copy(update=_unswept(backend) | {"then": then}),
@@ -163,7 +166,7 @@ def _unswept(layers: LayerConfig) -> dict[str, Any]:
 
 def program_key(config: Config) -> str:
     """Equal for configs that share their compiled programs."""
-    parts = shaping(config).model_dump(mode="json", exclude={"data", "evaluation", "tracking", "sweep"})
+    parts = shaping(config).model_dump(mode="json", exclude={"data", "evaluation", "tracking", "sweep", "finding"})
     return json.dumps(parts, sort_keys=True)
 
 

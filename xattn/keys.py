@@ -39,6 +39,7 @@ ABSENT: dict[str, Any] = {
     "sweep.half_width": None,
     "sweep.budget_minutes": None,
     "sweep.pilot_seeds": None,
+    "finding": None,
 }
 _OF_ONE_CHOICE = {"data.filler": "mqar"}  # only this choice of the group has the key
 _NAMED_AT_EVERY_VALUE = "model.matmul_precision"
@@ -51,9 +52,9 @@ RENAMED: dict[str, str] = {}
 REMOVED: dict[str, Any] = {}
 
 # Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped
-# and swept, when it is saved, where the weights lie that it starts from.
+# and swept, what it is to show, when it is saved, where the weights lie that it starts from.
 _WITHOUT_EFFECT = (
-    *("tracking", "parallel", "sweep", "study", "resume"),
+    *("tracking", "parallel", "sweep", "study", "resume", "finding"),
     *("trainer.checkpoint_every", "trainer.checkpoint_minutes"),
     "model.init_from.path",  # the SHA-256 beside it says what is there
 )

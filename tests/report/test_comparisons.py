@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from xattn.errors import BadInput
 from xattn.keys import changes_training
 from xattn.report import main
+from xattn.report.answer import Answer, Comparison, Question
 from xattn.report.command import texts, write
 from xattn.report.curves import difference_curve, loss_curves
 from xattn.report.figures import rates
-from xattn.report.findings import Comparison, Findings, Question
 from xattn.report.judge import judge
 from xattn.report.read import read_study
 from xattn.report.statistics import Effect, Paired, matched
@@ -32,7 +32,7 @@ from xattn.report.words import sentence, verdict
 from .folders import Writer
 
 
-def found(writer: Writer, **asked: Any) -> Findings:
+def found(writer: Writer, **asked: Any) -> Answer:
     return judge(read_study(writer.folder), Question(**asked))
 
 

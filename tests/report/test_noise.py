@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from xattn import run_folder
+from xattn.report.answer import Answer, Question
 from xattn.report.content import page_of
-from xattn.report.findings import Findings, Question
 from xattn.report.judge import judge
 from xattn.report.noise import Noise, noise_of
 from xattn.report.read import read_study
@@ -41,7 +41,7 @@ def write(writer: Writer, *, own: float, with_windows: bool = True) -> None:
                 put_windows(run, value + shared + own * extra * (arm == "sigmoid"))
 
 
-def found_in(writer: Writer, metric: str | None = None) -> tuple[Findings, Noise]:
+def found_in(writer: Writer, metric: str | None = None) -> tuple[Answer, Noise]:
     found = judge(read_study(writer.folder), Question(metric=metric))
     (each,) = found.comparisons
     (effect,) = each.effects

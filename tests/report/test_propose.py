@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from xattn.report.findings import Question
+from xattn.report.answer import Question
 from xattn.report.judge import judge
 from xattn.report.propose import report_command
 from xattn.report.read import read_study

@@ -142,8 +142,8 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
 @pytest.mark.slow
 def test_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
     """A tenth of a second a run: 200 in 20 seconds. What the figures take does not grow with the runs."""
+    from xattn.report.answer import Question
     from xattn.report.command import write
-    from xattn.report.findings import Question
     from xattn.report.judge import judge
 
     first = writer.run({"seed": 0, "trainer.steps": 10_000}, 2.0, rows=10_000)

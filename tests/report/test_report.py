@@ -17,6 +17,7 @@ import yaml
 
 from xattn.errors import BadInput, ExitCode
 from xattn.report import figures, main
+from xattn.report.answer import Answer, Comparison, Question
 from xattn.report.command import _figures_of, texts
 from xattn.report.command import write as write_to
 from xattn.report.content import page_of
@@ -24,7 +25,6 @@ from xattn.report.cost import loss_spikes, why_speeds_differ
 from xattn.report.curves import loss_curves
 from xattn.report.design import show
 from xattn.report.figures import learning_curves
-from xattn.report.findings import Comparison, Findings, Question
 from xattn.report.judge import judge
 from xattn.report.read import read_run, read_study
 from xattn.report.tables import EFFECT_COLUMNS
@@ -35,7 +35,7 @@ from .folders import Writer
 FILES = {"report.html", "report.md", "table.tex", "results.csv", "effects.csv", "verdict.json"}
 
 
-def judged(writer: Writer, metric: str | None = None, **asked: object) -> Findings:
+def judged(writer: Writer, metric: str | None = None, **asked: object) -> Answer:
     return judge(read_study(writer.folder), Question(metric=metric, **asked))  # type: ignore[arg-type]
 
 
@@ -45,7 +45,7 @@ def compared(writer: Writer) -> Comparison:
     return comparison
 
 
-def write(found: Findings) -> Path:
+def write(found: Answer) -> Path:
     folder = found.study.folder / "report"
     write_to(found, folder)
     return folder

@@ -11,8 +11,8 @@ import pytest
 from xattn.config import compose
 from xattn.data.vocabulary import vocab_size
 from xattn.model.size import matmul_flops_per_token, num_params
+from xattn.report.answer import Answer, Question
 from xattn.report.command import texts
-from xattn.report.findings import Findings, Question
 from xattn.report.judge import judge
 from xattn.report.read import read_study
 from xattn.report.size import unfair
@@ -30,7 +30,7 @@ def run(
     writer.run(overrides, 2.0 + 0.01 * overrides["seed"], summary=sizes, **of)
 
 
-def judged(writer: Writer) -> Findings:
+def judged(writer: Writer) -> Answer:
     return judge(read_study(writer.folder), Question())
 
 

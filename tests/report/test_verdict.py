@@ -22,7 +22,7 @@ import pytest
 from xattn import cli, run_folder
 from xattn.config import compose
 from xattn.report import command, decide
-from xattn.report.findings import Findings, Question
+from xattn.report.answer import Answer, Question
 from xattn.report.judge import judge
 from xattn.report.read import read_study
 from xattn.report.verdict import Range, Verdict, Worth, effect_of, verdict_of
@@ -42,11 +42,11 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_figures", lambda found: iter(()))
 
 
-def judged(writer: Writer, **asked: Any) -> Findings:
+def judged(writer: Writer, **asked: Any) -> Answer:
     return judge(read_study(writer.folder), Question(**asked))
 
 
-def as_json(found: Findings) -> dict[str, Any]:
+def as_json(found: Answer) -> dict[str, Any]:
     """What verdict.json holds, checked against the published schema; NaN and infinity are no JSON."""
     loaded: dict[str, Any] = json.loads(run_folder.to_json(verdict_of(found).model_dump()), parse_constant=pytest.fail)
     check(loaded)

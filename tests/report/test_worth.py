@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xattn.report.answer import Answer, Comparison, Question
 from xattn.report.command import _figures_of, texts
 from xattn.report.command import write as write_to
-from xattn.report.findings import Comparison, Findings, Question
 from xattn.report.judge import judge
 from xattn.report.law import Interval, Law, fit, interval, resampled
 from xattn.report.read import read_study
@@ -52,7 +52,7 @@ def study(
     return writer
 
 
-def judged(writer: Writer, **asked: Any) -> Findings:
+def judged(writer: Writer, **asked: Any) -> Answer:
     return judge(read_study(writer.folder), Question(**asked))
 
 

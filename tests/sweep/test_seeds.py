@@ -16,7 +16,7 @@ from xattn import run_folder
 from xattn.attempt import Job
 from xattn.config import Config
 from xattn.errors import BadInput
-from xattn.report.findings import Question
+from xattn.report.answer import Question
 from xattn.report.judge import judge
 from xattn.report.read import read_study
 from xattn.report.two_stage import pairs_needed, pilot_size, quantile, two_stage

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from xattn.keys import short
 from xattn.metrics import BITS, LOSS, loss_metric
+from xattn.report.answer import Comparison
 from xattn.report.design import Cell, Design, Factor, show
-from xattn.report.findings import Comparison
 from xattn.report.metric import spans
 from xattn.report.read import Run, Study
 from xattn.report.selection import Chosen, Selection, split

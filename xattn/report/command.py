@@ -17,11 +17,11 @@ from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.keys import short
 from xattn.report import figures
+from xattn.report.answer import Answer, Comparison
 from xattn.report.content import page_of, prefix, where
 from xattn.report.cost import why_speeds_differ
 from xattn.report.curves import AXES, Curve, curves_of, difference_curve, loss_curves
 from xattn.report.design import show
-from xattn.report.findings import Comparison, Findings
 from xattn.report.judge import judge
 from xattn.report.measures import STATISTICS, heads_of
 from xattn.report.metric import is_of_text
@@ -90,12 +90,14 @@ def main(argv: Sequence[str]) -> int:
     return ExitCode.DONE
 
 
-def _tell(found: Findings, target: Path, file: TextIO) -> None:
+def _tell(found: Answer, target: Path, file: TextIO) -> None:
     for i, each in enumerate(found.comparisons):
         if len(found.comparisons) > 1 and each.effects:
             print(f"Comparison{where(found, i)}", file=file)
         for effect in each.effects:
             print(f"{effect.factor}: {verdict(effect)}", file=file)
+    if found.finding is not None:
+        print(f"finding: {found.finding.sentence}", file=file)
     if found.alone:
         differ = "differs" if len(found.alone) == 1 else "differ"
         settings = counted(len(found.alone), "setting")
@@ -107,7 +109,7 @@ def _tell(found: Findings, target: Path, file: TextIO) -> None:
     print(f"report: {run_folder.shown(target.absolute() / _PAGE)}", file=file)
 
 
-def write(found: Findings, folder: Path) -> None:
+def write(found: Answer, folder: Path) -> None:
     """Writes the report's files, each whole or not at all. Raises :class:`BadInput` where the folder is a run's."""
     if (folder / run_folder.CONFIG).exists():
         raise BadInput(f"{folder}: is a run's folder; say where the report is to be written with --out FOLDER")
@@ -124,7 +126,7 @@ def write(found: Findings, folder: Path) -> None:
         run_folder.write_atomically(folder / name, content, shared=True)
 
 
-def texts(found: Findings, captions: Mapping[str, str], svgs: Mapping[str, str], folder: Path) -> dict[str, str]:
+def texts(found: Answer, captions: Mapping[str, str], svgs: Mapping[str, str], folder: Path) -> dict[str, str]:
     """File name → content, of the files that are text and are to stand in ``folder``; the pages hold the figures that
     are given, by name."""
     page = page_of(found, captions)
@@ -140,7 +142,7 @@ def texts(found: Findings, captions: Mapping[str, str], svgs: Mapping[str, str],
     }
 
 
-def _figures(found: Findings) -> Iterator[tuple[str, Figure, str]]:
+def _figures(found: Answer) -> Iterator[tuple[str, Figure, str]]:
     for i, each in enumerate(found.comparisons[:_DRAWN]):
         for name, figure, caption in _figures_of(each):
             yield f"{prefix(i)}{name}", figure, caption

@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from xattn.keys import short
+from xattn.report.answer import Answer, Comparison
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Picture, Table
+from xattn.report.claim import Finding
 from xattn.report.cost import SAME_LOAD, cost_of, why_speeds_differ
 from xattn.report.design import Factor, show
-from xattn.report.findings import Comparison, Findings
 from xattn.report.measures import attention_blocks, probe_blocks
 from xattn.report.metric import Metric
 from xattn.report.noise import noise_blocks
@@ -44,12 +45,16 @@ _NOTE = (
     "probability 0.8, if seeds differ as much as these did. Diverged: of the runs that ended. Sign-flip: exact up to "
     f"{EXACT_TO} seeds, from more of 9,999 random flips."
 )
+_FINDING_NOTE = (
+    "Means over seeds with t intervals that hold at once with probability 0.95 (Bonferroni). A contrast is shown, or "
+    "contradicted, where its whole interval lies beyond the threshold that the experiment stated before its first run."
+)
 _NOTE_BCA = f" BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on."
 
 Pictures = Mapping[str, str]  # name → caption, of the figures that there are
 
 
-def page_of(found: Findings, pictures: Pictures) -> Page:
+def page_of(found: Answer, pictures: Pictures) -> Page:
     """The page; a comparison's figures are those that :func:`prefix` begins the name of."""
     judged = [run for each in found.comparisons for run in each.runs]
     blocks: list[Block] = [*trained(found.study.runs, judged or found.study.runs)]
@@ -65,7 +70,7 @@ def page_of(found: Findings, pictures: Pictures) -> Page:
             name.removeprefix(prefix(i)): caption for name, caption in pictures.items() if name.startswith(prefix(i))
         }
         blocks += _details(each, found.selection, own, prefix(i), where(found, i))
-    blocks += [*_oddities(found), *_runs(found)]
+    blocks += [*_oddities(found), *_runs(found), *_finding(found.finding)]
     return Page(f"Study {found.study.folder.resolve().name}", blocks)
 
 
@@ -74,7 +79,7 @@ def prefix(i: int) -> str:
     return f"{i + 1}-" if i else ""
 
 
-def where(found: Findings, i: int) -> str:
+def where(found: Answer, i: int) -> str:
     """For a heading where there are several comparisons: this one's number, and what sets it apart."""
     if len(found.comparisons) == 1:
         return ""
@@ -107,7 +112,7 @@ def _with(factor: Factor) -> str:
     return f" (and with it {', '.join(map(short, factor.also))})" if factor.also else ""
 
 
-def _alone(found: Findings) -> Iterator[Block]:
+def _alone(found: Answer) -> Iterator[Block]:
     """Runs that no other differs from in one choice alone."""
     if not found.alone:
         return
@@ -337,12 +342,12 @@ def _measured(each: Comparison, pictures: Pictures, prefix: str, where: str) -> 
         yield from probes
 
 
-def _oddities(found: Findings) -> Iterator[Block]:
+def _oddities(found: Answer) -> Iterator[Block]:
     yield Heading("What is missing or odd")
     yield Bullets(found.odd) if found.odd else Paragraph("Nothing was found.")
 
 
-def _runs(found: Findings) -> Iterator[Block]:
+def _runs(found: Answer) -> Iterator[Block]:
     """Every run, by the words in which its command differs from the others'."""
     runs = found.study.runs
     yield Heading("Every run")
@@ -375,6 +380,20 @@ def _runs(found: Findings) -> Iterator[Block]:
         yield Paragraph("Evaluated later (evaluations.jsonl):")
         yield Table(["run", "step", "overrides", "results"], later, code=["overrides", "results"], folders="run")
     yield Paragraph(f"Made by: {found.command}")
+
+
+def _finding(found: Finding | None) -> Iterator[Block]:
+    if found is None:
+        return
+    yield Heading("Finding")
+    yield Paragraph(f"{found.stated.claim} ({found.stated.source})")
+    rows = [
+        [each.contrast.name, each.words, str(each.seeds), each.contrast.shown, each.contrast.contradicted, each.says]
+        for each in found.contrasts
+    ]
+    columns = ["contrast", "mean [interval]", "seeds", "shown if", "contradicted if", "it is"]
+    yield Table(columns, rows, words=["contrast", "shown if", "contradicted if", "it is"], note=_FINDING_NOTE)
+    yield Paragraph(found.sentence)
 
 
 def _columns(boot: bool) -> list[str]:

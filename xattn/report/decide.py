@@ -10,8 +10,8 @@ from xattn import entry, run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
 from xattn.report import words
+from xattn.report.answer import Answer, Comparison
 from xattn.report.design import Factor, show
-from xattn.report.findings import Comparison, Findings
 from xattn.report.judge import check_key, is_typed, judge, there_are, value_typed
 from xattn.report.options import add_question, pairs, question_of
 from xattn.report.read import Run, read_study
@@ -67,7 +67,7 @@ class _Found(NamedTuple):
     effect: Effect
 
 
-def _asked_for(found: Findings, key: str, arm: str, than: str | None) -> _Found:
+def _asked_for(found: Answer, key: str, arm: str, than: str | None) -> _Found:
     effects = [
         _Found(number, comparison, effect)
         for number, comparison in enumerate(found.comparisons, 1)
@@ -82,7 +82,7 @@ def _asked_for(found: Findings, key: str, arm: str, than: str | None) -> _Found:
     return effects[0]
 
 
-def _refuse(found: Findings, key: str, arm: str, than: str | None) -> NoReturn:
+def _refuse(found: Answer, key: str, arm: str, than: str | None) -> NoReturn:
     """Raises the :class:`BadInput` that says why there is no such effect."""
     factors = [factor for comparison in found.comparisons for factor in comparison.design.factors]
     own = [factor for factor in factors if factor.key == key]

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from xattn.errors import BadInput
+from xattn.report.answer import Answer, Comparison, Question
 from xattn.report.checks import what_is_odd
+from xattn.report.claim import finding_of
 from xattn.report.cost import is_speed, why_speeds_differ
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import TUNED, Cell, Design, Group, find_design, groups_of, show
-from xattn.report.findings import Comparison, Findings, Question
 from xattn.report.measures import probes_of
 from xattn.report.metric import Metric, metric_for
 from xattn.report.read import Run, Study, finite
@@ -22,7 +23,7 @@ from xattn.report.two_stage import asked_half_widths, with_stages
 from xattn.report.worth import with_worth
 
 
-def judge(study: Study, question: Question, *, command: str = "") -> Findings:
+def judge(study: Study, question: Question, *, command: str = "") -> Answer:
     """Groups the study's runs and judges each group.
 
     Raises :class:`BadInput` where what is asked for is not in the study, and for a speed where speeds are not
@@ -47,11 +48,12 @@ def judge(study: Study, question: Question, *, command: str = "") -> Findings:
     }
     for key in baselines.keys() - factors.keys():
         raise BadInput(f"{key}: is no factor here; {there_are(factors)}")
-    return Findings(
+    return Answer(
         study=study,
         comparisons=comparisons,
         alone=[each for each in judged if not each.design.factors and len(judged) > 1],
         odd=what_is_odd(study, comparisons, selection),
+        finding=finding_of(study.runs),
         selection=selection,
         command=command,
     )

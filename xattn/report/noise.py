@@ -11,9 +11,9 @@ from scipy import special
 
 from xattn import run_folder
 from xattn.metrics import LOSSES
+from xattn.report.answer import Comparison
 from xattn.report.blocks import Block, Heading, Paragraph, Table
 from xattn.report.design import Factor, show
-from xattn.report.findings import Comparison
 from xattn.report.law import RESAMPLES
 from xattn.report.read import Run
 from xattn.report.selection import Chosen

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xattn.errors import BadInput
+from xattn.report.answer import Question
 from xattn.report.design import TUNED
-from xattn.report.findings import Question
 
 
 def add_question(parser: argparse.ArgumentParser) -> None:

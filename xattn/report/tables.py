@@ -9,8 +9,8 @@ from itertools import chain
 from typing import Any
 
 from xattn.keys import has_effect
+from xattn.report.answer import Comparison
 from xattn.report.design import SEED, show
-from xattn.report.findings import Comparison
 from xattn.report.measures import probes_of
 from xattn.report.metric import metric_for
 from xattn.report.read import Run

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
 
+from xattn.report.answer import Comparison
 from xattn.report.design import STEPS, Factor
-from xattn.report.findings import Comparison
 from xattn.report.read import Run, finite
 from xattn.report.statistics import LEVEL
 

@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from xattn.report import statistics, two_stage, words, worth
+from xattn.report import claim, statistics, two_stage, words, worth
+from xattn.report.answer import Answer, Comparison
+from xattn.report.claim import Says
 from xattn.report.design import show
-from xattn.report.findings import Comparison, Findings
 from xattn.report.selection import Selection
 from xattn.report.words import Outcome
 
@@ -142,6 +143,34 @@ class Effect(_Part):
     """why values that are there are not comparable; empty where they are"""
 
 
+class Contrast(_Part):
+    """A number that a claim is about, a mean over seeds, with an interval; those of a claim hold at once."""
+
+    name: Text
+    metric: Text
+    seeds: int
+    mean: Number
+    ci_low: Number
+    ci_high: Number
+    shown: Text
+    """where the interval has to lie: > x, < x, within x (from -x to x) or beyond x"""
+    contradicted: Text
+    verdict: Says
+    why_not: Text
+    """why there is no number; empty where there is"""
+
+
+class Finding(_Part):
+    """The claim that the study's experiment states, and what became of it."""
+
+    claim: Text
+    source: Text
+    verdict: Says
+    contrasts: list[Contrast]
+    otherwise: int
+    """runs of the study that state another claim, or none"""
+
+
 class Verdict(_Part):
     """What a study says."""
 
@@ -166,9 +195,10 @@ class Verdict(_Part):
     """settings that differ from every other in more than one choice"""
     warnings: list[Text]
     """what is missing or odd, a sentence each"""
+    finding: Finding | None
 
 
-def verdict_of(found: Findings) -> Verdict:
+def verdict_of(found: Answer) -> Verdict:
     """The findings as an object for programs."""
     numbered = list(enumerate(found.comparisons, 1))
     return Verdict(
@@ -185,6 +215,33 @@ def verdict_of(found: Findings) -> Verdict:
         counts=dict(sorted(Counter(run.status for run in found.study.runs).items())),
         not_compared=len(found.alone),
         warnings=list(found.odd),
+        finding=None if found.finding is None else finding_as(found.finding),
+    )
+
+
+def finding_as(found: claim.Finding) -> Finding:
+    """What became of a claim, as an object for programs."""
+    contrasts = [
+        Contrast(
+            name=each.contrast.name,
+            metric=each.contrast.metric,
+            seeds=each.seeds,
+            mean=each.mean,
+            ci_low=each.low,
+            ci_high=each.high,
+            shown=each.contrast.shown,
+            contradicted=each.contrast.contradicted,
+            verdict=each.says,
+            why_not=each.why_not,
+        )
+        for each in found.contrasts
+    ]
+    return Finding(
+        claim=found.stated.claim,
+        source=found.stated.source,
+        verdict=found.says,
+        contrasts=contrasts,
+        otherwise=found.otherwise,
     )
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from xattn import run_folder
 from xattn.attempt import Job
 from xattn.errors import BadInput
+from xattn.report.answer import Answer, Question
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import find_design, groups_of
-from xattn.report.findings import Findings, Question
 from xattn.report.judge import judge
 from xattn.report.read import CURVES, Run, Study, flatten, read_run
 from xattn.report.selection import Selection
@@ -105,7 +105,7 @@ class _Seeds:
             self._jobs[key] = dataclasses.replace(job, config=job.config.model_copy(update={"sweep": sweep}))
         self._make([self._jobs[key] for key in new])
 
-    def _found(self, selection: Selection | None = None) -> Findings:
+    def _found(self, selection: Selection | None = None) -> Answer:
         """What the runs that were asked for say."""
         runs = {run.folder: run for run in map(read_run, dict.fromkeys(self._arm_of()))}
         folder = next(iter(self._jobs.values())).folder.absolute().parent

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from xattn.report.claim import Finding
 from xattn.report.design import Cell, Design, Factor, Group
 from xattn.report.metric import Metric
 from xattn.report.read import Run, Study
@@ -34,13 +35,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """All that the page is made from. alone: groups without a factor, where the study has several groups."""
+class Answer:
+    """All that the page is made from. alone: groups without a factor, where the study has several groups. finding: what
+    became of the claim that the study's experiment states, where it states one."""
 
     study: Study
     comparisons: Sequence[Comparison]
     alone: Sequence[Comparison]
     odd: Sequence[str]
+    finding: Finding | None
     selection: Selection
     command: str
 

@@ -1,0 +1,171 @@
+"""Whether a study shows the claim that its experiment stated before the first run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import ValidationError
+from scipy import special
+
+from xattn.keys import changes_training
+from xattn.report.config import Contrast, FindingConfig, threshold
+from xattn.report.design import show
+from xattn.report.metric import Metric, metric_for
+from xattn.report.read import Run
+from xattn.report.statistics import LEVEL
+from xattn.report.words import better_is, counted, number, precision
+
+Says = Literal["shown", "contradicted", "undecided"]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A contrast and its mean over seeds, with a t interval; None where fewer than two seeds have it.
+
+    The intervals of a claim's contrasts hold at once with probability 0.95 (Bonferroni). why_not: why there is none.
+    """
+
+    contrast: Contrast
+    seeds: int = 0
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    why_not: str = ""
+
+    @property
+    def words(self) -> str:
+        """``+0.0123 [+0.0100, +0.0146]``, or why there is no number."""
+        if self.mean is None:
+            return self.why_not
+        form = f"+{precision(self.contrast.metric)}"
+        return f"{number(self.mean, form)} [{number(self.low, form)}, {number(self.high, form)}]"
+
+    @property
+    def says(self) -> Says:
+        if self.low is None or self.high is None:
+            return "undecided"
+        if threshold(self.contrast.shown).holds(self.low, self.high):
+            return "shown"
+        return "contradicted" if threshold(self.contrast.contradicted).holds(self.low, self.high) else "undecided"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a claim. otherwise: runs of the study that state another one, or none."""
+
+    stated: FindingConfig
+    contrasts: tuple[Decided, ...]
+    otherwise: int
+
+    @property
+    def says(self) -> Says:
+        found = {contrast.says for contrast in self.contrasts}
+        return "contradicted" if "contradicted" in found else "undecided" if "undecided" in found else "shown"
+
+    @property
+    def sentence(self) -> str:
+        """The claim, what became of it, and by which contrasts."""
+        claim = self.stated.claim.rstrip(".")
+        parts = "; ".join(f"{each.contrast.name} {each.words}: {each.says}" for each in self.contrasts)
+        told = f"“{claim}” ({self.stated.source}) is {self.says}: {parts}."
+        if not self.otherwise:
+            return told
+        return f"{told} {counted(self.otherwise, 'run')} of the study stated another claim, or none."
+
+
+def finding_of(runs: Sequence[Run]) -> Finding | None:
+    """What the runs say of the claim that the first of them stated; None where none states one that can be read."""
+    claims = {run.folder: _stated(run) for run in runs}
+    first = min(
+        (run for run in runs if claims[run.folder] is not None),
+        key=lambda run: str(run.provenance.get("started_at", "~")),
+        default=None,
+    )
+    stated = None if first is None else claims[first.folder]
+    if stated is None:
+        return None
+    level = 1 - (1 - LEVEL) / len(stated.contrasts)
+    decided = tuple(_decided(contrast, runs, level) for contrast in stated.contrasts)
+    return Finding(stated, decided, sum(claim != stated for claim in claims.values()))
+
+
+def _stated(run: Run) -> FindingConfig | None:
+    values = {key.partition(".")[2]: value for key, value in run.config.items() if key.startswith("finding.")}
+    try:
+        return FindingConfig.model_validate(values | {"contrasts": json.loads(values["contrasts"])})
+    except (KeyError, TypeError, ValueError, ValidationError):
+        return None
+
+
+def _decided(contrast: Contrast, runs: Sequence[Run], level: float) -> Decided:
+    sides = [contrast.of] if contrast.minus is None else [contrast.of, contrast.of | contrast.minus]
+    chosen = [[run for run in runs if _has(run, side)] for side in sides]
+    for side, found in zip(sides, chosen, strict=True):
+        if not any(run.status in ("done", "diverged") for run in found):
+            return Decided(contrast, why_not=f"no run is done that has {_shown(side)}")
+    metric = metric_for([*chain.from_iterable(chosen)], contrast.metric)
+    if contrast.minus is not None and (why_not := _differ(metric, [*chain.from_iterable(chosen)])):
+        return Decided(contrast, why_not=why_not)
+    first, *others = (_by_seed(found, contrast, metric) for found in chosen)
+    values = (first - others[0] if others else first).dropna()
+    if len(values) < 2:
+        return Decided(contrast, len(values), why_not=f"{counted(len(values), 'seed')} with all runs of this contrast")
+    mean = float(values.mean())
+    half = float(special.stdtrit(len(values) - 1, (1 + level) / 2) * values.sem())
+    return Decided(contrast, len(values), mean, mean - half, mean + half)
+
+
+def _differ(metric: Metric, runs: Sequence[Run]) -> str | None:
+    """Why two of the runs' numbers are not comparable; None where all are."""
+    units = [found[1] for run in runs if (found := metric.of(run)) is not None]
+    return next((why for unit in units if (why := metric.why_not(units[0], unit)) is not None), None)
+
+
+def _by_seed(runs: Sequence[Run], contrast: Contrast, metric: Metric) -> pd.Series:
+    """The number of one side of the contrast, of each seed that has all of its runs."""
+    keys = sorted({key for run in runs for key in run.config if changes_training(key, run.config)} - {"seed"})
+    varying = [key for key in keys if len({show(run.config.get(key)) for run in runs}) > 1 and key != contrast.over]
+    rows = [
+        {
+            "seed": show(run.seed),
+            "cell": " ".join(show(run.config.get(key)) for key in varying),
+            "value": show(run.config.get(contrast.over or "")),
+            "number": _number(run, contrast, metric),
+        }
+        for run in runs
+    ]
+    listed = pd.DataFrame(rows).drop_duplicates(["seed", "cell", "value"], keep="last")
+    table = listed.set_index(["seed", "cell", "value"])["number"].astype(float).unstack(["cell", "value"]).dropna()
+    cells = table.T.groupby(level="cell")
+    if contrast.reduced == "range":
+        of_cells = cells.max() - cells.min()
+    elif contrast.reduced == "best" and len(table):
+        goodness = table.mean() * (better_is(metric.name) or -1)
+        of_cells = table[goodness.groupby(level="cell").idxmax()].T
+    else:
+        of_cells = cells.mean()
+    return of_cells.mean()
+
+
+def _number(run: Run, contrast: Contrast, metric: Metric) -> float | None:
+    return contrast.diverged if run.status == "diverged" else metric.value(run)
+
+
+def _has(run: Run, side: Mapping[str, Any]) -> bool:
+    return all(
+        any(_is(run.config.get(key), value) for value in (values if isinstance(values, list) else [values]))
+        for key, values in side.items()
+    )
+
+
+def _is(ours: Any, theirs: Any) -> bool:
+    return bool(ours == theirs) or show(ours) == show(theirs)
+
+
+def _shown(side: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={show(value)}" for key, value in side.items())
