@@ -58,7 +58,7 @@ def test_only_packed_windows_have_segments_and_they_begin_at_the_border(jsonl: s
         assert data.optional == ()
         assert data.batch(3).segment_ids is None
     data = data_of(jsonl, documents="packed")
-    assert data.optional == ("segment_ids",)
+    assert data.optional == (("segment_ids", data.windows[0].weights.shape[1]),)
     assert isinstance(data.tokenizer, TextTokenizer)
     for windows in (data.batch(0), data.batch(7), *data.windows):
         assert windows.segment_ids is not None

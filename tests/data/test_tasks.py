@@ -52,13 +52,19 @@ def test_an_answer_stands_at_its_distance_before(config: TaskConfig, length: int
     assert windows.targets.dtype == np.int32
     np.testing.assert_array_equal(windows.targets[rows, places], tokens[rows, sources])
     np.testing.assert_array_equal(windows.weights, distance > 0)
+    assert windows.places is not None
+    assert windows.places.shape == (NUMBER, examples.most)
+    assert (np.diff(windows.places) > 0).all()
+    at_places = np.take_along_axis(windows.weights, windows.places, axis=1)
+    assert (at_places.sum(axis=1) == windows.weights.sum(axis=1)).all()  # no answer is elsewhere
+    assert at_places.all(axis=1).any()  # and no fewer places would do
     assert len({row.tobytes() for row in tokens}) == NUMBER
 
 
 def test_mqar_asks_each_key_once_and_only_keys_that_were_given() -> None:
     """And what follows in the sequence is not the answer, but a token like all the others; keys that are not the
     sequence's own are among them."""
-    tokens, distance, answers = made(MQAR)
+    tokens, distance, _, answers = made(MQAR)
     assert answers is not None
     fillers, given_away = set(), 0
     for row, asked, answer in zip(tokens, distance, answers, strict=True):
@@ -111,7 +117,7 @@ def test_mqar_prefers_near_queries() -> None:
 
 
 def test_induction_repeats_with_periods_of_its_own() -> None:
-    tokens, distance, _ = made(INDUCTION)
+    tokens, distance, _, _ = made(INDUCTION)
     periods = distance.max(axis=1)
     assert len(set(periods.tolist())) > 4
     assert (periods >= LENGTH // 4).all()

@@ -114,7 +114,7 @@ def test_a_run_on_a_task_measures_that_task(text_file: Any) -> None:
     own, other = probes_of(config, data)
     assert (own.name, other.name) == ("mqar", "induction")
     for probe_windows, windows in zip(own.windows, data.windows, strict=True):
-        assert probe_windows.optional == windows.optional == ("answers",)
+        assert probe_windows.optional == windows.optional == (("answers", S), ("places", 2))
         for one, same in zip(probe_windows, windows, strict=True):
             np.testing.assert_array_equal(one, same)
     weights = np.concatenate([w.weights for w in own.windows])

@@ -17,13 +17,15 @@ class Windows(NamedTuple):
     tokens: int32 (B, S + 1), a window's inputs and the token after them. weights: float32 (B, S), 1 where the target
     counts, 0 where it is padding or nothing that is asked for. segment_ids: int32 (B, S), of the inputs; tokens of
     different segments don't attend to each other. None: each window is one segment. answers: int32 (B, S), what is
-    asked for at each input where that is not the next token. None: it is.
+    asked for at each input where that is not the next token. None: it is. places: int32 (B, K), the inputs that a loss
+    is made for; all others have the weight 0. None: every input.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     segment_ids: np.ndarray | None = None
     answers: np.ndarray | None = None
+    places: np.ndarray | None = None
 
     @property
     def inputs(self) -> np.ndarray:
@@ -36,9 +38,10 @@ class Windows(NamedTuple):
         return self.tokens[:, 1:] if self.answers is None else self.answers
 
     @property
-    def optional(self) -> tuple[str, ...]:
-        """The names of the optional arrays, int32 (B, S) each, that are given."""
-        return tuple(name for name in ("segment_ids", "answers") if getattr(self, name) is not None)
+    def optional(self) -> tuple[tuple[str, int], ...]:
+        """The names and widths of the optional arrays, int32 (B, width) each, that are given."""
+        arrays = {name: getattr(self, name) for name in ("segment_ids", "answers", "places")}
+        return tuple((name, array.shape[1]) for name, array in arrays.items() if array is not None)
 
     def rows(self, rows: slice | np.ndarray) -> Windows:
         """Some of its rows."""

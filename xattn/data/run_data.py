@@ -51,8 +51,8 @@ class RunData:
     gives_back: bool = True
 
     @cached_property
-    def optional(self) -> tuple[str, ...]:
-        """The optional arrays that all windows come with, of training and evaluation."""
+    def optional(self) -> tuple[tuple[str, int], ...]:
+        """The optional arrays that all windows come with, of training and evaluation, and their widths."""
         return self.windows[0].optional
 
     @property

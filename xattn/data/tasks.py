@@ -30,15 +30,19 @@ TRAINING, EVALUATION = 0, 1
 
 class Examples(NamedTuple):
     """tokens: int32 (n, S + 1). distance: int32 (n, S), how many places before the next input the token stands that is
-    the answer; 0 where nothing is asked for. answers: int32 (n, S), see :class:`Windows`."""
+    the answer; 0 where nothing is asked for. most: the answers that a sequence asks for, or a bound of them, which all
+    sequences of a run share. answers: int32 (n, S), see :class:`Windows`."""
 
     tokens: np.ndarray
     distance: np.ndarray
+    most: int
     answers: np.ndarray | None = None
 
     @property
     def windows(self) -> Windows:
-        return Windows(self.tokens, (self.distance > 0).astype(np.float32), answers=self.answers)
+        asked = self.distance > 0
+        places = np.sort(np.argsort(~asked, axis=1, kind="stable")[:, : self.most], axis=1).astype(np.int32)
+        return Windows(self.tokens, asked.astype(np.float32), answers=self.answers, places=places)
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def mqar(config: MQARConfig, generator: np.random.Generator, number: int, length
     np.put_along_axis(tokens, queries, keys, axis=1)
     np.put_along_axis(answers, queries, values, axis=1)
     np.put_along_axis(distance, queries, queries - 2 * np.arange(pairs), axis=1)
-    return Examples(tokens.astype(np.int32), distance, answers)
+    return Examples(tokens.astype(np.int32), distance, pairs, answers)
 
 
 def induction(config: InductionConfig, generator: np.random.Generator, number: int, length: int) -> Examples:
@@ -141,13 +145,14 @@ def induction(config: InductionConfig, generator: np.random.Generator, number: i
     a transformer of one layer cannot, one of two layers forms induction heads and does it almost perfectly.
     """
     longest = min(length // 2, config.vocab_size)
-    periods = generator.integers(max(1, longest // 2), longest + 1, (number, 1))
+    shortest = max(1, longest // 2)
+    periods = generator.integers(shortest, longest + 1, (number, 1))
     drawn = _distinct(generator, number, longest, config.vocab_size)
     places = np.arange(length + 1)
     tokens = np.take_along_axis(drawn, places % periods, axis=1)
     # The second time that the first token is seen its successor is known.
     distance = np.where(places[:-1] >= periods, periods, 0)
-    return Examples(tokens.astype(np.int32), distance.astype(np.int32))
+    return Examples(tokens.astype(np.int32), distance.astype(np.int32), length - shortest)
 
 
 def copying(config: CopyingConfig, generator: np.random.Generator, number: int, length: int) -> Examples:
@@ -163,7 +168,7 @@ def copying(config: CopyingConfig, generator: np.random.Generator, number: int, 
     tokens[:, start : start + copied], tokens[:, start + copied + 1 :] = drawn, drawn
     distance = np.zeros((number, length), np.int32)
     distance[:, -copied:] = copied + 1
-    return Examples(tokens, distance)
+    return Examples(tokens, distance, copied)
 
 
 def selective_copying(
@@ -183,7 +188,7 @@ def selective_copying(
     tokens[:, context], tokens[:, context + 1 :] = 1, drawn
     distance = np.zeros((number, length), np.int32)
     distance[:, context:] = context + np.arange(data) - places + 1
-    return Examples(tokens, distance)
+    return Examples(tokens, distance, data)
 
 
 def passkey(config: PasskeyConfig, generator: np.random.Generator, number: int, length: int) -> Examples:
@@ -204,7 +209,7 @@ def passkey(config: PasskeyConfig, generator: np.random.Generator, number: int, 
     tokens[:, question], tokens[:, question + behind] = 0, drawn
     distance = np.zeros((number, length), np.int32)
     distance[:, question:] = question - places
-    return Examples(tokens.astype(np.int32), distance)
+    return Examples(tokens.astype(np.int32), distance, size)
 
 
 def _distinct(generator: np.random.Generator, number: int, size: int, below: int) -> np.ndarray:

@@ -45,6 +45,7 @@ def score_windows(model: LanguageModel, out_shardings: Any = None) -> ScoreWindo
             {"params": params},
             *(windows.inputs, hyperparameters, jnp.asarray(windows.targets)),
             segment_ids=windows.segment_ids,
+            places=windows.places,
             method="losses",
         )
         weighted = losses * windows.weights

@@ -36,7 +36,7 @@ from xattn.errors import BadInput
 from xattn.evaluation.config import ProbeName
 from xattn.model.config import BackendConfig
 from xattn.model.hyperparameters import ModelHyperparameters, with_sigmoid_bias
-from xattn.model.loss import next_token_losses
+from xattn.model.loss import at, next_token_losses, spread
 from xattn.model.transformer import LanguageModel
 
 SEQUENCES = 64  # of a task that is a probe
@@ -71,9 +71,19 @@ def places_of(model: LanguageModel) -> PlacesOf:
     """(params, hyperparameters, windows) → :class:`Places` of the windows, on the device."""
 
     def places(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> Any:
-        logits: Any = model.apply({"params": params}, windows.inputs, hyperparameters, segment_ids=windows.segment_ids)
+        logits: Any = model.apply(
+            {"params": params},
+            *(windows.inputs, hyperparameters),
+            segment_ids=windows.segment_ids,
+            places=windows.places,
+            method="logits",
+        )
         targets = jnp.asarray(windows.targets)
-        return next_token_losses(logits, targets), logits.argmax(-1) == targets
+        if windows.places is None:
+            return next_token_losses(logits, targets), logits.argmax(-1) == targets
+        asked = targets[at(windows.places)]
+        found = next_token_losses(logits, asked), logits.argmax(-1) == asked
+        return tuple(spread(each, windows.places, targets.shape[1]) for each in found)
 
     return jax.jit(places)
 

@@ -60,3 +60,13 @@ def projected_losses(
 
     _, found = jax.lax.scan(jax.checkpoint(part, prevent_cse=False), None, (in_parts(x), in_parts(targets)))
     return jnp.moveaxis(found, 0, 2).reshape(batch, -1)[:, :length]
+
+
+def at(places: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """What indexes an array (B, S, …) by int places (B, K): (B, K, …) comes of it."""
+    return jnp.arange(len(places))[:, None], jnp.asarray(places)
+
+
+def spread(values: jax.Array, places: jax.Array | np.ndarray, length: int) -> jax.Array:
+    """The values (B, K) at their places in (B, length), and 0 elsewhere."""
+    return jnp.zeros((len(values), length), values.dtype).at[at(places)].set(values)

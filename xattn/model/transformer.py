@@ -27,7 +27,7 @@ from xattn.model.attention import Attention, FirstValues, Inputs, LayerCache, ap
 from xattn.model.config import BackendConfig, ModelConfig
 from xattn.model.functions import swiglu
 from xattn.model.hyperparameters import LayerHyperparameters, ModelHyperparameters, layer_hyperparameters
-from xattn.model.loss import projected_losses
+from xattn.model.loss import at, projected_losses, spread
 from xattn.model.modules import dense, norm
 from xattn.model.projection import projection
 
@@ -74,10 +74,11 @@ class LanguageModel(nn.Module):
         hyperparameters: ModelHyperparameters,
         *,
         segment_ids: Int[Array, "B S"] | None = None,
-    ) -> Float[Array, "B S V"]:
-        """Scores of each next token, in the config's dtype."""
+        places: Int[Array, "B K"] | None = None,
+    ) -> Float[Array, "B S V"] | Float[Array, "B K V"]:
+        """Scores of each next token, in the config's dtype; with places of these inputs alone."""
         x, embedding, _ = self._run(tokens, hyperparameters, segment_ids)
-        return self._scores(x, embedding)
+        return self._scores(x if places is None else x[at(places)], embedding)
 
     def losses(
         self,
@@ -86,12 +87,19 @@ class LanguageModel(nn.Module):
         targets: Int[Array, "B S"],
         *,
         segment_ids: Int[Array, "B S"] | None = None,
+        places: Int[Array, "B K"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B S"]:
-        """−log p(target) in float32, without all logits at once. With train=True and dropout > 0 an rng named
-        ``dropout`` is needed."""
+        """−log p(target) in float32, without all logits at once. places: the inputs of each sequence that logits are
+        made for; the loss is 0 at the others. None: all. With train=True and dropout > 0 an rng named ``dropout`` is
+        needed."""
         x, embedding, _ = self._run(tokens, hyperparameters, segment_ids, train=train)
-        return projected_losses(x, embedding, targets, precision=self.config.matmul_precision)
+        precision = self.config.matmul_precision
+        if places is None:
+            return projected_losses(x, embedding, targets, precision=precision)
+        scored = at(places)
+        found = projected_losses(x[scored], embedding, targets[scored], precision=precision)
+        return spread(found, places, targets.shape[1])
 
     def decode(
         self,

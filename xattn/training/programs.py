@@ -134,11 +134,11 @@ class Programs(NamedTuple):
 
 
 def programs(
-    config: Config, vocab_size: int, *, optional: tuple[str, ...] = (), size: int = 1
+    config: Config, vocab_size: int, *, optional: tuple[tuple[str, int], ...] = (), size: int = 1
 ) -> tuple[Programs, bool]:
     """The programs of a config, compiled where this process has none for them yet, and whether it had to compile.
 
-    optional: the optional arrays that the windows come with. size: of the pack, on one device.
+    optional: the optional arrays that the windows come with, and their widths. size: of the pack, on one device.
     """
     before = _compile.cache_info().misses
     compiled = _compile(shaping(config), vocab_size, optional, layout_of(config), size)
@@ -173,6 +173,7 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
             {"params": params},
             *(windows.inputs, hyper.model, windows.targets),
             segment_ids=windows.segment_ids,
+            places=windows.places,
             train=True,
             rngs={"dropout": dropout},
             method="losses",
@@ -209,14 +210,16 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
 
 
 @lru_cache(maxsize=8)
-def _compile(config: Config, vocab_size: int, optional: tuple[str, ...], layout: Layout, size: int) -> Programs:
+def _compile(
+    config: Config, vocab_size: int, optional: tuple[tuple[str, int], ...], layout: Layout, size: int
+) -> Programs:
     assert size == 1 or layout.mesh is None, "a pack is on one device"
     one = _one_run(config, vocab_size, layout)
     batch_size, context_length = config.trainer.batch_size, config.backend.context_length
     shape = (batch_size, context_length)
     tokens: Any = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
     weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-    others: dict[str, Any] = dict.fromkeys(optional, jax.ShapeDtypeStruct(shape, jnp.int32))
+    others: dict[str, Any] = {name: jax.ShapeDtypeStruct((batch_size, width), jnp.int32) for name, width in optional}
     windows = Windows(tokens, weights, **others)
     step, state = one.step, one.shapes
     if size > 1:
