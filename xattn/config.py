@@ -341,7 +341,25 @@ def _validated(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     every, layers = config.backend.every, config.model.num_layers
     if every is not None and every > layers:
         raise BadInput(f"backend.every = {every}: must be at most model.num_layers = {layers}, or no layer is the then")
+    if config.finding is not None:
+        _check_keys(config.finding, config)
     return config
+
+
+def _check_keys(finding: FindingConfig, config: Config) -> None:
+    """Raises :class:`BadInput` for a contrast of a key that no run of the config could have."""
+    known = {key for key, _ in flatten(config.model_dump(mode="json"))}
+    for i, contrast in enumerate(finding.contrasts):
+        for key in contrast.keys - known:
+            group, _, name = key.rpartition(".")
+            if not key.startswith("backend.then.") and not _having(group, name):
+                raise BadInput(f"finding.contrasts[{i}]: {key}: no such key{_nearest_key(key, ())}")
+
+
+def _having(group: str, name: str) -> list[str]:
+    """The choices of a group of conf/ that have this key."""
+    files = {choice: (CONF / group / f"{choice}.yaml").read_text("utf-8") for choice in _options(group)}
+    return [f"{group}={choice}" for choice, text in files.items() if name in (yaml.safe_load(text) or {})]
 
 
 def _to_yaml(values: Any) -> str:
@@ -506,8 +524,7 @@ def _nearest(word: str, options: Sequence[str]) -> str:
 
 def _nearest_key(key: str, overrides: Sequence[str]) -> str:
     group, _, name = key.rpartition(".")
-    files = {choice: (CONF / group / f"{choice}.yaml").read_text("utf-8") for choice in _options(group)}
-    if having := [f"{group}={choice}" for choice, text in files.items() if name in (yaml.safe_load(text) or {})]:
+    if having := _having(group, name):
         return f" here; {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it"
     choices = [override for override in overrides if re.fullmatch(r"\+?[\w/]+=[\w-]+", override)]
     try:

@@ -219,6 +219,14 @@ def test_where_no_study_states_a_claim_the_table_says_so(writer: Writer, capsys:
         ({"over": RATE}, "over and reduced belong together"),
         ({"reduced": "range"}, "over and reduced belong together"),
         ({"mins": {}}, "mins"),
+        (
+            {"minus": {"model.qknorm": "none"}},
+            "finding.contrasts[0]: model.qknorm: no such key (did you mean model.qk_norm?)",
+        ),
+        (
+            {"over": "learning_rate", "reduced": "best"},
+            "learning_rate: no such key (did you mean optimizer.learning_rate?)",
+        ),
     ],
     ids=str,
 )
@@ -233,7 +241,8 @@ def test_a_claim_that_cannot_be_read_is_refused(keys: dict[str, Any], told: str,
 
 def test_a_claim_changes_no_name_and_is_kept_in_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    claim = json.dumps({"finding": of(contrast(of=SIGMOID | {RATE: [1e-3, 0.1]}))})
+    of_other_choices = {"optimizer.momentum": 0.9, "backend.then.theta": 100.0}
+    claim = json.dumps({"finding": of(contrast(of=SIGMOID | {RATE: [1e-3, 0.1]}, minus=SOFTMAX | of_other_choices))})
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{claim}\n")
     config = xattn.config.compose([f"hydra.searchpath=[{tmp_path}]", "experiment=mine"])
     assert xattn.config.run_hash(config) == xattn.config.run_hash(xattn.config.compose())

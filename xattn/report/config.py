@@ -65,6 +65,11 @@ class Contrast(Section):
     shown: ThresholdText
     contradicted: ThresholdText
 
+    @property
+    def keys(self) -> set[str]:
+        """The dotted keys that it names."""
+        return {*self.of, *(self.minus or {}), *([] if self.over is None else [self.over])}
+
     @model_validator(mode="after")
     def _reduces_a_key(self) -> Contrast:
         if (self.over is None) != (self.reduced == "mean"):
