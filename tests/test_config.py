@@ -676,7 +676,7 @@ def own_choices(tmp_path: Path) -> str:
         ),
         (["experiment=mine", "study=1e3"], "study = 1000.0: must be text"),
         (["experiment=mine", "data=null"], "data = null: no such choice"),
-        (["experiment=mino"], "experiment = mino: no such choice (did you mean mine?); allowed: exclusive, gated"),
+        (["experiment=mino"], "experiment = mino: no such choice (did you mean mine?); allowed: exclusive, "),
         (["experiment=typo"], "trainer.stepz = 3: no such key (did you mean trainer.steps?)"),
         (["experiment=other"], "experiment/other.yaml: model = huge: no such choice; allowed: gpt2, nano, small"),
     ],

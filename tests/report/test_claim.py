@@ -129,14 +129,16 @@ def test_of_an_accuracy_the_best_is_the_greatest(writer: Writer) -> None:
 
 
 def test_a_seed_without_all_its_runs_is_left_out(writer: Writer) -> None:
-    """A run that diverged counts as what the contrast says, else its seed has not all."""
+    """A run that diverged, or is worse than the contrast says, counts as that; else its seed has not all."""
     losses = {"softmax": [2.0, 2.1, 2.2, 2.3], "sigmoid": [2.05, 2.15, 2.25]}
-    counted = contrast(name="counted", diverged=5.0)
+    counted = contrast(name="counted", at_most=2.3)
     write(writer, losses, contrast(), counted)
     writer.run({**SIGMOID, "seed": 3, **stated(contrast(), counted)}, None, name="diverged", status="diverged")
+    for arm, loss in ((SOFTMAX, 2.0), (SIGMOID, 9.0)):
+        writer.run({**arm, "seed": 4, **stated(contrast(), counted)}, loss, name=f"{loss}")
     left_out, taken = found(writer).contrasts
-    assert (left_out.seeds, left_out.mean) == (3, pytest.approx(0.05))
-    assert (taken.seeds, taken.mean) == (4, pytest.approx((0.15 + 2.7) / 4))
+    assert (left_out.seeds, left_out.mean) == (4, pytest.approx((0.15 + 7) / 4))
+    assert (taken.seeds, taken.mean) == (5, pytest.approx((0.15 + 0 + 0.3) / 5))
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,10 @@ def _by_seed(runs: Sequence[Run], contrast: Contrast, metric: Metric) -> pd.Seri
 
 
 def _number(run: Run, contrast: Contrast, metric: Metric) -> float | None:
-    return contrast.diverged if run.status == "diverged" else metric.value(run)
+    found, most = metric.value(run), contrast.at_most
+    if most is None or (found is None and run.status != "diverged"):
+        return found
+    return most if found is None else min(found, most)
 
 
 def _has(run: Run, side: Mapping[str, Any]) -> bool:

@@ -51,7 +51,7 @@ class Contrast(Section):
         null: nothing is subtracted.
     over: a key with several values in these runs. reduced: what is taken of its values: ``best``, the one with the best
         mean over seeds, or ``range``, the greatest number less the least, seed by seed.
-    diverged: the number that a run which diverged counts as; null: its seed is left out.
+    at_most: what a greater number counts as, and a run that diverged; null: the seed of such a run is left out.
     shown, contradicted: where the whole interval has to lie: ``> x``, ``< x``, ``within x`` (−x to x), ``beyond x``.
     """
 
@@ -61,7 +61,7 @@ class Contrast(Section):
     minus: dict[str, Any] | None = None
     over: str | None = None
     reduced: Literal["mean", "best", "range"] = "mean"
-    diverged: float | None = None
+    at_most: float | None = None
     shown: ThresholdText
     contradicted: ThresholdText
 
