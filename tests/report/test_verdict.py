@@ -425,7 +425,7 @@ def test_no_command_for_programs_imports_jax(writer: Writer) -> None:
 
 def commands() -> list[list[str]]:
     """The lines of docs/agents.md that a person types, as words."""
-    text = (DOCS / "agents.md").read_text("utf-8")
+    text = (DOCS / "agents.md").read_text("utf-8").replace("\\\n", "")
     return [shlex.split(line) for line in re.findall(r"^    ((?:xattn|python) .*)$", text, re.M)]
 
 
@@ -488,7 +488,8 @@ def test_the_loop_of_the_page_goes_by_exit_codes(
     assert (done.returncode, done.stdout.strip(), done.stderr) == (code, said, "")
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[: len(trained.split())] == [
-        "python train.py -m study=gate model.output_gate=none,channel sweep.half_width=0.01 sweep.budget_minutes=30"
+        "python train.py -m experiment=verdict study=gate model.output_gate=none,channel sweep.half_width=0.01 "
+        "sweep.budget_minutes=30"
     ] * len(trained.split())
     if trained.endswith("0"):
         assert calls[-1] == "xattn verdict outputs/gate --better model.output_gate=channel --than none"
