@@ -180,3 +180,19 @@ def test_an_untrained_model_knows_nothing(text_file: Any) -> None:
     assert found["probe/induction/loss"] == pytest.approx(math.log(256), rel=0.02)
     assert found["probe/induction/accuracy"] < 0.1
     assert found["probe/extrapolation/loss_to_128"] == pytest.approx(math.log(256), rel=0.02)
+
+
+def test_the_windows_of_a_task_are_scored_wherever_they_ask() -> None:
+    """Whole and cut ones: a place without a score would have the loss 0, and ln 64 is what an untrained model has."""
+    config, data = setting(
+        None, "data=induction", "data.vocab_size=64", "backend=sigmoid", "evaluation.probes=[extrapolation]"
+    )
+    model = LanguageModel(config.model, config.backend, 64)
+    hyper = hyperparameters(config).model
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, S), jnp.int32), hyper)["params"]
+    for probe in probes_of(config, data):
+        for windows in probe.windows:
+            losses, _ = places_of(model)(params, hyper, windows)
+            asked = np.asarray(losses)[windows.weights > 0]
+            assert asked.size
+            np.testing.assert_allclose(asked, math.log(64), rtol=0.1)

@@ -236,7 +236,8 @@ def _extrapolation(data: DataConfig, tokenizer: Tokenizer, backend: BackendConfi
 
 
 def _cut(windows: Windows, length: int) -> Windows:
-    tokens, *others = windows
+    """The first so many inputs of each window; every one of them is scored."""
+    tokens, *others = windows._replace(places=None)
     cut: list[Any] = [None if array is None else array[:, :length] for array in others]
     return Windows(tokens[:, : length + 1], *cut)
 
