@@ -190,9 +190,9 @@ def test_the_windows_of_a_task_are_scored_wherever_they_ask() -> None:
     model = LanguageModel(config.model, config.backend, 64)
     hyper = hyperparameters(config).model
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, S), jnp.int32), hyper)["params"]
+    scored = []
     for probe in probes_of(config, data):
-        for windows in probe.windows:
-            losses, _ = places_of(model)(params, hyper, windows)
-            asked = np.asarray(losses)[windows.weights > 0]
-            assert asked.size
-            np.testing.assert_allclose(asked, math.log(64), rtol=0.1)
+        asked = [np.asarray(places_of(model)(params, hyper, w)[0])[w.weights > 0] for w in probe.windows]
+        scored.append(len(np.concatenate(asked)))
+        np.testing.assert_allclose(np.concatenate(asked), math.log(64), rtol=0.1)
+    assert sum(number > 0 for number in scored) >= 3, scored
