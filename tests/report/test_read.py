@@ -136,6 +136,7 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
         "xattn.keys",
         "xattn.metrics",
         "xattn.run_folder",
+        "xattn.section",
     }
 
 

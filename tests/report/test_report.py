@@ -177,6 +177,16 @@ def test_nothing_odd_is_found_where_nothing_is(writer: Writer) -> None:
     assert judged(small(writer)).odd == []
 
 
+def test_seeds_that_nobody_asked_for_are_not_missing(writer: Writer) -> None:
+    """``sweep.half_width`` gives each arm the seeds of its own comparison, and a rate that lost those of the choice."""
+    for arm, seeds in (("softmax", (0, 1, 2, 3)), ("sigmoid", (0, 1)), ("none", (0, 2))):
+        for seed in seeds:
+            keys = {"backend.activation": arm, "seed": seed, "sweep.half_width": 0.01, "sweep.pilot_seeds": 4}
+            writer.run(keys, 2.0 + 0.01 * seed)
+    missing = [said for said in judged(writer).odd if said.startswith("Missing seeds")]
+    assert missing == ["Missing seeds: none has no run with seed 1."]
+
+
 def test_a_missing_a_diverged_a_running_and_a_foreign_folder_are_said(writer: Writer) -> None:
     small(writer, seeds=3)
     for path in (writer.folder / "sigmoid2").iterdir():

@@ -170,20 +170,20 @@ def test_runs_that_differ_do_not_share_a_folder(made: list[Job], start: Callable
     assert made == []
 
 
-@pytest.mark.parametrize("values", ["study_activation,study_theta", "choice(study_activation, study_theta)"])
+@pytest.mark.parametrize("values", ["study_sigmoid_bias,study_theta", "choice(study_sigmoid_bias, study_theta)"])
 def test_each_experiment_is_swept_as_its_file_says(values: str, start: Callable[..., None]) -> None:
-    """54 and 50 runs; one more key that is typed multiplies both, and one that both sweep takes the place of theirs."""
+    """45 and 50 runs; one more key that is typed multiplies both, and one that both sweep takes the place of theirs."""
     noted, typed = Noted(), f"experiment={values}"
     start(GridSweeper(), noted, typed)
-    of = [[job for job in noted.jobs if f"experiment={name}" in job] for name in ("study_activation", "study_theta")]
-    assert [len(jobs) for jobs in of] == [54, 50]
-    assert len(noted.jobs) == 104
+    of = [[job for job in noted.jobs if f"experiment={name}" in job] for name in ("study_sigmoid_bias", "study_theta")]
+    assert [len(jobs) for jobs in of] == [45, 50]
+    assert len(noted.jobs) == 95
     assert all(any(word.startswith("optimizer.learning_rate=") for word in job) for job in of[0])
     assert not any(word.startswith("backend.theta=") for job in of[0] for word in job)
     assert {word for job in of[1] for word in job if word.startswith("seed=")} == {f"seed={seed}" for seed in range(5)}
     noted = Noted()
     start(GridSweeper(), noted, typed, "seed=7,8", "schedule=cosine,linear")
-    assert len(noted.jobs) == (18 + 10) * 2 * 2
+    assert len(noted.jobs) == (9 + 10) * 2 * 2
 
 
 def test_experiments_that_sweep_nothing_are_one_grid_in_the_order_typed(start: Callable[..., None]) -> None:

@@ -17,6 +17,7 @@ from xattn.report.read import Run, Study
 from xattn.report.selection import Chosen, Selection, split
 from xattn.report.size import unfair
 from xattn.report.statistics import Effect, matched
+from xattn.report.two_stage import asked_half_widths
 from xattn.report.words import counted
 
 _AT_MOST = 8  # names in a sentence
@@ -31,7 +32,7 @@ def what_is_odd(study: Study, comparisons: Sequence[Comparison], selection: Sele
             *_too_few(each.design, selection),
             *_metric(each),
             *_repeated(each.design),
-            *_missing(each.design),
+            *_missing(each),
             *_edges(each.design, each.chosen),
             *_budgets(each),
             *unfair(each),
@@ -102,11 +103,16 @@ def _too_few(design: Design, selection: Selection) -> list[str]:
     return [f"{said}; held-out selection needs three." if len(design.seeds) > len(judging) else f"{said}."]
 
 
-def _missing(design: Design) -> list[str]:
-    said = []
+def _missing(each: Comparison) -> list[str]:
+    """Where ``sweep.half_width`` chose how many seeds each arm has, only those before its last are missing."""
+    said, design = [], each.design
+    on_demand = bool(asked_half_widths(each.runs))
     for cell, settings in design.runs.items():
         for setting, runs in settings.items():
-            seeds = [show(seed) for seed in design.seeds if seed not in runs]
+            due = design.seeds
+            if on_demand:
+                due = due[: max(i for i, seed in enumerate(due) if seed in runs) + 1]
+            seeds = [show(seed) for seed in due if seed not in runs]
             if seeds:
                 where = ", ".join(f"{short(k)} {show(v)}" for k, v in zip(design.tuned, setting, strict=True))
                 where = f"{design.label(cell)}{' at ' + where if where else ''}"

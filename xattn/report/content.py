@@ -406,9 +406,9 @@ def _numbers(effect: Effect, boot: bool) -> list[str]:
     cells = [difference(effect), p_value(found.p), p_value(effect.p_holm), p_value(found.p_signflip)]
     cells += [number(effect.detectable, ".2g"), str(found.seeds)]
     if boot:
-        low, high = found.bootstrap or (None, None)
         form = f"+{precision(effect.metric)}"
-        cells.append(f"[{number(low, form)}, {number(high, form)}]")
+        ends = [number(end, form) for end in found.bootstrap or ()]
+        cells.append(f"[{', '.join(ends)}]" if ends else "–")
     return cells
 
 
