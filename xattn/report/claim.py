@@ -69,7 +69,7 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """The claim, what became of it, and by which contrasts."""
+        """The claim, the outcome, and the contrasts that decide it."""
         claim = self.stated.claim.rstrip(".")
         parts = "; ".join(f"{each.contrast.name} {each.words}: {each.says}" for each in self.contrasts)
         told = f"“{claim}” ({self.stated.source}) is {self.says}: {parts}."
