@@ -122,10 +122,18 @@ class GridSweeper(Sweeper):
 
     That one validates each batch when the one before it is done, and leaves a multirun.yaml also where nothing runs.
     ``params`` are read where it sweeps, since each choice of a group may bring its own.
+
+    one_at_a_time: the first value of each key is the baseline, and each other value is an arm that differs from it in
+    that key alone. Seeds and learning rates are still combined with every arm.
     """
 
-    def __init__(self, max_batch_size: int | None = None, params: Mapping[str, Any] | None = None):
-        self._max_batch_size = max_batch_size
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        params: Mapping[str, Any] | None = None,
+        one_at_a_time: bool = False,
+    ):
+        self._max_batch_size, self._one_at_a_time = max_batch_size, one_at_a_time
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = hydra_context, config
@@ -135,6 +143,8 @@ class GridSweeper(Sweeper):
         size = self._max_batch_size
         if size is not None and (not isinstance(size, int) or size < 1):
             raise BadInput(f"hydra.sweeper.max_batch_size = {self._max_batch_size}: must be at least 1, or null")
+        if not isinstance(self._one_at_a_time, bool):
+            raise BadInput(f"hydra.sweeper.one_at_a_time = {self._one_at_a_time}: true or false")
         jobs: list[list[str]] = []
         for params, typed in _sweeps(self._context, self._config, arguments):
             parsed = _parsed(self._context, [*(f"{key}={value}" for key, value in params.items()), *typed])
@@ -144,7 +154,8 @@ class GridSweeper(Sweeper):
                         f"{each.input_line}: a grid takes choice(…) and range(…); hydra/sweeper=optuna draws from an "
                         "interval"
                     )
-            jobs += BasicSweeper.split_arguments(parsed, None)[0]
+            for grid in _arms(parsed) if self._one_at_a_time else [parsed]:
+                jobs += BasicSweeper.split_arguments(grid, None)[0]
         batches = list(BasicSweeper.split_overrides_to_chunks(jobs, size))
         results: list[Sequence[JobReturn]] = []
         with own_faults():
@@ -155,6 +166,24 @@ class GridSweeper(Sweeper):
                 for result in results[-1]:
                     _ = result.return_value  # raises what another launcher's job raised
         return results
+
+
+def _arms(parsed: Sequence[Override]) -> list[list[Override]]:
+    """The grids of a sweep that varies one key at a time: that of the baseline, and one for each arm."""
+    from xattn.report.design import SEED, TUNED  # scipy's import is not waited for where nobody asks for it
+
+    last = {each.get_key_element(): each for each in parsed}
+    values = {
+        key: [f"{key}={value}" for value in each.sweep_string_iterator()]
+        for key, each in last.items()
+        if each.is_discrete_sweep() and key not in (SEED, *TUNED)
+    }
+    baseline = {key: first for key, (first, *_) in values.items()}
+    arms = [baseline, *(baseline | {key: other} for key, (_, *others) in values.items() for other in others)]
+    parser = OverridesParser.create()
+    return [
+        [*({**last, **dict(zip(arm, parser.parse_overrides([*arm.values()]), strict=True))}.values())] for arm in arms
+    ]
 
 
 class OptunaSweeper(Sweeper):

@@ -102,7 +102,7 @@ class Noted(Launcher):
         pass
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        self.jobs += [[word for word in job if not word.startswith(("model.", "trainer"))] for job in job_overrides]
+        self.jobs += map(list, job_overrides)
         return []
 
 
@@ -192,6 +192,31 @@ def test_experiments_that_sweep_nothing_are_one_grid_in_the_order_typed(start: C
     assert [job[-2:] for job in noted.jobs] == [
         [f"seed={seed}", f"backend={backend}"] for seed in (0, 1) for backend in ("none", "sigmoid")
     ]
+
+
+def test_each_key_varies_by_itself_and_seeds_and_rates_go_with_every_arm(start: Callable[..., None]) -> None:
+    """Also where a key that an experiment sweeps is typed again, with other values or with one."""
+    varied = ["model.conv=null,4", "trainer.steps=2,3", "backend=softmax,none,sigmoid", "seed=0,1"]
+    noted = Noted()
+    start(
+        GridSweeper(one_at_a_time=True), noted, *varied, "backend=softmax,sigmoid", "optimizer.learning_rate=1e-3,1e-2"
+    )
+    conv, steps, backend = (
+        ("model.conv=null", "model.conv=4"),
+        ("trainer.steps=2", "trainer.steps=3"),
+        ("backend=softmax", "backend=sigmoid"),
+    )
+    base = {conv[0], steps[0], backend[0]}
+    arms = [base, *(base - {first} | {other} for first, other in (conv, steps, backend))]
+    numbers = [{f"seed={seed}", f"optimizer.learning_rate={rate}"} for seed in (0, 1) for rate in ("0.001", "0.01")]
+    found = [set(job) & set().union(*arms, *numbers) for job in noted.jobs]
+    assert sorted(map(sorted, found)) == sorted(sorted(arm | number) for arm in arms for number in numbers)
+    noted = Noted()
+    start(GridSweeper(one_at_a_time=True), noted, *varied, "backend=sigmoid")
+    assert len(noted.jobs) == 3 * 2
+    assert all("backend=sigmoid" in job for job in noted.jobs)
+    with pytest.raises(BadInput, match=r"hydra\.sweeper\.one_at_a_time = perhaps: true or false"):
+        start(GridSweeper(one_at_a_time="perhaps"), noted, "seed=0,1")  # type: ignore[arg-type]
 
 
 def test_an_experiment_with_a_sweeper_of_its_own_is_swept_by_itself(start: Callable[..., None], tmp_path: Path) -> None:
