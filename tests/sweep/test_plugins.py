@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import xattn.config
 from hydra_plugins import xattn_launcher
@@ -217,6 +217,18 @@ def test_each_key_varies_by_itself_and_seeds_and_rates_go_with_every_arm(start: 
     assert all("backend=sigmoid" in job for job in noted.jobs)
     with pytest.raises(BadInput, match=r"hydra\.sweeper\.one_at_a_time = perhaps: true or false"):
         start(GridSweeper(one_at_a_time="perhaps"), noted, "seed=0,1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seeds", [("3", "12", "3"), ("+3", "x", "1e1")])
+def test_another_seed_is_composed_as_hydra_does(seeds: Sequence[str], start: Callable[..., None]) -> None:
+    """To the letter, what Hydra says of the job itself included."""
+    hydra = ["hydra.job.config.override_dirname.item_sep=+", "hydra.job.config.override_dirname.kv_sep=."]
+    loader = GlobalHydra.instance().config_loader()
+    config = loader.load_configuration("config", [*hydra, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+    load = xattn_launcher.loader(HydraContext(config_loader=loader, callbacks=Callbacks(config)), config)
+    for seed in ("0", *seeds):
+        typed = ["study='seed=0'", f"seed={seed}", "backend.theta=30", *hydra]
+        assert OmegaConf.to_yaml(load(typed)) == OmegaConf.to_yaml(loader.load_sweep_config(config, typed))
 
 
 def test_an_experiment_with_a_sweeper_of_its_own_is_swept_by_itself(start: Callable[..., None], tmp_path: Path) -> None:
