@@ -85,6 +85,17 @@ def short(key: str) -> str:
     return f"then.{leaf}" if group.endswith(".then") else leaf
 
 
+def show(value: Any) -> str:
+    """The bare value, as a person types it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and float(short := f"{value:g}") == value:
+        return short
+    return str(value)
+
+
 def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a config.yaml of any version, in the keys of this one.
 

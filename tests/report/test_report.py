@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from xattn.errors import BadInput, ExitCode
+from xattn.keys import show
 from xattn.report import figures, main
 from xattn.report.answer import Answer, Comparison, Question
 from xattn.report.command import _figures_of, texts
@@ -23,7 +24,6 @@ from xattn.report.command import write as write_to
 from xattn.report.content import page_of
 from xattn.report.cost import loss_spikes, why_speeds_differ
 from xattn.report.curves import loss_curves
-from xattn.report.design import show
 from xattn.report.figures import learning_curves
 from xattn.report.judge import judge
 from xattn.report.read import read_run, read_study

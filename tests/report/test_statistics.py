@@ -38,7 +38,7 @@ def design_of(writer: Writer) -> Design:
 def effects_of(writer: Writer, **how: str) -> list[Effect]:
     design = design_of(writer)
     chosen = choose(design, LOSS, **how)  # type: ignore[arg-type]
-    return [effect for factor in design.factors for effect in main_effects(design, chosen, factor, LOSS)]
+    return main_effects(design, chosen, LOSS)
 
 
 # ---- one comparison --------------------------------------------------------------------------------------------------
@@ -119,6 +119,23 @@ def test_holm_by_hand() -> None:
     """Sorted 0.01, 0.03, 0.04: 3 · 0.01, max(2 · 0.03, …), max(1 · 0.04, …)."""
     assert holm([0.03, None, 0.01, 0.04]) == [pytest.approx(0.06), None, pytest.approx(0.03), pytest.approx(0.06)]
     assert holm([None]) == [None]
+
+
+def test_holm_is_over_all_arms_of_one_baseline_and_over_a_factor_of_a_grid(writer: Writer) -> None:
+    """Lengths of training, which say what an arm is worth, count for nothing there. One more cell makes it a grid."""
+    base: dict[str, Any] = {"backend.theta": 1e4, "backend.activation": "softmax", "trainer.steps": 250}
+    changes = [{}, {"backend.theta": 100.0}, {"backend.activation": "none"}, {"backend.activation": "sigmoid"}]
+    noise = np.random.default_rng(0)
+    for change in [*changes, {"trainer.steps": 500}]:
+        for seed in range(4):
+            writer.run(base | change | {"seed": seed}, 2.0 + len(change) * 0.1 + 0.01 * noise.standard_normal())
+    found = {effect.arm: effect for effect in effects_of(writer)}
+    assert {arm: effect.comparisons for arm, effect in found.items()} == {100.0: 3, "none": 3, "sigmoid": 3, 250: 1}
+    ps = holm([found[arm].paired.p for arm in (100.0, "none", "sigmoid")])
+    assert [found[arm].p_holm for arm in (100.0, "none", "sigmoid")] == ps
+    for seed in range(4):
+        writer.run(base | {"backend.theta": 100.0, "backend.activation": "none", "seed": seed}, 2.0)
+    assert [effect.comparisons for effect in effects_of(writer)] == [2, 2, 1, 1]
 
 
 # ---- what a study asks -----------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from xattn.keys import short
+from xattn.keys import short, show
 from xattn.metrics import BITS, LOSS, loss_metric
 from xattn.report.answer import Comparison
-from xattn.report.design import Cell, Design, Factor, show
+from xattn.report.design import Cell, Design, Factor
 from xattn.report.metric import spans
 from xattn.report.read import Run, Study
 from xattn.report.selection import Chosen, Selection, split

@@ -12,9 +12,8 @@ import pandas as pd
 from pydantic import ValidationError
 from scipy import special
 
-from xattn.keys import changes_training
+from xattn.keys import changes_training, show
 from xattn.report.config import Contrast, FindingConfig, threshold
-from xattn.report.design import show
 from xattn.report.metric import Metric, metric_for
 from xattn.report.read import Run
 from xattn.report.statistics import LEVEL

@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 from xattn import run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, storage_error
-from xattn.keys import short
+from xattn.keys import short, show
 from xattn.report import figures
 from xattn.report.answer import Answer, Comparison
 from xattn.report.content import page_of, prefix, where
 from xattn.report.cost import why_speeds_differ
 from xattn.report.curves import AXES, Curve, curves_of, difference_curve, loss_curves
-from xattn.report.design import show
 from xattn.report.judge import judge
 from xattn.report.measures import STATISTICS, heads_of
 from xattn.report.metric import is_of_text

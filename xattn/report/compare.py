@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from xattn.keys import has_effect
+from xattn.keys import has_effect, show
 from xattn.metrics import loss_metric
-from xattn.report.design import show
 from xattn.report.metric import Metric, unit_of
 from xattn.report.read import Run
 from xattn.report.words import number

@@ -10,12 +10,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from xattn.keys import short
+from xattn.keys import short, show
 from xattn.report.answer import Answer, Comparison
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Picture, Table
 from xattn.report.claim import Finding
 from xattn.report.cost import SAME_LOAD, cost_of, why_speeds_differ
-from xattn.report.design import Factor, show
+from xattn.report.design import Factor
 from xattn.report.measures import attention_blocks, probe_blocks
 from xattn.report.metric import Metric
 from xattn.report.noise import noise_blocks
@@ -41,7 +41,8 @@ _NOTE = (
     "Means are of the pairs alone, the same seed on both sides, averaged over the combinations of the other factors "
     "that both were run with; so their difference is the one beside them. Left out: runs with a value at the chosen "
     "settings that are in no pair, the arm's + the baseline's. The interval is a t interval, of one arm alone. p: "
-    "paired t test; Holm: corrected over the factor's arms. Detectable: the difference that is found after Holm with "
+    "paired t test; Holm: corrected over the factor's arms, or over all arms where each is one change to one baseline. "
+    "Detectable: the difference that is found after Holm with "
     "probability 0.8, if seeds differ as much as these did. Diverged: of the runs that ended. Sign-flip: exact up to "
     f"{EXACT_TO} seeds, from more of 9,999 random flips."
 )

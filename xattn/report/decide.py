@@ -9,9 +9,10 @@ from typing import NamedTuple, NoReturn
 from xattn import entry, run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
+from xattn.keys import show
 from xattn.report import words
 from xattn.report.answer import Answer, Comparison
-from xattn.report.design import Factor, show
+from xattn.report.design import Factor
 from xattn.report.judge import check_key, is_typed, judge, there_are, value_typed
 from xattn.report.options import add_question, pairs, question_of
 from xattn.report.read import Run, read_study

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import ne
 from typing import Any
 
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from xattn.keys import changes_training, short
+from xattn.keys import changes_training, short, show
 from xattn.report.read import Run, finite
 
 SEED, STEPS = "seed", "trainer.steps"
@@ -55,6 +56,21 @@ class Design:
     seeds: tuple[Any, ...]
     runs: Mapping[Cell, Mapping[Setting, Mapping[Any, Run]]]
     repeated: tuple[Run, ...]
+
+    @property
+    def families(self) -> list[tuple[Factor, ...]]:
+        """The factors whose arms are judged together, in the order of the factors.
+
+        It is each factor by itself, as its question is one of its own. Where every cell differs from one cell in one
+        factor alone, there is one question, which of these changes helps, and one family; but for the number of steps.
+        """
+        others = tuple(factor for factor in self.factors if factor.key != STEPS)
+        is_a_star = len(self.runs) == 1 + sum(len(factor.arms) - 1 for factor in self.factors) and any(
+            all(sum(map(ne, cell, hub)) <= 1 for cell in self.runs) for hub in self.runs
+        )
+        if len(others) < 2 or not is_a_star:
+            return [(factor,) for factor in self.factors]
+        return [others, *((factor,) for factor in self.factors if factor.key == STEPS)]
 
     def label(self, cell: Cell) -> str:
         """``sigmoid``; with more factors than one ``activation sigmoid, theta 1000``."""
@@ -189,17 +205,6 @@ def in_order(values: Iterable[Any]) -> list[Any]:
         return (1, 0.0, str(value))
 
     return sorted(values, key=rank)
-
-
-def show(value: Any) -> str:
-    """The bare value, as a person types it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and float(short := f"{value:g}") == value:
-        return short
-    return str(value)
 
 
 def _value(run: Run, key: str) -> Any:

@@ -15,8 +15,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from xattn import run_folder
+from xattn.keys import show
 from xattn.report.curves import AXES, Curve
-from xattn.report.design import Cell, Design, show
+from xattn.report.design import Cell, Design
 from xattn.report.selection import Candidate, Chosen
 from xattn.report.statistics import Effect
 from xattn.report.words import better_is

@@ -8,17 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 from xattn.errors import BadInput
+from xattn.keys import show
 from xattn.report.answer import Answer, Comparison, Question
 from xattn.report.checks import what_is_odd
 from xattn.report.claim import finding_of
 from xattn.report.cost import is_speed, why_speeds_differ
 from xattn.report.defaults import conf_defaults
-from xattn.report.design import TUNED, Cell, Design, Group, find_design, groups_of, show
+from xattn.report.design import TUNED, Design, Group, find_design, groups_of
 from xattn.report.measures import probes_of
-from xattn.report.metric import Metric, metric_for
+from xattn.report.metric import metric_for
 from xattn.report.read import Run, Study, finite
-from xattn.report.selection import Chosen, Selection, choose, with_metric
-from xattn.report.statistics import Effect, interactions, main_effects
+from xattn.report.selection import Selection, choose, with_metric
+from xattn.report.statistics import interactions, main_effects
 from xattn.report.two_stage import asked_half_widths, with_stages
 from xattn.report.worth import with_worth
 
@@ -70,15 +71,10 @@ def _compared(group: Group, design: Design, asked: str | None, selection: Select
         design=design,
         metric=metric,
         chosen=chosen,
-        effects=list(_effects(design, chosen, metric)),
+        effects=main_effects(design, chosen, metric),
         interactions=interactions(design, chosen, metric),
-        probes={name: list(_effects(design, with_metric(chosen, probe), probe)) for name, probe in of_probes.items()},
+        probes={name: main_effects(design, with_metric(chosen, probe), probe) for name, probe in of_probes.items()},
     )
-
-
-def _effects(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) -> Iterator[Effect]:
-    for factor in design.factors:
-        yield from main_effects(design, chosen, factor, metric)
 
 
 def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:

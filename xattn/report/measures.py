@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from xattn.keys import show
 from xattn.report.blocks import Block, Paragraph, Table
-from xattn.report.design import Cell, Design, show
+from xattn.report.design import Cell, Design
 from xattn.report.read import Run, finite
 from xattn.report.selection import Chosen
 from xattn.report.statistics import Effect

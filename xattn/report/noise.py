@@ -10,10 +10,11 @@ import numpy as np
 from scipy import special
 
 from xattn import run_folder
+from xattn.keys import show
 from xattn.metrics import LOSSES
 from xattn.report.answer import Comparison
 from xattn.report.blocks import Block, Heading, Paragraph, Table
-from xattn.report.design import Factor, show
+from xattn.report.design import Factor
 from xattn.report.law import RESAMPLES
 from xattn.report.read import Run
 from xattn.report.selection import Chosen

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from xattn import run_folder
-from xattn.keys import changes_training
-from xattn.report.design import SEED, in_order, show
+from xattn.keys import changes_training, show
+from xattn.report.design import SEED, in_order
 from xattn.report.read import read_config
 
 

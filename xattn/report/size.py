@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from xattn.keys import show
 from xattn.report.answer import Comparison
-from xattn.report.design import MLP_DIM, PARAMETERS, Factor, show
+from xattn.report.design import MLP_DIM, PARAMETERS, Factor
 from xattn.report.read import Run, finite
 from xattn.report.words import number
 

@@ -54,10 +54,10 @@ class Effect:
     is under b's arm than under b's baseline. arm_mean, baseline_mean: of the pairs alone, so that
     ``difference == arm_mean − baseline_mean``; of an interaction the two differences that are compared. left_out,
     baseline_left_out: runs with a value at the chosen settings that are in no pair. p_holm: p after Holm's correction
-    over the factor's comparisons, of which there are `comparisons`. detectable: see :func:`detectable`, corrected as
-    p_holm is; the interval is not. diverged, baseline_diverged: runs, of as many that ended (done or diverged) as
-    `ended` and `baseline_ended` say. cells: how many were averaged. why_not: why values that are there are not
-    comparable. by_seed: seed → difference, which :attr:`paired` is of, in the order of the seeds.
+    over the family's comparisons (:attr:`Design.families`), of which there are `comparisons`. detectable: see
+    :func:`detectable`, corrected as p_holm is; the interval is not. diverged, baseline_diverged: runs, of as many that
+    ended (done or diverged) as `ended` and `baseline_ended` say. cells: how many were averaged. why_not: why values
+    that are there are not comparable. by_seed: seed → difference, which :attr:`paired` is of, in the order of seeds.
     stage: what Stein's procedure says, where ``sweep.half_width`` chose the number of seeds. worth: what the arm is
     worth in the baseline's steps, where the baseline has runs of several lengths.
     """
@@ -157,11 +157,18 @@ def detectable(spread: float, seeds: int, comparisons: int) -> float:
     return spread * float(special.nctdtrinc(seeds - 1, 1 - POWER, threshold)) / seeds**0.5
 
 
-def main_effects(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, metric: Metric) -> list[Effect]:
-    """Each arm of the factor against its baseline."""
-    by_arm = _by_arm(design, chosen, factor)
-    arms = [arm for arm in factor.arms if arm != factor.baseline]
-    return _adjusted([_effect(design, by_arm, factor, arm, metric) for arm in arms])
+def main_effects(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) -> list[Effect]:
+    """Each arm of each factor against its baseline. Holm is over each of :attr:`Design.families`."""
+    effects: list[Effect] = []
+    for family in design.families:
+        of_family = [
+            _effect(design, _by_arm(design, chosen, factor), factor, arm, metric)
+            for factor in family
+            for arm in factor.arms
+            if arm != factor.baseline
+        ]
+        effects += _adjusted(of_family)
+    return effects
 
 
 def matched(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: Any, metric: Metric) -> Matched:

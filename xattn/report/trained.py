@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from xattn.keys import show
 from xattn.report.blocks import Block, Heading, Paragraph, Table
-from xattn.report.design import in_order, show
+from xattn.report.design import in_order
 from xattn.report.read import Run
 from xattn.report.words import counted
 

@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from xattn.keys import show
 from xattn.report import claim, statistics, two_stage, words, worth
 from xattn.report.answer import Answer, Comparison
 from xattn.report.claim import Says
-from xattn.report.design import show
 from xattn.report.selection import Selection
 from xattn.report.words import Outcome
 
@@ -109,7 +109,7 @@ class Effect(_Part):
     p: Number
     """of the paired t test"""
     p_holm: Number
-    """after Holm's correction over the factor's arms"""
+    """after Holm's correction over the factor's arms; over all arms where each is one change to one baseline"""
     verdict: Outcome
     """better, worse: shown, in a metric that has a direction. higher, lower: shown, but the metric has no direction, or
     a larger share of the side with the better values diverged. undecided: not shown. nothing: there is no interval"""

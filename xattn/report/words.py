@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from xattn.report.design import show
+from xattn.keys import show
 from xattn.report.statistics import LEVEL, Effect, smallest_signflip_p
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from xattn.keys import short
+from xattn.keys import short, show
 from xattn.metrics import LOSSES
 from xattn.report.answer import Comparison
 from xattn.report.cost import why_speeds_differ
-from xattn.report.design import STEPS, Cell, show
+from xattn.report.design import STEPS, Cell
 from xattn.report.law import LENGTHS, RESAMPLES, Columns, Interval, Law, fit, interval, misfit, resampled, t_interval
 from xattn.report.read import Run, finite
 from xattn.report.selection import Chosen

@@ -17,6 +17,7 @@ import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job
 from xattn.errors import ExitCode, FolderInUse, Preempted, StorageError, XattnError
+from xattn.keys import show
 from xattn.run import run_pack
 from xattn.run_folder import shown
 from xattn.same_training import Trainings, answer, answered, in_turn
@@ -269,7 +270,7 @@ def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], N
 def label(job: Job, varying: Sequence[str]) -> str:
     """The run in a line: its values of the keys that differ within the study."""
     values = xattn.config.hashed_values(job.config)
-    return " ".join(f"{key}={values[key]}" for key in varying if key in values) or job.folder.name
+    return " ".join(f"{key}={show(values[key])}" for key in varying if key in values) or job.folder.name
 
 
 def _saved_step(job: Job) -> int:
