@@ -1,0 +1,70 @@
+"""What README.md and docs/findings.md say of studies is what the files in docs/findings/ say, and those agree."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from xattn.report.claim import finding_of
+from xattn.report.read import Run
+from xattn.report.verdict import finding_as
+
+ROOT = Path(__file__).parent.parent.parent
+CLAIMS = sorted(
+    folder.name
+    for folder in (ROOT / "docs" / "findings").iterdir()
+    if (ROOT / "conf" / "experiment" / f"finding_{folder.name}.yaml").is_file()
+)
+
+
+def test_the_pages_say_what_the_files_say() -> None:
+    cog = [sys.executable, "-m", "cogapp", "-P", "-I", "docs", "--check", "README.md", "docs/findings.md"]
+    done = subprocess.run(cog, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\ncog -rP -I docs README.md docs/findings.md writes them"
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_verdict_follows_from_the_results_and_the_thresholds(name: str) -> None:
+    """What is in conf/ now, where git has it from before the first run, judges each run's row as it was judged then."""
+    with (ROOT / "docs" / "findings" / name / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    experiment = yaml.safe_load((ROOT / "conf" / "experiment" / f"finding_{name}.yaml").read_text("utf-8"))
+    stated = experiment["finding"]
+    of_claim = {f"finding.{key}": stated[key] for key in ("claim", "source")}
+    of_claim["finding.contrasts"] = json.dumps(stated["contrasts"])
+    found = finding_of([_run(row, of_claim) for row in rows])
+    published = json.loads((ROOT / "docs" / "findings" / name / "verdict.json").read_text("utf-8"))["finding"]
+    assert found is not None
+    assert finding_as(found).model_dump(mode="json") == _close(published)
+
+
+def _run(row: dict[str, str], of_claim: dict[str, Any]) -> Run:
+    """The run of a row of results.csv, as far as a claim looks at it."""
+    values = {key: yaml.safe_load(value) if value else None for key, value in row.items()}
+    config = {key: value for key, value in values.items() if "." in key or key == "seed"}
+    return Run(
+        folder=Path(row["run"]),
+        config=config | of_claim,
+        overrides=(),
+        provenance={key: row[key] for key in ("started_at", "data_sha256")},
+        summary=values,
+        curves={},
+        evaluations=(),
+        status=row["status"],
+        problems=(),
+    )
+
+
+def _close(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _close(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_close(each) for each in value]
+    return pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
