@@ -19,7 +19,7 @@ from xattn.errors import BadInput, ExitCode
 from xattn.keys import show
 from xattn.report import figures, main
 from xattn.report.answer import Answer, Comparison, Question
-from xattn.report.command import _figures_of, texts
+from xattn.report.command import _figures_of, panels_of, texts
 from xattn.report.command import write as write_to
 from xattn.report.content import page_of
 from xattn.report.cost import loss_spikes, why_speeds_differ
@@ -663,7 +663,7 @@ def test_a_table_for_a_paper_escapes_what_tex_reads(writer: Writer) -> None:
 def test_a_name_with_dollars_is_no_mathematics(writer: Writer) -> None:
     for arm in ("$A$", "b"):
         writer.run({"backend.activation": arm, "seed": 0}, 2.0 + len(arm), name=arm.strip("$"))
-    drawn = figures.forest(judged(writer).effects)
+    drawn = figures.forest(panels_of(compared(writer)), "val_loss")
     assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] in (["\\$A\\$"], ["b"])
     text = io.StringIO()
     drawn.savefig(text, format="svg")

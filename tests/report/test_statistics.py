@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from xattn.report.answer import Question
+from xattn.report.command import panels_of
 from xattn.report.defaults import conf_defaults
 from xattn.report.design import Design, find_design
+from xattn.report.judge import judge
 from xattn.report.metric import Metric
 from xattn.report.read import read_study
 from xattn.report.selection import Candidate, choose, sensitivity, split
@@ -121,8 +124,9 @@ def test_holm_by_hand() -> None:
     assert holm([None]) == [None]
 
 
-def test_holm_is_over_all_arms_of_one_baseline_and_over_a_factor_of_a_grid(writer: Writer) -> None:
-    """Lengths of training, which say what an arm is worth, count for nothing there. One more cell makes it a grid."""
+def test_arms_of_one_baseline_are_one_family_and_factors_of_a_grid_are_not(writer: Writer) -> None:
+    """Holm is over them, their names are what they change, and one panel shows them. Lengths of training, which are there
+    for what an arm is worth, have no part in it. One more cell makes it a grid."""
     base: dict[str, Any] = {"backend.theta": 1e4, "backend.activation": "softmax", "trainer.steps": 250}
     changes = [{}, {"backend.theta": 100.0}, {"backend.activation": "none"}, {"backend.activation": "sigmoid"}]
     noise = np.random.default_rng(0)
@@ -133,8 +137,17 @@ def test_holm_is_over_all_arms_of_one_baseline_and_over_a_factor_of_a_grid(write
     assert {arm: effect.comparisons for arm, effect in found.items()} == {100.0: 3, "none": 3, "sigmoid": 3, 250: 1}
     ps = holm([found[arm].paired.p for arm in (100.0, "none", "sigmoid")])
     assert [found[arm].p_holm for arm in (100.0, "none", "sigmoid")] == ps
+    design = design_of(writer)
+    arms = ["activation none", "activation sigmoid", "steps 500", "the baseline", "theta 100"]
+    assert sorted(map(design.label, design.runs)) == arms
+    (compared,) = judge(read_study(writer.folder), Question()).comparisons
+    assert {title: [*arms] for title, arms in panels_of(compared).items()} == {
+        "each arm against the one baseline": ["activation = none", "activation = sigmoid", "theta = 100"]
+    }
     for seed in range(4):
         writer.run(base | {"backend.theta": 100.0, "backend.activation": "none", "seed": seed}, 2.0)
+    design = design_of(writer)
+    assert "theta 10000, activation softmax, steps 250" in map(design.label, design.runs)
     assert [effect.comparisons for effect in effects_of(writer)] == [2, 2, 1, 1]
 
 

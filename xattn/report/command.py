@@ -21,13 +21,14 @@ from xattn.report.answer import Answer, Comparison
 from xattn.report.content import page_of, prefix, where
 from xattn.report.cost import why_speeds_differ
 from xattn.report.curves import AXES, Curve, curves_of, difference_curve, loss_curves
+from xattn.report.design import STEPS
 from xattn.report.judge import judge
 from xattn.report.measures import STATISTICS, heads_of
 from xattn.report.metric import is_of_text
 from xattn.report.options import add_question, pairs, question_of
 from xattn.report.read import ATTENTION_CURVES, REPORT, read_study
 from xattn.report.render import to_html, to_markdown
-from xattn.report.statistics import matched
+from xattn.report.statistics import Effect, matched
 from xattn.report.tables import effects_csv, results_csv, table_tex
 from xattn.report.verdict import verdict_of
 from xattn.report.words import counted, verdict
@@ -149,7 +150,8 @@ def _figures(found: Answer) -> Iterator[tuple[str, Figure, str]]:
 
 def _figures_of(each: Comparison) -> Iterator[tuple[str, Figure, str]]:
     if any(effect.paired.difference is not None for effect in each.effects):
-        yield "effects", figures.forest(each.effects), "Difference of each arm to its baseline, paired by seed."
+        caption = "Difference of each arm to its baseline, paired by seed."
+        yield "effects", figures.forest(panels_of(each), each.metric.name), caption
     if (figure := figures.worth(laws(each), each.metric.name)) is not None:
         caption = "The baseline's mean loss at each of its lengths, the law through these, and the arms' losses."
         yield "worth", figure, f"{caption} A line leads from each arm's to the baseline's steps that reach it."
@@ -191,12 +193,28 @@ def _figures_of(each: Comparison) -> Iterator[tuple[str, Figure, str]]:
         yield "attention-heads", figure, "Each head at the end of training; one scale for each row of panels."
 
 
+def panels_of(each: Comparison) -> dict[str, dict[str, Effect]]:
+    """Title → arm → effect: a panel for each family of factors. Lengths of training have one only by themselves."""
+    found = {}
+    for family in each.design.families:
+        effects = [effect for effect in each.effects if effect.factor in {factor.key for factor in family}]
+        if len(family) > 1:
+            arms = {f"{short(effect.factor)} = {show(effect.arm)}": effect for effect in effects}
+            found["each arm against the one baseline"] = arms
+        elif family[0].key != STEPS or len(each.design.factors) == 1:
+            title = f"{family[0].key}: against {show(family[0].baseline)}"
+            found[title] = {show(effect.arm): effect for effect in effects}
+    return found
+
+
 def _differences(each: Comparison) -> dict[str, dict[str, Curve]]:
     """factor → arm → how its difference to the baseline grows."""
     if not is_of_text(each.metric.name):
         return {}
     found: dict[str, dict[str, Curve]] = {}
     for factor in each.design.factors:
+        if factor.key == STEPS and len(each.design.factors) > 1:
+            continue
         for arm in factor.arms[1:]:
             pairs = matched(each.design, each.chosen, factor, arm, each.metric)
             if (curve := difference_curve(pairs)) is not None:

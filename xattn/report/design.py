@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import ne
 from typing import Any
 
@@ -57,6 +58,13 @@ class Design:
     runs: Mapping[Cell, Mapping[Setting, Mapping[Any, Run]]]
     repeated: tuple[Run, ...]
 
+    @cached_property
+    def hub(self) -> Cell | None:
+        """The cell from which every other one differs in one factor alone, where several factors have one."""
+        if len(self.factors) < 2 or len(self.runs) != 1 + sum(len(factor.arms) - 1 for factor in self.factors):
+            return None
+        return next((hub for hub in self.runs if all(sum(map(ne, cell, hub)) <= 1 for cell in self.runs)), None)
+
     @property
     def families(self) -> list[tuple[Factor, ...]]:
         """The factors whose arms are judged together, in the order of the factors.
@@ -65,18 +73,18 @@ class Design:
         factor alone, there is one question, which of these changes helps, and one family; but for the number of steps.
         """
         others = tuple(factor for factor in self.factors if factor.key != STEPS)
-        is_a_star = len(self.runs) == 1 + sum(len(factor.arms) - 1 for factor in self.factors) and any(
-            all(sum(map(ne, cell, hub)) <= 1 for cell in self.runs) for hub in self.runs
-        )
-        if len(others) < 2 or not is_a_star:
+        if len(others) < 2 or self.hub is None:
             return [(factor,) for factor in self.factors]
         return [others, *((factor,) for factor in self.factors if factor.key == STEPS)]
 
     def label(self, cell: Cell) -> str:
-        """``sigmoid``; with more factors than one ``activation sigmoid, theta 1000``."""
+        """``sigmoid``; with more factors than one ``activation sigmoid, theta 1000``, or what differs from the hub."""
         if len(self.factors) == 1:
             return show(cell[0])
-        return ", ".join(f"{f.name} {show(v)}" for f, v in zip(self.factors, cell, strict=True)) or "all runs"
+        if cell == self.hub:
+            return "the baseline"
+        shown = [i for i in range(len(cell)) if self.hub is None or cell[i] != self.hub[i]]
+        return ", ".join(f"{self.factors[i].name} {show(cell[i])}" for i in shown) or "all runs"
 
 
 @dataclass(frozen=True)

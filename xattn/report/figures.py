@@ -55,29 +55,27 @@ _RC: Any = {
 }
 
 
-def forest(effects: Sequence[Effect]) -> Figure:
-    """Each arm's difference to its baseline with its 95 % interval; a panel for each factor."""
-    factors = list(dict.fromkeys(effect.factor for effect in effects))
-    counts = [sum(effect.factor == factor for effect in effects) for factor in factors]
+def forest(panels: Mapping[str, Mapping[str, Effect]], metric: str) -> Figure:
+    """title → arm → its difference to its baseline, with the interval that its verdict rests on."""
+    counts = [len(arms) for arms in panels.values()]
     with mpl.rc_context(_RC):
-        figure = Figure(figsize=(7, 0.8 * len(factors) + 0.35 * len(effects) + 0.5), layout="constrained")
-        panels = figure.subplots(len(factors), 1, squeeze=False, sharex=True, height_ratios=[n + 1 for n in counts])
-        for axes, factor in zip(panels[:, 0], factors, strict=True):
-            shown = [effect for effect in effects if effect.factor == factor]
+        figure = Figure(figsize=(7, 0.8 * len(counts) + 0.35 * sum(counts) + 0.5), layout="constrained")
+        rows = figure.subplots(len(counts), 1, squeeze=False, sharex=True, height_ratios=[n + 1 for n in counts])
+        for axes, (title, arms) in zip(rows[:, 0], panels.items(), strict=True):
             axes.axvline(0, color=_INK, linewidth=0.8)
-            for y, effect in enumerate(shown):
+            for y, effect in enumerate(arms.values()):
                 arm = y + 1  # 0 is the baseline
-                found = effect.paired
-                if found.difference is None:
+                if effect.paired.difference is None:
                     continue
-                axes.plot(found.difference, y, **_style(arm))
+                axes.plot(effect.paired.difference, y, **_style(arm))
+                found = effect.stage or effect.paired
                 if found.ci_low is not None and found.ci_high is not None:
                     axes.hlines(y, found.ci_low, found.ci_high, color=_style(arm)["color"], linewidth=2)
-            axes.set_yticks(range(len(shown)), [_plain(show(effect.arm)) for effect in shown])
-            axes.set_ylim(len(shown) - 0.5, -0.5)
-            axes.set_title(_plain(f"{factor}: against {show(shown[0].baseline)}"), loc="left")
+            axes.set_yticks(range(len(arms)), [*map(_plain, arms)])
+            axes.set_ylim(len(arms) - 0.5, -0.5)
+            axes.set_title(_plain(title), loc="left")
             axes.grid(axis="y", visible=False)
-        _sides(panels[-1, 0], effects[0].metric)
+        _sides(rows[-1, 0], metric)
         return figure
 
 

@@ -81,7 +81,7 @@ class _Seeds:
             return
         needed = self._needed()
         if more := max(needed.values()) - self._pilot:
-            minutes = self._seconds_per_seed(needed) * more / 60
+            minutes = self._seconds({arm: count - self._pilot for arm, count in needed.items()}) / 60
             print(f"after {self._pilot} seeds: {counted(more, 'more seed')}, about {minutes:.0f} minutes")
         self._grow(pilot, needed, first)
 
@@ -89,7 +89,7 @@ class _Seeds:
         """Makes the seeds of each arm from so many to so many, as far as there is time; whether there was."""
         while any(made[arm] < needed[arm] for arm in needed):
             least = min(made[arm] for arm in needed if made[arm] < needed[arm])
-            if (more := self._seeds_in_time(needed)) == 0:
+            if (more := self._seeds_in_time([arm for arm in needed if made[arm] < needed[arm]])) == 0:
                 print(f"sweep.budget_minutes = {self._sweep.budget_minutes:g}: stopped with the seeds that there are")
                 return False
             made = {arm: max(made[arm], min(needed[arm], least + more)) for arm in needed}
@@ -143,18 +143,21 @@ class _Seeds:
                         needed[arm] = max(needed[arm], effect.stage.needed)
         return needed
 
-    def _seconds_per_seed(self, arms: Collection[int]) -> float:
-        """Of all these arms, by what their runs took so far, and as many side by side as the machine makes."""
-        jobs = [job for (arm, _), job in self._jobs.items() if arm in arms]
-        seconds = [found for job in jobs if (found := summary_of(job).get("wall_seconds")) is not None]
-        return statistics.median(seconds) * len(arms) / len(seats(jobs)) if seconds else 0.0
+    def _seconds(self, seeds: Mapping[int, int]) -> float:
+        """Of so many more seeds of each arm, by what its runs took so far, shared by as many as run side by side."""
+        took: dict[int, list[float]] = {}
+        for (arm, _), job in self._jobs.items():
+            if (seconds := summary_of(job).get("wall_seconds")) is not None:
+                took.setdefault(arm, []).append(seconds)
+        total = sum(count * statistics.median(took[arm]) for arm, count in seeds.items() if arm in took)
+        return total / len(seats([*self._jobs.values()]))
 
     def _seeds_in_time(self, arms: Collection[int]) -> int:
-        """How many more may be begun now: a few at a time where there is a budget."""
+        """How many more of each may be begun now: a few at a time where there is a budget."""
         if self._sweep.budget_minutes is None:
             return sys.maxsize
         left = 60 * self._sweep.budget_minutes - (time.monotonic() - self._began)
-        seconds = self._seconds_per_seed(arms)
+        seconds = self._seconds(dict.fromkeys(arms, 1)) if self._jobs else 0.0
         return _AT_ONCE if not seconds else max(0, min(_AT_ONCE, math.floor(left / seconds)))
 
 
