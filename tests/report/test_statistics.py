@@ -125,8 +125,8 @@ def test_holm_by_hand() -> None:
 
 
 def test_arms_of_one_baseline_are_one_family_and_factors_of_a_grid_are_not(writer: Writer) -> None:
-    """Holm is over them, their names are what they change, and one panel shows them. Lengths of training, which are there
-    for what an arm is worth, have no part in it. One more cell makes it a grid."""
+    """Holm is over them, their names are what they change, and one panel shows them. Lengths of training have no part
+    in that: they are there for what an arm is worth. One more cell makes it a grid."""
     base: dict[str, Any] = {"backend.theta": 1e4, "backend.activation": "softmax", "trainer.steps": 250}
     changes = [{}, {"backend.theta": 100.0}, {"backend.activation": "none"}, {"backend.activation": "sigmoid"}]
     noise = np.random.default_rng(0)
@@ -147,7 +147,7 @@ def test_arms_of_one_baseline_are_one_family_and_factors_of_a_grid_are_not(write
     for seed in range(4):
         writer.run(base | {"backend.theta": 100.0, "backend.activation": "none", "seed": seed}, 2.0)
     design = design_of(writer)
-    assert "theta 10000, activation softmax, steps 250" in map(design.label, design.runs)
+    assert "activation softmax, theta 10000, steps 250" in map(design.label, design.runs)
     assert [effect.comparisons for effect in effects_of(writer)] == [2, 2, 1, 1]
 
 
