@@ -1,36 +1,42 @@
 """Tables and sentences of README.md and findings.md, from the files of the studies in docs/findings/.
 
-``cog -rP -I docs README.md docs/findings.md`` writes them, and a test checks that what stands there is what the files say.
-A folder there has results.csv, effects.csv and verdict.json of ``outputs/STUDY/report/``, as ``xattn report`` wrote them.
+``cog -rP -I docs README.md docs/findings.md`` writes them, and a test checks that what stands there is what the files
+say. A folder has results.csv, effects.csv and verdict.json of ``outputs/STUDY/report/``, as ``xattn report`` wrote it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 FOLDER = Path(__file__).parent / "findings"
 EXPERIMENTS = Path(__file__).parent.parent / "conf" / "experiment"
 
+CLAIMS = {
+    "qk_norm": "QK-norm and learning rates",
+    "sigmoid_bias": "Sigmoid and its bias",
+    "recall": "Recall and the width of a head",
+    "induction": "Induction and depth",
+    "length": "Positions beyond the length of training",
+    "hybrids": "Hybrids",
+    "forget_gates": "Forget gates",
+    "zoology": "Zoology's smallest cell",
+}
+
 
 def results(name: str) -> pd.DataFrame:
-    """A row a run."""
-    return pd.read_csv(FOLDER / name / "results.csv", keep_default_na=False, na_values=[""])
+    """A row a run, all of it text."""
+    return pd.read_csv(FOLDER / name / "results.csv", dtype=str, keep_default_na=False)
 
 
 def verdict(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((FOLDER / name / "verdict.json").read_text("utf-8"))
-    return found
-
-
-def stated(name: str) -> dict[str, Any]:
-    """What the study's experiment states: the config group ``finding``."""
-    found: dict[str, Any] = yaml.safe_load((EXPERIMENTS / f"finding_{name}.yaml").read_text("utf-8"))["finding"]
     return found
 
 
@@ -41,12 +47,12 @@ def command(name: str) -> str:
     return line.removeprefix("# Command:").partition("&&")[0].strip()
 
 
-def minutes(name: str) -> int:
+def minutes(name: str) -> float:
     """From the start of the first run to the end of the last one."""
     runs = results(name)
     start = pd.to_datetime(runs["started_at"])
-    end = start + pd.to_timedelta(runs["wall_seconds"], unit="s")
-    return round((end.max() - start.min()).total_seconds() / 60)
+    end = start + pd.to_timedelta(pd.to_numeric(runs["wall_seconds"]), unit="s")
+    return float((end.max() - start.min()).total_seconds()) / 60
 
 
 def signed(value: float | None, digits: int) -> str:
@@ -65,21 +71,24 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def overview(names: Sequence[str]) -> str:
+def overview() -> str:
     """A row a claim: what became of it, and what that took."""
     rows = []
-    for number, name in enumerate(names, 1):
+    for number, (name, title) in enumerate(CLAIMS.items(), 1):
+        if not (FOLDER / name).is_dir():
+            continue
         found, runs = verdict(name)["finding"], results(name)
-        anchor = f"[{number}]({f'#{number}-{name}'.replace('_', '-')})"
         seeds = min(contrast["seeds"] for contrast in found["contrasts"])
-        took = [str(seeds), str(len(runs)), str(minutes(name))]
-        rows.append([anchor, found["claim"], found["source"], f"**{found['verdict']}**", *took])
-    return table(["", "claim", "source", "verdict", "seeds", "runs", "minutes"], rows)
+        took = [str(seeds), str(len(runs)), f"{minutes(name):.0f}"]
+        rows.append(
+            [f"[{number}. {title}](#{_anchor(number, title)})", found["claim"], f"**{found['verdict']}**", *took]
+        )
+    return table(["", "claim", "verdict", "seeds", "runs", "minutes"], rows)
 
 
 def claim(name: str) -> str:
     """The claim, its command, and each contrast with what would have shown or contradicted it."""
-    found = verdict(name)["finding"]
+    found, number = verdict(name)["finding"], list(CLAIMS).index(name) + 1
     rows = [
         [
             contrast["name"],
@@ -89,24 +98,193 @@ def claim(name: str) -> str:
         ]
         for contrast in found["contrasts"]
     ]
-    head = f"> {found['claim']} ({found['source']}): **{found['verdict']}**"
-    how = f"    {command(name)}"
     contrasts = table(["contrast", "mean over seeds [interval]", "shown if", "contradicted if", "verdict"], rows)
-    return f"{head}\n\n{how}\n\n{contrasts}"
+    head = f"## {number}. {CLAIMS[name]}\n\n> {found['claim']} ({found['source']})"
+    return f"{head}\n\n    {command(name)}\n\nThe claim is **{found['verdict']}**.\n\n{contrasts}"
 
 
-def means(name: str, rows: Sequence[str], columns: str, metric: str = "val_loss", where: str = "") -> str:
-    """Means over seeds of the runs that are done, by the values of some keys. where: a pandas query on the columns."""
-    runs = results(name)
-    runs = runs.query(where) if where else runs
-    found = runs.fillna({key: "null" for key in (*rows, columns)}).pivot_table(
-        index=list(rows), columns=columns, values=metric, sort=False
-    )
-    found = found[sorted(found.columns, key=lambda value: (isinstance(value, str), value))]
-    names = [key.rpartition(".")[2] for key in rows]
+def _anchor(number: int, title: str) -> str:
+    """Of the heading, as GitHub has it."""
+    return re.sub(r"[^\w -]", "", f"{number}. {title}".lower()).replace(" ", "-")
+
+
+def means(name: str, rows: Sequence[str], columns: str, metric: str = "val_loss") -> str:
+    """Means over seeds of the runs that are done, by the values of some keys."""
+    runs = results(name).query("status == 'done'")
+    runs = runs.assign(number=pd.to_numeric(runs[metric])).replace("", "null")
+    found = runs.pivot_table(index=list(rows), columns=columns, values="number", sort=False)
+    found = found[sorted(found.columns, key=_by_size)].sort_index(key=lambda values: values.map(_by_size))
     lines = [
-        [*(str(value) for value in (key if isinstance(key, tuple) else (key,))), *(f"{value:.3f}" for value in line)]
+        [*(key if isinstance(key, tuple) else (key,)), *(f"{value:.3f}" if value == value else "–" for value in line)]
         for key, line in zip(found.index, found.to_numpy(), strict=True)
     ]
-    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in found.columns]
-    return table([*names, *(f"{columns.rpartition('.')[2]} {value}" for value in shown)], lines)
+    names = [key.rpartition(".")[2] for key in (*rows, columns)]
+    return table([*names[:-1], *(f"{names[-1]} {value}" for value in found.columns)], lines)
+
+
+def _by_size(value: str) -> tuple[int, float, str]:
+    """Numbers first."""
+    try:
+        return 0, float(value), ""
+    except ValueError:
+        return 1, 0.0, value
+
+
+def lengths(name: str) -> str:
+    """The loss at training's length and beyond it, by the kind of positions."""
+    kinds = {
+        ("none", "1.0"): "RoPE",
+        ("none", "0.0"): "NoPE",
+        ("alibi", "0.0"): "ALiBi",
+        ("input", "0.0"): "forget gate",
+    }
+    runs = results(name)
+    columns = ["val_loss", *(f"probe/extrapolation/loss_to_{length}" for length in (128, 256, 512, 1024))]
+    rows = []
+    for (decay, fraction), kind in kinds.items():
+        of_kind = runs[(runs["backend.decay"] == decay) & (runs["backend.rotary_fraction"] == fraction)]
+        rows.append([kind, *(f"{pd.to_numeric(of_kind[column]).mean():.3f}" for column in columns)])
+    return table(
+        ["positions", "val_loss", *(f"tokens to the {column.rpartition('_')[2]}th" for column in columns[1:])], rows
+    )
+
+
+def hybrids(name: str) -> str:
+    """Loss on text and accuracy of recall, by how many of the four layers have softmax."""
+    runs = results(name)
+    every = runs["backend.every"]
+    rows = []
+    for share, where in (
+        ("all", runs["backend.activation"] == "softmax"),
+        ("every second", every == "2"),
+        ("the fourth", every == "4"),
+        ("none", (every == "") & (runs["backend.activation"] == "none")),
+    ):
+        text = pd.to_numeric(runs[where & (runs["data.name"] == "python_stdlib")]["val_loss"]).mean()
+        recall = pd.to_numeric(runs[where & (runs["data.name"] == "mqar")]["probe/mqar/accuracy"]).mean()
+        rows.append([share, f"{text:.3f}", f"{recall:.3f}"])
+    return table(["layers with softmax", "val_loss of text", "accuracy of recall"], rows)
+
+
+def plain_run(name: str) -> str:
+    """What one run comes to, and what its log says of simpler ways to code the same text."""
+    (run,) = results(name).to_dict("records")
+    log = (FOLDER / name / "log.txt").read_text("utf-8")
+    entropy, gzip = re.findall(r"(?:entropy|gzip) ([\d.]+)", log)
+    took = f"{round(float(run['wall_seconds']), -1):.0f} seconds on two cores"
+    found = f"{float(run['val_bpb']):.2f} bits a byte of held-out source code"
+    others = f"where gzip needs {float(gzip):.2f} and the entropy of single bytes is {float(entropy):.2f}"
+    return f"The first command ends after {took} at {found}, {others}."
+
+
+def first_answer(name: str) -> str:
+    """The last line of a study of two arms, and how long it took."""
+    (effect,) = verdict(name)["effects"]
+    day, version = results(name)["started_at"].min()[:10], results(name)["git_commit"].iloc[0][:7]
+    took = f"{minutes(name):.1f} minutes later, on two quiet cores ({day}, commit {version}), the last line is"
+    return f"{took}\n\n> {effect['factor']}: {effect['sentence']}"
+
+
+SWITCHES = {
+    "model.output_gate": "output gate",
+    "model.exclusive": "exclusive attention",
+    "model.value_residual": "value residual",
+    "backend.rotary_fraction": "RoPE on half of the channels",
+    "model.conv": "short convolution",
+    "backend.sink": "learned sink",
+    "backend.logit_scale": "logits × 2",
+    "model.num_kv_heads": "two key/value heads of four",
+    "model.qk_norm": "no QK-norm",
+    "backend.decay": "forget gate",
+}
+
+
+def switches(name: str) -> str:
+    """An arm a row, the best first: its difference, what it is worth in steps, what a step costs, and both in one.
+
+    A step's time is of the study NAME_speed, which had the machine to itself: the median over its seeds, and the range.
+    """
+    speed, rows = results(f"{name}_speed"), []
+    for effect in sorted(_effects(name), key=lambda effect: effect["difference"]):
+        stage, key, steps = effect["two_stage"], effect["factor"], effect["worth"]["steps"]
+        ours, theirs = (_speeds(speed, key, effect[side]) for side in ("arm", "baseline"))
+        cost = (theirs / ours).dropna()
+        rows.append(
+            [
+                SWITCHES[key],
+                f"`{key}={effect['arm']}`",
+                interval(effect["difference"], stage["ci_low"], stage["ci_high"]),
+                str(effect["seeds"]),
+                "< 0.001" if effect["p_holm"] < 0.001 else f"{effect['p_holm']:.3f}",
+                f"× {steps['value']:.2f} [{steps['low']:.2f}, {steps['high']:.2f}]",
+                f"× {cost.median():.2f} ({cost.min():.2f}–{cost.max():.2f})",
+                f"× {steps['value'] / cost.median():.2f}",
+            ]
+        )
+    columns = ["switch", "key", "val_loss, arm − baseline [95 %]", "seeds", "p (Holm)", "worth in steps"]
+    return table([*columns, "a step's time", "net"], rows)
+
+
+def _effects(name: str) -> list[dict[str, Any]]:
+    return [effect for effect in verdict(name)["effects"] if effect["factor"] in SWITCHES]
+
+
+def _speeds(runs: pd.DataFrame, key: str, value: str) -> pd.Series:
+    """Seed → tokens a second of the arm with that value of the key, and of the baseline's of all others."""
+    keys = [other for other in SWITCHES if other != key]
+    most = {other: runs[other].mode().iloc[0] for other in keys}
+    typed = "" if value == "null" else value
+    is_ours = runs[key].map(_by_size) == _by_size(typed)
+    for other in keys:
+        is_ours &= runs[other] == most[other]
+    return pd.to_numeric(runs[is_ours].set_index("seed")["tokens_per_second"])
+
+
+def switches_in_words(name: str) -> str:
+    """Which switches are shown to help, which to cost, and of which no difference is shown."""
+    sides: dict[str, list[str]] = {"Better": [], "Worse": [], "No difference shown": []}
+    for effect in sorted(_effects(name), key=lambda effect: effect["difference"]):
+        stage = effect["two_stage"]
+        side = "Better" if stage["ci_high"] < 0 else "Worse" if stage["ci_low"] > 0 else "No difference shown"
+        sides[side].append(SWITCHES[effect["factor"]])
+    told = " ".join(f"{side}: {', '.join(names)}." for side, names in sides.items() if names)
+    widest = max((each["two_stage"]["ci_high"] - each["two_stage"]["ci_low"]) / 2 for each in _effects(name))
+    return (
+        f"{told} All are known to ±{widest:.3f}: {len(results(name))} runs in {minutes(name):.0f} minutes on two cores."
+    )
+
+
+def picture(name: str) -> str:
+    """The arms' differences with their intervals, drawn where the picture there is not of these effects."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    path, made_of = FOLDER / f"{name}.svg", digest(name)
+    if not path.is_file() or made_of not in path.read_text("utf-8"):
+        effects = sorted(_effects(name), key=lambda effect: -effect["difference"])
+        style = {"svg.fonttype": "none", "svg.hashsalt": "xattn", "font.size": 9, "font.family": "sans-serif"}
+        ink = dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#777b80"
+        )
+        with mpl.rc_context(style | ink):
+            figure = Figure(figsize=(7, 3.4), layout="constrained")
+            axes = figure.subplots()
+            axes.axvline(0, color="#777b80", linewidth=0.8)
+            for y, effect in enumerate(effects):
+                low, high = (effect["two_stage"][end] for end in ("ci_low", "ci_high"))
+                colour = "#0072B2" if high < 0 else "#D55E00" if low > 0 else "#777b80"
+                axes.hlines(y, low, high, color=colour, linewidth=2)
+                axes.plot(effect["difference"], y, "o", color=colour, markersize=5)
+            axes.set_yticks(range(len(effects)), [SWITCHES[effect["factor"]] for effect in effects])
+            axes.set_xlabel(
+                "← better   difference in val_loss, nats a byte, 95 % intervals that hold at once   worse →"
+            )
+            axes.grid(axis="x", color="#80808040", linewidth=0.6)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            figure.savefig(path, metadata={"Date": None, "Description": made_of}, transparent=True)
+    return f"findings/{name}.svg"
+
+
+def digest(name: str) -> str:
+    """Of what the picture is drawn from."""
+    return hashlib.sha256((FOLDER / name / "verdict.json").read_bytes()).hexdigest()
