@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -28,6 +29,12 @@ def test_the_pages_say_what_the_files_say() -> None:
     cog = [sys.executable, "-m", "cogapp", "-P", "-I", "docs", "--check", "README.md", "docs/findings.md"]
     done = subprocess.run(cog, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\ncog -rP -I docs README.md docs/findings.md writes them"
+
+
+def test_the_picture_is_of_the_verdict_beside_it() -> None:
+    findings = ROOT / "docs" / "findings"
+    made_of = hashlib.sha256((findings / "switches" / "verdict.json").read_bytes()).hexdigest()
+    assert made_of in (findings / "switches.svg").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", CLAIMS)
