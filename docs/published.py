@@ -276,9 +276,7 @@ def picture(name: str) -> str:
                 axes.hlines(y, low, high, color=colour, linewidth=2)
                 axes.plot(effect["difference"], y, "o", color=colour, markersize=5)
             axes.set_yticks(range(len(effects)), [SWITCHES[effect["factor"]] for effect in effects])
-            axes.set_xlabel(
-                "← better  ·  difference in val_loss, nats a byte  ·  worse →"
-            )
+            axes.set_xlabel("← better  ·  difference in val_loss, nats a byte  ·  worse →")
             axes.grid(axis="x", color="#80808040", linewidth=0.6)
             axes.spines[["top", "right", "left"]].set_visible(False)
             figure.savefig(path, metadata={"Date": None, "Description": made_of}, transparent=True)

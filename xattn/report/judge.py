@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from xattn.errors import BadInput
-from xattn.keys import show
+from xattn.keys import TUNED, show
 from xattn.report.answer import Answer, Comparison, Question
 from xattn.report.checks import what_is_odd
 from xattn.report.claim import finding_of
 from xattn.report.cost import is_speed, why_speeds_differ
 from xattn.report.defaults import conf_defaults
-from xattn.report.design import TUNED, Design, Group, find_design, groups_of
+from xattn.report.design import Design, Group, find_design, groups_of
 from xattn.report.measures import probes_of
 from xattn.report.metric import metric_for
 from xattn.report.read import Run, Study, finite

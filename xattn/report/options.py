@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xattn.errors import BadInput
+from xattn.keys import TUNED
 from xattn.report.answer import Question
-from xattn.report.design import TUNED
 
 
 def add_question(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from xattn import run_folder
-from xattn.keys import changes_training, show
-from xattn.report.design import SEED, in_order
+from xattn.keys import SEED, changes_training, show
+from xattn.report.design import in_order
 from xattn.report.read import read_config
 
 

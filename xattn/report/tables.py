@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-from xattn.keys import has_effect, show
+from xattn.keys import SEED, has_effect, show
 from xattn.report.answer import Comparison
-from xattn.report.design import SEED
 from xattn.report.measures import probes_of
 from xattn.report.metric import metric_for
 from xattn.report.read import Run

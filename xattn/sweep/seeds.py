@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -144,12 +145,16 @@ class _Seeds:
         return needed
 
     def _seconds(self, seeds: Mapping[int, int]) -> float:
-        """Of so many more seeds of each arm, by what its runs took so far, shared by as many as run side by side."""
+        """An estimate for so many more seeds of each arm: its runs' median time, or that of all where it has none,
+        divided by how many run side by side."""
         took: dict[int, list[float]] = {}
         for (arm, _), job in self._jobs.items():
             if (seconds := summary_of(job).get("wall_seconds")) is not None:
                 took.setdefault(arm, []).append(seconds)
-        total = sum(count * statistics.median(took[arm]) for arm, count in seeds.items() if arm in took)
+        if not took:
+            return 0.0
+        of_all = statistics.median(chain.from_iterable(took.values()))
+        total = sum(count * (statistics.median(took[arm]) if arm in took else of_all) for arm, count in seeds.items())
         return total / len(seats([*self._jobs.values()]))
 
     def _seeds_in_time(self, arms: Collection[int]) -> int:

@@ -268,8 +268,10 @@ def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], N
 
 
 def label(job: Job, varying: Sequence[str]) -> str:
-    """The run in a line: its values of the keys that differ within the study."""
+    """The run in a line: the values of what differs within the study, but for an mlp_dim that follows."""
     values = xattn.config.hashed_values(job.config)
+    if job.config.model.parameters is not None:
+        del values["model.mlp_dim"]
     return " ".join(f"{key}={show(values[key])}" for key in varying if key in values) or job.folder.name
 
 
