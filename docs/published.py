@@ -47,6 +47,14 @@ def command(name: str) -> str:
     return line.removeprefix("# Command:").partition("&&")[0].strip()
 
 
+def setting(name: str) -> str:
+    """What the head of the experiment's file says below its command."""
+    lines = (EXPERIMENTS / f"finding_{name}.yaml").read_text("utf-8").splitlines()
+    head = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+    start = next(i for i, line in enumerate(head) if line.startswith("Command:"))
+    return "\n".join(head[start + 1 :])
+
+
 def minutes(name: str) -> float:
     """From the start of the first run to the end of the last one."""
     runs = results(name)
@@ -100,7 +108,7 @@ def claim(name: str) -> str:
     ]
     contrasts = table(["contrast", "mean over seeds [interval]", "shown if", "contradicted if", "verdict"], rows)
     head = f"## {number}. {CLAIMS[name]}\n\n> {found['claim']} ({found['source']})"
-    return f"{head}\n\n    {command(name)}\n\nThe claim is **{found['verdict']}**.\n\n{contrasts}"
+    return f"{head}\n\n    {command(name)}\n\n{setting(name)}\n\nThe claim is **{found['verdict']}**.\n\n{contrasts}"
 
 
 def _anchor(number: int, title: str) -> str:
@@ -174,15 +182,15 @@ def plain_run(name: str) -> str:
     took = f"{round(float(run['wall_seconds']), -1):.0f} seconds on two cores"
     found = f"{float(run['val_bpb']):.2f} bits a byte of held-out source code"
     others = f"where gzip needs {float(gzip):.2f} and the entropy of single bytes is {float(entropy):.2f}"
-    return f"The first command ends after {took} at {found}, {others}."
+    return f"`python train.py` trains for {took} and comes to {found}, {others}."
 
 
 def first_answer(name: str) -> str:
     """The last line of a study of two arms, and how long it took."""
     (effect,) = verdict(name)["effects"]
     day, version = results(name)["started_at"].min()[:10], results(name)["git_commit"].iloc[0][:7]
-    took = f"{minutes(name):.1f} minutes later, on two quiet cores ({day}, commit {version}), the last line is"
-    return f"{took}\n\n> {effect['factor']}: {effect['sentence']}"
+    took = f"{minutes(name):.1f} minutes after the first run began, on two quiet cores ({day}, commit {version}),"
+    return f"{took} the last line is\n\n> {effect['factor']}: {effect['sentence']}"
 
 
 SWITCHES = {
@@ -249,9 +257,7 @@ def switches_in_words(name: str) -> str:
         sides[side].append(SWITCHES[effect["factor"]])
     told = " ".join(f"{side}: {', '.join(names)}." for side, names in sides.items() if names)
     widest = max((each["two_stage"]["ci_high"] - each["two_stage"]["ci_low"]) / 2 for each in _effects(name))
-    return (
-        f"{told} All are known to ±{widest:.3f}: {len(results(name))} runs in {minutes(name):.0f} minutes on two cores."
-    )
+    return f"{told} All are known to ±{widest:.3f}: {len(results(name))} runs in {minutes(name):.0f} minutes."
 
 
 def picture(name: str) -> str:
@@ -284,5 +290,5 @@ def picture(name: str) -> str:
 
 
 def digest(name: str) -> str:
-    """Of what the picture is drawn from."""
+    """SHA-256 of the verdict that the picture shows."""
     return hashlib.sha256((FOLDER / name / "verdict.json").read_bytes()).hexdigest()

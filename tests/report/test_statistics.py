@@ -144,6 +144,8 @@ def test_arms_of_one_baseline_are_one_family_and_factors_of_a_grid_are_not(write
     assert {title: [*arms] for title, arms in panels_of(compared).items()} == {
         "each arm against the one baseline": ["activation = none", "activation = sigmoid", "theta = 100"]
     }
+    (compared,) = judge(read_study(writer.folder), Question(baselines={"backend.activation": "none"})).comparisons
+    assert {effect.arm: effect.comparisons for effect in compared.effects}[100.0] == 1
     for seed in range(4):
         writer.run(base | {"backend.theta": 100.0, "backend.activation": "none", "seed": seed}, 2.0)
     design = design_of(writer)

@@ -215,6 +215,10 @@ def test_each_key_varies_by_itself_and_seeds_and_rates_go_with_every_arm(start: 
     start(GridSweeper(one_at_a_time=True), noted, *varied, "backend=sigmoid")
     assert len(noted.jobs) == 3 * 2
     assert all("backend=sigmoid" in job for job in noted.jobs)
+    noted = Noted()
+    start(GridSweeper(one_at_a_time=True), noted, *varied, "++seed=0,1,2", "++model.conv=2")
+    assert len(noted.jobs) == 4 * 3
+    assert not any(word.startswith("model.conv=") for job in noted.jobs for word in job)
     with pytest.raises(BadInput, match=r"hydra\.sweeper\.one_at_a_time = perhaps: true or false"):
         start(GridSweeper(one_at_a_time="perhaps"), noted, "seed=0,1")  # type: ignore[arg-type]
 

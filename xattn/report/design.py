@@ -191,7 +191,9 @@ def find_design(
     if (hub := Design(factors, tuple(free), (), table, ()).hub) is not None:
         asked = baselines or {}
         factors = tuple(
-            factor if factor.key in asked else replace(factor, baseline=value, arms=_first(value, factor.arms))
+            factor
+            if factor.key in asked
+            else replace(factor, baseline=value, arms=_first(value, _as_typed(factor.key, in_order(factor.arms), runs)))
             for factor, value in zip(factors, hub, strict=True)
         )
     places = [{arm: i for i, arm in enumerate(factor.arms)} for factor in factors]

@@ -109,7 +109,8 @@ class Effect(_Part):
     p: Number
     """of the paired t test"""
     p_holm: Number
-    """after Holm's correction over the factor's arms; over all arms where each is one change to one baseline"""
+    """after Holm's correction over the factor's arms; over all arms (lengths of training apart) where each is one
+    change to one baseline"""
     verdict: Outcome
     """better, worse: shown, in a metric that has a direction. higher, lower: shown, but the metric has no direction, or
     a larger share of the side with the better values diverged. undecided: not shown. nothing: there is no interval"""
