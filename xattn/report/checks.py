@@ -120,7 +120,8 @@ def _missing(each: Comparison) -> list[str]:
     if len(said) > _AT_MOST:
         said = [*said[:_AT_MOST], f"… and {len(said) - _AT_MOST} more settings with missing seeds."]
     wanted = math.prod(len(factor.arms) for factor in design.factors)
-    if wanted > len(design.runs) and design.hub is None:
+    is_one_at_a_time = design.hub is not None and wanted > len(design.runs) + 1
+    if wanted > len(design.runs) and not is_one_at_a_time:
         crossing = itertools.product(*(factor.arms for factor in design.factors))
         absent = itertools.islice((cell for cell in crossing if cell not in design.runs), _AT_MOST)
         names = [design.label(cell) for cell in absent]
