@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+import xattn.config
 from xattn.report.claim import finding_of
-from xattn.report.read import Run
+from xattn.report.read import Run, flatten
 from xattn.report.verdict import finding_as
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,23 +43,24 @@ def test_a_verdict_follows_from_the_results_and_the_thresholds(name: str) -> Non
     """What is in conf/ now, where git has it from before the first run, judges each run's row as it was judged then."""
     with (ROOT / "docs" / "findings" / name / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    experiment = yaml.safe_load((ROOT / "conf" / "experiment" / f"finding_{name}.yaml").read_text("utf-8"))
-    stated = experiment["finding"]
-    of_claim = {f"finding.{key}": stated[key] for key in ("claim", "source")}
-    of_claim["finding.contrasts"] = json.dumps(stated["contrasts"])
-    found = finding_of([_run(row, of_claim) for row in rows])
+    config = xattn.config.compose([f"experiment=finding_{name}"])
+    assert config.finding is not None
+    stated = dict(flatten(config.model_dump(mode="json", exclude={"finding"})))
+    stated |= {"finding.claim": config.finding.claim, "finding.source": config.finding.source}
+    stated["finding.contrasts"] = json.dumps([each.model_dump(mode="json") for each in config.finding.contrasts])
+    found = finding_of([_run(row, stated) for row in rows])
     published = json.loads((ROOT / "docs" / "findings" / name / "verdict.json").read_text("utf-8"))["finding"]
     assert found is not None
     assert finding_as(found).model_dump(mode="json") == _close(published)
 
 
-def _run(row: dict[str, str], of_claim: dict[str, Any]) -> Run:
-    """The run of a row of results.csv, as far as a claim looks at it."""
+def _run(row: dict[str, str], stated: dict[str, Any]) -> Run:
+    """The run of a row of results.csv, as far as a claim looks at it. stated: what its experiment has in all runs."""
     values = {key: yaml.safe_load(value) if value else None for key, value in row.items()}
     config = {key: value for key, value in values.items() if "." in key or key == "seed"}
     return Run(
         folder=Path(row["run"]),
-        config=config | of_claim,
+        config=stated | config,
         overrides=(),
         provenance={key: row[key] for key in ("started_at", "data_sha256")},
         summary=values,
