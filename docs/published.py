@@ -247,15 +247,15 @@ def _speeds(runs: pd.DataFrame, key: str, value: str) -> pd.Series:
 
 
 def switches_in_words(name: str) -> str:
-    """Which switches are shown to help, which to cost, and of which no difference is shown."""
+    """Says which switches help, which hurt, and which show no difference."""
     sides: dict[str, list[str]] = {"Better": [], "Worse": [], "No difference shown": []}
     for effect in sorted(_effects(name), key=lambda effect: effect["difference"]):
         stage = effect["two_stage"]
         side = "Better" if stage["ci_high"] < 0 else "Worse" if stage["ci_low"] > 0 else "No difference shown"
         sides[side].append(SWITCHES[effect["factor"]])
-    told = " ".join(f"{side}: {', '.join(names)}." for side, names in sides.items() if names)
+    sentences = " ".join(f"{side}: {', '.join(names)}." for side, names in sides.items() if names)
     widest = max((each["two_stage"]["ci_high"] - each["two_stage"]["ci_low"]) / 2 for each in _effects(name))
-    return f"{told} All are known to ±{widest:.3f}: {len(results(name))} runs in {minutes(name):.0f} minutes."
+    return f"{sentences} All are known to ±{widest:.3f}: {len(results(name))} runs in {minutes(name):.0f} minutes."
 
 
 def picture(name: str) -> str:

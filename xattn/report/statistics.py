@@ -54,7 +54,7 @@ class Effect:
     is under b's arm than under b's baseline. arm_mean, baseline_mean: of the pairs alone, so that
     ``difference == arm_mean − baseline_mean``; of an interaction the two differences that are compared. left_out,
     baseline_left_out: runs with a value at the chosen settings that are in no pair. p_holm: p after Holm's correction
-    over the family's comparisons (:attr:`Design.families`), of which there are `comparisons`. detectable: see
+    over the comparisons of its family (:attr:`Design.families`), whose number is `comparisons`. detectable: see
     :func:`detectable`, corrected as p_holm is; the interval is not. diverged, baseline_diverged: runs, of as many that
     ended (done or diverged) as `ended` and `baseline_ended` say. cells: how many were averaged. why_not: why values
     that are there are not comparable. by_seed: seed → difference, which :attr:`paired` is of, in the order of seeds.

@@ -145,8 +145,11 @@ class _Seeds:
         return needed
 
     def _seconds(self, seeds: Mapping[int, int]) -> float:
-        """An estimate for so many more seeds of each arm: its runs' median time, or that of all where it has none,
-        divided by how many run side by side."""
+        """Estimates how long that many more seeds of each arm take.
+
+        An arm's runs count with their median time, or with that of all runs if none has ended yet, and the sum is
+        divided by the number of runs that go on side by side.
+        """
         took: dict[int, list[float]] = {}
         for (arm, _), job in self._jobs.items():
             if (seconds := summary_of(job).get("wall_seconds")) is not None:

@@ -268,7 +268,7 @@ def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], N
 
 
 def label(job: Job, varying: Sequence[str]) -> str:
-    """The run in a line: the values of what differs within the study, but for an mlp_dim that follows."""
+    """The run in a line: the keys that differ within the study, except an mlp_dim that ``model.parameters`` chose."""
     values = xattn.config.hashed_values(job.config)
     if job.config.model.parameters is not None:
         del values["model.mlp_dim"]
