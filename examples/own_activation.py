@@ -12,8 +12,8 @@ To see that yours is computed correctly everywhere: xattn.testing.check_activati
 import jax
 import jax.numpy as jnp
 
+from xattn import main
 from xattn.backend import register_activation
-from xattn.main import main
 
 
 @register_activation("relu", formula="max(A, 0) / n")

@@ -32,7 +32,7 @@ from hydra_plugins.xattn_launcher import (
 )
 from xattn.config import Config
 from xattn.data.config import MemmapConfig, Tokenised
-from xattn.errors import BadInput
+from xattn.errors import BadInput, needs_extra
 from xattn.keys import SEED, TUNED
 from xattn.metrics import loss_metric
 from xattn.sweep import study
@@ -53,9 +53,7 @@ def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> 
             raise
         chosen = OmegaConf.select(config, "hydra.runtime.choices")["hydra/launcher"]
         extra = "ray" if "ray" in chosen else "slurm"
-        raise BadInput(
-            f"hydra/launcher={chosen}: needs the extra {extra} (pip install 'xattn[{extra}]'): {cause}"
-        ) from error
+        raise needs_extra(f"hydra/launcher={chosen}", extra, cause) from error
 
 
 def _parsed(context: HydraContext, arguments: Sequence[str]) -> list[Override]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import xattn
 from xattn import cli
+from xattn.provenance import source_sha256
 from xattn.sweep import runs
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -144,3 +147,47 @@ def test_a_deleted_working_directory_is_bad_input(arguments: list[str], tmp_path
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert "working directory" in done.stderr
+
+
+def test_an_installed_package_is_the_same_source_and_has_its_yaml_files(tmp_path: Path) -> None:
+    """In a wheel conf/ is inside the package; its digest does not say so, so that runs go on without a warning."""
+    shutil.copytree(ROOT / "xattn", tmp_path / "xattn", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "conf", tmp_path / "xattn" / "conf")
+    ask = "import xattn.provenance as p, xattn.section as s; print(p.__file__, s.CONF, p.source_sha256())"
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    file, conf, digest = done.stdout.split()
+    assert Path(file).is_relative_to(tmp_path)
+    assert Path(conf) == tmp_path / "xattn" / "conf"
+    assert digest == source_sha256()
+
+
+@pytest.mark.parametrize(
+    ("program", "typed"),
+    [(["-m", "xattn.cli", "train"], "xattn train"), ([str(ROOT / "train.py")], "python .*train.py")],
+)
+def test_help_names_the_program_as_it_was_started(program: list[str], typed: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *program, "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert re.search(rf"^ +{typed} backend\.activation=sigmoid ", done.stdout, re.MULTILINE), done.stdout + done.stderr
+
+
+def test_the_version_is_told_by_both_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["--version"]) == 0
+    monkeypatch.setattr(sys, "argv", ["train.py", "--version"])
+    with pytest.raises(SystemExit) as left:
+        xattn.main()
+    assert left.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [f"xattn {xattn.__version__}"] * 2

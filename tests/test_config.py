@@ -688,6 +688,21 @@ def test_choices_of_ones_own_are_not_blamed_for_another_mistake(typed: list[str]
     assert told in str(error.value)
 
 
+def test_a_folder_of_ones_own_is_composed_and_its_choices_are_suggested(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "book.yaml").write_text("defaults: [text, _self_]\npath: book.txt\n")
+    config = compose(["data=book"], config_dir=tmp_path)
+    assert config.data == compose(["data=text", "data.path=book.txt"]).data
+    amended = xconfig.amend(compose(), ["data=book"], may_differ=["data"], config_dir=tmp_path)
+    assert amended.data == config.data
+    with pytest.raises(BadInput, match=r"data = bok: no such choice \(did you mean book\?\)"):
+        compose(["data=bok"], config_dir=tmp_path)
+    with pytest.raises(BadInput, match=r"^data = 7: no such choice; allowed: book, copying"):
+        compose(["data=7"], config_dir=tmp_path)
+    with pytest.raises(BadInput, match=rf"^--config-dir = {re.escape(str(tmp_path))}/gone: no such folder$"):
+        compose(["data=book"], config_dir=tmp_path / "gone")
+
+
 def test_a_run_is_not_called_as_the_folder_of_the_report(tmp_path: Path) -> None:
     """One that is there already, made before this was refused, can go on."""
     with pytest.raises(BadInput, match="cannot be called report"):

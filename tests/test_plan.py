@@ -252,6 +252,7 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
         (["parallel=tensor", "model.num_heads=4"], "model.num_heads = 4 is not a multiple of tensor = 8"),
         (["parallel=context", "backend.context_length=100"], "backend.context_length = 100 is not a multiple"),
         (["--vocab-size", "0"], "--vocab-size: 0: must be at least 1"),
+        (["--config-dir", "gone"], "--config-dir = gone: no such folder"),
     ):
         assert main(["plan", *SMALL, *where, *words]) == 2
         assert told in capsys.readouterr().err

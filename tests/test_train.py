@@ -364,6 +364,7 @@ BAD = [
     (["data=text", "data.path=/tmp/ü/x"], ["/tmp/ü/x", "quotes"]),
     (["study=../outside"], ["study", "../outside"]),
     (["nonsense"], ["nonsense", "key=value"]),
+    (["--config-dir", "gone", "seed=1"], ["--config-dir = gone: no such folder"]),
     (["backend.implementation=blockwize"], ["backend.implementation", "blockwize", "did you mean blockwise"]),
     (["backend.every=2", "backend.then={activation: softmx}"], ["backend.then.activation", "did you mean softmax"]),
     (["-m", "backend.activation=softmax,sigmod"], ["backend.activation", "sigmod", "sigmoid"]),
@@ -476,7 +477,7 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path, without_jax: str) -
     [
         (
             ["--help"],
-            ["python train.py backend.activation=sigmoid", "optimizer: adamw, lion, muon, sgd", "learning_rate"],
+            ["train.py backend.activation=sigmoid", "optimizer: adamw, lion, muon, sgd", "learning_rate"],
         ),
         (["--cfg", "job"], ["activation: softmax", "learning_rate: 0.003", "path: x"]),
         (

@@ -10,6 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 from xattn import entry
@@ -18,6 +19,7 @@ from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 
 # Command → the module whose main(argv) carries it out, and what it is for.
 _COMMANDS = {
+    "train": ("xattn.app", "train a model, or with -m a sweep; the same as python train.py in a clone"),
     "bench attention": ("xattn.bench.attention", "time implementations × activations × sizes of attention"),
     "bench data": ("xattn.bench.data", "ingest a big corpus as bytes and as BPE, and train: MB/s and memory"),
     "bench generation": ("xattn.bench.generation", "time generation through the cache against forward passes"),
@@ -74,6 +76,9 @@ def is_command(word: str) -> bool:
 
 
 def _carry_out(words: Sequence[str]) -> int:
+    if words == ["--version"]:
+        print(f"xattn {version('xattn')}")
+        return ExitCode.DONE
     for command, (module, _) in _COMMANDS.items():
         length = len(command.split())
         if " ".join(words[:length]) == command:
@@ -86,7 +91,7 @@ def _carry_out(words: Sequence[str]) -> int:
     asks = words[1:] in ([], ["-h"], ["--help"]) if group else words in ([], ["-h"], ["--help"])
     if asks:
         lines = [f"  xattn {command:16} {purpose}" for command, (_, purpose) in (group or _COMMANDS).items()]
-        print("\n".join(["xattn's tools besides train.py; each takes --help:", *lines]))
+        print("\n".join(["The commands of xattn; each takes --help:", *lines]))
         return ExitCode.DONE if words[-1:] in (["-h"], ["--help"]) else ExitCode.BAD_INPUT
     raise BadInput(f"{' '.join(words[:2])}: no such command{_nearest(words)}; `xattn --help` shows them all")
 

@@ -1,6 +1,6 @@
 """From what a person types to one frozen, validated :class:`Config`; and from that to the name of the run's folder.
 
-Only this module, :mod:`xattn.main` and Hydra's plugins know Hydra and omegaconf. It imports no jax.
+Only this module, :mod:`xattn.app` and Hydra's plugins know Hydra and omegaconf. It imports no jax.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from xattn import run_folder
+from xattn import entry, run_folder
 from xattn.data.config import DataConfig
 from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
@@ -31,12 +32,11 @@ from xattn.keys import ABSENT, digest, flatten, has_effect, naming, naming_befor
 from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
 from xattn.model.size import mlp_dim_for
 from xattn.report.config import FindingConfig
-from xattn.section import Section
+from xattn.section import CONF, Section
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
 from xattn.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainerConfig
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 SectionT = TypeVar("SectionT", bound=Section)
 PathName = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -241,18 +241,25 @@ def _read(composed: DictConfig, overrides: Sequence[str]) -> Config:
     return _validated({str(key): value for key, value in raw.items()}, overrides)
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
-    """The config of ``python train.py OVERRIDES…``, for notebooks and tests."""
+def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> Config:
+    """Returns the config of ``python train.py --config-dir CONFIG_DIR OVERRIDES…``, for notebooks and tests.
+
+    config_dir: a folder with YAML files of your own, laid out as conf/ is. Raises :class:`BadInput`.
+    """
+    arguments = [*overrides, *_flag(config_dir)]
     try:
-        return from_hydra(_composed(overrides), overrides)
+        return from_hydra(_composed(arguments), overrides)
     except COMPOSITION_ERRORS as error:
-        raise BadInput(explain(error, overrides)) from error
+        raise BadInput(explain(error, arguments)) from error
 
 
-def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]) -> Config:
+def amend(
+    config: Config, overrides: Sequence[str], *, may_differ: Sequence[str], config_dir: Path | None = None
+) -> Config:
     """The config with overrides such as train.py takes, of keys that are or begin with one of ``may_differ``.
 
-    A group (``data=text``) takes the place of its whole section; a key (``data.path=x``) that of its value.
+    A group (``data=text``) takes the place of its whole section; a key (``data.path=x``) that of its value. config_dir:
+    as of :func:`compose`.
 
     Raises :class:`BadInput`.
     """
@@ -262,17 +269,18 @@ def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]
             raise BadInput(f"{override}: this run has layers of one kind")
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_differ):
             known = key in type(config).model_fields or key in hashed_values(config)
-            near = "" if known else _nearest_key(key, ())
+            near = "" if known else _nearest_key(key, _flag(config_dir))
             told = "cannot be changed here" if known else f"no such key{near}"
             raise BadInput(f"{override}: {told}; what can be changed here is {', '.join(may_differ)}")
     own = [f"{group}={getattr(config, group).name}" for group in ("data", "optimizer") if group not in keys]
     if (then := config.backend.then) is not None:
         values_of = ", ".join(f"{key}: {'null' if value is None else value}" for key, value in then)
         own += [f"backend.every={config.backend.every}", f"backend.then={{{values_of}}}"]
+    arguments = [*own, *overrides, *_flag(config_dir)]
     try:
-        composed = OmegaConf.to_container(_composed([*own, *overrides]), resolve=False, throw_on_missing=False)
+        composed = OmegaConf.to_container(_composed(arguments), resolve=False, throw_on_missing=False)
     except COMPOSITION_ERRORS as error:
-        raise BadInput(explain(error, [*own, *overrides])) from error
+        raise BadInput(explain(error, arguments)) from error
     values = OmegaConf.create(config.model_dump(mode="json"))
     for key in sorted(keys, key=lambda key: key.count(".")):  # groups first: keys change what they brought
         value = OmegaConf.select(OmegaConf.create(composed), key)
@@ -309,8 +317,10 @@ def save_overrides(overrides: Sequence[str]) -> str:
 
 
 def register_resolvers() -> None:
-    """Makes ``${run_name:}`` the name of the composed run's folder; it raises :class:`BadInput` on a bad config, and on
-    one that only a sweep can carry out."""
+    """Makes ``${run_name:}`` the name of the composed run's folder, ``${program:}`` the words that start a training.
+
+    ``${run_name:}`` raises :class:`BadInput` for a bad config, and for one that only a sweep can carry out.
+    """
 
     def name(*, _root_: DictConfig) -> str:
         config = from_hydra(_root_, list(_root_.hydra.overrides.task))
@@ -323,6 +333,7 @@ def register_resolvers() -> None:
         return run_name(config)
 
     OmegaConf.register_new_resolver("run_name", name, replace=True)
+    OmegaConf.register_new_resolver("program", entry.program, replace=True)
 
 
 def section(kind: type[SectionT], values: Mapping[str, Any], *, at: str) -> SectionT:
@@ -356,21 +367,47 @@ def _check_keys(finding: FindingConfig, config: Config) -> None:
                 raise BadInput(f"finding.contrasts[{i}]: {key}: no such key{_nearest_key(key, ())}")
 
 
-def _having(group: str, name: str) -> list[str]:
-    """The choices of a group of conf/ that have this key."""
-    files = {choice: (CONF / group / f"{choice}.yaml").read_text("utf-8") for choice in _options(group)}
-    return [f"{group}={choice}" for choice, text in files.items() if name in (yaml.safe_load(text) or {})]
+def _having(group: str, name: str, arguments: Sequence[str] = ()) -> list[str]:
+    """The choices of a group that have this key."""
+    texts = {choice: file.read_text("utf-8") for choice, file in _options(group, arguments).items()}
+    return [f"{group}={choice}" for choice, text in texts.items() if name in (yaml.safe_load(text) or {})]
 
 
 def _to_yaml(values: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
+def _composed(arguments: Sequence[str]) -> DictConfig:
+    """Composes overrides; a ``--config-dir`` among them is looked in too. Raises :data:`COMPOSITION_ERRORS`."""
+    check_folders(arguments)
+    overrides = [argument for argument in arguments if not argument.startswith("--config-dir=")]
+    if not any(override.startswith("hydra.searchpath=") for override in overrides):
+        overrides += _search_path(arguments)
     if GlobalHydra().is_initialized():  # by train.py, with this same conf/
-        return hydra_compose("config", list(overrides))
+        return hydra_compose("config", overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", list(overrides))
+        return hydra_compose("config", overrides)
+
+
+def check_folders(arguments: Sequence[str]) -> None:
+    """Raises :class:`BadInput` if a ``--config-dir`` among these arguments of train.py is no folder."""
+    for folder in _config_dirs(arguments):
+        if not folder.is_dir():
+            raise BadInput(f"--config-dir = {folder}: no such folder")
+
+
+def _flag(config_dir: Path | None) -> list[str]:
+    return [] if config_dir is None else [f"--config-dir={config_dir}"]
+
+
+def _config_dirs(arguments: Sequence[str]) -> list[Path]:
+    """The folders that follow ``--config-dir``, or ``-cd``, among arguments of train.py."""
+    found = []
+    for argument, following in pairwise([*arguments, ""]):
+        flag, separator, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            found.append(Path(value if separator else following))
+    return found
 
 
 # ---- what a person is told -------------------------------------------------------------------------------------------
@@ -397,7 +434,7 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: a value is needed, for example {error.full_key}=…"
     if isinstance(error, MissingConfigException) and error.options:
-        return _no_such_choice(error, error.options)
+        return _no_such_choice(error, error.options, overrides)
     if (told := _no_choice_at_all(overrides)) is not None:
         return told
     if isinstance(error, KeyError):
@@ -414,7 +451,7 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         near = "" if shown == "hydra" else _nearest_key(key, overrides)
         if key.startswith("hydra.sweeper.params."):
             near = f" yet; ++{key}=… adds it"
-        return f"{key}: no such key{near}; `python train.py --cfg {shown}` shows them all"
+        return f"{key}: no such key{near}; `{entry.program()} --cfg {shown}` shows them all"
     key_of_value = re.search(r"full_key: (\S+)", text)
     return f"{key_of_value[1]}: {_first_line(error)}" if key_of_value else _first_line(error)
 
@@ -422,13 +459,14 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
 _WITH_PRESETS = ("backend", "experiment")  # a published attention is a choice of one of them
 
 
-def _no_such_choice(error: MissingConfigException, options: Sequence[str]) -> str:
+def _no_such_choice(error: MissingConfigException, options: Sequence[str], arguments: Sequence[str]) -> str:
     """Names the group as it is typed, and the file that asks for the choice where nobody typed it."""
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     asked_by = re.match(r"In '([^']+)'", str(error))
     where = "" if asked_by is None or asked_by[1] in ("config", "hydra/config") else f"{asked_by[1]}.yaml: "
-    elsewhere = [f"{other}={choice}" for other in _WITH_PRESETS if other != group and choice in _options(other)]
-    near = f" (did you mean {elsewhere[0]}?)" if group in _WITH_PRESETS and elsewhere else _nearest(choice, options)
+    others = [other for other in _WITH_PRESETS if other != group and choice in _options(other, arguments)]
+    elsewhere = f" (did you mean {others[0]}={choice}?)" if group in _WITH_PRESETS and others else ""
+    near = elsewhere or _nearest(choice, options)
     return f"{where}{group} = {choice}: no such choice{near}; allowed: {', '.join(options)}"
 
 
@@ -436,18 +474,20 @@ def _no_choice_at_all(overrides: Sequence[str]) -> str | None:
     """For a group that is given null, a number, a list or a mapping, of which Hydra names none."""
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
-        options = _options(group)
+        options = _options(group, overrides)
         if options and re.fullmatch(r"null|true|false|[-+.\d{\[].*", value, re.IGNORECASE):
             hint = " (leave it out for none)" if override == "experiment=null" else ""
             return f"{group} = {value}: no such choice{hint}; allowed: {', '.join(options)}"
     return None
 
 
-def _options(group: str) -> list[str]:
-    """The choices of a group of conf/, none where it is not one."""
+def _options(group: str, arguments: Sequence[str] = ()) -> dict[str, Path]:
+    """The choices of a group, each with its file, in conf/ and in the ``--config-dir`` of the arguments; none where it
+    is no group."""
     if not re.fullmatch(r"[a-z_]+(/[a-z_]+)*", group):
-        return []
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+        return {}
+    files = [file for folder in (*_config_dirs(arguments), CONF) for file in (folder / group).glob("*.yaml")]
+    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
 def _explain_validation(
@@ -524,7 +564,7 @@ def _nearest(word: str, options: Sequence[str]) -> str:
 
 def _nearest_key(key: str, overrides: Sequence[str]) -> str:
     group, _, name = key.rpartition(".")
-    if having := _having(group, name):
+    if having := _having(group, name, overrides):
         return f" here; {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it"
     choices = [override for override in overrides if re.fullmatch(r"\+?[\w/]+=[\w-]+", override)]
     try:
@@ -546,13 +586,8 @@ def _nearest_key(key: str, overrides: Sequence[str]) -> str:
 
 def _search_path(arguments: Sequence[str]) -> list[str]:
     """The override that has Hydra look where these arguments of train.py had it look."""
-    folders = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, _, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            folders.append(json.dumps(f"file://{Path(value or following).absolute()}"))
-        elif flag == "hydra.searchpath":
-            folders.append(value.strip("[]"))
+    folders = [json.dumps(f"file://{folder.absolute()}") for folder in _config_dirs(arguments)]
+    folders += [word.partition("=")[2].strip("[]") for word in arguments if word.startswith("hydra.searchpath=")]
     return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 

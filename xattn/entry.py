@@ -1,8 +1,9 @@
-"""What both commands see to at their rim: standard streams that are open, a working directory, the last message."""
+"""What ``train.py`` and ``xattn`` share at their rim: open streams, a working directory, a name, the last message."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def open_streams() -> None:
             descriptor = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
             os.set_inheritable(descriptor, True)
             setattr(sys, name, open(descriptor, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process lives
+
+
+def program() -> str:
+    """The words that start a training here: ``python train.py``, ``python mine.py`` or ``xattn train``."""
+    started = Path(sys.argv[0])
+    is_command = started.name == "xattn" or started.parts[-2:] == ("xattn", "cli.py")
+    return "xattn train" if is_command else shlex.join(["python", sys.argv[0]])
 
 
 def check_working_directory() -> None:

@@ -92,6 +92,13 @@ def _full(path: Path, reason: str | None) -> str:
     return f"{path}: cannot be written: {reason} ({shutil.disk_usage(there).free:,} bytes are free there)"
 
 
+def needs_extra(what: str, extra: str, error: ImportError) -> BadInput:
+    """The error where ``what`` needs a package of that optional extra; it names the command that installs it."""
+    clone = Path(__file__).resolve().parent.parent
+    source = f'-e "{clone}[{extra}]"' if (clone / "pyproject.toml").is_file() else f'"xattn[{extra}]"'
+    return BadInput(f"{what} needs the extra {extra}: pip install {source} ({first_line(error)})")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the error's message; its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

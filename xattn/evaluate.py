@@ -10,7 +10,8 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -18,7 +19,7 @@ import xattn.config
 from xattn import run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError, storage_error
-from xattn.loaded_run import MAY_DIFFER, load, read
+from xattn.loaded_run import MAY_DIFFER, LoadedRun, load, read
 
 EPILOG = """A word with = is an override as train.py takes it: data=text data.path=FILE, evaluation.windows=all,
 backend.context_length=512, 'evaluation.probes=[in_context,extrapolation]', backend.theta, backend.window,
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="xattn evaluate", description=main.__doc__, epilog=EPILOG)
     parser.add_argument("run", type=Path, help="a run's folder, or a study's for all its runs that are done")
     parser.add_argument("words", nargs="*", metavar="RUN_OR_OVERRIDE")
+    parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="with YAML files of your own, as conf/ is")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     parser.add_argument(
         "--save", action="store_true", help="append each result to its run's evaluations.jsonl, unless it is there"
@@ -43,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [word for word in asked.words if "=" in word and not Path(word).is_dir()]
     folders = [asked.run, *(Path(word) for word in asked.words if word not in overrides)]
     runs = list(dict.fromkeys(run for folder in folders for run in _runs_in(folder)))
+    evaluation = partial(
+        _evaluate, overrides=overrides, checkpoint=asked.checkpoint, save=asked.save, config_dir=asked.config_dir
+    )
     if runs != [asked.run]:
-        return _evaluate_all(runs, overrides, asked.checkpoint, save=asked.save, as_json=asked.json)
-    row, was_there = _evaluate(asked.run, overrides, asked.checkpoint, save=asked.save)
+        return _evaluate_all(runs, evaluation, as_json=asked.json)
+    row, was_there = evaluation(asked.run)
     if was_there:
         print(f"not measured again: its {run_folder.EVALUATIONS} has it", file=sys.stderr)
     if asked.json:
@@ -79,15 +84,13 @@ def _status(run: Path) -> Any:
         return None
 
 
-def _evaluate_all(
-    runs: Sequence[Path], overrides: Sequence[str], checkpoint: Literal["last", "best"], *, save: bool, as_json: bool
-) -> int:
+def _evaluate_all(runs: Sequence[Path], evaluate: Callable[[Path], tuple[Row, bool]], *, as_json: bool) -> int:
     """Prints a line a run. Those that fail stop no other; the exit code is theirs, or 1 where they differ."""
     failures: dict[str, list[Path]] = {}
     codes: set[int] = set()
     for run in runs:
         try:
-            row, was_there = _evaluate(run, overrides, checkpoint, save=save)
+            row, was_there = evaluate(run)
         except XattnError as error:
             codes.add(error.exit_code)
             if str(error) not in failures:
@@ -108,36 +111,48 @@ def _evaluate_all(
 
 
 def _evaluate(
-    run: Path, overrides: Sequence[str], checkpoint: Literal["last", "best"], *, save: bool
+    run: Path, *, overrides: Sequence[str], checkpoint: Literal["last", "best"], save: bool, config_dir: Path | None
 ) -> tuple[Row, bool]:
     if save:
-        return evaluate_once(run, overrides, checkpoint=checkpoint)
+        return evaluate_once(run, overrides, checkpoint=checkpoint, config_dir=config_dir)
     if (run / run_folder.CONFIG).is_file():  # no Llama folder, whose config is made as it is loaded
-        _check(run, overrides)
+        _check(run, overrides, config_dir)
     opened = load(run, checkpoint=checkpoint)
-    return {"step": opened.step, "overrides": list(overrides), "results": opened.evaluate(overrides)}, False
+    return _measured(opened, overrides, config_dir), False
 
 
-def _check(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def _measured(opened: LoadedRun, overrides: Sequence[str], config_dir: Path | None) -> Row:
+    results = opened.evaluate(overrides, config_dir=config_dir)
+    return {"step": opened.step, "overrides": list(overrides), "results": results}
+
+
+def _check(run: Path, overrides: Sequence[str], config_dir: Path | None) -> dict[str, Any]:
     """The run's summary. Raises :class:`BadInput` for overrides that do not fit it, before anything is loaded."""
     config, summary = read(run.absolute())
-    xattn.config.amend(config, overrides, may_differ=MAY_DIFFER)
+    xattn.config.amend(config, overrides, may_differ=MAY_DIFFER, config_dir=config_dir)
     return summary
 
 
 def evaluate_once(
-    run: Path, overrides: Sequence[str], *, checkpoint: Literal["last", "best"] = "last", step: int | None = None
+    run: Path,
+    overrides: Sequence[str],
+    *,
+    checkpoint: Literal["last", "best"] = "last",
+    step: int | None = None,
+    config_dir: Path | None = None,
 ) -> tuple[Row, bool]:
     """The row of evaluations.jsonl for these overrides, measured and appended if it is not there; whether it was.
 
     Processes that ask for the same take turns, and the first measures. On data that the overrides name, which may have
     changed since, it is measured each time, and appended where it differs.
 
-    step: of the parameters; None takes those of the checkpoint. Raises :class:`IntegrityError` where no checkpoint of
-    that step is whole, and what :func:`xattn.load` and :meth:`LoadedRun.evaluate` raise.
+    step: of the parameters; None takes those of the checkpoint. config_dir: as of :meth:`LoadedRun.evaluate`.
+
+    Raises :class:`IntegrityError` where no checkpoint of that step is whole, and what :func:`xattn.load` and
+    :meth:`LoadedRun.evaluate` raise.
     """
     run = run.absolute()
-    summary = _check(run, overrides)
+    summary = _check(run, overrides, config_dir)
     known = summary.get("step") if checkpoint == "last" and summary.get("status") == "done" else None
     may_change = any(override.lstrip("+~").startswith("data") for override in overrides)
     with _held(run / run_folder.EVALUATIONS) as file:
@@ -151,7 +166,7 @@ def evaluate_once(
         there = None if may_change else equal_row(rows, opened.step, overrides)
         if there is not None:
             return there, True
-        row = {"step": opened.step, "overrides": list(overrides), "results": opened.evaluate(overrides)}
+        row = _measured(opened, overrides, config_dir)
         if row not in rows:
             _append(file, row)
         return row, False

@@ -12,7 +12,7 @@ import numpy as np
 from xattn import run_folder
 from xattn.arguments import Parser
 from xattn.config import Config, hashed_values
-from xattn.errors import BadInput, ExitCode, storage_error
+from xattn.errors import BadInput, ExitCode, needs_extra, storage_error
 from xattn.loaded_run import load
 from xattn.model.initial import WEIGHTS
 from xattn.training.llama import CONFIG, EMBEDDING, HEAD, LAST_NORM, MATRICES, NORMS, PLAIN, ROTATED, Arrays
@@ -113,5 +113,5 @@ def _numpy_safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise BadInput("safetensors is not installed: pip install 'xattn[hf]'") from error
+        raise needs_extra("xattn export", "hf", error) from error
     return safetensors.numpy

@@ -140,14 +140,15 @@ class LoadedRun:
         )
         return _text(self.tokenizer, drawn, [stop] if isinstance(stop, str) else stop)
 
-    def evaluate(self, overrides: Sequence[str] = ()) -> dict[str, float | None]:
+    def evaluate(self, overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> dict[str, float | None]:
         """val_loss, val_bpb and ``probe/<name>/<measure>`` under the run's own config with these overrides.
 
         With none the figures are those of the run's last evaluation, where the checkpoint is that step's. A number as
         ``trainer.attention_stats_every`` adds ``attention/<layer>/<head>/<statistic>``. Another text
         is read in the model's own tokens, and in the run's data.documents unless they are given. Another
         backend.context_length is another length of the windows; sigmoid's n stays that of training unless
-        backend.sigmoid_bias is given. A number that is not finite is None.
+        backend.sigmoid_bias is given. A number that is not finite is None. config_dir: a folder with YAML files of your
+        own, which the overrides may choose.
 
         Raises :class:`BadInput` for an override that does not fit, or a corpus of another vocabulary;
         :class:`IntegrityError` where no data are given, and the run's own are not what they were.
@@ -160,7 +161,7 @@ class LoadedRun:
         from xattn.pack import choose_attention
         from xattn.training.programs import hyperparameters
 
-        config = xattn.config.amend(self.config, overrides, may_differ=MAY_DIFFER)
+        config = xattn.config.amend(self.config, overrides, may_differ=MAY_DIFFER, config_dir=config_dir)
         given = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
         own = self.config.backend
         bias_keys = {kind: f"{group_of(kind)}.sigmoid_bias" for kind in own.kinds}

@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -214,7 +215,7 @@ def _speed(axis: str, mesh: dict[str, int], hardware: Hardware) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(argv)
-    config = compose(options.overrides)
+    config = compose(options.overrides, config_dir=options.config_dir)
     vocab_size = options.vocab_size or vocab_size_of(config.data)
     config = sized(config, vocab_size)
     hardware = HARDWARE[options.device] if options.device else _here()
@@ -233,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="xattn plan", description="What a run will cost, before it is started.")
     parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
+    parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="with YAML files of your own, as conf/ is")
     parser.add_argument("--device", choices=sorted(HARDWARE), help="default: what is here")
     parser.add_argument(
         "--devices", type=whole(1), metavar="N", help="how many; the group `parallel` says how they share"

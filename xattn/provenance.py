@@ -17,10 +17,12 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+from xattn import entry
 from xattn.backend import activations
+from xattn.section import CONF
 from xattn.tracking.wandb import run_id
 
-_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
 _PACKAGES = [
     *("xattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
     *("hydra-core", "omegaconf", "pydantic", "wandb", "tokenizers"),
@@ -39,12 +41,13 @@ def versions() -> dict[str, str]:
 
 
 def source_sha256() -> str:
-    """SHA-256 over the names and bytes of the package's modules and of conf's YAML files."""
+    """SHA-256 over the names and bytes of the package's modules and of conf's YAML files, in a clone as installed."""
     digest = hashlib.sha256()
-    files = [*(_ROOT / "xattn").rglob("*.py"), *(_ROOT / "conf").rglob("*.yaml")]
-    for file in sorted(files):
+    files = {Path("conf") / file.relative_to(CONF): file for file in CONF.rglob("*.yaml")}
+    files |= {Path("xattn") / file.relative_to(_PACKAGE): file for file in _PACKAGE.rglob("*.py")}
+    for name, file in sorted(files.items()):
         content = file.read_bytes()
-        digest.update(f"{file.relative_to(_ROOT).as_posix()}\0{len(content)}\0".encode())
+        digest.update(f"{name.as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
 
@@ -94,7 +97,7 @@ def provenance() -> dict[str, Any]:
         "versions": versions(),
         "source_sha256": source_sha256(),
         "host": socket.gethostname(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": f"{entry.program()} {shlex.join(sys.argv[1:])}".strip(),
         "cwd": os.getcwd(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "wandb_id": run_id(),
@@ -109,10 +112,11 @@ def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[st
 
 
 def _git(*arguments: str) -> str | None:
-    if not (_ROOT / ".git").exists():
+    root = _PACKAGE.parent
+    if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

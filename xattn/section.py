@@ -1,6 +1,12 @@
 """The base of every config section: frozen, complete, and strict about what a YAML value may become."""
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict
+
+_PACKAGE = Path(__file__).resolve().parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""The YAML files: inside the package in an installation, beside it in a clone."""
 
 
 class Section(BaseModel):

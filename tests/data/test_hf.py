@@ -119,5 +119,5 @@ def test_a_dataset_that_cannot_be_found_is_bad_input() -> None:
 
 def test_without_the_library_the_extra_is_named(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(BadInput, match=r"data=hf needs the extra hf: pip install 'xattn\[hf\]'"):
+    with pytest.raises(BadInput, match=r"^data=hf needs the extra hf: pip install (-e )?\".*\[hf\]\""):
         load_corpus(hf_config(dataset=saved), 4)

@@ -20,7 +20,7 @@ from xattn.arguments import Parser
 from xattn.bench.record import write_record
 from xattn.errors import XattnError
 
-_TRAIN = Path(__file__).resolve().parent.parent.parent / "train.py"
+_TRAIN = [sys.executable, "-m", "xattn.cli", "train"]
 _PATIENCE = 600
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _seconds_to_first_step(overrides: Sequence[str], folder: Path, name: str) -> float:
     run = folder / name
     pace = ["trainer.steps=1000000", "trainer.log_every=1", "trainer.eval_every=1000000", "tracking.wandb.mode=offline"]
-    command = [sys.executable, str(_TRAIN), *overrides, *pace, f"hydra.run.dir={run}"]
+    command = [*_TRAIN, *overrides, *pace, f"hydra.run.dir={run}"]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     log = (folder / f"{name}.log").open("w", encoding="utf-8")
     began = time.perf_counter()

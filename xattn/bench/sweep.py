@@ -29,7 +29,7 @@ from xattn.bench.record import write_record
 from xattn.errors import BadInput, XattnError
 from xattn.tracking.display import Screen
 
-_TRAIN = Path(__file__).resolve().parent.parent.parent / "train.py"
+_TRAIN = [sys.executable, "-m", "xattn.cli", "train"]
 # Four layers of width 128, 64 tokens, 12 rows: a model too small to fill a GPU.
 _SMALL = ["model.num_layers=4", "model.embedding_dim=128", "backend.context_length=64", "trainer.batch_size=12"]
 
@@ -94,11 +94,11 @@ def _sweep(options: argparse.Namespace) -> dict[str, Any]:
 def _seconds(overrides: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> float:
     cwd.mkdir()
     began = time.perf_counter()
-    command = [sys.executable, str(_TRAIN), *overrides]
+    command = [*_TRAIN, *overrides]
     done = subprocess.run(command, cwd=cwd, env=os.environ | dict(environment), capture_output=True, text=True)
     seconds = time.perf_counter() - began
     if done.returncode != 0:
-        raise XattnError(f"python train.py {' '.join(overrides)} left with {done.returncode}: {done.stderr[-500:]}")
+        raise XattnError(f"xattn train {' '.join(overrides)} left with {done.returncode}: {done.stderr[-500:]}")
     return seconds
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple, Protocol, cast
 from xattn.data.config import HFConfig
 from xattn.data.finding import Found, sha256_of_files, some
 from xattn.data.formats import UNREADABLE, Format, look, look_before, open_unpacked, unreadable
-from xattn.errors import BadInput
+from xattn.errors import BadInput, needs_extra
 
 PIECE_BYTES = 32 * 2**20  # of a file, about; a piece is what is tokenised again after a kill
 PIECE_ROWS = 20_000
@@ -351,7 +351,7 @@ def _optional(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise BadInput(f"{what} needs the extra hf: pip install 'xattn[hf]' ({error})") from error
+        raise needs_extra(what, "hf", error) from error
 
 
 def _some(names: Sequence[str]) -> str:

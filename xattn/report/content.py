@@ -361,7 +361,7 @@ def _runs(found: Answer) -> Iterator[Block]:
     shared = [word for word in runs[0].overrides if all(word in run.overrides for run in runs)]
     (program, _) = programs.most_common(1)[0]
     yield Paragraph("The command of one run, to which each run adds its own words:")
-    yield Table(["command"], [[f"{shlex.join(['python', program, *shared])} …"]], code=["command"])
+    yield Table(["command"], [[f"{program} {shlex.join(shared)}".strip() + " …"]], code=["command"])
     metrics = {run.folder: each.metric for each in (*found.comparisons, *found.alone) for run in each.runs}
     names = {metric.name for metric in metrics.values()} or {CHOSEN_BY}
     rows = []
@@ -369,7 +369,7 @@ def _runs(found: Answer) -> Iterator[Block]:
         commit = (run.provenance.get("git_commit") or "none")[:10]
         dirty = " (dirty)" if run.provenance.get("git_dirty") else ""
         own = shlex.join(word for word in run.overrides if word not in shared)
-        words = own if run.program == program else f"python {run.program} … {own}"
+        words = own if run.program == program else f"{run.program} … {own}"
         rows.append([run.name, words, run.status, _result(run, metrics.get(run.folder), names), commit + dirty])
     columns = ["folder", "its own words", "status", *(names if len(names) == 1 else ["result"]), "commit"]
     yield Table(columns, rows, words=["folder"], code=["its own words"], folders="folder")

@@ -10,19 +10,15 @@ from typing import Any
 import yaml
 
 from xattn.report.read import flatten
+from xattn.section import CONF
 
-_CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 
-
-def conf_defaults(conf: Path = _CONF) -> dict[str, Any]:
-    """Dotted key → default value. Empty where conf/ is not beside the package, as in an installation without it.
+def conf_defaults(conf: Path = CONF) -> dict[str, Any]:
+    """Dotted key → default value.
 
     Knows what conf/ uses of Hydra's defaults lists: ``- group: choice`` in config.yaml, ``[file, _self_]`` in a choice.
     """
-    root = conf / "config.yaml"
-    if not root.is_file():
-        return {}
-    tree = yaml.safe_load(root.read_text("utf-8"))
+    tree = yaml.safe_load((conf / "config.yaml").read_text("utf-8"))
     values: dict[str, Any] = {}
     for entry in tree.pop("defaults"):
         if isinstance(entry, Mapping):

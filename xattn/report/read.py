@@ -78,15 +78,18 @@ class Run:
 
     @property
     def program(self) -> str:
-        """The file that was run: train.py, or the user's own that registered an activation."""
+        """The words that started it: ``xattn train``, ``python train.py``, or a script that registered something."""
         own = self.provenance.get("registered") or {}
         words = self.provenance.get("command", "").split()
-        return next((word for word in words if Path(word).name in own), next(iter(own), "train.py"))
+        if words[:2] == ["xattn", "train"]:
+            return "xattn train"
+        file = next((word for word in words if Path(word).name in own), next(iter(own), "train.py"))
+        return shlex.join(["python", file])
 
     @property
     def command(self) -> str:
         """What was typed for this run, on a line that a shell takes."""
-        return shlex.join(["python", self.program, *self.overrides])
+        return f"{self.program} {shlex.join(self.overrides)}".strip()
 
     @property
     def tokens_per_step(self) -> int | None:

@@ -24,7 +24,7 @@ from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validat
 import xattn.config
 from xattn import run_folder
 from xattn.config import Config
-from xattn.errors import BadInput, ExitCode
+from xattn.errors import BadInput, ExitCode, needs_extra
 from xattn.keys import naming, naming_before_matmul_precision
 from xattn.section import Section
 from xattn.signals import interruption
@@ -219,7 +219,7 @@ def _study(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
-        raise BadInput(f"hydra/sweeper=optuna: needs the extra tune (pip install 'xattn[tune]'): {error}") from error
+        raise needs_extra("hydra/sweeper=optuna", "tune", error) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     dimensions = {key: dimension.model_dump() for key, dimension in space.items()}

@@ -19,7 +19,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 import xattn.config
 from xattn.config import Config, hashed_values
-from xattn.errors import BadInput, IntegrityError
+from xattn.errors import BadInput, IntegrityError, needs_extra
 from xattn.model.initial import read_json, shards, weights_sha256
 from xattn.section import Section
 
@@ -305,7 +305,7 @@ def _opened(path: Path) -> Iterator[Any]:
         import ml_dtypes  # noqa: F401 — makes bfloat16 a dtype of NumPy, without which safetensors cannot read it
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise BadInput("safetensors is not installed: pip install 'xattn[hf]'") from error
+        raise needs_extra("reading safetensors", "hf", error) from error
     try:
         with safe_open(path, framework="np") as file:
             yield file

@@ -1,5 +1,6 @@
-"""What ``python train.py`` does: parse, compose, run. A file of your own that registers an activation does the same by
-calling :func:`main`.
+"""What ``python train.py`` and ``xattn train`` do: parse, compose, run.
+
+A script of your own that registers an activation calls :func:`main`, as ``xattn.main()``, and does the same.
 
 No jax is imported before the config is valid and the run folder is known to need it.
 """
@@ -12,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
@@ -116,14 +118,19 @@ def _folder(config: Config, made: Path) -> Path:
     return folder
 
 
-def main() -> NoReturn:
-    """Carries out the command line, and leaves with the exit code.
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Carries out a command line as ``python train.py`` does, and exits with its code.
 
-    A first word that is a command of ``xattn`` (``sample RUN``) is carried out as that, with what this process has
-    registered.
+    What the calling script has registered can be chosen in it.
+
+    Args:
+        argv: the words after the program's name. By default they are those of this process; if the first of these is a
+            command of ``xattn`` (``sample RUN``), that command is carried out instead.
     """
     entry.open_streams()
-    if len(sys.argv) > 1 and cli.is_command(sys.argv[1]):
+    if argv is not None:
+        sys.argv[1:] = argv  # Hydra reads them there
+    elif len(sys.argv) > 1 and cli.is_command(sys.argv[1]):
         sys.exit(cli.main(sys.argv[1:]))
     _leave(_train())
 
@@ -132,6 +139,9 @@ def _train() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a sample of text may not stop a run on an ASCII screen
+    if sys.argv[1:] == ["--version"]:  # Hydra would print its own
+        print(f"xattn {version('xattn')}")
+        return ExitCode.DONE
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them, and we explain them
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     if "--resolve" in sys.argv:
@@ -145,6 +155,7 @@ def _train() -> int:
                 f"-m: a sweep over several processes ({here.told_by} = {here.count}); start one run by them, or sweep "
                 f"by a launcher\n{here.if_alone}"
             )
+        xattn.config.check_folders(sys.argv[1:])
         _refuse(sys.argv[1:], sweeps=sweeps)
         with interruption.listening():
             train()
