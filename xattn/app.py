@@ -142,11 +142,14 @@ def _train() -> int:
     if sys.argv[1:] == ["--version"]:  # Hydra would print its own
         print(f"xattn {version('xattn')}")
         return ExitCode.DONE
+    if len(sys.argv) == 3 and sys.argv[1] in ("--help", "-h") and "=" not in sys.argv[2]:
+        return cli.main(["explain", sys.argv[2]])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them, and we explain them
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     if "--resolve" in sys.argv:
         Hydra.get_sanitized_hydra_cfg = staticmethod(_resolved_hydra_cfg)  # type: ignore[method-assign]
     xattn.config.register_resolvers()
+    OmegaConf.register_new_resolver("values", _values, replace=True)
     try:
         entry.check_working_directory()
         sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
@@ -176,6 +179,14 @@ def _train() -> int:
         entry.tell(refusal)
         return refusal.exit_code
     return _codes[-1] if _codes else study.exit_code()
+
+
+def _values(*, _root_: DictConfig) -> str:
+    """The config as ``--help`` shows it: ``${values:}``, in which Hydra then looks for ``$NAME``."""
+    from xattn.explain import annotated
+
+    ours = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
+    return annotated(OmegaConf.to_yaml(ours)).replace("$", "$$")
 
 
 def _refuse(arguments: Sequence[str], *, sweeps: bool) -> None:

@@ -28,6 +28,7 @@ _COMMANDS = {
     "bench start": ("xattn.bench.start", "seconds from the command to the first step, cold and warm"),
     "bench checkpoints": ("xattn.bench.checkpoints", "what saving costs a run, and how long a save takes"),
     "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one; packs against a run alone"),
+    "explain": ("xattn.explain", "what a key of the config means, may be, and is by default"),
     "plan": ("xattn.plan", "what a run will cost in memory and time, here or on other devices"),
     "launch": ("xattn.launch", "one run over several processes of this machine"),
     "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),

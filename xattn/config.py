@@ -42,13 +42,7 @@ PathName = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Config(Section):
-    """Everything that a run is made from.
-
-    seed: of initialisation, data order and dropout.
-    study: the set of runs that this one belongs to; a folder below ``outputs/``.
-    resume: ``auto`` shows the result of a finished run and goes on with any other; ``never`` moves what is there aside
-        and begins anew.
-    """
+    """Everything that a run is made from."""
 
     backend: BackendConfig
     model: ModelConfig
@@ -61,9 +55,15 @@ class Config(Section):
     parallel: ParallelConfig
     sweep: SweepConfig
     finding: FindingConfig | None
+    """A claim that the study is to show; null without one."""
     seed: int = Field(ge=0, lt=2**32)
+    """Seed of initialisation, data order and dropout."""
     study: str = Field(pattern=PathName, max_length=100)
+    """The set of runs that this one belongs to; a folder below ``outputs/``."""
     resume: Literal["auto", "never"]
+    """``auto`` shows the result of a finished run and continues any other; ``never`` moves an earlier run aside and
+    starts over.
+    """
 
 
 def hashed_values(config: Config) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def _check_keys(finding: FindingConfig, config: Config) -> None:
 
 def _having(group: str, name: str, arguments: Sequence[str] = ()) -> list[str]:
     """The choices of a group that have this key."""
-    texts = {choice: file.read_text("utf-8") for choice, file in _options(group, arguments).items()}
+    texts = {choice: file.read_text("utf-8") for choice, file in choices_in(group, arguments).items()}
     return [f"{group}={choice}" for choice, text in texts.items() if name in (yaml.safe_load(text) or {})]
 
 
@@ -464,7 +464,7 @@ def _no_such_choice(error: MissingConfigException, options: Sequence[str], argum
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     asked_by = re.match(r"In '([^']+)'", str(error))
     where = "" if asked_by is None or asked_by[1] in ("config", "hydra/config") else f"{asked_by[1]}.yaml: "
-    others = [other for other in _WITH_PRESETS if other != group and choice in _options(other, arguments)]
+    others = [other for other in _WITH_PRESETS if other != group and choice in choices_in(other, arguments)]
     elsewhere = f" (did you mean {others[0]}={choice}?)" if group in _WITH_PRESETS and others else ""
     near = elsewhere or _nearest(choice, options)
     return f"{where}{group} = {choice}: no such choice{near}; allowed: {', '.join(options)}"
@@ -474,14 +474,14 @@ def _no_choice_at_all(overrides: Sequence[str]) -> str | None:
     """For a group that is given null, a number, a list or a mapping, of which Hydra names none."""
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
-        options = _options(group, overrides)
+        options = choices_in(group, overrides)
         if options and re.fullmatch(r"null|true|false|[-+.\d{\[].*", value, re.IGNORECASE):
             hint = " (leave it out for none)" if override == "experiment=null" else ""
             return f"{group} = {value}: no such choice{hint}; allowed: {', '.join(options)}"
     return None
 
 
-def _options(group: str, arguments: Sequence[str] = ()) -> dict[str, Path]:
+def choices_in(group: str, arguments: Sequence[str] = ()) -> dict[str, Path]:
     """The choices of a group, each with its file, in conf/ and in the ``--config-dir`` of the arguments; none where it
     is no group."""
     if not re.fullmatch(r"[a-z_]+(/[a-z_]+)*", group):
@@ -572,6 +572,11 @@ def _nearest_key(key: str, overrides: Sequence[str]) -> str:
     except COMPOSITION_ERRORS:
         known = _composed(())
     keys = [k for k, _ in flatten(OmegaConf.to_container(known, resolve=False))] + [str(k) for k in known]
+    return nearest_of(key, keys)
+
+
+def nearest_of(key: str, keys: Sequence[str]) -> str:
+    """`` (did you mean KEY?)`` with the key that is most like this one; empty where none is like it."""
 
     def likeness(candidate: str) -> float:
         """Mostly of the last word: a person forgets or mistakes the group more often than the key."""

@@ -13,6 +13,9 @@ class Section(BaseModel):
     """A frozen group of validated settings.
 
     Unknown keys, NaN, infinities and values of another type are errors; only an integer is taken where a float is due.
+    The text below a field is its documentation, which `xattn explain` prints.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+    )

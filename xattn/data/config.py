@@ -14,23 +14,26 @@ Documents = Literal["joined", "separated", "packed"]
 
 
 class Tokenised(Section):
-    """What every corpus of text has.
-
-    validation_fraction: the share that is held out.
-    tokenizer: ``bytes``, ``bpe`` (byte-level BPE of vocab_size entries, trained on the corpus), or the path of a
-        tokenizer.json or of a .tiktoken file of ranks, which goes with a tiktoken_pattern.
-    documents: ``joined`` end to end; ``separated`` by an end-of-text token before each; ``packed``: separated, and
-        tokens of different documents don't attend to each other.
-    end_of_text: its name in a tokenizer.json; null takes the first of the usual names that the file has. ``bytes`` and
-        ``bpe`` have their own.
-    """
+    """What every corpus of text has."""
 
     validation_fraction: ValidationFraction
+    """Share that is held out."""
     tokenizer: str = Field(min_length=1)
+    """``bytes``, ``bpe`` (byte-level BPE of vocab_size entries, trained on the corpus), or the path of a tokenizer.json
+    or a .tiktoken file of ranks, which needs a tiktoken_pattern.
+    """
     vocab_size: int = Field(ge=257, le=2**24)
+    """Entries of ``bpe``; other tokenizers have their own."""
     tiktoken_pattern: Literal["gpt2", "cl100k", "o200k"] | None
+    """How a .tiktoken file splits text: ``gpt2`` (also r50k and p50k), ``cl100k`` or ``o200k``; null without one."""
     documents: Documents
+    """``joined`` puts documents end to end; ``separated`` puts an end-of-text token before each; ``packed`` is
+    separated, and tokens of different documents do not attend to each other.
+    """
     end_of_text: str | None
+    """Name of the end-of-text token in a tokenizer.json; null takes the first of the usual names that the file has.
+    ``bytes`` and ``bpe`` have their own.
+    """
 
     @model_validator(mode="after")
     def _names_go_with_their_file(self) -> Self:
@@ -51,26 +54,27 @@ class PythonStdlibConfig(Tokenised):
 
 
 class TextConfig(Tokenised):
-    """``data=text``: files of your own.
-
-    path: a file, a folder (all files below it) or a glob; files are joined in sorted order, each once. ``.jsonl``: a
-        document a line; ``.parquet``: a document a row; any other file is one document of text. Text and ``.jsonl`` may
-        be packed. What is no text is refused; of a folder it is left out, as its hidden files and folders are.
-    field: the name of the text in each line or row.
-    validation_fraction: of the tokens, at the end.
-    """
+    """``data=text``: files of your own. ``validation_fraction`` is a share of the tokens, at the end."""
 
     name: Literal["text"]
     path: str = Field(min_length=1)
+    """A file, a folder (all files below it) or a glob; files are joined in sorted order, each once. ``.jsonl`` has a
+    document per line, ``.parquet`` one per row; any other file is one document of text. A single file that is no text
+    is refused; in a folder it is left out, and so are hidden files and folders. Text and ``.jsonl`` may be compressed.
+    """
     field: str = Field(min_length=1)
+    """Name of the text in each line of ``.jsonl`` or row of ``.parquet``."""
 
 
 class MixtureSource(Section):
-    """path and field: as of ``data=text``. weight: its share of the windows is weight / Σ weights."""
+    """One source of ``data=mixture``."""
 
     path: str = Field(min_length=1)
+    """As data.path of ``data=text``."""
     weight: PositiveFloat
+    """Its share of the windows is weight / Σ weights."""
     field: str = Field(default="text", min_length=1)
+    """As data.field of ``data=text``."""
 
 
 def _some_sources(sources: tuple[MixtureSource, ...]) -> tuple[MixtureSource, ...]:
@@ -85,43 +89,49 @@ class MixtureConfig(Tokenised):
 
     name: Literal["mixture"]
     sources: Annotated[tuple[MixtureSource, ...], Field(strict=False), AfterValidator(_some_sources)]
+    """A list of mappings, [{path: a.txt, weight: 3}, …]."""
 
 
 class HFConfig(Tokenised):
-    """``data=hf``: a dataset of Hugging Face's ``datasets``, a document a row.
-
-    dataset: its name on the hub, or a local folder. subset, split, revision: which part and version. streaming: read it
-        as a stream. max_documents: the first so many, or null for all.
-    """
+    """``data=hf``: a dataset of Hugging Face's ``datasets``, one document per row."""
 
     name: Literal["hf"]
     dataset: str = Field(min_length=1)
+    """Its name on the hub, or a local folder."""
     subset: str | None
+    """Which of the dataset's configurations; null takes the default one."""
     split: str = Field(min_length=1)
+    """Which split, such as ``train``."""
     revision: str | None
+    """A branch, tag or commit of the dataset; null takes the default branch."""
     field: str = Field(min_length=1)
+    """Name of the column that has the text."""
     streaming: bool
+    """Whether the dataset is read as a stream."""
     max_documents: PositiveInt | None
+    """How many documents to read, from the first; null reads all."""
 
 
 class MemmapConfig(Section):
-    """``data=memmap``: token ids that are there already, in nanoGPT's layout.
-
-    path: a folder with train and val as ``.bin`` or ``.npy``, or one such file, the end of which is held out.
-    dtype: of a ``.bin``, little-endian. vocab_size: ids are below it.
-    tokenizer: the tokenizer.json that made the ids, for text and bits per byte, or null.
-    documents: ``packed`` keeps tokens of different documents from attending to each other; the id end_of_text then
-        stands between them.
-    """
+    """``data=memmap``: token ids that are there already, in nanoGPT's layout."""
 
     name: Literal["memmap"]
     path: str = Field(min_length=1)
+    """A folder with train and val as ``.bin`` or ``.npy``, or one such file, the end of which is held out."""
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"]
+    """Type of the numbers in a ``.bin``, little-endian."""
     vocab_size: PositiveInt
+    """All ids are below it."""
     tokenizer: str | None
+    """The tokenizer.json that made the ids, which text and bits per byte need; null without one."""
     documents: Literal["joined", "packed"]
+    """``packed`` keeps tokens of different documents from attending to each other; the id end_of_text then stands
+    between them.
+    """
     end_of_text: int | None = Field(ge=0)
+    """Id of the token between documents; null without one."""
     validation_fraction: ValidationFraction
+    """Share of a single file that is held out."""
 
     @model_validator(mode="after")
     def _packed_needs_a_border(self) -> Self:

@@ -16,16 +16,15 @@ VocabSize = Annotated[int, Field(ge=8, le=2**24)]
 
 
 class MQARConfig(Section):
-    """``data=mqar``: multi-query associative recall.
-
-    num_pairs: keys with their values, each asked for once; at most context_length / 4. vocab_size: the lower half are
-    keys, the upper half values. filler: what stands between the queries, ``random`` tokens or ``zeros``.
-    """
+    """``data=mqar``: multi-query associative recall."""
 
     name: Literal["mqar"]
     vocab_size: VocabSize
+    """Number of different tokens; the lower half are keys, the upper half values."""
     num_pairs: PositiveInt
+    """Keys with their values, each asked for once; at most context_length / 4."""
     filler: Literal["random", "zeros"] = "random"
+    """What stands between the queries."""
 
 
 class InductionConfig(Section):
@@ -33,6 +32,7 @@ class InductionConfig(Section):
 
     name: Literal["induction"]
     vocab_size: VocabSize
+    """Number of different tokens."""
 
 
 class CopyingConfig(Section):
@@ -40,22 +40,27 @@ class CopyingConfig(Section):
 
     name: Literal["copying"]
     vocab_size: VocabSize
+    """Number of different tokens."""
 
 
 class SelectiveCopyingConfig(Section):
-    """``data=selective_copying``: num_tokens tokens among noise, a separator, and the tokens without the noise."""
+    """``data=selective_copying``: tokens among noise, a separator, and the tokens without the noise."""
 
     name: Literal["selective_copying"]
     vocab_size: VocabSize
+    """Number of different tokens."""
     num_tokens: PositiveInt
+    """Tokens to copy; at most context_length / 2."""
 
 
 class PasskeyConfig(Section):
-    """``data=passkey``: key_length random tokens somewhere in repetitive filler, asked for at the end."""
+    """``data=passkey``: a key somewhere in repetitive filler, asked for at the end."""
 
     name: Literal["passkey"]
     vocab_size: VocabSize
+    """Number of different tokens."""
     key_length: PositiveInt
+    """Tokens of the key; at most context_length / 2 − 1."""
 
 
 TaskConfig = MQARConfig | InductionConfig | CopyingConfig | SelectiveCopyingConfig | PasskeyConfig

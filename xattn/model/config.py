@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
-    PlainValidator,
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
@@ -16,7 +18,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from xattn.backend import activations, dispatch
 from xattn.backend.activations import QKPreActivation
@@ -25,65 +28,70 @@ from xattn.section import Section
 
 
 class ModelConfig(Section):
-    """The group ``model``: a pre-norm decoder.
-
-    num_layers, num_heads, embedding_dim: depth, query heads, width D. The head width is embedding_dim / num_heads.
-    num_kv_heads: key/value heads, a divisor of num_heads; null means num_heads.
-    mlp: ``gelu`` (two matrices) or ``swiglu`` (three).
-    mlp_dim: hidden width of the MLP.
-    norm: ``rmsnorm`` or ``layernorm``; neither has a bias.
-    norm_eps: added to the mean square, or the variance, under the root of every norm: those of the layers, the last one
-        and those of queries and keys.
-    norm_placement: ``pre`` is x + attn(LN(x)); ``hybrid`` is x + LN₂(attn(LN₁(x))). The MLP's norm is always before it.
-    qk_norm: ``rmsnorm`` normalises each query and key head before the pre-activation; ``none`` does not.
-    layer_scale: initial value of a learned factor a channel on each residual branch; null means no such factor.
-    dropout: probability with which an element of each residual branch is dropped in training.
-    embeddings: ``tied`` uses the token embedding as the output projection, ``untied`` has one of its own.
-    layers: ``scanned`` compiles one layer and loops over it, ``unrolled`` compiles each. Same parameters, same result.
-    remat: what of a layer is computed again in the backward pass, to save memory: ``none``; ``full``, all but its
-        input; ``dots``, all but its projections (attention, norms and elementwise functions). The layers are then
-        looped over in any case: unrolled, XLA may undo it.
-    dtype: of activations and of attention's products. Parameters, norms' statistics, attention weights and the loss are
-        float32.
-    matmul_precision: of the projections and their gradients. ``default``: as the device multiplies dtype, which for
-        float32 is TF32 on NVIDIA and bfloat16 on a TPU. ``bfloat16``: factors rounded to it, sums in float32.
-    init_from: a Llama folder whose weights the run starts from, in place of random ones; null means random.
-    conv: width of a causal depthwise convolution on queries, keys and values, before their norm; null means none.
-    value_residual: ``first`` mixes the first layer's values into those of each later one, v ← λ v + μ v¹, with learned
-        λ and μ (arXiv 2410.17897).
-    exclusive: takes out of each head's output what is along the token's own value (arXiv 2603.09078).
-    output_norm: ``rmsnorm`` normalises each head's output.
-    output_gate: multiplies the heads' output by σ(W x): ``head`` has a number a head, ``channel`` one a channel
-        (arXiv 2505.06708).
-    parameters: the number of parameters that mlp_dim is chosen for, whatever mlp_dim says; null means mlp_dim counts.
-    """
+    """The group ``model``: a decoder whose blocks are attention and an MLP, each on a residual branch."""
 
     num_layers: PositiveInt
+    """Number of layers."""
     num_heads: PositiveInt
+    """Query heads of a layer. A head is embedding_dim / num_heads channels wide."""
     num_kv_heads: PositiveInt | None
+    """Key and value heads, a divisor of num_heads; null means num_heads."""
     embedding_dim: PositiveInt
+    """Width D of the residual stream."""
     mlp: Literal["gelu", "swiglu"]
+    """``gelu`` has two matrices, ``swiglu`` three."""
     mlp_dim: PositiveInt
+    """Hidden width of the MLP."""
     norm: Literal["rmsnorm", "layernorm"]
+    """Which norm stands before, and with ``hybrid`` also after, attention; neither has a bias."""
     norm_eps: float
+    """Added to the mean square, or the variance, under the root of every norm."""
     norm_placement: Literal["pre", "hybrid"]
+    """``pre`` is x + attn(LN(x)); ``hybrid`` is x + LN₂(attn(LN₁(x))). The MLP's norm always comes before it."""
     qk_norm: Literal["none", "rmsnorm"]
+    """``rmsnorm`` normalises each query and key head before the pre-activation."""
     layer_scale: PositiveFloat | None
+    """Initial value of a learned factor per channel on each residual branch; null means no factor."""
     dropout: Annotated[float, Field(ge=0, lt=1)]
+    """Probability with which an element of each residual branch is dropped in training."""
     embeddings: Literal["tied", "untied"]
+    """``tied`` uses the token embedding as the output projection, ``untied`` has a separate one."""
     layers: Literal["scanned", "unrolled"]
+    """``scanned`` compiles one layer and loops over it, ``unrolled`` compiles each. Parameters and results are the
+    same.
+    """
     remat: Literal["none", "full", "dots"]
+    """What the backward pass computes again to save memory: ``full`` is all of a layer but its input; ``dots`` is all
+    but its projections. The layers are then looped over in any case, since XLA may undo it in unrolled ones.
+    """
     dtype: Literal["float32", "bfloat16"]
+    """Type of the activations and of attention's products. Parameters, norm statistics, attention weights and the loss
+    are float32.
+    """
     matmul_precision: Literal["default", "bfloat16"]
+    """Precision of the projections and their gradients. ``default`` multiplies as the device does in dtype, which for
+    float32 is TF32 on NVIDIA and bfloat16 on a TPU; ``bfloat16`` rounds the factors to it and sums in float32.
+    """
     init_from: Initial | None
+    """A Llama folder (config.json, .safetensors) whose weights the run starts from; null means random weights."""
     conv: Annotated[int, Field(ge=2)] | None
+    """Width of a causal depthwise convolution on queries, keys and values, before their norm; null means none."""
     value_residual: Literal["none", "first"]
+    """``first`` mixes the first layer's values into those of each later layer: v ← λ v + μ v¹ with learned λ and μ
+    (arXiv 2410.17897).
+    """
     exclusive: bool
+    """Whether the part along the token's own value is removed from each head's output (arXiv 2603.09078)."""
     output_norm: Literal["none", "rmsnorm"]
+    """``rmsnorm`` normalises each head's output."""
     output_gate: Literal["none", "head", "channel"]
+    """Multiplies the heads' output by σ(W x): ``head`` has one number per head, ``channel`` one per channel (arXiv
+    2505.06708).
+    """
     parameters: PositiveInt | None
+    """Number of parameters to choose mlp_dim for, whatever mlp_dim says; null keeps mlp_dim."""
 
-    @field_validator("init_from", mode="before")
+    @field_validator("init_from", mode="before", json_schema_input_type=str | Initial | None)
     @classmethod
     def _of_a_path(cls, value: Any) -> Any:
         """What a person types is a path; config.yaml has what became of it."""
@@ -124,18 +132,25 @@ class ModelConfig(Section):
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
-def _one_of(names: Callable[[], tuple[str, ...]]) -> PlainValidator:
-    """As a Literal of the names that there are when a value is judged: a user's own file may add some."""
+@dataclass(frozen=True)
+class OneOf:
+    """A Literal whose names are looked up when a value is validated, since a script may have registered some."""
 
-    def checked(value: Any) -> Any:
-        if value in names():
+    names: Callable[[], tuple[str, ...]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(self.names())}
+
+    def _checked(self, value: Any) -> Any:
+        if value in self.names():
             return value
-        *others, last = (repr(name) for name in names())
+        *others, last = (repr(name) for name in self.names())
         raise PydanticCustomError(
             "literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"}
         )
-
-    return PlainValidator(checked)
 
 
 def group_of(kind: str) -> str:
@@ -146,18 +161,18 @@ def group_of(kind: str) -> str:
 class LayerConfig(Section):
     """The keys of ``backend`` that a kind of layer has of its own."""
 
-    activation: Annotated[str, _one_of(activations.names)]
+    activation: Annotated[str, OneOf(activations.names)]
     """Function from attention logits to weights."""
     qk_pre_activation: QKPreActivation
     """Function applied to queries and keys before RoPE; ``silu`` is another name of ``swish``."""
     theta: PositiveFloat
     """RoPE's wavelength base; angle = position · theta^(−2i/DHQK)."""
     sigmoid_bias: Literal["auto", "learned"] | float
-    """``auto`` is −log(context_length); a number is itself; ``learned`` is a scalar a head, from −log n."""
+    """``auto`` is −log(context_length); a number is itself; ``learned`` is a scalar per head that starts at −log n."""
     window: PositiveInt | None
     """A token attends to itself and to the window − 1 tokens before it; null means to all before it."""
     decay: Literal["none", "alibi", "retnet", "learned", "input"]
-    """How what is past fades; ℓ is the log of what is left of it after a token, one for each key/value head.
+    """How the past fades; ℓ is the log of what is left of it after a token, one number per key/value head.
 
     ``alibi``: ℓ = −m_h, the slopes of arXiv 2108.12409. ``retnet``: ℓ = log(1 − 2^(−5−h)) (arXiv 2307.08621).
     ``learned``: ℓ = log σ(b_h). ``input``: ℓ = log σ(w_h · x + b_h) of the layer's normed input x.
@@ -167,13 +182,13 @@ class LayerConfig(Section):
     rotary_fraction: Annotated[float, Field(ge=0, le=1)]
     """Share of a head's channels that RoPE rotates, the first ones; 0 is NoPE."""
     sink: Literal["none", "zero", "learned"]
-    """One more term e^z in softmax's sum, without a value: z is 0, or a learned scalar a head."""
+    """One more term e^z in softmax's sum, which has no value: z is 0, or a learned scalar per head."""
     logit_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """A factor on the logits besides 1/√DHQK."""
-    implementation: Annotated[str, _one_of(dispatch.names)]
+    """A factor on the logits, besides 1/√DHQK."""
+    implementation: Annotated[str, OneOf(dispatch.names)]
     """A row of the dispatch table (xattn/backend/dispatch.py), or ``auto``."""
 
-    @field_validator("qk_pre_activation", mode="before")
+    @field_validator("qk_pre_activation", mode="before", json_schema_input_type=Literal["none", "swish", "silu"])
     @classmethod
     def _silu_is_swish(cls, value: Any) -> Any:
         return "swish" if value == "silu" else value
@@ -191,7 +206,7 @@ _KEYS = tuple(LayerConfig.model_fields)
 
 
 class BackendConfig(LayerConfig):
-    """The group ``backend``. With ``every: k`` the layers k, 2k, 3k, … (counted from 1) take the keys of ``then``.
+    """The group ``backend``: the layers' attention.
 
     A pattern that changes no layer, or all of them (k = 1), is read as what it is: a backend of one kind.
     """
@@ -199,8 +214,9 @@ class BackendConfig(LayerConfig):
     context_length: PositiveInt
     """Sequence length of training, in tokens; also the n of pointwise activations, as in sigmoid's bias −log n."""
     every: PositiveInt | None
+    """Layers k, 2k, 3k, … (counted from 1) take the keys of ``then``; null means that all layers are alike."""
     then: LayerConfig | None
-    """All keys of those layers; config.yaml has the ones that differ from the backend's own."""
+    """What those layers have in place of the backend's keys, such as {activation: softmax}; null with no pattern."""
 
     @property
     def kinds(self) -> dict[str, BackendConfig]:

@@ -42,28 +42,32 @@ ThresholdText = Annotated[str, AfterValidator(_is_threshold)]
 
 
 class Contrast(Section):
-    """A number that a claim is about, a mean over seeds, and what it has to be.
-
-    name: what the page calls it. metric: a number of summary.json.
-    of: dotted key → the value that runs have with it, or a list of values. Runs that differ in other keys besides the
-        seed are averaged.
-    minus: the same, of runs whose number is subtracted, seed by seed; a key that it leaves out has the value in ``of``.
-        null: nothing is subtracted.
-    over: a key with several values in these runs. reduced: what is taken of its values: ``best``, the one with the best
-        mean over seeds, or ``range``, the greatest number less the least, seed by seed.
-    at_most: what a greater number counts as, and a run that diverged; null: the seed of such a run is left out.
-    shown, contradicted: where the whole interval has to lie: ``> x``, ``< x``, ``within x`` (−x to x), ``beyond x``.
-    """
+    """A number that a claim is about, a mean over seeds, and what it has to be."""
 
     name: str = Field(min_length=1)
+    """What the page calls it."""
     metric: str = "val_loss"
+    """A number of summary.json."""
     of: dict[str, Any] = Field(min_length=1)
+    """Dotted key → the value that runs have with it, or a list of values. Runs that differ in other keys besides the
+    seed are averaged.
+    """
     minus: dict[str, Any] | None = None
+    """The same for the runs whose number is subtracted, seed by seed; a key that it leaves out has its value in ``of``.
+    null subtracts nothing.
+    """
     over: str | None = None
+    """A key with several values in these runs; null without one."""
     reduced: Literal["mean", "best", "range"] = "mean"
+    """How the values of ``over`` become one number: ``best`` takes the one with the best mean over seeds, ``range`` the
+    greatest number minus the least, seed by seed; ``mean`` goes with over = null.
+    """
     at_most: float | None = None
+    """The number that a greater one, or a diverged run, counts as; null leaves the seed of a diverged run out."""
     shown: ThresholdText
+    """Where the whole interval has to lie for the claim: ``> x``, ``< x``, ``within x`` (−x to x) or ``beyond x``."""
     contradicted: ThresholdText
+    """Where the whole interval has to lie against the claim, in the same words."""
 
     @property
     def keys(self) -> set[str]:
@@ -78,11 +82,11 @@ class Contrast(Section):
 
 
 class FindingConfig(Section):
-    """The group ``finding``: a claim in one sentence, where it is from, and the contrasts that decide it.
-
-    The claim is shown where each contrast is, and contradicted where one of them is.
-    """
+    """The group ``finding``: a claim that is shown where each contrast is, and contradicted where one of them is."""
 
     claim: str = Field(min_length=1)
+    """The claim, in one sentence."""
     source: str = Field(min_length=1)
+    """Where it was published."""
     contrasts: tuple[Contrast, ...] = Field(min_length=1, strict=False)
+    """What decides it."""

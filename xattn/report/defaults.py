@@ -24,17 +24,18 @@ def conf_defaults(conf: Path = CONF) -> dict[str, Any]:
         if isinstance(entry, Mapping):
             ((group, choice),) = entry.items()
             if choice is not None and not str(group).startswith("override "):
-                values |= {f"{group}.{key}": value for key, value in _choice(conf / str(group), choice).items()}
+                values |= {f"{group}.{key}": value for key, value in choice_values(conf / str(group), choice).items()}
     tree.pop("hydra", None)
     return values | _leaves(tree)
 
 
-def _choice(group: Path, name: str) -> dict[str, Any]:
+def choice_values(group: Path, name: str) -> dict[str, Any]:
+    """Key within the group → the value that the choice of that name gives it, in a folder of choices."""
     tree = yaml.safe_load((group / f"{name}.yaml").read_text("utf-8")) or {}
     bases = [base for base in tree.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     values: dict[str, Any] = {}
     for base in bases:
-        values |= _choice(group, base)
+        values |= choice_values(group, base)
     return values | _leaves(tree)
 
 

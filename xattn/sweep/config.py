@@ -10,24 +10,27 @@ from xattn.section import Section
 
 
 class SweepConfig(Section):
-    """The group ``sweep``. It changes how fast runs are made and nothing of what they compute.
-
-    pack: how many runs that differ in numbers alone train as one program; ``auto`` packs small models on a GPU, never
-        on a CPU.
-    workers: how many processes share the runs of ``-m``; ``auto`` is one for each GPU. Without GPUs it is one for each
-        core, and kept to it, where ``trainer.threads`` is 1, and else a single one.
-    half_width: seeds are added until each arm's difference to the baseline is known to ± so much, in the metric's unit
-        (:mod:`xattn.sweep.seeds`); null: the seeds that were typed.
-    budget_minutes: no seed after the first eight is begun that would end later than so long after the command began;
-        null: no limit.
-    pilot_seeds: the first seeds, whose spread says how many are needed; null: 8, and more for several arms.
-    """
+    """The group ``sweep``. It changes how fast runs are made and nothing of what they compute."""
 
     pack: Literal["auto", "off"] | PositiveInt
+    """Number of runs, differing in numbers alone, that train as one program; ``auto`` packs small models on a GPU,
+    never on a CPU.
+    """
     workers: Literal["auto"] | PositiveInt
+    """Number of processes that share the runs of ``-m``; ``auto`` is one per GPU. Without GPUs it is one per core,
+    pinned to it, if ``trainer.threads`` is 1, and otherwise a single one.
+    """
     half_width: PositiveFloat | None
+    """Seeds are added until each arm's difference to the baseline is known to ± this, in the metric's unit; null makes
+    the seeds that were typed.
+    """
     budget_minutes: PositiveFloat | None
+    """With half_width: after the first seeds, no seed begins that would end later than this many minutes after the
+    command; null sets no limit.
+    """
     pilot_seeds: Annotated[int, Field(ge=4)] | None
+    """With half_width: the first seeds, whose spread says how many are needed; null means 8, and more for several arms.
+    """
 
     @model_validator(mode="after")
     def _is_of_seeds_on_demand(self) -> SweepConfig:

@@ -13,16 +13,14 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Optimizer(Section):
-    """What every optimizer has.
-
-    learning_rate: its peak; the schedule multiplies it by a factor between 0 and 1.
-    weight_decay: decoupled, times the learning rate; on matrices and embeddings, never on scales and biases.
-    clip_norm: the gradient is scaled down to this global norm where it exceeds it; null never clips.
-    """
+    """What every optimizer has."""
 
     learning_rate: PositiveFloat
+    """Peak learning rate; the schedule multiplies it by a factor between 0 and 1."""
     weight_decay: NonNegativeFloat
+    """Decoupled weight decay, times the learning rate; on matrices and embeddings, never on scales and biases."""
     clip_norm: PositiveFloat | None
+    """A gradient of a larger global norm is scaled down to this norm; null never clips."""
 
 
 class AdamWConfig(_Optimizer):
@@ -30,8 +28,11 @@ class AdamWConfig(_Optimizer):
 
     name: Literal["adamw"]
     beta1: Momentum
+    """Decay of the running mean of gradients."""
     beta2: Momentum
+    """Decay of the running mean of squared gradients."""
     eps: PositiveFloat
+    """Added to the root of the second moment."""
 
 
 class SGDConfig(_Optimizer):
@@ -39,6 +40,7 @@ class SGDConfig(_Optimizer):
 
     name: Literal["sgd"]
     momentum: Momentum
+    """Decay of the running sum of gradients."""
 
 
 class LionConfig(_Optimizer):
@@ -46,7 +48,9 @@ class LionConfig(_Optimizer):
 
     name: Literal["lion"]
     beta1: Momentum
+    """Weight of the momentum in the update's sign."""
     beta2: Momentum
+    """Decay of the momentum."""
 
 
 class MuonConfig(_Optimizer):
@@ -68,28 +72,31 @@ class MuonConfig(_Optimizer):
 
     name: Literal["muon"]
     momentum: Momentum
+    """Decay of the matrices' momentum, before it is orthogonalised."""
     beta1: Momentum
+    """AdamW's, for all other parameters."""
     beta2: Momentum
+    """AdamW's, for all other parameters."""
     eps: PositiveFloat
+    """AdamW's, for all other parameters."""
 
 
 OptimizerConfig = Annotated[AdamWConfig | SGDConfig | LionConfig | MuonConfig, Field(discriminator="name")]
 
 
 class ScheduleConfig(Section):
-    """The group ``schedule``: the factor on the learning rate at each step.
-
-    name: what follows the warm-up: ``constant``, ``linear`` or ``cosine`` decay over the rest of the run, or ``wsd``
-        (warm-up, stable, decay): constant, then linear decay.
-    warmup_fraction: share of the steps in which the factor rises linearly to 1.
-    decay_fraction: share of the steps in which ``wsd`` decays.
-    final_fraction: the factor at the end of a decay.
-    """
+    """The group ``schedule``: the factor on the learning rate at each step."""
 
     name: Literal["constant", "linear", "cosine", "wsd"]
+    """What follows the warm-up: ``constant``, ``linear`` or ``cosine`` decay over the rest of the run, or ``wsd``
+    (warm-up, stable, decay), which is constant and then decays linearly.
+    """
     warmup_fraction: Fraction
+    """Share of the steps in which the factor rises linearly to 1."""
     decay_fraction: Fraction
+    """Share of the steps in which ``wsd`` decays."""
     final_fraction: Fraction
+    """Factor at the end of a decay."""
 
     @model_validator(mode="after")
     def _fits_in_the_run(self) -> ScheduleConfig:
@@ -101,36 +108,39 @@ class ScheduleConfig(Section):
 
 
 class TrainerConfig(Section):
-    """The group ``trainer``: length and pace of a run.
-
-    steps: updates to make.
-    batch_size: sequences of context_length tokens in each.
-    gradient_accumulation: parts, one after the other, in which a batch's gradient is computed: the same result up to
-        rounding, and up to dropout's draws, with a part's memory; a divisor of batch_size.
-    log_every, eval_every: every so many steps (and at the last) a training row is logged, the model is evaluated.
-    attention_stats_every: every so many steps (and at the last) each head's attention is measured; null means never.
-    checkpoint_every, checkpoint_minutes: a checkpoint is written every so many steps, and when the last one is so old,
-        besides at the best evaluations and at the end; null means not for that reason.
-    nonfinite: what a loss or gradient that is not finite does: ``stop`` ends the run as diverged with the parameters
-        of the step before; ``skip`` leaves that update out and goes on, and stops after 10 in a row; ``rollback``
-        returns to the last checkpoint or the beginning, leaves that update's batch out, and stops after 3 times.
-    deterministic: the same bits on a GPU too, where some of XLA's faster operations do not promise them. A CPU's are
-        the same anyway.
-    threads: on a CPU, how many threads compute; null means as many as there are cores. It changes the last bits, since
-        a matrix product is summed in as many parts. Other devices ignore it.
-    """
+    """The group ``trainer``: length and pace of a run."""
 
     steps: PositiveInt
+    """Updates to make."""
     batch_size: PositiveInt
+    """Sequences of context_length tokens in each update."""
     gradient_accumulation: PositiveInt
+    """Number of parts, a divisor of batch_size, in which a batch's gradient is computed one after the other. It needs
+    the memory of one part; the result is the same up to rounding and dropout's draws.
+    """
     log_every: PositiveInt
+    """Steps between training rows in metrics.jsonl; the last step always has one."""
     eval_every: PositiveInt
+    """Steps between evaluations; the last step always has one."""
     attention_stats_every: PositiveInt | None
+    """Steps between measurements of each head's attention, which the last step also has; null never measures."""
     checkpoint_every: PositiveInt | None
+    """Steps between checkpoints, besides those of the best evaluations and the last step; null turns this off."""
     checkpoint_minutes: PositiveFloat | None
+    """A checkpoint is also written when the last one is this many minutes old; null turns this off."""
     nonfinite: Literal["stop", "skip", "rollback"]
+    """What happens at a loss or gradient that is not finite. ``stop`` ends the run as diverged with the parameters of
+    the step before. ``skip`` leaves the update out, and stops after 10 in a row. ``rollback`` returns to the last
+    checkpoint or the beginning, leaves that batch out, and stops after 3 times.
+    """
     deterministic: bool
+    """Whether a GPU computes the same bits each time, which some of XLA's faster operations do not promise. A CPU
+    always does.
+    """
     threads: PositiveInt | None
+    """On a CPU, how many threads compute; null means one for each core. It changes the last bits, since a matrix
+    product is summed in as many parts. Other devices ignore it.
+    """
 
     def logs(self, step: int) -> bool:
         return step == self.steps or step % self.log_every == 0
@@ -158,21 +168,23 @@ class TrainerConfig(Section):
 class ParallelConfig(Section):
     """The group ``parallel``: the axes of the device mesh. Their product is the number of devices of all processes.
 
-    data: copies of the model, each with its share of the batch.
-    fsdp: the batch and the parameters are split alike; a layer's parameters are gathered where they are used.
-    context: the sequence is split.
-    tensor: heads, hidden units and the vocabulary are split.
-        null, for one of the four at most: the devices that the others leave.
-    heartbeat_seconds: of several processes: a peer that has been silent for so long is taken for dead, and all leave.
-    connect_seconds: of several processes: how long the first to start wait for the last.
+    One axis at most may be null: it takes the devices that the others leave.
     """
 
     data: PositiveInt | None
+    """Copies of the model, each with its share of the batch."""
     fsdp: PositiveInt | None
+    """Parts into which both the batch and the parameters are split; a layer's parameters are gathered where they are
+    used.
+    """
     context: PositiveInt | None
+    """Parts into which the sequence is split."""
     tensor: PositiveInt | None
+    """Parts into which heads, hidden units and the vocabulary are split."""
     heartbeat_seconds: PositiveInt
+    """With several processes: a peer that has been silent this long is taken for dead, and all leave."""
     connect_seconds: PositiveInt
+    """With several processes: how long the first to start wait for the last."""
 
     @model_validator(mode="after")
     def _is_determined(self) -> ParallelConfig:
