@@ -26,9 +26,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
+from xattn import registry
 from xattn.attempt import Job, prunes_nothing
-from xattn.backend import activations
 from xattn.errors import BadInput, ExitCode
+from xattn.registry import Addition
 from xattn.sweep.study import carry_out_elsewhere, outcomes
 from xattn.sweep.workers import carry_out
 from xattn.tracking.tracker import Row
@@ -150,19 +151,19 @@ def _returned(job: Job) -> JobReturn:
     return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
 
 
-class WithActivations:
-    """A task that takes the user's own activations along: they are registered where it is unpickled."""
+class WithAdditions:
+    """A task that takes along what the user's script has registered: it is registered where this is unpickled."""
 
-    def __init__(self, rows: Sequence[activations.Activation], task: TaskFunction):
-        self.rows, self.task = rows, task
+    def __init__(self, additions: Sequence[Addition], task: TaskFunction):
+        self.additions, self.task = additions, task
 
     def __call__(self, config: DictConfig) -> object:
         return self.task(config)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for row in self.rows:
-            activations.add(row)
+        for addition in self.additions:
+            addition.repeat()
 
 
 class ElsewhereLauncher(Launcher):
@@ -174,8 +175,8 @@ class ElsewhereLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
-        if own := [row for row in activations.rows() if row.file is not None]:
-            task_function = WithActivations(own, task_function)
+        if own := registry.additions():
+            task_function = WithAdditions(own, task_function)
         self._launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

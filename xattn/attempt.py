@@ -115,7 +115,7 @@ class Attempt:
 
         stop: asked while the corpus is tokenised; True leaves with :class:`Preempted`.
         """
-        from xattn.evaluation.probes import make_probes
+        from xattn.evaluation.probes import Scene, make_probes
 
         config = self.config
         with self._as_recorded():
@@ -128,14 +128,9 @@ class Attempt:
                 say=self.display.say,
                 stop=stop,
             )
-            self._probes = make_probes(
-                config.evaluation.probes,
-                data=config.data,
-                run_data=self.data,
-                backend=config.backend,
-                batch_size=config.trainer.batch_size,
-                rows=layout.sizes["data"] * layout.sizes["fsdp"],
-            )
+            rows = layout.sizes["data"] * layout.sizes["fsdp"]
+            scene = Scene(config.data, self.data, config.backend, config.trainer.batch_size, rows)
+            self._probes = make_probes(config.evaluation.probes, scene)
         if self._summary["committed_step"] is None:
             self._check_vocabulary()
 

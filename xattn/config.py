@@ -10,32 +10,37 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
+from operator import or_
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from xattn import entry, run_folder
-from xattn.data.config import DataConfig
+from xattn.data.config import DataConfig, data_kinds
 from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
 from xattn.keys import ABSENT, digest, flatten, has_effect, naming, naming_before_matmul_precision, up_to_date
 from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
 from xattn.model.size import mlp_dim_for
 from xattn.report.config import FindingConfig
-from xattn.section import CONF, Section
+from xattn.section import CONF, Section, kind_name
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
-from xattn.training.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainerConfig
+from xattn.training.config import ParallelConfig, ScheduleConfig, TrainerConfig
+from xattn.training.optimizers import Optimizer, optimizers
 
 SectionT = TypeVar("SectionT", bound=Section)
 PathName = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -47,7 +52,7 @@ class Config(Section):
     backend: BackendConfig
     model: ModelConfig
     data: DataConfig
-    optimizer: OptimizerConfig
+    optimizer: Optimizer
     schedule: ScheduleConfig
     trainer: TrainerConfig
     evaluation: EvaluationConfig
@@ -64,6 +69,31 @@ class Config(Section):
     """``auto`` shows the result of a finished run and continues any other; ``never`` moves an earlier run aside and
     starts over.
     """
+
+
+def config_type() -> type[Config]:
+    """:class:`Config`, with the kinds of data and optimizers that there are now: a script may have registered some.
+
+    What a registered kind has as defaults is what Hydra sets for ``data=NAME`` or ``optimizer=NAME``.
+    """
+    now = {"data": data_kinds(), "optimizer": tuple(optimizers().values())}
+    if now == _KINDS:
+        return Config
+    for group, kinds in now.items():
+        one_of: Any = reduce(or_, kinds)
+        named: Any = Annotated[one_of, Field(discriminator="name")]
+        Config.model_fields[group] = FieldInfo.from_annotation(named)
+        for kind in kinds:
+            if (name := kind_name(kind)) not in choices_in(group):
+                fields = {key: field for key, field in kind.model_fields.items() if key != "name"}
+                values = {key: "???" if field.is_required() else field.default for key, field in fields.items()}
+                ConfigStore.instance().store(group=group, name=name, node={"name": name, **values})
+    Config.model_rebuild(force=True)
+    _KINDS.update(now)
+    return Config
+
+
+_KINDS: dict[str, tuple[type[Section], ...]] = {}
 
 
 def hashed_values(config: Config) -> dict[str, Any]:
@@ -332,6 +362,7 @@ def register_resolvers() -> None:
             )
         return run_name(config)
 
+    config_type()
     OmegaConf.register_new_resolver("run_name", name, replace=True)
     OmegaConf.register_new_resolver("program", entry.program, replace=True)
 
@@ -346,7 +377,7 @@ def section(kind: type[SectionT], values: Mapping[str, Any], *, at: str) -> Sect
 
 def _validated(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     try:
-        config = Config.model_validate(raw)
+        config = config_type().model_validate(raw)
     except ValidationError as error:
         raise BadInput(_explain_validation(error, raw, overrides=overrides)) from error
     every, layers = config.backend.every, config.model.num_layers
@@ -380,6 +411,7 @@ def _to_yaml(values: Any) -> str:
 def _composed(arguments: Sequence[str]) -> DictConfig:
     """Composes overrides; a ``--config-dir`` among them is looked in too. Raises :data:`COMPOSITION_ERRORS`."""
     check_folders(arguments)
+    config_type()
     overrides = [argument for argument in arguments if not argument.startswith("--config-dir=")]
     if not any(override.startswith("hydra.searchpath=") for override in overrides):
         overrides += _search_path(arguments)

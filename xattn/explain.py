@@ -21,7 +21,7 @@ from typing import Any
 
 import xattn.config
 from xattn.arguments import Parser
-from xattn.config import Config
+from xattn.config import config_type
 from xattn.errors import BadInput, ExitCode
 from xattn.keys import show
 from xattn.report.defaults import choice_values, conf_defaults
@@ -82,7 +82,7 @@ def _typed(value: Any) -> str:
 @cache
 def entries() -> tuple[Entry, ...]:
     """All keys in the order of the config's classes, those of ``backend.then`` and of lists left out."""
-    schema = Config.model_json_schema()
+    schema = config_type().model_json_schema()
     found: dict[tuple[str, str, str], tuple[str, ...]] = {}
     for key, part, choice in _leaves(schema, schema["$defs"]):
         meaning = " ".join(part.get("description", "").split())
@@ -180,7 +180,7 @@ def headline(group: str, file: Path) -> str:
     if comment:
         sentence = re.match(r"(Question: )?(.*?[.?])(?= |$)", comment)
         return sentence[2] if sentence else comment
-    described = Config.model_json_schema()
+    described = config_type().model_json_schema()
     kind = _choices_of(described["properties"].get(group, {})).get(file.stem)
     about = described["$defs"][kind]["description"].splitlines()[0] if kind else ""
     return str(about).partition("``: ")[2]
@@ -203,7 +203,7 @@ def annotated(text: str) -> str:
 
 def markdown() -> str:
     """The page docs/configuration.md."""
-    named = Config.model_json_schema()
+    named = config_type().model_json_schema()
     lines = [_HEAD]
     for group, part in named["properties"].items():
         rows = [entry for entry in entries() if entry.key == group or entry.group == group]
@@ -253,7 +253,7 @@ def schema() -> dict[str, Any]:
             del kept["title"]
         return {"anyOf" if key == "oneOf" else key: value for key, value in kept.items()}
 
-    found = partial(Config.model_json_schema())
+    found = partial(config_type().model_json_schema())
     found["properties"] |= {"defaults": {"type": "array"}, "hydra": {"type": "object"}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "An experiment of xattn", **found}
 

@@ -12,7 +12,7 @@ from xattn import run_folder
 from xattn.config import Config
 from xattn.data.config import Tokenised
 from xattn.data.run_data import RunData, as_documents, load_data, load_tokenizer
-from xattn.data.task_config import TaskConfig
+from xattn.data.task import Task
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.device import first_look, keep_compiled_programs
 from xattn.errors import BadInput, IntegrityError
@@ -155,7 +155,7 @@ class LoadedRun:
         """
         from xattn.evaluation.attention import attention_study, statistics_row, study_windows
         from xattn.evaluation.loss import held_out_loss, score_windows
-        from xattn.evaluation.probes import make_probes, places_of, run_probes
+        from xattn.evaluation.probes import Scene, make_probes, places_of, run_probes
         from xattn.model.hyperparameters import layer_hyperparameters, with_sigmoid_bias
         from xattn.model.transformer import LanguageModel
         from xattn.pack import choose_attention
@@ -208,16 +208,14 @@ class LoadedRun:
         loss = held_out_loss(
             score_windows(model), self.params, hyper, data.windows, bytes_per_token=data.bytes_per_token()
         )
-        probes = make_probes(
-            config.evaluation.probes, data=data_config, run_data=data, backend=config.backend, batch_size=batch_size
-        )
+        probes = make_probes(config.evaluation.probes, Scene(data_config, data, config.backend, batch_size))
         found = loss.row() | run_probes(places_of(model), self.params, hyper, probes)
         if "trainer.attention_stats_every" in given and config.trainer.attention_stats_every is not None:
             found |= statistics_row(attention_study(model)(self.params, hyper, study_windows(data.windows)))
         return {name: None if value is None else finite_or_none(value) for name, value in found.items()}
 
     def _check_data(self, data: RunData) -> None:
-        if isinstance(own := self.config.data, TaskConfig):  # its hash is of the windows that the run itself scores
+        if isinstance(own := self.config.data, Task):  # its hash is of the windows that the run itself scores
             data = load_data(
                 own,
                 context_length=self.config.backend.context_length,

@@ -17,8 +17,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from xattn import entry
-from xattn.backend import activations
+from xattn import entry, registry
 from xattn.section import CONF
 from xattn.tracking.wandb import run_id
 
@@ -53,14 +52,13 @@ def source_sha256() -> str:
 
 
 def registered() -> dict[str, str]:
-    """File name → SHA-256 of the user's own files that registered an activation in this process.
+    """File name → SHA-256 of the user's own files that registered something in this process.
 
     A function from a notebook or a prompt has no file: there the digest is of its source, or of its byte code.
     """
     contents: dict[str, dict[bytes, None]] = {}
-    for row in activations.rows():
-        if row.file is not None and row.weight is not None:
-            contents.setdefault(row.file.name, {})[_content(row.file, row.weight)] = None
+    for addition in registry.additions():
+        contents.setdefault(addition.file.name, {})[_content(addition.file, addition.function)] = None
     return {name: hashlib.sha256(b"\0".join(parts)).hexdigest() for name, parts in contents.items()}
 
 

@@ -1,8 +1,13 @@
 """The base of every config section: frozen, complete, and strict about what a YAML value may become."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 _PACKAGE = Path(__file__).resolve().parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -19,3 +24,30 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
     )
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A Literal whose names are looked up when a value is validated, since a script may have registered some."""
+
+    names: Callable[[], tuple[str, ...]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(self.names())}
+
+    def _checked(self, value: Any) -> Any:
+        if value in self.names():
+            return value
+        *others, last = (repr(name) for name in self.names())
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"}
+        )
+
+
+def kind_name(kind: type[Section]) -> str:
+    """The one value that the field ``name`` of a class may have."""
+    (name,) = kind.model_fields["name"].annotation.__args__  # type: ignore[union-attr]  # of its Literal
+    return str(name)

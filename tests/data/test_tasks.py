@@ -9,33 +9,26 @@ import pytest
 
 from xattn import keys
 from xattn.config import compose, run_hash
-from xattn.data import tasks
-from xattn.data.task_config import (
-    CopyingConfig,
-    InductionConfig,
-    MQARConfig,
-    PasskeyConfig,
-    SelectiveCopyingConfig,
-    TaskConfig,
-)
+from xattn.data import task, tasks
+from xattn.data.task import Examples, Task, TaskBatches
 from xattn.errors import BadInput
 
-MQAR = MQARConfig(name="mqar", vocab_size=32, num_pairs=5)
-INDUCTION = InductionConfig(name="induction", vocab_size=50)
-COPYING = CopyingConfig(name="copying", vocab_size=9)
-SELECTIVE = SelectiveCopyingConfig(name="selective_copying", vocab_size=10, num_tokens=6)
-PASSKEY = PasskeyConfig(name="passkey", vocab_size=14, key_length=3)
+MQAR = tasks.MQAR(name="mqar", vocab_size=32, num_pairs=5)
+INDUCTION = tasks.Induction(name="induction", vocab_size=50)
+COPYING = tasks.Copying(name="copying", vocab_size=9)
+SELECTIVE = tasks.SelectiveCopying(name="selective_copying", vocab_size=10, num_tokens=6)
+PASSKEY = tasks.Passkey(name="passkey", vocab_size=14, key_length=3)
 ALL = [MQAR, INDUCTION, COPYING, SELECTIVE, PASSKEY]
 LENGTH, NUMBER = 26, 40
 
 
-def made(config: TaskConfig, length: int = LENGTH) -> tasks.Examples:
-    return tasks.examples(config, np.random.default_rng(1), NUMBER, length)
+def made(config: Task, length: int = LENGTH) -> Examples:
+    return config.examples(np.random.default_rng(1), NUMBER, length)
 
 
 @pytest.mark.parametrize("length", [26, 27])
 @pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
-def test_an_answer_stands_at_its_distance_before(config: TaskConfig, length: int) -> None:
+def test_an_answer_stands_at_its_distance_before(config: Task, length: int) -> None:
     if config.name == "mqar" and length % 2:
         return
     examples = made(config, length)
@@ -108,8 +101,8 @@ def test_mqar_names_and_reads_older_runs_as_before() -> None:
 
 def test_mqar_prefers_near_queries() -> None:
     """The power law of the gaps: the first place is a query far more often than the last; each as p would have it."""
-    one = MQARConfig(name="mqar", vocab_size=32, num_pairs=1)
-    distance = tasks.examples(one, np.random.default_rng(0), 4000, 34).distance
+    one = tasks.MQAR(name="mqar", vocab_size=32, num_pairs=1)
+    distance = one.examples(np.random.default_rng(0), 4000, 34).distance
     frequencies = (distance > 0).mean(axis=0)[2::2]
     expected = np.arange(1, 17) ** -0.99
     expected /= expected.sum()
@@ -156,17 +149,17 @@ def test_a_passkey_is_where_its_marker_is() -> None:
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
-def test_batches_depend_on_seed_and_step_alone(config: TaskConfig) -> None:
-    batch = tasks.TaskBatches(config, LENGTH, 8, seed=3)
+def test_batches_depend_on_seed_and_step_alone(config: Task) -> None:
+    batch = TaskBatches(config, LENGTH, 8, seed=3)
     later = batch(7)
-    for a, b in zip(tasks.TaskBatches(config, LENGTH, 8, seed=3)(7), later, strict=True):
+    for a, b in zip(TaskBatches(config, LENGTH, 8, seed=3)(7), later, strict=True):
         assert (a is b is None) or (a == b).all()
     for part, whole in zip(batch(7, slice(2, 5)), later, strict=True):
         assert (part is whole is None) or (part == whole[2:5]).all()
-    held_out = tasks.evaluation_examples(config, context_length=LENGTH, number=8).tokens
-    others = [batch(6).tokens, tasks.TaskBatches(config, LENGTH, 8, seed=4)(7).tokens, held_out]
+    held_out = task.evaluation_examples(config, context_length=LENGTH, number=8).tokens
+    others = [batch(6).tokens, TaskBatches(config, LENGTH, 8, seed=4)(7).tokens, held_out]
     assert all((other != later.tokens).any() for other in others)
-    first = tasks.TaskBatches(config, LENGTH, 8, seed=0)(0)  # NumPy's seeds [0, 0] and [0, 0, 0] are the same
+    first = TaskBatches(config, LENGTH, 8, seed=0)(0)  # NumPy's seeds [0, 0] and [0, 0, 0] are the same
     for trained_on in (later, first):
         assert {row.tobytes() for row in held_out}.isdisjoint(row.tobytes() for row in trained_on.tokens)
 
@@ -183,7 +176,7 @@ def test_measures() -> None:
     distance = np.array([[0, 1, 0, 3], [0, 2, 0, 0]])
     losses = np.array([[9.0, 1.0, 9.0, 4.0], [9.0, 1.0, 9.0, 9.0]])
     correct = np.array([[False, True, True, False], [False, True, False, True]])
-    assert tasks.measures(distance, losses, correct) == {
+    assert task.measures(distance, losses, correct) == {
         "loss": 2.0,
         "accuracy": pytest.approx(2 / 3),
         "exact": 0.5,
@@ -206,7 +199,7 @@ def test_measures() -> None:
         (COPYING, 3, "needs at least 4"),
     ],
 )
-def test_what_does_not_fit_is_refused(config: TaskConfig, length: int, told: str) -> None:
+def test_what_does_not_fit_is_refused(config: Task, length: int, told: str) -> None:
     with pytest.raises(BadInput, match=told.replace(".", r"\.")):
-        tasks.check(config, length)
-    tasks.check(config, 26) if "vocab_size / 2" not in told else None
+        config.check(length)
+    config.check(26) if "vocab_size / 2" not in told else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ import pytest
 from xattn.config import Config, compose
 from xattn.data.batches import Windows
 from xattn.data.run_data import RunData, load_data
+from xattn.data.tasks import tasks
 from xattn.errors import BadInput
-from xattn.evaluation.config import ProbeName
-from xattn.evaluation.probes import Probe, _of_vocabulary, make_probes, places_of, run_probes
+from xattn.evaluation.probes import Probe, Scene, make_probes, places_of, run_probes
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.training.programs import hyperparameters
 
@@ -41,7 +41,7 @@ def setting(text_file: Any, *overrides: str) -> tuple[Config, RunData]:
 
 
 def probes_of(config: Config, data: RunData) -> list[Probe]:
-    return make_probes(config.evaluation.probes, data=config.data, run_data=data, backend=config.backend, batch_size=4)
+    return make_probes(config.evaluation.probes, Scene(config.data, data, config.backend, 4))
 
 
 def oracle(params: Any, hyperparameters: LayerHyperparameters, windows: Windows) -> Any:
@@ -100,12 +100,10 @@ def test_tasks_are_probes_in_the_runs_vocabulary(text_file: Any) -> None:
         assert any(key.startswith(f"probe/{name}/accuracy_to_distance_") for key in found)
 
 
-def test_every_name_is_a_probe_of_its_own() -> None:
+def test_every_task_is_a_probe_of_its_own() -> None:
     """A task's name without a branch once measured passkey."""
-    for name in set(get_args(ProbeName)) - {"in_context", "extrapolation"}:
-        assert _of_vocabulary(name, 64, 32).name == name
-    with pytest.raises(AssertionError, match="the probe sorting is no task"):
-        _of_vocabulary("sorting", 64, 32)
+    for name, kind in tasks().items():
+        assert kind.as_probe(64, 32).name == name
 
 
 def test_a_run_on_a_task_measures_that_task(text_file: Any) -> None:
@@ -163,7 +161,7 @@ def test_what_leaves_no_room_is_refused(text_file: Any, tmp_path: Any) -> None:
     config, _ = setting(text_file, "evaluation.probes=[mqar]")
     backend = config.backend.model_copy(update={"context_length": 3})
     with pytest.raises(BadInput, match=r"evaluation\.probes: mqar does not fit"):
-        make_probes(("mqar",), data=config.data, run_data=data, backend=backend, batch_size=4)
+        make_probes(("mqar",), Scene(config.data, data, backend, 4))
     with pytest.raises(BadInput, match=r"evaluation\.probes.*nothing"):
         compose(["evaluation.probes=[nothing]"])
     with pytest.raises(BadInput, match=r"evaluation\.windows = all: data=mqar has no end"):

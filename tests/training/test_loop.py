@@ -18,7 +18,7 @@ from xattn.data.run_data import RunData
 from xattn.data.tokenizer import ByteTokenizer
 from xattn.errors import StorageError
 from xattn.evaluation.loss import held_out_loss
-from xattn.evaluation.probes import make_probes
+from xattn.evaluation.probes import Scene, make_probes
 from xattn.training import checkpoint
 from xattn.training.checkpoint import Checkpoints
 from xattn.training.loop import Member, Progress, train
@@ -211,7 +211,7 @@ def test_probes_are_in_the_rows_and_change_no_bit(compiled: Programs, tmp_path: 
     rows = run(compiled, plain, tmp_path / "plain")
     data = RunData(BATCHES, WINDOWS, ByteTokenizer(), "", "")
     names = ("in_context", "induction")
-    probes = make_probes(names, data=CONFIG.data, run_data=data, backend=CONFIG.backend, batch_size=4)
+    probes = make_probes(names, Scene(CONFIG.data, data, CONFIG.backend, 4))
     probed_rows = run(compiled, probed, tmp_path / "probed", probes=probes)
     added = [{key: value for key, value in row.items() if key.startswith("probe/")} for row in probed_rows]
     for row, probed_row, more in zip(rows, probed_rows, added, strict=True):

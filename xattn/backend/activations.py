@@ -10,8 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from xattn import registry
 
 if TYPE_CHECKING:
     import jax
@@ -114,16 +117,11 @@ def register_activation(
         name: the value for ``backend.activation``; one that is no name, or the package's own, is a ValueError.
         formula, slope, takes_bias: as in :class:`Activation`; formula is by default the function's name.
     """
-    is_name = name.isascii() and name.isidentifier() and name == name.lower() and name[0].isalpha()
-    if not is_name or name in ("null", "true", "false", "nan", "inf"):  # the last are other things in a config
-        raise ValueError(f"activation {name!r}: a name has lower-case letters, digits and underscores")
-    if name in _TABLE and _TABLE[name].file is None:
-        raise ValueError(f"activation {name!r}: xattn has one of that name; choose another")
+    registry.check_name("activation", name, name in _TABLE and _TABLE[name].file is None)
 
     def register(weight: Pointwise) -> Pointwise:
-        code = getattr(inspect.unwrap(weight), "__code__", None)
-        if code is None:
-            raise ValueError(f"activation {name!r}: a plain function (logits, n) is needed, got {weight!r}")
+        registry.check_function("activation", name, weight, "logits, n")
+        code = inspect.unwrap(weight).__code__
         text, file = formula or code.co_name, Path(code.co_filename)
         add(Activation(name=name, formula=text, weight=weight, slope=slope, takes_bias=takes_bias, file=file))
         return weight
@@ -132,7 +130,7 @@ def register_activation(
 
 
 def add(row: Activation) -> None:
-    """Puts a row into the table of this process. Replacing one, as a notebook's cell does, forgets its programs."""
+    """Puts a user's row into the table. Replacing one, as a notebook's cell does, forgets its programs."""
     if _TABLE.get(row.name, row) != row:
         import jax
 
@@ -140,3 +138,5 @@ def add(row: Activation) -> None:
         for forget in caches:
             forget()
     _TABLE[row.name] = row
+    assert row.weight is not None
+    registry.note(registry.Addition("activation", row.name, row.weight, partial(add, row)))

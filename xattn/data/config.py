@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from xattn.data.task_config import TaskConfig
+from xattn.data.task import Task
+from xattn.data.tasks import tasks
 from xattn.section import Section
 
 ValidationFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -142,10 +143,12 @@ class MemmapConfig(Section):
         return self
 
 
-DataConfig = Annotated[
-    PythonStdlibConfig | TextConfig | MixtureConfig | HFConfig | MemmapConfig | TaskConfig,
-    Field(discriminator="name"),
-]
+DataConfig = PythonStdlibConfig | TextConfig | MixtureConfig | HFConfig | MemmapConfig | Task
+
+
+def data_kinds() -> tuple[type[Section], ...]:
+    """The classes of the group ``data``, each with its own ``name``: the corpora, and the tasks that there are now."""
+    return (PythonStdlibConfig, TextConfig, MixtureConfig, HFConfig, MemmapConfig, *tasks().values())
 
 
 def has_segments(config: DataConfig) -> bool:

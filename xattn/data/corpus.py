@@ -29,7 +29,7 @@ from xattn.data.config import (
 from xattn.data.documents import PIECE_BYTES, Block, Files, HFDataset, Piece, Source
 from xattn.data.finding import find
 from xattn.data.memmap import open_memmaps
-from xattn.data.task_config import TaskConfig
+from xattn.data.task import Task
 from xattn.data.tokenizer import ByteTokenizer, Encoded, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 
@@ -66,7 +66,7 @@ class Corpus:
 
 def check(config: DataConfig) -> None:
     """Raises :class:`BadInput` for what a look at the files, without reading them through, shows to be unusable."""
-    if isinstance(config, TaskConfig):
+    if isinstance(config, Task):
         return  # it makes its own sequences
     if isinstance(config, MemmapConfig):
         open_memmaps(config)

@@ -25,8 +25,7 @@ from xattn.data.batches import (
 from xattn.data.cache import Tokens
 from xattn.data.config import DataConfig, MemmapConfig, Tokenised, has_segments
 from xattn.data.corpus import Corpus, load_corpus
-from xattn.data.task_config import TaskConfig
-from xattn.data.tasks import TaskBatches, check, evaluation_examples
+from xattn.data.task import Task, TaskBatches, evaluation_examples
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.errors import BadInput, IntegrityError
 
@@ -97,7 +96,7 @@ def load_data(
 
     windows: how many are scored. tokenizer: what text is read by, in the place of the config's own.
     """
-    if isinstance(config, TaskConfig):
+    if isinstance(config, Task):
         return _task_data(config, context_length, batch_size, windows, seed)
     corpus = load_corpus(config, context_length, tokenizer=tokenizer, say=say, stop=stop)
     parts, weights = corpus.parts, [part.weight for part in corpus.parts]
@@ -149,7 +148,7 @@ def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
 
     Raises :class:`IntegrityError` where the folder lacks it.
     """
-    if isinstance(config, TaskConfig) or (isinstance(config, MemmapConfig) and config.tokenizer is None):
+    if isinstance(config, Task) or (isinstance(config, MemmapConfig) and config.tokenizer is None):
         return IdTokenizer(config.vocab_size)
     if not isinstance(config, MemmapConfig) and config.tokenizer == "bytes":
         return ByteTokenizer(end_of_text=config.documents != "joined")
@@ -184,12 +183,10 @@ def as_documents(tokenizer: TextTokenizer, config: Tokenised) -> TextTokenizer:
     return tokenizer
 
 
-def _task_data(
-    config: TaskConfig, context_length: int, batch_size: int, windows: int | Literal["all"], seed: int
-) -> RunData:
+def _task_data(config: Task, context_length: int, batch_size: int, windows: int | Literal["all"], seed: int) -> RunData:
     if windows == "all":
         raise BadInput(f"evaluation.windows = all: data={config.name} has no end; give a number")
-    check(config, context_length)
+    config.check(context_length)
     batch = TaskBatches(config, context_length, batch_size, seed)
     scored = evaluation_examples(config, context_length=context_length, number=windows).windows
     # Nothing is read: what is hashed is what the generator makes of this config, which NumPy's version has a part in.

@@ -22,18 +22,11 @@ from xattn.backend.activations import activation
 from xattn.data.batches import Windows, in_batches
 from xattn.data.config import DataConfig
 from xattn.data.run_data import RunData, load_data
-from xattn.data.task_config import (
-    CopyingConfig,
-    InductionConfig,
-    MQARConfig,
-    PasskeyConfig,
-    SelectiveCopyingConfig,
-    TaskConfig,
-)
-from xattn.data.tasks import check, evaluation_examples, measures
-from xattn.data.tokenizer import TextTokenizer, Tokenizer
+from xattn.data.task import Task, evaluation_examples, measures
+from xattn.data.tasks import tasks
+from xattn.data.tokenizer import TextTokenizer
 from xattn.errors import BadInput
-from xattn.evaluation.config import ProbeName
+from xattn.evaluation.config import registered_probes
 from xattn.model.config import BackendConfig
 from xattn.model.hyperparameters import ModelHyperparameters, with_sigmoid_bias
 from xattn.model.loss import at, next_token_losses, spread
@@ -105,73 +98,61 @@ def run_probes(
     return found
 
 
-def make_probes(
-    names: Sequence[ProbeName],
-    *,
-    data: DataConfig,
-    run_data: RunData,
-    backend: BackendConfig,
-    batch_size: int,
-    rows: int = 1,
-) -> list[Probe]:
-    """The probes of those names, and for a run on a task that task itself.
+@dataclass(frozen=True)
+class Scene:
+    """What a probe is made from: the data, their windows, and the attention of the run that it looks at."""
 
-    rows: how many of the longest sequences are scored at a time.
+    data: DataConfig
+    run_data: RunData
+    backend: BackendConfig
+    batch_size: int
+    rows: int = 1
+    """Rows of the longest sequences that are scored at a time."""
+
+    @property
+    def length(self) -> int:
+        return self.backend.context_length
+
+
+def make_probes(names: Sequence[str], scene: Scene) -> list[Probe]:
+    """The probes of those names, and for a run on a task that task itself.
 
     Raises :class:`BadInput` for one that the run's vocabulary, context_length or text leaves no room for.
     """
-    length = backend.context_length
+    own = scene.data if isinstance(scene.data, Task) else None
     probes: list[Probe] = []
-    own = data if isinstance(data, TaskConfig) else None
     if own is not None:
-        probes.append(
-            _task_probe(own, length, batch_size, sum(int((w.weights.sum(1) > 0).sum()) for w in run_data.windows))
-        )
+        scored = sum(int((windows.weights.sum(1) > 0).sum()) for windows in scene.run_data.windows)
+        probes.append(_task_probe(own, scene, scored))
     for name in names:
-        if name == "in_context":
-            probes.append(Probe(name, run_data.windows, _in_context(run_data.windows)))
-        elif name == "extrapolation":
-            probes += _extrapolation(data, run_data.tokenizer, backend, rows)
-        elif own is None or name != own.name:
-            task = _of_vocabulary(name, run_data.tokenizer.vocab_size, length)
-            try:
-                check(task, length)
-            except BadInput as error:
-                raise BadInput(f"evaluation.probes: {name} does not fit this run: {error}") from error
-            probes.append(_task_probe(task, length, batch_size, SEQUENCES))
+        if own is None or name != own.name:
+            probes += _made(name, scene)
     return probes
 
 
-def _of_vocabulary(name: str, vocab_size: int, length: int) -> TaskConfig:
-    """The task as a probe, in the model's own vocabulary."""
+def _made(name: str, scene: Scene) -> Sequence[Probe]:
+    if name == "in_context":
+        return [Probe(name, scene.run_data.windows, _in_context(scene.run_data.windows))]
+    if name == "extrapolation":
+        return _extrapolation(scene)
+    if name in registered_probes:
+        return [registered_probes[name](scene)]
+    vocab_size = scene.run_data.tokenizer.vocab_size
     if vocab_size < 8:
         raise BadInput(f"evaluation.probes: {name} needs a vocabulary of 8 tokens, and this run's has {vocab_size}")
-    match name:
-        case "mqar":
-            return MQARConfig(
-                name="mqar", vocab_size=vocab_size, num_pairs=max(1, min(8, length // 4, vocab_size // 2 - 1))
-            )
-        case "induction":
-            return InductionConfig(name="induction", vocab_size=vocab_size)
-        case "copying":
-            return CopyingConfig(name="copying", vocab_size=vocab_size)
-        case "selective_copying":
-            return SelectiveCopyingConfig(
-                name="selective_copying", vocab_size=vocab_size, num_tokens=max(1, min(16, length // 2))
-            )
-        case "passkey":
-            return PasskeyConfig(name="passkey", vocab_size=vocab_size, key_length=max(1, min(5, length // 2 - 1)))
-        case _:
-            raise AssertionError(f"the probe {name} is no task that is made here")
+    task = tasks()[name].as_probe(vocab_size, scene.length)
+    try:
+        task.check(scene.length)
+    except BadInput as error:
+        raise BadInput(f"evaluation.probes: {name} does not fit this run: {error}") from error
+    return [_task_probe(task, scene, SEQUENCES)]
 
 
-def _task_probe(config: TaskConfig, length: int, batch_size: int, number: int) -> Probe:
-    made = evaluation_examples(config, context_length=length, number=number)
-    windows = in_batches(made.windows, batch_size)
+def _task_probe(task: Task, scene: Scene, number: int) -> Probe:
+    made = evaluation_examples(task, context_length=scene.length, number=number)
+    windows = in_batches(made.windows, scene.batch_size)
     distance = made.distance
-    return Probe(
-        config.name, windows, lambda places: measures(distance, places.losses[:number], places.correct[:number])
-    )
+    return Probe(task.name, windows, lambda places: measures(distance, places.losses[:number], places.correct[:number]))
 
 
 def _in_context(windows: Sequence[Windows]) -> Measure:
@@ -191,21 +172,21 @@ def _in_context(windows: Sequence[Windows]) -> Measure:
     return measure
 
 
-def _extrapolation(data: DataConfig, tokenizer: Tokenizer, backend: BackendConfig, rows: int) -> list[Probe]:
+def _extrapolation(scene: Scene) -> list[Probe]:
     """Loss of places beyond the length of training, to 8 · context_length, on windows of held-out text that long.
 
     loss_to_<x>: the mean over the places from x/2 to x, for x = 1, 2, 4, 8 times context_length. Sigmoid's n stays
     context_length there. Where a kind of layer has ``sigmoid_bias=auto`` the same places are scored once more by
     windows of x tokens with the n of their own length, bias −log x: loss_to_<x>_n_<x>.
     """
-    length = backend.context_length
+    length, tokenizer = scene.length, scene.run_data.tokenizer
     longest = LONGEST * length
     try:
         # What is said of evaluation.windows="all" is not meant: these are a few long windows.
         windows = load_data(
-            data,
+            scene.data,
             context_length=longest,
-            batch_size=rows,
+            batch_size=scene.rows,
             windows=LONG_SEQUENCES,
             seed=0,
             tokenizer=tokenizer if isinstance(tokenizer, TextTokenizer) else None,
@@ -225,7 +206,7 @@ def _extrapolation(data: DataConfig, tokenizer: Tokenizer, backend: BackendConfi
     probes = [Probe("extrapolation", windows, measure(longest, 0, ""))]
     if biased := [
         kind
-        for kind, layers in backend.kinds.items()
+        for kind, layers in scene.backend.kinds.items()
         if activation(layers.activation).takes_bias and layers.sigmoid_bias == "auto"
     ]:
         for window in (2 * length, 4 * length, 8 * length):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     PositiveFloat,
     PositiveInt,
@@ -18,13 +15,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from xattn.backend import activations, dispatch
 from xattn.backend.activations import QKPreActivation
 from xattn.model.initial import Initial, initial
-from xattn.section import Section
+from xattn.section import OneOf, Section
 
 
 class ModelConfig(Section):
@@ -130,27 +125,6 @@ class ModelConfig(Section):
     @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """A Literal whose names are looked up when a value is validated, since a script may have registered some."""
-
-    names: Callable[[], tuple[str, ...]]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._checked)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": list(self.names())}
-
-    def _checked(self, value: Any) -> Any:
-        if value in self.names():
-            return value
-        *others, last = (repr(name) for name in self.names())
-        raise PydanticCustomError(
-            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"}
-        )
 
 
 def group_of(kind: str) -> str:

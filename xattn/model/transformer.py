@@ -14,6 +14,7 @@ the terms of attention start from is in :mod:`xattn.model.attention`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -40,6 +41,11 @@ def parameter_role(path: tuple[Any, ...]) -> Role:
     if name == "kernel":
         return "matrix"
     return "embedding" if name == "embedding" else "vector"
+
+
+def by_role(params: Any, choose: Callable[[Role], Any]) -> Any:
+    """What ``choose`` makes of each parameter's role, as a tree like that of the parameters."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: choose(parameter_role(path)), params)
 
 
 class LanguageModel(nn.Module):

@@ -4,84 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from xattn.section import Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-class _Optimizer(Section):
-    """What every optimizer has."""
-
-    learning_rate: PositiveFloat
-    """Peak learning rate; the schedule multiplies it by a factor between 0 and 1."""
-    weight_decay: NonNegativeFloat
-    """Decoupled weight decay, times the learning rate; on matrices and embeddings, never on scales and biases."""
-    clip_norm: PositiveFloat | None
-    """A gradient of a larger global norm is scaled down to this norm; null never clips."""
-
-
-class AdamWConfig(_Optimizer):
-    """``optimizer=adamw`` (Loshchilov and Hutter, arXiv 1711.05101)."""
-
-    name: Literal["adamw"]
-    beta1: Momentum
-    """Decay of the running mean of gradients."""
-    beta2: Momentum
-    """Decay of the running mean of squared gradients."""
-    eps: PositiveFloat
-    """Added to the root of the second moment."""
-
-
-class SGDConfig(_Optimizer):
-    """``optimizer=sgd``: stochastic gradient descent with heavy-ball momentum."""
-
-    name: Literal["sgd"]
-    momentum: Momentum
-    """Decay of the running sum of gradients."""
-
-
-class LionConfig(_Optimizer):
-    """``optimizer=lion`` (Chen et al., arXiv 2302.06675)."""
-
-    name: Literal["lion"]
-    beta1: Momentum
-    """Weight of the momentum in the update's sign."""
-    beta2: Momentum
-    """Decay of the momentum."""
-
-
-class MuonConfig(_Optimizer):
-    """``optimizer=muon``: orthogonalised momentum on the layers' matrices, AdamW on everything else.
-
-    learning_rate belongs to the matrices, whose update has root-mean-square entry ~0.2 like AdamW's (Liu et al.,
-    arXiv 2502.16982), so that one rate serves both.
-
-    It is optax's ``scale_by_muon``, which differs from Keller Jordan's (github.com/KellerJordan/Muon, muon.py):
-
-    - Newton–Schulz runs in the gradient's dtype, float32, and not in bfloat16; eps is 1e-8, there 1e-7. The five steps
-      and their coefficients are the same.
-    - Momentum and gradient are corrected for Adam's bias before Nesterov mixes them; it matters in the first updates.
-
-    And ours differs from both in the scale: 0.2 · √max(in, out), there √max(1, out/in). A learning rate of theirs is
-    not one of ours. One rate serves the rest too (theirs: 0.02 and 3e-4); weight_decay is 0.1, on embeddings too, and
-    none on vectors (theirs: 0); gradients are clipped before (there not). AdamW's eps is 1e-8, there 1e-10.
-    """
-
-    name: Literal["muon"]
-    momentum: Momentum
-    """Decay of the matrices' momentum, before it is orthogonalised."""
-    beta1: Momentum
-    """AdamW's, for all other parameters."""
-    beta2: Momentum
-    """AdamW's, for all other parameters."""
-    eps: PositiveFloat
-    """AdamW's, for all other parameters."""
-
-
-OptimizerConfig = Annotated[AdamWConfig | SGDConfig | LionConfig | MuonConfig, Field(discriminator="name")]
 
 
 class ScheduleConfig(Section):

@@ -6,21 +6,15 @@ of the step, so that changing them compiles nothing.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 
-from xattn.model.transformer import parameter_role
-from xattn.training.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig, ScheduleConfig, SGDConfig
-
-# The root mean square of an entry of Muon's update, AdamW's own (Liu et al., arXiv 2502.16982, section 2.2).
-_MUON_RMS = 0.2
-# Layers are stacked: a matrix is (layer, in, out), and each layer's is orthogonalised on its own.
-_MATRIX_AXES = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+from xattn.model.transformer import by_role
+from xattn.training.config import ScheduleConfig
+from xattn.training.optimizers import Optimizer
 
 
 class OptimizerHyperparameters(NamedTuple):
@@ -56,7 +50,7 @@ def learning_rate_factor(config: ScheduleConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([schedule for _, schedule in pieces], [first for first, _ in pieces[1:]])
 
 
-def optimizer(config: OptimizerConfig, hyperparameters: OptimizerHyperparameters) -> optax.GradientTransformation:
+def optimizer(config: Optimizer, hyperparameters: OptimizerHyperparameters) -> optax.GradientTransformation:
     """clip by global norm → the optimizer's direction → decay of matrices and embeddings → −learning rate.
 
     The learning rate is that of the next update, the schedule's factor included. The state's structure and initial
@@ -64,7 +58,7 @@ def optimizer(config: OptimizerConfig, hyperparameters: OptimizerHyperparameters
     """
     return optax.chain(
         _clip(hyperparameters.clip_norm),
-        _direction(config),
+        config.direction(),
         optax.add_decayed_weights(hyperparameters.weight_decay, mask=_decayed),
         optax.scale_by_learning_rate(hyperparameters.learning_rate),
     )
@@ -93,37 +87,5 @@ def _clip(clip_norm: jax.Array | float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: scaled(updates))
 
 
-def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
-    match config:
-        case AdamWConfig():
-            return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-        case SGDConfig():
-            return optax.trace(config.momentum)
-        case LionConfig():
-            return optax.scale_by_lion(config.beta1, config.beta2)
-        case MuonConfig():
-            return optax.partition(
-                {"muon": _muon(config), "adam": optax.scale_by_adam(config.beta1, config.beta2, config.eps)},
-                lambda params: _by_role(params, lambda role: "muon" if role == "matrix" else "adam"),
-            )
-
-
-def _muon(config: MuonConfig) -> optax.GradientTransformation:
-    def axes(params: Any) -> Any:
-        return jax.tree.map(lambda _: _MATRIX_AXES, params)
-
-    def scaled(update: Any, _: Any) -> Any:
-        return update * _MUON_RMS * math.sqrt(max(update.shape[-2:]))
-
-    return optax.chain(
-        contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=axes),
-        optax.stateless_with_tree_map(scaled),
-    )
-
-
 def _decayed(params: Any) -> Any:
-    return _by_role(params, lambda role: role != "vector")
-
-
-def _by_role(params: Any, choose: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: choose(parameter_role(path)), params)
+    return by_role(params, lambda role: role != "vector")

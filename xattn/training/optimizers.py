@@ -1,0 +1,143 @@
+"""The optimizers, a class each: its numbers and its direction. Importing this module imports no jax."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+
+from xattn import registry
+from xattn.section import Section, kind_name
+
+if TYPE_CHECKING:
+    import optax
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optimizer(Section):
+    """An optimizer and its numbers: the group ``optimizer``.
+
+    A subclass has a ``name`` of type ``Literal[…]``, its numbers as fields, and :meth:`direction`.
+    """
+
+    learning_rate: PositiveFloat
+    """Peak learning rate; the schedule multiplies it by a factor between 0 and 1."""
+    weight_decay: NonNegativeFloat
+    """Decoupled weight decay, times the learning rate; on matrices and embeddings, never on scales and biases."""
+    clip_norm: PositiveFloat | None
+    """A gradient of a larger global norm is scaled down to this norm; null never clips."""
+    name: str
+
+    @abstractmethod
+    def direction(self) -> optax.GradientTransformation:
+        """Returns the step from clipped gradients to the direction; decay and the learning rate follow it."""
+
+
+class AdamW(Optimizer):
+    """``optimizer=adamw`` (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    name: Literal["adamw"]
+    beta1: Momentum
+    """Decay of the running mean of gradients."""
+    beta2: Momentum
+    """Decay of the running mean of squared gradients."""
+    eps: PositiveFloat
+    """Added to the root of the second moment."""
+
+    def direction(self) -> optax.GradientTransformation:
+        import optax
+
+        return optax.scale_by_adam(self.beta1, self.beta2, self.eps)
+
+
+class SGD(Optimizer):
+    """``optimizer=sgd``: stochastic gradient descent with heavy-ball momentum."""
+
+    name: Literal["sgd"]
+    momentum: Momentum
+    """Decay of the running sum of gradients."""
+
+    def direction(self) -> optax.GradientTransformation:
+        import optax
+
+        return optax.trace(self.momentum)
+
+
+class Lion(Optimizer):
+    """``optimizer=lion`` (Chen et al., arXiv 2302.06675)."""
+
+    name: Literal["lion"]
+    beta1: Momentum
+    """Weight of the momentum in the update's sign."""
+    beta2: Momentum
+    """Decay of the momentum."""
+
+    def direction(self) -> optax.GradientTransformation:
+        import optax
+
+        return optax.scale_by_lion(self.beta1, self.beta2)
+
+
+class Muon(Optimizer):
+    """``optimizer=muon``: orthogonalised momentum on the layers' matrices, AdamW on everything else.
+
+    learning_rate belongs to the matrices, whose update has root-mean-square entry ~0.2 like AdamW's (Liu et al.,
+    arXiv 2502.16982), so that one rate serves both.
+
+    It is optax's ``scale_by_muon``, which differs from Keller Jordan's (github.com/KellerJordan/Muon, muon.py):
+
+    - Newton–Schulz runs in the gradient's dtype, float32, and not in bfloat16; eps is 1e-8, there 1e-7. The five steps
+      and their coefficients are the same.
+    - Momentum and gradient are corrected for Adam's bias before Nesterov mixes them; it matters in the first updates.
+
+    And ours differs from both in the scale: 0.2 · √max(in, out), there √max(1, out/in). A learning rate of theirs is
+    not one of ours. One rate serves the rest too (theirs: 0.02 and 3e-4); weight_decay is 0.1, on embeddings too, and
+    none on vectors (theirs: 0); gradients are clipped before (there not). AdamW's eps is 1e-8, there 1e-10.
+    """
+
+    name: Literal["muon"]
+    momentum: Momentum
+    """Decay of the matrices' momentum, before it is orthogonalised."""
+    beta1: Momentum
+    """AdamW's, for all other parameters."""
+    beta2: Momentum
+    """AdamW's, for all other parameters."""
+    eps: PositiveFloat
+    """AdamW's, for all other parameters."""
+
+    def direction(self) -> optax.GradientTransformation:
+        import optax
+
+        from xattn.training.muon import muon
+
+        return muon(self.momentum, adam=optax.scale_by_adam(self.beta1, self.beta2, self.eps))
+
+
+_ROWS = (AdamW, SGD, Lion, Muon)
+_OPTIMIZERS: dict[str, type[Optimizer]] = {kind_name(kind): kind for kind in _ROWS}
+_OWN = frozenset(_OPTIMIZERS)
+
+
+def optimizers() -> dict[str, type[Optimizer]]:
+    """Name → class: the package's own optimizers, then what was registered."""
+    return dict(_OPTIMIZERS)
+
+
+OptimizerT = TypeVar("OptimizerT", bound=type[Optimizer])
+
+
+def register_optimizer(kind: OptimizerT) -> OptimizerT:
+    """Decorator of a subclass of :class:`Optimizer`: makes it a choice of ``optimizer`` in this process.
+
+    Its fields are the keys ``optimizer.…``; what they have as defaults is what ``optimizer=NAME`` sets. A name that is
+    no name, or the package's own, is a ValueError.
+    """
+    name = kind_name(kind)
+    registry.check_name("optimizer", name, name in _OWN)
+    registry.check_function("optimizer", name, kind.direction, "self")
+    _OPTIMIZERS[name] = kind
+    registry.note(registry.Addition("optimizer", name, kind.direction, partial(register_optimizer, kind)))
+    return kind
