@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from xattn import registry
+
 _SCRATCH = tempfile.TemporaryDirectory(prefix="xattn-tests-")
 os.environ |= {
     "WANDB_MODE": "offline",
@@ -41,6 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         cases[test] += 1
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=sorted(left, key=lambda item: item.nodeid))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers would be in the provenance of later tests' runs."""
+    monkeypatch.setattr(registry, "_ADDITIONS", dict(registry._ADDITIONS))
 
 
 _emitters = "quick"

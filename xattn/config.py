@@ -336,7 +336,7 @@ def load(path: Path) -> Config:
     except BadInput as error:
         own = list((run_folder.read_provenance(path.parent) or {}).get("registered", {}))
         hint = ""
-        if own and ".activation = " in str(error):
+        if own:
             hint = f"\nit was registered by {own[0]}; run that in place of xattn: python {own[0]} sample RUN"
         raise BadInput(f"{path}: {error}{hint}") from error
 

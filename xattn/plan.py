@@ -166,7 +166,7 @@ def _kept_by_terms(model: ModelConfig, layer: BackendConfig) -> int:
     in_float32 = 2 if model.dtype == "bfloat16" else 1
     taps = (model.conv or 0) * (d + 2 * kv)  # what each tap multiplies
     gates = {"none": 0, "head": d + model.num_heads, "channel": 2 * d}[model.output_gate]  # both factors
-    outputs = d * (model.exclusive + (model.output_norm == "rmsnorm")) + gates
+    outputs = d * (model.exclusive + (model.output_norm != "none")) + gates
     of_heads = 2 * model.kv_heads * ((layer.decay in ("learned", "input")) + (layer.input_gate == "sigmoid"))
     values = 2 * kv if model.value_residual == "first" else 0
     return in_float32 * (taps + outputs + of_heads) + values

@@ -1,4 +1,4 @@
-"""What a script of the user's has added to the choices of this process: activations, tasks, probes, optimizers.
+"""What a script of the user's has added to the choices of this process: activations, output norms, tasks, …
 
 Each kind has a table of its own; here is what they have in common: which names can be given, which file each addition
 comes from, and how it is repeated in another process.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ class Addition:
     """One registration."""
 
     kind: str
-    """``activation``, ``task``, ``probe`` or ``optimizer``."""
+    """``activation``, ``output norm``, ``task``, ``probe`` or ``optimizer``."""
     name: str
     function: Callable[..., Any]
     """A function of the user's, by whose source the addition is known."""
-    repeat: Callable[[], None]
+    row: Any
+    """What the kind's table has of it: equal for the same registration."""
+    repeat: Callable[[], None] = field(compare=False)
     """Makes the same registration in another process, after it was pickled."""
 
     @property
@@ -31,6 +33,7 @@ class Addition:
 
 
 _ADDITIONS: dict[tuple[str, str], Addition] = {}
+caches: list[Callable[[], None]] = []  # each forgets programs that are known by the names of choices
 
 
 def additions() -> tuple[Addition, ...]:
@@ -39,8 +42,15 @@ def additions() -> tuple[Addition, ...]:
 
 
 def note(addition: Addition) -> None:
-    """Keeps an addition; a later one of the same kind and name, as a notebook's cell makes it, takes its place."""
-    _ADDITIONS[addition.kind, addition.name] = addition
+    """Keeps an addition; one of the same kind and name, as a notebook's cell that is run again makes it, is replaced.
+
+    Programs that were made with the old one are then forgotten.
+    """
+    key = addition.kind, addition.name
+    if key in _ADDITIONS and _ADDITIONS[key] != addition:
+        for forget in caches:
+            forget()
+    _ADDITIONS[key] = addition
 
 
 def check_name(kind: str, name: str, own: bool) -> None:

@@ -85,9 +85,6 @@ _TABLE = {
 }
 
 
-caches: list[Callable[[], None]] = []  # each forgets programs that are known by an activation's name
-
-
 def names() -> tuple[str, ...]:
     """The values of ``backend.activation``: the package's own, then what was registered."""
     return tuple(_TABLE)
@@ -130,13 +127,7 @@ def register_activation(
 
 
 def add(row: Activation) -> None:
-    """Puts a user's row into the table. Replacing one, as a notebook's cell does, forgets its programs."""
-    if _TABLE.get(row.name, row) != row:
-        import jax
-
-        jax.clear_caches()
-        for forget in caches:
-            forget()
+    """Puts a user's row into the table of this process."""
+    if row.weight is not None:
+        registry.note(registry.Addition("activation", row.name, row.weight, row, partial(add, row)))
     _TABLE[row.name] = row
-    assert row.weight is not None
-    registry.note(registry.Addition("activation", row.name, row.weight, partial(add, row)))

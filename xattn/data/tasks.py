@@ -233,5 +233,5 @@ def register_task(kind: TaskT) -> TaskT:
     registry.check_name("task", name, name in _OWN)
     registry.check_function("task", name, kind.examples, "generator, number, length")
     _TASKS[name] = kind
-    registry.note(registry.Addition("task", name, kind.examples, partial(register_task, kind)))
+    registry.note(registry.Addition("task", name, kind.examples, kind, partial(register_task, kind)))
     return kind

@@ -39,7 +39,7 @@ def register_probe(name: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
 def _add_probe(name: str, make: Callable[..., Any]) -> None:
     registered_probes[name] = make
-    registry.note(registry.Addition("probe", name, make, partial(_add_probe, name, make)))
+    registry.note(registry.Addition("probe", name, make, make, partial(_add_probe, name, make)))
 
 
 class EvaluationConfig(Section):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.backend import activations
+from xattn import registry
 from xattn.data.batches import Windows
 from xattn.model.hyperparameters import ModelHyperparameters
 from xattn.model.transformer import LanguageModel
@@ -54,7 +54,7 @@ def score_windows(model: LanguageModel, out_shardings: Any = None) -> ScoreWindo
     return jax.jit(score, out_shardings=out_shardings)
 
 
-activations.caches.append(score_windows.cache_clear)
+registry.caches.append(score_windows.cache_clear)
 
 
 def held_out_loss(

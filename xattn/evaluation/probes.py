@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xattn.backend import activations
+from xattn import registry
 from xattn.backend.activations import activation
 from xattn.data.batches import Windows, in_batches
 from xattn.data.config import DataConfig
@@ -81,7 +81,7 @@ def places_of(model: LanguageModel) -> PlacesOf:
     return jax.jit(places)
 
 
-activations.caches.append(places_of.cache_clear)
+registry.caches.append(places_of.cache_clear)
 
 
 def run_probes(

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from xattn.backend import activations, dispatch
 from xattn.backend.decode import Cache, Entry, StateCache, append, attend, prefill
 from xattn.backend.spec import Keys, Output, Queries, Values
-from xattn.model.config import BackendConfig, ModelConfig
+from xattn.model.config import BackendConfig, ModelConfig, registered_norms
 from xattn.model.convolution import Recent, convolve, identity, newest, preceded, same_run
 from xattn.model.hyperparameters import LayerHyperparameters, layer_spec
 from xattn.model.modules import Norm, dense, gate
@@ -216,6 +216,8 @@ class Attention(nn.Module):
             terms.append(lambda y: without_own_value(y, v))
         if config.output_norm == "rmsnorm":
             terms.append(Norm("rmsnorm", config.norm_eps, name="output_norm"))
+        elif config.output_norm != "none":
+            terms.append(registered_norms[config.output_norm])
         if config.output_gate != "none":
             terms.append(lambda y: y * self._output_gate(x))
         if not terms:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -16,10 +17,46 @@ from pydantic import (
     model_validator,
 )
 
+from xattn import registry
 from xattn.backend import activations, dispatch
 from xattn.backend.activations import QKPreActivation
 from xattn.model.initial import Initial, initial
 from xattn.section import OneOf, Section
+
+if TYPE_CHECKING:
+    import jax
+
+OutputNorm = Callable[["jax.Array"], "jax.Array"]
+
+
+_OWN_NORMS = ("none", "rmsnorm")
+registered_norms: dict[str, OutputNorm] = {}
+
+
+def output_norms() -> tuple[str, ...]:
+    """The values of ``model.output_norm``: the package's own, then what was registered."""
+    return (*_OWN_NORMS, *registered_norms)
+
+
+def register_output_norm(name: str) -> Callable[[OutputNorm], OutputNorm]:
+    """Decorator: makes a function of each head's output a choice of ``model.output_norm`` in this process.
+
+    The function takes y (B, NH, S, DHV), float32, and returns as much; it is called under jit, vmap and grad, and one
+    token may not depend on another. A name that is no name, or the package's own, is a ValueError.
+    """
+
+    def register(function: OutputNorm) -> OutputNorm:
+        registry.check_name("output norm", name, name in _OWN_NORMS)
+        registry.check_function("output norm", name, function, "y")
+        _add_norm(name, function)
+        return function
+
+    return register
+
+
+def _add_norm(name: str, function: OutputNorm) -> None:
+    registry.note(registry.Addition("output norm", name, function, function, partial(_add_norm, name, function)))
+    registered_norms[name] = function
 
 
 class ModelConfig(Section):
@@ -77,8 +114,8 @@ class ModelConfig(Section):
     """
     exclusive: bool
     """Whether the part along the token's own value is removed from each head's output (arXiv 2603.09078)."""
-    output_norm: Literal["none", "rmsnorm"]
-    """``rmsnorm`` normalises each head's output."""
+    output_norm: Annotated[str, OneOf(output_norms)]
+    """``rmsnorm`` normalises each head's output; others are those that a script has registered."""
     output_gate: Literal["none", "head", "channel"]
     """Multiplies the heads' output by σ(W x): ``head`` has one number per head, ``channel`` one per channel (arXiv
     2505.06708).

@@ -139,5 +139,5 @@ def register_optimizer(kind: OptimizerT) -> OptimizerT:
     registry.check_name("optimizer", name, name in _OWN)
     registry.check_function("optimizer", name, kind.direction, "self")
     _OPTIMIZERS[name] = kind
-    registry.note(registry.Addition("optimizer", name, kind.direction, partial(register_optimizer, kind)))
+    registry.note(registry.Addition("optimizer", name, kind.direction, kind, partial(register_optimizer, kind)))
     return kind

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xattn.backend import activations
+from xattn import registry
 from xattn.config import Config, shaping
 from xattn.data.batches import Windows
 from xattn.device import compiled_once
@@ -254,7 +254,7 @@ def _compile(
     )
 
 
-activations.caches += [_one_run.cache_clear, _compile.cache_clear]
+registry.caches += [jax.clear_caches, _one_run.cache_clear, _compile.cache_clear]
 
 
 def _compiled(lowered: jax.stages.Lowered, config: Config) -> jax.stages.Compiled:

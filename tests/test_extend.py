@@ -1,0 +1,97 @@
+"""docs/extend.md: its code blocks are one file that works, its YAML blocks are choices, its commands run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xattn import run_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "extend.md").read_text("utf-8")
+FILES = ["backend/steep.yaml", "experiment/steep_and_gated.yaml", "data/book.yaml"]
+TINY = [
+    *("trainer=debug", "trainer.steps=2", "trainer.eval_every=2", "tracking.wandb.mode=disabled"),
+    *("evaluation.windows=4", "backend.context_length=16", "model.embedding_dim=16", "model.num_layers=1"),
+    *("model.num_heads=2", "model.mlp_dim=16"),
+]
+pytestmark = pytest.mark.slow
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with mine.py, mine/ and book.txt, as the page says."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "mine.py").write_text("\n\n".join(blocks("python")), "utf-8")
+    assert len(blocks("yaml")) == len(FILES)
+    for name, block in zip(FILES, blocks("yaml"), strict=True):
+        assert f"`mine/{name}`" in PAGE
+        (folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "mine" / name).write_text(block, "utf-8")
+    (folder / "book.txt").write_text("Once upon a time, and a very good time it was, there was a cow. " * 200, "utf-8")
+    return folder
+
+
+def start(folder: Path, *words: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_all_of_them_train_in_one_run_and_are_found_again(mine: Path) -> None:
+    words = ["backend.activation=relu", "model.output_norm=l2", "data=echo", "data.delay=3", "optimizer=signum"]
+    start(mine, "mine.py", *TINY, *words, "evaluation.probes=[repeats,induction]", "study=one")
+    (run,) = (mine / "outputs" / "one").glob("relu*")
+    summary = run_folder.read_summary(run) or {}
+    assert summary["status"] == "done"
+    assert {"probe/echo/accuracy", "probe/repeats/accuracy", "probe/induction/accuracy"} <= set(summary)
+    origin = json.loads((run / "provenance.json").read_text("utf-8"))
+    assert list(origin["registered"]) == ["mine.py"]
+    assert len(start(mine, "mine.py", "evaluate", str(run)).splitlines()) > 3
+    assert "mine.py" in start(mine, "-m", "xattn.cli", "evaluate", str(run), code=2)
+
+
+def test_a_task_is_a_probe_of_a_model_that_never_saw_it(mine: Path) -> None:
+    start(mine, "mine.py", "--config-dir", "mine", *TINY, "data=book", "evaluation.probes=[echo]", "study=book")
+    (run,) = (mine / "outputs" / "book").glob("softmax*")
+    assert "probe/echo/accuracy" in (run_folder.read_summary(run) or {})
+
+
+def test_the_yaml_files_are_choices(mine: Path) -> None:
+    shown = start(mine, "mine.py", "--config-dir", "mine", "experiment=steep_and_gated", "data=book", "--cfg", "job")
+    assert "decay: alibi" in shown
+    assert "window: 64" in shown
+    assert "path: book.txt" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["optimizer=signm"], "optimizer = signm: no such choice (did you mean signum?)"),
+        (["optimizer=signum", "optimizer.momentum=2"], "optimizer.momentum = 2: must be less than 1"),
+        (["evaluation.probes=[repeat]"], "did you mean repeats?"),
+        (["model.output_norm=l3"], "must be 'none', 'rmsnorm' or 'l2'"),
+        (
+            ["data=echo", "data.delay=99", "backend.context_length=16"],
+            "data.delay = 99: at most backend.context_length",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_what_was_registered(words: list[str], told: str, mine: Path) -> None:
+    assert told in start(mine, "mine.py", *words, code=2)
