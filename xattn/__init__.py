@@ -1,21 +1,42 @@
 """xattn: which attention should this model have?
 
-``xattn.load(run)`` opens a finished run's folder; ``xattn.backend`` holds the attention functions. Importing this
+``xattn.train(overrides)`` trains a run, ``xattn.load(run)`` opens a finished run's folder, and
+``xattn.load_study(study)`` reads a study's as tables. ``xattn.backend`` holds the attention functions,
+``xattn.errors`` what these raise, and ``xattn.testing`` the checks for an activation of your own. Importing this
 package imports no jax: commands that need none answer at once.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xattn.loaded_run import LoadedRun as LoadedRun
     from xattn.loaded_run import load as load
+    from xattn.notebook import train as train
+    from xattn.report.frames import LoadedStudy as LoadedStudy
+    from xattn.report.frames import load_study as load_study
 
 __version__ = "0.1.0"
 
+# Public name → the module that has it, imported when the name is first used.
+_HOMES = {
+    "LoadedRun": "xattn.loaded_run",
+    "LoadedStudy": "xattn.report.frames",
+    "load": "xattn.loaded_run",
+    "load_study": "xattn.report.frames",
+    "train": "xattn.notebook",
+}
+_MODULES = ("backend", "errors", "testing")
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "LoadedRun"):
-        from xattn import loaded_run
-
-        return getattr(loaded_run, name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"xattn.{name}")
     raise AttributeError(f"module 'xattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, whatever submodules have been imported by now."""
+    return sorted([*_HOMES, *_MODULES, "__doc__", "__version__"])

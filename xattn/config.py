@@ -249,6 +249,34 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         raise BadInput(explain(error, overrides)) from error
 
 
+# What a call from Python may say to Hydra itself; its other keys are of a command line.
+_TAKEN_OF_HYDRA = ("hydra.run.dir", "hydra.searchpath")
+
+
+def compose_in_folder(overrides: Sequence[str]) -> tuple[Config, Path]:
+    """The config of ``python train.py OVERRIDES…``, and the folder that Hydra would make for it.
+
+    Hydra may be initialised by the caller for a config of its own, and stays so. Raises :class:`BadInput`.
+    """
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.startswith(("hydra.", "hydra/")) and key not in _TAKEN_OF_HYDRA:
+            raise BadInput(
+                f"{override}: is for the command line; from Python {' and '.join(_TAKEN_OF_HYDRA)} are taken"
+            )
+        if key.startswith("-"):
+            raise BadInput(f"{override}: is a flag of the command line; allowed are overrides, key=value")
+    register_resolvers()
+    callers, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        composed = _composed(overrides, with_hydra=True)
+        return from_hydra(composed, overrides), Path(composed.hydra.run.dir).absolute()
+    except COMPOSITION_ERRORS as error:
+        raise BadInput(explain(error, overrides)) from error
+    finally:
+        GlobalHydra.instance().hydra = callers
+
+
 def amend(config: Config, overrides: Sequence[str], *, may_differ: Sequence[str]) -> Config:
     """The config with overrides such as train.py takes, of keys that are or begin with one of ``may_differ``.
 
@@ -366,11 +394,11 @@ def _to_yaml(values: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
+def _composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
     if GlobalHydra().is_initialized():  # by train.py, with this same conf/
-        return hydra_compose("config", list(overrides))
+        return hydra_compose("config", list(overrides), return_hydra_config=with_hydra)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", list(overrides))
+        return hydra_compose("config", list(overrides), return_hydra_config=with_hydra)
 
 
 # ---- what a person is told -------------------------------------------------------------------------------------------
