@@ -599,6 +599,27 @@ def test_a_loaded_run_writes_text(loaded: xattn.LoadedRun) -> None:
     assert loaded.generate(max_tokens=5, temperature=0.0) == loaded.generate(start, max_tokens=5, temperature=0.0)
 
 
+def test_the_run_of_a_notebook_is_the_commands(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same folder below the working directory, the same bits and files; and each shows the other's result."""
+    monkeypatch.chdir(tmp_path)
+    run = xattn.train(finished.overrides, quiet=True)
+    assert run.path == tmp_path / finished.folder.relative_to(finished.cwd)
+    assert run.summary["state_sha256"] == finished.summary["state_sha256"]
+    for name in ("config.yaml", "overrides.yaml"):
+        assert (run.path / name).read_bytes() == (finished.folder / name).read_bytes()
+    assert [row["val_loss"] for row in rows(run.path) if "val_loss" in row] == [
+        row["val_loss"] for row in rows(finished.folder) if "val_loss" in row
+    ]
+    here, there = (json.loads((folder / "provenance.json").read_text()) for folder in (run.path, finished.folder))
+    assert here.keys() == there.keys()
+    of_its_own = {"command", "cwd", "started_at", "wandb_id"}
+    assert {key for key in here if here[key] != there[key]} <= of_its_own
+    code, out, _ = train(*finished.overrides, cwd=tmp_path)
+    assert (code, "done already, at step 20" in out) == (0, True)
+
+
 def test_what_is_no_run_cannot_be_loaded(finished: Finished, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(xattn.errors.BadInput, match=r"config\.yaml"):

@@ -1,7 +1,9 @@
 """xattn: which attention should this model have?
 
-``xattn.load(run)`` opens a finished run's folder, ``xattn.main()`` carries out a command line with what your script
-registered, and ``xattn.backend`` holds the attention functions. Importing this package imports no jax.
+``xattn.train(overrides)`` trains a run, ``xattn.load(run)`` opens a finished run's folder, and
+``xattn.load_study(study)`` reads a study's as tables. ``xattn.main()`` carries out a command line, with what your script
+has given to the decorators ``xattn.register_…``. ``xattn.backend`` holds the attention functions, ``xattn.errors`` what
+these raise, and ``xattn.testing`` the checks for an activation of your own. Importing this package imports no jax.
 """
 
 from importlib import import_module
@@ -15,25 +17,38 @@ if TYPE_CHECKING:
     from xattn.loaded_run import LoadedRun as LoadedRun
     from xattn.loaded_run import load as load
     from xattn.model.config import register_output_norm as register_output_norm
+    from xattn.notebook import train as train
+    from xattn.report.frames import LoadedStudy as LoadedStudy
+    from xattn.report.frames import load_study as load_study
     from xattn.training.optimizers import register_optimizer as register_optimizer
 
 __version__ = "0.1.0"
 
-
+# Public name → the module that has it, imported when the name is first used.
 _HOMES = {
-    "main": "xattn.app",
-    "load": "xattn.loaded_run",
     "LoadedRun": "xattn.loaded_run",
+    "LoadedStudy": "xattn.report.frames",
+    "load": "xattn.loaded_run",
+    "load_study": "xattn.report.frames",
+    "main": "xattn.app",
     "register_activation": "xattn.backend.activations",
-    "register_output_norm": "xattn.model.config",
     "register_optimizer": "xattn.training.optimizers",
+    "register_output_norm": "xattn.model.config",
     "register_probe": "xattn.evaluation.config",
     "register_task": "xattn.data.tasks",
+    "train": "xattn.notebook",
 }
-__all__ = ["__version__", *_HOMES]
+_MODULES = ("backend", "errors", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'xattn' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"xattn.{name}")
+    raise AttributeError(f"module 'xattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, whatever submodules have been imported by now."""
+    return sorted([*_HOMES, *_MODULES, "__doc__", "__version__"])

@@ -31,7 +31,7 @@ from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.hosts import ToldByFirst
 from xattn.run import run
 from xattn.run_folder import FOLDERS
-from xattn.same_training import Trainings, answer, is_answerable
+from xattn.same_training import answered_by
 from xattn.signals import interruption
 from xattn.sweep import study
 
@@ -80,7 +80,7 @@ def _run(composed: DictConfig) -> ExitCode:
         config = xattn.config.from_hydra(composed, typed)
         folder = _folder(config, made)
         is_trial = hydra_config.runtime.choices["hydra/sweeper"] == "optuna"  # the tuner wants a run for each
-        if _is_answered(Job(config, folder, answerable=not is_trial)):
+        if answered_by(Job(config, folder, answerable=not is_trial), print) is not None:
             return ExitCode.DONE
         return run(config, folder, typed, stop=lambda: interruption.requested)
     except ToldByFirst as error:
@@ -92,18 +92,6 @@ def _run(composed: DictConfig) -> ExitCode:
     except Exception:  # the outermost rim: what run() itself does not catch is a fault of ours
         traceback.print_exc()
         return ExitCode.ERROR
-
-
-def _is_answered(job: Job) -> bool:
-    """Whether a finished run of the same training beside the job's folder answers for it, and has been shown.
-
-    One run over several processes is trained without a look: its model may not fit a single device to be measured on.
-    """
-    if hosts.place(os.environ).count > 1 or not is_answerable(job) or not (found := Trainings([job]).find(job)):
-        return False
-    with contextlib.suppress(OSError):  # Hydra has made it; run() makes it again where it is needed
-        job.folder.rmdir()
-    return answer(found, print) is not None
 
 
 def _folder(config: Config, made: Path) -> Path:

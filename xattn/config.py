@@ -283,6 +283,34 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
         raise BadInput(explain(error, arguments)) from error
 
 
+# What a call from Python may say to Hydra itself; its other keys are of a command line.
+_TAKEN_OF_HYDRA = ("hydra.run.dir", "hydra.searchpath")
+
+
+def compose_in_folder(overrides: Sequence[str]) -> tuple[Config, Path]:
+    """The config of ``python train.py OVERRIDES…``, and the folder that Hydra would make for it.
+
+    Hydra may be initialised by the caller for a config of its own, and stays so. Raises :class:`BadInput`.
+    """
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.startswith(("hydra.", "hydra/")) and key not in _TAKEN_OF_HYDRA:
+            raise BadInput(
+                f"{override}: is for the command line; from Python {' and '.join(_TAKEN_OF_HYDRA)} are taken"
+            )
+        if key.startswith("-"):
+            raise BadInput(f"{override}: is a flag of the command line; allowed are overrides, key=value")
+    register_resolvers()
+    callers, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        composed = _composed(overrides, with_hydra=True)
+        return from_hydra(composed, overrides), Path(composed.hydra.run.dir).absolute()
+    except COMPOSITION_ERRORS as error:
+        raise BadInput(explain(error, overrides)) from error
+    finally:
+        GlobalHydra.instance().hydra = callers
+
+
 def amend(
     config: Config, overrides: Sequence[str], *, may_differ: Sequence[str], config_dir: Path | None = None
 ) -> Config:
@@ -408,7 +436,7 @@ def _to_yaml(values: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _composed(arguments: Sequence[str]) -> DictConfig:
+def _composed(arguments: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
     """Composes overrides; a ``--config-dir`` among them is looked in too. Raises :data:`COMPOSITION_ERRORS`."""
     check_folders(arguments)
     config_type()
@@ -416,9 +444,9 @@ def _composed(arguments: Sequence[str]) -> DictConfig:
     if not any(override.startswith("hydra.searchpath=") for override in overrides):
         overrides += _search_path(arguments)
     if GlobalHydra().is_initialized():  # by train.py, with this same conf/
-        return hydra_compose("config", overrides)
+        return hydra_compose("config", overrides, return_hydra_config=with_hydra)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", overrides)
+        return hydra_compose("config", overrides, return_hydra_config=with_hydra)
 
 
 def check_folders(arguments: Sequence[str]) -> None:

@@ -40,6 +40,12 @@ class BadInput(XattnError):
     exit_code = ExitCode.BAD_INPUT
 
 
+class Diverged(XattnError):
+    """A loss or gradient of the run, or its last evaluation, is not finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
 class IntegrityError(XattnError):
     """Data or checkpoints are not what the run recorded."""
 

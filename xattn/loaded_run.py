@@ -22,6 +22,7 @@ from xattn.training import llama
 
 if TYPE_CHECKING:
     import jax
+    import pandas as pd
 
     from xattn.model.hyperparameters import ModelHyperparameters
     from xattn.model.transformer import LanguageModel
@@ -45,7 +46,7 @@ class Piece(NamedTuple):
     num_tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedRun:
     """What a notebook needs of a run; ``step`` is that of the checkpoint."""
 
@@ -57,6 +58,30 @@ class LoadedRun:
     hyperparameters: ModelHyperparameters
     tokenizer: Tokenizer
     step: int
+
+    def __repr__(self) -> str:
+        import jax
+
+        model, summary = self.config.model, self.summary
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        attention = ", ".join(dict.fromkeys(kind.activation for kind in self.config.backend.kinds.values()))
+        result = f", {run_folder.result_line(summary)}" if {"val_loss", "val_bpb"} <= summary.keys() else ""
+        return "\n".join(
+            [
+                f"LoadedRun {run_folder.shown(self.path)}",
+                f"  {summary.get('status', 'weights alone')}, checkpoint of step {self.step}{result}",
+                f"  {attention}; {size:,} parameters in {model.num_layers} layers of width {model.embedding_dim}",
+                f"  {self.config.data.name}, {self.model.vocab_size:,} kinds of token",
+            ]
+        )
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """The rows of metrics.jsonl: ``step``, and a column for each number that some row has; NaN where a row lacks
+        it. Empty for a folder that is not a run's."""
+        from xattn.report.frames import metrics_of
+
+        return metrics_of(self.path)
 
     def logits(self, tokens: Any, segment_ids: Any = None) -> jax.Array:
         """Scores of each next token: int (B, S), or (S,) for one sequence → float (B, S, V), or (S, V).

@@ -6,7 +6,9 @@ Importing this module imports no jax.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import yaml
 
 import xattn.config
-from xattn import keys, run_folder
+from xattn import hosts, keys, run_folder
 from xattn.attempt import Job
 from xattn.config import Config
 from xattn.errors import BadInput, IntegrityError, Preempted
@@ -81,6 +83,20 @@ def is_answerable(job: Job) -> bool:
     begun = (job.folder / run_folder.CONFIG).is_file()
     is_named_by_us = job.folder.name == xattn.config.run_name(job.config)
     return job.answerable and job.config.resume == "auto" and not begun and is_named_by_us
+
+
+def answered_by(job: Job, say: Callable[[str], None]) -> Path | None:
+    """The folder of a finished run of the same training beside the job's, where one answers for it; it has been shown.
+
+    Hydra may have made the job's own folder by now: it is taken away again. One run over several processes is trained
+    without a look: its model may not fit a single device to be measured on.
+    """
+    if hosts.place(os.environ).count > 1 or not is_answerable(job) or not (found := Trainings([job]).find(job)):
+        return None
+    with contextlib.suppress(OSError):  # run() makes it again where it is needed
+        job.folder.rmdir()
+    taken = answer(found, say)
+    return None if taken is None else taken.folder
 
 
 def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:

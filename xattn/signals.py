@@ -57,6 +57,7 @@ class Interruption:
             if callable(handler) and handler is not signal.default_int_handler
         }
         self._received.clear()
+        self.requested = False  # what was asked of an earlier run in this process (a notebook's) is done with
         self._listens = True
         for number in taken:
             signal.signal(number, self._request)

@@ -280,11 +280,18 @@ def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl in the order of their steps; of several rows of one step the last."""
+    return _by_step(folder / run_folder.METRICS, [])
+
+
+def _by_step(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    found = {row["step"]: row for row in _rows(path, problems) if finite(row.get("step")) is not None}
+    return [found[step] for step in sorted(found)]
+
+
 def _curves(path: Path, problems: list[str]) -> dict[str, np.ndarray]:
-    by_step = {
-        row["step"]: row for row in _rows(path, problems) if finite(row.get("step")) is not None
-    }  # the last counts
-    rows = [_with_attention(by_step[step]) for step in sorted(by_step)]
+    rows = [_with_attention(row) for row in _by_step(path, problems)]
     columns: dict[str, np.ndarray] = {}
     for key in CURVES:
         values = [row.get(key) for row in rows]

@@ -26,9 +26,16 @@ _SUMMARY = (
 )
 _PROVENANCE = ("device_kind", "device_count", "git_commit", "git_dirty", "source_sha256", "data_sha256", "started_at")
 
+Table = tuple[Sequence[str], list[list[Any]]]  # columns, rows
+
 
 def effects_csv(comparisons: Sequence[Comparison]) -> str:
-    """A row a comparison of two arms; a cell is empty where nothing can be said."""
+    """effects.csv: :func:`effects_table`, with an empty cell for None."""
+    return _csv(*effects_table(comparisons))
+
+
+def effects_table(comparisons: Sequence[Comparison]) -> Table:
+    """A row a comparison of two arms; a cell is None where nothing can be said."""
     rows = []
     for i, each in enumerate(comparisons, 1):
         where = " ".join(f"{key}={show(value)}" for key, value in each.group.where.items())
@@ -41,10 +48,15 @@ def effects_csv(comparisons: Sequence[Comparison]) -> str:
                     *(effect.arm_mean, effect.baseline_mean, effect.left_out, effect.baseline_left_out, where, i),
                 ]
             )
-    return _csv(EFFECT_COLUMNS, rows)
+    return EFFECT_COLUMNS, rows
 
 
 def results_csv(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
+    """results.csv: :func:`results_table`, with an empty cell for None."""
+    return _csv(*results_table(runs, comparisons))
+
+
+def results_table(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Table:
     """A row a run: the keys that differ, what the run found, what it was made with. comparison: the number of the one
     that the run belongs to, from 1; judged: whether its value enters it."""
     judged = {
@@ -76,7 +88,7 @@ def results_csv(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
         configured = [run.config.get(key) for key in (*varying, SEED)]
         own = [run.name, run.status, run.folder in judged, *configured, *summary, *provenance, run.command]
         rows.append([*own, number_of.get(run.folder)])
-    return _csv(columns, rows)
+    return columns, rows
 
 
 def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:

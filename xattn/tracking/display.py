@@ -28,7 +28,10 @@ class Screen(Console):
     """
 
     def __init__(self, *, stderr: bool = False):
-        super().__init__(highlight=False, soft_wrap=True, file=sys.stderr if stderr else sys.stdout)
+        # Lines of text in a notebook too, where rich would make a block of HTML of each.
+        super().__init__(
+            highlight=False, soft_wrap=True, file=sys.stderr if stderr else sys.stdout, force_jupyter=False
+        )
 
     @property
     def has_bars(self) -> bool:

@@ -1,0 +1,80 @@
+"""A run from Python: what ``python train.py`` does, in a process that goes on afterwards. Importing this module imports
+no jax."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import xattn.config
+from xattn.attempt import Job
+from xattn.errors import BadInput, Diverged, ExitCode, Preempted, XattnError
+from xattn.loaded_run import LoadedRun, load
+from xattn.run import run
+from xattn.run_folder import LOG, read_summary, shown
+from xattn.same_training import answered_by
+from xattn.signals import interruption
+
+
+def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> LoadedRun:
+    """Makes the run of ``python train.py OVERRIDES…`` and opens it, ``xattn.train(["backend=sigmoid", "seed=1"])``.
+
+    The run is the command's, in the same folder below the working directory: one that is finished is shown and opened,
+    one that was stopped continues from its last checkpoint. The interrupt of a notebook or Ctrl-C saves the run first.
+
+    Args:
+        overrides: as on the command line, a string each. Of Hydra's own keys only ``hydra.run.dir`` and
+            ``hydra.searchpath`` are taken.
+        quiet: print only warnings; log.txt has everything.
+
+    Raises:
+        BadInput: an override, the data, or what is in the folder cannot be used.
+        Diverged: the loss is not finite. The run's folder says where.
+        Preempted: the run was interrupted, and is saved.
+        XattnError: any other error of :mod:`xattn.errors`; one of ours has its traceback in the run's log.txt.
+    """
+    if isinstance(overrides, str):
+        raise BadInput(f"overrides = {overrides!r}: must be a list of strings, [{overrides!r}]")
+    typed = [str(override) for override in overrides]
+    config, made = xattn.config.compose_in_folder(typed)
+    folder = xattn.config.folder_of(config, made)
+    with _as_it_was(), interruption.listening():
+        taken = answered_by(Job(config, folder), _nothing if quiet else print)
+        if taken is not None:
+            return load(taken)
+        code = run(config, folder, typed, stop=lambda: interruption.requested, quiet=quiet)
+    _raise_for(code, folder)
+    return load(folder)
+
+
+def _raise_for(code: ExitCode, folder: Path) -> None:
+    if code == ExitCode.DONE:
+        return
+    where, step = shown(folder), (read_summary(folder) or {}).get("step")
+    if code == ExitCode.DIVERGED:
+        raise Diverged(f"{where}: diverged at step {step}; its metrics.jsonl and log.txt show how")
+    if code == ExitCode.PREEMPTED:
+        raise Preempted(f"{where}: stopped at step {step}, and saved; the same call continues from there")
+    raise XattnError(f"{where}: failed at step {step}; the traceback is in {shown(folder / LOG)}")
+
+
+def _nothing(text: str) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Gives back the hooks and loggers that a run takes over (:func:`xattn.device.hush_libraries`)."""
+    hooks = threading.excepthook, sys.unraisablehook
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    try:
+        yield
+    finally:
+        threading.excepthook, sys.unraisablehook = hooks
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
