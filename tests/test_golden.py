@@ -58,7 +58,8 @@ def test_there_is_a_run_of_each_age_and_none_is_big() -> None:
 def test_its_name_is_still_the_name_of_its_config(name: str, outputs: Path) -> None:
     config = xconfig.load(outputs / name / run_folder.CONFIG)
     assert xconfig.folder_of(config, outputs / xconfig.run_name(config)) == outputs / name
-    assert xconfig.compose(typed(outputs / name)) == config
+    today = xconfig.compose(typed(outputs / name))
+    assert today.model_copy(update={"tracking": config.tracking}) == config  # its project is null now
 
 
 @AGES

@@ -191,8 +191,8 @@ def test_provenance(finished: Finished) -> None:
 
 
 def test_metrics_have_each_step_once_with_the_keys_of_the_contract(finished: Finished) -> None:
-    training = {"step", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"}
-    evaluation = {"step", "val_loss", "val_bpb"}
+    training = {"step", "tokens", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    evaluation = {"step", "tokens", "val_loss", "val_bpb"}
     found = rows(finished.folder)
     assert [row["step"] for row in found] == [5, 10, 15, 20]
     for row in found:

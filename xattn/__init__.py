@@ -1,8 +1,8 @@
 """xattn: which attention should this model have?
 
 ``xattn.train(overrides)`` trains a run, ``xattn.load(run)`` opens a finished run's folder, and
-``xattn.load_study(study)`` reads a study's as tables. ``xattn.main()`` carries out a command line, with what your script
-has given to the decorators ``xattn.register_…``. ``xattn.backend`` holds the attention functions, ``xattn.errors`` what
+``xattn.load_study(study)`` reads a study's as tables. ``xattn.main()`` carries out a command line, in which what your
+script gave to ``xattn.register_…`` can be chosen. ``xattn.backend`` holds the attention functions, ``xattn.errors`` what
 these raise, and ``xattn.testing`` the checks for an activation of your own. Importing this package imports no jax.
 """
 

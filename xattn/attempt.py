@@ -27,6 +27,7 @@ from xattn.data.prefetch import Prefetch
 from xattn.data.run_data import RunData, load_data
 from xattn.data.tokenizer import Tokenizer
 from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError
+from xattn.mirror import end_mirror, mirror_of
 from xattn.provenance import changes, provenance
 from xattn.run_folder import RunFolder, result_line, shown
 from xattn.tracking.display import Display
@@ -177,7 +178,8 @@ class Attempt:
                 display.note(f"            {of}not by {passed_over}: {reason}")
         if pack is not None:
             display.note(f"pack        of {len(pack)} runs: {', '.join(pack)}")
-        self._mirror = self._wandb_mirror(origin["wandb_id"])
+        if config.tracking.wandb.mode != "disabled":
+            self._mirror = mirror_of(config, self.folder.path, origin, say=display.say)
         self._summary |= {
             "implementation": _by_kind({kind: choice.name for kind, choice in choices.items()}),
             "passed_over": _by_kind({kind: choice.passed_over for kind, choice in choices.items()}),
@@ -234,20 +236,6 @@ class Attempt:
             run_folder.write_atomically(folder / run_folder.PROVENANCE, run_folder.to_json(origin, indent=2) + "\n")
         run_folder.write_summary(folder.path, self._summary)
         return origin
-
-    def _wandb_mirror(self, run_id: str) -> WandbMirror | None:
-        config, folder = self.config, self.folder
-        if config.tracking.wandb.mode == "disabled":
-            return None
-        return WandbMirror(
-            config.tracking.wandb,
-            run_id=run_id,
-            name=folder.path.name,
-            group=config.study,
-            values=xattn.config.tracked_values(config),
-            folder=folder.path,
-            say=self.display.say,
-        )
 
     def _open_checkpoints(self, origin: Mapping[str, Any]) -> None:
         from xattn.training.checkpoint import Checkpoints
@@ -455,7 +443,7 @@ class Attempt:
     def _show_result(self, summary: dict[str, Any], sample: str) -> None:
         artifacts = self.folder / run_folder.ARTIFACTS
         artifacts.mkdir(exist_ok=True)
-        run_folder.write_atomically(artifacts / "sample.txt", sample)
+        run_folder.write_atomically(artifacts / run_folder.SAMPLE, sample)
         scored = self.data.scored_bytes()
         self.display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}:\n{_printable(sample)}\n")
         self.display.say(f"result      {result_line(summary)}")
@@ -486,7 +474,7 @@ class Attempt:
         state = progress.state
         study = compiled.study(state.params, state.hyperparameters.model, study_windows(self.data.windows))
         (self.folder / run_folder.ARTIFACTS).mkdir(exist_ok=True)
-        draw(study, self.folder / run_folder.ARTIFACTS / "attention_maps.png", step=progress.step)
+        draw(study, self.folder / run_folder.ARTIFACTS / run_folder.ATTENTION_MAPS, step=progress.step)
 
     def note(self, text: str) -> None:
         """Writes to log.txt, if that can be done at all."""
@@ -516,7 +504,7 @@ class Attempt:
 
     def part_from_wandb(self) -> None:
         if self._mirror is not None:
-            self._mirror.finish(self._summary, self.code)
+            end_mirror(self._mirror, self.config, self._summary, self.code)
 
 
 def move_older_aside(config: Config, folder: Path, say: Callable[[str], None]) -> None:

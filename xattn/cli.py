@@ -35,7 +35,7 @@ _COMMANDS = {
     "sample": ("xattn.sample", "text from a run's model"),
     "evaluate": ("xattn.evaluate", "a run's model on any text, at any length, with any probes"),
     "export": ("xattn.interchange", "a run's parameters as safetensors, or as a Llama for transformers"),
-    "report": ("xattn.report", "judge a study and write its report"),
+    "report": ("xattn.publish", "judge a study and write its report"),
     "verdict": ("xattn.report.decide", "is an arm shown to be better? exit 0 yes, 10 undecided, 11 the opposite"),
     "findings": ("xattn.findings", "the claims that studies state: shown, contradicted or undecided"),
     "compare": ("xattn.compare", "set runs side by side"),

@@ -55,7 +55,8 @@ def _on_screen(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 def _to_wandb(first: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """In the mode that the first run's config and WANDB_MODE say; offline, it is kept below its study's report/."""
     import xattn.config
-    from xattn.tracking.wandb import log_table, resolve_mode
+    from xattn.tracking.own_runs import log_table
+    from xattn.tracking.wandb import resolve_mode
 
     config = xattn.config.load(first / run_folder.CONFIG)
     mode = resolve_mode(config.tracking.wandb)
@@ -63,5 +64,13 @@ def _to_wandb(first: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]
         raise BadInput(f"--wandb: disabled by tracking.wandb.mode of {first}, WANDB_MODE or wandb's settings file")
     folder = first.absolute().parent / REPORT
     folder.mkdir(exist_ok=True)
-    log_table(config.tracking.wandb, mode=mode, group=config.study, columns=columns, rows=rows, folder=folder)
-    print(f"wandb: logged as a table ({mode})")
+    url = log_table(
+        config.tracking.wandb,
+        mode=mode,
+        group=config.study,
+        columns=columns,
+        rows=rows,
+        folder=folder,
+        beside=first.absolute(),
+    )
+    print(f"wandb: logged as a table ({url or mode})")

@@ -43,6 +43,12 @@ ABSENT: dict[str, Any] = {
     "sweep.budget_minutes": None,
     "sweep.pilot_seeds": None,
     "finding": None,
+    "tracking.wandb.tags": None,
+    "tracking.wandb.notes": None,
+    "tracking.wandb.job_type": None,
+    "tracking.wandb.system_metrics": False,
+    "tracking.wandb.console": False,
+    "tracking.wandb.artifacts": [],
 }
 _OF_ONE_CHOICE = {"data.filler": "mqar"}  # only this choice of the group has the key
 _NAMED_AT_EVERY_VALUE = "model.matmul_precision"

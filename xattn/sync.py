@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import xattn.config
 from xattn import run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, XattnError
+from xattn.mirror import end_mirror, mirror_of, send_rows
 from xattn.run_folder import RunFolder
-from xattn.tracking.tracker import read_rows
-from xattn.tracking.wandb import WandbMirror, resolve_mode
+from xattn.tracking.wandb import resolve_mode
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,19 +38,9 @@ def sync(path: Path) -> None:
             raise BadInput(f"{path}: the run there has not begun")
         if resolve_mode(config.tracking.wandb) == "disabled":
             raise BadInput(f"{path}: disabled by tracking.wandb.mode of this run, WANDB_MODE or wandb's settings file")
-        mirror = WandbMirror(
-            config.tracking.wandb,
-            run_id=origin["wandb_id"],
-            name=folder.path.name,
-            group=config.study,
-            values=xattn.config.tracked_values(config),
-            folder=folder.path,
-            say=print,
-            from_the_start=True,
-        )
-        for line in read_rows(folder / run_folder.METRICS).lines.values():
-            mirror.log(json.loads(line))
-        mirror.finish(summary, 0 if summary["status"] == "done" else 1, for_ever=True)
+        mirror = mirror_of(config, folder.path, origin, say=print, from_the_start=True)
+        send_rows(mirror, config, folder.path)
+        end_mirror(mirror, config, summary, 0 if summary["status"] == "done" else 1, for_ever=True)
         if mirror.failure is not None:
             raise XattnError(f"{path}: not synced: {mirror.failure}")
     finally:

@@ -249,7 +249,7 @@ def kill_sample() -> None:
 def kill_wandb_finish() -> None:
     from xattn.tracking.wandb import WandbMirror
 
-    patch(WandbMirror, "finish", before=_die_when(lambda *a: True))
+    patch(WandbMirror, "finish", before=_die_when(lambda *a, **k: True))
 
 
 # ---- other faults ----------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import struct
 import sys
 import threading
@@ -15,19 +17,30 @@ from typing import Any
 
 import pytest
 import wandb as real
+from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
 from xattn import run_folder
-from xattn.config import compose, save
+from xattn.cli import main as xattn
+from xattn.config import Config, compose, save
 from xattn.errors import BadInput, XattnError
+from xattn.mirror import end_mirror, mirror_of, send_rows
 from xattn.sync import sync
 from xattn.tracking import wandb as adapter
 from xattn.tracking.config import WandbConfig
-from xattn.tracking.wandb import WandbMirror, log_table, refuse_without_key, resolve_mode, run_id
+from xattn.tracking.own_runs import log_table
+from xattn.tracking.wandb import WandbMirror, destination, refuse_without_key, resolve_mode, run_id
 
-CONFIG = WandbConfig(mode="offline", project="a project", entity=None)
+
+def config_of(mode: Any = "offline", **more: Any) -> WandbConfig:
+    nothing = dict.fromkeys(("entity", "tags", "notes", "job_type"))
+    off = {"system_metrics": False, "console": False, "artifacts": []}
+    return WandbConfig.model_validate({"mode": mode, "project": "a project", **nothing, **off, **more})
+
+
+CONFIG = config_of()
 
 
 class FakeWandb(types.ModuleType):
@@ -40,10 +53,14 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.fails, self.on_init = fails, init
         self.arguments: dict[str, Any] = {}
-        self.rows: list[tuple[int, dict[str, Any]]] = []
+        self.rows: list[tuple[int | None, dict[str, Any]]] = []
         self.summary: dict[str, Any] = {}
         self.open_row: dict[str, Any] = {}
         self.exit_code: int | None = None
+        self.metrics: dict[str, dict[str, Any]] = {}
+        self.console = ""
+        self.artifacts: list[str] = []
+        self.url, self.entity = "https://wandb.example.org/a/run", "somebody"
 
     def _call(self, name: str) -> None:
         if name == self.fails:
@@ -58,7 +75,32 @@ class FakeWandb(types.ModuleType):
         self.arguments = arguments
         return self
 
-    def log(self, row: dict[str, Any], *, step: int, commit: bool | None = None) -> None:
+    def define_metric(self, name: str, **how: Any) -> None:
+        self._call("define_metric")
+        self.metrics[name] = how
+
+    def write_logs(self, text: str) -> None:
+        self.console += text
+
+    def Html(self, text: str, *, data_is_not_path: bool) -> str:
+        return text
+
+    def Image(self, path: str) -> str:
+        return path
+
+    def Histogram(self, values: list[float]) -> list[float]:
+        return values
+
+    def Artifact(self, name: str, *, type: str) -> FakeWandb:
+        return self
+
+    def add_file(self, path: str, *, name: str) -> None:
+        pass
+
+    def log_artifact(self, artifact: FakeWandb, *, aliases: list[str]) -> None:
+        self.artifacts += aliases
+
+    def log(self, row: dict[str, Any], *, step: int | None = None, commit: bool | None = None) -> None:
         self._call("log")
         self.rows.append((step, row))
         self.summary.update(self.open_row)
@@ -73,9 +115,9 @@ class FakeWandb(types.ModuleType):
         self.exit_code = exit_code
 
 
-def mirror(folder: Path, said: list[str], **more: Any) -> WandbMirror:
+def mirror(folder: Path, said: list[str], *, config: WandbConfig = CONFIG, **more: Any) -> WandbMirror:
     return WandbMirror(
-        CONFIG,
+        config,
         run_id="abcd1234",
         name="a run",
         group="a study",
@@ -86,7 +128,10 @@ def mirror(folder: Path, said: list[str], **more: Any) -> WandbMirror:
     )
 
 
-ROWS = [{"step": 1, "train_loss": 5.5}, {"step": 2, "train_loss": 5.0, "val_loss": 5.25}]
+ROWS = [
+    {"step": 1, "tokens": 8, "train_loss": 5.5},
+    {"step": 2, "tokens": 16, "train_loss": 5.0, "val_loss": 5.25},
+]
 
 
 def test_the_mirror_has_the_same_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -96,8 +141,11 @@ def test_the_mirror_has_the_same_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
     for row in ROWS:
         wandb.log(row)
     wandb.finish({"val_loss": 5.25, "status": "done"}, 0)
-    assert fake.rows == [(1, {"train_loss": 5.5}), (2, {"train_loss": 5.0, "val_loss": 5.25})]
-    assert fake.summary == {"train_loss": 5.0, "val_loss": 5.25, "status": "done"}
+    assert fake.rows == [
+        (1, {"tokens": 8, "train_loss": 5.5}),
+        (2, {"tokens": 16, "train_loss": 5.0, "val_loss": 5.25}),
+    ]
+    assert fake.summary == {"tokens": 16, "train_loss": 5.0, "val_loss": 5.25, "status": "done"}
     assert fake.exit_code == 0
     expected = {
         "project": "a project",
@@ -117,7 +165,7 @@ def test_the_mirror_has_the_same_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_a_resumed_run_sends_no_step_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sent = []
-    for rows in (ROWS, [*ROWS, {"step": 3, "train_loss": 4.5}]):
+    for rows in (ROWS, [*ROWS, {"step": 3, "tokens": 24, "train_loss": 4.5}]):
         fake = FakeWandb()
         monkeypatch.setitem(sys.modules, "wandb", fake)
         wandb = mirror(tmp_path, [])
@@ -128,7 +176,7 @@ def test_a_resumed_run_sends_no_step_twice(monkeypatch: pytest.MonkeyPatch, tmp_
     assert sent == [1, 2, 3]
 
 
-@pytest.mark.parametrize("fails", ["Settings", "init", "log", "finish"])
+@pytest.mark.parametrize("fails", ["Settings", "init", "define_metric", "log", "finish"])
 def test_a_failure_is_one_line_and_nothing_else(fails: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake, said = FakeWandb(fails), list[str]()
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -209,7 +257,7 @@ def write_setting(key: str, value: str, *, everywhere: bool = False) -> None:
 
 
 def mode(asked: Any = "auto") -> str:
-    return resolve_mode(WandbConfig(mode=asked, project="p", entity=None))
+    return resolve_mode(config_of(asked))
 
 
 @pytest.mark.parametrize("server", [None, CLOUD, OWN_SERVER])
@@ -220,7 +268,7 @@ def test_a_login_by_the_installed_wandb_is_recognised(server: str | None, home: 
     log_in(server)
     assert (home / ".netrc").is_file()
     assert mode() == mode("online") == "online"
-    refuse_without_key(WandbConfig(mode="online", project="p", entity=None))
+    refuse_without_key(config_of("online"))
 
 
 def test_a_login_elsewhere_is_no_login(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +337,7 @@ def test_what_wandb_would_prompt_for_or_refuse_is_bad_input(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=told) as error:
-        refuse_without_key(WandbConfig(mode=asked, project="p", entity=None))
+        refuse_without_key(config_of(asked))
     assert len(str(error.value).splitlines()) == 1
     assert "secret" not in str(error.value)
 
@@ -297,7 +345,99 @@ def test_what_wandb_would_prompt_for_or_refuse_is_bad_input(
 @pytest.mark.parametrize("asked", ["auto", "offline", "disabled"])
 def test_nobody_waits_for_wandbs_import_before_the_first_step(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    refuse_without_key(WandbConfig(mode=asked, project="p", entity=None))
+    refuse_without_key(config_of(asked))
+
+
+# ---- where it goes, and under which labels ---------------------------------------------------------------------------
+
+
+def test_wandbs_variables_count_where_a_key_is_null(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = {"project": "p", "entity": "e", "tags": ["t", "u"], "notes": "n", "job_type": "j"}
+    none = dict.fromkeys(labels)
+    nothing = config_of(**none)
+    assert destination(nothing, home) == none | {"project": "xattn"}
+    real.teardown()
+    for name, value in labels.items():
+        monkeypatch.setenv(f"WANDB_{name.upper()}", f"{value if name != 'tags' else 't,u'}")
+    assert destination(nothing, home) == labels | {"tags": ("t", "u")}
+    typed = {name: f"typed {name}" for name in labels} | {"tags": ["typed"]}
+    assert destination(config_of(**typed), home) == typed | {"tags": ("typed",)}
+    assert destination(config_of(**none | {"tags": []}), home)["tags"] == ()  # none, whatever is exported
+
+
+def test_a_run_is_sent_again_to_where_it_was_though_the_shell_is_another(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_PROJECT", "exported")
+    for _ in range(2):
+        wandb = mirror(home, [], config=config_of(project=None, tags=["typed"]))
+        wandb.log(ROWS[0])
+        wandb.finish({}, 0)
+        assert (fake.arguments["project"], fake.arguments["tags"]) == ("exported", ("typed",))
+        monkeypatch.delenv("WANDB_PROJECT", raising=False)
+        real.teardown()
+
+
+def test_online_the_address_of_the_run_is_printed_and_its_entity_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, said = FakeWandb(), list[str]()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    wandb = mirror(home, said, config=config_of("online"))
+    wandb.log(ROWS[0])
+    wandb.finish({}, 0)
+    assert said == [f"wandb       {fake.url}"]
+    assert destination(config_of(), home)["entity"] == "somebody"
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("tags=a", "tracking.wandb.tags = 'a': must be a list, [a]"),
+        ("tags=['']", "tracking.wandb.tags[0] = '': "),
+        ("project=''", "tracking.wandb.project = '': "),
+        ("artifacts=[model]", "tracking.wandb.artifacts[0] = 'model': must be 'checkpoint' or 'report'"),
+        ("console=wrap", "tracking.wandb.console = 'wrap': must be"),
+    ],
+)
+def test_labels_that_wandb_would_refuse_are_bad_input(typed: str, told: str) -> None:
+    with pytest.raises(BadInput) as error:
+        compose([f"tracking.wandb.{typed}"])
+    assert told in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+# ---- what it is sent -------------------------------------------------------------------------------------------------
+
+
+def test_each_line_of_the_log_is_sent_once_by_whichever_attempt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whole lines only; and all of them again where all is sent again."""
+    log, sent = tmp_path / run_folder.LOG, []
+    for text, more in (("one\ntw", {}), ("o\nthrée\n", {}), ("", {}), ("", {"from_the_start": True})):
+        fake = FakeWandb()
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(text)
+        wandb = mirror(tmp_path, [], config=config_of(console=True), **more)
+        wandb.log(ROWS[0])
+        wandb.finish({}, 0)
+        sent.append(fake.console)
+    assert sent == ["one\n", "two\nthrée\n", "", "one\ntwo\nthrée\n"]
+
+
+def test_the_log_stays_here_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / run_folder.LOG).write_text("one\n")
+    wandb = mirror(tmp_path, [])
+    wandb.log(ROWS[0])
+    wandb.finish({}, 0)
+    assert fake.console == ""
 
 
 # ---- whose id --------------------------------------------------------------------------------------------------------
@@ -394,9 +534,188 @@ def test_a_real_offline_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_table_is_a_run_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one more of the run whose id a shell still exports."""
     monkeypatch.setenv("WANDB_RUN_ID", "exported")
-    log_table(CONFIG, mode="offline", group="a study", columns=["a"], rows=[["1"]], folder=home)
+    log_table(CONFIG, mode="offline", group="a study", columns=["a"], rows=[["1"]], folder=home, beside=home)
     (log,) = (home / "wandb").glob("offline-run-*/run-*.wandb")
     assert "exported" not in log.name
+
+
+HEADS = {f"attention/{layer}/{head}/entropy": layer + head / 4 for layer in range(2) for head in range(4)}
+SECRET = "the host, which is nobody's business"
+
+
+def run_in(folder: Path, *overrides: str) -> Config:
+    """A finished run's files, with one whole checkpoint that is evaluated."""
+    config = compose(["trainer=debug", "study=a-study", "tracking.wandb.mode=offline", *overrides])
+    provenance = {"wandb_id": "abcd1234", "git_commit": "c0ffee", "versions": {"jax": "1"}, "data_sha256": "d" * 64}
+    (folder / run_folder.CONFIG).write_text(save(config))
+    (folder / run_folder.PROVENANCE).write_text(json.dumps(provenance | {"host": SECRET}))
+    run_folder.write_summary(folder, {"status": "done", "val_loss": 5.0, "tokens_per_second": 4391.0})
+    tokens = config.trainer.batch_size * config.backend.context_length
+    rows = [{"step": step, "tokens": step * tokens, "train_loss": 6.0 - step, **HEADS} for step in (1, 2)]
+    (folder / run_folder.METRICS).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / run_folder.LOG).write_text("step 1\nstep 2\n")
+    (folder / run_folder.ARTIFACTS).mkdir()
+    (folder / run_folder.ARTIFACTS / run_folder.SAMPLE).write_text("def <main>:\n")
+    Image.new("RGB", (4, 4)).save(folder / run_folder.ARTIFACTS / run_folder.ATTENTION_MAPS)
+    for step, val_loss in ((1, 5.0), (2, 5.5)):
+        checkpoint = folder / run_folder.CHECKPOINTS / str(step)
+        for part in ("params", "training"):
+            (checkpoint / part).mkdir(parents=True)
+            (checkpoint / part / "array").write_text(f"{part} of {step}")
+        manifest = json.dumps({"step": step, "val_loss": val_loss}).encode()
+        (checkpoint / "manifest.json").write_bytes(manifest)
+        (checkpoint / "manifest.sha256").write_text(hashlib.sha256(manifest).hexdigest())
+    return config
+
+
+def told_to_wandb(log: Path) -> dict[str, Any]:
+    """What an offline run has, but for the clock and file names."""
+    found = written_by(log)
+    (run,) = (record.run for record in found if record.WhichOneof("record_type") == "run")
+    artifacts = [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
+    history = [
+        {
+            "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+            for item in record.history.item
+            if item.nested_key[-1:] not in (["path"], ["_timestamp"], ["_runtime"])
+        }
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+    ]
+    return {
+        "labels": (run.project, run.run_group, run.job_type, run.notes, list(run.tags)),
+        "config": {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"},
+        "panels": [
+            (metric.name or metric.glob_name, metric.step_metric, metric.options.hidden)
+            for metric in (record.metric for record in found if record.WhichOneof("record_type") == "metric")
+        ],
+        "history": history,
+        "log": [record.output_logger.line for record in found if record.WhichOneof("record_type") == "output_logger"],
+        "artifacts": [(item.type, item.name, list(item.aliases), item.digest) for item in artifacts],
+        "files": [sorted(file.path for file in item.manifest.contents) for item in artifacts],
+        "summary": {key: value for key, value in summary_of(found).items() if key in ("status", "val_loss")},
+    }
+
+
+@pytest.mark.slow
+def test_all_that_wandb_gets_of_a_run_live_and_rebuilt(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every key of ``tracking.wandb``; by the installed wandb itself, offline."""
+    monkeypatch.setenv("WANDB_ARTIFACT_DIR", str(home / "artifacts"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(home / "data"))
+    monkeypatch.setenv("WANDB_NOTES", "exported")
+    folder = home / "a run"
+    folder.mkdir()
+    keys = ("tags=[one,two]", "job_type=train", "console=true", "artifacts=[checkpoint]")
+    config = run_in(folder, *(f"tracking.wandb.{key}" for key in keys))
+    origin = json.loads((folder / run_folder.PROVENANCE).read_text())
+    said = list[str]()
+    live = mirror_of(config, folder, origin, say=said.append)
+    send_rows(live, config, folder)
+    end_mirror(live, config, json.loads((folder / run_folder.SUMMARY).read_text()), 0)
+    assert live.failure is None, said
+    (first,) = (folder / "wandb").glob("offline-run-*/run-abcd1234.wandb")
+    found = told_to_wandb(first)
+
+    assert found["labels"] == ("xattn", "a-study", "train", "exported", ["one", "two"])
+    assert found["config"]["seed"] == 0
+    assert found["config"]["provenance"] == {key: origin[key] for key in ("git_commit", "versions", "data_sha256")}
+    assert SECRET.encode() not in first.read_bytes()
+    panels = {name: (axis, hidden) for name, axis, hidden in found["panels"]}
+    assert panels["train_loss"] == panels["val_loss"] == ("tokens", False)
+    assert panels["attention/*"] == ("", True)  # none for each head; one for all, of each statistic
+    rows = [json.loads(line) for line in (folder / run_folder.METRICS).read_text().splitlines()]
+    for row, sent in zip(rows, found["history"], strict=False):
+        assert {key: sent[key] for key in row if key != "step"} | {"step": sent["_step"]} == row
+        assert sent["heads/entropy/_type"] == "histogram"
+        assert sum(sent["heads/entropy/values"]) == len(HEADS)
+    last = found["history"][-1]
+    assert (last["sample/_type"], last["attention_maps/_type"]) == ("html-file", "image-file")
+    assert last["tokens"] == rows[-1]["tokens"]
+    (page,) = first.parent.glob("files/media/html/*.html")
+    assert "def &lt;main&gt;:" in page.read_text()
+    assert "".join(found["log"]) == (folder / run_folder.LOG).read_text()
+    ((kind, name, aliases, _),) = found["artifacts"]
+    assert (kind, name, set(aliases)) == ("model", "model-abcd1234", {"best", "latest"})
+    checkpoint = [f"checkpoints/1/{name}" for name in ("manifest.json", "manifest.sha256", "params/array")]
+    assert found["files"] == [[*checkpoint, run_folder.CONFIG, run_folder.PROVENANCE, run_folder.SUMMARY]]
+    assert found["summary"] == {"status": "done", "val_loss": 5.0}
+
+    monkeypatch.delenv("WANDB_NOTES")
+    real.teardown()
+    time.sleep(1.1)  # wandb names its folders by the second
+    sync(folder)
+    (second,) = set((folder / "wandb").glob("offline-run-*/run-abcd1234.wandb")) - {first}
+    assert told_to_wandb(second) == found
+
+
+@pytest.mark.parametrize("status", ["done", "running", "preempted", "pruned", "failed"])
+def test_only_a_run_that_has_ended_sends_its_sample(
+    status: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Any other goes on, and wandb would refuse the next row: its steps have to ascend."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / run_folder.ARTIFACTS).mkdir()
+    (tmp_path / run_folder.ARTIFACTS / run_folder.SAMPLE).write_text("text")
+    wandb = mirror(tmp_path, [])
+    wandb.log(ROWS[0])
+    wandb.finish({"status": status}, 0)
+    assert [set(row) for step, row in fake.rows if step is None] == ([{"sample", "tokens"}] if status == "done" else [])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_checkpoint_that_is_gone_ends_no_mirror(
+    kept: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run_in(tmp_path, "tracking.wandb.artifacts=[checkpoint]")
+    if not kept:
+        shutil.rmtree(tmp_path / run_folder.CHECKPOINTS)
+    sync(tmp_path)
+    assert len(fake.artifacts) == kept
+    assert ("no evaluated checkpoint is left" in capsys.readouterr().out) != kept
+
+
+# ---- a study's report ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("overrides", "options"), [(["artifacts=[report]"], []), ([], ["--wandb", "--json"])])
+def test_a_report_is_an_artifact_where_a_key_or_the_command_asks(
+    overrides: list[str],
+    options: list[str],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(home / "data"))
+    folder = home / "a-study" / "a-run"
+    folder.mkdir(parents=True)
+    run_in(folder, *(f"tracking.wandb.{key}" for key in overrides))
+    assert xattn(["report", "a-study", *options]) == 0
+    out, err = capsys.readouterr()
+    assert "wandb: logged as an artifact (offline)" in (err if options else out)
+    if options:
+        json.loads(out)
+    (log,) = (home / "a-study" / "report" / "wandb").glob("offline-run-*/run-*.wandb")
+    found = told_to_wandb(log)
+    assert found["labels"][:3] == ("xattn", "a-study", "report")
+    assert [artifact[:2] for artifact in found["artifacts"]] == [("report", "report-a-study")]
+    assert {"report.html", "report.md", "verdict.json"} <= set(found["files"][0])
+
+
+def test_a_report_stays_here_unless_that_is_asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or where the runs' own wandb is disabled, which only the command line is told of."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    folder = home / "a-study" / "a-run"
+    folder.mkdir(parents=True)
+    run_in(folder)
+    assert xattn(["report", "a-study"]) == 0
+    config = compose(["tracking.wandb.mode=disabled", "tracking.wandb.artifacts=[report]"])
+    (folder / run_folder.CONFIG).write_text(save(config))
+    assert xattn(["report", "a-study"]) == 0
+    assert xattn(["report", "a-study", "--wandb"]) == 2
 
 
 # ---- xattn sync ------------------------------------------------------------------------------------------------------
@@ -410,7 +729,8 @@ def test_sync_sends_every_whole_row_and_says_where_it_failed(
     fake = FakeWandb(fails, init=lambda: time.sleep(0.3))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(adapter, "_FINISH_SECONDS", 0.01)
-    (tmp_path / run_folder.CONFIG).write_text(save(compose(["tracking.wandb.mode=offline"])))
+    config = compose(["tracking.wandb.mode=offline"])
+    (tmp_path / run_folder.CONFIG).write_text(save(config))
     (tmp_path / run_folder.PROVENANCE).write_text('{"wandb_id": "abcd1234"}')
     (tmp_path / run_folder.SUMMARY).write_text('{"status": "running", "tokens_per_second": 4391.0}')
     row = {"step": 1, "train_loss": 5.5, "tokens_per_second": 4874.0}
@@ -420,5 +740,6 @@ def test_sync_sends_every_whole_row_and_says_where_it_failed(
             sync(tmp_path)
         return
     sync(tmp_path)
-    assert fake.rows == [(1, {"train_loss": 5.5, "tokens_per_second": 4874.0})]
-    assert fake.summary == {"status": "running", "train_loss": 5.5, "tokens_per_second": 4391.0}
+    tokens = config.trainer.batch_size * config.backend.context_length  # a row of before rows had them
+    assert fake.rows == [(1, {"tokens": tokens, "train_loss": 5.5, "tokens_per_second": 4874.0})]
+    assert fake.summary == {"tokens": tokens, "status": "running", "train_loss": 5.5, "tokens_per_second": 4391.0}

@@ -86,7 +86,8 @@ def test_rows_are_written_at_their_steps_with_the_figures_of_that_update(compile
     evaluation = {"val_loss", "val_bpb"}
     for row in rows:
         logs, evaluates = row["step"] in (3, 6, 9, 11), row["step"] in (4, 8, 11)
-        assert set(row) == {"step"} | (training if logs else set()) | (evaluation if evaluates else set())
+        assert set(row) == {"step", "tokens"} | (training if logs else set()) | (evaluation if evaluates else set())
+        assert row["tokens"] == row["step"] * CONFIG.trainer.batch_size * CONFIG.backend.context_length
 
     state, by_step = fresh(compiled).state, {row["step"]: row for row in rows}
     evaluations = []
@@ -137,12 +138,12 @@ def test_attention_is_studied_on_its_steps_and_changes_no_bit(compiled: Programs
     assert [row["step"] for row in rows] == [3, 4, 5, 6, 8, 9, 10, 11]
     names = {f"attention/0/{head}/{name}" for head in range(2) for name in ("entropy", "max_logit", "output_norm")}
     assert [row["step"] for row in rows if names <= row.keys()] == [5, 10, 11]
-    assert set(rows[2]) == {"step", *watched.measured}
+    assert set(rows[2]) == {"step", "tokens", *watched.measured}
 
     def losses(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
         clock = ("attention", "tokens_per_second")
         kept = [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
-        return [row for row in kept if len(row) > 1]
+        return [row for row in kept if row.keys() > {"step", "tokens"}]
 
     assert losses(rows) == losses(expected)
     assert watched.measured == {key: value for key, value in rows[-1].items() if key.startswith("attention/")}

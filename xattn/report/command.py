@@ -8,7 +8,7 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from matplotlib.figure import Figure
 
@@ -26,7 +26,7 @@ from xattn.report.judge import judge
 from xattn.report.measures import STATISTICS, heads_of
 from xattn.report.metric import is_of_text
 from xattn.report.options import add_question, pairs, question_of
-from xattn.report.read import ATTENTION_CURVES, REPORT, read_study
+from xattn.report.read import ATTENTION_CURVES, REPORT, Study, read_study
 from xattn.report.render import to_html, to_markdown
 from xattn.report.statistics import Effect, matched
 from xattn.report.tables import effects_csv, results_csv, table_tex
@@ -59,7 +59,14 @@ _EPILOG = """examples:
   xattn report outputs/first --json"""
 
 
-def main(argv: Sequence[str]) -> int:
+class Publish(Protocol):
+    """Takes a written report elsewhere where the command line or the study's runs ask for it; what to tell of that."""
+
+    def __call__(self, study: Study, folder: Path, *, asked: bool) -> str | None: ...
+
+
+def main(argv: Sequence[str], publish: Publish | None = None) -> int:
+    """Judges a study and writes its report. publish: carries out ``--wandb``; None means there is no such option."""
     parser = Parser(
         prog="xattn report",
         description="Judge a study and write its report.",
@@ -76,6 +83,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: STUDY/report)")
     parser.add_argument("--json", action="store_true", help="print verdict.json, and nothing else, on standard output")
+    if publish is not None:
+        parser.add_argument("--wandb", action="store_true", help="log the report's folder to wandb as an artifact")
     asked = parser.parse_args(argv)
     question = question_of(asked, dict(pairs(asked.baseline, "--baseline")))
     found = judge(read_study(asked.study), question, command=f"xattn report {shlex.join(argv)}")
@@ -86,7 +95,10 @@ def main(argv: Sequence[str]) -> int:
         raise storage_error(error, target) or BadInput(f"{target}: cannot be written: {error.strerror}") from error
     if asked.json:
         print(run_folder.to_json(verdict_of(found).model_dump(), indent=2, ascii_only=True), flush=True)
-    _tell(found, target, sys.stderr if asked.json else sys.stdout)
+    screen = sys.stderr if asked.json else sys.stdout
+    _tell(found, target, screen)
+    if publish is not None and (told := publish(found.study, target, asked=asked.wandb)) is not None:
+        print(told, file=screen)
     return ExitCode.DONE
 
 

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from xattn.section import Section
+
+ArtifactName = Literal["checkpoint", "report"]
+_Tag = Annotated[str, Field(min_length=1, max_length=64)]  # wandb's own limits
+_Tags = Annotated[tuple[_Tag, ...], Field(strict=False)]
 
 
 class WandbConfig(Section):
     """Weights & Biases, a mirror of metrics.jsonl.
 
-    mode: ``auto`` is what the installed wandb would do, but ``offline`` where it has no API key; ``disabled`` never
-        loads it.
-    project, entity: where the runs go; entity null means the account's own.
+    Where project, entity, tags, notes or job_type is null, wandb's own settings count: WANDB_PROJECT, WANDB_ENTITY,
+    WANDB_TAGS, WANDB_NOTES, WANDB_JOB_TYPE and its settings files.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"]
-    project: str = Field(min_length=1)
+    """``auto`` is what the installed wandb would do, but ``offline`` without an API key; ``disabled`` never loads it."""
+    project: Annotated[str, Field(min_length=1)] | None
+    """Project of the runs; null takes WANDB_PROJECT, or ``xattn``."""
     entity: str | None
+    """Account or team of the runs; null takes WANDB_ENTITY, or the account's own."""
+    tags: _Tags | None
+    """Tags of the runs, [a, b]; null takes WANDB_TAGS."""
+    notes: str | None
+    """Notes of the runs; null takes WANDB_NOTES."""
+    job_type: str | None
+    """Job type of the runs; null takes WANDB_JOB_TYPE."""
+    system_metrics: bool
+    """Whether wandb samples the machine's CPU, memory and GPUs."""
+    console: bool
+    """Whether the lines of the run's log.txt are sent as wandb's console log."""
+    artifacts: tuple[ArtifactName, ...] = Field(strict=False)
+    """``checkpoint`` uploads the best checkpoint at the end of a run, as a folder that ``xattn.load`` opens; ``report``
+    uploads the folder that ``xattn report`` writes for the run's study.
+    """
+
+    @field_validator("artifacts")
+    @classmethod
+    def _each_once(cls, artifacts: tuple[ArtifactName, ...]) -> tuple[ArtifactName, ...]:
+        return tuple(sorted(set(artifacts)))
 
 
 class TrackingConfig(Section):

@@ -6,29 +6,45 @@ holds up a step.
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from xattn.errors import BadInput, XattnError
+from xattn import run_folder
+from xattn.errors import BadInput
 from xattn.run_folder import shown, to_json, write_atomically
 from xattn.tracking.config import WandbConfig
 from xattn.tracking.tracker import Row
 
-HIGH_WATER_MARK = "last_step_sent"
+HIGH_WATER_MARK, LOG_MARK = "last_step_sent", "log_bytes_sent"
+DESTINATION = "destination.json"
 _INIT_SECONDS = 30  # wandb's own patience with its service and the network
 _FINISH_SECONDS = 60  # ours, at the end of a run
 # What a shell may still export for one run of its own; wandb would apply it to every run that is started from there.
 _OF_ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 _ONLINE = ("online", "run", "shared")  # WANDB_MODE's words for it
+# Keys of WandbConfig that may be null → wandb's own setting, from its environment or its files, that then counts.
+_SETTINGS = {
+    "project": "project",
+    "entity": "entity",
+    "tags": "run_tags",
+    "notes": "run_notes",
+    "job_type": "run_job_type",
+}
+_PROJECT = "xattn"
+# Drawn against tokens; wandb's own steps can be chosen in each panel. Each head's own numbers are sent without a panel.
+_AGAINST_TOKENS = ("train_loss", "val_loss", "val_bpb", "probe/*", "heads/*")
+_ATTENTION = "attention/"
+_FINAL = ("done", "diverged")  # a run of these has its last samples and pictures, and gets no more rows
 
 
 def run_id() -> str:
@@ -59,7 +75,7 @@ def resolve_mode(config: WandbConfig) -> Literal["online", "offline", "disabled"
     """
     if config.mode in ("offline", "disabled"):
         return config.mode
-    wandb = _import()
+    wandb = import_wandb()
     try:
         if config.mode == "auto" and (own := _own_mode()) != "online":
             return own
@@ -94,7 +110,7 @@ def _has_key() -> bool:
     return bool(given or wbauth.read_netrc_auth(host=host))
 
 
-def _import() -> ModuleType:
+def import_wandb() -> ModuleType:
     """wandb, which reads its environment once: without what was exported for another run."""
     for name in _OF_ONE_RUN[_is_agents() :]:  # the id is the agent's
         os.environ.pop(name, None)
@@ -103,10 +119,28 @@ def _import() -> ModuleType:
     return wandb
 
 
-def _settings(wandb: ModuleType) -> Any:
+def settings_of(wandb: ModuleType, *, system_metrics: bool = False) -> Any:
     return wandb.Settings(
-        silent=True, console="off", init_timeout=_INIT_SECONDS, disable_git=True, x_disable_stats=True
+        silent=True, console="off", init_timeout=_INIT_SECONDS, disable_git=True, x_disable_stats=not system_metrics
     )
+
+
+def destination(config: WandbConfig, folder: Path) -> dict[str, Any]:
+    """Project, entity, tags, notes and job type of the run in ``folder``.
+
+    What a key leaves null is wandb's own setting; without one, what it was when the run was last mirrored, so that it
+    is resumed or rebuilt from another shell at the same place.
+    """
+    from wandb.sdk import wandb_setup
+
+    settings = wandb_setup.singleton().settings
+    file = folder / "wandb" / DESTINATION
+    before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    found = {}
+    for key, name in _SETTINGS.items():
+        value = getattr(config, key)
+        found[key] = value if value is not None else getattr(settings, name) or before.get(key)
+    return found | {"project": found["project"] or _PROJECT}
 
 
 def _line(error: Exception) -> str:
@@ -122,10 +156,10 @@ class WandbMirror:
 
     A high-water mark in the run folder's ``wandb/`` remembers the last step that was handed over, so that a resumed run
     sends no step twice; it is moved before the row is sent, so that a kill in between loses a row of wandb's and never
-    repeats one.
+    repeats one. The lines of log.txt have a mark of their own.
 
-    from_the_start: forget that mark, and send every row that comes.
-    say: told, once, how to look at an offline run, or what failed; from then on rows are dropped.
+    from_the_start: forget these marks, and send all that comes.
+    say: told, once, where the run is or how to look at an offline one, or what failed; from then on rows are dropped.
     failure: what failed, None while nothing has.
     """
 
@@ -141,23 +175,23 @@ class WandbMirror:
         say: Callable[[str], None],
         from_the_start: bool = False,
     ):
-        self._config, self._folder, self._say, self._from_the_start = config, folder, say, from_the_start
+        self._config, self.folder, self.say, self._from_the_start = config, folder, say, from_the_start
         self.failure: str | None = None
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._init: dict[str, Any] = {
-            "project": config.project,
-            "entity": config.entity,
             "id": run_id,
             "name": name,
             "group": group,
             "config": dict(values),
             "dir": str(folder),
         }
-        self._mark = folder / "wandb" / HIGH_WATER_MARK
+        self._own = folder / "wandb"
         if from_the_start:
-            self._mark.unlink(missing_ok=True)
+            for mark in (HIGH_WATER_MARK, LOG_MARK):
+                (self._own / mark).unlink(missing_ok=True)
         self._summary: dict[str, Any] = {}
         self._exit_code = 0
+        self._model: Mapping[str, Path] = {}
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
@@ -165,20 +199,28 @@ class WandbMirror:
         if self._thread.is_alive():
             self._rows.put(row)
 
-    def finish(self, summary: Mapping[str, Any], exit_code: int, *, for_ever: bool = False) -> None:
-        """Sends what summary.json says, and waits for wandb, but not for ever unless that is asked for."""
-        self._summary, self._exit_code = json.loads(to_json(summary)), exit_code
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        exit_code: int,
+        *,
+        model: Mapping[str, Path] | None = None,
+        for_ever: bool = False,
+    ) -> None:
+        """Sends what summary.json says, the run's sample and pictures if it has ended, and the files of ``model`` as an
+        artifact; and waits for wandb, but not for ever unless that is asked for."""
+        self._summary, self._exit_code, self._model = json.loads(to_json(summary)), exit_code, model or {}
         self._rows.put(None)
         self._thread.join(None if for_ever else _FINISH_SECONDS)
         if self._thread.is_alive():
-            self._say(f"wandb: not finished after {_FINISH_SECONDS} s; the run folder has everything without it")
+            self.say(f"wandb: not finished after {_FINISH_SECONDS} s; the run folder has everything without it")
 
     def _work(self) -> None:
         try:
             self._mirror()
         except Exception as error:  # the rim: any failure of wandb's ends the mirror and nothing else
             self.failure = f"{type(error).__name__}: {_line(error)}"
-            self._say(f"wandb: {self.failure}; mirror off")
+            self.say(f"wandb: {self.failure}; mirror off")
 
     def _mirror(self) -> None:
         # Its import and start are seconds of the interpreter, in which the run's first step would have to wait.
@@ -187,53 +229,92 @@ class WandbMirror:
         if mode == "disabled":
             return
         if mode == "offline":
-            where = shown(self._folder / "wandb")
+            where = shown(self._own)
             look, sync = f"wandb leet {where}/latest-run", f"wandb sync {where}/offline-run-*"
-            self._say(f"wandb       offline; look: {look}  sync: {sync}")
-        wandb = _import()
-        self._mark.parent.mkdir(exist_ok=True)
-        mark = int(self._mark.read_text()) if self._mark.exists() else 0
-        resume = "allow" if mode == "online" and not self._from_the_start else None
-        run = wandb.init(settings=_settings(wandb), reinit="create_new", mode=mode, resume=resume, **self._init)
+            self.say(f"wandb       offline; look: {look}  sync: {sync}")
+        wandb = import_wandb()
+        run = self._begun(wandb, mode)
+        mark, tokens = self._own / HIGH_WATER_MARK, 0
+        sent = _number_in(mark)
         while row is not None:
-            if row["step"] > mark:
-                write_atomically(self._mark, str(row["step"]))
-                values = {key: value for key, value in row.items() if key != "step"}
+            if row["step"] > sent:
+                write_atomically(mark, str(row["step"]))
+                values = {key: value for key, value in row.items() if key != "step"} | _histograms(wandb, row)
                 # Committed at once: wandb keeps a row back otherwise, and its values would come after the summary's.
                 run.log(values, step=row["step"], commit=True)
+            tokens = row["tokens"]
+            self._send_log(run)
             row = self._rows.get()
+        if self._summary.get("status") in _FINAL and (media := _media(wandb, self.folder)):
+            run.log(media | {"tokens": tokens}, commit=True)
+        self._send_log(run)
+        self._send_model(wandb, run)
         run.summary.update(self._summary)
         run.finish(exit_code=self._exit_code)
 
-
-def log_table(
-    config: WandbConfig,
-    *,
-    mode: Literal["online", "offline"],
-    group: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    folder: Path,
-) -> None:
-    """Logs one table, ``comparison``, as a wandb run of its own whose files are below ``folder``.
-
-    Raises :class:`XattnError` where wandb does: here it is what was asked for, and no mirror of anything.
-    """
-    wandb = _import()
-    try:
+    def _begun(self, wandb: ModuleType, mode: str) -> Any:
+        """Starts wandb's run, and says which metrics it draws by itself, and against what."""
+        self._own.mkdir(exist_ok=True)
+        where = destination(self._config, self.folder)
         run = wandb.init(
-            settings=_settings(wandb),
+            settings=settings_of(wandb, system_metrics=self._config.system_metrics),
             reinit="create_new",
-            id=secrets.token_hex(4),
-            project=config.project,
-            entity=config.entity,
             mode=mode,
-            name="compare",
-            job_type="compare",
-            group=group,
-            dir=str(folder),
+            resume="allow" if mode == "online" and not self._from_the_start else None,
+            **self._init,
+            **where,
         )
-        run.log({"comparison": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
-        run.finish()
-    except wandb.Error as error:
-        raise XattnError(f"wandb: {error}") from error
+        if mode == "online":
+            self.say(f"wandb       {run.url}")
+            where["entity"] = run.entity
+        write_atomically(self._own / DESTINATION, json.dumps(where))
+        run.define_metric("tokens", hidden=True)
+        for name in _AGAINST_TOKENS:
+            run.define_metric(name, step_metric="tokens")
+        run.define_metric(f"{_ATTENTION}*", hidden=True)
+        return run
+
+    def _send_log(self, run: Any) -> None:
+        """Sends the whole lines of log.txt since the last call, where ``tracking.wandb.console`` asks for them."""
+        log, mark = self.folder / run_folder.LOG, self._own / LOG_MARK
+        if not self._config.console or not log.is_file():
+            return
+        sent = _number_in(mark)
+        with log.open("rb") as file:
+            file.seek(sent)
+            text, end, _ = file.read().rpartition(b"\n")
+        if end:
+            write_atomically(mark, str(sent + len(text + end)))
+            run.write_logs((text + end).decode("utf-8", "replace"))
+
+    def _send_model(self, wandb: ModuleType, run: Any) -> None:
+        if self._model:
+            artifact = wandb.Artifact(f"model-{self._init['id']}", type="model")
+            for name, file in self._model.items():
+                artifact.add_file(str(file), name=name)
+            run.log_artifact(artifact, aliases=["best"])
+
+
+def _number_in(mark: Path) -> int:
+    return int(mark.read_text()) if mark.exists() else 0
+
+
+def _histograms(wandb: ModuleType, row: Row) -> dict[str, Any]:
+    """``heads/<statistic>`` → a histogram over all heads: one panel in place of one for each head."""
+    found: dict[str, list[float]] = {}
+    for key, value in row.items():
+        if key.startswith(_ATTENTION) and value is not None:
+            found.setdefault(f"heads/{key.rpartition('/')[2]}", []).append(value)
+    return {key: wandb.Histogram(values) for key, values in found.items()}
+
+
+def _media(wandb: ModuleType, folder: Path) -> dict[str, Any]:
+    """The sample and the attention maps among the run's artifacts, if it has them."""
+    sample, maps = (folder / run_folder.ARTIFACTS / name for name in (run_folder.SAMPLE, run_folder.ATTENTION_MAPS))
+    found = {}
+    if sample.is_file():
+        text = html.escape(sample.read_text("utf-8", "replace"))
+        found["sample"] = wandb.Html(f'<pre style="white-space: pre-wrap">{text}</pre>', data_is_not_path=True)
+    if maps.is_file():
+        found["attention_maps"] = wandb.Image(str(maps))
+    return found

@@ -26,15 +26,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xattn.errors import IntegrityError, storage_error
 from xattn.hosts import team
 from xattn.run_folder import fsync
+from xattn.training import kept
+from xattn.training.kept import BAD, MANIFEST, PARAMS, SEAL, TEMPORARY, TRAINING, checked_manifest
 from xattn.training.programs import TrainState
 from xattn.training.sharding import from_first, like, to_host
 
 Which = Literal["last", "best"]
 KEPT = 2  # of the newest, besides the best
-_MANIFEST, _SEAL = "manifest.json", "manifest.sha256"
-_BAD = ".bad"
 _NUMBERS = "hyperparameters"  # the field of TrainState to which later versions add leaves
-_TEMPORARY, _DELETING = ".tmp-", ".deleting-"
 
 
 class Restored(NamedTuple):
@@ -93,8 +92,8 @@ class Checkpoints:
         if not team().is_first:
             return
         parts = {
-            "params": host.params,
-            "training": {name: value for name, value in host._asdict().items() if name != "params"},
+            PARAMS: host.params,
+            TRAINING: {name: value for name, value in host._asdict().items() if name != "params"},
         }
         self._saving = self._worker.submit(self._write, step, parts, dict(progress), val_loss)
 
@@ -116,7 +115,7 @@ class Checkpoints:
             self._orbax.close()
 
     def _write(self, step: int, parts: dict[str, Any], progress: dict[str, Any], val_loss: float | None) -> None:
-        final, temporary = self.folder / str(step), self.folder / f"{_TEMPORARY}{step}"
+        final, temporary = self.folder / str(step), self.folder / f"{TEMPORARY}{step}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             for name, tree in parts.items():
@@ -130,33 +129,30 @@ class Checkpoints:
                 "files": {str(file.relative_to(temporary)): _file_digest(file) for file in _files(temporary)},
             }
             text = json.dumps(manifest, indent=1, allow_nan=False).encode()
-            (temporary / _MANIFEST).write_bytes(text)
-            (temporary / _SEAL).write_bytes(sha256(text).hexdigest().encode())
+            (temporary / MANIFEST).write_bytes(text)
+            (temporary / SEAL).write_bytes(sha256(text).hexdigest().encode())
             for path in [*temporary.rglob("*"), temporary]:  # a folder's names too, at every depth
                 fsync(path)
             self._before_commit()
             if final.exists():  # a step saved again after a resume from an older one
-                _delete(final)
+                kept.delete(final)
             temporary.rename(final)
             fsync(self.folder)
         except Exception as error:  # orbax wraps what the file system says in errors of many kinds
             raise storage_error(error, final) or error from error
         self._on_commit(step)
         for old in set(self.steps()) - self._kept():
-            _delete(self.folder / str(old))
+            kept.delete(self.folder / str(old))
 
     def _kept(self) -> set[int]:
         steps = self.steps()
-        best = min(steps, key=lambda step: (_val_loss(self.folder / str(step)), -step), default=None)
-        return {*steps[-KEPT:], *([] if best is None else [best])}
+        return {*steps[-KEPT:], *kept.by_loss(self.folder)[:1]}
 
     # ---- restoring
 
     def steps(self) -> list[int]:
         """Those with a folder, checked or not, ascending."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
+        return kept.steps_in(self.folder)
 
     def restore_state(self, shapes: TrainState, *, at_most: int | None = None) -> Restored | None:
         """The newest :class:`TrainState` that passes the check, of no later step than ``at_most``, or None where none
@@ -177,13 +173,13 @@ class Checkpoints:
 
     def _newest_whole(self, shapes: TrainState, at_most: int | None) -> Restored | None:
         """With a tree of host arrays."""
-        self._clear_half_done()
+        kept.clear_half_done(self.folder)
         steps = [step for step in self.steps() if at_most is None or step <= at_most]
         for step in reversed(steps):
             try:
-                params, progress = self._read(step, "params", shapes.params)
+                params, progress = self._read(step, PARAMS, shapes.params)
                 rest = {name: value for name, value in shapes._asdict().items() if name != "params"}
-                training, _ = self._read(step, "training", rest)
+                training, _ = self._read(step, TRAINING, rest)
             except IntegrityError as error:
                 self._say(f"checkpoint {step} is broken ({error}); it is moved to {self._move_aside(step)}")
                 continue
@@ -203,12 +199,10 @@ class Checkpoints:
 
         Nothing is moved: reading a run leaves it as it is. Raises :class:`IntegrityError` where there is none.
         """
-        order = reversed(self.steps())
-        if which == "best":
-            order = iter(sorted(self.steps(), key=lambda step: (_val_loss(self.folder / str(step)), -step)))
+        order = reversed(self.steps()) if which == "last" else iter(kept.by_loss(self.folder))
         for step in order:
             try:
-                params, progress = self._read(step, "params", shapes)
+                params, progress = self._read(step, PARAMS, shapes)
             except IntegrityError as error:
                 self._say(f"checkpoint {step} is broken ({error}); the next is taken")
                 continue
@@ -217,7 +211,7 @@ class Checkpoints:
 
     def _read(self, step: int, part: str, shapes: Any) -> tuple[Any, dict[str, Any]]:
         folder = self.folder / str(step)
-        manifest = _checked_manifest(folder)
+        manifest = checked_manifest(folder)
         expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _leaves(shapes)}
         there = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in manifest["leaves"][part].items()}
         new = {name for name in expected.keys() - there.keys() if name.startswith(f"['{_NUMBERS}']")}
@@ -257,42 +251,9 @@ class Checkpoints:
         return tree | whole
 
     def _move_aside(self, step: int) -> Path:
-        target = self.folder / _BAD / f"{step}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        target = self.folder / BAD / f"{step}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
         target.parent.mkdir(exist_ok=True)
         return (self.folder / str(step)).rename(target)
-
-    def _clear_half_done(self) -> None:
-        """What a save or a deletion that was cut short leaves was never, or is no longer, a checkpoint."""
-        if self.folder.is_dir():
-            for entry in self.folder.iterdir():
-                if entry.name.startswith((_TEMPORARY, _DELETING)):
-                    shutil.rmtree(entry)
-
-
-def _checked_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        text, seal = (folder / _MANIFEST).read_bytes(), (folder / _SEAL).read_bytes()
-    except OSError as error:
-        raise IntegrityError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
-    if sha256(text).hexdigest().encode() != seal:
-        raise IntegrityError(f"{_MANIFEST} is not as it was written")
-    manifest: dict[str, Any] = json.loads(text)
-    if str(manifest["step"]) != folder.name:
-        raise IntegrityError(f"{_MANIFEST} is of step {manifest['step']}")
-    return manifest
-
-
-def _val_loss(folder: Path) -> float:
-    try:
-        loss = _checked_manifest(folder)["val_loss"]
-    except IntegrityError:
-        return float("inf")
-    return float("inf") if loss is None else loss
-
-
-def _delete(folder: Path) -> None:
-    """Renamed first: a deletion cut short leaves nothing that looks like a step."""
-    shutil.rmtree(folder.rename(folder.with_name(f"{_DELETING}{folder.name}")))
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:

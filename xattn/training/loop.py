@@ -187,7 +187,8 @@ def train(
             continue
 
         reached = programs.split_metrics(metrics)
-        tokens = (step - waited_at) * config.batch_size * batches[0].weights.shape[1]
+        tokens_per_step = config.batch_size * batches[0].weights.shape[1]
+        tokens = (step - waited_at) * tokens_per_step
         waited_at = step
         rows = [_reach(member, step, reached[members.index(member)], tokens) for member in active]
         if due.evaluates or due.studies or due.saves or not all(member.active for member in active):
@@ -196,7 +197,7 @@ def train(
         going = [(member, row) for member, row in zip(active, rows, strict=True) if member.active]
         saves = due.saves
         for member, row in going:
-            saves |= _log(member, row, due, measure, last=step == config.steps)
+            saves |= _log(member, row, due, measure, tokens=step * tokens_per_step, last=step == config.steps)
         if saves:
             _save([member for member, _ in going], evaluated=due.evaluates)
             pace.saved()
@@ -228,11 +229,15 @@ def _log(
     due: _Due,
     measure: Callable[[Member, _Due], dict[str, Any]],
     *,
+    tokens: int,
     last: bool,
 ) -> bool:
-    """Measures and logs what is due; whether the step is worth a checkpoint for it."""
+    """Measures and logs what is due; whether the step is worth a checkpoint for it.
+
+    tokens: in the batches of all updates so far, steps × batch_size × context_length.
+    """
     progress = member.progress
-    row: dict[str, Any] = {"step": progress.step} | (figures if due.logs else {})
+    row: dict[str, Any] = {"step": progress.step, "tokens": tokens} | (figures if due.logs else {})
     row |= measure(member, due)
     if due.logs or due.evaluates or due.studies:
         for tracker in member.trackers:

@@ -1,0 +1,75 @@
+"""A run's mirror in wandb: the same whether it is kept while the run trains or rebuilt later from the run folder.
+
+Importing this module imports neither jax nor wandb.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xattn.config
+from xattn import run_folder
+from xattn.config import Config
+from xattn.tracking.tracker import read_rows
+from xattn.tracking.wandb import WandbMirror
+from xattn.training.kept import MANIFEST, PARAMS, SEAL, best_evaluated
+
+# Of provenance.json, what a result depends on; host, command and folders are nobody else's business.
+_PROVENANCE = ("git_commit", "git_dirty", "source_sha256", "registered", "versions", "data_sha256", "training_identity")
+
+
+def mirror_of(
+    config: Config,
+    folder: Path,
+    origin: Mapping[str, Any],
+    *,
+    say: Callable[[str], None],
+    from_the_start: bool = False,
+) -> WandbMirror:
+    """Starts the mirror of the run in ``folder``; origin is its provenance.json."""
+    provenance = {key: origin[key] for key in _PROVENANCE if key in origin}
+    return WandbMirror(
+        config.tracking.wandb,
+        run_id=origin["wandb_id"],
+        name=folder.name,
+        group=config.study,
+        values=xattn.config.tracked_values(config) | {"provenance": provenance},
+        folder=folder,
+        say=say,
+        from_the_start=from_the_start,
+    )
+
+
+def send_rows(mirror: WandbMirror, config: Config, folder: Path) -> None:
+    """Sends every whole row of the run's metrics.jsonl; those of older versions get their ``tokens``."""
+    tokens_per_step = config.trainer.batch_size * config.backend.context_length
+    for step, line in read_rows(folder / run_folder.METRICS).lines.items():
+        mirror.log({"tokens": step * tokens_per_step} | json.loads(line))
+
+
+def end_mirror(
+    mirror: WandbMirror, config: Config, summary: Mapping[str, Any], exit_code: int, *, for_ever: bool = False
+) -> None:
+    """Ends the mirror with the run's summary and, where ``tracking.wandb.artifacts`` asks for it and the run is done,
+    its best checkpoint."""
+    wanted = "checkpoint" in config.tracking.wandb.artifacts and summary["status"] == "done"
+    files = _best_checkpoint(mirror.folder) if wanted else {}
+    if wanted and not files:
+        mirror.say("wandb: no evaluated checkpoint is left to upload")
+    mirror.finish(summary, exit_code, model=files, for_ever=for_ever)
+
+
+def _best_checkpoint(folder: Path) -> dict[str, Path]:
+    """Name → file of a run folder that holds no more than :func:`xattn.load` needs for the best parameters."""
+    checkpoints = folder / run_folder.CHECKPOINTS
+    best = best_evaluated(checkpoints)
+    if best is None:
+        return {}
+    checkpoint = checkpoints / str(best)
+    names = (run_folder.CONFIG, run_folder.PROVENANCE, run_folder.SUMMARY, run_folder.TOKENIZER)
+    files = [*(folder / name for name in names), checkpoint / MANIFEST, checkpoint / SEAL]
+    files += sorted((checkpoint / PARAMS).rglob("*"))
+    return {str(file.relative_to(folder)): file for file in files if file.is_file()}

@@ -1,0 +1,72 @@
+"""What wandb gets as a run of its own, beside the mirrors of runs: a table of runs, a study's report."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from xattn.errors import XattnError
+from xattn.tracking.config import WandbConfig
+from xattn.tracking.wandb import destination, import_wandb, settings_of
+
+
+def log_table(
+    config: WandbConfig,
+    *,
+    mode: Literal["online", "offline"],
+    group: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    folder: Path,
+    beside: Path,
+) -> str | None:
+    """Logs one table, ``comparison``, as a wandb run of its own whose files are below ``folder``; its URL if online.
+
+    It goes where the run in the folder ``beside`` went. Raises :class:`XattnError` where wandb fails: here it is what
+    was asked for, and no mirror of anything.
+    """
+    with _run_of_its_own(config, mode=mode, name="compare", group=group, folder=folder, beside=beside) as (wandb, run):
+        run.log({"comparison": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+    return run.url if mode == "online" else None
+
+
+def log_report(
+    config: WandbConfig, *, mode: Literal["online", "offline"], group: str, folder: Path, beside: Path
+) -> str | None:
+    """Logs the files of a report's folder as an artifact of a wandb run of its own; otherwise as :func:`log_table`."""
+    with _run_of_its_own(config, mode=mode, name="report", group=group, folder=folder, beside=beside) as (wandb, run):
+        artifact = wandb.Artifact(f"report-{group}", type="report")
+        for file in sorted(folder.iterdir()):
+            if file.is_file():
+                artifact.add_file(str(file), name=file.name)
+        run.log_artifact(artifact)
+    return run.url if mode == "online" else None
+
+
+@contextlib.contextmanager
+def _run_of_its_own(
+    config: WandbConfig, *, mode: str, name: str, group: str, folder: Path, beside: Path
+) -> Iterator[tuple[ModuleType, Any]]:
+    wandb = import_wandb()
+    try:
+        where = destination(config, beside)
+        run = wandb.init(
+            settings=settings_of(wandb),
+            reinit="create_new",
+            id=secrets.token_hex(4),
+            project=where["project"],
+            entity=where["entity"],
+            mode=mode,
+            name=name,
+            job_type=name,
+            group=group,
+            dir=str(folder),
+        )
+        yield wandb, run
+        run.finish()
+    except wandb.Error as error:
+        raise XattnError(f"wandb: {error}") from error
