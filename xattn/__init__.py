@@ -2,8 +2,8 @@
 
 ``xattn.train(overrides)`` trains a run, ``xattn.load(run)`` opens a finished run's folder, and
 ``xattn.load_study(study)`` reads a study's as tables. ``xattn.main()`` carries out a command line, in which what your
-script gave to ``xattn.register_…`` can be chosen. ``xattn.backend`` holds the attention functions, ``xattn.errors`` what
-these raise, and ``xattn.testing`` the checks for an activation of your own. Importing this package imports no jax.
+script gave to ``xattn.register_…`` can be chosen. ``xattn.backend`` holds the attention functions, ``xattn.errors``
+what these raise, and ``xattn.testing`` the checks for an activation of your own. Importing this package imports no jax.
 """
 
 from importlib import import_module

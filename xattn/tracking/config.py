@@ -21,7 +21,7 @@ class WandbConfig(Section):
     """
 
     mode: Literal["auto", "online", "offline", "disabled"]
-    """``auto`` is what the installed wandb would do, but ``offline`` without an API key; ``disabled`` never loads it."""
+    """``auto`` is what the installed wandb would do, but offline without an API key; ``disabled`` never loads it."""
     project: Annotated[str, Field(min_length=1)] | None
     """Project of the runs; null takes WANDB_PROJECT, or ``xattn``."""
     entity: str | None
