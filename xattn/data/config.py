@@ -138,6 +138,15 @@ DataConfig = Annotated[
 ]
 
 
+def made_by(config: DataConfig) -> tuple[str, ...]:
+    """The packages, as provenance.json's ``versions`` names them, of which another version may make other data of the
+    same config: Python where its own library is the text, NumPy where it draws a task's tokens."""
+    if isinstance(config, TaskConfig):
+        return ("numpy",)
+    of_text = ("python",) if isinstance(config, PythonStdlibConfig) else ()
+    return (*of_text, "tokenizers") if isinstance(config, Tokenised) and config.tokenizer == "bpe" else of_text
+
+
 def has_segments(config: DataConfig) -> bool:
     """Whether the windows of this data come with segment_ids."""
     return isinstance(config, Tokenised | MemmapConfig) and config.documents == "packed"
