@@ -140,7 +140,8 @@ def test_a_finished_run_of_the_same_training_is_found(tmp_path: Path) -> None:
     older = put(tmp_path / "old", config)
     for folder in (recorded, older):
         asked = compose([*base, "trainer.log_every=10"])
-        assert find(folder.parent, asked) == [Found(folder, run_folder.read_summary(folder) or {}, (), ())]
+        summary = run_folder.read_summary(folder) or {}
+        assert find(folder.parent, asked) == [Found(folder, summary, (), (), "python_stdlib")]
         assert find(folder.parent, compose([*base, "seed=1"])) == []
         assert find(folder.parent, config) == [], "its own folder holds it"
 

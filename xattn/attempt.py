@@ -28,7 +28,7 @@ from xattn.data.run_data import RunData, load_data
 from xattn.data.tokenizer import Tokenizer
 from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError
 from xattn.mirror import end_mirror, mirror_of
-from xattn.provenance import changes, provenance
+from xattn.provenance import belongs_to, changes, corpus, provenance
 from xattn.run_folder import RunFolder, result_line, shown
 from xattn.tracking.display import Display
 from xattn.tracking.tracker import MetricsFile, Row, Tracker, brief, read_rows
@@ -206,6 +206,7 @@ class Attempt:
             "process_count": jax.process_count(),
             "mesh": mesh,
             "data_sha256": data_sha256,
+            "corpus": corpus(self.config.data, self.data.corpus_size),
             "training_identity": keys.training_identity(xattn.config.hashed_values(self.config)),
             "pack": None if pack is None else list(pack),
         }
@@ -219,11 +220,7 @@ class Attempt:
             origin = here
         else:
             if before["data_sha256"] != data_sha256:
-                raise IntegrityError(
-                    f"the training data, or their tokenizer, are not those that this run began with (sha256 "
-                    f"{data_sha256[:12]}…, then {before['data_sha256'][:12]}…); bring them back, or begin anew with "
-                    "resume=never"
-                )
+                raise IntegrityError(self._other_data(before))
             self.data.check_tokenizer(folder.path)
             if self._before.get("committed_step") is None:  # nothing has come of that pack yet
                 before = before | {"pack": here["pack"]}
@@ -236,6 +233,18 @@ class Attempt:
             run_folder.write_atomically(folder / run_folder.PROVENANCE, run_folder.to_json(origin, indent=2) + "\n")
         run_folder.write_summary(folder.path, self._summary)
         return origin
+
+    def _other_data(self, before: Mapping[str, Any]) -> str:
+        """What to say where the data are not those that the run began with."""
+        here, then = self.data.sha256, before["data_sha256"]
+        told = "the training data, or their tokenizer, are not those that this run began with"
+        belongs = belongs_to(self.config.data, before, size=self.data.corpus_size, sha256=here)
+        if belongs is None:
+            hashes = f"(sha256 {here[:12]}…, then {then[:12]}…)"
+            return f"{told} {hashes}; bring them back, or start over with resume=never"
+        why, with_them = belongs
+        hint = ", or give a text that is the same everywhere: data=text data.path=…" if "Python" in with_them else ""
+        return f"{told}: {why}\nstart it with {with_them}, or start over with resume=never{hint}"
 
     def _open_checkpoints(self, origin: Mapping[str, Any]) -> None:
         from xattn.training.checkpoint import Checkpoints

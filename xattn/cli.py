@@ -39,6 +39,7 @@ _COMMANDS = {
     "verdict": ("xattn.report.decide", "is an arm shown to be better? exit 0 yes, 10 undecided, 11 the opposite"),
     "findings": ("xattn.findings", "the claims that studies state: shown, contradicted or undecided"),
     "compare": ("xattn.compare", "set runs side by side"),
+    "bug": ("xattn.bug", "pack what a report of a bug needs: no text of the corpus, no keys"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
 }
 

@@ -17,6 +17,7 @@ from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, Text
 from xattn.device import first_look, keep_compiled_programs
 from xattn.errors import BadInput, IntegrityError
 from xattn.model.config import group_of
+from xattn.provenance import belongs_to
 from xattn.run_folder import finite_or_none
 from xattn.training import llama
 
@@ -248,12 +249,16 @@ class LoadedRun:
                 windows=self.config.evaluation.windows,
                 seed=self.config.seed,
             )
-        began_with = (run_folder.read_provenance(self.path) or {}).get("data_sha256")
-        if began_with not in (None, data.sha256):
-            raise IntegrityError(
-                f"{self.path}: the data are not those that this run began with (sha256 {data.sha256[:12]}…, then "
-                f"{began_with[:12]}…); bring them back, or say by data.… what to evaluate on"
-            )
+        before = run_folder.read_provenance(self.path) or {}
+        if (began_with := before.get("data_sha256")) in (None, data.sha256):
+            return
+        told = f"{self.path}: the data are not those that this run began with"
+        belongs = belongs_to(own, before, size=data.corpus_size, sha256=data.sha256)
+        if belongs is None:
+            hashes = f"(sha256 {data.sha256[:12]}…, then {began_with[:12]}…)"
+            raise IntegrityError(f"{told} {hashes}; bring them back, or say by data.… what to evaluate on")
+        why, with_them = belongs
+        raise IntegrityError(f"{told}: {why}\nevaluate it with {with_them}, or say by data.… what to evaluate on")
 
 
 def _text(tokenizer: Tokenizer, drawn: Iterable[Any], stop: Sequence[str]) -> Iterator[Piece]:

@@ -18,6 +18,7 @@ from types import CodeType
 from typing import Any
 
 from xattn import entry, registry
+from xattn.data.config import DataConfig, made_by
 from xattn.section import CONF
 from xattn.tracking.wandb import run_id
 
@@ -101,6 +102,52 @@ def provenance() -> dict[str, Any]:
         "wandb_id": run_id(),
         **({"registered": own_files} if own_files else {}),
     }
+
+
+def corpus(data: DataConfig, size: int | None) -> dict[str, Any]:
+    """What provenance.json has as ``corpus``: its name, the bytes of its files, and what else made it. Its SHA-256 is
+    ``data_sha256``, which is of its tokenizer too."""
+    here = versions()
+    return {"name": data.name, "bytes": size, **{package: here[package] for package in made_by(data)}}
+
+
+def belongs_to(data: DataConfig, before: Mapping[str, Any], *, size: int | None, sha256: str) -> tuple[str, str] | None:
+    """Why these data may not be those of the run with this provenance, and what to start it with.
+
+    None where nothing that makes such data has another version here.
+    """
+    then, here = before.get("versions") or {}, versions()
+    others = [each for each in made_by(data) if then.get(each) not in (None, here[each])]
+    if not others:
+        return None
+    began_with, runs_on = (", ".join(_named(each, of[each]) for each in others) for of in (then, here))
+    there, here_is = _corpus_of(before), _in_words(size, sha256)
+    return f"the run belongs to {began_with} (corpus of {there}), and this is {runs_on} ({here_is})", began_with
+
+
+def other_library(data_name: str, before: Mapping[str, Any] | None) -> str | None:
+    """For a run on ``data=python_stdlib`` that another Python made: that its corpus was another, in words.
+
+    A finished run is shown without a look at its data, and no two releases of Python have the same library.
+    """
+    if before is None or data_name != "python_stdlib":
+        return None
+    then, here = (before.get("versions") or {}).get("python"), versions()["python"]
+    if then in (None, here):
+        return None
+    return f"the corpus was the library of Python {then} ({_corpus_of(before)}), and not that of this Python {here}"
+
+
+def _named(package: str, version: str) -> str:
+    return f"{'Python' if package == 'python' else package} {version}"
+
+
+def _corpus_of(provenance: Mapping[str, Any]) -> str:
+    return _in_words((provenance.get("corpus") or {}).get("bytes"), provenance.get("data_sha256") or "")
+
+
+def _in_words(size: int | None, sha256: str) -> str:
+    return (f"{size:,} bytes, " if size is not None else "") + f"sha256 {sha256[:12]}…"
 
 
 def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from xattn.attempt import Attempt, Job
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.pack import Pack
-from xattn.provenance import changes, provenance, registered, source_sha256
+from xattn.provenance import changes, other_library, provenance, registered, source_sha256
 from xattn.run_folder import RunFolder, result_line, shown
 
 
@@ -66,7 +66,10 @@ def run_pack(jobs: Sequence[Job], *, stop: Callable[[], bool], quiet: bool) -> l
         for job, folder, summary in zip(jobs, folders, before, strict=True):
             attempts.append(Attempt(job, folder, summary, quiet=quiet))
         if all(attempt.is_finished for attempt in attempts):
-            return [_show(summary, folder, quiet=quiet) for summary, folder in zip(before, folders, strict=True)]
+            return [
+                _show(job.config.data.name, summary, folder, quiet=quiet)
+                for job, summary, folder in zip(jobs, before, folders, strict=True)
+            ]
         return Pack(attempts, [folder.path.name for folder in folders], stop).carry_out()
     except BadInput:
         for job, folder in zip(jobs, folders, strict=False):
@@ -94,11 +97,14 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     return folder.summary()
 
 
-def _show(summary: dict[str, Any], folder: RunFolder, *, quiet: bool) -> ExitCode:
-    changed = changes(folder.read_json(run_folder.PROVENANCE), provenance())
+def _show(data_name: str, summary: dict[str, Any], folder: RunFolder, *, quiet: bool) -> ExitCode:
+    before = folder.read_json(run_folder.PROVENANCE)
+    changed = changes(before, provenance())
     since = f" (since then changed: {', '.join(changed)})" if changed else ""
     if not quiet:
         print(f"{summary['status']} already, at step {summary['step']}: {result_line(summary)}{since}")
+        if (other := other_library(data_name, before)) is not None:
+            print(other)
         print(f"run folder  {shown(folder.path)}")
         print("resume=never trains it anew, and moves this folder aside")
     with (folder / run_folder.LOG).open("a", encoding="utf-8") as log:

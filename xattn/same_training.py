@@ -22,7 +22,7 @@ from xattn.attempt import Job
 from xattn.config import Config
 from xattn.errors import BadInput, IntegrityError, Preempted
 from xattn.evaluate import equal_row, evaluate_once, in_a_line, stored_rows
-from xattn.provenance import changes, provenance
+from xattn.provenance import changes, other_library, provenance
 from xattn.run_folder import result_line, shown
 from xattn.signals import interruption
 
@@ -40,12 +40,14 @@ class Found:
         summary: its summary.json.
         overrides: what the config wants measured of the trained parameters and the run has not, for ``xattn evaluate``.
         lacking: KEY=VALUE whose rows, at steps before the last, only a training of its own can make.
+        data_name: which corpus or task it was trained on.
     """
 
     folder: Path
     summary: dict[str, Any]
     overrides: tuple[str, ...]
     lacking: tuple[str, ...]
+    data_name: str
 
     @property
     def name(self) -> str:
@@ -114,6 +116,8 @@ def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:
         changed = changes(_recorded(each.folder), _here())
         since = f" (since then changed: {', '.join(changed)})" if changed else ""
         say(f"trained already in {shown(each.folder)}: {result_line(each.summary)}{since}")
+        if (other := other_library(each.data_name, _recorded(each.folder))) is not None:
+            say(other)
         if each.lacking:
             said.append(
                 f"rows before the last step need training ({', '.join(each.lacking)}): resume=never makes them, in a "
@@ -216,7 +220,7 @@ def _found(folder: Path, asked: Config) -> Found | None:
     if identity(there) != identity(asked):
         return None
     overrides, lacking = _beyond(there, asked)
-    return Found(folder, summary, tuple(overrides), tuple(lacking))
+    return Found(folder, summary, tuple(overrides), tuple(lacking), asked.data.name)
 
 
 def _beyond(there: Config, asked: Config) -> tuple[list[str], list[str]]:

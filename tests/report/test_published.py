@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,15 @@ def test_the_pages_say_what_the_files_say() -> None:
     cog = [sys.executable, "-m", "cogapp", "-P", "-I", "docs", "--check", "README.md", "docs/findings.md"]
     done = subprocess.run(cog, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\ncog -rP -I docs README.md docs/findings.md writes them"
+
+
+def test_the_text_of_the_figures_is_the_one_that_readme_names() -> None:
+    """Figures of another Python are of another text: they come with another sentence."""
+    named = re.search(r"are of Python [\d.]+,.*sha256 ([0-9a-f]{12})\)", (ROOT / "README.md").read_text("utf-8"))
+    assert named is not None
+    for study in ("plain", "sigmoid", "switches"):
+        with (ROOT / "docs" / "findings" / study / "results.csv").open(encoding="utf-8") as file:
+            assert {row["data_sha256"][:12] for row in csv.DictReader(file)} == {named[1]}
 
 
 def test_the_picture_is_of_the_verdict_beside_it() -> None:

@@ -151,6 +151,15 @@ def data_kinds() -> tuple[type[Section], ...]:
     return (PythonStdlibConfig, TextConfig, MixtureConfig, HFConfig, MemmapConfig, *tasks().values())
 
 
+def made_by(config: DataConfig) -> tuple[str, ...]:
+    """The packages, as provenance.json's ``versions`` names them, of which another version may make other data of the
+    same config: Python where its own library is the text, NumPy where it draws a task's tokens."""
+    if isinstance(config, Task):
+        return ("numpy",)
+    of_text = ("python",) if isinstance(config, PythonStdlibConfig) else ()
+    return (*of_text, "tokenizers") if isinstance(config, Tokenised) and config.tokenizer == "bpe" else of_text
+
+
 def has_segments(config: DataConfig) -> bool:
     """Whether the windows of this data come with segment_ids."""
     return isinstance(config, Tokenised | MemmapConfig) and config.documents == "packed"

@@ -54,7 +54,7 @@ class Corpus:
     """One part, or the sources of a mixture. sha256: of all bytes that were read, and of the tokenizer.
 
     end_of_text: the id that stands between documents, None where nothing does. gives_back: whether the tokens decode to
-    the text that was read.
+    the text that was read. size: bytes of the files that were read; None where there are none of the corpus's own.
     """
 
     parts: tuple[Part, ...]
@@ -62,6 +62,7 @@ class Corpus:
     sha256: str
     end_of_text: int | None
     gives_back: bool = True
+    size: int | None = None
 
 
 def check(config: DataConfig) -> None:
@@ -174,7 +175,8 @@ def _tokenised(
         parts = [Part(ids[0], ids[1])]
     else:
         parts = [_split_at_end(each, fraction, weight) for each, (_, weight) in zip(ids, sources, strict=True)]
-    return Corpus(tuple(parts), tokenizer, sha256, tokenizer.end_of_text, gives_back)
+    size = sum(source.size for source, _ in sources if isinstance(source, Files)) or None
+    return Corpus(tuple(parts), tokenizer, sha256, tokenizer.end_of_text, gives_back, size)
 
 
 def _file_sources(config: DataConfig | Tokenised) -> list[tuple[Files, float]]:

@@ -93,6 +93,11 @@ class Files:
         """What is there and is not read, in a line; empty where all is read."""
         return "; ".join(self._left_out) if self.formats else ""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the files that are read, packed as they are."""
+        return sum(kind.size for kind in self.formats.values())
+
     def pieces(self) -> list[Piece]:
         return [piece for name, kind in self.formats.items() for piece in self._cut(name, kind)]
 

@@ -38,7 +38,7 @@ class RunData:
     tokenizer: a :class:`TextTokenizer` where the tokens stand for text. sha256: of all that was read to make them.
     description: for people, ``11,834,567 bytes of training text``. scored_size: bytes of the text that the scored
     tokens were made from; None: that was not read here, and counts as what they decode to. gives_back: whether tokens
-    decode to it.
+    decode to it. corpus_size: bytes of the corpus's files; None where no files of text were read.
     """
 
     batch: Batches
@@ -48,6 +48,7 @@ class RunData:
     description: str
     scored_size: int | None = None
     gives_back: bool = True
+    corpus_size: int | None = None
 
     @cached_property
     def optional(self) -> tuple[tuple[str, int], ...]:
@@ -124,6 +125,7 @@ def load_data(
         description=description,
         scored_size=None if isinstance(config, MemmapConfig) else _scored_size(held_out, corpus),
         gives_back=corpus.gives_back,
+        corpus_size=corpus.size,
     )
 
 

@@ -37,6 +37,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "git_commit": (str, type(None)),
     "git_dirty": (bool, type(None)),
     "data_sha256": (str, type(None)),
+    "corpus": (dict,),
     "source_sha256": (str, type(None)),
     "device_kind": (str, type(None)),
     "device_count": (int, type(None)),

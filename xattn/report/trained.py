@@ -18,6 +18,9 @@ _Fact = Callable[[Run], object]
 _FACTS: Mapping[str, Sequence[tuple[str, _Fact]]] = {
     "data": [
         ("{}", lambda run: " ".join(show(run.config[k]) for k in ("data.name", "data.path") if k in run.config)),
+        ("the library of Python {}", lambda run: _library(run)),
+        ("{} bytes", lambda run: _of_corpus(run, "bytes")),
+        ("sha256 {}", lambda run: (run.provenance.get("data_sha256") or "")[:12]),
         ("as {}", lambda run: run.config.get("data.tokenizer")),
     ],
     "model": [
@@ -49,6 +52,18 @@ _FACTS: Mapping[str, Sequence[tuple[str, _Fact]]] = {
     ],
     "begun": [("{}", lambda run: run.provenance.get("started_at", "")[:10])],
 }
+
+
+def _of_corpus(run: Run, key: str) -> str | int | None:
+    found = run.provenance.get("corpus", {}).get(key)
+    return found if isinstance(found, str | int) else None
+
+
+def _library(run: Run) -> object:
+    """The Python whose library the run was trained on, where that is its corpus."""
+    if run.config.get("data.name") != "python_stdlib":
+        return None
+    return _of_corpus(run, "python") or run.provenance.get("versions", {}).get("python")
 
 
 def trained(runs: Sequence[Run], judged: Sequence[Run]) -> Iterator[Block]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from xattn.config import Config
 from xattn.errors import BadInput
 from xattn.keys import short
 from xattn.metrics import loss_metric
+from xattn.provenance import other_library
 from xattn.report.read import finite
+from xattn.report.words import counted
 from xattn.tracking.display import Screen
 
 
@@ -28,6 +31,8 @@ class Row:
     values: Mapping[str, Any]
     status: str
     summary: Mapping[str, Any]
+    other_library: str | None = None
+    """that its corpus was another Python's library, where it was"""
 
 
 def print_table(
@@ -56,6 +61,8 @@ def print_table(
             row.run.name,
         )
     Screen().print_table(table)
+    for told, count in Counter(row.other_library for row in rows if row.other_library is not None).items():
+        print(f"{counted(count, 'run')}: {told}")
 
 
 def rows_of(
@@ -77,7 +84,8 @@ def rows_of(
     for folder in sorted(folders, key=lambda folder: _rank(shown[folder][1], metric)):
         (run, summary), config = shown[folder], configs[folder]
         values = {} if config is None else xattn.config.hashed_values(config)
-        rows.append(Row(run, {key: values.get(key) for key in keys}, _status(run, summary, config), summary))
+        other = None if config is None else other_library(config.data.name, _provenance(run))
+        rows.append(Row(run, {key: values.get(key) for key in keys}, _status(run, summary, config), summary, other))
     return metric, rows
 
 
