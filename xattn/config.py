@@ -31,6 +31,7 @@ from xattn.keys import ABSENT, digest, flatten, has_effect, naming, naming_befor
 from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
 from xattn.model.size import mlp_dim_for
 from xattn.report.config import FindingConfig
+from xattn.screen import say
 from xattn.section import Section
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
@@ -88,7 +89,7 @@ def folder_of(config: Config, folder: Path) -> Path:
     if older is None or config.resume == "never":
         return folder
     if (folder / run_folder.CONFIG).is_file():
-        print(f"{older.name}: holds the same run, made by an older version; {folder.name} is taken", file=sys.stderr)
+        say(f"{older.name}: holds the same run, made by an older version; {folder.name} is taken", file=sys.stderr)
         return folder
     return older
 

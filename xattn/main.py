@@ -30,6 +30,7 @@ from xattn.hosts import ToldByFirst
 from xattn.run import run
 from xattn.run_folder import FOLDERS
 from xattn.same_training import Trainings, answer, is_answerable
+from xattn.screen import say
 from xattn.signals import interruption
 from xattn.sweep import study
 
@@ -101,7 +102,7 @@ def _is_answered(job: Job) -> bool:
         return False
     with contextlib.suppress(OSError):  # Hydra has made it; run() makes it again where it is needed
         job.folder.rmdir()
-    return answer(found, print) is not None
+    return answer(found, say) is not None
 
 
 def _folder(config: Config, made: Path) -> Path:

@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import secrets
+import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -187,9 +188,8 @@ class WandbMirror:
         if mode == "disabled":
             return
         if mode == "offline":
-            where = shown(self._folder / "wandb")
-            look, sync = f"wandb leet {where}/latest-run", f"wandb sync {where}/offline-run-*"
-            self._say(f"wandb       offline; look: {look}  sync: {sync}")
+            command = shlex.join(["xattn", "wandb", shown(self._folder)])
+            self._say(f"wandb       offline; the commands to look at it and to send it: `{command}`")
         wandb = _import()
         self._mark.parent.mkdir(exist_ok=True)
         mark = int(self._mark.read_text()) if self._mark.exists() else 0
