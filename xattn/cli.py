@@ -40,7 +40,7 @@ _COMMANDS = {
     "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one, and packs"),
     "bench train": ("xattn.bench.train", "training steps: speed, utilisation, memory"),
 }
-_GROUPS = {"bench": "time parts of xattn"}  # listed by their names alone
+_GROUPS = {"bench": "measure speed and memory; `xattn bench` lists its parts"}  # a line in place of their commands
 
 _IMPORT_JAX = ("bench", "plan")  # as they are loaded; others look at the device when they have read what was typed
 
@@ -100,9 +100,7 @@ def _listed(group: Mapping[str, tuple[str, str]]) -> list[str]:
     purposes = {command: purpose for command, (_, purpose) in group.items()}
     if not group:
         purposes = {command: purpose for command, (_, purpose) in _COMMANDS.items() if " " not in command}
-        for name, purpose in _GROUPS.items():
-            parts = [command.partition(" ")[2] for command in _COMMANDS if command.startswith(f"{name} ")]
-            purposes[name] = f"{purpose}: {', '.join(parts)}"
+        purposes |= _GROUPS
     width = max(map(len, purposes))
     columns = screen.columns(sys.stdout)
     return [screen.fitted(f"  xattn {name:{width}}  {purpose}", columns) for name, purpose in purposes.items()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from xattn import run_folder
+from xattn import entry, run_folder
 from xattn.data.config import DataConfig
 from xattn.errors import BadInput
 from xattn.evaluation.config import EvaluationConfig
@@ -315,15 +316,31 @@ def register_resolvers() -> None:
 
     def name(*, _root_: DictConfig) -> str:
         config = from_hydra(_root_, list(_root_.hydra.overrides.task))
-        half_width = config.sweep.half_width
-        if half_width is not None and _root_.hydra.mode != RunMode.MULTIRUN:
-            raise BadInput(
-                f"sweep.half_width = {half_width:g}: adds seeds to a sweep, and needs -m; sweep.half_width=null makes "
-                "one run"
-            )
+        if _root_.hydra.mode != RunMode.MULTIRUN:
+            _refuse_study(config, _root_)
         return run_name(config)
 
     OmegaConf.register_new_resolver("run_name", name, replace=True)
+
+
+def _refuse_study(config: Config, composed: DictConfig) -> None:
+    """Raises :class:`BadInput` where what was typed for one run asks for many."""
+    typed = list(composed.hydra.overrides.task)
+    keys = {override.lstrip("+~").partition("=")[0] for override in typed}
+    swept = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+    if open_keys := [str(key) for key in swept if str(key) not in keys]:
+        chosen = [override for override in typed if override.startswith("experiment=")]
+        words = shlex.join([override for override in typed if override != "sweep.half_width=null"])
+        raise BadInput(
+            f"{chosen[-1] if chosen else 'hydra.sweeper.params'}: is a study, not one run, and needs -m:\n"
+            f"{entry.program()} -m {words}\n"
+            f"one run of it takes a value of each: {', '.join(open_keys)}"
+        )
+    if (half_width := config.sweep.half_width) is not None:
+        raise BadInput(
+            f"sweep.half_width = {half_width:g}: adds seeds to a sweep, and needs -m; sweep.half_width=null makes one "
+            "run"
+        )
 
 
 def section(kind: type[SectionT], values: Mapping[str, Any], *, at: str) -> SectionT:

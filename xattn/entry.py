@@ -28,6 +28,13 @@ def open_streams() -> None:
             setattr(sys, name, open(descriptor, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process lives
 
 
+def program() -> str:
+    """The words that start a training here: ``python train.py``, ``python mine.py`` or ``xattn train``."""
+    started = Path(sys.argv[0])
+    is_command = started.name == "xattn" or started.parts[-2:] == ("xattn", "cli.py")
+    return "xattn train" if is_command else shlex.join(["python", sys.argv[0]])
+
+
 def check_working_directory() -> None:
     """Raises :class:`BadInput` where the working directory was deleted, or cannot be looked up."""
     with looking_at("working directory"):

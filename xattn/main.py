@@ -27,6 +27,7 @@ from xattn.attempt import Job
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.hosts import ToldByFirst
+from xattn.like import expanded
 from xattn.run import run
 from xattn.run_folder import FOLDERS
 from xattn.same_training import Trainings, answer, is_answerable
@@ -140,6 +141,7 @@ def _train() -> int:
     xattn.config.register_resolvers()
     try:
         entry.check_working_directory()
+        sys.argv[1:] = expanded(sys.argv[1:])
         sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
         if sweeps and (here := hosts.place(os.environ)).count > 1:
             raise BadInput(

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import unicodedata
-from typing import TextIO
+from typing import IO
 
 _WORD = re.compile(r"(?:`[^`]*`|\S)+")  # a command in backticks is one word
 _LABEL = re.compile(r" *\S+(?: \S+)? {2,}(?=\S)")  # "run folder  …": what follows is continued below itself
@@ -17,7 +17,7 @@ _WIDEST_LABEL = 16
 _COLUMNS = 80  # of a terminal that does not say
 
 
-def columns(stream: TextIO) -> int | None:
+def columns(stream: IO[str]) -> int | None:
     """The width of the terminal behind the stream. None for a file or a pipe, which has none."""
     if not stream.isatty():
         return None
@@ -29,7 +29,7 @@ def columns(stream: TextIO) -> int | None:
         return _COLUMNS
 
 
-def say(text: str, command: str = "", *, file: TextIO | None = None) -> None:
+def say(text: str, command: str = "", *, file: IO[str] | None = None) -> None:
     """Prints text, and behind it a command to copy, at the width of the terminal.
 
     The command stands on a line of its own where it does not fit behind the text, and is never broken.

@@ -56,7 +56,7 @@ _FIGURES = [
 _EPILOG = """examples:
   xattn report outputs/first
   xattn report outputs/default --where backend.context_length=128 --seeds 0,1,2
-  xattn report outputs/first --baseline backend.activation=sigmoid --out sigmoid_as_baseline
+  xattn report outputs/first --baseline backend.activation=sigmoid --out other
   xattn report outputs/first --json"""
 
 

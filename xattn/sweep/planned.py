@@ -62,7 +62,9 @@ def write_trials(study: Path, planned: int, ended: int) -> None:
 
 
 def _write(study: Path, content: Mapping[str, Any], *, starts_over: bool) -> None:
-    command = [sys.executable, *sys.orig_argv[1:]] if sys.orig_argv else [sys.executable, *sys.argv]
+    command = [sys.executable, *sys.orig_argv[1:]]
+    if "ipykernel_launcher" in command:  # a notebook, which no command starts again
+        command = [sys.executable, "-m", "xattn.cli", "train", *sys.argv[1:]]
     if starts_over:  # what was begun is continued
         command = [*(word for word in command if not word.startswith("resume=")), "resume=auto"]
     here = Path.cwd()

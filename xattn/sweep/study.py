@@ -249,9 +249,8 @@ def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], N
         try:
             while left:
                 trainings = Trainings(left)
-                now, left = in_turn(
-                    [job for job in left if not is_answered(job, trainings, label, say, measures=False)]
-                )
+                asked_for = [job for job in left if not is_answered(job, trainings, label, say, measures=False)]
+                now, left = in_turn(asked_for)
                 with interruption.breaking():
                     if now:
                         launch(now)

@@ -62,9 +62,8 @@ def print_table(
         columns.append(_Column(name.replace("_per_second", "/s"), cells, is_number=True))
     columns.append(_Column("run", tuple(row.run.name for row in rows)))
     screen = Screen()
-    for form, notes in _forms(columns, rows, keys, losses[1]):
-        if screen.fits(table := _as_table(form)):
-            break
+    forms = [(_as_table(form), notes) for form, notes in _forms(columns, rows, keys, losses[1])]
+    table, notes = next((form for form in forms if screen.fits(form[0])), forms[-1])
     screen.print_table(table, folds=not screen.fits(table))
     for note in notes:
         screen.say(note)

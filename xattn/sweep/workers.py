@@ -48,7 +48,8 @@ class Seat(NamedTuple):
 def carry_out(jobs: Sequence[Job], plan: Plan | None = None) -> None:
     """:func:`xattn.sweep.study.carry_out`, by as many processes as ``sweep.workers`` says.
 
-    plan: of the command; it is kept once no run is refused. Raises :class:`BadInput`, and starts nothing, where a run is found to be one that cannot be made.
+    plan: of the command; it is kept once no run is refused.
+    Raises :class:`BadInput`, and starts nothing, where a run is found to be one that cannot be made.
     """
     unfinished = [job for job in jobs if not is_finished(job)]
     check_data(unfinished)
