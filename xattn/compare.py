@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         print(run_folder.to_json(as_json(runs), indent=2, ascii_only=True))
         return ExitCode.DONE
     columns, rows = comparison(runs)
-    _show(["", *told_apart([run.name for run in runs])], rows)
+    _show(columns, rows)
     if asked.wandb:
         _to_wandb(asked.runs[0], columns, rows)
     return ExitCode.DONE
@@ -55,8 +55,11 @@ def told_apart(names: Sequence[str]) -> list[str]:
 
 
 def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints the table, on a narrow terminal as several below each other, each of as many runs as fit."""
+    """Prints the table. On a terminal that is too narrow the runs' names are shortened, and then it becomes several
+    below each other, each of as many runs as fit."""
     screen, begin = Screen(), 1
+    if not screen.fits(_on_screen(columns, rows)):
+        columns = [columns[0], *told_apart(columns[1:])]
     while begin < len(columns):
         end = len(columns)
         while end > begin + 1 and not screen.fits(_on_screen(*_part(columns, rows, begin, end))):

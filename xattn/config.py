@@ -333,7 +333,7 @@ def _refuse_study(config: Config, composed: DictConfig) -> None:
         words = shlex.join([override for override in typed if override != "sweep.half_width=null"])
         raise BadInput(
             f"{chosen[-1] if chosen else 'hydra.sweeper.params'}: is a study, not one run, and needs -m:\n"
-            f"{entry.program()} -m {words}\n"
+            f"`{entry.program()} -m {words}`\n"
             f"one run of it takes a value of each: {', '.join(open_keys)}"
         )
     if (half_width := config.sweep.half_width) is not None:

@@ -12,6 +12,7 @@ import unicodedata
 from typing import IO
 
 _WORD = re.compile(r"(?:`[^`]*`|\S)+")  # a command in backticks is one word
+_SHELL_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+""")
 _LABEL = re.compile(r" *\S+(?: \S+)? {2,}(?=\S)")  # "run folder  …": what follows is continued below itself
 _WIDEST_LABEL = 16
 _COLUMNS = 80  # of a terminal that does not say
@@ -32,7 +33,7 @@ def columns(stream: IO[str]) -> int | None:
 def say(text: str, command: str = "", *, file: IO[str] | None = None) -> None:
     """Prints text, and behind it a command to copy, at the width of the terminal.
 
-    The command stands on a line of its own where it does not fit behind the text, and is never broken.
+    The command stands on lines of its own where it does not fit behind the text: see :func:`continued`.
     """
     stream = sys.stdout if file is None else file
     width = columns(stream)
@@ -41,14 +42,14 @@ def say(text: str, command: str = "", *, file: IO[str] | None = None) -> None:
     elif width is None or width_of(text) + 1 + width_of(command) <= width:
         print(text, command, file=stream)
     else:
-        print(fitted(text, width), command, sep="\n", file=stream)
+        print(fitted(text, width), continued(command, width), sep="\n", file=stream)
 
 
 def fitted(text: str, width: int | None) -> str:
     """The text with lines of at most ``width`` columns, broken between words.
 
-    A word that is wider stays whole on a line of its own: a path, or a command in backticks, which then loses them.
-    Lines are continued below what follows their label, or else two columns further in. None leaves the text as it is.
+    A word that is wider stays whole on a line of its own: a path, or a command in backticks, which then loses them and
+    is :func:`continued`. Lines are continued below what follows their label, or else two columns further in. None leaves the text as it is.
     """
     if width is None:
         return text
@@ -69,12 +70,25 @@ def _broken(line: str, width: int) -> str:
         elif indent + width_of(word[0]) <= width and lines[-1].strip():
             lines.append(" " * indent + word[0])
         else:
-            lines[len(lines) - (not lines[-1].strip()) :] = [_bare(word[0]), " " * (indent - 1)]
+            whole = continued(word[0][1:-1], width) if re.fullmatch("`[^`]*`", word[0]) else word[0]
+            lines[len(lines) - (not lines[-1].strip()) :] = [whole, " " * (indent - 1)]
     return "\n".join(line for line in lines if line.strip())
 
 
-def _bare(word: str) -> str:
-    return word[1:-1] if re.fullmatch("`[^`]*`", word) else word
+def continued(command: str, width: int) -> str:
+    """The command as a shell takes it over several lines, each but the last with a backslash at its end.
+
+    It is broken between words alone; one that is wider, such as a path, stays whole.
+    """
+    lines = [""]
+    for word in _SHELL_WORD.findall(command):
+        if not lines[-1].strip():
+            lines[-1] += word
+        elif width_of(f"{lines[-1]} {word} \\") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    return " \\\n".join(lines)
 
 
 def folded(text: str, width: int | None) -> str:

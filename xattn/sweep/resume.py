@@ -49,7 +49,7 @@ def _check(study: Path) -> None:
         raise BadInput(f"{study}: no such folder")
     if (study / run_folder.CONFIG).is_file():
         command = (run_folder.read_provenance(study) or {}).get("command", "its own command")
-        raise BadInput(f"{study}: is a run, and a study is continued here; a run is continued by\n{command}")
+        raise BadInput(f"{study}: is a run, and a study is continued here; a run is continued by\n`{command}`")
     if not planned.sweeps_of(study):
         raise BadInput(
             f"{study}: no sweep has left its plan here; the command that started it continues it, see "

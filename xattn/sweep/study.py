@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import shlex
 import time
 import traceback
 from collections import deque
@@ -90,7 +91,11 @@ def told_at_the_end(jobs: Sequence[Job], plan: Plan | None = None) -> Iterator[N
     try:
         yield
     except SystemExit:
-        say("stopped; the same command goes on with what is not done")
+        resumes = sorted({f"xattn resume {shlex.quote(shown(job.folder.absolute().parent))}" for job in jobs})
+        if plan is None or len(resumes) != 1:
+            say("stopped; the same command goes on with what is not done")
+        else:
+            say("stopped; the same command goes on with what is not done, and so does", resumes[0])
         raise
     finally:
         _is_told_of = False
