@@ -476,7 +476,7 @@ class Attempt:
         scored = self.data.scored_bytes()
         if scored is None:
             return
-        others = [f"unigram entropy {unigram_bits_per_byte(scored):.4f}"]
+        others = [f"unigrams {unigram_bits_per_byte(scored):.4f}"]
         if len(scored) >= MIN_GZIP_BYTES:
             others.append(f"gzip {gzip_bits_per_byte(scored):.4f}")
         self.display.say(f"baselines   {', '.join(others)} bits/byte, of the same {len(scored):,} bytes")

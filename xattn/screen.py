@@ -49,7 +49,8 @@ def fitted(text: str, width: int | None) -> str:
     """The text with lines of at most ``width`` columns, broken between words.
 
     A word that is wider stays whole on a line of its own: a path, or a command in backticks, which then loses them and
-    is :func:`continued`. Lines are continued below what follows their label, or else two columns further in. None leaves the text as it is.
+    is :func:`continued`. A line goes on below what follows its label, or else two columns further in. None leaves the
+    text as it is.
     """
     if width is None:
         return text

@@ -10,6 +10,7 @@ from xattn import run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
 from xattn.run_folder import shown
+from xattn.screen import say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,18 +22,14 @@ def main(argv: Sequence[str]) -> int:
     if not (run / run_folder.CONFIG).is_file():
         raise BadInput(f"{run}: not a run folder, it holds no {run_folder.CONFIG}")
     folder = (run / "wandb").absolute()
+    again = shlex.join(["xattn", "sync", shown(run.absolute())])
     offline = sorted(path for path in folder.glob("offline-run-*") if path.is_dir())
     online = [path for path in folder.glob("run-*") if path.is_dir()]
     if not offline and not online:
-        print(f"wandb has no files of this run; it can be made from {run_folder.METRICS}:")
-        print(shlex.join(["xattn", "sync", shown(run.absolute())]))
+        say(f"wandb has no files of this run; they can be made from {run_folder.METRICS}:", again)
         return ExitCode.DONE
-    print("look at it here:")
-    print(shlex.join(["wandb", "leet", shown(folder / "latest-run")]))
-    if offline:
-        print("send it to wandb's server:")
-        for path in offline:
-            print(shlex.join(["wandb", "sync", shown(path)]))
-    print(f"send it again from {run_folder.METRICS}, should wandb lack rows:")
-    print(shlex.join(["xattn", "sync", shown(run.absolute())]))
+    say("look at it here:", shlex.join(["wandb", "leet", shown(folder / "latest-run")]))
+    for path in offline:
+        say("send it to wandb's server:", shlex.join(["wandb", "sync", shown(path)]))
+    say(f"send it again from {run_folder.METRICS}, should wandb lack rows:", again)
     return ExitCode.DONE
