@@ -57,7 +57,7 @@ class XattnLauncher(Launcher):
             typed = {job.folder: overrides for (job, _), overrides in zip(asked, job_overrides, strict=True)}
             return self._launch_seeds(jobs, [typed[job.folder] for job in jobs])
         with self.as_hydra_does(asked):
-            carry_out(jobs, _plan(self.planned))
+            carry_out(jobs, plan=_plan(self.planned))
         return [_returned(job) for job in jobs]
 
     def _launch_seeds(self, arms: Sequence[Job], job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
@@ -78,7 +78,7 @@ class XattnLauncher(Launcher):
 
         def make(jobs: Sequence[Job]) -> None:
             with self.as_hydra_does([(job, composed[job.folder]) for job in jobs]):
-                carry_out(jobs, plan)
+                carry_out(jobs, plan=plan)
 
         seeds.carry_out(arms, compose, make, plan)
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=0)]

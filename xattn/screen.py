@@ -111,8 +111,8 @@ def printable(text: str) -> str:
 
     Newlines stay, and tabs become spaces.
     """
-    shown = (c if c == "\n" or (c.isprintable() and c != "\ufffd") else "·" for c in text.expandtabs(4))
-    return "".join(shown)
+    shown = (c if c in "\n\t" or (c.isprintable() and c != "\ufffd") else "·" for c in text)
+    return "".join(shown).expandtabs(4)
 
 
 def width_of(text: str) -> int:
