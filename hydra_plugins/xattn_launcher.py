@@ -30,6 +30,7 @@ from xattn import registry
 from xattn.attempt import Job, prunes_nothing
 from xattn.errors import BadInput, ExitCode
 from xattn.registry import Addition
+from xattn.sweep.planned import Plan
 from xattn.sweep.study import carry_out_elsewhere, outcomes
 from xattn.sweep.workers import carry_out
 from xattn.tracking.tracker import Row
@@ -39,7 +40,12 @@ Asked = tuple[Job, DictConfig]  # a run, and the whole config that it was compos
 
 
 class XattnLauncher(Launcher):
-    """Validates every job before the first starts, then makes the runs in this process or in one for each GPU."""
+    """Validates every job before the first starts, then makes the runs in this process or in one for each GPU.
+
+    planned: the jobs of a sweep that is launched in several batches.
+    """
+
+    planned: Sequence[Job] = ()
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config, self.task = hydra_context, config, task_function
@@ -52,7 +58,7 @@ class XattnLauncher(Launcher):
             typed = {job.folder: overrides for (job, _), overrides in zip(asked, job_overrides, strict=True)}
             return self._launch_seeds(jobs, [typed[job.folder] for job in jobs])
         with self.as_hydra_does(asked):
-            carry_out(jobs)
+            carry_out(jobs, plan=_plan(self.planned))
         return [_returned(job) for job in jobs]
 
     def _launch_seeds(self, arms: Sequence[Job], job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
@@ -60,6 +66,7 @@ class XattnLauncher(Launcher):
         from xattn.sweep import seeds  # what judges runs is not waited for by others
 
         composed: dict[Path, DictConfig] = {}
+        plan = Plan(grows=True)
         load = loader(self.context, self.config)
         without_seed = [[word for word in typed if not word.startswith("seed=")] for typed in job_overrides]
 
@@ -72,9 +79,9 @@ class XattnLauncher(Launcher):
 
         def make(jobs: Sequence[Job]) -> None:
             with self.as_hydra_does([(job, composed[job.folder]) for job in jobs]):
-                carry_out(jobs)
+                carry_out(jobs, plan=plan)
 
-        seeds.carry_out(arms, compose, make)
+        seeds.carry_out(arms, compose, make, plan)
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=0)]
 
     @contextlib.contextmanager
@@ -168,7 +175,12 @@ class WithAdditions:
 
 class ElsewhereLauncher(Launcher):
     """Validates every job, skips those that are done, hands the others to a launcher of SLURM or Ray, and reads what
-    came of them from the run folders."""
+    came of them from the run folders.
+
+    planned: as :class:`XattnLauncher`'s.
+    """
+
+    planned: Sequence[Job] = ()
 
     def __init__(self, launcher: Launcher):
         self._launcher = launcher
@@ -193,10 +205,18 @@ class ElsewhereLauncher(Launcher):
         def launch(unfinished: Sequence[Job]) -> None:
             self._launcher.launch([list(by_folder[job.folder]) for job in unfinished], initial_job_idx)
 
+        plan: Plan | None = _plan(self.planned)
         if self.config.hydra.runtime.choices["hydra/sweeper"] == "optuna":  # the tuner wants a run for each trial
             jobs = [dataclasses.replace(job, answerable=False) for job in jobs]
-        carry_out_elsewhere(jobs, launch)
+            plan = None  # it has one of its own
+        carry_out_elsewhere(jobs, launch, plan)
         return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=0) for job in jobs]
+
+
+def _plan(jobs: Sequence[Job]) -> Plan:
+    plan = Plan()
+    plan.add(jobs)
+    return plan
 
 
 def jobs_of(

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 import xattn.config
 from hydra_plugins.xattn_launcher import (
     Asked,
+    ElsewhereLauncher,
     XattnLauncher,
     composed_jobs,
     each_once,
@@ -37,6 +38,7 @@ from xattn.keys import SEED, TUNED
 from xattn.metrics import loss_metric
 from xattn.sweep import study
 from xattn.sweep.check import check_data
+from xattn.sweep.labels import labels
 from xattn.sweep.tune import Dimension, Tuning, tune
 from xattn.sweep.view import StudyView
 
@@ -159,7 +161,9 @@ class GridSweeper(Sweeper):
         results: list[Sequence[JobReturn]] = []
         with own_faults():
             if len(batches) > 1:
-                each_once(jobs_of(self._context, self._config, jobs))
+                whole = each_once(jobs_of(self._context, self._config, jobs))
+                if isinstance(self._launcher, XattnLauncher | ElsewhereLauncher):
+                    self._launcher.planned = whole
             for batch in batches:
                 results.append(self._launcher.launch(batch, initial_job_idx=sum(map(len, results))))
                 for result in results[-1]:
@@ -252,7 +256,7 @@ class OptunaSweeper(Sweeper):
             def make(view: StudyView) -> None:
                 if isinstance(self._launcher, XattnLauncher):
                     with self._launcher.as_hydra_does(asked):
-                        study.make(jobs, view=view, keys=list(space), metric=metric)
+                        study.make(jobs, view=view, label=labels(jobs, list(space)), metric=metric)
                 else:
                     distinct = {job.folder: typed for (job, _), typed in zip(asked, overrides, strict=True)}
                     self._launcher.launch(list(distinct.values()), initial_job_idx=0)

@@ -29,9 +29,11 @@ from xattn.attempt import Job
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.hosts import ToldByFirst
+from xattn.like import expanded
 from xattn.run import run
 from xattn.run_folder import FOLDERS
 from xattn.same_training import answered_by
+from xattn.screen import say
 from xattn.signals import interruption
 from xattn.sweep import study
 
@@ -80,7 +82,7 @@ def _run(composed: DictConfig) -> ExitCode:
         config = xattn.config.from_hydra(composed, typed)
         folder = _folder(config, made)
         is_trial = hydra_config.runtime.choices["hydra/sweeper"] == "optuna"  # the tuner wants a run for each
-        if answered_by(Job(config, folder, answerable=not is_trial), print) is not None:
+        if answered_by(Job(config, folder, answerable=not is_trial), say) is not None:
             return ExitCode.DONE
         return run(config, folder, typed, stop=lambda: interruption.requested)
     except ToldByFirst as error:
@@ -140,6 +142,7 @@ def _train() -> int:
     OmegaConf.register_new_resolver("values", _values, replace=True)
     try:
         entry.check_working_directory()
+        sys.argv[1:] = expanded(sys.argv[1:])
         sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
         if sweeps and (here := hosts.place(os.environ)).count > 1:
             raise BadInput(

@@ -20,16 +20,17 @@ import numpy as np
 import xattn.config
 from xattn import hosts, keys, run_folder
 from xattn.config import Config
-from xattn.data.baselines import gzip_bits_per_byte, unigram_bits_per_byte
+from xattn.data.baselines import MIN_GZIP_BYTES, gzip_bits_per_byte, unigram_bits_per_byte
 from xattn.data.batches import Batches
 from xattn.data.corpus import check
 from xattn.data.prefetch import Prefetch
 from xattn.data.run_data import RunData, load_data
-from xattn.data.tokenizer import Tokenizer
+from xattn.data.tokenizer import IdTokenizer, Tokenizer
 from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError
 from xattn.mirror import end_mirror, mirror_of
 from xattn.provenance import belongs_to, changes, corpus, provenance
 from xattn.run_folder import RunFolder, result_line, shown
+from xattn.screen import printable
 from xattn.tracking.display import Display
 from xattn.tracking.tracker import MetricsFile, Row, Tracker, brief, read_rows
 from xattn.tracking.wandb import WandbMirror, refuse_without_key
@@ -422,8 +423,8 @@ class Attempt:
         match status:
             case "done":
                 self._keep_window_losses(compiled, progress)
-                sample = _sample(compiled, progress.state, self.data.tokenizer, self.config.seed)
-                self._show_result(summary, sample)
+                self._show_sample(compiled, progress.state)
+                self._show_result(summary)
             case "preempted":
                 self.display.say(f"stopped at step {progress.step}, and saved; the same command goes on from there")
             case "pruned":
@@ -449,19 +450,28 @@ class Attempt:
             return ExitCode.DIVERGED, "diverged"
         return ExitCode.DONE, "done"
 
-    def _show_result(self, summary: dict[str, Any], sample: str) -> None:
+    def _show_sample(self, compiled: Programs, state: TrainState) -> None:
+        """A sample of text; none where tokens stand for none, as a task's do not."""
+        if isinstance(self.data.tokenizer, IdTokenizer):
+            return
+        sample = _sample(compiled, state, self.data.tokenizer, self.config.seed)
         artifacts = self.folder / run_folder.ARTIFACTS
         artifacts.mkdir(exist_ok=True)
         run_folder.write_atomically(artifacts / run_folder.SAMPLE, sample)
-        scored = self.data.scored_bytes()
-        self.display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}:\n{_printable(sample)}\n")
+        shown = printable(sample)
+        hint = ", · for what is not printable" if shown.count("·") > sample.count("·") else ""
+        self.display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}{hint}:")
+        self.display.say_sample(f"{shown}\n")
+
+    def _show_result(self, summary: dict[str, Any]) -> None:
         self.display.say(f"result      {result_line(summary)}")
+        scored = self.data.scored_bytes()
         if scored is None:
             return
-        self.display.say(
-            f"baselines   unigram entropy {unigram_bits_per_byte(scored):.4f}, gzip {gzip_bits_per_byte(scored):.4f} "
-            f"bits/byte, of the same {len(scored):,} bytes"
-        )
+        others = [f"unigrams {unigram_bits_per_byte(scored):.4f}"]
+        if len(scored) >= MIN_GZIP_BYTES:
+            others.append(f"gzip {gzip_bits_per_byte(scored):.4f}")
+        self.display.say(f"baselines   {', '.join(others)} bits/byte, of the same {len(scored):,} bytes")
 
     def _keep_window_losses(self, compiled: Programs, progress: Progress) -> None:
         """What the last evaluation found, window by window, by which a report tells how much hangs on the windows."""
@@ -546,8 +556,3 @@ def _sample(compiled: Programs, state: TrainState, tokenizer: Tokenizer, seed: i
         key=jax.random.key(seed),
     )
     return tokenizer.decode(tokens)
-
-
-def _printable(text: str) -> str:
-    """A byte-level model writes control characters too; a terminal would obey them."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

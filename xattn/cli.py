@@ -8,40 +8,43 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from xattn import entry
+from xattn import entry, screen
 from xattn.device import first_look
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 
-# Command → the module whose main(argv) carries it out, and what it is for.
+# Command → the module whose main(argv) carries it out, and what it is for: in the order of a study, what measures last.
 _COMMANDS = {
-    "train": ("xattn.app", "train a model, or with -m a sweep; the same as python train.py in a clone"),
-    "bench attention": ("xattn.bench.attention", "time implementations × activations × sizes of attention"),
-    "bench data": ("xattn.bench.data", "ingest a big corpus as bytes and as BPE, and train: MB/s and memory"),
-    "bench generation": ("xattn.bench.generation", "time generation through the cache against forward passes"),
-    "bench train": ("xattn.bench.train", "speed, utilisation and memory of training steps; nanoGPT beside them"),
-    "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times beside cuDNN's softmax, tuning"),
-    "bench start": ("xattn.bench.start", "seconds from the command to the first step, cold and warm"),
-    "bench checkpoints": ("xattn.bench.checkpoints", "what saving costs a run, and how long a save takes"),
-    "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one; packs against a run alone"),
-    "explain": ("xattn.explain", "what a key of the config means, may be, and is by default"),
-    "plan": ("xattn.plan", "what a run will cost in memory and time, here or on other devices"),
-    "launch": ("xattn.launch", "one run over several processes of this machine"),
-    "runs": ("xattn.sweep.runs", "list the runs in outputs/, the best of each study first"),
-    "sample": ("xattn.sample", "text from a run's model"),
-    "evaluate": ("xattn.evaluate", "a run's model on any text, at any length, with any probes"),
-    "export": ("xattn.interchange", "a run's parameters as safetensors, or as a Llama for transformers"),
+    "train": ("xattn.app", "train a model, or a sweep; as python train.py in a clone"),
     "report": ("xattn.publish", "judge a study and write its report"),
-    "verdict": ("xattn.report.decide", "is an arm shown to be better? exit 0 yes, 10 undecided, 11 the opposite"),
-    "findings": ("xattn.findings", "the claims that studies state: shown, contradicted or undecided"),
+    "runs": ("xattn.sweep.runs", "list runs, the best of each study first, and what is missing"),
+    "sample": ("xattn.sample", "text from a run's model"),
+    "resume": ("xattn.sweep.resume", "continue a sweep that was interrupted"),
     "compare": ("xattn.compare", "set runs side by side"),
-    "bug": ("xattn.bug", "pack what a report of a bug needs: no text of the corpus, no keys"),
+    "evaluate": ("xattn.evaluate", "a run's model on any text, length and probes"),
+    "findings": ("xattn.findings", "the claims that studies state, and what became of them"),
+    "verdict": ("xattn.report.decide", "is an arm better? exit 0 yes, 10 undecided, 11 worse"),
+    "explain": ("xattn.explain", "what a key means, may be, and is by default"),
+    "plan": ("xattn.plan", "what a run will cost in memory and time, on any device"),
+    "launch": ("xattn.launch", "one run over several processes of this machine"),
+    "export": ("xattn.interchange", "a run as safetensors, or as a Llama for transformers"),
+    "wandb": ("xattn.tracking.command", "the commands to look at a run's wandb files, and to send them"),
+    "bug": ("xattn.bug", "pack what a report of a bug needs: no text, no keys"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
+    "bench attention": ("xattn.bench.attention", "implementations × activations × sizes of attention"),
+    "bench checkpoints": ("xattn.bench.checkpoints", "what saving costs a run, and how long it takes"),
+    "bench data": ("xattn.bench.data", "a big corpus as bytes and BPE: MB/s and memory"),
+    "bench generation": ("xattn.bench.generation", "text through the cache, and by forward passes"),
+    "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times, tuning"),
+    "bench start": ("xattn.bench.start", "from the command to the first step, cold and warm"),
+    "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one, and packs"),
+    "bench train": ("xattn.bench.train", "training steps: speed, utilisation, memory"),
 }
+_GROUPS = {"bench": "measure speed and memory; `xattn bench` lists its parts"}  # a line in place of their commands
 
 _IMPORT_JAX = ("bench", "plan")  # as they are loaded; others look at the device when they have read what was typed
 
@@ -86,16 +89,28 @@ def _carry_out(words: Sequence[str]) -> int:
         if " ".join(words[:length]) == command:
             if words[0] in _IMPORT_JAX and not {"-h", "--help"} & set(words):
                 first_look()
-            return int(import_module(module).main(words[length:]))
+            with entry.loading(command, words[length:]):
+                loaded = import_module(module)
+            return int(loaded.main(words[length:]))
     group = (
         {command: told for command, told in _COMMANDS.items() if command.startswith(f"{words[0]} ")} if words else {}
     )
     asks = words[1:] in ([], ["-h"], ["--help"]) if group else words in ([], ["-h"], ["--help"])
     if asks:
-        lines = [f"  xattn {command:16} {purpose}" for command, (_, purpose) in (group or _COMMANDS).items()]
-        print("\n".join(["The commands of xattn; each takes --help:", *lines]))
+        print("\n".join(["usage: xattn COMMAND …; each takes --help", *_listed(group)]))
         return ExitCode.DONE if words[-1:] in (["-h"], ["--help"]) else ExitCode.BAD_INPUT
     raise BadInput(f"{' '.join(words[:2])}: no such command{_nearest(words)}; `xattn --help` shows them all")
+
+
+def _listed(group: Mapping[str, tuple[str, str]]) -> list[str]:
+    """A line for each command of the group; without one, for each command and each group."""
+    purposes = {command: purpose for command, (_, purpose) in group.items()}
+    if not group:
+        purposes = {command: purpose for command, (_, purpose) in _COMMANDS.items() if " " not in command}
+        purposes |= _GROUPS
+    width = max(map(len, purposes))
+    columns = screen.columns(sys.stdout)
+    return [screen.fitted(f"  xattn {name:{width}}  {purpose}", columns) for name, purpose in purposes.items()]
 
 
 def _nearest(words: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         print(run_folder.to_json(as_json(runs), indent=2, ascii_only=True))
         return ExitCode.DONE
     columns, rows = comparison(runs)
-    Screen().print_table(_on_screen(columns, rows), folds=True)
+    _show(columns, rows)
     if asked.wandb:
         _to_wandb(asked.runs[0], columns, rows)
     return ExitCode.DONE
@@ -40,6 +40,40 @@ def _runs(folders: Sequence[Path]) -> list[Path]:
     if not runs:
         raise BadInput(f"{' '.join(map(str, folders))}: no run among these")
     return runs
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """The names of folders without the words that all of them have, and without their hash where the rest differs."""
+    words = [name.split("-") for name in names]
+    shared = set.intersection(*map(set, words))
+    rest = [[word for word in each if word not in shared] for each in words]
+    for kept in ([each[:-1] for each in rest], rest, words):
+        told = ["-".join(each) for each in kept]
+        if len({*told}) == len(names) and all(told):
+            return told
+    return [*names]
+
+
+def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints the table. On a terminal that is too narrow the runs' names are shortened, and then it becomes several
+    below each other, each of as many runs as fit."""
+    screen, begin = Screen(), 1
+    if not screen.fits(_on_screen(columns, rows)):
+        columns = [columns[0], *told_apart(columns[1:])]
+    while begin < len(columns):
+        end = len(columns)
+        while end > begin + 1 and not screen.fits(_on_screen(*_part(columns, rows, begin, end))):
+            end -= 1
+        if begin > 1:
+            screen.say("")
+        screen.print_table(_on_screen(*_part(columns, rows, begin, end)), folds=True)
+        begin = end
+
+
+def _part(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], begin: int, end: int
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    return [columns[0], *columns[begin:end]], [[row[0], *row[begin:end]] for row in rows]
 
 
 def _on_screen(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

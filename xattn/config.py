@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -36,6 +37,7 @@ from xattn.keys import ABSENT, digest, flatten, has_effect, naming, naming_befor
 from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
 from xattn.model.size import mlp_dim_for
 from xattn.report.config import FindingConfig
+from xattn.screen import say
 from xattn.section import CONF, Section, kind_name
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
@@ -118,7 +120,7 @@ def folder_of(config: Config, folder: Path) -> Path:
     if older is None or config.resume == "never":
         return folder
     if (folder / run_folder.CONFIG).is_file():
-        print(f"{older.name}: holds the same run, made by an older version; {folder.name} is taken", file=sys.stderr)
+        say(f"{older.name}: holds the same run, made by an older version; {folder.name} is taken", file=sys.stderr)
         return folder
     return older
 
@@ -382,17 +384,33 @@ def register_resolvers() -> None:
 
     def name(*, _root_: DictConfig) -> str:
         config = from_hydra(_root_, list(_root_.hydra.overrides.task))
-        half_width = config.sweep.half_width
-        if half_width is not None and _root_.hydra.mode != RunMode.MULTIRUN:
-            raise BadInput(
-                f"sweep.half_width = {half_width:g}: adds seeds to a sweep, and needs -m; sweep.half_width=null makes "
-                "one run"
-            )
+        if _root_.hydra.mode != RunMode.MULTIRUN:
+            _refuse_study(config, _root_)
         return run_name(config)
 
     config_type()
     OmegaConf.register_new_resolver("run_name", name, replace=True)
     OmegaConf.register_new_resolver("program", entry.program, replace=True)
+
+
+def _refuse_study(config: Config, composed: DictConfig) -> None:
+    """Raises :class:`BadInput` where what was typed for one run asks for many."""
+    typed = list(composed.hydra.overrides.task)
+    keys = {override.lstrip("+~").partition("=")[0] for override in typed}
+    swept = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+    if open_keys := [str(key) for key in swept if str(key) not in keys]:
+        chosen = [override for override in typed if override.startswith("experiment=")]
+        words = shlex.join([override for override in typed if override != "sweep.half_width=null"])
+        raise BadInput(
+            f"{chosen[-1] if chosen else 'hydra.sweeper.params'}: is a study, not one run, and needs -m:\n"
+            f"`{entry.program()} -m {words}`\n"
+            f"one run of it takes a value of each: {', '.join(open_keys)}"
+        )
+    if (half_width := config.sweep.half_width) is not None:
+        raise BadInput(
+            f"sweep.half_width = {half_width:g}: adds seeds to a sweep, and needs -m; sweep.half_width=null makes one "
+            "run"
+        )
 
 
 def section(kind: type[SectionT], values: Mapping[str, Any], *, at: str) -> SectionT:

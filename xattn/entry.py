@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from xattn import screen
 from xattn.errors import looking_at
+
+_OF_A_SWEEP = {"-m", "--multirun"}
+_OF_A_RUN = {*_OF_A_SWEEP, "--like", "--config-dir", "-cd", "--config-name", "-cn"}
 
 
 def open_streams() -> None:
@@ -35,10 +41,41 @@ def check_working_directory() -> None:
         Path.cwd()
 
 
+def announce(arguments: Sequence[str]) -> None:
+    """Prints on a terminal which run or sweep is asked for, before anything slow is imported.
+
+    Not where the arguments ask for something to read, such as ``--help`` or ``--cfg``, or begin with a command.
+    """
+    flags = {word.partition("=")[0] for word in arguments if word.startswith("-")}
+    words = [word for word in arguments if word not in _OF_A_SWEEP]
+    begins_a_run = not words or words[0].startswith(("-", "~")) or "=" in words[0]
+    if sys.stdout is None or not sys.stdout.isatty() or flags - _OF_A_RUN or not begins_a_run:
+        return
+    what = "sweep" if flags & _OF_A_SWEEP else "config"
+    screen.say(f"{what:12}{shlex.join(words) or 'the default'}")
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def loading(command: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Around the import of a command: a terminal shows what is being loaded, and of train what it is asked for."""
+    if command == "train":
+        announce(arguments)
+    shows = command != "train" and sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if shows:
+        print(f"xattn {command} …", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shows:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
 def tell(message: object) -> None:
     """Prints an error's message on the error stream, where the exit code stands even if nobody reads it any more."""
     try:
-        print(f"xattn: {message}", file=sys.stderr, flush=True)
+        screen.say(f"xattn: {message}", file=sys.stderr)
+        sys.stderr.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # else the interpreter's own flush fails again
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import xattn.config
-from xattn import run_folder
+from xattn import entry, run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError, storage_error
 from xattn.loaded_run import MAY_DIFFER, LoadedRun, load, read
+from xattn.screen import say
 
 EPILOG = """A word with = is an override as train.py takes it: data=text data.path=FILE, evaluation.windows=all,
 backend.context_length=512, 'evaluation.probes=[in_context,extrapolation]', backend.theta, backend.window,
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _evaluate_all(runs, evaluation, as_json=asked.json)
     row, was_there = evaluation(asked.run)
     if was_there:
-        print(f"not measured again: its {run_folder.EVALUATIONS} has it", file=sys.stderr)
+        say(f"not measured again: its {run_folder.EVALUATIONS} has it", file=sys.stderr)
     if asked.json:
         print(_json_line(asked.run, row))
     else:
@@ -73,7 +74,7 @@ def _runs_in(folder: Path) -> list[Path]:
     if not done:
         raise BadInput(f"{folder}: none of its {len(runs)} runs is done")
     if len(done) < len(runs):
-        print(f"{folder}: {len(done)} of {len(runs)} runs are done; the others are left out", file=sys.stderr)
+        say(f"{folder}: {len(done)} of {len(runs)} runs are done; the others are left out", file=sys.stderr)
     return done
 
 
@@ -94,7 +95,7 @@ def _evaluate_all(runs: Sequence[Path], evaluate: Callable[[Path], tuple[Row, bo
         except XattnError as error:
             codes.add(error.exit_code)
             if str(error) not in failures:
-                print(f"xattn: {run}: {str(error).removeprefix(f'{run.absolute()}: ')}", file=sys.stderr)
+                entry.tell(f"{run}: {str(error).removeprefix(f'{run.absolute()}: ')}")
             failures.setdefault(str(error), []).append(run)
             continue
         again = "  (not measured again)" if was_there else ""
@@ -106,7 +107,7 @@ def _evaluate_all(runs: Sequence[Path], evaluate: Callable[[Path], tuple[Row, bo
         )
     for first, *others in failures.values():
         if others:
-            print(f"xattn: as {first}: {len(others)} more", file=sys.stderr)
+            entry.tell(f"as {first}: {len(others)} more")
     return ExitCode(codes.pop()) if len(codes) == 1 else ExitCode.ERROR if codes else ExitCode.DONE
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from xattn.device import compute_with, first_look
 from xattn.errors import BadInput, ExitCode, XattnError, first_line, looking_at
+from xattn.screen import say
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _MANAGERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
@@ -232,7 +233,7 @@ def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = 
         import jax
 
     if here.index == 0 and here.told_by != COUNT:
-        print(
+        say(
             f"waiting for {here.count - 1} other processes ({here.told_by} = {here.count}), at most {connect_seconds} "
             f"s; {here.if_alone}",
             file=sys.stderr,

@@ -15,6 +15,7 @@ from xattn.config import Config, hashed_values
 from xattn.errors import BadInput, ExitCode, needs_extra, storage_error
 from xattn.loaded_run import load
 from xattn.model.initial import WEIGHTS
+from xattn.screen import say
 from xattn.training.llama import CONFIG, EMBEDDING, HEAD, LAST_NORM, MATRICES, NORMS, PLAIN, ROTATED, Arrays
 from xattn.training.llama import from_llama as from_llama
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = {"format": "xattn", "step": run.step, "vocab_size": vocab_size}
         config |= {group: getattr(run.config, group).model_dump(mode="json") for group in ("model", "backend")}
     _write(asked.folder, config, arrays)
-    print(f"{sum(array.size for array in arrays.values()):,} parameters in {run_folder.shown(asked.folder.absolute())}")
+    size = sum(array.size for array in arrays.values())
+    say(f"{size:,} parameters in", run_folder.shown(asked.folder.absolute()))
     return ExitCode.DONE
 
 

@@ -256,10 +256,10 @@ def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: i
     console = Screen()
     devices = math.prod(found.mesh.values())
     axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1)
-    console.print(f"{devices} × {device}" + (f" ({axes})" if axes else ""))
+    console.say(f"{devices} × {device}" + (f" ({axes})" if axes else ""))
     if idle:
-        console.print(f"{idle} more stay idle: parallel=data, fsdp, context or tensor takes all of them")
-    console.print(
+        console.say(f"{idle} more stay idle: parallel=data, fsdp, context or tensor takes all of them")
+    console.say(
         f"parameters    {found.parameters:,}\n"
         f"an update     {found.flops_per_step:.3g} FLOPs, {found.tokens_per_step:,} tokens"
     )
@@ -271,15 +271,15 @@ def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: i
         table.add_row(f"sent along {axis}", f"{amount / 1e9:.3f}")
     console.print_table(table)
     fits = found.memory_bytes <= hardware.memory
-    console.print(
+    console.say(
         f"memory        {found.memory_bytes / 1e9:.2f} GB of {hardware.memory / 1e9:.1f}"
         + ("" if fits else f": does not fit; what helps: {what_helps(config, hardware.platform)}")
     )
     least, most = found.compute_seconds, found.compute_seconds + found.communication_seconds
     seconds = f"{least * 1e3:.2f} ms" if least == most else f"{least * 1e3:.2f} to {most * 1e3:.2f} ms"
-    console.print(f"time          {seconds} an update, by how much of the communication hides behind the products")
+    console.say(f"time          {seconds} an update, by how much of the communication hides behind the products")
     rate, hours = found.tokens_per_step / most, config.trainer.steps * most / 3600
-    console.print(f"              {rate:,.0f} tokens/s, {hours:.2f} h for {config.trainer.steps:,} updates")
+    console.say(f"              {rate:,.0f} tokens/s, {hours:.2f} h for {config.trainer.steps:,} updates")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.pack import Pack
 from xattn.provenance import changes, other_library, provenance, registered, source_sha256
 from xattn.run_folder import RunFolder, result_line, shown
+from xattn.screen import say
 
 
 def run(
@@ -102,11 +103,11 @@ def _show(data_name: str, summary: dict[str, Any], folder: RunFolder, *, quiet: 
     changed = changes(before, provenance())
     since = f" (since then changed: {', '.join(changed)})" if changed else ""
     if not quiet:
-        print(f"{summary['status']} already, at step {summary['step']}: {result_line(summary)}{since}")
+        say(f"{summary['status']} already, at step {summary['step']}: {result_line(summary)}{since}")
         if (other := other_library(data_name, before)) is not None:
-            print(other)
-        print(f"run folder  {shown(folder.path)}")
-        print("resume=never trains it anew, and moves this folder aside")
+            say(other)
+        say(f"run folder  {shown(folder.path)}")
+        say("resume=never trains it anew, and moves this folder aside")
     with (folder / run_folder.LOG).open("a", encoding="utf-8") as log:
         log.write("started again: the stored result was shown\n")
     return ExitCode.DONE if summary["status"] == "done" else ExitCode.DIVERGED

@@ -10,10 +10,12 @@ from pathlib import Path
 from xattn.arguments import Parser, number, whole
 from xattn.errors import BadInput, ExitCode
 from xattn.loaded_run import load
+from xattn.screen import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Streams the continuation of a prompt. Nothing but text goes to stdout: a newline ends each sample."""
+    """Streams the continuation of a prompt. Nothing but text goes to stdout: a newline ends each sample. A terminal
+    gets · for what is not printable."""
     parser = Parser(prog="xattn sample", description=main.__doc__)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--prompt", default="", help="what is continued; it is not printed again")
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "" in asked.stop:
         raise BadInput("--stop: an empty text would end every sample before it begins")
     run = load(asked.run, checkpoint=asked.checkpoint)
+    on_terminal = sys.stdout.isatty()  # which would obey control characters
     for sample in range(asked.num_samples):
         stream = run.stream(
             asked.prompt,
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         began, pieces = time.perf_counter(), []
         for piece in stream:
             pieces.append((time.perf_counter(), piece.num_tokens))
-            sys.stdout.write(piece.text)
+            sys.stdout.write(printable(piece.text) if on_terminal else piece.text)
             sys.stdout.flush()
         sys.stdout.write("\n")
         print(_speed(began, pieces), file=sys.stderr)

@@ -316,7 +316,7 @@ def test_log_files_and_callbacks_that_hydra_is_asked_for_are_there(
     configured: list[DictConfig] = []
     monkeypatch.setattr(xattn_launcher, "configure_log", lambda config, verbose: configured.append(config))
     monkeypatch.setattr(Heard, "told", told := [])
-    monkeypatch.setattr(xattn_launcher, "carry_out", lambda jobs: told.append(("runs", len(jobs))))
+    monkeypatch.setattr(xattn_launcher, "carry_out", lambda jobs, plan: told.append(("runs", len(jobs))))
     asked = ["hydra/job_logging=default", "hydra.output_subdir=.hydra"]
     asked.append(f"+hydra.callbacks.heard._target_={__name__}.Heard")
     start(GridSweeper(), XattnLauncher(), *asked, "study=s", "seed=0,1")

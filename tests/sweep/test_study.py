@@ -293,7 +293,7 @@ def test_runs_whose_tokens_differ_are_compared_by_bits_per_byte(
     carry_out(jobs, start)
     runs.main([str(tmp_path)])
     out = capsys.readouterr().out
-    assert "data.tokenizer=bpe: done, val_bpb 2.9000" in out
+    assert "tokenizer=bpe: done, val_bpb 2.9000" in out
     tables = out[out.index("tokenizer  status") :].split("tokenizer  status")[1:]
     assert len(tables) == 2
     for table in tables:
@@ -359,7 +359,10 @@ def test_the_view_tells_how_long_the_rest_takes(
     shown.log({"step": 12, "train_loss": 2.0})
     now[0] += 10
     shown.log({"step": 15, "train_loss": 2.0})
-    assert line.description == "1 of 4 done, 1 running, about 2:30 left"  # two and a quarter runs to go
+    assert (line.description, line.fields["tail"]) == (
+        "1 of 4 done, 1 running",
+        "about 2:30 left",
+    )  # two and a quarter runs to go
     now[0] += 10
     shown.ended("seed=1", "done")  # half a run in 50 s
     assert "seed=1: done   2 to go, about 3:20 left" in capsys.readouterr().out

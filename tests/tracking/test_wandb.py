@@ -159,8 +159,7 @@ def test_the_mirror_has_the_same_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
     }
     assert {key: fake.arguments[key] for key in expected} == expected
     assert len(said) == 1
-    assert "wandb sync" in said[0]
-    assert "wandb leet" in said[0]
+    assert f"`xattn wandb {tmp_path}`" in said[0]
 
 
 def test_a_resumed_run_sends_no_step_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import gzip
 
 import numpy as np
 
+MIN_GZIP_BYTES = 10_000  # below that gzip's number is of its header and tables as much as of the text
+
 
 def unigram_bits_per_byte(text: bytes) -> float:
     """Entropy of the text's own byte frequencies: −Σ p log₂ p. No code that ignores context can do better on it."""

@@ -33,6 +33,7 @@ from xattn.report.tables import effects_csv, results_csv, table_tex
 from xattn.report.verdict import verdict_of
 from xattn.report.words import counted, verdict
 from xattn.report.worth import laws
+from xattn.screen import say
 
 _PAGE = "report.html"
 _VERDICT = "verdict.json"
@@ -55,7 +56,7 @@ _FIGURES = [
 _EPILOG = """examples:
   xattn report outputs/first
   xattn report outputs/default --where backend.context_length=128 --seeds 0,1,2
-  xattn report outputs/first --baseline backend.activation=sigmoid --out sigmoid_as_baseline
+  xattn report outputs/first --baseline backend.activation=sigmoid --out other
   xattn report outputs/first --json"""
 
 
@@ -105,20 +106,20 @@ def main(argv: Sequence[str], publish: Publish | None = None) -> int:
 def _tell(found: Answer, target: Path, file: TextIO) -> None:
     for i, each in enumerate(found.comparisons):
         if len(found.comparisons) > 1 and each.effects:
-            print(f"Comparison{where(found, i)}", file=file)
+            say(f"Comparison{where(found, i)}", file=file)
         for effect in each.effects:
-            print(f"{effect.factor}: {verdict(effect)}", file=file)
+            say(f"{effect.factor}: {verdict(effect)}", file=file)
     if found.finding is not None:
-        print(f"finding: {found.finding.sentence}", file=file)
+        say(f"finding: {found.finding.sentence}", file=file)
     if found.alone:
         differ = "differs" if len(found.alone) == 1 else "differ"
         settings = counted(len(found.alone), "setting")
-        print(f"{settings} {differ} from all others in more than one choice: not compared", file=file)
+        say(f"{settings} {differ} from all others in more than one choice: not compared", file=file)
     if found.odd:
         are, them = ("is", "it") if len(found.odd) == 1 else ("are", "them")
         things = counted(len(found.odd), "thing")
-        print(f"{things} {are} missing or odd; the page names {them}", file=file)
-    print(f"report: {run_folder.shown(target.absolute() / _PAGE)}", file=file)
+        say(f"{things} {are} missing or odd; the page names {them}", file=file)
+    say("report:", run_folder.shown(target.absolute() / _PAGE), file=file)
 
 
 def write(found: Answer, folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from xattn import entry, run_folder
+from xattn import entry, run_folder, screen
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
 from xattn.keys import show
@@ -56,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     if asked.json:
         entry.answer(run_folder.to_json(effect_of(number, comparison, effect).model_dump(), indent=2, ascii_only=True))
     else:
-        entry.answer(" ".join(f"{_TOLD[code]}: {words.verdict(effect)}".splitlines()))
+        sentence = " ".join(f"{_TOLD[code]}: {words.verdict(effect)}".splitlines())
+        entry.answer(screen.fitted(sentence, screen.columns(sys.stdout)))
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,31 +10,52 @@ from typing import Any
 import xattn.config
 from xattn import run_folder
 from xattn.arguments import Parser
+from xattn.config import Config
 from xattn.errors import BadInput, ExitCode
 from xattn.report.read import finite
+from xattn.report.words import counted
+from xattn.screen import say
+from xattn.sweep import planned
+from xattn.sweep.labels import varying_keys
 from xattn.sweep.table import print_table, read_config, rows_of
 
 _NUMBERS = ("val_loss", "val_bpb", "step", "tokens_per_second")
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="xattn runs", description="List runs, a table for each study.")
+    parser = Parser(
+        prog="xattn runs", description="List runs, a table for each study, and sweeps of which some are missing."
+    )
     parser.add_argument(
         "folders", nargs="*", type=Path, default=[Path("outputs")], help="outputs/, a study or a run in it"
     )
     parser.add_argument("--json", action="store_true", help="print the tables as one object (docs/agents.md)")
     asked = parser.parse_args(argv)
-    studies = _studies(asked.folders)
+    studies, swept = _studies(asked.folders), _swept(asked.folders)
     if asked.json:
-        found = [_as_json(study, runs) for study, runs in studies.items()]
+        found = [_as_json(study, runs, study in swept) for study, runs in studies.items()]
         print(run_folder.to_json({"schema_version": 1, "studies": found}, indent=2, ascii_only=True))
         return ExitCode.DONE
-    for study, runs in studies.items():
-        print(f"{study}: {len(runs)} run{'s' * (len(runs) > 1)}")
-        print_table(runs, _varying_keys(runs))
+    for study in dict.fromkeys([*studies, *swept]):
+        runs = studies.get(study, [])
+        say(f"{study}: {counted(len(runs), 'run')}")
+        if runs:
+            print_table(runs, varying_keys(_configs(runs)))
+        if study in swept and (left := planned.unfinished(study)):
+            _tell(study, left)
     if not studies:
         print("no runs")
     return ExitCode.DONE
+
+
+def _tell(study: Path, left: Sequence[planned.Sweep]) -> None:
+    """Says what is missing of each sweep, and how to go on with it; a sweep at work needs nobody for that."""
+    for sweep in left:
+        if sweep.is_running:
+            say(f"{sweep.says}; a second terminal shares the work, by", sweep.typed)
+        else:
+            say(f"{sweep.says}; continued by", sweep.typed)
+    say("or by", shlex.join(["xattn", "resume", str(study)]))
 
 
 def _studies(folders: Sequence[Path]) -> dict[Path, list[Path]]:
@@ -49,13 +71,24 @@ def _studies(folders: Sequence[Path]) -> dict[Path, list[Path]]:
     return {study: list(runs) for study, runs in studies.items()}
 
 
-def _varying_keys(runs: Sequence[Path]) -> list[str]:
-    return xattn.config.varying_keys([config for run in runs if (config := read_config(run)) is not None])
+def _swept(folders: Sequence[Path]) -> list[Path]:
+    """The studies among these folders, and in them, that a sweep was started in."""
+    return [
+        study
+        for folder in folders
+        for study in (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
+        if planned.sweeps_of(study)
+    ]
 
 
-def _as_json(study: Path, runs: Sequence[Path]) -> dict[str, Any]:
+def _configs(runs: Sequence[Path]) -> list[Config]:
+    return [config for run in runs if (config := read_config(run)) is not None]
+
+
+def _as_json(study: Path, runs: Sequence[Path], is_swept: bool) -> dict[str, Any]:
     """What the table shows, with whole paths and keys."""
-    metric, rows = rows_of(runs, _varying_keys(runs))
+    metric, rows = rows_of(runs, xattn.config.varying_keys(_configs(runs)))
+    sweeps = planned.sweeps_of(study) if is_swept else []
     return {
         "study": str(study),
         "metric": metric,
@@ -67,5 +100,9 @@ def _as_json(study: Path, runs: Sequence[Path]) -> dict[str, Any]:
                 **{name: finite(row.summary.get(name)) for name in _NUMBERS},
             }
             for row in rows
+        ],
+        "sweeps": [
+            {"command": sweep.typed, "planned": sweep.planned, "done": sweep.done, "complete": sweep.is_complete}
+            for sweep in sweeps
         ],
     }

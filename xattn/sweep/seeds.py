@@ -31,8 +31,10 @@ from xattn.report.selection import Selection
 from xattn.report.statistics import matched
 from xattn.report.two_stage import comparisons_of, pilot_size
 from xattn.report.words import counted, verdict
+from xattn.screen import say
 from xattn.sweep import study
 from xattn.sweep.packing import summary_of
+from xattn.sweep.planned import Plan
 from xattn.sweep.workers import seats
 
 TUNING_SEEDS = 4
@@ -41,20 +43,23 @@ _AT_ONCE = 8  # seeds between two looks at the clock
 Compose = Callable[[Sequence[tuple[int, int]]], Sequence[Job]]  # (number of the arm, seed) → its job
 
 
-def carry_out(arms: Sequence[Job], compose: Compose, make: Callable[[Sequence[Job]], None]) -> None:
+def carry_out(
+    arms: Sequence[Job], compose: Compose, make: Callable[[Sequence[Job]], None], plan: Plan | None = None
+) -> None:
     """Makes a study whose number of seeds is not given, and prints a sentence for each comparison.
 
-    arms: a job of each, all with the first seed. make: makes the runs that are not there yet.
+    arms: a job of each, all with the first seed. make: makes the runs that are not there yet. plan: of the command,
+    which grows until the last seeds are known.
     Raises :class:`BadInput` where the arms are not ones that can be compared.
     """
-    _Seeds(arms, compose, make).carry_out()
+    _Seeds(arms, compose, make, Plan() if plan is None else plan).carry_out()
 
 
 class _Seeds:
     """A study under way. jobs: those that were asked for so far, by arm's number and seed."""
 
-    def __init__(self, arms: Sequence[Job], compose: Compose, make: Callable[[Sequence[Job]], None]):
-        self._compose, self._make, self._began = compose, make, time.monotonic()
+    def __init__(self, arms: Sequence[Job], compose: Compose, make: Callable[[Sequence[Job]], None], plan: Plan):
+        self._compose, self._make, self._plan, self._began = compose, make, plan, time.monotonic()
         self._first, self._sweep = _first_seed(arms), arms[0].config.sweep
         comparisons, self._is_tuned = _comparisons(arms)
         self._pilot = self._sweep.pilot_seeds or pilot_size(comparisons)
@@ -63,14 +68,14 @@ class _Seeds:
 
     def carry_out(self) -> None:
         told: list[Job] = []
-        with study.told_at_the_end(told):
+        with study.told_at_the_end(told, self._plan):
             try:
                 self._carry_out()
             finally:
                 told += self._jobs.values()
         if self._arm_of():
             for effect in self._found().effects:
-                print(f"{effect.factor}: {verdict(effect)}")
+                say(f"{effect.factor}: {verdict(effect)}")
 
     def _carry_out(self) -> None:
         first = self._first
@@ -83,15 +88,16 @@ class _Seeds:
         needed = self._needed()
         if more := max(needed.values()) - self._pilot:
             minutes = self._seconds({arm: count - self._pilot for arm, count in needed.items()}) / 60
-            print(f"after {self._pilot} seeds: {counted(more, 'more seed')}, about {minutes:.0f} minutes")
-        self._grow(pilot, needed, first)
+            say(f"after {self._pilot} seeds: {counted(more, 'more seed')}, about {minutes:.0f} minutes")
+        self._plan.grows = more > 0 and self._sweep.budget_minutes is not None  # else the next jobs are the last
+        self._plan.grows = not self._grow(pilot, needed, first)
 
     def _grow(self, made: Mapping[int, int], needed: Mapping[int, int], first: int) -> bool:
         """Makes the seeds of each arm from so many to so many, as far as there is time; whether there was."""
         while any(made[arm] < needed[arm] for arm in needed):
             least = min(made[arm] for arm in needed if made[arm] < needed[arm])
             if (more := self._seeds_in_time([arm for arm in needed if made[arm] < needed[arm]])) == 0:
-                print(f"sweep.budget_minutes = {self._sweep.budget_minutes:g}: stopped with the seeds that there are")
+                say(f"sweep.budget_minutes = {self._sweep.budget_minutes:g}: stopped with the seeds that there are")
                 return False
             made = {arm: max(made[arm], min(needed[arm], least + more)) for arm in needed}
             self._add(made, first)

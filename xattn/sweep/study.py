@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import sys
+import shlex
 import time
 import traceback
 from collections import deque
@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import xattn.config
-from xattn import run_folder
+from xattn import entry, run_folder
 from xattn.attempt import Job
 from xattn.errors import ExitCode, FolderInUse, Preempted, StorageError, XattnError
-from xattn.keys import show
 from xattn.run import run_pack
 from xattn.run_folder import shown
 from xattn.same_training import Trainings, answer, answered, in_turn
+from xattn.screen import say
 from xattn.signals import interruption
+from xattn.sweep.labels import Label, labels, varying_keys
 from xattn.sweep.packing import is_finished, summary_of, take_pack
+from xattn.sweep.planned import Plan
 from xattn.sweep.table import loss_of, print_table
 from xattn.sweep.view import StudyView, so_many
 
@@ -58,28 +60,28 @@ def start(jobs: Sequence[Job]) -> list[ExitCode]:
         if len(jobs) > 1 and not isinstance(error, StorageError):
             half = len(jobs) // 2
             return start(jobs[:half]) + start(jobs[half:])
-        print(f"xattn: {error}", file=sys.stderr)
+        entry.tell(error)
         return [error.exit_code] * len(jobs)
     except Exception:  # what run_pack() itself does not catch is a fault of ours
         traceback.print_exc()
         return [ExitCode.ERROR] * len(jobs)
 
 
-def carry_out(jobs: Sequence[Job], start: Start = start) -> None:
+def carry_out(jobs: Sequence[Job], start: Start = start, plan: Plan | None = None) -> None:
     """Makes every run whose result is not there yet, in this process, and prints the table of all at the end.
 
     ``start`` makes the runs of a pack and returns their exit codes. Where the process is asked to stop, SystemExit ends
-    the study.
+    the study. plan: see :func:`told_at_the_end`.
     """
-    with told_at_the_end(jobs):
+    with told_at_the_end(jobs, plan):
         make_each_training_once(jobs, start)
 
 
 @contextlib.contextmanager
-def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
+def told_at_the_end(jobs: Sequence[Job], plan: Plan | None = None) -> Iterator[None]:
     """Prints the table of all runs, however it ends, and how to go on; once, where a study is told of in parts.
 
-    jobs: read at the end, when there may be more of them.
+    jobs: read at the end, when there may be more of them. plan: of the command; it learns which of them need no run.
     """
     global _is_told_of
     if _is_told_of:
@@ -89,13 +91,20 @@ def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        print("stopped; the same command goes on with what is not done")
+        resumes = sorted({f"xattn resume {shlex.quote(shown(job.folder.absolute().parent))}" for job in jobs})
+        if plan is None or len(resumes) != 1:
+            say("stopped; the same command goes on with what is not done")
+        else:
+            say("stopped; the same command goes on with what is not done, and so does", resumes[0])
         raise
     finally:
         _is_told_of = False
         asked = {job.folder: job.config for job in jobs}
         by_others = answers(jobs)
-        print_table(list(asked), xattn.config.varying_keys(list(asked.values())), asked, by_others)
+        if plan is not None:
+            plan.answered(by_others)
+            plan.write()
+        print_table(list(asked), varying_keys(list(asked.values())), asked, by_others)
     if jobs:
         from xattn.report.propose import report_command  # scipy's import is not waited for at the start
 
@@ -104,7 +113,7 @@ def told_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
             run = by_others[folder][0] if folder in by_others else folder
             studies.setdefault(run.absolute().parent, []).append(run)
         for study, runs in studies.items():
-            print(f"a report on them: {report_command(study, runs)}")
+            say("a report on them:", report_command(study, runs))
 
 
 def make_each_training_once(jobs: Sequence[Job], start: Start = start, *, start_at: float = 0.0) -> None:
@@ -113,24 +122,24 @@ def make_each_training_once(jobs: Sequence[Job], start: Start = start, *, start_
 
     Of jobs that train the same the first is made, and the next only where that one failed. start_at: see :func:`make`.
     """
-    keys, left = xattn.config.varying_keys([job.config for job in jobs]), list(jobs)
+    label, left = labels(jobs), list(jobs)
     with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
         while left:
             trainings = Trainings(left)
             unanswered = []
             for job in left:
-                if is_answered(job, trainings, keys, view.say):
+                if is_answered(job, trainings, label, view.say):
                     view.found(failed=outcomes[job.folder] != ExitCode.DONE)
                 else:
                     unanswered.append(job)
             now, left = in_turn(unanswered)
-            make(now, start, view=view, keys=keys, start_at=start_at)
+            make(now, start, view=view, label=label, start_at=start_at)
             if interruption.requested and left:
                 raise SystemExit(ExitCode.PREEMPTED)
 
 
 def is_answered(
-    job: Job, trainings: Trainings, keys: Sequence[str], say: Callable[[str], None], *, measures: bool = True
+    job: Job, trainings: Trainings, label: Label, say: Callable[[str], None], *, measures: bool = True
 ) -> bool:
     """Whether a finished run of the same training has answered for the job, or failed to; outcomes has which.
 
@@ -145,14 +154,14 @@ def is_answered(
     except Preempted:
         raise SystemExit(ExitCode.PREEMPTED) from None
     except XattnError as error:
-        print(f"xattn: {error}", file=sys.stderr)
+        entry.tell(error)
         code = error.exit_code
     except Exception:  # a fault of ours ends this job and not the study
         traceback.print_exc()
         code = ExitCode.ERROR
     finally:
         for line in lines:
-            say(f"  {label(job, keys)}: {line}")
+            say(f"  {label(job)}: {line}")
     outcomes[job.folder] = code
     return True
 
@@ -170,7 +179,7 @@ def make(
     start: Start = start,
     *,
     view: StudyView | None = None,
-    keys: Sequence[str] | None = None,
+    label: Label | None = None,
     metric: str | None = None,
     start_at: float = 0.0,
 ) -> None:
@@ -179,11 +188,11 @@ def make(
     One that another process is running is waited for, and taken over if that dies; one that fails, here or there, is
     told of, and the others go on.
 
-    view: of a study that these are a part of. keys: by whose values a run is called; None: by those that differ here.
+    view: of a study that these are a part of. label: what a run is called; None: by the keys that differ here.
     metric: the loss that is told of each; None: the one that these can be compared by. start_at: how far into the study
     it starts, from 0 to 1, so that processes that share it do not all compile one program.
     """
-    keys = xattn.config.varying_keys([job.config for job in jobs]) if keys is None else keys
+    label = labels(jobs) if label is None else label
     metric = loss_of([job.config for job in jobs]) if metric is None else metric
     waiting_for: set[Path] = set()
     with StudyView(len(jobs), sum(map(is_finished, jobs))) if view is None else contextlib.nullcontext(view) as view:
@@ -195,29 +204,29 @@ def make(
         while queue:
             if summary_of(queue[0]).get("failures") not in (None, failures[queue[0].folder]):  # once a sweep is enough
                 outcomes[queue[0].folder] = ExitCode.ERROR
-                view.ended(label(queue.popleft(), keys), "failed in another process", failed=True)
+                view.ended(label(queue.popleft()), "failed in another process", failed=True)
                 continue
             if queue[0].folder in waiting_for:
                 if is_finished(queue[0]):
-                    view.ended(label(queue.popleft(), keys), "done by another process")
+                    view.ended(label(queue.popleft()), "done by another process")
                     continue
                 if all(job.folder in waiting_for for job in queue):
                     time.sleep(_POLL_SECONDS)  # nothing else is left to do
             pack = take_pack(queue, jobs)
             at_work = [job for job in pack if not is_finished(job)]
             begins_at = max(map(_saved_step, at_work), default=0)
-            view.began([label(job, keys) for job in at_work], pack[0].config.trainer.steps, begins_at)
+            view.began([label(job) for job in at_work], pack[0].config.trainer.steps, begins_at)
             outcomes.update(zip((job.folder for job in pack), start(pack), strict=True))
             for job in at_work:
                 code = outcomes[job.folder]
                 if code == ExitCode.PREEMPTED:
-                    view.say(f"  {label(job, keys)}: stopped at step {_saved_step(job)}, and saved")
+                    view.say(f"  {label(job)}: stopped at step {_saved_step(job)}, and saved")
                     continue
                 if code != ExitCode.IN_USE:
-                    view.ended(label(job, keys), _outcome(job, code, metric), failed=code not in _ENDED_WELL)
+                    view.ended(label(job), _outcome(job, code, metric), failed=code not in _ENDED_WELL)
                     continue
                 if job.folder not in waiting_for:
-                    view.say(f"  {label(job, keys)}: another process is at it")
+                    view.say(f"  {label(job)}: another process is at it")
                 waiting_for.add(job.folder)
                 queue.append(job)
             if interruption.requested and (queue or ExitCode.PREEMPTED in outcomes.values()):
@@ -232,27 +241,29 @@ def by_program(jobs: Sequence[Job]) -> list[Job]:
     return list(itertools.chain.from_iterable(programs.values()))
 
 
-def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None]) -> None:
+def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None], plan: Plan | None = None) -> None:
     """Has ``launch`` make every run whose result is not there yet, on other machines; what they came to is read from
-    the run folders, which all machines see."""
+    the run folders, which all machines see. plan: of the command, where it is to be kept."""
     unfinished = [job for job in jobs if not is_finished(job)]
     print(so_many(len(jobs), len(jobs) - len(unfinished)))
-    keys, left = xattn.config.varying_keys([job.config for job in jobs]), unfinished
-    with told_at_the_end(jobs):
+    label, left = labels(jobs), unfinished
+    if plan is not None:
+        plan.add(jobs)
+        plan.write()
+    with told_at_the_end(jobs, plan):
         try:
             while left:
                 trainings = Trainings(left)
-                now, left = in_turn(
-                    [job for job in left if not is_answered(job, trainings, keys, print, measures=False)]
-                )
+                asked_for = [job for job in left if not is_answered(job, trainings, label, say, measures=False)]
+                now, left = in_turn(asked_for)
                 with interruption.breaking():
                     if now:
                         launch(now)
         except KeyboardInterrupt:
-            print("what was handed over goes on where it is, and has to be ended there")
+            say("what was handed over goes on where it is, and has to be ended there")
             raise SystemExit(ExitCode.PREEMPTED) from None
         except Exception as error:  # theirs: the folders tell what there is all the same
-            print(f"xattn: {traceback.format_exception_only(error)[-1].strip()}", file=sys.stderr)
+            entry.tell(traceback.format_exception_only(error)[-1].strip())
         codes = {"done": ExitCode.DONE, "diverged": ExitCode.DIVERGED, "preempted": ExitCode.PREEMPTED}
         trainings = Trainings(unfinished)
         for job in unfinished:
@@ -264,15 +275,7 @@ def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], N
             if outcomes[job.folder] == ExitCode.ERROR:
                 log, theirs = job.folder / run_folder.LOG, job.folder.parent / ".submitit"
                 told = [f"; see {shown(path)}" for path in (log, theirs) if path.exists()][:1]
-                print(f"xattn: {job.folder.name}: {status}{''.join(told)}", file=sys.stderr)
-
-
-def label(job: Job, varying: Sequence[str]) -> str:
-    """The run in a line: the keys that differ within the study, except an mlp_dim that ``model.parameters`` chose."""
-    values = xattn.config.hashed_values(job.config)
-    if job.config.model.parameters is not None:
-        del values["model.mlp_dim"]
-    return " ".join(f"{key}={show(values[key])}" for key in varying if key in values) or job.folder.name
+                entry.tell(f"{job.folder.name}: {status}{''.join(told)}")
 
 
 def _saved_step(job: Job) -> int:

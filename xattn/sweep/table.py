@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 import xattn.config
 from xattn import run_folder
 from xattn.config import Config
 from xattn.errors import BadInput
-from xattn.keys import short
 from xattn.metrics import loss_metric
 from xattn.provenance import other_library
 from xattn.report.read import finite
 from xattn.report.words import counted
+from xattn.run_folder import shown
+from xattn.sweep.labels import arm, baseline_of, short_names
 from xattn.tracking.display import Screen
+
+_HASHED = re.compile("[^*?[]*-[0-9a-f]{10}")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,13 @@ class Row:
     """that its corpus was another Python's library, where it was"""
 
 
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    cells: tuple[str, ...]
+    is_number: bool = False
+
+
 def print_table(
     folders: Sequence[Path],
     keys: Sequence[str],
@@ -42,27 +54,65 @@ def print_table(
     answers: Mapping[Path, tuple[Path, dict[str, Any]]] | None = None,
 ) -> None:
     """One line a run, as :func:`rows_of` has them: the values of ``keys``, status, losses, speed, folder. The loss that
-    all can be compared by is the first of the two."""
+    all can be compared by is the first of the two.
+
+    On a terminal that is too narrow for that it is the first of :func:`_forms` that fits.
+    """
     metric, rows = rows_of(folders, keys, asked, answers)
     losses = sorted(("val_loss", "val_bpb"), key=lambda loss: loss != metric)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (*map(short, keys), "status"):
-        table.add_column(column, no_wrap=True)
-    for column in (*losses, "step", "tokens/s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("run", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            *map(_text, row.values.values()),
-            row.status,
-            *(_text(row.summary.get(loss), ".4f") for loss in losses),
-            _text(row.summary.get("step")),
-            _text(row.summary.get("tokens_per_second"), ",.0f"),
-            row.run.name,
-        )
-    Screen().print_table(table)
+    columns = [_Column(name, tuple(_text(row.values[key]) for row in rows)) for key, name in short_names(keys).items()]
+    columns.append(_Column("status", tuple(row.status for row in rows)))
+    for name, form in (*((loss, ".4f") for loss in losses), ("step", ""), ("tokens_per_second", ",.0f")):
+        cells = tuple(_text(row.summary.get(name), form) for row in rows)
+        columns.append(_Column(name.replace("_per_second", "/s"), cells, is_number=True))
+    columns.append(_Column("run", tuple(row.run.name for row in rows)))
+    screen = Screen()
+    forms = [(_as_table(form), notes) for form, notes in _forms(columns, rows, keys, losses[1])]
+    table, notes = next((form for form in forms if screen.fits(form[0])), forms[-1])
+    screen.print_table(table, folds=not screen.fits(table))
+    for note in notes:
+        screen.say(note)
     for told, count in Counter(row.other_library for row in rows if row.other_library is not None).items():
-        print(f"{counted(count, 'run')}: {told}")
+        screen.say(f"{counted(count, 'run')}: {told}")
+
+
+def _forms(
+    columns: Sequence[_Column], rows: Sequence[Row], keys: Sequence[str], second_loss: str
+) -> Iterator[tuple[list[_Column], list[str]]]:
+    """The table, and what is to be said below it, ever narrower.
+
+    What other columns say goes first: a folder's name but for its hash, then columns with one value, which are said
+    below, then the values of a baseline. What nothing else says goes last: speed and the second loss.
+    """
+    now = {column.name: column for column in columns}
+    yield [*now.values()], []
+    notes = []
+    if all(_HASHED.fullmatch(row.run.name) for row in rows):
+        now["run"] = _Column("run", tuple(f"*{row.run.name[-10:]}" for row in rows))
+        notes = [f"a run's folder: {shown(rows[0].run.absolute().parent)}/{now['run'].cells[0]}"]
+        yield [*now.values()], notes
+    if alike := [name for name in ("status", "step") if len({*now[name].cells}) == 1 < len(rows)]:
+        notes = [f"all: {', '.join(f'{name} {now.pop(name).cells[0]}' for name in alike)}", *notes]
+        yield [*now.values()], notes
+    names = short_names(keys)
+    if (baseline := baseline_of([row.values for row in rows], keys)) is not None:
+        arms = tuple(arm(row.values, names, baseline) for row in rows)
+        now = {"arm": _Column("arm", arms)} | {name: c for name, c in now.items() if name not in names.values()}
+        yield [*now.values()], notes
+    left_out: list[str] = []
+    for name in ("tokens/s", second_loss):
+        now.pop(name)
+        left_out.append(name)
+        yield [*now.values()], [*notes, f"`xattn runs --json` and a wider terminal have {' and '.join(left_out)} too"]
+
+
+def _as_table(columns: Sequence[_Column]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.name, justify="right" if column.is_number else "left", overflow="fold")
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def rows_of(

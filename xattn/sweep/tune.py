@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,12 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
 import xattn.config
-from xattn import run_folder
+from xattn import entry, run_folder
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, needs_extra
 from xattn.keys import naming, naming_before_matmul_precision
+from xattn.screen import say
 from xattn.section import Section
 from xattn.signals import interruption
+from xattn.sweep.planned import write_trials
 from xattn.sweep.presence import drawing, is_present, present
 from xattn.sweep.table import print_table
 from xattn.sweep.view import StudyView
@@ -115,7 +116,7 @@ def tune(
         with present(folder) as me, StudyView(_wanted(tuning, space), len(_over(study))) as view:
             _draw_and_make(study, tuning, space, folder, plan, me, view)
     except SystemExit:
-        print("stopped; the same command goes on with what is not done")
+        say("stopped; the same command goes on with what is not done")
         raise
     finally:
         runs = [folder / t.user_attrs["run"] for t in study.get_trials(deepcopy=False) if "run" in t.user_attrs]
@@ -126,11 +127,11 @@ def tune(
         complete = [trial for trial in finite if trial.state.name == "COMPLETE"] or finite
         best = (min if tuning.direction == "minimize" else max)(complete, key=lambda trial: trial.value or 0.0)
         values = " ".join(f"{key}={value}" for key, value in best.params.items())
-        print(f"best of {len(over)} trials: {tuning.objective} {best.value:.4f} with {values}")
+        say(f"best of {len(over)} trials: {tuning.objective} {best.value:.4f} with {values}")
     if runs:
         from xattn.report.propose import report_command
 
-        print(f"a report on them: {report_command(folder, runs)}")
+        say("a report on them:", report_command(folder, runs))
 
 
 def _draw_and_make(
@@ -156,6 +157,7 @@ def _draw_and_make(
     while True:
         with drawing(folder):
             _draw_again(study, folder)
+            write_trials(folder, _wanted(tuning, space), len(_over(study)))
             elsewhere = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
             left = _wanted(tuning, space) - len(_over(study)) - elsewhere - failed
             if tuning.sampler == "grid":
@@ -172,11 +174,13 @@ def _draw_and_make(
         if len(refused) > _wanted(tuning, space):
             break
         if interruption.requested:
+            with drawing(folder):
+                write_trials(folder, _wanted(tuning, space), len(_over(study)))
             raise SystemExit(ExitCode.PREEMPTED)
     if refused and not _over(study):
         raise BadInput(refused[0])
     for reason in dict.fromkeys(refused):
-        print(f"xattn: left out: {reason}", file=sys.stderr)
+        entry.tell(f"left out: {reason}")
 
 
 def _make(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
 
+from xattn.screen import width_of
 from xattn.tracking.display import Screen
 from xattn.tracking.tracker import Row
+
+_BAR = 10  # columns that a bar has at least
+_BESIDE_NAME = _BAR + len("100%") + len("about 1:23:45 left") + 3  # with a column between each two
 
 
 class StudyView:
@@ -20,30 +26,32 @@ class StudyView:
     def __init__(self, runs: int, done: int):
         self._console = Screen()
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(table_column=Column(min_width=_BAR)),
             TaskProgressColumn(),
+            TextColumn("{task.fields[tail]}"),
             console=self._console,
             disable=not self._console.has_bars,
             transient=True,
         )
         self._runs, self._done, self._failed, self._running = runs, done, 0, 0
+        self._title = ""  # of the runs at work
         # In whole runs, what this process has made of those that ended, and the seconds until the last of them did.
         self._made, self._made_seconds, self._began = 0.0, 0.0, time.monotonic()
         self._from, self._at, self._steps = 0, 0, 1  # of the runs at work
         self._first_row: tuple[int, float] | None = None
-        self._study = self._progress.add_task("", total=runs, completed=done)
-        self._run = self._progress.add_task("", total=None, visible=False)
+        self._study = self._progress.add_task("", total=runs, completed=done, tail="")
+        self._run = self._progress.add_task("", total=None, visible=False, tail="")
         self.say(so_many(runs, done))
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.say(text)
 
     def began(self, labels: Sequence[str], steps: int, at: int = 0, *, title: str | None = None) -> None:
         """Runs that train as one have started, from that step on. title: what they are called together."""
         self._title = title or (labels[0] if len(labels) == 1 else f"a pack of {len(labels)}")
         self._running, self._steps, self._from, self._at, self._first_row = len(labels), steps, at, at, None
-        self._progress.reset(self._run, total=steps, completed=at, visible=True, description=f"{self._title}  starting")
+        self._progress.reset(self._run, total=steps, completed=at, visible=True, tail="" if title else "starting")
         self._tell()
 
     def log(self, row: Row) -> None:
@@ -51,7 +59,7 @@ class StudyView:
         self._first_row = self._first_row or (self._at, time.monotonic())
         self._progress.update(self._run, completed=self._at)
         if row.get("train_loss") is not None:
-            self._progress.update(self._run, description=f"{self._title}  loss {row['train_loss']:.4f}")
+            self._progress.update(self._run, tail=f"loss {row['train_loss']:.4f}")
         self._tell()
 
     def ended(self, label: str, outcome: str, *, failed: bool = False) -> None:
@@ -63,7 +71,8 @@ class StudyView:
         self._failed += failed
         self._progress.update(self._run, visible=False)
         to_go = max(0, self._runs - self._done - self._failed)
-        self.say(f"  {label}: {outcome}" + (f"   {to_go} to go{self._time_left()}" if to_go else ""))
+        time_left = f", {left}" if (left := self._time_left()) else ""
+        self.say(f"  {label}: {outcome}" + (f"   {to_go} to go{time_left}" if to_go else ""))
         self._tell()
 
     def found(self, *, failed: bool = False) -> None:
@@ -76,8 +85,10 @@ class StudyView:
         words = [f"{self._done} of {self._runs} done"]
         words += [f"{self._running} running"] if self._running > 0 else []
         words += [f"{self._failed} failed"] if self._failed else []
-        description = ", ".join(words) + self._time_left()
-        self._progress.update(self._study, completed=self._done + self._failed, description=description)
+        room = max(_BAR, self._console.width - _BESIDE_NAME)
+        ended, left = self._done + self._failed, self._time_left()
+        self._progress.update(self._study, completed=ended, description=shortened(", ".join(words), room), tail=left)
+        self._progress.update(self._run, description=shortened(self._title, room))
 
     def _time_left(self) -> str:
         """By the runs that have ended, their starts and compiling included; before there is one, by the steps of those
@@ -90,7 +101,7 @@ class StudyView:
         elif self._first_row is not None and self._at > self._first_row[0]:
             step, since = self._first_row
             seconds = (time.monotonic() - since) / (self._at - step) * self._steps / max(1, under_way)
-        return f", about {_clock(seconds * left)} left" if seconds and left > 0 else ""
+        return f"about {_clock(seconds * left)} left" if seconds and left > 0 else ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -100,6 +111,15 @@ class StudyView:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+def shortened(name: str, room: int) -> str:
+    """The name in at most so many columns: without the names of its keys, and then without its end."""
+    if width_of(name) > room:
+        name = re.sub(r"(?<!\S)[\w.]+=", "", name)
+    while width_of(name) > room:
+        name = name.removesuffix("…")[:-1] + "…"
+    return name
 
 
 def so_many(runs: int, done: int) -> str:

@@ -21,16 +21,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
-import xattn.config
 from xattn import run_folder
 from xattn.attempt import Job, move_older_aside
 from xattn.device import compute_with
 from xattn.errors import BadInput, ExitCode, FolderInUse
 from xattn.same_training import Trainings, answered
+from xattn.screen import say
 from xattn.signals import interruption
 from xattn.sweep import study
 from xattn.sweep.check import check_data, check_devices
+from xattn.sweep.labels import labels
 from xattn.sweep.packing import is_finished, summary_of
+from xattn.sweep.planned import Plan
 from xattn.sweep.view import StudyView
 
 _POLL_SECONDS = 0.5
@@ -43,9 +45,10 @@ class Seat(NamedTuple):
     core: int | None = None
 
 
-def carry_out(jobs: Sequence[Job]) -> None:
+def carry_out(jobs: Sequence[Job], plan: Plan | None = None) -> None:
     """:func:`xattn.sweep.study.carry_out`, by as many processes as ``sweep.workers`` says.
 
+    plan: of the command; it is kept once no run is refused.
     Raises :class:`BadInput`, and starts nothing, where a run is found to be one that cannot be made.
     """
     unfinished = [job for job in jobs if not is_finished(job)]
@@ -56,15 +59,23 @@ def carry_out(jobs: Sequence[Job]) -> None:
         for threads in places:
             compute_with(threads)
         check_devices(unfinished)
-        study.carry_out(jobs)
+        _keep(plan, jobs)
+        study.carry_out(jobs, plan=plan)
         return
     if all(seat.gpu is None for each in places.values() for seat in each):
         check_devices(unfinished)  # to look at a GPU would be to take it
+    _keep(plan, jobs)
     jobs = [_begun_anew(job) for job in jobs]
-    with study.told_at_the_end(jobs):
+    with study.told_at_the_end(jobs, plan):
         for threads, group in _by_threads(jobs).items():
             if threads in places:
                 _carry_out(group, _to_be_made(group), places[threads])
+
+
+def _keep(plan: Plan | None, jobs: Sequence[Job]) -> None:
+    if plan is not None:
+        plan.add(jobs)
+        plan.write()
 
 
 def _to_be_made(jobs: Sequence[Job]) -> list[Job]:
@@ -137,7 +148,7 @@ def _begun_anew(job: Job) -> Job:
                 raise SystemExit(ExitCode.PREEMPTED) from None
             time.sleep(_POLL_SECONDS)
             continue
-        print(f"an earlier run is moved to {run_folder.shown(folder.move_aside())}")
+        say(f"an earlier run is moved to {run_folder.shown(folder.move_aside())}")
         folder.release()
     move_older_aside(job.config, job.folder, print)
     return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}), answerable=False)
@@ -151,7 +162,7 @@ def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], seats: Sequence[S
         with _environment({} if seat.gpu is None else {"CUDA_VISIBLE_DEVICES": seat.gpu}):
             processes.append(context.Process(target=_work, args=(list(jobs), results, seat.core, i / len(seats))))
             processes[-1].start()
-    varying, pending, told = xattn.config.varying_keys([job.config for job in jobs]), list(unfinished), False
+    label, pending, told = labels(jobs), list(unfinished), False
     with StudyView(len(jobs), len(jobs) - len(unfinished)) as view:
         failures = {job.folder: summary_of(job).get("failures") for job in pending}
         while alive := [process for process in processes if process.is_alive()]:
@@ -163,7 +174,7 @@ def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], seats: Sequence[S
                 failed = found.get("failures") not in (None, failures[job.folder])
                 if failed or is_finished(job):
                     pending.remove(job)
-                    view.ended(study.label(job, varying), found["status"], failed=failed)
+                    view.ended(label(job), found["status"], failed=failed)
             if interruption.requested and not told:
                 told = True
                 for process in alive:
@@ -175,9 +186,7 @@ def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], seats: Sequence[S
         answers = study.answers(pending)
         for job in pending:
             if job.folder in answers:
-                view.say(
-                    f"  {study.label(job, varying)}: trained already in {run_folder.shown(answers[job.folder][0])}"
-                )
+                view.say(f"  {label(job)}: trained already in {run_folder.shown(answers[job.folder][0])}")
                 view.found()
     if interruption.requested:
         raise SystemExit(ExitCode.PREEMPTED)

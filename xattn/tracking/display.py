@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from xattn.run_folder import loss_text
+from xattn.screen import columns, fitted, folded
 from xattn.tracking.tracker import Row
 
 _UNBOUNDED = 1_000_000_000  # columns
@@ -41,15 +42,26 @@ class Screen(Console):
         """
         return self.is_interactive and self.file.isatty()
 
+    def say(self, text: str) -> None:
+        """Prints text at the width of a terminal, broken between words; a pipe gets it as it is."""
+        self.print(fitted(text, columns(self.file)), markup=False)
+
+    def fits(self, table: Table) -> bool:
+        """Whether the table has room as it is. A pipe has room for any."""
+        width = columns(self.file)
+        return width is None or self._width_of(table) <= width
+
     def print_table(self, table: Table, *, folds: bool = False) -> None:
         """Prints a table with nothing cut off: as wide as it is, whatever the width of the screen.
 
         folds: fits it to a terminal's width; its columns have to fold then. A pipe has no width.
         """
         if not (folds and self.file.isatty()):
-            unbounded = self.options.update(max_width=_UNBOUNDED)
-            self.width = max(self.width, Measurement.get(self, unbounded, table).maximum)
+            self.width = max(self.width, self._width_of(table))
         self.print(table, soft_wrap=False)
+
+    def _width_of(self, table: Table) -> int:
+        return Measurement.get(self, self.options.update(max_width=_UNBOUNDED), table).maximum
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -89,7 +101,13 @@ class Display:
 
     def warn(self, text: str) -> None:
         """Says it even where quiet is asked for."""
-        self._console.print(text, markup=False)
+        self._console.say(text)
+        self.note(text)
+
+    def say_sample(self, text: str) -> None:
+        """Shows text of a model: on a terminal its lines are cut at the last column, as the terminal itself would."""
+        if not self._quiet:
+            self._console.print(folded(text, columns(self._console.file)), markup=False)
         self.note(text)
 
     def note(self, text: str) -> None:
@@ -101,12 +119,12 @@ class Display:
 
     def log(self, row: Row) -> None:
         step = row["step"]
-        words = [f"step {step}/{self._steps}"]
+        words, of_bar = [f"step {step}/{self._steps}"], []
         if "train_loss" in row:
             loss = f"loss {row['train_loss']:.4f}"
-            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-            words += [loss, speed, *self._time_left(step)]
-            self._progress.update(self._task, completed=step, description=f"{loss}  {speed}")
+            of_bar = [f"{row['tokens_per_second']:,.0f} tokens/s", *self._time_left(step)]
+            words += [loss, *of_bar]
+            self._progress.update(self._task, completed=step, description=f"{loss}  {of_bar[0]}")
         if row.get("val_loss") is not None:
             words.append(loss_text(row["val_loss"], row["val_bpb"]))
         for key, value in row.items():
@@ -115,10 +133,12 @@ class Display:
         if len(words) == 1:  # neither of the two: it is for the files
             return
         line = "  ".join(words)
-        if self._console.has_bars and "val_loss" not in row:
-            self.note(line)  # the bar shows it
-        else:
+        if not self._console.has_bars:
             self.say(line)
+            return
+        self.note(line)
+        if "val_loss" in row and not self._quiet:  # the bar shows the rest
+            self._console.say("  ".join(word for word in words if word not in of_bar))
 
     def __enter__(self) -> Self:
         self._progress.start()

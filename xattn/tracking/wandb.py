@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import secrets
+import shlex
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -229,9 +230,8 @@ class WandbMirror:
         if mode == "disabled":
             return
         if mode == "offline":
-            where = shown(self._own)
-            look, sync = f"wandb leet {where}/latest-run", f"wandb sync {where}/offline-run-*"
-            self.say(f"wandb       offline; look: {look}  sync: {sync}")
+            command = shlex.join(["xattn", "wandb", shown(self.folder)])
+            self.say(f"wandb       offline; the commands to look at it and to send it: `{command}`")
         wandb = import_wandb()
         run = self._begun(wandb, mode)
         mark, tokens = self._own / HIGH_WATER_MARK, 0

@@ -1,0 +1,122 @@
+"""Text on a terminal: lines that fit it, paths and commands that stay whole, characters that can be printed.
+
+Standard library only, since the first line of a command is printed with it before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import unicodedata
+from typing import IO
+
+_WORD = re.compile(r"(?:`[^`]*`|\S)+")  # a command in backticks is one word
+_SHELL_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+""")
+_LABEL = re.compile(r" *\S+(?: \S+)? {2,}(?=\S)")  # "run folder  …": what follows is continued below itself
+_WIDEST_LABEL = 16
+_COLUMNS = 80  # of a terminal that does not say
+
+
+def columns(stream: IO[str]) -> int | None:
+    """The width of the terminal behind the stream. None for a file or a pipe, which has none."""
+    if not stream.isatty():
+        return None
+    if (given := os.environ.get("COLUMNS", "")).isdigit() and int(given):
+        return int(given)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
+    except (OSError, ValueError):
+        return _COLUMNS
+
+
+def say(text: str, command: str = "", *, file: IO[str] | None = None) -> None:
+    """Prints text, and behind it a command to copy, at the width of the terminal.
+
+    The command stands on lines of its own where it does not fit behind the text: see :func:`continued`.
+    """
+    stream = sys.stdout if file is None else file
+    width = columns(stream)
+    if not command:
+        print(fitted(text, width), file=stream)
+    elif width is None or width_of(text) + 1 + width_of(command) <= width:
+        print(text, command, file=stream)
+    else:
+        print(fitted(text, width), continued(command, width), sep="\n", file=stream)
+
+
+def fitted(text: str, width: int | None) -> str:
+    """The text with lines of at most ``width`` columns, broken between words.
+
+    A word that is wider stays whole on a line of its own: a path, or a command in backticks, which then loses them and
+    is :func:`continued`. A line goes on below what follows its label, or else two columns further in. None leaves the
+    text as it is.
+    """
+    if width is None:
+        return text
+    return "\n".join(line if width_of(line) <= width else _broken(line, width) for line in text.split("\n"))
+
+
+def _broken(line: str, width: int) -> str:
+    label = _LABEL.match(line)
+    indent = len(line) - len(line.lstrip(" ")) + 2
+    if label is not None and label.end() <= min(_WIDEST_LABEL, width // 3):
+        indent = label.end()
+    lines, end = [""], 0
+    for word in _WORD.finditer(line):
+        gap = line[end : word.start()]
+        end = word.end()
+        if width_of(lines[-1]) + len(gap) + width_of(word[0]) <= width:
+            lines[-1] += gap + word[0]
+        elif indent + width_of(word[0]) <= width and lines[-1].strip():
+            lines.append(" " * indent + word[0])
+        else:
+            whole = continued(word[0][1:-1], width) if re.fullmatch("`[^`]*`", word[0]) else word[0]
+            lines[len(lines) - (not lines[-1].strip()) :] = [whole, " " * (indent - 1)]
+    return "\n".join(line for line in lines if line.strip())
+
+
+def continued(command: str, width: int) -> str:
+    """The command as a shell takes it over several lines, each but the last with a backslash at its end.
+
+    It is broken between words alone; one that is wider, such as a path, stays whole.
+    """
+    lines = [""]
+    for word in _SHELL_WORD.findall(command):
+        if not lines[-1].strip():
+            lines[-1] += word
+        elif width_of(f"{lines[-1]} {word} \\") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    return " \\\n".join(lines)
+
+
+def folded(text: str, width: int | None) -> str:
+    """The text with lines cut at ``width`` columns, between any two characters. None leaves it as it is."""
+    if width is None:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        lines.append("")
+        for character in line:
+            if width_of(lines[-1]) + width_of(character) > width:
+                lines.append("")
+            lines[-1] += character
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """The text with a ``·`` for each character that a terminal would obey, or that was no text when it was decoded.
+
+    Newlines stay, and tabs become spaces.
+    """
+    shown = (c if c in "\n\t" or (c.isprintable() and c != "\ufffd") else "·" for c in text)
+    return "".join(shown).expandtabs(4)
+
+
+def width_of(text: str) -> int:
+    """How many columns the text takes in one line of a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)

@@ -1,0 +1,57 @@
+"""``xattn resume STUDY``: runs the command that an interrupted sweep was started with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from xattn import run_folder, screen
+from xattn.arguments import Parser
+from xattn.errors import BadInput, ExitCode
+from xattn.sweep import planned
+
+
+def main(argv: Sequence[str]) -> int:
+    """Takes the place of this process; the exit code is the sweep's. Where nothing is missing it says so."""
+    parser = Parser(
+        prog="xattn resume",
+        description="Continue a sweep that was interrupted, by the command that started it, in the folder where that "
+        "was typed. `xattn runs` shows what is missing.",
+    )
+    parser.add_argument("study", type=Path, help="outputs/<study>")
+    study = parser.parse_args(argv).study
+    _check(study)
+    left = planned.unfinished(study)
+    if not left:
+        screen.say(f"{study}: all planned runs are done")
+        return ExitCode.DONE
+    sweep = left[0]
+    program = planned.program_of(sweep)
+    if program is not None and not program.is_file():
+        raise BadInput(
+            f"{program}: no such file; it started this sweep. From where it is now, in {sweep.cwd}, "
+            f"`{sweep.typed}` continues"
+        )
+    if not sweep.cwd.is_dir():
+        raise BadInput(f"{sweep.cwd}: no such folder; this sweep was started in it")
+    if len(left) > 1:
+        screen.say(f"{len(left)} sweeps are not complete; this continues the first, the same command then the next")
+    screen.say(f"{study}: {sweep.says}; continued by", sweep.typed)
+    sys.stdout.flush()
+    os.chdir(sweep.cwd)
+    return os.execv(sys.executable, [sys.executable, *sweep.command[1:]])
+
+
+def _check(study: Path) -> None:
+    if not study.is_dir():
+        raise BadInput(f"{study}: no such folder")
+    if (study / run_folder.CONFIG).is_file():
+        command = (run_folder.read_provenance(study) or {}).get("command", "its own command")
+        raise BadInput(f"{study}: is a run, and a study is continued here; a run is continued by\n`{command}`")
+    if not planned.sweeps_of(study):
+        raise BadInput(
+            f"{study}: no sweep has left its plan here; the command that started it continues it, see "
+            f"`command` in a run's {run_folder.PROVENANCE}"
+        )
