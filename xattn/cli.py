@@ -37,6 +37,7 @@ _COMMANDS = {
     "findings": ("xattn.findings", "the claims that studies state: shown, contradicted or undecided"),
     "compare": ("xattn.compare", "set runs side by side"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
+    "prune": ("xattn.prune", "free disk space of finished runs: says what it would delete, and asks"),
 }
 
 _IMPORT_JAX = ("bench", "plan")  # as they are loaded; others look at the device when they have read what was typed

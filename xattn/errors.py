@@ -40,6 +40,10 @@ class BadInput(XattnError):
     exit_code = ExitCode.BAD_INPUT
 
 
+class NotKept(BadInput):
+    """A checkpoint was deleted because somebody asked for that: by ``trainer.keep`` or ``xattn prune``."""
+
+
 class IntegrityError(XattnError):
     """Data or checkpoints are not what the run recorded."""
 

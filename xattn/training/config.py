@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from xattn.section import Section
+from xattn.training.kept import Keep
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -111,6 +112,9 @@ class TrainerConfig(Section):
     attention_stats_every: every so many steps (and at the last) each head's attention is measured; null means never.
     checkpoint_every, checkpoint_minutes: a checkpoint is written every so many steps, and when the last one is so old,
         besides at the best evaluations and at the end; null means not for that reason.
+    keep: what stays of the checkpoints of a run that is done or diverged: ``best_and_last``; ``last``; ``parameters``,
+        those of the best and the last without the optimizer's state, which is all that sampling, evaluating and
+        exporting need; ``nothing``, which leaves the losses. A run that is not finished keeps what it resumes from.
     nonfinite: what a loss or gradient that is not finite does: ``stop`` ends the run as diverged with the parameters
         of the step before; ``skip`` leaves that update out and goes on, and stops after 10 in a row; ``rollback``
         returns to the last checkpoint or the beginning, leaves that update's batch out, and stops after 3 times.
@@ -128,6 +132,7 @@ class TrainerConfig(Section):
     attention_stats_every: PositiveInt | None
     checkpoint_every: PositiveInt | None
     checkpoint_minutes: PositiveFloat | None
+    keep: Keep
     nonfinite: Literal["stop", "skip", "rollback"]
     deterministic: bool
     threads: PositiveInt | None
