@@ -122,6 +122,7 @@ OTHER_VALUES: dict[str, Any] = {
     "trainer.checkpoint_minutes": 19.0,
     "trainer.deterministic": True,
     "trainer.threads": 3,
+    "trainer.keep": "nothing",
     "trainer.nonfinite": "skip",
     "evaluation.windows": "all",
     "evaluation.probes": ["in_context"],
@@ -160,6 +161,7 @@ NOT_HASHED = {key for key in OTHER_VALUES if key.startswith(("tracking.", "paral
     "finding",
     "trainer.checkpoint_every",
     "trainer.checkpoint_minutes",
+    "trainer.keep",
 }
 
 

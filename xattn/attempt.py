@@ -34,6 +34,7 @@ from xattn.screen import printable
 from xattn.tracking.display import Display
 from xattn.tracking.tracker import MetricsFile, Row, Tracker, brief, read_rows
 from xattn.tracking.wandb import WandbMirror, refuse_without_key
+from xattn.training.kept import keep_only
 from xattn.training.llama import initial_weights
 
 if TYPE_CHECKING:
@@ -524,6 +525,16 @@ class Attempt:
     def part_from_wandb(self) -> None:
         if self._mirror is not None:
             end_mirror(self._mirror, self.config, self._summary, self.code)
+
+    def keep_what_is_asked(self) -> None:
+        """Deletes the checkpoints that ``trainer.keep`` does not ask for, once the run has ended and says so itself."""
+        if not self.is_concluded or self._summary["status"] not in ("done", "diverged"):
+            return
+        keep = self.config.trainer.keep
+        try:
+            keep_only(self.folder / run_folder.CHECKPOINTS, keep, why=f"trainer.keep={keep}")
+        except OSError as error:  # the run is done all the same
+            self.display.warn(f"warning: {self.folder / run_folder.CHECKPOINTS}: not all deleted: {error.strerror}")
 
 
 def move_older_aside(config: Config, folder: Path, say: Callable[[str], None]) -> None:

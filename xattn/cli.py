@@ -35,6 +35,7 @@ _COMMANDS = {
     "wandb": ("xattn.tracking.command", "the commands to look at a run's wandb files, and to send them"),
     "bug": ("xattn.bug", "pack what a report of a bug needs: no text, no keys"),
     "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
+    "prune": ("xattn.prune", "free disk space of finished runs: says what, and asks"),
     "bench attention": ("xattn.bench.attention", "implementations × activations × sizes of attention"),
     "bench checkpoints": ("xattn.bench.checkpoints", "what saving costs a run, and how long it takes"),
     "bench data": ("xattn.bench.data", "a big corpus as bytes and BPE: MB/s and memory"),

@@ -171,7 +171,7 @@ def shaping(config: Config) -> Config:
     programs. The numbers left out are the ones that the train state carries."""
     backend = config.backend
     then = None if backend.then is None else backend.then.model_copy(update=_unswept(backend.then))
-    pace = {"log_every": 1, "eval_every": 1} | dict.fromkeys(
+    pace: dict[str, Any] = {"log_every": 1, "eval_every": 1, "keep": "best_and_last"} | dict.fromkeys(
         ("attention_stats_every", "checkpoint_every", "checkpoint_minutes")
     )
     elsewhere: dict[str, Any] = dict.fromkeys(("data", "evaluation", "tracking", "sweep", "finding"))
@@ -204,7 +204,7 @@ def program_key(config: Config) -> str:
 
 def pack_key(config: Config) -> str:
     """Equal for configs whose runs can train as one pack: program, data, evaluation and pace are the same."""
-    parts = config.model_dump(mode="json", include={"data", "evaluation", "trainer"})
+    parts = config.model_dump(mode="json", include={"data", "evaluation", "trainer"}, exclude={"trainer": {"keep"}})
     return program_key(config) + json.dumps(parts, sort_keys=True)
 
 

@@ -46,6 +46,10 @@ class Diverged(XattnError):
     exit_code = ExitCode.DIVERGED
 
 
+class NotKept(BadInput):
+    """A checkpoint was deleted because somebody asked for that: by ``trainer.keep`` or ``xattn prune``."""
+
+
 class IntegrityError(XattnError):
     """Data or checkpoints are not what the run recorded."""
 

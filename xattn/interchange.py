@@ -97,7 +97,11 @@ def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
         raise BadInput(f"{folder}: is not a new or empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _numpy_safetensors().save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
+        weights = folder / WEIGHTS
+        weights.touch()
+        mode = weights.stat().st_mode  # the umask's; safetensors puts a file in its place that only the owner can read
+        _numpy_safetensors().save_file(arrays, weights, metadata={"format": "pt"})
+        weights.chmod(mode)
         run_folder.write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise storage_error(error, folder) or BadInput(f"{folder}: cannot be written: {error.strerror}") from error

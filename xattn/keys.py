@@ -39,6 +39,7 @@ ABSENT: dict[str, Any] = {
     "model.exclusive": False,
     "model.parameters": None,
     "trainer.threads": None,
+    "trainer.keep": "best_and_last",
     "sweep.half_width": None,
     "sweep.budget_minutes": None,
     "sweep.pilot_seeds": None,
@@ -61,10 +62,10 @@ RENAMED: dict[str, str] = {}
 REMOVED: dict[str, Any] = {}
 
 # Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped
-# and swept, what it is to show, when it is saved, where the weights lie that it starts from.
+# and swept, what it is to show, when it is saved, what is kept of it, where the weights lie that it starts from.
 _WITHOUT_EFFECT = (
     *("tracking", "parallel", "sweep", "study", "resume", "finding"),
-    *("trainer.checkpoint_every", "trainer.checkpoint_minutes"),
+    *("trainer.checkpoint_every", "trainer.checkpoint_minutes", "trainer.keep"),
     "model.init_from.path",  # the SHA-256 beside it says what is there
 )
 

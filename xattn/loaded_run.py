@@ -297,7 +297,8 @@ def read(path: Path) -> tuple[Config, dict[str, Any]]:
 def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> LoadedRun:
     """Opens a run's folder, or a Llama's (config.json and .safetensors), and changes nothing in it.
 
-    Raises :class:`BadInput` where it is neither, :class:`IntegrityError` where a run's holds no whole checkpoint.
+    Raises :class:`BadInput` where it is neither, or the checkpoint was deleted on purpose (:class:`NotKept`);
+    :class:`IntegrityError` where a run's holds no whole checkpoint.
     """
     path = Path(path).absolute()
     if run_folder.read_summary(path) is None and (path / llama.CONFIG).is_file():

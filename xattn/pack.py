@@ -65,6 +65,8 @@ class Pack:
         finally:
             with ThreadPoolExecutor(len(self._open)) as pool:  # each may take wandb's time
                 list(pool.map(Attempt.part_from_wandb, self._open))
+            for attempt in self._open:  # after wandb, which may have taken a checkpoint
+                attempt.keep_what_is_asked()
         return [attempt.code for attempt in self._attempts]
 
     def _without_result(self) -> list[Attempt]:

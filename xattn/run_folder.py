@@ -69,7 +69,7 @@ class RunFolder:
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in that file, or None where it is not there."""
-        return _read_json(self / name)
+        return read_json(self / name)
 
     def is_ours(self) -> bool:
         return (self / CONFIG).is_file()
@@ -109,15 +109,16 @@ def flock(descriptor: int, operation: int, path: Path) -> None:
 
 def read_summary(path: Path) -> dict[str, Any] | None:
     """The summary.json of the run folder ``path``, or None where there is none."""
-    return _read_json(path / SUMMARY)
+    return read_json(path / SUMMARY)
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
     """The provenance.json of the run folder ``path``, or None where there is none."""
-    return _read_json(path / PROVENANCE)
+    return read_json(path / PROVENANCE)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in the file, or None where it is not there. Raises :class:`BadInput` where it holds no object."""
     try:
         loaded = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -183,7 +184,7 @@ def _acquire(path: Path) -> int:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / CONFIG).exists() and not all(map(_is_nothing_yet, path.iterdir())):
                 raise BadInput(f"{path}: is not empty and holds no {CONFIG} of a run; choose another folder")
-            descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
             for there in (path, *path.parents):
                 if there.exists() and not there.is_dir():

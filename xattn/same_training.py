@@ -20,7 +20,7 @@ import xattn.config
 from xattn import hosts, keys, run_folder
 from xattn.attempt import Job
 from xattn.config import Config
-from xattn.errors import BadInput, IntegrityError, Preempted
+from xattn.errors import BadInput, IntegrityError, NotKept, Preempted
 from xattn.evaluate import equal_row, evaluate_once, in_a_line, stored_rows
 from xattn.provenance import changes, other_library, provenance
 from xattn.run_folder import result_line, shown
@@ -104,13 +104,14 @@ def answered_by(job: Job, say: Callable[[str], None]) -> Path | None:
 def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:
     """The first of these runs that answers for a job; what the job wants measured of it is measured now.
 
-    Where the data have changed since, or the last checkpoint is not whole, this is said, and the next is asked.
+    Where the data have changed since, or the last checkpoint is not whole or was not kept, this is said, and the next
+    is asked.
     Raises :class:`BadInput` where what is wanted does not fit the run, :class:`Preempted` on a request to stop.
     """
     for each in found:
         try:
             said = [_measured(each)] if each.overrides else []
-        except IntegrityError as error:
+        except (IntegrityError, NotKept) as error:
             say(f"not taken from the same training: {error}")
             continue
         changed = changes(_recorded(each.folder), _here())

@@ -229,7 +229,7 @@ def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:
 @contextlib.contextmanager
 def _held(lock: Path, say: Callable[[str], None], stop: Callable[[], bool]) -> Iterator[None]:
     """The kernel's lock on that file: it goes with the process that holds it, however that ends."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     told = False
     try:
         while True:

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -27,11 +27,10 @@ from xattn.errors import IntegrityError, storage_error
 from xattn.hosts import team
 from xattn.run_folder import fsync
 from xattn.training import kept
-from xattn.training.kept import BAD, MANIFEST, PARAMS, SEAL, TEMPORARY, TRAINING, checked_manifest
+from xattn.training.kept import BAD, MANIFEST, PARAMS, SEAL, TEMPORARY, TRAINING, Which, checked_manifest, file_digest
 from xattn.training.programs import TrainState
 from xattn.training.sharding import from_first, like, to_host
 
-Which = Literal["last", "best"]
 KEPT = 2  # of the newest, besides the best
 _NUMBERS = "hyperparameters"  # the field of TrainState to which later versions add leaves
 
@@ -126,7 +125,7 @@ class Checkpoints:
                 "val_loss": val_loss,
                 "belongs_to": self._belongs_to,
                 "leaves": {name: _leaf_digests(tree) for name, tree in parts.items()},
-                "files": {str(file.relative_to(temporary)): _file_digest(file) for file in _files(temporary)},
+                "files": {str(file.relative_to(temporary)): file_digest(file) for file in _files(temporary)},
             }
             text = json.dumps(manifest, indent=1, allow_nan=False).encode()
             (temporary / MANIFEST).write_bytes(text)
@@ -197,8 +196,10 @@ class Checkpoints:
     def restore_params(self, which: Which, shapes: Any) -> Restored:
         """The parameters of the newest whole checkpoint, or of the whole one with the lowest val_loss.
 
-        Nothing is moved: reading a run leaves it as it is. Raises :class:`IntegrityError` where there is none.
+        Nothing is moved: reading a run leaves it as it is. Raises :class:`IntegrityError` where there is none,
+        :class:`NotKept` where it was deleted on purpose.
         """
+        kept.refuse_what_was_deleted(self.folder, which)
         order = reversed(self.steps()) if which == "last" else iter(kept.by_loss(self.folder))
         for step in order:
             try:
@@ -220,7 +221,7 @@ class Checkpoints:
         ):
             raise IntegrityError(f"{part} do not fit this model, {odd[0]} for one")
         for name, digest in manifest["files"].items():
-            if name.startswith(f"{part}/") and _file_digest(folder / name) != digest:
+            if name.startswith(f"{part}/") and file_digest(folder / name) != digest:
                 raise IntegrityError(f"{name} is not as it was written")
         tree = self._restored(folder / part, shapes, new)
         if {name: leaf for name, leaf in _leaf_digests(tree).items() if name not in new} != manifest["leaves"][part]:
@@ -272,10 +273,3 @@ def _leaf_digests(tree: Any) -> dict[str, dict[str, Any]]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _file_digest(file: Path) -> str:
-    try:
-        return sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise IntegrityError(f"{file.name}: {error.strerror}") from error

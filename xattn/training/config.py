@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from xattn.section import Section
+from xattn.training.kept import Keep
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -55,6 +56,11 @@ class TrainerConfig(Section):
     """Steps between checkpoints, besides those of the best evaluations and the last step; null turns this off."""
     checkpoint_minutes: PositiveFloat | None
     """A checkpoint is also written when the last one is this many minutes old; null turns this off."""
+    keep: Keep
+    """What stays of the checkpoints of a finished run: ``best_and_last``; ``last``; ``parameters``, those of the best and
+    the last without the optimizer's state, which is all that sampling, evaluating and exporting need; ``nothing``, which
+    leaves the losses. A run that is not finished keeps what it resumes from.
+    """
     nonfinite: Literal["stop", "skip", "rollback"]
     """What happens at a loss or gradient that is not finite. ``stop`` ends the run as diverged with the parameters of
     the step before. ``skip`` leaves the update out, and stops after 10 in a row. ``rollback`` returns to the last

@@ -1,22 +1,28 @@
-"""The files of a run's checkpoints: which steps there are, which is best, and how one is deleted.
+"""The files of a run's checkpoints: which steps there are, which is best, and what is deleted once a run has ended.
 
 :mod:`xattn.training.checkpoint` writes and reads what is in them. Importing this module imports no jax.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from xattn.errors import IntegrityError
+from xattn.errors import IntegrityError, NotKept
+from xattn.run_folder import read_json, to_json, write_atomically
 
+Keep = Literal["best_and_last", "last", "parameters", "nothing"]
+Which = Literal["last", "best"]
 PARAMS, TRAINING = "params", "training"  # the parts of a checkpoint: what a model is, what a run needs besides
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 BAD = ".bad"
+DELETED = "deleted.json"  # which checkpoints were the last and the best before some were deleted, and who asked for it
 TEMPORARY, DELETING = ".tmp-", ".deleting-"
 
 
@@ -54,18 +60,116 @@ def checked_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def file_digest(file: Path) -> str:
+    """The file's SHA-256. Raises :class:`IntegrityError` where it cannot be read."""
+    try:
+        return sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise IntegrityError(f"{file.name}: {error.strerror}") from error
+
+
 def delete(folder: Path) -> None:
-    """Deletes a checkpoint. It is renamed first: a deletion cut short leaves nothing that looks like a step."""
-    shutil.rmtree(folder.rename(folder.with_name(f"{DELETING}{folder.name}")))
+    """Deletes a checkpoint, or a part of one. It is renamed first: a deletion cut short leaves nothing that looks like
+    either."""
+    name = folder.name if folder.name.isdigit() else f"{folder.parent.name}-{folder.name}"
+    checkpoints = folder.parent if folder.name.isdigit() else folder.parent.parent
+    shutil.rmtree(folder.rename(checkpoints / f"{DELETING}{name}"))
 
 
 def clear_half_done(folder: Path) -> None:
     """Deletes what a save or a deletion that was cut short has left in ``checkpoints/``: that was never, or is no
     longer, a checkpoint."""
-    if folder.is_dir():
-        for entry in folder.iterdir():
-            if entry.name.startswith((TEMPORARY, DELETING)):
-                shutil.rmtree(entry)
+    for entry in half_done(folder):
+        shutil.rmtree(entry)
+
+
+def half_done(folder: Path) -> list[Path]:
+    """What :func:`clear_half_done` deletes."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [entry for entry in entries if entry.name.startswith((TEMPORARY, DELETING))]
+
+
+# ---- once a run has ended --------------------------------------------------------------------------------------------
+
+
+def superfluous(folder: Path, keep: Keep) -> list[Path]:
+    """What ``keep`` does not ask for in the ``checkpoints/`` of a run that has ended: folders of steps, then of parts.
+
+    ``best_and_last`` asks for everything. ``last`` asks for the newest checkpoint, ``parameters`` for the parameters of
+    the newest and the best; of these only checkpoints whose files are as they were written count, and nothing is
+    superfluous while there is none.
+    """
+    steps = steps_in(folder)
+    if keep == "best_and_last" or not steps:
+        return []
+    if keep == "nothing":
+        return [folder / str(step) for step in steps]
+    parts = (PARAMS,) if keep == "parameters" else (PARAMS, TRAINING)
+    wanted = {_first_whole(folder, reversed(steps), parts)}
+    if keep == "parameters":
+        wanted.add(_first_whole(folder, by_loss(folder), parts))
+    if None in wanted:
+        return []
+    whole = [folder / str(step) for step in steps if step not in wanted]
+    if keep == "parameters":
+        whole += [part for step in steps if step in wanted and (part := folder / str(step) / TRAINING).is_dir()]
+    return whole
+
+
+def keep_only(folder: Path, keep: Keep, *, why: str) -> list[Path]:
+    """Deletes what is :func:`superfluous`, and returns it. ``why`` is kept for :func:`refuse_what_was_deleted`.
+
+    That record is written first, and whole steps go before parts: killed in between, the folder still holds all that
+    ``keep`` asks for, and says why the rest may be gone. The same call again finishes what was cut short.
+    """
+    if keep == "best_and_last":
+        return []
+    clear_half_done(folder)
+    doomed = superfluous(folder, keep)
+    if doomed:
+        before = _record(folder)
+        if before is None:
+            newest, best = steps_in(folder)[::-1], by_loss(folder)
+            whole = {"last": _first_whole(folder, newest, (PARAMS,)), "best": _first_whole(folder, best, (PARAMS,))}
+            record = {"last": whole["last"] or newest[0], "best": whole["best"] or best[0], "why": [why]}
+        else:
+            record = before | {"why": list(dict.fromkeys([*before["why"], why]))}
+        write_atomically(folder / DELETED, to_json(record, indent=2) + "\n")
+    for path in doomed:
+        delete(path)
+    return doomed
+
+
+def refuse_what_was_deleted(folder: Path, which: Which) -> None:
+    """Raises :class:`NotKept` where the last or the best checkpoint was deleted on purpose: no other may stand in."""
+    record = _record(folder)
+    if record is None or record[which] in (steps := steps_in(folder)):
+        return
+    other = "last" if which == "best" else "best"
+    hint = (
+        f"its {other} one is there (checkpoint={other})"
+        if record[other] in steps
+        else ("its losses are in summary.json; resume=never trains it again, with another trainer.keep")
+    )
+    raise NotKept(
+        f"{folder.parent}: the parameters of its {which} checkpoint, of step {record[which]}, were deleted "
+        f"({', then '.join(record['why'])}); {hint}"
+    )
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    return read_json(folder / DELETED)
+
+
+def _first_whole(folder: Path, steps: Iterable[int], parts: Sequence[str]) -> int | None:
+    """The first of these steps of which the files of ``parts`` are as they were written."""
+    for step in steps:
+        with contextlib.suppress(IntegrityError):
+            files = checked_manifest(folder / str(step))["files"]
+            own = {name: digest for name, digest in files.items() if name.startswith(tuple(f"{p}/" for p in parts))}
+            if all(file_digest(folder / str(step) / name) == digest for name, digest in own.items()):
+                return step
+    return None
 
 
 def _val_loss(folder: Path) -> float:
