@@ -33,6 +33,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help="of each test's cases only every N-th")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes, a file at a time in each, for the whole suite; none for files that are named."""
+    if config.args_source != pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    config.option.dist = "loadfile"
+    return 2
+
+
+# Files and folders whose tests compile no model.
+_FAST = {"data", "report", "test_cli.py", "test_config.py", "test_explain.py", "test_forge.py", "test_metrics.py"}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks as fast what is in :data:`_FAST`, unless it is slow."""
+    first, *_ = item.path.relative_to(Path(__file__).parent).parts
+    if first in _FAST and item.get_closest_marker("slow") is None and item.get_closest_marker("faults") is None:
+        item.add_marker("fast")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With ``--every N`` each test is there, with the first of its cases and each N-th after that."""
     every, cases, left = config.getoption("--every"), Counter[str](), set()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import xattn
 
@@ -60,3 +63,19 @@ def test_the_template_asks_for_the_archive() -> None:
     fields = [field for field in template["body"] if field["type"] != "markdown"]
     assert len({field["id"] for field in fields}) == len(fields)
     assert all(field["attributes"]["label"] for field in fields)
+
+
+def test_the_lock_file_has_what_is_depended_on() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    locked = tomllib.loads((ROOT / "uv.lock").read_text("utf-8"))["package"]
+    versions = {package["name"]: package.get("version", "") for package in locked}
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        if name == "xattn":
+            continue
+        assert name in versions, f"uv lock adds {name}"
+        assert requirement.specifier.contains(versions[name], prereleases=True), f"{requirement}: uv lock renews it"
