@@ -57,8 +57,8 @@ class TrainerConfig(Section):
     checkpoint_minutes: PositiveFloat | None
     """A checkpoint is also written when the last one is this many minutes old; null turns this off."""
     keep: Keep
-    """What stays of a finished run's checkpoints: ``best_and_last``; ``last``; ``parameters``, those of the best and the
-    last without the optimizer's state, which is all that sampling, evaluating and exporting need; or ``nothing``, which
+    """What stays of a finished run's checkpoints: ``best_and_last``; ``last``; ``parameters``, those of the best and
+    the last without the optimizer's state, all that sampling, evaluating and exporting need; or ``nothing``, which
     leaves the losses. A run that is not finished keeps what it resumes from.
     """
     nonfinite: Literal["stop", "skip", "rollback"]
