@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pty
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -226,23 +228,17 @@ def test_a_table_that_cannot_fit_says_what_it_leaves_out(width: int, on_terminal
 
 def test_the_first_line_of_a_real_terminal_is_what_was_asked_for(tmp_path: Path) -> None:
     """Before Hydra is imported; and a refusal behind it fits the terminal too."""
-    pid, descriptor = pty.fork()
-    if pid == 0:
-        os.chdir(tmp_path)
-        os.environ |= {"COLUMNS": "80", "PYTHONPATH": str(ROOT)}
-        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), "experiment=study_switches", "seed=1"])
-    read = b""
-    while True:
-        try:
-            piece = os.read(descriptor, 4096)
-        except OSError:  # Linux's way to say that the other side is closed
-            break
-        if not piece:
-            break
-        read += piece
-    _, status = os.waitpid(pid, 0)
-    os.close(descriptor)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "train.py"), "experiment=study_switches", "seed=1"]
+    environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        read = b""
+        with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed
+            while piece := os.read(ours, 4096):
+                read += piece
+    os.close(ours)
     lines = read.decode().replace("\r\n", "\n").splitlines()
-    assert os.waitstatus_to_exitcode(status) == 2
+    assert process.returncode == 2
     assert lines[0] == "config      experiment=study_switches seed=1"
     check(lines, 80, "train.py -m experiment=study_switches seed=1")
