@@ -82,11 +82,19 @@ GRID = [
     [f"backend.activation={a}", f"optimizer.learning_rate={r}"] for a in ("softmax", "sigmoid") for r in (1e-3, 3e-3)
 ]
 ARMS = [[], ["model.conv=2"], ["model.conv=4"], ["backend.sink=learned"], ["model.output_gate=channel"]]
+MANY = [
+    "model.conv=2",
+    "backend.sink=learned",
+    "model.output_gate=channel",
+    "model.exclusive=true",
+    "backend.theta=5.0",
+]
+WIDE = [[], MANY]
 STAR = [[*arm, f"seed={seed}"] for arm in ARMS for seed in (0, 1)]
 
 
 @WIDTHS
-@pytest.mark.parametrize("asked", [GRID, STAR])
+@pytest.mark.parametrize("asked", [GRID, STAR, WIDE])
 def test_a_sweep_keeps_bar_loss_and_time_left(
     asked: list[list[str]], width: int, on_terminal: OnTerminal, tmp_path: Path
 ) -> None:
@@ -123,6 +131,10 @@ def test_a_name_is_shortened_to_what_varies(tmp_path: Path) -> None:
     ]
     assert [*map(labels(star[2:4]), star[2:4])] == ["seed=0", "seed=1"]
     assert labels(grid[:1])(grid[0]) == grid[0].folder.name
+    square = jobs_of(
+        tmp_path, *([a, b] for a in ("model.conv=2", "model.conv=4") for b in ("seed=0", "backend.sink=zero"))
+    )
+    assert [*map(labels(square), square)][-1] == "sink=zero conv=4", "several keys at a time: no baseline"
     assert shortened("activation=softmax learning_rate=0.001", 20) == "softmax 0.001"
     assert shortened("activation=softmax learning_rate=0.001", 9) == "softmax …"
 
