@@ -70,7 +70,7 @@ def put(study: Path, config: Config, status: str = "done", **provenance: Any) ->
 
 
 def names(study: Path) -> list[str]:
-    return sorted(entry.name for entry in study.iterdir())
+    return sorted(entry.name for entry in study.iterdir() if not entry.name.startswith("."))
 
 
 def find(study: Path, config: Config) -> list[Found]:
@@ -413,7 +413,7 @@ def test_what_cannot_be_measured_ends_its_job_alone(
     assert [outcomes[job.folder] for job in jobs] == [ExitCode.DONE, ExitCode.DONE, ExitCode.BAD_INPUT]
     printed = capsys.readouterr()
     assert "xattn: does not fit" in printed.err
-    assert "evaluation.windows=7 evaluation.probes=[]: not taken from the same training: other data" in printed.out
+    assert "windows=7: not taken from the same training: other data" in printed.out
 
 
 def test_other_machines_get_each_training_once(

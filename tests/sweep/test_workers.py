@@ -29,7 +29,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[Seat]]:
     started: list[list[Seat]] = []
     monkeypatch.setattr(workers, "gpus", lambda: ["0", "1"])
     monkeypatch.setattr(workers, "check_devices", lambda jobs: None)
-    monkeypatch.setattr(study, "carry_out", lambda jobs: started.append([]))
+    monkeypatch.setattr(study, "carry_out", lambda jobs, plan: started.append([]))
     monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: started.append(list(devices)))
     return started
 

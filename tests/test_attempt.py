@@ -1,0 +1,61 @@
+"""What a run says at its end: a sample where tokens are text, and baselines that mean something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import xattn.config
+from xattn import attempt
+from xattn.attempt import Attempt, Job
+from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
+from xattn.run_folder import RunFolder
+
+
+def ended(folder: Path, tokenizer: Tokenizer, scored: bytes | None) -> Attempt:
+    """A run that is to show its result, in a folder of its own."""
+    held = RunFolder(folder)
+    made = Attempt(Job(xattn.config.compose(), folder), held, {}, quiet=False)
+    data: Any = SimpleNamespace(tokenizer=tokenizer, scored_bytes=lambda: scored)
+    made.data = data
+    return made
+
+
+def closed(made: Attempt) -> None:
+    made.display.close()
+    made.folder.release()
+
+
+NOTHING: Any = None
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), IdTokenizer(64)])
+def test_a_sample_is_shown_where_tokens_are_text(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three hundred numbers of a task tell nobody anything, and are not drawn either. The file has what was drawn."""
+    drawn = "text\x1b[2J\x00\ufffd\n"
+    monkeypatch.setattr(attempt, "_sample", lambda *_: drawn)
+    made = ended(tmp_path, tokenizer, None)
+    made._show_sample(NOTHING, NOTHING)
+    closed(made)
+    out, is_text = capsys.readouterr().out, isinstance(tokenizer, ByteTokenizer)
+    assert out == ("\na sample at temperature 0.8, · for what is not printable:\ntext·[2J··\n\n\n" if is_text else "")
+    assert (tmp_path / "artifacts" / "sample.txt").exists() == is_text
+    assert not is_text or (tmp_path / "artifacts" / "sample.txt").read_text() == drawn
+
+
+@pytest.mark.parametrize(("size", "has_gzip"), [(9_999, False), (10_000, True)])
+def test_gzip_is_no_baseline_of_little_text(
+    size: int, has_gzip: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ended(tmp_path, ByteTokenizer(), b"ab" * (size // 2) + b"c" * (size % 2))
+    made._show_result({"val_loss": 1.0, "val_bpb": 1.5})
+    closed(made)
+    out = capsys.readouterr().out
+    assert f"bits/byte, of the same {size:,} bytes" in out
+    assert "unigrams 1.0" in out
+    assert ("gzip" in out) == has_gzip
