@@ -88,9 +88,9 @@ def _carry_out(words: Sequence[str]) -> int:
     for command, (module, _) in _COMMANDS.items():
         length = len(command.split())
         if " ".join(words[:length]) == command:
-            if words[0] in _IMPORT_JAX and not {"-h", "--help"} & set(words):
-                first_look()
             with entry.loading(command, words[length:]):
+                if words[0] in _IMPORT_JAX and not {"-h", "--help"} & set(words):
+                    first_look()
                 loaded = import_module(module)
             return int(loaded.main(words[length:]))
     group = (
