@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import xattn.config
 from hydra_plugins import xattn_launcher
-from hydra_plugins.xattn_launcher import ElsewhereLauncher, XattnLauncher
+from hydra_plugins.xattn_launcher import XattnLauncher
+from hydra_plugins.xattn_remote import ElsewhereLauncher
 from hydra_plugins.xattn_sweeper import GridSweeper, OptunaSweeper
 from xattn import main, run_folder
 from xattn.attempt import Job
