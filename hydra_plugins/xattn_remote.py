@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import subprocess
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,7 +67,7 @@ class Handed:
             code = self._make_one(config, group) if len(group) == 1 else self._make(group)
             if code == ExitCode.PREEMPTED:
                 cluster.queue_again()
-        except (subprocess.SubprocessError, OSError) as error:  # of scontrol, whether we or submitit have called it
+        except (subprocess.SubprocessError, OSError) as error:  # of scontrol, which submitit's handler has called
             cluster.tell_not_queued(error)
             return ExitCode.PREEMPTED
         return code
@@ -95,6 +96,9 @@ class Handed:
                 return error.exit_code
             except SystemExit:
                 return ExitCode.PREEMPTED
+            except Exception:  # a fault of ours, which Hydra would keep to itself
+                traceback.print_exc()
+                return ExitCode.ERROR
         return study.exit_code()
 
     def _asked(self, group: Sequence[Numbered]) -> list[Asked]:

@@ -91,7 +91,9 @@ def _sweeps(
     each, and the study is all of them. Raises :class:`BadInput` where they bring a launcher or sweeper of their own.
     """
 
-    name, of_hydra, loader = config.hydra.job.config_name, list(config.hydra.overrides.hydra), context.config_loader
+    name, loader = config.hydra.job.config_name, context.config_loader
+    of_hydra = OmegaConf.to_container(config.hydra.overrides.hydra)  # unresolved: one may name ${hydra.job.num}
+    assert isinstance(of_hydra, list)
     swept = [
         each
         for each in _parsed(context, arguments)
