@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,16 +24,15 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
-from xattn import registry
 from xattn.attempt import Job, prunes_nothing
 from xattn.errors import BadInput, ExitCode
-from xattn.registry import Addition
 from xattn.sweep.planned import Plan
-from xattn.sweep.study import carry_out_elsewhere, outcomes
+from xattn.sweep.study import outcomes
 from xattn.sweep.workers import carry_out
 from xattn.tracking.tracker import Row
 
 Load = Callable[[Sequence[str]], DictConfig]
+_PROCESS_EACH = "give each a process of its own: hydra/launcher=slurm_local, with hydra.launcher.runs_per_job=1"
 Asked = tuple[Job, DictConfig]  # a run, and the whole config that it was composed to, Hydra's part included
 
 
@@ -58,7 +55,7 @@ class XattnLauncher(Launcher):
             typed = {job.folder: overrides for (job, _), overrides in zip(asked, job_overrides, strict=True)}
             return self._launch_seeds(jobs, [typed[job.folder] for job in jobs])
         with self.as_hydra_does(asked):
-            carry_out(jobs, plan=_plan(self.planned))
+            carry_out(jobs, plan=plan_of(self.planned))
         return [_returned(job) for job in jobs]
 
     def _launch_seeds(self, arms: Sequence[Job], job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
@@ -110,7 +107,7 @@ def environment(asked: Sequence[Asked]) -> Iterator[None]:
     if any(composed.hydra.job.chdir for _, composed in asked):
         raise BadInput(
             "hydra.job.chdir = true: the runs of a sweep share a process, which has one working directory; leave it "
-            "out, or add hydra/launcher=slurm_local"
+            f"out, or {_PROCESS_EACH}"
         )
     wanted = [OmegaConf.to_container(composed.hydra.job.env_set, resolve=True) for _, composed in asked]
     first = wanted[0] if wanted else {}
@@ -120,7 +117,7 @@ def environment(asked: Sequence[Asked]) -> Iterator[None]:
             continue
         raise BadInput(
             f"hydra.job.env_set: {', '.join(names)}: differs between runs that share a process; sweep them by a "
-            "command each, or add hydra/launcher=slurm_local"
+            f"command each, or {_PROCESS_EACH}"
         )
     with env_override(first):
         yield
@@ -158,62 +155,7 @@ def _returned(job: Job) -> JobReturn:
     return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
 
 
-class WithAdditions:
-    """A task that takes along what the user's script has registered: it is registered where this is unpickled."""
-
-    def __init__(self, additions: Sequence[Addition], task: TaskFunction):
-        self.additions, self.task = additions, task
-
-    def __call__(self, config: DictConfig) -> object:
-        return self.task(config)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for addition in self.additions:
-            addition.repeat()
-
-
-class ElsewhereLauncher(Launcher):
-    """Validates every job, skips those that are done, hands the others to a launcher of SLURM or Ray, and reads what
-    came of them from the run folders.
-
-    planned: as :class:`XattnLauncher`'s.
-    """
-
-    planned: Sequence[Job] = ()
-
-    def __init__(self, launcher: Launcher):
-        self._launcher = launcher
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.config = hydra_context, config
-        if own := registry.additions():
-            task_function = WithAdditions(own, task_function)
-        self._launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        setup_globals()
-        asked = jobs_of(self.context, self.config, job_overrides, initial_job_idx)
-        by_folder = {job.folder: overrides for job, overrides in zip(asked, job_overrides, strict=True)}
-        jobs = each_once(asked)
-        if (half_width := jobs[0].config.sweep.half_width) is not None:
-            raise BadInput(
-                f"sweep.half_width = {half_width:g}: seeds are added by the machine that makes the runs; leave "
-                "hydra/launcher out, or give seeds instead"
-            )
-
-        def launch(unfinished: Sequence[Job]) -> None:
-            self._launcher.launch([list(by_folder[job.folder]) for job in unfinished], initial_job_idx)
-
-        plan: Plan | None = _plan(self.planned)
-        if self.config.hydra.runtime.choices["hydra/sweeper"] == "optuna":  # the tuner wants a run for each trial
-            jobs = [dataclasses.replace(job, answerable=False) for job in jobs]
-            plan = None  # it has one of its own
-        carry_out_elsewhere(jobs, launch, plan)
-        return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=0) for job in jobs]
-
-
-def _plan(jobs: Sequence[Job]) -> Plan:
+def plan_of(jobs: Sequence[Job]) -> Plan:
     plan = Plan()
     plan.add(jobs)
     return plan

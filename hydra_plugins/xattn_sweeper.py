@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 import xattn.config
 from hydra_plugins.xattn_launcher import (
     Asked,
-    ElsewhereLauncher,
     XattnLauncher,
     composed_jobs,
     each_once,
@@ -31,12 +30,13 @@ from hydra_plugins.xattn_launcher import (
     jobs_of,
     own_faults,
 )
+from hydra_plugins.xattn_remote import ElsewhereLauncher, settings_of
 from xattn.config import Config
 from xattn.data.config import MemmapConfig, Tokenised
 from xattn.errors import BadInput, needs_extra
 from xattn.keys import SEED, TUNED
 from xattn.metrics import loss_metric
-from xattn.sweep import study
+from xattn.sweep import cluster, study
 from xattn.sweep.check import check_data
 from xattn.sweep.labels import labels
 from xattn.sweep.tune import Dimension, Tuning, tune
@@ -44,18 +44,26 @@ from xattn.sweep.view import StudyView
 
 
 def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launcher:
-    """The chosen launcher. Raises :class:`BadInput` where its library is not installed."""
+    """Returns the chosen launcher.
+
+    Raises :class:`BadInput` where its library is not installed, or this machine does not submit to its cluster.
+    """
+    chosen, settings = OmegaConf.select(config, "hydra.runtime.choices")["hydra/launcher"], settings_of(config)
     try:
-        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ImportError):
             cause = cause.__cause__
         if cause is None:
             raise
-        chosen = OmegaConf.select(config, "hydra.runtime.choices")["hydra/launcher"]
         extra = "ray" if "ray" in chosen else "slurm"
         raise needs_extra(f"hydra/launcher={chosen}", extra, cause) from error
+    cluster.check_commands(chosen, settings)
+    if cluster.is_local(settings):
+        submitit: Any = launcher.launcher if isinstance(launcher, ElsewhereLauncher) else launcher
+        submitit.params["submitit_folder"] = cluster.without_ids(submitit.params["submitit_folder"])
+    return launcher
 
 
 def _parsed(context: HydraContext, arguments: Sequence[str]) -> list[Override]:
@@ -83,7 +91,9 @@ def _sweeps(
     each, and the study is all of them. Raises :class:`BadInput` where they bring a launcher or sweeper of their own.
     """
 
-    name, of_hydra, loader = config.hydra.job.config_name, list(config.hydra.overrides.hydra), context.config_loader
+    name, loader = config.hydra.job.config_name, context.config_loader
+    of_hydra = OmegaConf.to_container(config.hydra.overrides.hydra)  # unresolved: one may name ${hydra.job.num}
+    assert isinstance(of_hydra, list)
     swept = [
         each
         for each in _parsed(context, arguments)

@@ -117,7 +117,9 @@ def test_worker_processes_of_a_sweep_know_it(tiny: list[str], tmp_path: Path) ->
 
 
 def test_jobs_that_a_launcher_carries_elsewhere_know_it(tiny: list[str], tmp_path: Path) -> None:
+    """A job of one run, and the worker processes of a job of two, which start with submitit's script and not this."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
-    start(EXAMPLE, "-m", "hydra/launcher=slurm_local", "backend.activation=relu", "seed=0,1", *tiny, cwd=tmp_path)
+    by = ("hydra/launcher=slurm_local", "hydra.launcher.runs_per_job=2", "sweep.workers=2")
+    start(EXAMPLE, "-m", *by, "backend.activation=relu", "seed=0,1,2", *tiny, cwd=tmp_path)
     summaries = [json.loads(file.read_text()) for file in tmp_path.glob("outputs/default/*/summary.json")]
-    assert [summary["status"] for summary in summaries] == ["done", "done"]
+    assert [summary["status"] for summary in summaries] == ["done", "done", "done"]

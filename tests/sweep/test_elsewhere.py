@@ -27,15 +27,22 @@ def statuses(cwd: Path) -> list[str]:
 
 
 def test_submitit(tiny: list[str], tmp_path: Path) -> None:
-    """By its local executor, two runs; again: nothing is started."""
+    """By its local executor, a job of two runs and one of one; again: nothing is started.
+
+    That executor makes a folder for jobs of the very name it is given, so it is not given one with a job's id.
+    """
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
-    command = ["hydra/launcher=slurm_local", *tiny, "trainer.steps=4", "seed=0,1"]
+    command = ["hydra/launcher=slurm_local", "hydra.launcher.runs_per_job=2", *tiny, "trainer.steps=4", "seed=0,1,2"]
+    command.append("hydra.launcher.launcher.submitit_folder='${hydra.sweep.dir}/.submitit/%j'")
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
-    assert statuses(tmp_path) == ["done", "done"]
+    assert statuses(tmp_path) == ["done", "done", "done"]
+    jobs = tmp_path / "outputs" / "default" / ".submitit"
+    assert len([*jobs.glob("*_0_log.out")]) == 2
+    assert not any(path.is_dir() for path in jobs.iterdir())
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
-    assert "2 runs, 2 done already" in out
+    assert "3 runs, 3 done already" in out
 
 
 def test_ray(tiny: list[str], tmp_path: Path) -> None:

@@ -12,21 +12,22 @@ import pytest
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, run_job
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
 from hydra_plugins import xattn_launcher
-from hydra_plugins.xattn_launcher import ElsewhereLauncher, XattnLauncher
+from hydra_plugins.xattn_launcher import XattnLauncher
+from hydra_plugins.xattn_remote import ElsewhereLauncher
 from hydra_plugins.xattn_sweeper import GridSweeper, OptunaSweeper
-from xattn import main, run_folder
+from xattn import app, run_folder
 from xattn.attempt import Job
 from xattn.errors import BadInput, ExitCode
 from xattn.model.size import num_params
-from xattn.sweep import study
+from xattn.sweep import study, workers
 from xattn.sweep.table import print_table
 
 RATE = "optimizer.learning_rate"
@@ -49,7 +50,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Job]:
 
 
 def finish(folder: Path) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # Hydra has made that of a launcher's job
     run_folder.write_summary(folder, {"status": "done", "val_loss": 1.0, "val_bpb": 1.0})
 
 
@@ -90,6 +91,40 @@ class OtherMachines(Launcher):
         for job in xattn_launcher.jobs_of(self.context, self.config, job_overrides):
             finish(job.folder)
         return []
+
+
+class AsSubmitit(Launcher):
+    """In place of submitit's, with jobs that are carried out here, one after the other.
+
+    before: called with the number of the job that is next.
+    """
+
+    def __init__(self, before: Callable[[int], None] = lambda number: None) -> None:
+        self.before = before
+        self.launched: list[Sequence[str]] = []
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config, self.task = hydra_context, config, task_function
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        returned = []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            self.launched.append(overrides)
+            self.before(number)
+            composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(composed.hydra.job):
+                composed.hydra.job.id, composed.hydra.job.num = "77", number
+            returned.append(
+                run_job(
+                    hydra_context=self.context,
+                    task_function=self.task,
+                    config=composed,
+                    job_dir_key="hydra.sweep.dir",
+                    job_subdir_key="hydra.sweep.subdir",
+                )
+            )
+            assert returned[-1].return_value == ExitCode.DONE
+        return returned
 
 
 class Noted(Launcher):
@@ -157,6 +192,96 @@ def test_trials_are_made_where_the_launcher_makes_them(made: list[Job], start: C
     start(optuna_sweeper(), ElsewhereLauncher(others), f"{RATE}=interval(1e-4, 1e-2)")
     assert len(others.launched) == 2
     assert made == []
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[Job]]:
+    """The runs that each job of a launcher was to make together."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "outcomes", {})
+    grouped: list[list[Job]] = []
+
+    def make(jobs: Sequence[Job], **how: Any) -> None:
+        grouped.append(list(jobs))
+        for job in jobs:
+            finish(job.folder)
+
+    monkeypatch.setattr(workers, "carry_out", make)
+    return grouped
+
+
+def test_a_job_carries_runs_of_one_program(
+    grouped: list[list[Job]], start: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many as are asked for; and each is made with its own config, however the sweep orders them."""
+    others = AsSubmitit()
+    start(GridSweeper(), ElsewhereLauncher(others, 2), "seed=0,1", "backend.activation=softmax,sigmoid")
+    assert len(others.launched) == 2
+    made = [[(job.config.backend.activation, job.config.seed) for job in group] for group in grouped]
+    assert made == [[("softmax", 0), ("softmax", 1)], [("sigmoid", 0), ("sigmoid", 1)]]
+    assert "handed over 4 runs" in capsys.readouterr().out
+    start(GridSweeper(), ElsewhereLauncher(others, 2), "seed=0,1", "backend.activation=softmax,sigmoid")
+    assert len(others.launched) == 2
+
+
+def test_runs_of_a_job_are_as_hydra_has_them(
+    grouped: list[list[Job]], start: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with its number in the sweep, by which a folder may be named, and with its callbacks; not the job."""
+    monkeypatch.setattr(Heard, "told", [])
+    (tmp_path / "outputs" / "default").mkdir(parents=True)
+    finish(tmp_path / "outputs" / "default" / "run0")
+    heard = f"+hydra.callbacks.heard._target_={__name__}.Heard"
+    own = ["hydra.sweep.subdir='run${hydra.job.num}'", heard, "hydra.output_subdir=.hydra", "seed=0,1,2,3,4"]
+    start(GridSweeper(), ElsewhereLauncher(AsSubmitit(), 2), *own)
+    assert [[job.folder.name for job in group] for group in grouped] == [["run1", "run2"], ["run3", "run4"]]
+    assert [job.config.seed for group in grouped for job in group] == [1, 2, 3, 4]
+    pairs = ((1, 2), (3, 4))
+    assert Heard.told == [(at, seed) for pair in pairs for at in ("start", "end") for seed in pair]
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["+hydra.job.env_set.XATTN_SET='${seed}'"], r"hydra\.job\.env_set: XATTN_SET: differs"),
+        (["hydra.job.chdir=true"], r"hydra\.job\.chdir = true"),
+    ],
+)
+def test_runs_that_cannot_share_a_process_are_not_put_into_one_job(
+    typed: list[str], told: str, grouped: list[list[Job]], start: Callable[..., None]
+) -> None:
+    others = AsSubmitit()
+    with pytest.raises(BadInput, match=rf"{told}.*runs_per_job=1"):
+        start(GridSweeper(), ElsewhereLauncher(others, 2), *typed, "seed=0,1")
+    assert (others.launched, grouped) == ([], [])
+
+
+@pytest.mark.parametrize(("begun", "resume"), [("2001-01-01T00:00:00+00:00", "never"), ("2999-01-01", "auto")])
+@pytest.mark.parametrize("runs_per_job", [1, 2])
+def test_a_job_that_is_queued_again_starts_nothing_over(
+    runs_per_job: int, begun: str, resume: str, grouped: list[list[Job]], start: Callable[..., None], tmp_path: Path
+) -> None:
+    """``resume=never`` moves the run of an earlier command aside, and not what this command's first attempt began."""
+    study_folder, seen = tmp_path / "outputs" / "default", []
+
+    def begin(number: int) -> None:
+        for name in ("a0", "a1"):
+            (study_folder / name).mkdir(parents=True, exist_ok=True)
+            (study_folder / name / run_folder.PROVENANCE).write_text(f'{{"started_at": "{begun}"}}')
+
+    def task(config: DictConfig) -> ExitCode:
+        seen.append(config.resume)
+        return ExitCode.DONE
+
+    def make(jobs: Sequence[Job], **how: Any) -> None:
+        seen.extend(job.config.resume for job in jobs)
+
+    launcher = ElsewhereLauncher(AsSubmitit(begin), runs_per_job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "carry_out", make)
+        patch.setitem(globals(), "_task", task)
+        start(GridSweeper(), launcher, "hydra.sweep.subdir='a${seed}'", "resume=never", "seed=0,1")
+    assert seen == [resume, resume]
 
 
 def test_trials_that_draw_the_same_values_are_one_run(made: list[Job], start: Callable[..., None]) -> None:
@@ -482,8 +607,8 @@ def test_no_trial_is_drawn_where_the_corpus_is_missing(
 def test_what_a_launcher_pickles_of_a_run_refers_to_this_package_and_copies_nothing() -> None:
     """A copy of the object that signals ask would be asked by none: SIGUSR2 to a job of submitit lost its steps."""
     cloudpickle = pytest.importorskip("cloudpickle", reason="neither the extra slurm nor ray is installed")
-    task = main.train.__wrapped__  # what Hydra hands to its launchers
+    task = app.train.__wrapped__  # what Hydra hands to its launchers
     unpickled = pickle.loads(cloudpickle.dumps(task))
     assert unpickled is not task
     for name in unpickled.__code__.co_names:
-        assert unpickled.__globals__[name] is getattr(main, name)
+        assert unpickled.__globals__[name] is getattr(app, name)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from xattn import run_folder
 from xattn.attempt import Job, move_older_aside
 from xattn.device import compute_with
 from xattn.errors import BadInput, ExitCode, FolderInUse
+from xattn.registry import Addition
 from xattn.same_training import Trainings, answered
 from xattn.screen import say
 from xattn.signals import interruption
@@ -45,10 +48,11 @@ class Seat(NamedTuple):
     core: int | None = None
 
 
-def carry_out(jobs: Sequence[Job], plan: Plan | None = None) -> None:
+def carry_out(jobs: Sequence[Job], plan: Plan | None = None, additions: Sequence[Addition] = ()) -> None:
     """:func:`xattn.sweep.study.carry_out`, by as many processes as ``sweep.workers`` says.
 
-    plan: of the command; it is kept once no run is refused.
+    plan: of the command; it is kept once no run is refused. additions: what each of those processes registers; needed
+    where the user's script is not what this process has started with, and is not imported by them.
     Raises :class:`BadInput`, and starts nothing, where a run is found to be one that cannot be made.
     """
     unfinished = [job for job in jobs if not is_finished(job)]
@@ -69,7 +73,7 @@ def carry_out(jobs: Sequence[Job], plan: Plan | None = None) -> None:
     with study.told_at_the_end(jobs, plan):
         for threads, group in _by_threads(jobs).items():
             if threads in places:
-                _carry_out(group, _to_be_made(group), places[threads])
+                _carry_out(group, _to_be_made(group), places[threads], additions)
 
 
 def _keep(plan: Plan | None, jobs: Sequence[Job]) -> None:
@@ -154,13 +158,16 @@ def _begun_anew(job: Job) -> Job:
     return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}), answerable=False)
 
 
-def _carry_out(jobs: Sequence[Job], unfinished: Sequence[Job], seats: Sequence[Seat]) -> None:
+def _carry_out(
+    jobs: Sequence[Job], unfinished: Sequence[Job], seats: Sequence[Seat], additions: Sequence[Addition]
+) -> None:
     context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    results, registered = context.SimpleQueue(), _by_value(additions)
     processes = []
     for i, seat in enumerate(seats):
         with _environment({} if seat.gpu is None else {"CUDA_VISIBLE_DEVICES": seat.gpu}):
-            processes.append(context.Process(target=_work, args=(list(jobs), results, seat.core, i / len(seats))))
+            arguments = (list(jobs), results, seat.core, i / len(seats), registered)
+            processes.append(context.Process(target=_work, args=arguments))
             processes[-1].start()
     label, pending, told = labels(jobs), list(unfinished), False
     with StudyView(len(jobs), len(jobs) - len(unfinished)) as view:
@@ -202,7 +209,15 @@ def _merge(outcomes: Mapping[Any, ExitCode]) -> None:
             study.outcomes[folder] = code
 
 
-def _work(jobs: Sequence[Job], results: Any, core: int | None, start_at: float) -> None:
+def _by_value(additions: Sequence[Addition]) -> bytes:
+    """Pickles what the user has registered, functions with their code; empty where there is nothing."""
+    if not additions:
+        return b""
+    cloudpickle = importlib.import_module("cloudpickle")  # submitit and Ray, which bring these here, depend on it
+    return bytes(cloudpickle.dumps(tuple(additions)))
+
+
+def _work(jobs: Sequence[Job], results: Any, core: int | None, start_at: float, registered: bytes) -> None:
     """One of the processes. Signals come from the one that started it, and none from the terminal."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it is how the parent asks, whatever that one ignores
@@ -210,6 +225,8 @@ def _work(jobs: Sequence[Job], results: Any, core: int | None, start_at: float) 
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
     if core is not None:
         os.sched_setaffinity(0, {core})
+    for addition in pickle.loads(registered) if registered else ():
+        addition.repeat()
     with interruption.listening(), contextlib.suppress(SystemExit):
         study.make_each_training_once(jobs, start_at=start_at)
     results.put(study.outcomes)
