@@ -1,23 +1,24 @@
-# The versions that the suite was last run with, and xattn. docs/devices.md says how to start it.
+# xattn with the versions of uv.lock. docs/devices.md says how to start it.
 #
 #     docker build -t xattn .                          # computes on CPUs
 #     docker build -t xattn --build-arg EXTRA=cuda .   # and on NVIDIA GPUs
 FROM python:3.11-slim
 
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
+ENV PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore UV_NO_CACHE=1 UV_PYTHON_DOWNLOADS=never PYTHONUNBUFFERED=1
+RUN pip install uv
+WORKDIR /opt/xattn
 
-# First and alone: a change of the source does not install these again.
-COPY locks/python3.11.txt /opt/xattn/lock.txt
-RUN pip install -r /opt/xattn/lock.txt
+# First and alone: a change of the source does not install these again. EXTRA is one more of pyproject.toml's extras.
+ARG EXTRA=hf
+COPY pyproject.toml uv.lock ./
+RUN uv sync --frozen --no-install-project --extra hf --extra tune --extra slurm --extra "$EXTRA"
 
-# An extra of pyproject.toml, for what the lock lacks: cuda, ray. The lock holds down the versions that it has.
-ARG EXTRA=
-COPY pyproject.toml README.md LICENSE /opt/xattn/source/
-COPY hydra_plugins /opt/xattn/source/hydra_plugins
-COPY conf /opt/xattn/source/conf
-COPY xattn /opt/xattn/source/xattn
-RUN pip install --no-deps /opt/xattn/source \
-    && if [ -n "$EXTRA" ]; then pip install -c /opt/xattn/lock.txt "/opt/xattn/source[$EXTRA]"; fi
+COPY README.md LICENSE ./
+COPY hydra_plugins ./hydra_plugins
+COPY conf ./conf
+COPY xattn ./xattn
+RUN uv sync --frozen --no-editable --extra hf --extra tune --extra slurm --extra "$EXTRA"
+ENV PATH=/opt/xattn/.venv/bin:$PATH
 
 # Runs, compiled programs and tokenised texts are written below /work, which is to be a folder of the host.
 RUN useradd --create-home --uid 1000 xattn && mkdir /work && chown xattn /work

@@ -6,10 +6,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -19,17 +15,6 @@ def copied() -> list[str]:
     """The paths of this checkout that the image takes."""
     lines = re.findall(r"^COPY (.+)$", DOCKERFILE, re.M)
     return [source for line in lines for source in line.split()[:-1]]
-
-
-def locked(path: Path) -> dict[str, str]:
-    """Package → its one version. Raises an error for a line that pip would not read."""
-    lines = [line for line in path.read_text("utf-8").splitlines() if line and not line.startswith("#")]
-    versions = {}
-    for requirement in map(Requirement, lines):
-        (specifier,) = requirement.specifier
-        assert specifier.operator == "=="
-        versions[canonicalize_name(requirement.name)] = specifier.version
-    return versions
 
 
 def test_what_the_image_copies_is_there_and_sent_to_the_daemon() -> None:
@@ -45,21 +30,16 @@ def test_the_image_has_all_that_the_wheel_is_built_from() -> None:
     assert {project["readme"], *project["license-files"], *wheel["only-include"], "pyproject.toml"} <= set(copied())
 
 
-def test_the_image_installs_the_lock_of_its_python() -> None:
-    (python,) = re.findall(r"^FROM python:([\d.]+)-slim$", DOCKERFILE, re.M)
-    assert f"locks/python{python}.txt" in copied()
-    assert locked(ROOT / "locks" / f"python{python}.txt")["jax"]
-
-
-@pytest.mark.parametrize("lock", sorted((ROOT / "locks").glob("*.txt")), ids=lambda path: path.stem)
-def test_a_lock_satisfies_what_the_package_depends_on(lock: Path) -> None:
-    """The image installs xattn without dependencies: what a lock lacks, it would lack."""
-    extras, versions = PROJECT["project"]["optional-dependencies"], locked(lock)
-    python = {"python_version": lock.stem.removeprefix("python")}
-    for text in [*PROJECT["project"]["dependencies"], *extras["slurm"], *extras["tune"], *extras["hf"]]:
-        needed = Requirement(text)
-        if needed.marker is None or needed.marker.evaluate(python):
-            assert needed.specifier.contains(versions[canonicalize_name(needed.name)]), needed
+def test_the_image_installs_what_the_lock_has_and_nothing_else() -> None:
+    """tests/test_forge.py compares the lock with pyproject.toml."""
+    assert "uv.lock" in copied()
+    installs = re.findall(r"^RUN (uv sync .+)$", DOCKERFILE, re.M)
+    assert len(installs) == 2
+    for install in installs:
+        assert "--frozen" in install.split()
+        extras = re.findall(r'--extra "?([$\w]+)', install)
+        assert {extra for extra in extras if extra != "$EXTRA"} <= set(PROJECT["project"]["optional-dependencies"])
+    assert "--no-editable" in installs[-1], "the source's folder is not the user's"
 
 
 def test_the_image_trains_as_a_user_without_rights() -> None:
