@@ -81,25 +81,29 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_preempts_is_queued_again_and_makes_the_rest_of_its_runs(
-    tiny: list[str], slurm: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "seeds", "requests"),
+    [(signal.SIGTERM, "0", ["show job 77", "requeue 77"]), (signal.SIGUSR2, "0,1", ["requeue 77"])],
+)
+def test_a_job_that_slurm_stops_is_requeued_and_makes_the_rest_of_its_runs(
+    number: signal.Signals, seeds: str, requests: list[str], tiny: list[str], slurm: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM in the first of two runs: it is saved, resumed by the second attempt, and the other follows."""
+    """The run under way is saved, and resumed by the second attempt; others follow. USR2 is submitit's own signal."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
-    typed = ["hydra/launcher=slurm", "hydra.launcher.runs_per_job=2", *tiny, "seed=0,1"]
+    typed = ["hydra/launcher=slurm", "hydra.launcher.runs_per_job=2", *tiny, f"seed={seeds}"]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *typed, "trainer.steps=800", "trainer.eval_every=800"]
     sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     study = tmp_path / "outputs" / "default"
     wait_for(lambda: any(study.glob("*seed0*/metrics.jsonl")))
-    os.kill(int((slurm / "pid").read_text()), signal.SIGTERM)
+    os.kill(int((slurm / "pid").read_text()), number)
     out, _ = sweep.communicate(timeout=250)
     assert sweep.returncode == 0, out + (slurm / "out").read_text()
-    assert asked(slurm) == ["show job 77", "requeue 77"]
-    assert [(read_summary(run) or {})["status"] for run in sorted(study.glob("softmax*"))] == ["done", "done"]
+    assert asked(slurm) == requests
     logs = {run.name.split("-")[3]: (run / "log.txt").read_text("utf-8") for run in study.glob("softmax*")}
-    assert "resumed     from step" in logs["seed0"]
-    assert "resumed     from step" not in logs["seed1"]
-    assert "handed over 2 runs to SLURM, as 1 job" in out
+    assert ["resumed     from step" in logs[f"seed{seed}"] for seed in seeds.split(",")] == [True, False][: len(logs)]
+    assert {(read_summary(run) or {})["status"] for run in study.glob("softmax*")} == {"done"}
+    assert f"handed over {len(logs)} run" in out
+    assert "to SLURM, as 1 job" in out
     assert "run folders outputs/default/" in out
     assert "job logs    outputs/default/.submitit/JOB/JOB_0_log.out" in out
     assert [path for path in study.rglob("*") if "%" in path.name] == []
@@ -187,6 +191,20 @@ def test_a_group_of_runs_is_not_given_to_several_tasks() -> None:
     assert cluster.check_group(64, SLURM) == 64
     with pytest.raises(BadInput, match=r"got .*\.nodes = 2, hydra\.launcher\.launcher\.tasks_per_node = 8"):
         cluster.check_group(64, settings)
+
+
+@pytest.mark.parametrize(("code", "requests"), [(75, ["requeue 77"]), (0, []), (3, [])])
+def test_the_script_of_the_documentation_requeues_what_was_stopped(
+    code: int, requests: list[str], slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain job of SLURM, which submitit knows nothing of."""
+    page = (ROOT / "docs" / "devices.md").read_text("utf-8")
+    (script,) = [block for block in page.split("```")[1::2] if "#SBATCH" in block]
+    (slurm / "python").write_text(f"#!/bin/bash\nexit {code}\n")
+    (slurm / "python").chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert subprocess.run(["bash", "-c", script.removeprefix("bash\n")]).returncode == code
+    assert asked(slurm) == requests
 
 
 @pytest.fixture
