@@ -134,7 +134,7 @@ def test_a_name_is_shortened_to_what_varies(tmp_path: Path) -> None:
     square = jobs_of(
         tmp_path, *([a, b] for a in ("model.conv=2", "model.conv=4") for b in ("seed=0", "backend.sink=zero"))
     )
-    assert [*map(labels(square), square)][0] == "sink=none conv=2", "several keys at a time: no baseline"
+    assert next(map(labels(square), square)) == "sink=none conv=2", "several keys at a time: no baseline"
     assert shortened("activation=softmax learning_rate=0.001", 20) == "softmax 0.001"
     assert shortened("activation=softmax learning_rate=0.001", 9) == "softmax …"
 
