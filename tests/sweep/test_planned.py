@@ -109,6 +109,16 @@ def test_a_sweep_says_at_its_end_which_runs_are_answered_for(capsys: pytest.Capt
     assert unfinished(STUDY) == []
 
 
+def test_a_command_that_finds_everything_done_leaves_no_plan() -> None:
+    jobs = jobs_of(range(2))
+    for job in jobs:
+        finish(job)
+    keep(jobs)
+    assert not list(STUDY.glob(".sweep-*"))
+    keep([*jobs, *jobs_of([7])])
+    assert [sweep.says for sweep in unfinished(STUDY)] == ["2 of 3 planned"]
+
+
 def test_two_terminals_with_one_command_keep_one_plan() -> None:
     keep(jobs_of(range(2)))
     keep(jobs_of(range(2)))

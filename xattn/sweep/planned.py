@@ -56,6 +56,10 @@ class Plan:
             _write(study, {"runs": names, "answered": known, "grows": self.grows}, starts_over=starts_over)
 
 
+def _is_made(study: Path, content: Mapping[str, Any]) -> bool:
+    return "runs" in content and not content["grows"] and all(_status(study / run) in _OVER for run in content["runs"])
+
+
 def write_trials(study: Path, planned: int, ended: int) -> None:
     """Notes how many trials a tuner has in mind, and how many of them have ended, whoever made them."""
     _write(study, {"planned": planned, "ended": ended}, starts_over=False)
@@ -70,6 +74,8 @@ def _write(study: Path, content: Mapping[str, Any], *, starts_over: bool) -> Non
     here = Path.cwd()
     cwd = os.path.relpath(here, study) if study.is_relative_to(here) else str(here)
     path = study / _FILE.format(hashlib.sha256(json.dumps([command[1:], cwd]).encode()).hexdigest()[:10])
+    if not path.exists() and _is_made(study, content):
+        return  # whoever only looks at what is done leaves nothing
     before = _read(path) or {}
     known = {*content.get("answered", ()), *before.get("answered", ())}
     whole = dict(content) | ({"answered": sorted(known & set(content["runs"]))} if "runs" in content else {})
