@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 import xattn
-from xattn.errors import BadInput
+from hydra_plugins.xattn_remote import Handed
+from xattn.errors import BadInput, ExitCode
 from xattn.run_folder import read_summary
 from xattn.sweep import cluster
 
@@ -157,6 +161,20 @@ def test_a_job_that_was_cancelled_is_not_queued_again(
     cluster.queue_again()
     assert requeued == []
     assert f"SLURM is ending job 77 ({state}), which is not queued again" in capsys.readouterr().out
+
+
+def test_a_job_that_cannot_be_queued_again_says_why(
+    slurm: Path, requeued: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cluster may forbid it. The job then ends as one that was stopped and saved."""
+    (slurm / "broken").touch()
+    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(job=SimpleNamespace(num=0)))
+    nothing: Any = None
+    handed = Handed(nothing, nothing, lambda config: ExitCode.PREEMPTED)
+    handed.groups = {0: [(0, [])]}
+    assert handed(OmegaConf.create({"resume": "auto"})) == ExitCode.PREEMPTED
+    assert requeued == [signal.SIGUSR2]
+    assert re.search("the job is not queued again: .*scontrol.*requeue", capsys.readouterr().err)
 
 
 def test_without_srun_nothing_is_handed_to_slurm(

@@ -29,8 +29,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[Seat]]:
     started: list[list[Seat]] = []
     monkeypatch.setattr(workers, "gpus", lambda: ["0", "1"])
     monkeypatch.setattr(workers, "check_devices", lambda jobs: None)
-    monkeypatch.setattr(study, "carry_out", lambda jobs: started.append([]))
-    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: started.append(list(devices)))
+    monkeypatch.setattr(study, "carry_out", lambda jobs, plan: started.append([]))
+    monkeypatch.setattr(
+        workers, "_carry_out", lambda jobs, unfinished, devices, additions: started.append(list(devices))
+    )
     return started
 
 
@@ -69,7 +71,7 @@ def test_resume_never_is_once_a_command(
 ) -> None:
     """Else each of the processes would move aside what another has just made."""
     handed: list[Job] = []
-    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: handed.extend(unfinished))
+    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices, additions: handed.extend(unfinished))
     jobs = jobs_of(tmp_path, "resume=never")
     earlier = jobs[0].folder
     earlier.mkdir(parents=True)
