@@ -72,6 +72,11 @@ class Config(Section):
     starts over.
     """
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Unpickles it, with all its keys also in a process that has composed no config before."""
+        config_type()
+        super().__setstate__(state)
+
 
 def config_type() -> type[Config]:
     """:class:`Config`, with the kinds of data and optimizers that there are now: a script may have registered some.

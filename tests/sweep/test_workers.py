@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pickle
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,3 +104,15 @@ def test_the_gpus_are_those_that_jax_would_use(monkeypatch: pytest.MonkeyPatch) 
     for visible, found in (("", []), ("-1", []), ("1, 3", ["1", "3"]), ("GPU-a,-1,GPU-c", ["GPU-a"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpus() == found
+
+
+def test_a_config_that_a_worker_unpickles_has_all_its_keys() -> None:
+    """A worker composes none before it. Its config.yaml lacked the keys of the optimizer and the data, so that the run
+    could neither be resumed nor loaded."""
+    config = xattn.config.compose(["optimizer=muon", "data=mqar"])
+    program = (
+        "import pickle, sys; config = pickle.load(sys.stdin.buffer); import xattn.config as c; "
+        "print(c.run_hash(config), c.save(config), end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(config), capture_output=True)
+    assert done.stdout.decode() == f"{xattn.config.run_hash(config)} {xattn.config.save(config)}"
