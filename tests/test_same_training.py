@@ -449,7 +449,7 @@ def test_starting_over_by_several_workers_takes_no_other_run(
     put(tmp_path, jobs[0].config)
     handed: list[Job] = []
     monkeypatch.setattr(workers, "seats", lambda unfinished: [Seat(gpu="0"), Seat(gpu="1")])
-    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: handed.extend(unfinished))
+    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices, additions: handed.extend(unfinished))
     workers.carry_out(jobs)
     assert [job.folder for job in handed] == [jobs[1].folder]
     assert Trainings(handed).find(handed[0]) == []

@@ -26,7 +26,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializeAsAny, ValidationError
 from pydantic.fields import FieldInfo
 
 from xattn import entry, run_folder
@@ -53,8 +53,8 @@ class Config(Section):
 
     backend: BackendConfig
     model: ModelConfig
-    data: DataConfig
-    optimizer: Optimizer
+    data: SerializeAsAny[DataConfig]
+    optimizer: SerializeAsAny[Optimizer]
     schedule: ScheduleConfig
     trainer: TrainerConfig
     evaluation: EvaluationConfig

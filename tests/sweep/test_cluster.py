@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 import xattn
-from xattn.errors import BadInput
+from hydra_plugins.xattn_remote import Handed
+from xattn.errors import BadInput, ExitCode
 from xattn.run_folder import read_summary
 from xattn.sweep import cluster
 
@@ -80,30 +84,38 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def descendants(process: int) -> list[int]:
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [each for child in map(int, children) for each in (child, *descendants(child))]
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list a process's children")
 @pytest.mark.parametrize(
-    ("number", "seeds", "requests"),
-    [(signal.SIGTERM, "0", ["show job 77", "requeue 77"]), (signal.SIGUSR2, "0,1", ["requeue 77"])],
+    ("number", "workers", "begun", "requests"),
+    [(signal.SIGTERM, 1, 1, ["show job 77", "requeue 77"]), (signal.SIGUSR2, 2, 2, ["requeue 77"])],
 )
 def test_a_job_that_slurm_stops_is_requeued_and_makes_the_rest_of_its_runs(
-    number: signal.Signals, seeds: str, requests: list[str], tiny: list[str], slurm: Path, tmp_path: Path
+    number: signal.Signals, workers: int, begun: int, requests: list[str], tiny: list[str], slurm: Path, tmp_path: Path
 ) -> None:
-    """The run under way is saved, and resumed by the second attempt; others follow. USR2 is submitit's own signal."""
+    """Every process of the job gets the signal; USR2 is submitit's own. Runs under way are saved, each by the process
+    that makes it, and resumed by the second attempt; others follow."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
-    typed = ["hydra/launcher=slurm", "hydra.launcher.runs_per_job=2", *tiny, f"seed={seeds}"]
+    typed = ["hydra/launcher=slurm", "hydra.launcher.runs_per_job=2", f"sweep.workers={workers}", *tiny, "seed=0,1"]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *typed, "trainer.steps=800", "trainer.eval_every=800"]
     sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     study = tmp_path / "outputs" / "default"
-    wait_for(lambda: any(study.glob("*seed0*/metrics.jsonl")))
-    os.kill(int((slurm / "pid").read_text()), number)
+    wait_for(lambda: len([*study.glob("*/metrics.jsonl")]) >= begun)
+    job = int((slurm / "pid").read_text())
+    for process in (*descendants(job), job):
+        os.kill(process, number)
     out, _ = sweep.communicate(timeout=250)
     assert sweep.returncode == 0, out + (slurm / "out").read_text()
     assert asked(slurm) == requests
-    logs = {run.name.split("-")[3]: (run / "log.txt").read_text("utf-8") for run in study.glob("softmax*")}
-    assert ["resumed     from step" in logs[f"seed{seed}"] for seed in seeds.split(",")] == [True, False][: len(logs)]
-    assert {(read_summary(run) or {})["status"] for run in study.glob("softmax*")} == {"done"}
-    assert f"handed over {len(logs)} run" in out
-    assert "to SLURM, as 1 job" in out
+    logs = [(run / "log.txt").read_text("utf-8") for run in sorted(study.glob("softmax*"))]
+    assert ["resumed     from step" in log for log in logs] == [True, workers == 2]
+    assert [(read_summary(run) or {})["status"] for run in study.glob("softmax*")] == ["done", "done"]
+    assert "handed over 2 runs to SLURM, as 1 job" in out
     assert "run folders outputs/default/" in out
     assert "job logs    outputs/default/.submitit/JOB/JOB_0_log.out" in out
     assert [path for path in study.rglob("*") if "%" in path.name] == []
@@ -157,6 +169,20 @@ def test_a_job_that_was_cancelled_is_not_queued_again(
     cluster.queue_again()
     assert requeued == []
     assert f"SLURM is ending job 77 ({state}), which is not queued again" in capsys.readouterr().out
+
+
+def test_a_job_that_cannot_be_queued_again_says_why(
+    slurm: Path, requeued: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cluster may forbid it. The job then ends as one that was stopped and saved."""
+    (slurm / "broken").touch()
+    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(job=SimpleNamespace(num=0)))
+    nothing: Any = None
+    handed = Handed(nothing, nothing, lambda config: ExitCode.PREEMPTED)
+    handed.groups = {0: [(0, [])]}
+    assert handed(OmegaConf.create({"resume": "auto"})) == ExitCode.PREEMPTED
+    assert requeued == [signal.SIGUSR2]
+    assert re.search("the job is not queued again: .*scontrol.*requeue", capsys.readouterr().err)
 
 
 def test_without_srun_nothing_is_handed_to_slurm(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pickle
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +32,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[Seat]]:
     monkeypatch.setattr(workers, "gpus", lambda: ["0", "1"])
     monkeypatch.setattr(workers, "check_devices", lambda jobs: None)
     monkeypatch.setattr(study, "carry_out", lambda jobs, plan: started.append([]))
-    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: started.append(list(devices)))
+    monkeypatch.setattr(
+        workers, "_carry_out", lambda jobs, unfinished, devices, additions: started.append(list(devices))
+    )
     return started
 
 
@@ -69,7 +73,7 @@ def test_resume_never_is_once_a_command(
 ) -> None:
     """Else each of the processes would move aside what another has just made."""
     handed: list[Job] = []
-    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices: handed.extend(unfinished))
+    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices, additions: handed.extend(unfinished))
     jobs = jobs_of(tmp_path, "resume=never")
     earlier = jobs[0].folder
     earlier.mkdir(parents=True)
@@ -100,3 +104,15 @@ def test_the_gpus_are_those_that_jax_would_use(monkeypatch: pytest.MonkeyPatch) 
     for visible, found in (("", []), ("-1", []), ("1, 3", ["1", "3"]), ("GPU-a,-1,GPU-c", ["GPU-a"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpus() == found
+
+
+def test_a_config_that_a_worker_unpickles_has_all_its_keys() -> None:
+    """A worker composes none before it. Its config.yaml lacked the keys of the optimizer and the data, so that the run
+    could neither be resumed nor loaded."""
+    config = xattn.config.compose(["optimizer=muon", "data=mqar"])
+    program = (
+        "import pickle, sys; config = pickle.load(sys.stdin.buffer); import xattn.config as c; "
+        "print(c.run_hash(config), c.save(config), end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(config), capture_output=True)
+    assert done.stdout.decode() == f"{xattn.config.run_hash(config)} {xattn.config.save(config)}"

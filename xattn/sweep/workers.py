@@ -39,6 +39,9 @@ from xattn.sweep.planned import Plan
 from xattn.sweep.view import StudyView
 
 _POLL_SECONDS = 0.5
+# How the first process asks the others to save and leave. SLURM signals every process of a job, so they may have been
+# asked before: a second SIGTERM would end them at once, unsaved; a repeated USR1 asks for nothing more.
+_REQUEST = signal.SIGUSR1
 
 
 class Seat(NamedTuple):
@@ -162,12 +165,11 @@ def _carry_out(
     jobs: Sequence[Job], unfinished: Sequence[Job], seats: Sequence[Seat], additions: Sequence[Addition]
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    results, registered = context.SimpleQueue(), _by_value(additions)
+    results, pickled = context.SimpleQueue(), _pickled(jobs, additions)
     processes = []
     for i, seat in enumerate(seats):
         with _environment({} if seat.gpu is None else {"CUDA_VISIBLE_DEVICES": seat.gpu}):
-            arguments = (list(jobs), results, seat.core, i / len(seats), registered)
-            processes.append(context.Process(target=_work, args=arguments))
+            processes.append(context.Process(target=_work, args=(*pickled, results, seat.core, i / len(seats))))
             processes[-1].start()
     label, pending, told = labels(jobs), list(unfinished), False
     with StudyView(len(jobs), len(jobs) - len(unfinished)) as view:
@@ -185,7 +187,8 @@ def _carry_out(
             if interruption.requested and not told:
                 told = True
                 for process in alive:
-                    process.terminate()  # a request, as to any run: save and leave
+                    if process.pid is not None:
+                        os.kill(process.pid, _REQUEST)
             while not results.empty():
                 _merge(results.get())
         while not results.empty():
@@ -209,24 +212,28 @@ def _merge(outcomes: Mapping[Any, ExitCode]) -> None:
             study.outcomes[folder] = code
 
 
-def _by_value(additions: Sequence[Addition]) -> bytes:
-    """Pickles what the user has registered, functions with their code; empty where there is nothing."""
+def _pickled(jobs: Sequence[Job], additions: Sequence[Addition]) -> tuple[bytes, bytes]:
+    """Pickles what the user has registered, and the jobs, which need it where they are unpickled.
+
+    With additions both are pickled by value: the file that their code is in is not imported there.
+    """
     if not additions:
-        return b""
-    cloudpickle = importlib.import_module("cloudpickle")  # submitit and Ray, which bring these here, depend on it
-    return bytes(cloudpickle.dumps(tuple(additions)))
+        return pickle.dumps(()), pickle.dumps(list(jobs))
+    cloudpickle = importlib.import_module("cloudpickle")  # submitit and Ray, which bring additions, depend on it
+    return cloudpickle.dumps(tuple(additions)), cloudpickle.dumps(list(jobs))
 
 
-def _work(jobs: Sequence[Job], results: Any, core: int | None, start_at: float, registered: bytes) -> None:
+def _work(registered: bytes, pickled_jobs: bytes, results: Any, core: int | None, start_at: float) -> None:
     """One of the processes. Signals come from the one that started it, and none from the terminal."""
     os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it is how the parent asks, whatever that one ignores
+    signal.signal(_REQUEST, signal.SIG_DFL)  # else it is ignored where the parent ignores it
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
     if core is not None:
         os.sched_setaffinity(0, {core})
-    for addition in pickle.loads(registered) if registered else ():
+    for addition in pickle.loads(registered):
         addition.repeat()
+    jobs = pickle.loads(pickled_jobs)
     with interruption.listening(), contextlib.suppress(SystemExit):
         study.make_each_training_once(jobs, start_at=start_at)
     results.put(study.outcomes)
@@ -236,7 +243,7 @@ def _leave_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), _REQUEST)
     time.sleep(60)
     os._exit(128 + signal.SIGTERM)
 
