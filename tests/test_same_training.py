@@ -319,13 +319,13 @@ def test_two_who_ask_the_same_measure_it_once(outputs: Path, monkeypatch: pytest
     """The second waits for the first, by the kernel's lock on the file."""
     measured: list[float] = []
 
-    def measure(overrides: Sequence[str]) -> dict[str, float]:
+    def measure(overrides: Sequence[str], *, config_dir: Path | None) -> dict[str, float]:
         time.sleep(0.2)
         measured.append(1.0)
         return {"val_loss": 1.0}
 
     monkeypatch.setattr(evaluate, "load", lambda run, checkpoint: SimpleNamespace(step=4, evaluate=measure))
-    monkeypatch.setattr(evaluate, "_check", lambda run, overrides: {"status": "done", "step": 4})
+    monkeypatch.setattr(evaluate, "_check", lambda run, overrides, config_dir: {"status": "done", "step": 4})
     found: list[bool] = []
     threads = [
         threading.Thread(target=lambda: found.append(evaluate_once(outputs / RUNS[0].name, ["seed=1"])[1]))

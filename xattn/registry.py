@@ -7,6 +7,7 @@ comes from, and how it is repeated in another process.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ def note(addition: Addition) -> None:
     """
     key = addition.kind, addition.name
     if key in _ADDITIONS and _ADDITIONS[key] != addition:
+        if (jax := sys.modules.get("jax")) is not None:  # a program of the user's own may have it too
+            jax.clear_caches()
         for forget in caches:
             forget()
     _ADDITIONS[key] = addition

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn import testing
+from xattn import registry, testing
 from xattn.backend import activations, attention, decode, register_activation
 from xattn.backend.activations import Activation
 from xattn.backend.dispatch import TABLE, choose
@@ -129,7 +129,7 @@ def test_names_that_cannot_be_are_refused() -> None:
 def test_a_cell_that_is_run_again_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are known by the activation's name; those of a replaced one are forgotten."""
     forgotten: list[str] = []
-    monkeypatch.setattr(activations, "caches", [lambda: forgotten.append("programs")])
+    monkeypatch.setattr(registry, "caches", [lambda: forgotten.append("programs")])
     call = jax.jit(lambda q: attention(q, q, q, activation_function="mine"))
     q = jnp.ones((1, 1, 3, 2))
     register_activation("mine")(lambda logits, n: logits)

@@ -92,6 +92,7 @@ def test_no_jax_is_imported_and_the_public_names_are_listed(write_study: Callabl
     folder = write_study(seeds=2, rows=4).folder
     done = subprocess.run([sys.executable, "-c", READS, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    public = ["LoadedRun", "LoadedStudy", "backend", "errors", "load", "load_study", "testing", "train"]
+    own = [f"register_{kind}" for kind in ("activation", "optimizer", "output_norm", "probe", "task")]
+    public = ["LoadedRun", "LoadedStudy", "backend", "errors", "load", "load_study", "main", *own, "testing", "train"]
     assert done.stdout == f"{[]} {public}\n"
     assert all(hasattr(xattn, name) for name in public)

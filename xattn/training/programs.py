@@ -254,7 +254,7 @@ def _compile(
     )
 
 
-registry.caches += [jax.clear_caches, _one_run.cache_clear, _compile.cache_clear]
+registry.caches += [_one_run.cache_clear, _compile.cache_clear]
 
 
 def _compiled(lowered: jax.stages.Lowered, config: Config) -> jax.stages.Compiled:
