@@ -17,7 +17,6 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-import xattn
 from hydra_plugins.xattn_remote import Handed
 from xattn.errors import BadInput, ExitCode
 from xattn.run_folder import read_summary
@@ -185,20 +184,20 @@ def test_a_job_that_cannot_be_queued_again_says_why(
     assert re.search("the job is not queued again: .*scontrol.*requeue", capsys.readouterr().err)
 
 
-def test_without_srun_nothing_is_handed_to_slurm(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_srun_nothing_is_handed_to_slurm(tiny: list[str], tmp_path: Path) -> None:
     """Exit 2 with the way out, before anything is written; also by the plugin's own name."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
     for choice in ("slurm", "submitit_slurm"):
-        with pytest.raises(SystemExit) as left:
-            xattn.main(["-m", f"hydra/launcher={choice}", *tiny, "seed=0,1"])
-        assert left.value.code == 2
-        told = capsys.readouterr().err
-        assert f"hydra/launcher={choice}: sbatch and srun not found on PATH" in told
-        assert "hydra/launcher=slurm_local" in told
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), "-m", f"hydra/launcher={choice}", *tiny, "seed=0,1"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert f"hydra/launcher={choice}: sbatch and srun not found on PATH" in done.stderr
+        assert "hydra/launcher=slurm_local" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
