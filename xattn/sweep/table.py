@@ -20,7 +20,6 @@ from xattn.errors import BadInput
 from xattn.metrics import loss_metric
 from xattn.provenance import other_library
 from xattn.report.read import finite
-from xattn.report.words import counted
 from xattn.run_folder import shown
 from xattn.sweep.labels import arm, baseline_of, short_names
 from xattn.tracking.display import Screen
@@ -73,7 +72,7 @@ def print_table(
     for note in notes:
         screen.say(note)
     for told, count in Counter(row.other_library for row in rows if row.other_library is not None).items():
-        screen.say(f"{counted(count, 'run')}: {told}")
+        screen.say(f"{count} run{'s' * (count != 1)}: {told}")
 
 
 def _forms(
