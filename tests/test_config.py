@@ -783,10 +783,10 @@ def test_any_overrides_are_a_config_or_a_short_message(overrides: list[str]) -> 
 
 def test_what_answers_at_once_imports_no_jax() -> None:
     code = (
-        "import sys, xattn, xattn.config, xattn.run, xattn.run_folder, xattn.provenance, xattn.model.config, "
-        "xattn.tracking.display\n"
+        "import sys, xattn, xattn.app, xattn.config, xattn.run, xattn.run_folder, xattn.provenance, "
+        "xattn.model.config, xattn.tracking.display\n"
         "xattn.config.compose(['backend=sigmoid'])\n"
-        "heavy = {'jax', 'flax', 'optax', 'orbax', 'wandb'} & set(sys.modules)\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'wandb', 'pandas', 'scipy', 'statsmodels'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONF.parent)
