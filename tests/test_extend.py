@@ -73,6 +73,15 @@ def test_a_task_is_a_probe_of_a_model_that_never_saw_it(mine: Path) -> None:
     assert "probe/echo/accuracy" in (run_folder.read_summary(run) or {})
 
 
+def test_worker_processes_of_a_sweep_know_them(mine: Path) -> None:
+    words = ["data=echo", "optimizer=signum", "model.output_norm=l2", "seed=0,1", "sweep.workers=2", "study=two"]
+    start(mine, "mine.py", "-m", *TINY, *words)
+    for run in (mine / "outputs" / "two").glob("softmax*"):
+        assert (run_folder.read_summary(run) or {})["status"] == "done"
+        assert "momentum: 0.9" in (run / "config.yaml").read_text("utf-8")
+    assert "2 done already" in start(mine, "mine.py", "-m", *TINY, *words)
+
+
 def test_the_yaml_files_are_choices(mine: Path) -> None:
     shown = start(mine, "mine.py", "--config-dir", "mine", "experiment=steep_and_gated", "data=book", "--cfg", "job")
     assert "decay: alibi" in shown

@@ -616,7 +616,9 @@ def test_the_run_of_a_notebook_is_the_commands(
     ]
     here, there = (json.loads((folder / "provenance.json").read_text()) for folder in (run.path, finished.folder))
     assert here.keys() == there.keys()
-    of_its_own = {"command", "cwd", "started_at", "wandb_id", "device_count"}  # tests of meshes have several
+    of_its_own = {"command", "cwd", "started_at", "wandb_id", "device_count"}
+    assert here["device_count"] == jax.device_count()  # tests of meshes give this process several
+    assert there["device_count"] == 1
     assert {key for key in here if here[key] != there[key]} <= of_its_own
     code, out, _ = train(*finished.overrides, cwd=tmp_path)
     assert (code, "done already, at step 20" in out) == (0, True)
