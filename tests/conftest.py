@@ -41,14 +41,19 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2
 
 
-# Files and folders whose tests compile no model.
-_FAST = {"data", "report", "test_cli.py", "test_config.py", "test_explain.py", "test_forge.py", "test_metrics.py"}
+# Folders and files whose tests compile no model and draw little: together less than 90 seconds on two quiet cores.
+_FAST = {
+    *("data", "tracking", "test_config.py", "test_explain.py", "test_forge.py", "test_image.py", "test_like.py"),
+    *("test_metrics.py", "test_screen.py", "test_claim.py", "test_compare.py", "test_finding.py", "test_propose.py"),
+    *("test_published.py", "test_read.py", "test_size.py"),
+}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Marks as fast what is in :data:`_FAST`, unless it is slow."""
-    first, *_ = item.path.relative_to(Path(__file__).parent).parts
-    if first in _FAST and item.get_closest_marker("slow") is None and item.get_closest_marker("faults") is None:
+    parts = item.path.relative_to(Path(__file__).parent).parts
+    is_slow = any(item.get_closest_marker(name) is not None for name in ("slow", "faults"))
+    if not _FAST.isdisjoint((parts[0], item.path.name)) and not is_slow:
         item.add_marker("fast")
 
 
