@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xattn.app import main as main
     from xattn.backend.activations import register_activation as register_activation
-    from xattn.data.tasks import register_task as register_task
+    from xattn.data.config import register_task as register_task
     from xattn.evaluation.config import register_probe as register_probe
     from xattn.loaded_run import LoadedRun as LoadedRun
     from xattn.loaded_run import load as load
@@ -35,7 +35,7 @@ _HOMES = {
     "register_optimizer": "xattn.training.optimizers",
     "register_output_norm": "xattn.model.config",
     "register_probe": "xattn.evaluation.config",
-    "register_task": "xattn.data.tasks",
+    "register_task": "xattn.data.config",
     "train": "xattn.notebook",
 }
 _MODULES = ("backend", "errors", "testing")

@@ -15,7 +15,7 @@ from functools import reduce
 from itertools import pairwise
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from hydra import compose as hydra_compose
@@ -38,13 +38,12 @@ from xattn.model.config import BackendConfig, LayerConfig, ModelConfig
 from xattn.model.size import mlp_dim_for
 from xattn.report.config import FindingConfig
 from xattn.screen import say
-from xattn.section import CONF, Section, kind_name
+from xattn.section import CONF, Section, SectionT, kind_name
 from xattn.sweep.config import SweepConfig
 from xattn.tracking.config import TrackingConfig
 from xattn.training.config import ParallelConfig, ScheduleConfig, TrainerConfig
 from xattn.training.optimizers import Optimizer, optimizers
 
-SectionT = TypeVar("SectionT", bound=Section)
 PathName = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 

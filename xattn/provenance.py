@@ -10,7 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,16 +59,16 @@ def registered() -> dict[str, str]:
     """
     contents: dict[str, dict[bytes, None]] = {}
     for addition in registry.additions():
-        contents.setdefault(addition.file.name, {})[_content(addition.file, addition.function)] = None
+        contents.setdefault(addition.file.name, {})[_content(addition)] = None
     return {name: hashlib.sha256(b"\0".join(parts)).hexdigest() for name, parts in contents.items()}
 
 
-def _content(file: Path, function: Callable[..., Any]) -> bytes:
+def _content(addition: registry.Addition) -> bytes:
     with contextlib.suppress(OSError):
-        return file.read_bytes()
-    with contextlib.suppress(OSError):
-        return inspect.getsource(function).encode()
-    return _byte_code(inspect.unwrap(function).__code__)
+        return addition.file.read_bytes()
+    with contextlib.suppress(OSError, TypeError):  # TypeError: a class of a prompt
+        return inspect.getsource(addition.source).encode()
+    return b"\0".join(_byte_code(function.__code__) for function in addition.functions)
 
 
 def _byte_code(code: CodeType) -> bytes:

@@ -21,16 +21,29 @@ class Addition:
     kind: str
     """``activation``, ``output norm``, ``task``, ``probe`` or ``optimizer``."""
     name: str
-    function: Callable[..., Any]
-    """A function of the user's, by whose source the addition is known."""
     row: Any
     """What the kind's table has of it: equal for the same registration."""
+    source: Callable[..., Any]
+    """The user's function or class."""
     repeat: Callable[[], None] = field(compare=False)
     """Makes the same registration in another process, after it was pickled."""
 
     @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The function, or those that the class itself has."""
+        if not inspect.isclass(self.source):
+            return (inspect.unwrap(self.source),)
+        members = (getattr(member, "__func__", member) for member in vars(self.source).values())
+        own = (member for member in members if inspect.isfunction(member))
+        return tuple(member for member in own if member.__module__ == self.source.__module__)
+
+    @property
     def file(self) -> Path:
-        return Path(inspect.unwrap(self.function).__code__.co_filename)
+        """Where it was written; in a notebook, the name that a cell was compiled under."""
+        for function in self.functions:
+            return Path(function.__code__.co_filename)
+        module = sys.modules[self.source.__module__]
+        return Path(getattr(module, "__file__", None) or f"<{module.__name__}>")
 
 
 _ADDITIONS: dict[tuple[str, str], Addition] = {}
@@ -56,12 +69,12 @@ def note(addition: Addition) -> None:
     _ADDITIONS[key] = addition
 
 
-def check_name(kind: str, name: str, own: bool) -> None:
+def check_name(kind: str, name: str, is_taken: bool) -> None:
     """Raises :class:`ValueError` for a name that cannot be typed as a value, or that is the package's own."""
     is_name = name.isascii() and name.isidentifier() and name == name.lower() and name[0].isalpha()
     if not is_name or name in ("null", "true", "false", "nan", "inf"):  # the last are other things in a config
         raise ValueError(f"{kind} {name!r}: a name has lower-case letters, digits and underscores")
-    if own:
+    if is_taken:
         raise ValueError(f"{kind} {name!r}: xattn has one of that name; choose another")
 
 

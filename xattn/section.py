@@ -1,13 +1,16 @@
 """The base of every config section: frozen, complete, and strict about what a YAML value may become."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from xattn import registry
 
 _PACKAGE = Path(__file__).resolve().parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -51,3 +54,28 @@ def kind_name(kind: type[Section]) -> str:
     """The one value that the field ``name`` of a class may have."""
     (name,) = kind.model_fields["name"].annotation.__args__  # type: ignore[union-attr]  # of its Literal
     return str(name)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class Kinds(Generic[SectionT]):
+    """The classes that a group of the config may have, each under its ``name``: the package's own, and registered ones.
+
+    kind: what one is called in messages. taken: names that have another meaning where these stand.
+    """
+
+    def __init__(self, kind: str, own: Sequence[type[SectionT]], *, taken: Sequence[str] = ()):
+        self._kind, self._classes = kind, {kind_name(each): each for each in own}
+        self._taken = {*taken, *self._classes}
+
+    def __call__(self) -> dict[str, type[SectionT]]:
+        """Name → class, the package's own first."""
+        return dict(self._classes)
+
+    def register(self, kind: type[SectionT]) -> None:
+        """Adds a class in this process. Raises :class:`ValueError` for a name that is none, or is taken."""
+        name = kind_name(kind)
+        registry.check_name(self._kind, name, name in self._taken)
+        registry.note(registry.Addition(self._kind, name, kind, kind, partial(self.register, kind)))
+        self._classes[name] = kind

@@ -13,8 +13,8 @@ import pytest
 
 from xattn.config import Config, compose
 from xattn.data.batches import Windows
+from xattn.data.config import tasks
 from xattn.data.run_data import RunData, load_data
-from xattn.data.tasks import tasks
 from xattn.errors import BadInput
 from xattn.evaluation.probes import Probe, Scene, make_probes, places_of, run_probes
 from xattn.model.transformer import LanguageModel, LayerHyperparameters

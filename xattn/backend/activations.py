@@ -129,5 +129,5 @@ def register_activation(
 def add(row: Activation) -> None:
     """Puts a user's row into the table of this process."""
     if row.weight is not None:
-        registry.note(registry.Addition("activation", row.name, row.weight, row, partial(add, row)))
+        registry.note(registry.Addition("activation", row.name, row, row.weight, partial(add, row)))
     _TABLE[row.name] = row

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from xattn.data.task import Task
-from xattn.data.tasks import tasks
-from xattn.section import Section
+from xattn.data.task import PROBES_OF_TEXT, Task
+from xattn.data.tasks import TASKS
+from xattn.section import Kinds, Section, kind_name
 
 ValidationFraction = Annotated[float, Field(gt=0, lt=1)]
 Documents = Literal["joined", "separated", "packed"]
@@ -146,9 +146,24 @@ class MemmapConfig(Section):
 DataConfig = PythonStdlibConfig | TextConfig | MixtureConfig | HFConfig | MemmapConfig | Task
 
 
+_CORPORA: tuple[type[Section], ...] = (PythonStdlibConfig, TextConfig, MixtureConfig, HFConfig, MemmapConfig)
+tasks = Kinds("task", TASKS, taken=(*map(kind_name, _CORPORA), *PROBES_OF_TEXT))
+TaskT = TypeVar("TaskT", bound=type[Task])
+
+
+def register_task(kind: TaskT) -> TaskT:
+    """Decorator of a subclass of :class:`Task`: makes it a choice of ``data`` and of ``evaluation.probes``.
+
+    Its fields are the keys ``data.…``; what they have as defaults is what ``data=NAME`` sets. A name that is no name,
+    or that ``data`` or ``evaluation.probes`` has already, is a ValueError.
+    """
+    tasks.register(kind)
+    return kind
+
+
 def data_kinds() -> tuple[type[Section], ...]:
     """The classes of the group ``data``, each with its own ``name``: the corpora, and the tasks that there are now."""
-    return (PythonStdlibConfig, TextConfig, MixtureConfig, HFConfig, MemmapConfig, *tasks().values())
+    return (*_CORPORA, *tasks().values())
 
 
 def made_by(config: DataConfig) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from xattn.section import Section, kind_name
 
 # The second word of a generator's seed: what is trained on and what is scored never share an example's randomness.
 TRAINING, EVALUATION = 0, 1
+PROBES_OF_TEXT = ("in_context", "extrapolation")  # the values of ``evaluation.probes`` that are no tasks
 VocabSize = Annotated[int, Field(ge=8, le=2**24)]
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from pydantic import PositiveInt
 
-from xattn import registry
 from xattn.data.task import Examples, Task, VocabSize
-from xattn.section import kind_name
 
 
 class MQAR(Task):
@@ -210,28 +207,4 @@ def _distinct(generator: np.random.Generator, number: int, size: int, below: int
     return np.take_along_axis(smallest, order, axis=1)
 
 
-_ROWS = (MQAR, Induction, Copying, SelectiveCopying, Passkey)
-_TASKS: dict[str, type[Task]] = {kind_name(kind): kind for kind in _ROWS}
-_OWN = frozenset(_TASKS)
-
-
-def tasks() -> dict[str, type[Task]]:
-    """Name → class: the package's own tasks, then what was registered."""
-    return dict(_TASKS)
-
-
-TaskT = TypeVar("TaskT", bound=type[Task])
-
-
-def register_task(kind: TaskT) -> TaskT:
-    """Decorator of a subclass of :class:`Task`: makes it a choice of ``data`` and of ``evaluation.probes``.
-
-    Its fields are the keys ``data.…``; what they have as defaults is what ``data=NAME`` sets. A name that is no name,
-    or the package's own, is a ValueError.
-    """
-    name = kind_name(kind)
-    registry.check_name("task", name, name in _OWN)
-    registry.check_function("task", name, kind.examples, "generator, number, length")
-    _TASKS[name] = kind
-    registry.note(registry.Addition("task", name, kind.examples, kind, partial(register_task, kind)))
-    return kind
+TASKS = (MQAR, Induction, Copying, SelectiveCopying, Passkey)

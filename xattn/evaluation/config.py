@@ -9,16 +9,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, field_validator
 
 from xattn import registry
-from xattn.data.tasks import tasks
+from xattn.data.config import tasks
+from xattn.data.task import PROBES_OF_TEXT
 from xattn.section import OneOf, Section
 
-_OWN = ("in_context", "extrapolation")
 registered_probes: dict[str, Callable[..., Any]] = {}
 
 
 def probe_names() -> tuple[str, ...]:
     """The values of ``evaluation.probes``: the package's own, then what was registered."""
-    return (*_OWN, *tasks(), *registered_probes)
+    return (*PROBES_OF_TEXT, *tasks(), *registered_probes)
 
 
 def register_probe(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -29,7 +29,7 @@ def register_probe(name: str) -> Callable[[Callable[..., Any]], Callable[..., An
     """
 
     def register(make: Callable[..., Any]) -> Callable[..., Any]:
-        registry.check_name("probe", name, name in (*_OWN, *tasks()))
+        registry.check_name("probe", name, name in (*PROBES_OF_TEXT, *tasks()))
         registry.check_function("probe", name, make, "scene")
         _add_probe(name, make)
         return make

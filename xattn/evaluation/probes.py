@@ -20,10 +20,9 @@ from jax.experimental import multihost_utils
 from xattn import registry
 from xattn.backend.activations import activation
 from xattn.data.batches import Windows, in_batches
-from xattn.data.config import DataConfig
+from xattn.data.config import DataConfig, tasks
 from xattn.data.run_data import RunData, load_data
 from xattn.data.task import Task, evaluation_examples, measures
-from xattn.data.tasks import tasks
 from xattn.data.tokenizer import TextTokenizer
 from xattn.errors import BadInput
 from xattn.evaluation.config import registered_probes

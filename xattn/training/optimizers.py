@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from xattn import registry
-from xattn.section import Section, kind_name
+from xattn.section import Kinds, Section
 
 if TYPE_CHECKING:
     import optax
@@ -116,16 +114,7 @@ class Muon(Optimizer):
         return muon(self.momentum, adam=optax.scale_by_adam(self.beta1, self.beta2, self.eps))
 
 
-_ROWS = (AdamW, SGD, Lion, Muon)
-_OPTIMIZERS: dict[str, type[Optimizer]] = {kind_name(kind): kind for kind in _ROWS}
-_OWN = frozenset(_OPTIMIZERS)
-
-
-def optimizers() -> dict[str, type[Optimizer]]:
-    """Name → class: the package's own optimizers, then what was registered."""
-    return dict(_OPTIMIZERS)
-
-
+optimizers = Kinds("optimizer", (AdamW, SGD, Lion, Muon))
 OptimizerT = TypeVar("OptimizerT", bound=type[Optimizer])
 
 
@@ -135,9 +124,5 @@ def register_optimizer(kind: OptimizerT) -> OptimizerT:
     Its fields are the keys ``optimizer.…``; what they have as defaults is what ``optimizer=NAME`` sets. A name that is
     no name, or the package's own, is a ValueError.
     """
-    name = kind_name(kind)
-    registry.check_name("optimizer", name, name in _OWN)
-    registry.check_function("optimizer", name, kind.direction, "self")
-    _OPTIMIZERS[name] = kind
-    registry.note(registry.Addition("optimizer", name, kind.direction, kind, partial(register_optimizer, kind)))
+    optimizers.register(kind)
     return kind
