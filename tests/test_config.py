@@ -784,7 +784,8 @@ def test_any_overrides_are_a_config_or_a_short_message(overrides: list[str]) -> 
 def test_what_answers_at_once_imports_no_jax() -> None:
     code = (
         "import sys, xattn, xattn.app, xattn.config, xattn.run, xattn.run_folder, xattn.provenance, "
-        "xattn.model.config, xattn.tracking.display\n"
+        "xattn.model.config, xattn.tracking.display, xattn.sweep.runs, xattn.sweep.resume, xattn.explain, xattn.prune, "
+        "xattn.bug\n"
         "xattn.config.compose(['backend=sigmoid'])\n"
         "heavy = {'jax', 'flax', 'optax', 'orbax', 'wandb', 'pandas', 'scipy', 'statsmodels'} & set(sys.modules)\n"
         "assert not heavy, heavy"

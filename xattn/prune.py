@@ -19,6 +19,7 @@ from xattn import run_folder
 from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, FolderInUse, storage_error
 from xattn.run_folder import SUPERSEDED, RunFolder, shown
+from xattn.screen import counted
 from xattn.training.kept import BAD, TRAINING, half_done, keep_only, superfluous
 
 _STATES, _OLDER = "optimizer states", "checkpoints that are neither the last nor the best"
@@ -130,7 +131,7 @@ def _told(plan: Plan) -> int:
     sizes = {kind: sum(map(_size, paths)) for kind, paths in plan.doomed.items() if paths}
     free = sum(sizes.values())
     runs = len(plan.runs) + plan.left_alone.total()
-    print(f"{runs} run{'s' if runs != 1 else ''}, {_bytes(plan.size)}")
+    print(f"{counted(runs, 'run')}, {_bytes(plan.size)}")
     for kind, size in sizes.items():
         print(f"  {_bytes(size):>9}  {kind} ({len(plan.doomed[kind])})")
     if plan.left_alone:

@@ -115,6 +115,11 @@ def printable(text: str) -> str:
     return "".join(shown).expandtabs(4)
 
 
+def counted(number: int, thing: str) -> str:
+    """``1 seed``, ``3 seeds``"""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
 def width_of(text: str) -> int:
     """How many columns the text takes in one line of a terminal."""
     if text.isascii():

@@ -17,7 +17,8 @@ from xattn.report.config import Contrast, FindingConfig, threshold
 from xattn.report.metric import Metric, metric_for
 from xattn.report.read import Run
 from xattn.report.statistics import LEVEL
-from xattn.report.words import better_is, counted, number, precision
+from xattn.report.words import better_is, number, precision
+from xattn.screen import counted
 
 Says = Literal["shown", "contradicted", "undecided"]
 

@@ -31,9 +31,9 @@ from xattn.report.render import to_html, to_markdown
 from xattn.report.statistics import Effect, matched
 from xattn.report.tables import effects_csv, results_csv, table_tex
 from xattn.report.verdict import verdict_of
-from xattn.report.words import counted, verdict
+from xattn.report.words import verdict
 from xattn.report.worth import laws
-from xattn.screen import say
+from xattn.screen import counted, say
 
 _PAGE = "report.html"
 _VERDICT = "verdict.json"

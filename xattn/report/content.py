@@ -24,7 +24,6 @@ from xattn.report.selection import CHOSEN_BY, Selection, sensitivity, split
 from xattn.report.statistics import BOOTSTRAP_FROM, EXACT_TO, Effect
 from xattn.report.trained import trained
 from xattn.report.words import (
-    counted,
     difference,
     in_steps,
     number,
@@ -35,6 +34,7 @@ from xattn.report.words import (
     verdict,
 )
 from xattn.report.worth import Fitted, laws
+from xattn.screen import counted
 
 _ROWS = 40  # of a table of what is not judged, at most
 _NOTE = (

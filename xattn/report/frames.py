@@ -16,7 +16,7 @@ from xattn.report.answer import Question
 from xattn.report.judge import judge
 from xattn.report.read import finite, read_metrics, read_study
 from xattn.report.tables import effects_table, results_table
-from xattn.report.words import counted
+from xattn.screen import counted
 
 _LEADING = ("step", "train_loss", "val_loss", "val_bpb")  # columns of metrics that come first, where they are there
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from xattn.keys import show
 from xattn.report.statistics import LEVEL, Effect, smallest_signflip_p
+from xattn.screen import counted
 
 if TYPE_CHECKING:
     from xattn.report.law import Interval
@@ -105,11 +106,6 @@ def is_shown(effect: Effect) -> bool:
     if effect.stage is not None:
         return effect.stage.is_shown
     return effect.p_holm is not None and effect.p_holm <= 1 - LEVEL
-
-
-def counted(number: int, thing: str) -> str:
-    """``1 seed``, ``3 seeds``"""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from xattn import entry, run_folder
 from xattn.attempt import Job
 from xattn.errors import BadInput, first_line
 from xattn.run_folder import shown
-from xattn.screen import say
+from xattn.screen import counted, say
 from xattn.sweep.study import by_program
 
 _SLURM, _LOCAL, _RAY = ".SlurmLauncher", ".LocalLauncher", ".RayLauncher"
@@ -109,7 +109,7 @@ def say_where(handed: Sequence[Sequence[Job]], settings: Mapping[str, Any]) -> N
     on_ray = _target(settings).endswith(_RAY)
     to = "Ray" if on_ray else "SLURM" if _target(settings).endswith(_SLURM) else "processes of this machine"
     kind = "task" if on_ray else "job"
-    say(f"handed over {_number(len(runs), 'run')} to {to}, as {_number(len(handed), kind)}")
+    say(f"handed over {counted(len(runs), 'run')} to {to}, as {counted(len(handed), kind)}")
     for study in sorted({job.folder.absolute().parent for job in runs}):
         say(f"run folders {shown(study)}/, each with its log.txt")
     if folder := _inner(settings).get("submitit_folder"):
@@ -117,10 +117,6 @@ def say_where(handed: Sequence[Sequence[Job]], settings: Mapping[str, Any]) -> N
         say(f"job logs    {shown(by_job)}/JOB_0_log.out and JOB_0_log.err, where JOB is the job's number")
     elif on_ray:
         say("task logs   on each node, in /tmp/ray/session_latest/logs/ unless Ray was started with another folder")
-
-
-def _number(count: int, of: str) -> str:
-    return f"{count} {of}{'' if count == 1 else 's'}"
 
 
 def begun_since(moment: str, job: Job) -> bool:

@@ -13,8 +13,7 @@ from xattn.arguments import Parser
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode
 from xattn.report.read import finite
-from xattn.report.words import counted
-from xattn.screen import say
+from xattn.screen import counted, say
 from xattn.sweep import planned
 from xattn.sweep.labels import varying_keys
 from xattn.sweep.table import print_table, read_config, rows_of

@@ -30,8 +30,8 @@ from xattn.report.read import CURVES, Run, Study, flatten, read_run
 from xattn.report.selection import Selection
 from xattn.report.statistics import matched
 from xattn.report.two_stage import comparisons_of, pilot_size
-from xattn.report.words import counted, verdict
-from xattn.screen import say
+from xattn.report.words import verdict
+from xattn.screen import counted, say
 from xattn.sweep import study
 from xattn.sweep.packing import summary_of
 from xattn.sweep.planned import Plan

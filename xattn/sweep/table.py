@@ -21,6 +21,7 @@ from xattn.metrics import loss_metric
 from xattn.provenance import other_library
 from xattn.report.read import finite
 from xattn.run_folder import shown
+from xattn.screen import counted
 from xattn.sweep.labels import arm, baseline_of, short_names
 from xattn.tracking.display import Screen
 
@@ -72,7 +73,7 @@ def print_table(
     for note in notes:
         screen.say(note)
     for told, count in Counter(row.other_library for row in rows if row.other_library is not None).items():
-        screen.say(f"{count} run{'s' * (count != 1)}: {told}")
+        screen.say(f"{counted(count, 'run')}: {told}")
 
 
 def _forms(

@@ -11,7 +11,7 @@ from typing import Self
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 
-from xattn.screen import width_of
+from xattn.screen import counted, width_of
 from xattn.tracking.display import Screen
 from xattn.tracking.tracker import Row
 
@@ -123,7 +123,7 @@ def shortened(name: str, room: int) -> str:
 
 
 def so_many(runs: int, done: int) -> str:
-    return f"{runs} run{'s' * (runs != 1)}, {done} done already"
+    return f"{counted(runs, 'run')}, {done} done already"
 
 
 def _clock(seconds: float) -> str:
