@@ -82,6 +82,14 @@ def test_worker_processes_of_a_sweep_know_them(mine: Path) -> None:
     assert "2 done already" in start(mine, "mine.py", "-m", *TINY, *words)
 
 
+def test_they_are_explained_like_the_packages_own(mine: Path) -> None:
+    told = start(mine, "mine.py", "explain", "optimizer", "data.delay", "backend.activation")
+    assert re.search(r"optimizer=signum +the sign of the momentum", told)
+    assert re.search(r"optimizer\.momentum = 0\.9 +a number ≥ 0 and < 1   \(optimizer=signum\)", told)
+    assert "data.delay   (data=echo)\n  a whole number; default: 4\n  Places between a token and its echo." in told
+    assert "softmax | sigmoid | none | relu" in told
+
+
 def test_the_yaml_files_are_choices(mine: Path) -> None:
     shown = start(mine, "mine.py", "--config-dir", "mine", "experiment=steep_and_gated", "data=book", "--cfg", "job")
     assert "decay: alibi" in shown

@@ -77,24 +77,34 @@ def config_type() -> type[Config]:
 
     What a registered kind has as defaults is what Hydra sets for ``data=NAME`` or ``optimizer=NAME``.
     """
-    now = {"data": data_kinds(), "optimizer": tuple(optimizers().values())}
-    if now == _KINDS:
+    if (now := _kinds()) == _KINDS:
         return Config
     for group, kinds in now.items():
         one_of: Any = reduce(or_, kinds)
         named: Any = Annotated[one_of, Field(discriminator="name")]
         Config.model_fields[group] = FieldInfo.from_annotation(named)
-        for kind in kinds:
-            if (name := kind_name(kind)) not in choices_in(group):
-                fields = {key: field for key, field in kind.model_fields.items() if key != "name"}
-                values = {key: "???" if field.is_required() else field.default for key, field in fields.items()}
-                ConfigStore.instance().store(group=group, name=name, node={"name": name, **values})
+        for name, values in registered_choices(group).items():
+            ConfigStore.instance().store(group=group, name=name, node={"name": name, **values})
     Config.model_rebuild(force=True)
     _KINDS.update(now)
     return Config
 
 
-_KINDS: dict[str, tuple[type[Section], ...]] = {}
+def _kinds() -> dict[str, tuple[type[Section], ...]]:
+    return {"data": data_kinds(), "optimizer": tuple(optimizers().values())}
+
+
+_KINDS: dict[str, tuple[type[Section], ...]] = {}  # as :class:`Config` has them
+
+
+def registered_choices(group: str) -> dict[str, dict[str, Any]]:
+    """The choices of a group that a script has registered, each with its keys and their defaults, ``???`` for none."""
+    found, files = {}, choices_in(group)
+    for kind in _kinds().get(group, ()):
+        if (name := kind_name(kind)) not in files:
+            fields = {key: field for key, field in kind.model_fields.items() if key != "name"}
+            found[name] = {key: "???" if field.is_required() else field.default for key, field in fields.items()}
+    return found
 
 
 def hashed_values(config: Config) -> dict[str, Any]:

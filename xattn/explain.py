@@ -16,7 +16,6 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import xattn.config
@@ -65,14 +64,12 @@ class Entry:
         chosen = defaults.get(f"{self.group}.name")
         if self.key in defaults and (not self.choices or chosen in self.choices):
             return show(defaults[self.key])
-        own = {choice: choice_values(CONF / self.group, choice) for choice in self.choices}
-        found = {choice: values[self.key.partition(".")[2]] for choice, values in own.items() if self._is_in(values)}
+        name, registered = self.key.partition(".")[2], xattn.config.registered_choices(self.group)
+        own = {choice: registered.get(choice) or choice_values(CONF / self.group, choice) for choice in self.choices}
+        found = {choice: values[name] for choice, values in own.items() if name in values}
         if len(set(map(_typed, found.values()))) == 1:
             return _typed(next(iter(found.values())))
         return ", ".join(f"{_typed(value)} ({choice})" for choice, value in found.items()) or "none"
-
-    def _is_in(self, values: Mapping[str, Any]) -> bool:
-        return self.key.partition(".")[2] in values
 
 
 def _typed(value: Any) -> str:
@@ -148,13 +145,13 @@ def explain(key: str) -> str:
     if found := [entry for entry in entries() if entry.key == key]:
         return "\n".join(map(_in_full, found))
     inside = [entry for entry in entries() if entry.key.startswith(f"{key}.")]
-    choices = xattn.config.choices_in(key)
+    choices = [*xattn.config.choices_in(key), *xattn.config.registered_choices(key)]
     if not inside and not choices:
         groups = dict.fromkeys(entry.group for entry in entries() if entry.group)
         near = xattn.config.nearest_of(key, [*(entry.key for entry in entries()), *groups, *_OTHER_GROUPS])
         raise BadInput(f"{key}: no such key{near}; `xattn explain` lists them all")
     width = max(map(len, choices), default=0)
-    lines = [f"  {key}={choice:{width}}  {headline(key, file)}".rstrip() for choice, file in choices.items()]
+    lines = [f"  {key}={choice:{width}}  {headline(key, choice)}".rstrip() for choice in choices]
     return "\n".join([key, *lines, *_in_lines(inside)])
 
 
@@ -173,15 +170,17 @@ def _in_lines(found: Sequence[Entry]) -> list[str]:
     ]
 
 
-def headline(group: str, file: Path) -> str:
+def headline(group: str, choice: str) -> str:
     """What a choice is: the first sentence of its file's comment, or the first line about its class."""
-    lines = [line.removeprefix("# ") for line in file.read_text("utf-8").splitlines() if line.startswith("# ")]
+    file = xattn.config.choices_in(group).get(choice)
+    text = "" if file is None else file.read_text("utf-8")
+    lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
     comment = " ".join(line.strip() for line in lines if not line.startswith("@package"))
     if comment:
         sentence = re.match(r"(Question: )?(.*?[.?])(?= |$)", comment)
         return sentence[2] if sentence else comment
     described = config_type().model_json_schema()
-    kind = _choices_of(described["properties"].get(group, {})).get(file.stem)
+    kind = _choices_of(described["properties"].get(group, {})).get(choice)
     about = described["$defs"][kind]["description"].splitlines()[0] if kind else ""
     return str(about).partition("``: ")[2]
 
@@ -217,7 +216,7 @@ def markdown() -> str:
     for group, meaning in _OTHER_GROUPS.items():
         lines += ["", f"## {group}", "", meaning, "", "| choice | |", "|---|---|"]
         choices = xattn.config.choices_in(group)
-        lines += [f"| `{group}={choice}` | {headline(group, file)} |" for choice, file in choices.items()]
+        lines += [f"| `{group}={choice}` | {headline(group, choice)} |" for choice in choices]
     return "\n".join(lines)
 
 

@@ -131,6 +131,7 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
         "xattn.errors",
         "xattn.keys",
         "xattn.metrics",
+        "xattn.registry",
         "xattn.run_folder",
         "xattn.screen",
         "xattn.section",
