@@ -2,7 +2,7 @@
 
 import sys
 
-from xattn import entry
+from xattn.system import entry
 
 if __name__ == "__main__":
     entry.announce(sys.argv[1:])

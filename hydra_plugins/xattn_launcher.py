@@ -24,8 +24,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
-from xattn.attempt import Job, prunes_nothing
 from xattn.errors import BadInput, ExitCode
+from xattn.runs.job import Job, prunes_nothing
 from xattn.sweep.planned import Plan
 from xattn.sweep.study import outcomes
 from xattn.sweep.workers import carry_out

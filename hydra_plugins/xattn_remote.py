@@ -31,13 +31,14 @@ from hydra_plugins.xattn_launcher import (
     loader,
     plan_of,
 )
-from xattn import entry, registry
-from xattn.attempt import Job
+from xattn import registry
 from xattn.errors import BadInput, ExitCode, XattnError
-from xattn.signals import interruption
+from xattn.runs.job import Job
 from xattn.sweep import cluster, study, workers
 from xattn.sweep.packing import is_finished
 from xattn.sweep.planned import Plan
+from xattn.system import entry
+from xattn.system.signals import interruption
 
 Numbered = tuple[int, list[str]]  # a run's number in the sweep, and its overrides
 

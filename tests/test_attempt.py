@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 import xattn.config
-from xattn import attempt
-from xattn.attempt import Attempt, Job
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
-from xattn.run_folder import RunFolder
+from xattn.runs import attempt
+from xattn.runs.attempt import Attempt
+from xattn.runs.job import Job
+from xattn.runs.run_folder import RunFolder
 
 
 def ended(folder: Path, tokenizer: Tokenizer, scored: bytes | None) -> Attempt:

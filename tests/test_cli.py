@@ -13,7 +13,7 @@ import pytest
 
 import xattn
 from xattn import cli
-from xattn.provenance import source_sha256
+from xattn.runs.provenance import source_sha256
 from xattn.sweep import runs
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -155,7 +155,7 @@ def test_an_installed_package_is_the_same_source_and_has_its_yaml_files(tmp_path
     """In a wheel conf/ is inside the package; its digest does not say so, so that runs go on without a warning."""
     shutil.copytree(ROOT / "xattn", tmp_path / "xattn", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "conf", tmp_path / "xattn" / "conf")
-    ask = "import xattn.provenance as p, xattn.section as s; print(p.__file__, s.CONF, p.source_sha256())"
+    ask = "import xattn.runs.provenance as p, xattn.section as s; print(p.__file__, s.CONF, p.source_sha256())"
     done = subprocess.run(
         [sys.executable, "-c", ask],
         cwd=tmp_path,

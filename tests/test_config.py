@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from omegaconf import DictConfig
 
 from xattn import config as xconfig
@@ -783,9 +782,9 @@ def test_any_overrides_are_a_config_or_a_short_message(overrides: list[str]) -> 
 
 def test_what_answers_at_once_imports_no_jax() -> None:
     code = (
-        "import sys, xattn, xattn.app, xattn.config, xattn.run, xattn.run_folder, xattn.provenance, "
-        "xattn.model.config, xattn.tracking.display, xattn.sweep.runs, xattn.sweep.resume, xattn.explain, xattn.prune, "
-        "xattn.bug\n"
+        "import sys, xattn, xattn.app, xattn.config, xattn.runs.run, xattn.runs.run_folder, xattn.runs.provenance, "
+        "xattn.model.config, xattn.tracking.display, xattn.sweep.runs, xattn.sweep.resume, "
+        "xattn.commands.explain, xattn.commands.prune, xattn.commands.bug\n"
         "xattn.config.compose(['backend=sigmoid'])\n"
         "heavy = {'jax', 'flax', 'optax', 'orbax', 'wandb', 'pandas', 'scipy', 'statsmodels'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -10,7 +10,8 @@ import jsonschema
 import pytest
 import yaml
 
-from xattn import cli, explain
+from xattn import cli
+from xattn.commands import explain
 from xattn.config import CONF, compose
 from xattn.keys import flatten
 

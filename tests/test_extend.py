@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from xattn import run_folder
+from xattn.runs import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "extend.md").read_text("utf-8")

@@ -20,11 +20,11 @@ import pytest
 import yaml
 
 import xattn
-from xattn import config as xconfig
-from xattn import keys, run_folder
+from xattn import config as xconfig, keys
 from xattn.cli import main
 from xattn.errors import BadInput, ExitCode
 from xattn.report.read import flatten, read_run
+from xattn.runs import run_folder
 from xattn.sweep import tune
 from xattn.sweep.tune import Dimension, Tuning
 

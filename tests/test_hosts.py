@@ -8,9 +8,9 @@ import socket
 
 import pytest
 
-from xattn import hosts
 from xattn.errors import BadInput
-from xattn.hosts import Place, place
+from xattn.system import hosts
+from xattn.system.hosts import Place, place
 
 OURS = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "there:99"}
 

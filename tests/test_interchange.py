@@ -17,17 +17,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import xattn
-from xattn import run_folder
-from xattn.attempt import Job
 from xattn.cli import main
+from xattn.commands.interchange import _flat, _write, from_llama, llama_config, to_llama
 from xattn.config import Config, compose, hashed_values, load, run_name, save
 from xattn.data.bpe import train_bpe
 from xattn.data.run_data import load_data
 from xattn.data.tokenizer import IdTokenizer
 from xattn.errors import BadInput, ExitCode, IntegrityError
-from xattn.interchange import _flat, _write, from_llama, llama_config, to_llama
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
-from xattn.run import run
+from xattn.runs import run_folder
+from xattn.runs.job import Job
+from xattn.runs.run import run
 from xattn.sweep.check import check_data
 from xattn.training.llama import LlamaFolder, initial_weights
 

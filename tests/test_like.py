@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import xattn.config
-from xattn import run_folder
+from xattn.commands.like import expanded
 from xattn.errors import BadInput
-from xattn.like import expanded
+from xattn.runs import run_folder
 
 
 def run_of(folder: Path, *overrides: str) -> str:

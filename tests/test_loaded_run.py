@@ -20,9 +20,9 @@ from xattn.data.bpe import train_bpe
 from xattn.data.run_data import load_data
 from xattn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from xattn.errors import BadInput, IntegrityError
-from xattn.loaded_run import _text
 from xattn.model.transformer import LanguageModel, init_params
-from xattn.run import run
+from xattn.runs.loaded_run import _text
+from xattn.runs.run import run
 from xattn.training.programs import hyperparameters
 
 
@@ -375,7 +375,7 @@ def test_bytes_that_are_no_text_are_shown_in_the_end() -> None:
 
 def test_a_prompt_that_the_vocabulary_lacks() -> None:
     from xattn.data.tokenizer import IdTokenizer
-    from xattn.loaded_run import LoadedRun
+    from xattn.runs.loaded_run import LoadedRun
 
     nothing: Any = None
     opened = LoadedRun(Path(), nothing, {}, nothing, nothing, nothing, IdTokenizer(8), 0)

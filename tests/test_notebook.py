@@ -17,8 +17,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import xattn
-from xattn import config as xconfig
-from xattn import notebook
+from xattn import config as xconfig, notebook
 from xattn.errors import BadInput, Diverged, ExitCode, Preempted, XattnError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

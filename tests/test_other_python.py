@@ -12,7 +12,6 @@ import pytest
 
 import xattn
 from xattn import config as xconfig
-from xattn import provenance
 from xattn.cli import main
 from xattn.data import corpus
 from xattn.errors import ExitCode, IntegrityError
@@ -20,7 +19,8 @@ from xattn.report.answer import Question
 from xattn.report.command import texts
 from xattn.report.judge import judge
 from xattn.report.read import read_study
-from xattn.run import run
+from xattn.runs import provenance
+from xattn.runs.run import run
 
 TINY = [
     *("trainer=debug", "trainer.steps=3", "trainer.log_every=1", "trainer.eval_every=3", "evaluation.windows=4"),

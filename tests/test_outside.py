@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from xattn import errors, run_folder
+from xattn import errors
 from xattn.data import cache
 from xattn.errors import OUTSIDE, BadInput, ExitCode, Outside, StorageError, XattnError, looking_at
-from xattn.run_folder import RunFolder, is_held
+from xattn.runs import run_folder
+from xattn.runs.run_folder import RunFolder, is_held
 from xattn.sweep.presence import drawing, is_present
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +174,7 @@ def test_the_file_system_is_named_with_its_kind() -> None:
 
 # ---- the device, for real --------------------------------------------------------------------------------------------
 
-LOOK = "from xattn.device import first_look; first_look()"
+LOOK = "from xattn.system.device import first_look; first_look()"
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import xattn
-from xattn import run_folder
 from xattn.backend import activations
 from xattn.cli import main
 from xattn.data.run_data import load_data
 from xattn.errors import BadInput
 from xattn.model.loss import next_token_losses
+from xattn.runs import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "own_activation.py"

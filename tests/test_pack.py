@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from xattn.config import compose
-from xattn.hardware import HARDWARE
-from xattn.pack import choose_attention
+from xattn.runs.pack import choose_attention
+from xattn.system.hardware import HARDWARE
 
 
 @pytest.mark.parametrize(

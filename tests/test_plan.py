@@ -10,10 +10,10 @@ import jax
 import pytest
 
 from xattn.cli import main
+from xattn.commands.plan import Plan, plan
 from xattn.config import Config, compose
 from xattn.errors import BadInput
-from xattn.hardware import HARDWARE, hardware_of
-from xattn.plan import Plan, plan
+from xattn.system.hardware import HARDWARE, hardware_of
 from xattn.training.programs import hyperparameters, num_params, programs
 
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}

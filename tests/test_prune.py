@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 
 import xattn
-from xattn import prune, run_folder
-from xattn.attempt import Job
 from xattn.cli import main
+from xattn.commands import prune
 from xattn.config import Config, compose
 from xattn.errors import BadInput, ExitCode, NotKept
-from xattn.evaluate import evaluate_once
-from xattn.run import run
-from xattn.run_folder import RunFolder
-from xattn.same_training import Trainings, answer
+from xattn.runs import run_folder
+from xattn.runs.evaluations import evaluate_once
+from xattn.runs.job import Job
+from xattn.runs.run import run
+from xattn.runs.run_folder import RunFolder
+from xattn.runs.same_training import Trainings, answer
 from xattn.training.kept import DELETED, MANIFEST, SEAL, keep_only, refuse_what_was_deleted, steps_in, superfluous
 
 TINY = [

@@ -16,7 +16,7 @@ from xattn.data import config as data_config
 from xattn.data.tasks import MQAR, Copying
 from xattn.errors import BadInput
 from xattn.evaluation import config as evaluation_config
-from xattn.provenance import registered
+from xattn.runs.provenance import registered
 from xattn.training import optimizers
 from xattn.training.optimizers import SGD, AdamW
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import xattn.config
-from xattn import run_folder
-from xattn.attempt import Attempt, Job
 from xattn.config import compose
 from xattn.errors import BadInput
-from xattn.provenance import provenance
-from xattn.run import run
-from xattn.run_folder import RunFolder
+from xattn.runs import run_folder
+from xattn.runs.attempt import Attempt
+from xattn.runs.job import Job
+from xattn.runs.provenance import provenance
+from xattn.runs.run import run
+from xattn.runs.run_folder import RunFolder
 from xattn.training import memory
 
 TINY = [
@@ -99,9 +100,9 @@ def test_failures_of_other_source_are_not_counted(command: list[str], tmp_path: 
 ASKS_FOR_DETERMINISM = """
 import sys
 from pathlib import Path
-from xattn import pack
+from xattn.runs import pack
 from xattn.config import compose
-from xattn.run import run
+from xattn.runs.run import run
 
 def look():
     print("jax" in sys.modules)
@@ -126,8 +127,8 @@ import os, sys
 from pathlib import Path
 from xattn.config import compose
 from xattn.errors import BadInput
-from xattn.run import run
-from xattn.run_folder import read_summary
+from xattn.runs.run import run
+from xattn.runs.run_folder import read_summary
 
 cores, folder, *command = sys.argv[1:]
 if cores == "one":

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from xattn import run_folder
 from xattn.errors import BadInput, ExitCode, FolderInUse
-from xattn.run_folder import RunFolder, to_json, write_atomically, write_summary
+from xattn.runs import run_folder
+from xattn.runs.run_folder import RunFolder, to_json, write_atomically, write_summary
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from xattn.run_folder import RunFolder
+from xattn.runs.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

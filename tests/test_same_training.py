@@ -19,17 +19,19 @@ import pytest
 import yaml
 
 import xattn.config
-from xattn import evaluate, keys, run_folder, same_training
-from xattn.attempt import Job
+from xattn import keys
 from xattn.cli import main
+from xattn.commands import evaluate
 from xattn.config import Config, compose
 from xattn.errors import BadInput, ExitCode, IntegrityError, Preempted
-from xattn.evaluate import evaluate_once
-from xattn.same_training import Found, Trainings, answer, answered, identity, in_turn
-from xattn.signals import interruption
+from xattn.runs import run_folder, same_training
+from xattn.runs.evaluations import evaluate_once
+from xattn.runs.job import Job
+from xattn.runs.same_training import Found, Trainings, answer, answered, identity, in_turn
 from xattn.sweep import study, workers
 from xattn.sweep.packing import is_finished
 from xattn.sweep.workers import Seat
+from xattn.system.signals import interruption
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -563,7 +565,7 @@ def test_other_data_are_trained_on(outputs: Path) -> None:
 @pytest.mark.slow
 def test_keys_that_measure_change_no_bit_of_training(text_file: Path, tmp_path: Path) -> None:
     """What the identity stands on, with all of them changed at once: batches, updates and checkpoints are the same."""
-    from xattn.run import run
+    from xattn.runs.run import run
 
     small = [
         *("data=text", f"data.path={text_file}", "data.tokenizer=bpe", "data.vocab_size=300"),

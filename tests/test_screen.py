@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from xattn import entry
-from xattn.screen import continued, fitted, folded, printable, say, width_of
+from xattn.system import entry
+from xattn.system.screen import continued, fitted, folded, printable, say, width_of
 
 PATH = f"outputs/default/{'softmax-' * 12}0"
 

@@ -17,15 +17,17 @@ from pathlib import Path
 import pytest
 
 import xattn.config
-from xattn import cli, compare, plan, run_folder
-from xattn.attempt import Job
-from xattn.hardware import Hardware
+from xattn import cli
+from xattn.commands import compare, plan
 from xattn.report.decide import main as decide
-from xattn.screen import width_of
+from xattn.runs import run_folder
+from xattn.runs.job import Job
 from xattn.sweep import runs
 from xattn.sweep.labels import labels
 from xattn.sweep.planned import Plan
 from xattn.sweep.view import StudyView, shortened
+from xattn.system.hardware import Hardware
+from xattn.system.screen import width_of
 from xattn.tracking import command
 from xattn.tracking.display import Display
 

@@ -14,21 +14,19 @@ if TYPE_CHECKING:
     from xattn.backend.activations import register_activation as register_activation
     from xattn.data.config import register_task as register_task
     from xattn.evaluation.config import register_probe as register_probe
-    from xattn.loaded_run import LoadedRun as LoadedRun
-    from xattn.loaded_run import load as load
     from xattn.model.config import register_output_norm as register_output_norm
     from xattn.notebook import train as train
-    from xattn.report.frames import LoadedStudy as LoadedStudy
-    from xattn.report.frames import load_study as load_study
+    from xattn.report.frames import LoadedStudy as LoadedStudy, load_study as load_study
+    from xattn.runs.loaded_run import LoadedRun as LoadedRun, load as load
     from xattn.training.optimizers import register_optimizer as register_optimizer
 
 __version__ = "0.1.0"
 
 # Public name → the module that has it, imported when the name is first used.
 _HOMES = {
-    "LoadedRun": "xattn.loaded_run",
+    "LoadedRun": "xattn.runs.loaded_run",
     "LoadedStudy": "xattn.report.frames",
-    "load": "xattn.loaded_run",
+    "load": "xattn.runs.loaded_run",
     "load_study": "xattn.report.frames",
     "main": "xattn.app",
     "register_activation": "xattn.backend.activations",

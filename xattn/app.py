@@ -24,18 +24,19 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
-from xattn import cli, entry, hosts
-from xattn.attempt import Job
+from xattn import cli
+from xattn.commands.like import expanded
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
-from xattn.hosts import ToldByFirst
-from xattn.like import expanded
-from xattn.run import run
-from xattn.run_folder import FOLDERS
-from xattn.same_training import answered_by
-from xattn.screen import say
-from xattn.signals import interruption
+from xattn.runs.job import Job
+from xattn.runs.run import run
+from xattn.runs.run_folder import FOLDERS
+from xattn.runs.same_training import answered_by
 from xattn.sweep import study
+from xattn.system import entry, hosts
+from xattn.system.hosts import ToldByFirst
+from xattn.system.screen import say
+from xattn.system.signals import interruption
 
 _codes: list[ExitCode] = []  # of the run, where it is a single one
 
@@ -174,7 +175,7 @@ def _train() -> int:
 
 def _values(*, _root_: DictConfig) -> str:
     """The config as ``--help`` shows it: ``${values:}``, in which Hydra then looks for ``$NAME``."""
-    from xattn.explain import annotated
+    from xattn.commands.explain import annotated
 
     ours = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
     return annotated(OmegaConf.to_yaml(ours)).replace("$", "$$")

@@ -13,29 +13,29 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from xattn import entry, screen
-from xattn.device import first_look
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
+from xattn.system import entry, screen
+from xattn.system.device import first_look
 
 # Command → the module whose main(argv) carries it out, and what it is for: in the order of a study, what measures last.
 _COMMANDS = {
     "train": ("xattn.app", "train a model, or a sweep; as python train.py in a clone"),
-    "report": ("xattn.publish", "judge a study and write its report"),
+    "report": ("xattn.commands.publish", "judge a study and write its report"),
     "runs": ("xattn.sweep.runs", "list runs, the best of each study first, and what is missing"),
-    "sample": ("xattn.sample", "text from a run's model"),
+    "sample": ("xattn.commands.sample", "text from a run's model"),
     "resume": ("xattn.sweep.resume", "continue a sweep that was interrupted"),
-    "compare": ("xattn.compare", "set runs side by side"),
-    "evaluate": ("xattn.evaluate", "a run's model on any text, length and probes"),
-    "findings": ("xattn.findings", "the claims that studies state, and what became of them"),
+    "compare": ("xattn.commands.compare", "set runs side by side"),
+    "evaluate": ("xattn.commands.evaluate", "a run's model on any text, length and probes"),
+    "findings": ("xattn.commands.findings", "the claims that studies state, and what became of them"),
     "verdict": ("xattn.report.decide", "is an arm better? exit 0 yes, 10 undecided, 11 worse"),
-    "explain": ("xattn.explain", "what a key means, may be, and is by default"),
-    "plan": ("xattn.plan", "what a run will cost in memory and time, on any device"),
-    "launch": ("xattn.launch", "one run over several processes of this machine"),
-    "export": ("xattn.interchange", "a run as safetensors, or as a Llama for transformers"),
+    "explain": ("xattn.commands.explain", "what a key means, may be, and is by default"),
+    "plan": ("xattn.commands.plan", "what a run will cost in memory and time, on any device"),
+    "launch": ("xattn.commands.launch", "one run over several processes of this machine"),
+    "export": ("xattn.commands.interchange", "a run as safetensors, or as a Llama for transformers"),
     "wandb": ("xattn.tracking.command", "the commands to look at a run's wandb files, and to send them"),
-    "bug": ("xattn.bug", "pack what a report of a bug needs: no text, no keys"),
-    "sync": ("xattn.sync", "rebuild runs of wandb from their metrics.jsonl"),
-    "prune": ("xattn.prune", "free disk space of finished runs: says what, and asks"),
+    "bug": ("xattn.commands.bug", "pack what a report of a bug needs: no text, no keys"),
+    "sync": ("xattn.commands.sync", "rebuild runs of wandb from their metrics.jsonl"),
+    "prune": ("xattn.commands.prune", "free disk space of finished runs: says what, and asks"),
     "bench attention": ("xattn.bench.attention", "implementations × activations × sizes of attention"),
     "bench checkpoints": ("xattn.bench.checkpoints", "what saving costs a run, and how long it takes"),
     "bench data": ("xattn.bench.data", "a big corpus as bytes and BPE: MB/s and memory"),

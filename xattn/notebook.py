@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import xattn.config
-from xattn.attempt import Job
 from xattn.errors import BadInput, Diverged, ExitCode, Preempted, XattnError
-from xattn.loaded_run import LoadedRun, load
-from xattn.run import run
-from xattn.run_folder import LOG, read_summary, shown
-from xattn.same_training import answered_by
-from xattn.signals import interruption
+from xattn.runs.job import Job
+from xattn.runs.loaded_run import LoadedRun, load
+from xattn.runs.run import run
+from xattn.runs.run_folder import LOG, read_summary, shown
+from xattn.runs.same_training import answered_by
+from xattn.system.signals import interruption
 
 
 def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> LoadedRun:
@@ -68,7 +68,7 @@ def _nothing(text: str) -> None:
 
 @contextlib.contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Gives back the hooks and loggers that a run takes over (:func:`xattn.device.hush_libraries`)."""
+    """Gives back the hooks and loggers that a run takes over (:func:`xattn.system.device.hush_libraries`)."""
     hooks = threading.excepthook, sys.unraisablehook
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]

@@ -18,7 +18,7 @@ from xattn import registry, testing
 from xattn.backend import activations, attention, decode, register_activation
 from xattn.backend.activations import Activation
 from xattn.backend.dispatch import TABLE, choose
-from xattn.provenance import registered
+from xattn.runs.provenance import registered
 from xattn.testing import Check, check_activation, checks
 from xattn.testing.cases import Case
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.backend import activations, dispatch
-from xattn.backend import linear as linear_module
+from xattn.backend import activations, dispatch, linear as linear_module
 from xattn.backend.dispatch import TABLE, Call, row
 from xattn.testing.cases import BATCH, DECAYS, HEADS, LENGTH, MASKS, SUBJECTS, Case, Subject, inputs
 from xattn.testing.contract import check_causal, check_theta_gradient, check_values

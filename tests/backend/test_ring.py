@@ -14,13 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from xattn.backend import activations, formula
-from xattn.backend import blockwise as blockwise_module
-from xattn.backend import linear as linear_module
-from xattn.backend import ring as ring_module
+from xattn.backend import (
+    activations,
+    blockwise as blockwise_module,
+    formula,
+    linear as linear_module,
+    ring as ring_module,
+)
 from xattn.backend.arguments import checked_spec
 from xattn.backend.dispatch import Call, choose
 from xattn.backend.linear import linear

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from xattn.data import corpus as corpora
-from xattn.data import documents
+from xattn.data import corpus as corpora, documents
 from xattn.data.bpe import train_bpe
 from xattn.data.cache import Tokens
 from xattn.data.corpus import load_corpus

@@ -16,13 +16,13 @@ import pytest
 import tiktoken
 from tiktoken_ext import openai_public
 
-from xattn import run_folder
 from xattn.data.bpe import END_OF_TEXT, SPECIAL_TOKENS, from_tiktoken, train_bpe
 from xattn.data.corpus import load_corpus
 from xattn.data.run_data import load_data, load_tokenizer
 from xattn.data.tokenizer import JsonTokenizer
 from xattn.errors import BadInput, IntegrityError
-from xattn.run_folder import write_atomically
+from xattn.runs import run_folder
+from xattn.runs.run_folder import write_atomically
 
 from .configs import memmap_config, text_config
 

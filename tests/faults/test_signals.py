@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from xattn.signals import DEMANDS, WARNINGS
+from xattn.system.signals import DEMANDS, WARNINGS
 
 from .harness import (
     PATIENCE,

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 # What a training process imports: the fork server does it once for all of them.
 PRELOADED = [
-    *("jax", "flax.linen", "optax", "orbax.checkpoint", "hydra", "xattn.run", "xattn.training.loop"),
+    *("jax", "flax.linen", "optax", "orbax.checkpoint", "hydra", "xattn.runs.run", "xattn.training.loop"),
     *("xattn.training.checkpoint", "xattn.training.programs", "xattn.model.generation", "xattn.training.state_hash"),
 ]
 
@@ -130,15 +130,15 @@ def power_cut(step: str) -> None:
 
 def kill_locked() -> None:
     """The moment that the run folder is held."""
-    from xattn.run_folder import RunFolder
+    from xattn.runs.run_folder import RunFolder
 
     patch(RunFolder, "__init__", after=_die_when(lambda *a: True))
 
 
 def kill_data() -> None:
-    import xattn.attempt
+    import xattn.runs.attempt
 
-    patch(xattn.attempt, "load_data", before=_die_when(lambda *a, **k: True))
+    patch(xattn.runs.attempt, "load_data", before=_die_when(lambda *a, **k: True))
 
 
 def kill_compile() -> None:
@@ -186,7 +186,7 @@ def kill_log(step: str) -> None:
 
 def kill_torn_log(step: str) -> None:
     """With half of that step's row in the file."""
-    from xattn.run_folder import to_json
+    from xattn.runs.run_folder import to_json
     from xattn.tracking.tracker import MetricsFile
 
     def tear(self: Any, row: Mapping[str, Any]) -> None:
@@ -241,9 +241,9 @@ def kill_deleting() -> None:
 
 def kill_sample() -> None:
     """After the last save, before the summary says that the run is done."""
-    import xattn.attempt
+    import xattn.runs.attempt
 
-    patch(xattn.attempt, "_sample", before=_die_when(lambda *a: True))
+    patch(xattn.runs.attempt, "_sample", before=_die_when(lambda *a: True))
 
 
 def kill_wandb_finish() -> None:
@@ -272,9 +272,9 @@ def slow_save(milliseconds: str) -> None:
 
 
 def slow_finish(milliseconds: str) -> None:
-    import xattn.attempt
+    import xattn.runs.attempt
 
-    patch(xattn.attempt, "_sample", before=lambda *a: time.sleep(int(milliseconds) / 1000))
+    patch(xattn.runs.attempt, "_sample", before=lambda *a: time.sleep(int(milliseconds) / 1000))
 
 
 def error(update: str) -> None:
@@ -290,12 +290,12 @@ def error(update: str) -> None:
 
 def error_in_data() -> None:
     """An error of our own before the folder has its config."""
-    import xattn.attempt
+    import xattn.runs.attempt
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("planted")
 
-    patch(xattn.attempt, "load_data", before=fail)
+    patch(xattn.runs.attempt, "load_data", before=fail)
 
 
 def limit_file_size(size: str, update: str = "0") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xattn import compare
+from xattn.commands import compare
 from xattn.config import compose, save
 from xattn.errors import BadInput, ExitCode
 from xattn.report.compare import comparison

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xattn import run_folder
 from xattn.report.answer import Answer, Question
 from xattn.report.content import page_of
 from xattn.report.judge import judge
 from xattn.report.noise import Noise, noise_of
 from xattn.report.read import read_study
 from xattn.report.render import to_markdown
+from xattn.runs import run_folder
 
 from .folders import Writer
 

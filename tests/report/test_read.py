@@ -126,14 +126,14 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {name for name in loaded if not name.startswith("xattn.report")} == {
         "xattn",
-        "xattn.arguments",
-        "xattn.entry",
+        "xattn.system.arguments",
+        "xattn.system.entry",
         "xattn.errors",
         "xattn.keys",
         "xattn.metrics",
         "xattn.registry",
-        "xattn.run_folder",
-        "xattn.screen",
+        "xattn.runs.run_folder",
+        "xattn.system.screen",
         "xattn.section",
     }
 

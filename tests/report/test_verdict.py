@@ -19,7 +19,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from xattn import cli, run_folder
+from xattn import cli
 from xattn.config import compose
 from xattn.report import command, decide
 from xattn.report.answer import Answer, Question
@@ -27,6 +27,7 @@ from xattn.report.judge import judge
 from xattn.report.read import read_study
 from xattn.report.verdict import Range, Verdict, Worth, effect_of, verdict_of
 from xattn.report.words import Outcome, outcome
+from xattn.runs import run_folder
 
 from .folders import Writer
 

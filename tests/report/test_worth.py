@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from xattn.report.answer import Answer, Comparison, Question
-from xattn.report.command import _figures_of, texts
-from xattn.report.command import write as write_to
+from xattn.report.command import _figures_of, texts, write as write_to
 from xattn.report.judge import judge
 from xattn.report.law import Interval, Law, fit, interval, resampled
 from xattn.report.read import read_study

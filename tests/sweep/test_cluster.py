@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.xattn_remote import Handed
 from xattn.errors import BadInput, ExitCode
-from xattn.run_folder import read_summary
+from xattn.runs.run_folder import read_summary
 from xattn.sweep import cluster
 
 ROOT = Path(__file__).resolve().parent.parent.parent

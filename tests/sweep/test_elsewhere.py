@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xattn.run_folder import read_provenance, read_summary
+from xattn.runs.run_folder import read_provenance, read_summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.slow

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from xattn import run_folder
-from xattn.device import compiled_once, keep_compiled_programs
+from xattn.runs import run_folder
+from xattn.system.device import compiled_once, keep_compiled_programs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRID = ["backend.activation=softmax,sigmoid,none", "optimizer.learning_rate=1e-3,2e-3,4e-3,8e-3", "seed=0,1"]

@@ -12,11 +12,11 @@ import jax
 import pytest
 
 import xattn.config
-from xattn import run_folder
-from xattn.attempt import Job
 from xattn.backend import dispatch
 from xattn.errors import ExitCode
-from xattn.run import run_pack
+from xattn.runs import run_folder
+from xattn.runs.job import Job
+from xattn.runs.run import run_pack
 from xattn.sweep import packing
 from xattn.sweep.packing import pack_size, take_pack
 

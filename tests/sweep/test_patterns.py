@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from xattn import run_folder
+from xattn.runs import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRID = ["backend=none", "backend.every=1,2", "backend.then={activation: softmax, theta: 500}"]

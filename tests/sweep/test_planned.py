@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import xattn.config
-from xattn import run_folder
-from xattn.attempt import Job
 from xattn.errors import BadInput, ExitCode
+from xattn.runs import run_folder
+from xattn.runs.job import Job
 from xattn.sweep import planned, resume, runs, study
 from xattn.sweep.planned import Plan, sweeps_of, unfinished
 

@@ -23,10 +23,11 @@ from hydra_plugins import xattn_launcher
 from hydra_plugins.xattn_launcher import XattnLauncher
 from hydra_plugins.xattn_remote import ElsewhereLauncher
 from hydra_plugins.xattn_sweeper import GridSweeper, OptunaSweeper
-from xattn import app, run_folder
-from xattn.attempt import Job
+from xattn import app
 from xattn.errors import BadInput, ExitCode
 from xattn.model.size import num_params
+from xattn.runs import run_folder
+from xattn.runs.job import Job
 from xattn.sweep import study, workers
 from xattn.sweep.table import print_table
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import xattn.config
-from xattn import run_folder
-from xattn.attempt import Job
 from xattn.config import Config
 from xattn.errors import BadInput
 from xattn.report.answer import Question
 from xattn.report.judge import judge
 from xattn.report.read import read_study
 from xattn.report.two_stage import pairs_needed, pilot_size, quantile, two_stage
+from xattn.runs import run_folder
+from xattn.runs.job import Job
 from xattn.sweep import seeds, study
 
 Loss = Callable[[Config], float | None]

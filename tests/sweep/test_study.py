@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import xattn.config
-from xattn import run_folder
 from xattn.errors import ExitCode
-from xattn.signals import interruption
+from xattn.runs import run_folder
 from xattn.sweep import runs, study, view
 from xattn.sweep.packing import is_finished
 from xattn.sweep.study import Job, Start, carry_out
 from xattn.sweep.view import StudyView
+from xattn.system.signals import interruption
 
 
 def jobs_of(outputs: Path, *overrides: Sequence[str]) -> list[Job]:

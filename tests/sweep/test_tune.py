@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import xattn.config
-from xattn import run_folder
 from xattn.errors import BadInput
+from xattn.runs import run_folder
 from xattn.sweep.tune import OBJECTIVES, STORAGE, Dimension, Tuning, tune
 from xattn.sweep.view import StudyView
 

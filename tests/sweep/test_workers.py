@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import xattn.config
-from xattn import run_folder
-from xattn.attempt import Job
 from xattn.errors import BadInput
+from xattn.runs import run_folder
+from xattn.runs.job import Job
 from xattn.sweep import study, workers
 from xattn.sweep.workers import Seat, carry_out, gpus
 

@@ -22,12 +22,12 @@ from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
-from xattn import run_folder
 from xattn.cli import main as xattn
+from xattn.commands.sync import sync
 from xattn.config import Config, compose, save
 from xattn.errors import BadInput, XattnError
-from xattn.mirror import end_mirror, mirror_of, send_rows
-from xattn.sync import sync
+from xattn.runs import run_folder
+from xattn.runs.mirror import end_mirror, mirror_of, send_rows
 from xattn.tracking import wandb as adapter
 from xattn.tracking.config import WandbConfig
 from xattn.tracking.own_runs import log_table

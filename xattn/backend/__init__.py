@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xattn.backend.activations import register_activation as register_activation
     from xattn.backend.api import attention as attention
-    from xattn.backend.module import mLSTMBackendAttention as mLSTMBackendAttention
-    from xattn.backend.module import mLSTMBackendAttentionConfig as mLSTMBackendAttentionConfig
-    from xattn.backend.rope import apply_rotary_emb as apply_rotary_emb
-    from xattn.backend.rope import precompute_freqs as precompute_freqs
+    from xattn.backend.module import (
+        mLSTMBackendAttention as mLSTMBackendAttention,
+        mLSTMBackendAttentionConfig as mLSTMBackendAttentionConfig,
+    )
+    from xattn.backend.rope import apply_rotary_emb as apply_rotary_emb, precompute_freqs as precompute_freqs
 
 _HOME = {
     "apply_rotary_emb": "rope",

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 from xattn.backend.spec import AttentionSpec
 

@@ -29,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from xattn.arguments import Parser
 from xattn.backend import activations, attention, dispatch
 from xattn.backend.arguments import DTYPES
 from xattn.bench.record import write_record
+from xattn.system.arguments import Parser
 from xattn.tracking.display import Screen
 
 PEER = "jax.nn"

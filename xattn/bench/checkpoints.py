@@ -23,12 +23,12 @@ from typing import Any
 
 import jax
 
-from xattn.arguments import Parser
 from xattn.bench.record import write_record
 from xattn.config import Config, compose
 from xattn.data.batches import Windows
 from xattn.data.prefetch import Prefetch
 from xattn.data.run_data import load_data
+from xattn.system.arguments import Parser
 from xattn.training.checkpoint import Checkpoints
 from xattn.training.loop import Member, Progress, train
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from xattn.arguments import Parser
 from xattn.config import CONF, Config, compose
 from xattn.errors import BadInput, ExitCode
+from xattn.system.arguments import Parser
 
 WORDS = 20_000
 STEPS = 12

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.arguments import Parser
 from xattn.config import compose
 from xattn.model.generation import Sampling, generate
 from xattn.model.transformer import LanguageModel, init_params
+from xattn.system.arguments import Parser
 from xattn.training.programs import hyperparameters
 
 VOCAB_SIZE = 256

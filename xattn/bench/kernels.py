@@ -21,12 +21,12 @@ from pathlib import Path
 
 import jax
 
-from xattn.arguments import Parser
 from xattn.backend import dispatch
 from xattn.backend.hopper.tuning import WIDTHS, Tuning
 from xattn.bench import kernel_accuracy, ptxas
 from xattn.bench.kernel_bench import PASSES, Bench, kernel, program
 from xattn.bench.kernel_times import sweep_stage, time_stage
+from xattn.system.arguments import Parser
 
 STAGES = ("compile", "accuracy", "time", "sweep")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xattn.provenance import git_state, versions
+from xattn.runs.provenance import git_state, versions
 
 
 def write_record(options: argparse.Namespace, name: str, found: Mapping[str, Any], **machine: Any) -> None:

@@ -16,9 +16,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from xattn.arguments import Parser
 from xattn.bench.record import write_record
 from xattn.errors import XattnError
+from xattn.system.arguments import Parser
 
 _TRAIN = [sys.executable, "-m", "xattn.cli", "train"]
 _PATIENCE = 600

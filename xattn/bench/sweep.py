@@ -24,9 +24,9 @@ from typing import Any
 
 from rich.table import Table
 
-from xattn.arguments import Parser
 from xattn.bench.record import write_record
 from xattn.errors import BadInput, XattnError
+from xattn.system.arguments import Parser
 from xattn.tracking.display import Screen
 
 _TRAIN = [sys.executable, "-m", "xattn.cli", "train"]

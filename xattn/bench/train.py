@@ -23,15 +23,15 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from xattn.arguments import Parser
 from xattn.backend import activations
 from xattn.bench.peer import Peer
 from xattn.bench.record import write_record
 from xattn.config import Config, compose, sized
 from xattn.data.batches import Windows
-from xattn.device import keep_compiled_programs
 from xattn.errors import BadInput
-from xattn.hardware import hardware_of, measured_peak
+from xattn.system.arguments import Parser
+from xattn.system.device import keep_compiled_programs
+from xattn.system.hardware import hardware_of, measured_peak
 from xattn.tracking.display import Screen
 from xattn.training.programs import Programs, TrainState, hyperparameters, num_params, programs
 

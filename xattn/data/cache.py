@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xattn.data.tokenizer import Encoded
 from xattn.errors import Preempted, StorageError
-from xattn.run_folder import flock, fsync, write_atomically
+from xattn.runs.run_folder import flock, fsync, write_atomically
 from xattn.tracking.display import Screen
 
 Encode = Callable[[int], Iterator[Encoded]]  # a shard, piece after piece

@@ -11,7 +11,6 @@ from typing import Literal, TypedDict
 
 import numpy as np
 
-from xattn import run_folder
 from xattn.data.batches import (
     Batches,
     EvaluationWindows,
@@ -28,6 +27,7 @@ from xattn.data.corpus import Corpus, load_corpus
 from xattn.data.task import Task, TaskBatches, evaluation_examples
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.errors import BadInput, IntegrityError
+from xattn.runs import run_folder
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from xattn.report.selection import Chosen, Selection, split
 from xattn.report.size import unfair
 from xattn.report.statistics import Effect, matched
 from xattn.report.two_stage import asked_half_widths
-from xattn.screen import counted
+from xattn.system.screen import counted
 
 _AT_MOST = 8  # names in a sentence
 _LETTERS = 16  # of a hash

@@ -18,7 +18,7 @@ from xattn.report.metric import Metric, metric_for
 from xattn.report.read import Run
 from xattn.report.statistics import LEVEL
 from xattn.report.words import better_is, number, precision
-from xattn.screen import counted
+from xattn.system.screen import counted
 
 Says = Literal["shown", "contradicted", "undecided"]
 

@@ -12,8 +12,6 @@ from typing import Protocol, TextIO
 
 from matplotlib.figure import Figure
 
-from xattn import run_folder
-from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, storage_error
 from xattn.keys import short, show
 from xattn.report import figures
@@ -33,7 +31,9 @@ from xattn.report.tables import effects_csv, results_csv, table_tex
 from xattn.report.verdict import verdict_of
 from xattn.report.words import verdict
 from xattn.report.worth import laws
-from xattn.screen import counted, say
+from xattn.runs import run_folder
+from xattn.system.arguments import Parser
+from xattn.system.screen import counted, say
 
 _PAGE = "report.html"
 _VERDICT = "verdict.json"

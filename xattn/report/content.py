@@ -34,7 +34,7 @@ from xattn.report.words import (
     verdict,
 )
 from xattn.report.worth import Fitted, laws
-from xattn.screen import counted
+from xattn.system.screen import counted
 
 _ROWS = 40  # of a table of what is not judged, at most
 _NOTE = (

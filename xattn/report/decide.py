@@ -7,8 +7,6 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from xattn import entry, run_folder, screen
-from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
 from xattn.keys import show
 from xattn.report import words
@@ -19,6 +17,9 @@ from xattn.report.options import add_question, pairs, question_of
 from xattn.report.read import Run, read_study
 from xattn.report.statistics import Effect
 from xattn.report.verdict import effect_of
+from xattn.runs import run_folder
+from xattn.system import entry, screen
+from xattn.system.arguments import Parser
 
 # What is neither is undecided: also where the arm's values are better and a larger share of it diverged.
 _CODES: dict[words.Outcome, ExitCode] = {"better": ExitCode.DONE, "worse": ExitCode.OPPOSITE}

@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from xattn import run_folder
 from xattn.keys import show
 from xattn.report.curves import AXES, Curve
 from xattn.report.design import Cell, Design
@@ -22,6 +21,7 @@ from xattn.report.selection import Candidate, Chosen
 from xattn.report.statistics import Effect
 from xattn.report.words import better_is
 from xattn.report.worth import Fitted
+from xattn.runs import run_folder
 
 # Okabe and Ito (2008), "Color Universal Design", without black and yellow, which one of light and dark would swallow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from xattn import run_folder
 from xattn.errors import BadInput
 from xattn.report.answer import Question
 from xattn.report.judge import judge
 from xattn.report.read import finite, read_metrics, read_study
 from xattn.report.tables import effects_table, results_table
-from xattn.screen import counted
+from xattn.runs import run_folder
+from xattn.system.screen import counted
 
 _LEADING = ("step", "train_loss", "val_loss", "val_bpb")  # columns of metrics that come first, where they are there
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from xattn import run_folder
 from xattn.keys import show
 from xattn.metrics import LOSSES
 from xattn.report.answer import Comparison
@@ -20,6 +19,7 @@ from xattn.report.read import Run
 from xattn.report.selection import Chosen
 from xattn.report.statistics import LEVEL, Effect, Matched, matched
 from xattn.report.words import number, precision
+from xattn.runs import run_folder
 
 _TEXT = (
     "How far runs of one config differ by their seed alone (standard deviations), and what is left of that in the "

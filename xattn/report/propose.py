@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from xattn import run_folder
 from xattn.keys import SEED, changes_training, show
 from xattn.report.design import in_order
 from xattn.report.read import read_config
+from xattn.runs import run_folder
 
 
 def report_command(study: Path, runs: Collection[Path]) -> str:

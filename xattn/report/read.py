@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from xattn import run_folder
 from xattn.errors import BadInput
 from xattn.keys import up_to_date
+from xattn.runs import run_folder
 
 REPORT = run_folder.REPORT
 # Of a row's attention statistics, over layers and heads: the largest logit, the mean of the others.

@@ -9,7 +9,7 @@ from xattn.keys import show
 from xattn.report.blocks import Block, Heading, Paragraph, Table
 from xattn.report.design import in_order
 from xattn.report.read import Run
-from xattn.screen import counted
+from xattn.system.screen import counted
 
 _VALUES = 8  # of one thing, shown at most
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from xattn.keys import show
 from xattn.report.statistics import LEVEL, Effect, smallest_signflip_p
-from xattn.screen import counted
+from xattn.system.screen import counted
 
 if TYPE_CHECKING:
     from xattn.report.law import Interval

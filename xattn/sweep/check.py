@@ -10,13 +10,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import xattn.config
-from xattn.attempt import Job
 from xattn.config import Config
 from xattn.data import corpus
-from xattn.device import ask_for_determinism, first_look
 from xattn.errors import BadInput
-from xattn.pack import choose_attention
-from xattn.run_folder import read_provenance
+from xattn.runs.job import Job
+from xattn.runs.pack import choose_attention
+from xattn.runs.run_folder import read_provenance
+from xattn.system.device import ask_for_determinism, first_look
 from xattn.tracking.wandb import refuse_without_key
 from xattn.training.llama import initial_weights
 

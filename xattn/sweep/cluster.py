@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xattn import entry, run_folder
-from xattn.attempt import Job
 from xattn.errors import BadInput, first_line
-from xattn.run_folder import shown
-from xattn.screen import counted, say
+from xattn.runs import run_folder
+from xattn.runs.job import Job
+from xattn.runs.run_folder import shown
 from xattn.sweep.study import by_program
+from xattn.system import entry
+from xattn.system.screen import counted, say
 
 _SLURM, _LOCAL, _RAY = ".SlurmLauncher", ".LocalLauncher", ".RayLauncher"
 _SLURM_COMMANDS = ("sbatch", "srun")  # with which submitit submits a job, and starts its process

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import xattn.config
-from xattn.attempt import Job
 from xattn.config import Config
 from xattn.keys import SEED, TUNED, short, show
+from xattn.runs.job import Job
 
 Label = Callable[[Job], str]
 _OF_EVERY_ARM = (SEED, *TUNED)  # combined with each arm of a sweep that varies one key at a time

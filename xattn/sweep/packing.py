@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import xattn.config
-from xattn import run_folder
-from xattn.attempt import Job
 from xattn.config import Config
-from xattn.device import compute_with, first_look
 from xattn.errors import BadInput
 from xattn.model.size import matmul_flops_per_token
+from xattn.runs import run_folder
+from xattn.runs.job import Job
+from xattn.system.device import compute_with, first_look
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Implementation
@@ -115,7 +115,7 @@ def pack_size(config: Config) -> int:
 def _attention(config: Config) -> list[Implementation]:
     """What computes the attention of each kind of layer."""
     from xattn.backend import dispatch
-    from xattn.pack import choose_attention
+    from xattn.runs.pack import choose_attention
 
     return [dispatch.row(choice.name) for choice in choose_attention(config, context=1).values()]
 

@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from xattn import run_folder
-from xattn.attempt import Job
 from xattn.errors import BadInput
+from xattn.runs import run_folder
+from xattn.runs.job import Job
 
 _FILE = ".sweep-{}.json"  # hidden, and no folder: whoever lists a study's runs does not meet it
 _OVER = ("done", "diverged", "pruned")

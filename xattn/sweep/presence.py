@@ -1,6 +1,6 @@
 """Several processes at one study of trials: one at a time draws, and each can tell who is still there.
 
-Both by the kernel's locks (flock), as in :mod:`xattn.run_folder`: they go with their process, however that ends.
+Both by the kernel's locks (flock), as in :mod:`xattn.runs.run_folder`: they go with their process, however that ends.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from xattn.run_folder import flock
+from xattn.runs.run_folder import flock
 
 _DRAWING = ".tuning.lock"
 

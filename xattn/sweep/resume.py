@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xattn import run_folder, screen
-from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
+from xattn.runs import run_folder
 from xattn.sweep import planned
+from xattn.system import screen
+from xattn.system.arguments import Parser
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import xattn.config
-from xattn import run_folder
-from xattn.arguments import Parser
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode
 from xattn.report.read import finite
-from xattn.screen import counted, say
+from xattn.runs import run_folder
 from xattn.sweep import planned
 from xattn.sweep.labels import varying_keys
 from xattn.sweep.table import print_table, read_config, rows_of
+from xattn.system.arguments import Parser
+from xattn.system.screen import counted, say
 
 _NUMBERS = ("val_loss", "val_bpb", "step", "tokens_per_second")
 

@@ -19,8 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from xattn import run_folder
-from xattn.attempt import Job
 from xattn.errors import BadInput
 from xattn.report.answer import Answer, Question
 from xattn.report.defaults import conf_defaults
@@ -31,11 +29,13 @@ from xattn.report.selection import Selection
 from xattn.report.statistics import matched
 from xattn.report.two_stage import comparisons_of, pilot_size
 from xattn.report.words import verdict
-from xattn.screen import counted, say
+from xattn.runs import run_folder
+from xattn.runs.job import Job
 from xattn.sweep import study
 from xattn.sweep.packing import summary_of
 from xattn.sweep.planned import Plan
 from xattn.sweep.workers import seats
+from xattn.system.screen import counted, say
 
 TUNING_SEEDS = 4
 _AT_ONCE = 8  # seeds between two looks at the clock

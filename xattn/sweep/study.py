@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import xattn.config
-from xattn import entry, run_folder
-from xattn.attempt import Job
 from xattn.errors import ExitCode, FolderInUse, Preempted, StorageError, XattnError
-from xattn.run import run_pack
-from xattn.run_folder import shown
-from xattn.same_training import Trainings, answer, answered, in_turn
-from xattn.screen import say
-from xattn.signals import interruption
+from xattn.runs import run_folder
+from xattn.runs.job import Job
+from xattn.runs.run import run_pack
+from xattn.runs.run_folder import shown
+from xattn.runs.same_training import Trainings, answer, answered, in_turn
 from xattn.sweep.labels import Label, labels, varying_keys
 from xattn.sweep.packing import is_finished, summary_of, take_pack
 from xattn.sweep.planned import Plan
 from xattn.sweep.table import loss_of, print_table
 from xattn.sweep.view import StudyView, so_many
+from xattn.system import entry
+from xattn.system.screen import say
+from xattn.system.signals import interruption
 
 _POLL_SECONDS = 1.0
 
@@ -118,7 +119,7 @@ def told_at_the_end(jobs: Sequence[Job], plan: Plan | None = None) -> Iterator[N
 
 def make_each_training_once(jobs: Sequence[Job], start: Start = start, *, start_at: float = 0.0) -> None:
     """:func:`make`, without jobs that need no training: a run that is finished before them, or by them, was trained as
-    they ask, to the bit (:mod:`xattn.same_training`). What they want measured of it is measured.
+    they ask, to the bit (:mod:`xattn.runs.same_training`). What they want measured of it is measured.
 
     Of jobs that train the same the first is made, and the next only where that one failed. start_at: see :func:`make`.
     """

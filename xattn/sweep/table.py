@@ -14,15 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 import xattn.config
-from xattn import run_folder
 from xattn.config import Config
 from xattn.errors import BadInput
 from xattn.metrics import loss_metric
-from xattn.provenance import other_library
 from xattn.report.read import finite
-from xattn.run_folder import shown
-from xattn.screen import counted
+from xattn.runs import run_folder
+from xattn.runs.provenance import other_library
+from xattn.runs.run_folder import shown
 from xattn.sweep.labels import arm, baseline_of, short_names
+from xattn.system.screen import counted
 from xattn.tracking.display import Screen
 
 _HASHED = re.compile("[^*?[]*-[0-9a-f]{10}")

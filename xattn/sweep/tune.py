@@ -21,17 +21,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
 import xattn.config
-from xattn import entry, run_folder
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, needs_extra
 from xattn.keys import naming, naming_before_matmul_precision
-from xattn.screen import say
+from xattn.runs import run_folder
 from xattn.section import Section
-from xattn.signals import interruption
 from xattn.sweep.planned import write_trials
 from xattn.sweep.presence import drawing, is_present, present
 from xattn.sweep.table import print_table
 from xattn.sweep.view import StudyView
+from xattn.system import entry
+from xattn.system.screen import say
+from xattn.system.signals import interruption
 from xattn.tracking.tracker import Row
 
 if TYPE_CHECKING:

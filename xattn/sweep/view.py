@@ -11,7 +11,7 @@ from typing import Self
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 
-from xattn.screen import counted, width_of
+from xattn.system.screen import counted, width_of
 from xattn.tracking.display import Screen
 from xattn.tracking.tracker import Row
 

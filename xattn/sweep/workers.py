@@ -23,20 +23,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
-from xattn import run_folder
-from xattn.attempt import Job, move_older_aside
-from xattn.device import compute_with
 from xattn.errors import BadInput, ExitCode, FolderInUse
 from xattn.registry import Addition
-from xattn.same_training import Trainings, answered
-from xattn.screen import say
-from xattn.signals import interruption
+from xattn.runs import run_folder
+from xattn.runs.attempt import move_older_aside
+from xattn.runs.job import Job
+from xattn.runs.same_training import Trainings, answered
 from xattn.sweep import study
 from xattn.sweep.check import check_data, check_devices
 from xattn.sweep.labels import labels
 from xattn.sweep.packing import is_finished, summary_of
 from xattn.sweep.planned import Plan
 from xattn.sweep.view import StudyView
+from xattn.system.device import compute_with
+from xattn.system.screen import say
+from xattn.system.signals import interruption
 
 _POLL_SECONDS = 0.5
 # How the first process asks the others to save and leave. SLURM signals every process of a job, so they may have been

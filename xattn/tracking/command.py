@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from xattn import run_folder
-from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
-from xattn.run_folder import shown
-from xattn.screen import say
+from xattn.runs import run_folder
+from xattn.runs.run_folder import shown
+from xattn.system.arguments import Parser
+from xattn.system.screen import say
 
 
 def main(argv: Sequence[str]) -> int:

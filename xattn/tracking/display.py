@@ -15,8 +15,8 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from xattn.run_folder import loss_text
-from xattn.screen import columns, fitted, folded
+from xattn.runs.run_folder import loss_text
+from xattn.system.screen import columns, fitted, folded
 from xattn.tracking.tracker import Row
 
 _UNBOUNDED = 1_000_000_000  # columns

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from xattn.run_folder import fsync, shown, to_json, write_atomically
+from xattn.runs.run_folder import fsync, shown, to_json, write_atomically
 
 Row = Mapping[str, Any]
 

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from xattn import run_folder
 from xattn.errors import BadInput
-from xattn.run_folder import shown, to_json, write_atomically
+from xattn.runs import run_folder
+from xattn.runs.run_folder import shown, to_json, write_atomically
 from xattn.tracking.config import WandbConfig
 from xattn.tracking.tracker import Row
 

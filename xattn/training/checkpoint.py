@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xattn.errors import IntegrityError, storage_error
-from xattn.hosts import team
-from xattn.run_folder import fsync
+from xattn.runs.run_folder import fsync
+from xattn.system.hosts import team
 from xattn.training import kept
 from xattn.training.kept import BAD, MANIFEST, PARAMS, SEAL, TEMPORARY, TRAINING, Which, checked_manifest, file_digest
 from xattn.training.programs import TrainState

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xattn.errors import IntegrityError, NotKept
-from xattn.run_folder import read_json, to_json, write_atomically
+from xattn.runs.run_folder import read_json, to_json, write_atomically
 
 Keep = Literal["best_and_last", "last", "parameters", "nothing"]
 Which = Literal["last", "best"]

@@ -17,8 +17,8 @@ from xattn.data.batches import Batches, Windows
 from xattn.evaluation.attention import statistics_row, study_windows
 from xattn.evaluation.loss import held_out_loss
 from xattn.evaluation.probes import Probe, run_probes
-from xattn.hosts import team
-from xattn.run_folder import finite_or_none
+from xattn.runs.run_folder import finite_or_none
+from xattn.system.hosts import team
 from xattn.tracking.tracker import Row, Tracker
 from xattn.training.checkpoint import Checkpoints
 from xattn.training.config import TrainerConfig

@@ -23,7 +23,6 @@ import optax
 from xattn import registry
 from xattn.config import Config, shaping
 from xattn.data.batches import Windows
-from xattn.device import compiled_once
 from xattn.evaluation.attention import Study, attention_study
 from xattn.evaluation.loss import ScoreWindows, score_windows
 from xattn.evaluation.probes import PlacesOf, places_of
@@ -31,6 +30,7 @@ from xattn.model.config import BackendConfig
 from xattn.model.hyperparameters import LayerHyperparameters, ModelHyperparameters
 from xattn.model.size import matmul_flops_per_token
 from xattn.model.transformer import LanguageModel, init_params
+from xattn.system.device import compiled_once
 from xattn.training.gradients import loss_and_gradient
 from xattn.training.optimizer import OptimizerHyperparameters, global_norm, learning_rate_factor, optimizer
 from xattn.training.sharding import Layout, layout_of

@@ -18,8 +18,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from xattn.config import Config
 from xattn.errors import BadInput

@@ -17,12 +17,13 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from xattn import entry, registry
+from xattn import registry
 from xattn.data.config import DataConfig, made_by
 from xattn.section import CONF
+from xattn.system import entry
 from xattn.tracking.wandb import run_id
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 _PACKAGES = [
     *("xattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
     *("hydra-core", "omegaconf", "pydantic", "wandb", "tokenizers"),

@@ -17,14 +17,16 @@ from typing import Any
 import yaml
 
 import xattn.config
-from xattn import hosts, keys, run_folder
-from xattn.attempt import Job
+from xattn import keys
 from xattn.config import Config
 from xattn.errors import BadInput, IntegrityError, NotKept, Preempted
-from xattn.evaluate import equal_row, evaluate_once, in_a_line, stored_rows
-from xattn.provenance import changes, other_library, provenance
-from xattn.run_folder import result_line, shown
-from xattn.signals import interruption
+from xattn.runs import run_folder
+from xattn.runs.evaluations import equal_row, evaluate_once, in_a_line, stored_rows
+from xattn.runs.job import Job
+from xattn.runs.provenance import changes, other_library, provenance
+from xattn.runs.run_folder import result_line, shown
+from xattn.system import hosts
+from xattn.system.signals import interruption
 
 _Loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 

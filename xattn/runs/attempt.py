@@ -1,13 +1,12 @@
 """One run's side of an attempt at training it: builds the run's parts, and keeps its folder true.
 
-:class:`xattn.pack.Pack` carries it out, for one run or for several that train as one program. Importing this module
+:class:`xattn.runs.pack.Pack` carries it out, for one run or for several that train as one program. Importing this module
 imports no jax: what can be judged without it is told before it is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import xattn.config
-from xattn import hosts, keys, run_folder
+from xattn import keys
 from xattn.config import Config
 from xattn.data.baselines import MIN_GZIP_BYTES, gzip_bits_per_byte, unigram_bits_per_byte
 from xattn.data.batches import Batches
@@ -27,12 +26,15 @@ from xattn.data.prefetch import Prefetch
 from xattn.data.run_data import RunData, load_data
 from xattn.data.tokenizer import IdTokenizer, Tokenizer
 from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError
-from xattn.mirror import end_mirror, mirror_of
-from xattn.provenance import belongs_to, changes, corpus, provenance
-from xattn.run_folder import RunFolder, result_line, shown
-from xattn.screen import printable
+from xattn.runs import run_folder
+from xattn.runs.job import Job
+from xattn.runs.mirror import end_mirror, mirror_of
+from xattn.runs.provenance import belongs_to, changes, corpus, provenance
+from xattn.runs.run_folder import RunFolder, result_line, shown
+from xattn.system import hosts
+from xattn.system.screen import printable
 from xattn.tracking.display import Display
-from xattn.tracking.tracker import MetricsFile, Row, Tracker, brief, read_rows
+from xattn.tracking.tracker import MetricsFile, Tracker, brief, read_rows
 from xattn.tracking.wandb import WandbMirror, refuse_without_key
 from xattn.training.kept import keep_only
 from xattn.training.llama import initial_weights
@@ -49,26 +51,6 @@ SAMPLE_TOKENS = 300
 SAMPLE_TEMPERATURE = 0.8
 MAX_FAILURES_IN_A_ROW = 3
 MAX_ROLLBACKS = 3
-
-
-def prunes_nothing(row: Row) -> bool:
-    return False
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A run to make: its validated config, its folder, and what the person typed for it.
-
-    watch: trackers besides the run's own. prune: given each evaluation's row but the last; True ends the run.
-    answerable: whether a finished run of the same training may stand in for it.
-    """
-
-    config: Config
-    folder: Path
-    overrides: tuple[str, ...] = ()
-    watch: tuple[Tracker, ...] = ()
-    prune: Callable[[Row], bool] = prunes_nothing
-    answerable: bool = True
 
 
 class Attempt:

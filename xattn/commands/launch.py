@@ -1,6 +1,6 @@
 """``xattn launch --processes N -- train.py OVERRIDES…``: one run over several processes of this machine.
 
-Each process is told its place by the environment variables of :mod:`xattn.hosts`. They live and die together.
+Each process is told its place by the environment variables of :mod:`xattn.system.hosts`. They live and die together.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from xattn.arguments import Parser, whole
 from xattn.errors import BadInput
-from xattn.hosts import COORDINATOR, COUNT, INDEX
-from xattn.signals import DEMANDS, WARNINGS
+from xattn.system.arguments import Parser, whole
+from xattn.system.hosts import COORDINATOR, COUNT, INDEX
+from xattn.system.signals import DEMANDS, WARNINGS
 
 # Exit codes with which all processes of a run leave by themselves; with any other one has died, and the rest is lost.
 _TOGETHER = {0, 2, 3, 4, 5, 6, 75}

@@ -19,12 +19,12 @@ from functools import cache
 from typing import Any
 
 import xattn.config
-from xattn.arguments import Parser
 from xattn.config import config_type
 from xattn.errors import BadInput, ExitCode
 from xattn.keys import show
 from xattn.report.defaults import choice_values, conf_defaults
 from xattn.section import CONF
+from xattn.system.arguments import Parser
 
 _OTHER_GROUPS = {
     "experiment": "A prepared experiment; it may set any key.",

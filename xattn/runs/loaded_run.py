@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import xattn.config
-from xattn import run_folder
 from xattn.config import Config
 from xattn.data.config import Tokenised
 from xattn.data.run_data import RunData, as_documents, load_data, load_tokenizer
 from xattn.data.task import Task
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
-from xattn.device import first_look, keep_compiled_programs
 from xattn.errors import BadInput, IntegrityError
 from xattn.model.config import group_of
-from xattn.provenance import belongs_to
-from xattn.run_folder import finite_or_none
+from xattn.runs import run_folder
+from xattn.runs.provenance import belongs_to
+from xattn.runs.run_folder import finite_or_none
+from xattn.system.device import first_look, keep_compiled_programs
 from xattn.training import llama
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class LoadedRun:
         from xattn.evaluation.probes import Scene, make_probes, places_of, run_probes
         from xattn.model.hyperparameters import layer_hyperparameters, with_sigmoid_bias
         from xattn.model.transformer import LanguageModel
-        from xattn.pack import choose_attention
+        from xattn.runs.pack import choose_attention
         from xattn.training.programs import hyperparameters
 
         config = xattn.config.amend(self.config, overrides, may_differ=MAY_DIFFER, config_dir=config_dir)

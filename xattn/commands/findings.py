@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from xattn import run_folder
-from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
 from xattn.report.claim import Finding, finding_of
 from xattn.report.read import read_study
 from xattn.report.verdict import finding_as
+from xattn.runs import run_folder
+from xattn.system.arguments import Parser
 from xattn.tracking.display import Screen
 
 

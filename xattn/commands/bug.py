@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xattn import run_folder
-from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, storage_error
-from xattn.provenance import git_state, source_sha256, versions
+from xattn.runs import run_folder
+from xattn.runs.provenance import git_state, source_sha256, versions
+from xattn.system.arguments import Parser
 
 _WHOLE = (run_folder.CONFIG, run_folder.OVERRIDES, run_folder.PROVENANCE, run_folder.SUMMARY)
 _AT_MOST = 200_000  # characters of a file: of a longer one its end

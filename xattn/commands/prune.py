@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xattn import run_folder
-from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, FolderInUse, storage_error
-from xattn.run_folder import SUPERSEDED, RunFolder, shown
-from xattn.screen import counted
+from xattn.runs import run_folder
+from xattn.runs.run_folder import SUPERSEDED, RunFolder, shown
+from xattn.system.arguments import Parser
+from xattn.system.screen import counted
 from xattn.training.kept import BAD, TRAINING, half_done, keep_only, superfluous
 
 _STATES, _OLDER = "optimizer states", "checkpoints that are neither the last nor the best"

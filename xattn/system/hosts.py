@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xattn.device import compute_with, first_look
 from xattn.errors import BadInput, ExitCode, XattnError, first_line, looking_at
-from xattn.screen import say
+from xattn.system.device import compute_with, first_look
+from xattn.system.screen import say
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _MANAGERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
@@ -171,8 +171,7 @@ class Team:
             return asked
         import jax
         import numpy as np
-        from jax.sharding import Mesh, NamedSharding
-        from jax.sharding import PartitionSpec as P
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
         mesh = Mesh(np.array(jax.devices()), ("devices",))
         split = NamedSharding(mesh, P("devices"))
@@ -218,7 +217,7 @@ def team() -> Team:
 def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = None) -> Team:
     """Meets the others, where the environment says that there are others; a second call finds them met.
 
-    threads: as in :func:`xattn.device.compute_with`.
+    threads: as in :func:`xattn.system.device.compute_with`.
 
     Raises :class:`BadInput` where the coordinator's port is in use or jax has no device, :class:`XattnError` where the
     others don't come.

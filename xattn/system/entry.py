@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from xattn import screen
 from xattn.errors import looking_at
+from xattn.system import screen
 
 _OF_A_SWEEP = {"-m", "--multirun"}
 _OF_A_RUN = {*_OF_A_SWEEP, "--like", "--config-dir", "-cd", "--config-name", "-cn"}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from xattn import run_folder
-from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode
 from xattn.report.compare import as_json, comparison
 from xattn.report.read import REPORT, read_run
+from xattn.runs import run_folder
+from xattn.system.arguments import Parser
 from xattn.tracking.display import Screen
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import xattn.config
-from xattn import hosts, run_folder
-from xattn.attempt import Attempt, Job
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, storage_error
-from xattn.pack import Pack
-from xattn.provenance import changes, other_library, provenance, registered, source_sha256
-from xattn.run_folder import RunFolder, result_line, shown
-from xattn.screen import say
+from xattn.runs import run_folder
+from xattn.runs.attempt import Attempt
+from xattn.runs.job import Job
+from xattn.runs.pack import Pack
+from xattn.runs.provenance import changes, other_library, provenance, registered, source_sha256
+from xattn.runs.run_folder import RunFolder, result_line, shown
+from xattn.system import hosts
+from xattn.system.screen import say
 
 
 def run(
@@ -32,7 +34,7 @@ def run(
 
     overrides: what the person typed, for overrides.yaml. stop: asked at each step; True saves and leaves. quiet: on the
     screen only what went wrong. Errors that a person can mend are raised as :class:`XattnError`; any other leaves its
-    traceback in log.txt, a line on the screen, and ExitCode.ERROR. Of several processes (:mod:`xattn.hosts`) all call
+    traceback in log.txt, a line on the screen, and ExitCode.ERROR. Of several processes (:mod:`xattn.system.hosts`) all call
     this; they return the same, or fail.
     """
     together = hosts.join(

@@ -9,15 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from xattn import run_folder
-from xattn.arguments import Parser
 from xattn.config import Config, hashed_values
 from xattn.errors import BadInput, ExitCode, needs_extra, storage_error
-from xattn.loaded_run import load
 from xattn.model.initial import WEIGHTS
-from xattn.screen import say
-from xattn.training.llama import CONFIG, EMBEDDING, HEAD, LAST_NORM, MATRICES, NORMS, PLAIN, ROTATED, Arrays
-from xattn.training.llama import from_llama as from_llama
+from xattn.runs import run_folder
+from xattn.runs.loaded_run import load
+from xattn.system.arguments import Parser
+from xattn.system.screen import say
+from xattn.training.llama import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    LAST_NORM,
+    MATRICES,
+    NORMS,
+    PLAIN,
+    ROTATED,
+    Arrays,
+    from_llama as from_llama,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from xattn import run_folder
 from xattn.errors import BadInput
 from xattn.report.command import main as report
 from xattn.report.read import Study
+from xattn.runs import run_folder
 
 KEY = "tracking.wandb.artifacts"
 

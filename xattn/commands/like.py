@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from xattn import run_folder
 from xattn.errors import BadInput
+from xattn.runs import run_folder
 
 _FLAG = "--like"
 

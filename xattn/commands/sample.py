@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from xattn.arguments import Parser, number, whole
 from xattn.errors import BadInput, ExitCode
-from xattn.loaded_run import load
-from xattn.screen import printable
+from xattn.runs.loaded_run import load
+from xattn.system.arguments import Parser, number, whole
+from xattn.system.screen import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """An attempt at a pack: runs that differ in numbers alone and train as one program, most often a single one.
 
-Each run keeps its own folder, rows, checkpoints and end (:class:`xattn.attempt.Attempt`); the corpus, the programs and
+Each run keeps its own folder, rows, checkpoints and end (:class:`xattn.runs.attempt.Attempt`); the corpus, the programs and
 the pace are shared. A pack that is resumed has the same members in the same places; those that have ended since keep
 theirs, where nothing changes any more: so the program is the same, and so are the bits.
 
@@ -15,17 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from xattn import hosts
-from xattn.attempt import Attempt
 from xattn.config import Config
 from xattn.data.config import has_segments
-from xattn.device import ask_for_determinism, compute_with, first_look, hush_libraries, keep_compiled_programs
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.model.config import group_of
+from xattn.runs.attempt import Attempt
+from xattn.system import hosts
+from xattn.system.device import ask_for_determinism, compute_with, first_look, hush_libraries, keep_compiled_programs
 
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Choice
-    from xattn.hardware import Hardware
+    from xattn.system.hardware import Hardware
     from xattn.training.checkpoint import Restored
     from xattn.training.loop import Member
     from xattn.training.programs import Programs, TrainState

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import xattn.config
-from xattn import run_folder
 from xattn.config import Config
+from xattn.runs import run_folder
 from xattn.tracking.tracker import read_rows
 from xattn.tracking.wandb import WandbMirror
 from xattn.training.kept import MANIFEST, PARAMS, SEAL, best_evaluated

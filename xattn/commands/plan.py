@@ -21,17 +21,17 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from xattn.arguments import Parser, whole
 from xattn.backend.dispatch import platform
 from xattn.config import Config, compose, sized
 from xattn.data.vocabulary import vocab_size as vocab_size_of
-from xattn.hardware import HARDWARE, NETWORK, Hardware, hardware_of, measured_peak
 from xattn.model.config import BackendConfig, ModelConfig
 from xattn.model.loss import MOST_LOGITS
 from xattn.model.pattern import layers_of
 from xattn.model.size import matmul_flops_per_token
 from xattn.model.transformer import LanguageModel, init_params
-from xattn.pack import choose_attention
+from xattn.runs.pack import choose_attention
+from xattn.system.arguments import Parser, whole
+from xattn.system.hardware import HARDWARE, NETWORK, Hardware, hardware_of, measured_peak
 from xattn.tracking.display import Screen
 from xattn.training.memory import available_bytes, what_helps
 from xattn.training.optimizer import OptimizerHyperparameters, optimizer

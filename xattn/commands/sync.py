@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import xattn.config
-from xattn import run_folder
-from xattn.arguments import Parser
 from xattn.errors import BadInput, ExitCode, XattnError
-from xattn.mirror import end_mirror, mirror_of, send_rows
-from xattn.run_folder import RunFolder
+from xattn.runs import run_folder
+from xattn.runs.mirror import end_mirror, mirror_of, send_rows
+from xattn.runs.run_folder import RunFolder
+from xattn.system.arguments import Parser
 from xattn.tracking.wandb import resolve_mode
 
 

@@ -1,0 +1,1 @@
+"""The commands of ``xattn``, a module each; :mod:`xattn.cli` lists them."""

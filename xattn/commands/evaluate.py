@@ -1,0 +1,123 @@
+"""``xattn evaluate``: what a run's model loses on any text, at any length, and what its probes find.
+
+What is kept of it stands in the run's evaluations.jsonl, and is measured once. Importing this module imports no jax.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from xattn.errors import BadInput, ExitCode, XattnError
+from xattn.runs import run_folder
+from xattn.runs.evaluations import Row, check, evaluate_once, in_a_line, measured, shown_value
+from xattn.runs.loaded_run import load
+from xattn.system import entry
+from xattn.system.arguments import Parser
+from xattn.system.screen import say
+
+EPILOG = """A word with = is an override as train.py takes it: data=text data.path=FILE, evaluation.windows=all,
+backend.context_length=512, 'evaluation.probes=[in_context,extrapolation]', backend.theta, backend.window,
+trainer.batch_size, trainer.attention_stats_every=1 (for the attention statistics). Any other word is one more run.
+Another context_length is another length of the windows: sigmoid's n stays that of training, unless backend.sigmoid_bias
+is given too (auto: the n of the new length)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates runs' models as their own evaluations did, or as the overrides say."""
+    parser = Parser(prog="xattn evaluate", description=main.__doc__, epilog=EPILOG)
+    parser.add_argument("run", type=Path, help="a run's folder, or a study's for all its runs that are done")
+    parser.add_argument("words", nargs="*", metavar="RUN_OR_OVERRIDE")
+    parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="with YAML files of your own, as conf/ is")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument(
+        "--save", action="store_true", help="append each result to its run's evaluations.jsonl, unless it is there"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a run")
+    asked = parser.parse_intermixed_args(argv)
+    overrides = [word for word in asked.words if "=" in word and not Path(word).is_dir()]
+    folders = [asked.run, *(Path(word) for word in asked.words if word not in overrides)]
+    runs = list(dict.fromkeys(run for folder in folders for run in _runs_in(folder)))
+    evaluation = partial(
+        _evaluate, overrides=overrides, checkpoint=asked.checkpoint, save=asked.save, config_dir=asked.config_dir
+    )
+    if runs != [asked.run]:
+        return _evaluate_all(runs, evaluation, as_json=asked.json)
+    row, was_there = evaluation(asked.run)
+    if was_there:
+        say(f"not measured again: its {run_folder.EVALUATIONS} has it", file=sys.stderr)
+    if asked.json:
+        print(_json_line(asked.run, row))
+    else:
+        width = max(map(len, row["results"]))
+        for name, value in row["results"].items():
+            print(f"{name:{width}}  {shown_value(value)}")
+    return ExitCode.DONE
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder itself; for a study's folder, those of its runs that are done."""
+    if (folder / run_folder.CONFIG).is_file() or not folder.is_dir():
+        return [folder]
+    runs = sorted(path.parent for path in folder.glob(f"*/{run_folder.CONFIG}") if not path.parent.name.startswith("."))
+    if not runs:
+        return [folder]
+    done = [run for run in runs if _status(run) == "done"]
+    if not done:
+        raise BadInput(f"{folder}: none of its {len(runs)} runs is done")
+    if len(done) < len(runs):
+        say(f"{folder}: {len(done)} of {len(runs)} runs are done; the others are left out", file=sys.stderr)
+    return done
+
+
+def _status(run: Path) -> Any:
+    try:
+        return (run_folder.read_summary(run) or {}).get("status")
+    except BadInput:
+        return None
+
+
+def _evaluate_all(runs: Sequence[Path], evaluate: Callable[[Path], tuple[Row, bool]], *, as_json: bool) -> int:
+    """Prints a line a run. Those that fail stop no other; the exit code is theirs, or 1 where they differ."""
+    failures: dict[str, list[Path]] = {}
+    codes: set[int] = set()
+    for run in runs:
+        try:
+            row, was_there = evaluate(run)
+        except XattnError as error:
+            codes.add(error.exit_code)
+            if str(error) not in failures:
+                entry.tell(f"{run}: {str(error).removeprefix(f'{run.absolute()}: ')}")
+            failures.setdefault(str(error), []).append(run)
+            continue
+        again = "  (not measured again)" if was_there else ""
+        print(
+            _json_line(run, row)
+            if as_json
+            else f"{run_folder.shown(run.absolute())}  {in_a_line(row['results'])}{again}",
+            flush=True,
+        )
+    for first, *others in failures.values():
+        if others:
+            entry.tell(f"as {first}: {len(others)} more")
+    return ExitCode(codes.pop()) if len(codes) == 1 else ExitCode.ERROR if codes else ExitCode.DONE
+
+
+def _evaluate(
+    run: Path, *, overrides: Sequence[str], checkpoint: Literal["last", "best"], save: bool, config_dir: Path | None
+) -> tuple[Row, bool]:
+    if save:
+        return evaluate_once(run, overrides, checkpoint=checkpoint, config_dir=config_dir)
+    if (run / run_folder.CONFIG).is_file():  # no Llama folder, whose config is made as it is loaded
+        check(run, overrides, config_dir)
+    opened = load(run, checkpoint=checkpoint)
+    return measured(opened, overrides, config_dir), False
+
+
+def _json_line(run: Path, row: Row) -> str:
+    return run_folder.to_json(
+        {"run": str(run.absolute()), "step": row["step"], "overrides": row["overrides"], **row["results"]}
+    )

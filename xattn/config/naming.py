@@ -1,0 +1,153 @@
+"""What a config says of its run: the hash, the folder's name, and with which runs it shares programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xattn.config.schema import Config
+from xattn.errors import BadInput
+from xattn.keys import ABSENT, digest, flatten, has_effect, naming, naming_before_matmul_precision
+from xattn.model.config import LayerConfig
+from xattn.runs import run_folder
+from xattn.system.screen import say
+
+
+def hashed_values(config: Config) -> dict[str, Any]:
+    """The dotted keys, with their values, that say what the run computes."""
+    return {key: value for key, value in flatten(config.model_dump(mode="json")) if has_effect(key)}
+
+
+def run_hash(config: Config) -> str:
+    """Ten hex digits, the same for every spelling of the same validated config, and in every version."""
+    return digest(naming(hashed_values(config)))
+
+
+def folder_of(config: Config, folder: Path) -> Path:
+    """Where the config's run is: ``folder``, or the one beside it in which an older version made the same run.
+
+    Where both folders hold a run the first is taken, and a line says so. ``resume=never`` starts over in the first.
+    Raises :class:`BadInput` where the folder is the one of a study's report.
+    """
+    if folder.name == run_folder.REPORT and not (folder / run_folder.CONFIG).is_file():
+        raise BadInput(f"{folder}: a run's folder cannot be called {folder.name}: `xattn report` writes there")
+    older = older_folder(config, folder)
+    if older is None or config.resume == "never":
+        return folder
+    if (folder / run_folder.CONFIG).is_file():
+        say(f"{older.name}: holds the same run, made by an older version; {folder.name} is taken", file=sys.stderr)
+        return folder
+    return older
+
+
+def older_folder(config: Config, folder: Path) -> Path | None:
+    """The folder beside ``folder`` in which a version from before ``model.matmul_precision`` made the config's run.
+
+    None where there is none, and where ``folder`` was named by hand.
+    """
+    values = naming_before_matmul_precision(hashed_values(config))
+    if values is None or folder.name != run_name(config):
+        return None
+    older = folder.with_name(folder.name.removesuffix(run_hash(config)) + digest(values))
+    return older if (older / run_folder.CONFIG).is_file() else None
+
+
+# Keys of attention's terms: a run's name shows those that it has.
+_BACKEND_TERMS = ("decay", "input_gate", "rotary_fraction", "sink", "logit_scale")
+
+
+_MODEL_TERMS = ("conv", "value_residual", "exclusive", "output_norm", "output_gate")
+
+
+def run_name(config: Config) -> str:
+    """``<readable>-<hash>``: the name of the run's folder."""
+    backend = config.backend
+    words: list[str] = [backend.activation]
+    if backend.qk_pre_activation != "none":
+        words.append(backend.qk_pre_activation)
+    terms = {
+        group: [f"{key}_{_bare(value)}" for key in keys if (value := getattr(section, key)) != ABSENT[f"{group}.{key}"]]
+        for group, keys, section in (("backend", _BACKEND_TERMS, backend), ("model", _MODEL_TERMS, config.model))
+    }
+    words += terms["backend"]
+    if backend.then is not None:
+        words.append(f"every{backend.every}")
+        for key, value in backend.model_dump()["then"].items():
+            words.append(value if key in ("activation", "qk_pre_activation") else f"{key}_{_bare(value)}")
+    words += terms["model"]
+    words += [config.data.name, f"lr{config.optimizer.learning_rate:g}", f"seed{config.seed}", run_hash(config)]
+    return "-".join(words)
+
+
+def _bare(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def shaping(config: Config) -> Config:
+    """The config with every key that shapes no compiled program at a fixed value: where these are equal, so are the
+    programs. The numbers left out are the ones that the train state carries."""
+    backend = config.backend
+    then = None if backend.then is None else backend.then.model_copy(update=_unswept(backend.then))
+    pace: dict[str, Any] = {"log_every": 1, "eval_every": 1, "keep": "best_and_last"} | dict.fromkeys(
+        ("attention_stats_every", "checkpoint_every", "checkpoint_minutes")
+    )
+    elsewhere: dict[str, Any] = dict.fromkeys(("data", "evaluation", "tracking", "sweep", "finding"))
+    elsewhere |= {"seed": 0, "study": "", "resume": "auto"}
+    return config.model_copy(
+        update={
+            "backend": backend.model_copy(update=_unswept(backend) | {"then": then}),
+            "model": config.model.model_copy(update={"init_from": None, "parameters": None}),
+            "optimizer": config.optimizer.model_copy(
+                update={"learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": None}
+            ),
+            "trainer": config.trainer.model_copy(update=pace),
+            "parallel": config.parallel.model_copy(update={"heartbeat_seconds": 1, "connect_seconds": 1}),
+            **elsewhere,
+        }
+    )
+
+
+def _unswept(layers: LayerConfig) -> dict[str, Any]:
+    """Fixed values of the numbers that a layer reads from the train state."""
+    bias = "learned" if layers.sigmoid_bias == "learned" else "auto"
+    return {"theta": 1.0, "sigmoid_bias": bias, "logit_scale": 1.0}
+
+
+def program_key(config: Config) -> str:
+    """Equal for configs that share their compiled programs."""
+    parts = shaping(config).model_dump(mode="json", exclude={"data", "evaluation", "tracking", "sweep", "finding"})
+    return json.dumps(parts, sort_keys=True)
+
+
+def pack_key(config: Config) -> str:
+    """Equal for configs whose runs can train as one pack: program, data, evaluation and pace are the same."""
+    parts = config.model_dump(mode="json", include={"data", "evaluation", "trainer"}, exclude={"trainer": {"keep"}})
+    return program_key(config) + json.dumps(parts, sort_keys=True)
+
+
+def varying_keys(configs: Sequence[Config]) -> list[str]:
+    """The hashed keys that do not have one value in all."""
+    values = [hashed_values(config) for config in configs]
+    hashed = list(dict.fromkeys(key for each in values for key in each))
+    return [key for key in hashed if any(each.get(key) != values[0].get(key) for each in values)]
+
+
+def tracked_values(config: Config) -> dict[str, Any]:
+    """What wandb is told of the config: all of it, and the hash."""
+    return config.model_dump(mode="json") | {"hash": run_hash(config)}
+
+
+def untracked(config: Config) -> Config:
+    """The same run, of which wandb is told nothing."""
+    wandb = config.tracking.wandb.model_copy(update={"mode": "disabled"})
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb": wandb})})
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The hashed keys whose values differ, each with both; a key that one side lacks is None there."""
+    before, after = hashed_values(old), hashed_values(new)
+    hashed = [*before, *(key for key in after if key not in before)]
+    return {key: (before.get(key), after.get(key)) for key in hashed if before.get(key) != after.get(key)}

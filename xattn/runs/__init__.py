@@ -1,0 +1,1 @@
+"""A run: its folder, its provenance, and the session that trains it."""
