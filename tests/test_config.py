@@ -782,7 +782,7 @@ def test_any_overrides_are_a_config_or_a_short_message(overrides: list[str]) -> 
 
 def test_what_answers_at_once_imports_no_jax() -> None:
     code = (
-        "import sys, xattn, xattn.app, xattn.config, xattn.runs.run, xattn.runs.run_folder, xattn.runs.provenance, "
+        "import sys, xattn, xattn.app, xattn.config, xattn.runs.desk, xattn.runs.run_folder, xattn.runs.provenance, "
         "xattn.model.config, xattn.tracking.display, xattn.sweep.runs, xattn.sweep.resume, "
         "xattn.commands.explain, xattn.commands.prune, xattn.commands.bug\n"
         "xattn.config.compose(['backend=sigmoid'])\n"

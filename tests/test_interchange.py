@@ -26,8 +26,8 @@ from xattn.data.tokenizer import IdTokenizer
 from xattn.errors import BadInput, ExitCode, IntegrityError
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.runs import run_folder
+from xattn.runs.desk import run
 from xattn.runs.job import Job
-from xattn.runs.run import run
 from xattn.sweep.check import check_data
 from xattn.training.llama import LlamaFolder, initial_weights
 

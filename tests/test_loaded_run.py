@@ -21,8 +21,8 @@ from xattn.data.run_data import load_data
 from xattn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from xattn.errors import BadInput, IntegrityError
 from xattn.model.transformer import LanguageModel, init_params
+from xattn.runs.desk import run
 from xattn.runs.loaded_run import _text
-from xattn.runs.run import run
 from xattn.training.programs import hyperparameters
 
 

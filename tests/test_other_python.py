@@ -20,7 +20,7 @@ from xattn.report.command import texts
 from xattn.report.judge import judge
 from xattn.report.read import read_study
 from xattn.runs import provenance
-from xattn.runs.run import run
+from xattn.runs.desk import run
 
 TINY = [
     *("trainer=debug", "trainer.steps=3", "trainer.log_every=1", "trainer.eval_every=3", "evaluation.windows=4"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from xattn.config import compose
-from xattn.runs.pack import choose_attention
 from xattn.system.hardware import HARDWARE
+from xattn.training.attention_choice import choose_attention
 
 
 @pytest.mark.parametrize(

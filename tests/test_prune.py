@@ -21,9 +21,9 @@ from xattn.commands import prune
 from xattn.config import Config, compose
 from xattn.errors import BadInput, ExitCode, NotKept
 from xattn.runs import run_folder
+from xattn.runs.desk import run
 from xattn.runs.evaluations import evaluate_once
 from xattn.runs.job import Job
-from xattn.runs.run import run
 from xattn.runs.run_folder import RunFolder
 from xattn.runs.same_training import Trainings, answer
 from xattn.training.kept import DELETED, MANIFEST, SEAL, keep_only, refuse_what_was_deleted, steps_in, superfluous

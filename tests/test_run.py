@@ -14,10 +14,10 @@ import xattn.config
 from xattn.config import compose
 from xattn.errors import BadInput
 from xattn.runs import run_folder
-from xattn.runs.attempt import Attempt
+from xattn.runs.desk import run
 from xattn.runs.job import Job
 from xattn.runs.provenance import provenance
-from xattn.runs.run import run
+from xattn.runs.record import Run
 from xattn.runs.run_folder import RunFolder
 from xattn.training import memory
 
@@ -88,7 +88,7 @@ def test_failures_of_other_source_are_not_counted(command: list[str], tmp_path: 
         put_run(path, command, {})
         folder = RunFolder(path)
         failures = {"count": 2, "step": 0} | before
-        attempt = Attempt(Job(compose(command), path), folder, {"status": "failed", "failures": failures}, quiet=True)
+        attempt = Run(Job(compose(command), path), folder, {"status": "failed", "failures": failures}, quiet=True)
         attempt.failed(RuntimeError("planted"))
         attempt.display.close()
         folder.release()
@@ -100,15 +100,15 @@ def test_failures_of_other_source_are_not_counted(command: list[str], tmp_path: 
 ASKS_FOR_DETERMINISM = """
 import sys
 from pathlib import Path
-from xattn.runs import pack
+from xattn.runs import desk
 from xattn.config import compose
-from xattn.runs.run import run
+from xattn.runs.desk import run
 
 def look():
     print("jax" in sys.modules)
     raise SystemExit
 
-pack.ask_for_determinism = look
+desk.ask_for_determinism = look
 run(compose([*sys.argv[2:], "trainer.deterministic=true"]), Path(sys.argv[1]), quiet=True)
 """
 
@@ -127,7 +127,7 @@ import os, sys
 from pathlib import Path
 from xattn.config import compose
 from xattn.errors import BadInput
-from xattn.runs.run import run
+from xattn.runs.desk import run
 from xattn.runs.run_folder import read_summary
 
 cores, folder, *command = sys.argv[1:]

@@ -565,7 +565,7 @@ def test_other_data_are_trained_on(outputs: Path) -> None:
 @pytest.mark.slow
 def test_keys_that_measure_change_no_bit_of_training(text_file: Path, tmp_path: Path) -> None:
     """What the identity stands on, with all of them changed at once: batches, updates and checkpoints are the same."""
-    from xattn.runs.run import run
+    from xattn.runs.desk import run
 
     small = [
         *("data=text", f"data.path={text_file}", "data.tokenizer=bpe", "data.vocab_size=300"),

@@ -28,8 +28,8 @@ from xattn import cli
 from xattn.commands.like import expanded
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, XattnError, storage_error
+from xattn.runs.desk import run
 from xattn.runs.job import Job
-from xattn.runs.run import run
 from xattn.runs.run_folder import FOLDERS
 from xattn.runs.same_training import answered_by
 from xattn.sweep import study

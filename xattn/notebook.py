@@ -12,9 +12,9 @@ from pathlib import Path
 
 import xattn.config
 from xattn.errors import BadInput, Diverged, ExitCode, Preempted, XattnError
+from xattn.runs.desk import run
 from xattn.runs.job import Job
 from xattn.runs.loaded_run import LoadedRun, load
-from xattn.runs.run import run
 from xattn.runs.run_folder import LOG, read_summary, shown
 from xattn.runs.same_training import answered_by
 from xattn.system.signals import interruption

@@ -12,7 +12,7 @@ import xattn
 import xattn.config
 from xattn.data.bpe import train_bpe
 from xattn.errors import BadInput
-from xattn.runs.run import run
+from xattn.runs.desk import run
 
 from .harness import STEPS, TINY, Reference, differences, the_run, train
 

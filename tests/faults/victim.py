@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 # What a training process imports: the fork server does it once for all of them.
 PRELOADED = [
-    *("jax", "flax.linen", "optax", "orbax.checkpoint", "hydra", "xattn.runs.run", "xattn.training.loop"),
+    *("jax", "flax.linen", "optax", "orbax.checkpoint", "hydra", "xattn.runs.desk", "xattn.training.loop"),
     *("xattn.training.checkpoint", "xattn.training.programs", "xattn.model.generation", "xattn.training.state_hash"),
 ]
 
@@ -136,9 +136,9 @@ def kill_locked() -> None:
 
 
 def kill_data() -> None:
-    import xattn.runs.attempt
+    import xattn.runs.opening
 
-    patch(xattn.runs.attempt, "load_data", before=_die_when(lambda *a, **k: True))
+    patch(xattn.runs.opening, "load_data", before=_die_when(lambda *a, **k: True))
 
 
 def kill_compile() -> None:
@@ -241,9 +241,9 @@ def kill_deleting() -> None:
 
 def kill_sample() -> None:
     """After the last save, before the summary says that the run is done."""
-    import xattn.runs.attempt
+    import xattn.runs.ending
 
-    patch(xattn.runs.attempt, "_sample", before=_die_when(lambda *a: True))
+    patch(xattn.runs.ending, "_sample", before=_die_when(lambda *a: True))
 
 
 def kill_wandb_finish() -> None:
@@ -272,9 +272,9 @@ def slow_save(milliseconds: str) -> None:
 
 
 def slow_finish(milliseconds: str) -> None:
-    import xattn.runs.attempt
+    import xattn.runs.ending
 
-    patch(xattn.runs.attempt, "_sample", before=lambda *a: time.sleep(int(milliseconds) / 1000))
+    patch(xattn.runs.ending, "_sample", before=lambda *a: time.sleep(int(milliseconds) / 1000))
 
 
 def error(update: str) -> None:
@@ -290,12 +290,12 @@ def error(update: str) -> None:
 
 def error_in_data() -> None:
     """An error of our own before the folder has its config."""
-    import xattn.runs.attempt
+    import xattn.runs.opening
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("planted")
 
-    patch(xattn.runs.attempt, "load_data", before=fail)
+    patch(xattn.runs.opening, "load_data", before=fail)
 
 
 def limit_file_size(size: str, update: str = "0") -> None:

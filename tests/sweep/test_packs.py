@@ -15,8 +15,8 @@ import xattn.config
 from xattn.backend import dispatch
 from xattn.errors import ExitCode
 from xattn.runs import run_folder
+from xattn.runs.desk import run_pack
 from xattn.runs.job import Job
-from xattn.runs.run import run_pack
 from xattn.sweep import packing
 from xattn.sweep.packing import pack_size, take_pack
 

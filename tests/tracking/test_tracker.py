@@ -124,7 +124,7 @@ def test_rows_are_on_the_disk_when_they_are_synced(tmp_path: Path, monkeypatch: 
     synced: list[Path] = []
     monkeypatch.setattr("xattn.tracking.tracker.fsync", synced.append)
     metrics = MetricsFile(tmp_path / "metrics.jsonl", after=0)
-    metrics.sync()
+    sync_rows(metrics._path)
     metrics.close()
     assert synced == [tmp_path / "metrics.jsonl", tmp_path]
 

@@ -29,10 +29,10 @@ from xattn.model.loss import MOST_LOGITS
 from xattn.model.pattern import layers_of
 from xattn.model.size import matmul_flops_per_token
 from xattn.model.transformer import LanguageModel, init_params
-from xattn.runs.pack import choose_attention
 from xattn.system.arguments import Parser, whole
 from xattn.system.hardware import HARDWARE, NETWORK, Hardware, hardware_of, measured_peak
 from xattn.tracking.display import Screen
+from xattn.training.attention_choice import choose_attention
 from xattn.training.memory import available_bytes, what_helps
 from xattn.training.optimizer import OptimizerHyperparameters, optimizer
 from xattn.training.sharding import check_mesh, mesh_sizes

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from xattn.evaluation.attention import AttentionStudy
 
@@ -18,6 +17,8 @@ _MOST = 16  # layers, and heads: of more, evenly spaced ones
 def draw(study: AttentionStudy, path: Path, *, step: int) -> None:
     """Writes the PNG. Dark is a large share of a row's weight, on a scale of square roots from 0 to 1, which every run
     has, so that pictures can be set side by side."""
+    from matplotlib.figure import Figure  # half a second, which a run without pictures need not wait for
+
     maps = np.asarray(jax.device_get(study.maps))
     layers, heads = (np.unique(np.linspace(0, n - 1, min(n, _MOST)).round().astype(int)) for n in maps.shape[:2])
     size = (_PANEL * len(heads) + 0.4, _PANEL * len(layers) + 0.5)

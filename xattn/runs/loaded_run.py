@@ -184,7 +184,7 @@ class LoadedRun:
         from xattn.evaluation.probes import Scene, make_probes, places_of, run_probes
         from xattn.model.hyperparameters import layer_hyperparameters, with_sigmoid_bias
         from xattn.model.transformer import LanguageModel
-        from xattn.runs.pack import choose_attention
+        from xattn.training.attention_choice import choose_attention
         from xattn.training.programs import hyperparameters
 
         config = xattn.config.amend(self.config, overrides, may_differ=MAY_DIFFER, config_dir=config_dir)

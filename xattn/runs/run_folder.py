@@ -235,7 +235,7 @@ def shown(path: Path) -> str:
     return str(path)
 
 
-def result_line(summary: dict[str, Any]) -> str:
+def result_line(summary: Mapping[str, Any]) -> str:
     if summary["val_loss"] is None:
         return "no finite val_loss"
     return loss_text(summary["val_loss"], summary["val_bpb"])

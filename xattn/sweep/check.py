@@ -14,10 +14,10 @@ from xattn.config import Config
 from xattn.data import corpus
 from xattn.errors import BadInput
 from xattn.runs.job import Job
-from xattn.runs.pack import choose_attention
 from xattn.runs.run_folder import read_provenance
 from xattn.system.device import ask_for_determinism, first_look
 from xattn.tracking.wandb import refuse_without_key
+from xattn.training.attention_choice import choose_attention
 from xattn.training.llama import initial_weights
 
 

@@ -115,7 +115,7 @@ def pack_size(config: Config) -> int:
 def _attention(config: Config) -> list[Implementation]:
     """What computes the attention of each kind of layer."""
     from xattn.backend import dispatch
-    from xattn.runs.pack import choose_attention
+    from xattn.training.attention_choice import choose_attention
 
     return [dispatch.row(choice.name) for choice in choose_attention(config, context=1).values()]
 

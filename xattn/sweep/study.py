@@ -16,8 +16,8 @@ from typing import Any
 import xattn.config
 from xattn.errors import ExitCode, FolderInUse, Preempted, StorageError, XattnError
 from xattn.runs import run_folder
+from xattn.runs.desk import run_pack
 from xattn.runs.job import Job
-from xattn.runs.run import run_pack
 from xattn.runs.run_folder import shown
 from xattn.runs.same_training import Trainings, answer, answered, in_turn
 from xattn.sweep.labels import Label, labels, varying_keys

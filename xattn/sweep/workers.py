@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 from xattn.errors import BadInput, ExitCode, FolderInUse
 from xattn.registry import Addition
 from xattn.runs import run_folder
-from xattn.runs.attempt import move_older_aside
 from xattn.runs.job import Job
+from xattn.runs.record import move_older_aside
 from xattn.runs.same_training import Trainings, answered
 from xattn.sweep import study
 from xattn.sweep.check import check_data, check_devices

@@ -82,11 +82,6 @@ class MetricsFile:
         self._file.write(to_json(row) + "\n")
         self._file.flush()
 
-    def sync(self) -> None:
-        """Pushes the rows so far to the disk, and the file's name too."""
-        fsync(self._path)
-        fsync(self._path.parent)
-
     def rewind(self, after: int) -> None:
         """Drops the rows beyond that step."""
         self._file.close()
@@ -105,6 +100,12 @@ class MetricsFile:
         if self._path.exists():
             write_atomically(self._path, "".join(f"{line}\n" for step, line in rows.lines.items() if step <= after))
         return self._path.open("a", encoding="utf-8")
+
+
+def sync_rows(path: Path) -> None:
+    """Pushes the rows of a metrics.jsonl to the disk, and the file's name too."""
+    fsync(path)
+    fsync(path.parent)
 
 
 def brief(numbers: Sequence[int]) -> str:

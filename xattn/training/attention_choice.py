@@ -1,0 +1,53 @@
+"""What computes the attention of a run's layers: the question that a config puts to the dispatch table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from xattn.config import Config
+from xattn.data.config import has_segments
+from xattn.errors import BadInput
+from xattn.model.config import group_of
+
+if TYPE_CHECKING:
+    from xattn.backend.dispatch import Choice
+    from xattn.system.hardware import Hardware
+
+
+def choose_attention(config: Config, *, context: int, hardware: Hardware | None = None) -> dict[str, Choice]:
+    """Kind of layer → what the dispatch table says to its attention of one training batch, the sequence over so many
+    devices.
+
+    hardware: what the devices are; None is what is here. Raises :class:`BadInput`.
+    """
+    from xattn.backend import dispatch
+    from xattn.backend.activations import activation
+
+    model = config.model
+    where: dict[str, Any] = {}
+    if hardware is not None:
+        where = {"platform": hardware.platform, "compute_capability": hardware.compute_capability}
+    found = {}
+    for kind, backend in config.backend.kinds.items():
+        call = dispatch.Call(
+            activation=activation(backend.activation),
+            dtype=model.dtype,
+            batch=config.trainer.batch_size,
+            num_heads=model.num_heads,
+            num_kv_heads=model.kv_heads,
+            sequence=backend.context_length,
+            head_dim_qk=model.head_dim,
+            head_dim_v=model.head_dim,
+            window=backend.window,
+            has_segment_ids=has_segments(config.data),
+            has_decay=backend.decay != "none",
+            has_input_gate=backend.input_gate != "none",
+            has_sink=backend.sink != "none",
+            context=context,
+            **where,
+        )
+        try:
+            found[kind] = dispatch.choose(call, backend.implementation)
+        except ValueError as error:
+            raise BadInput(f"{group_of(kind)}.implementation: {error}") from error
+    return found
