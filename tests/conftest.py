@@ -44,6 +44,29 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compiled programs are kept from one session to the next, in .pytest_cache: compiling is most of the suite's time.
+
+    jax finds a program by its text, the options it is compiled with, and its own version. The limit has it lock the
+    folder, which two processes share.
+    """
+    if (cache := session.config.cache) is None:
+        return
+    of_runs = Path(os.environ["XDG_CACHE_HOME"], "xattn", "programs")  # of the processes that the tests start
+    of_runs.parent.mkdir(parents=True, exist_ok=True)
+    of_runs.symlink_to(cache.mkdir(f"programs-of-runs-{os.environ.get('PYTEST_XDIST_WORKER', 'gw0')}"))
+    if "jax" not in sys.modules:
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("programs")))
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # where something has been compiled before
+
+
 # Folders and files whose tests compile no model and draw little: together less than 90 seconds on two quiet cores.
 _FAST = {
     *("data", "tracking", "test_config.py", "test_explain.py", "test_forge.py", "test_image.py", "test_like.py"),

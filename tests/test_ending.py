@@ -18,8 +18,8 @@ from xattn.runs.run_folder import RunFolder
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    """A run that is to show its result, in a folder of its own."""
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """A run that is to show its result, in a folder of its own; its display writes to what ``capsys`` captures."""
     made = Run(Job(xattn.config.compose(), tmp_path), RunFolder(tmp_path), {}, quiet=False)
     yield made
     made.display.close()
