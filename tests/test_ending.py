@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,13 @@ from xattn.runs.record import Run
 from xattn.runs.run_folder import RunFolder
 
 
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """A run that is to show its result, in a folder of its own; its display writes to what ``capsys`` captures."""
-    made = Run(Job(xattn.config.compose(), tmp_path), RunFolder(tmp_path), {}, quiet=False)
-    yield made
-    made.display.close()
-    made.folder.release()
+@contextlib.contextmanager
+def ended(folder: Path) -> Iterator[Run]:
+    """A run that is to show its result, in a folder of its own."""
+    run = Run(Job(xattn.config.compose(), folder), RunFolder(folder), {}, quiet=False)
+    yield run
+    run.display.close()
+    run.folder.release()
 
 
 NOTHING: Any = None
@@ -32,7 +33,6 @@ NOTHING: Any = None
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), IdTokenizer(64)])
 def test_a_sample_is_shown_where_tokens_are_text(
     tokenizer: Tokenizer,
-    run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -40,7 +40,8 @@ def test_a_sample_is_shown_where_tokens_are_text(
     """Three hundred numbers of a task tell nobody anything, and are not drawn either. The file has what was drawn."""
     drawn = "text\x1b[2J\x00\ufffd\n"
     monkeypatch.setattr(ending, "_sample", lambda *_: drawn)
-    ending.show_sample(run, tokenizer, NOTHING, NOTHING)
+    with ended(tmp_path) as run:
+        ending.show_sample(run, tokenizer, NOTHING, NOTHING)
     out, is_text = capsys.readouterr().out, isinstance(tokenizer, ByteTokenizer)
     assert out == ("\na sample at temperature 0.8, · for what is not printable:\ntext·[2J··\n\n\n" if is_text else "")
     assert (tmp_path / "artifacts" / "sample.txt").exists() == is_text
@@ -49,11 +50,12 @@ def test_a_sample_is_shown_where_tokens_are_text(
 
 @pytest.mark.parametrize(("size", "has_gzip"), [(9_999, False), (10_000, True)])
 def test_gzip_is_no_baseline_of_little_text(
-    size: int, has_gzip: bool, run: Run, capsys: pytest.CaptureFixture[str]
+    size: int, has_gzip: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scored = b"ab" * (size // 2) + b"c" * (size % 2)
     data: Any = SimpleNamespace(tokenizer=ByteTokenizer(), scored_bytes=lambda: scored)
-    ending.show_result(run, data, {"val_loss": 1.0, "val_bpb": 1.5})
+    with ended(tmp_path) as run:
+        ending.show_result(run, data, {"val_loss": 1.0, "val_bpb": 1.5})
     out = capsys.readouterr().out
     assert f"bits/byte, of the same {size:,} bytes" in out
     assert "unigrams 1.0" in out
