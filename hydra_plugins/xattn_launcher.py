@@ -26,9 +26,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import xattn.config
 from xattn.errors import BadInput, ExitCode
 from xattn.runs.job import Job, prunes_nothing
+from xattn.sweep import workers
 from xattn.sweep.planned import Plan
-from xattn.sweep.study import outcomes
-from xattn.sweep.workers import carry_out
+from xattn.sweep.study import Outcomes
 from xattn.tracking.tracker import Row
 
 Load = Callable[[Sequence[str]], DictConfig]
@@ -54,9 +54,10 @@ class XattnLauncher(Launcher):
         if jobs[0].config.sweep.half_width is not None:
             typed = {job.folder: overrides for (job, _), overrides in zip(asked, job_overrides, strict=True)}
             return self._launch_seeds(jobs, [typed[job.folder] for job in jobs])
-        with self.as_hydra_does(asked):
-            carry_out(jobs, plan=plan_of(self.planned))
-        return [_returned(job) for job in jobs]
+        outcomes: Outcomes = {}
+        with self.as_hydra_does(asked, outcomes):
+            outcomes |= workers.run_study(jobs, plan=plan_of(self.planned))
+        return [_returned(job, outcomes) for job in jobs]
 
     def _launch_seeds(self, arms: Sequence[Job], job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
         """The runs of these arms, with as many seeds as ``sweep.half_width`` takes."""
@@ -74,18 +75,18 @@ class XattnLauncher(Launcher):
             each_once([job for job, _ in asked])
             return [job for job, _ in asked]
 
-        def make(jobs: Sequence[Job]) -> None:
-            with self.as_hydra_does([(job, composed[job.folder]) for job in jobs]):
-                carry_out(jobs, plan=plan)
+        def train_all(jobs: Sequence[Job], outcomes: Outcomes) -> None:
+            with self.as_hydra_does([(job, composed[job.folder]) for job in jobs], outcomes):
+                workers.train_all(jobs, outcomes, plan)
 
-        seeds.carry_out(arms, compose, make, plan)
-        return [JobReturn(status=JobStatus.COMPLETED, _return_value=0)]
+        codes = seeds.run_study(arms, compose, train_all, plan).values()
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=code) for code in codes]
 
     @contextlib.contextmanager
-    def as_hydra_does(self, asked: Sequence[Asked]) -> Iterator[None]:
-        """Does around runs that share this process what Hydra does around a job that has a process of its own.
+    def as_hydra_does(self, asked: Sequence[Asked], outcomes: Outcomes) -> Iterator[None]:
+        """Do around runs that share this process what Hydra does around a job that has a process of its own.
 
-        Environment and log are the process's, so all runs have one.
+        Environment and log are the process's, so all runs share them. outcomes: read when the runs have ended.
         """
         with environment(asked):
             _configure_log(asked[0][1])
@@ -94,7 +95,7 @@ class XattnLauncher(Launcher):
                 self.context.callbacks.on_job_start(config=composed, task_function=self.task)
             yield
             for job, composed in asked:
-                self.context.callbacks.on_job_end(config=composed, job_return=_returned(job))
+                self.context.callbacks.on_job_end(config=composed, job_return=_returned(job, outcomes))
 
 
 @contextlib.contextmanager
@@ -151,7 +152,7 @@ def _save_configs(job: Job, composed: DictConfig) -> None:
         (folder / f"{file}.yaml").write_text(OmegaConf.to_yaml(part), "utf-8")
 
 
-def _returned(job: Job) -> JobReturn:
+def _returned(job: Job, outcomes: Outcomes) -> JobReturn:
     return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
 
 

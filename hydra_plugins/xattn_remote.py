@@ -90,8 +90,9 @@ class Handed:
                     jobs = _not_answerable(jobs)
                 here = XattnLauncher()
                 here.setup(hydra_context=self.context, task_function=self.task, config=self.config)
-                with here.as_hydra_does(asked):
-                    workers.carry_out(jobs, additions=self.additions)
+                outcomes: study.Outcomes = {}
+                with here.as_hydra_does(asked, outcomes):
+                    outcomes |= workers.run_study(jobs, additions=self.additions)
             except XattnError as error:
                 entry.tell(error)
                 return error.exit_code
@@ -100,7 +101,7 @@ class Handed:
             except Exception:  # a fault of ours, which Hydra would keep to itself
                 traceback.print_exc()
                 return ExitCode.ERROR
-        return study.exit_code()
+        return study.exit_code(outcomes.values())
 
     def _asked(self, group: Sequence[Numbered]) -> list[Asked]:
         setup_globals()
@@ -177,8 +178,11 @@ class ElsewhereLauncher(Launcher):
         if _is_tuned(self.config):
             jobs = _not_answerable(jobs)
             plan = None  # the tuner has one of its own
-        study.carry_out_elsewhere(jobs, launch, plan)
-        return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=0) for job in jobs]
+        outcomes = study.run_study_elsewhere(jobs, launch, plan)
+        return [
+            JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
+            for job in jobs
+        ]
 
 
 def settings_of(config: DictConfig) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from hydra_plugins.xattn_launcher import (
 from hydra_plugins.xattn_remote import ElsewhereLauncher, settings_of
 from xattn.config import Config
 from xattn.data.config import MemmapConfig, Tokenised
-from xattn.errors import BadInput, needs_extra
+from xattn.errors import BadInput, ExitCode, needs_extra
 from xattn.keys import SEED, TUNED
 from xattn.metrics import loss_metric
 from xattn.sweep import cluster, study
@@ -178,7 +178,15 @@ class GridSweeper(Sweeper):
                 results.append(self._launcher.launch(batch, initial_job_idx=sum(map(len, results))))
                 for result in results[-1]:
                     _ = result.return_value  # raises what another launcher's job raised
+        _leave_unless_done(self._context, self._config, (result.return_value for batch in results for result in batch))
         return results
+
+
+def _leave_unless_done(context: HydraContext, config: DictConfig, codes: Iterable[ExitCode | None]) -> None:
+    """Raise SystemExit with the sweep's exit code unless all is done; Hydra itself drops what its jobs return."""
+    if code := study.exit_code(code for code in codes if code is not None):  # None: it was finished before
+        context.callbacks.on_multirun_end(config=config)  # which Hydra would call
+        raise SystemExit(code)
 
 
 def _arms(parsed: Sequence[Override]) -> list[list[Override]]:
@@ -258,6 +266,8 @@ class OptunaSweeper(Sweeper):
             tuning = tuning.model_copy(update={"objective": self._loss(space, fixed)})
         metric = tuning.objective if tuning.objective in ("val_loss", "val_bpb") else None
 
+        outcomes: study.Outcomes = {}
+
         def plan(trials: list[list[str]], prunes: list[Any]) -> tuple[list[Path], Callable[[StudyView], None]]:
             overrides = [[*fixed, *map(self._as_typed, trial)] for trial in trials]
             asked = composed_jobs(self._context, self._config, overrides, prunes=prunes)
@@ -265,16 +275,18 @@ class OptunaSweeper(Sweeper):
 
             def make(view: StudyView) -> None:
                 if isinstance(self._launcher, XattnLauncher):
-                    with self._launcher.as_hydra_does(asked):
-                        study.make(jobs, view=view, label=labels(jobs, list(space)), metric=metric)
+                    with self._launcher.as_hydra_does(asked, outcomes):
+                        study.make(jobs, outcomes, view=view, label=labels(jobs, list(space)), metric=metric)
                 else:
                     distinct = {job.folder: typed for (job, _), typed in zip(asked, overrides, strict=True)}
-                    self._launcher.launch(list(distinct.values()), initial_job_idx=0)
+                    returned = self._launcher.launch(list(distinct.values()), initial_job_idx=0)
+                    outcomes.update(zip(distinct, (each.return_value for each in returned), strict=False))
 
             return [job.folder for job, _ in asked], make
 
         folder = Path(OmegaConf.select(self._config, "hydra.sweep.dir"))
         tune(tuning, space, base.config, folder, plan)
+        _leave_unless_done(self._context, self._config, outcomes.values())
 
     def _base(self, space: Mapping[str, Dimension], fixed: list[str]) -> Asked:
         """The config without the keys of the space; with a first value of each, where it is none without them."""

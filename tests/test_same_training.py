@@ -352,12 +352,6 @@ def jobs_of(folder: Path, *overrides: Sequence[str]) -> list[Job]:
     return made
 
 
-@pytest.fixture
-def outcomes(monkeypatch: pytest.MonkeyPatch) -> dict[Path, ExitCode]:
-    monkeypatch.setattr(study, "outcomes", {})
-    return study.outcomes
-
-
 def trainer(folder: Path, fails: Sequence[str] = ()) -> tuple[list[str], study.Start]:
     trained: list[str] = []
 
@@ -373,34 +367,32 @@ def trainer(folder: Path, fails: Sequence[str] = ()) -> tuple[list[str], study.S
     return trained, start
 
 
-def test_jobs_of_one_training_are_trained_once(
-    tmp_path: Path, outcomes: dict[Path, ExitCode], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_jobs_of_one_training_are_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The table has the others too, beside the run that answers for them; no folder is made for them."""
     jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10"], ["trainer.log_every=5", "seed=1"])
     trained, start = trainer(tmp_path)
-    study.carry_out(jobs, start)
+    outcomes = study.run_study(jobs, start)
     assert sorted(trained) == ["trainer.log_every=5", "trainer.log_every=5"]
     assert names(tmp_path) == sorted(job.folder.name for job in (jobs[0], jobs[2]))
     assert outcomes == {job.folder: ExitCode.DONE for job in jobs}
-    assert study.exit_code() == ExitCode.DONE
+    assert study.exit_code(outcomes.values()) == ExitCode.DONE
     out = capsys.readouterr().out
     assert f"log_every=10 seed=0: trained already in {jobs[0].folder}" in out
     (row,) = (line.split() for line in out.splitlines() if line.split()[:2] == ["10", "0"])
     assert (row[2], row[3], row[-1]) == ("done", "1.5000", jobs[0].folder.name)
 
 
-def test_the_next_is_trained_where_the_first_fails(tmp_path: Path, outcomes: dict[Path, ExitCode]) -> None:
+def test_the_next_is_trained_where_the_first_fails(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10"], ["trainer.log_every=20"])
     trained, start = trainer(tmp_path, fails=["trainer.log_every=5"])
-    study.carry_out(jobs, start)
+    outcomes = study.run_study(jobs, start)
     assert trained == ["trainer.log_every=5", "trainer.log_every=10"]
     assert [outcomes[job.folder] for job in jobs] == [ExitCode.ERROR, ExitCode.DONE, ExitCode.DONE]
-    assert study.exit_code() == ExitCode.ERROR
+    assert study.exit_code(outcomes.values()) == ExitCode.ERROR
 
 
 def test_what_cannot_be_measured_ends_its_job_alone(
-    tmp_path: Path, outcomes: dict[Path, ExitCode], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And a run whose data have changed since is no answer: the job is trained."""
 
@@ -410,7 +402,7 @@ def test_what_cannot_be_measured_ends_its_job_alone(
     monkeypatch.setattr(same_training, "evaluate_once", refused)
     jobs = jobs_of(tmp_path, ["seed=0"], ["evaluation.windows=7"], ["evaluation.probes=[copying]"])
     trained, start = trainer(tmp_path)
-    study.carry_out(jobs, start)
+    outcomes = study.run_study(jobs, start)
     assert trained == ["seed=0", "evaluation.windows=7"]
     assert [outcomes[job.folder] for job in jobs] == [ExitCode.DONE, ExitCode.DONE, ExitCode.BAD_INPUT]
     printed = capsys.readouterr()
@@ -418,9 +410,7 @@ def test_what_cannot_be_measured_ends_its_job_alone(
     assert "windows=7: not taken from the same training: other data" in printed.out
 
 
-def test_other_machines_get_each_training_once(
-    tmp_path: Path, outcomes: dict[Path, ExitCode], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_machines_get_each_training_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is to be measured is measured there: this machine may have no device for it. A tuner's trials all go."""
     jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10"], ["evaluation.windows=7"])
     launched: list[list[str]] = []
@@ -434,38 +424,34 @@ def test_other_machines_get_each_training_once(
             else:
                 put(tmp_path, job.config)
 
-    study.carry_out_elsewhere(jobs, launch)
+    outcomes = study.run_study_elsewhere(jobs, launch)
     assert launched == [["trainer.log_every=5"], ["evaluation.windows=7"]]
     assert outcomes == {job.folder: ExitCode.DONE for job in jobs}
     others = jobs_of(tmp_path / "tuned", ["trainer.log_every=5"], ["trainer.log_every=10"])
     handed: list[int] = []
-    study.carry_out_elsewhere([replace(job, answerable=False) for job in others], lambda now: handed.append(len(now)))
+    study.run_study_elsewhere([replace(job, answerable=False) for job in others], lambda now: handed.append(len(now)))
     assert handed == [2]
 
 
-def test_starting_over_by_several_workers_takes_no_other_run(
-    tmp_path: Path, outcomes: dict[Path, ExitCode], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_starting_over_by_several_workers_takes_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There ``resume=never`` is carried out once for all of them, and the job goes on as one that may be resumed."""
     jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10", "resume=never", "sweep.workers=2"])
     put(tmp_path, jobs[0].config)
     handed: list[Job] = []
     monkeypatch.setattr(workers, "seats", lambda unfinished: [Seat(gpu="0"), Seat(gpu="1")])
-    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices, additions: handed.extend(unfinished))
-    workers.carry_out(jobs)
+    monkeypatch.setattr(workers, "_train_in_processes", lambda jobs, unfinished, *_: handed.extend(unfinished))
+    workers.run_study(jobs)
     assert [job.folder for job in handed] == [jobs[1].folder]
     assert Trainings(handed).find(handed[0]) == []
 
 
-def test_workers_are_for_what_is_to_be_made(
-    tmp_path: Path, outcomes: dict[Path, ExitCode], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_are_for_what_is_to_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No device is asked for where finished runs have it all."""
     jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10"], ["trainer.log_every=20"])
     put(tmp_path, jobs[0].config)
     looked: list[int] = []
     monkeypatch.setattr(workers, "check_devices", lambda jobs: looked.append(len(jobs)))
-    workers.carry_out(jobs)
+    outcomes = workers.run_study(jobs)
     assert looked == [0]
     assert all(outcomes[job.folder] == ExitCode.DONE for job in jobs[1:])
     assert [is_finished(job) for job in jobs] == [True, False, False]

@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
@@ -32,13 +32,10 @@ from xattn.runs.desk import run
 from xattn.runs.job import Job
 from xattn.runs.run_folder import FOLDERS
 from xattn.runs.same_training import answered_by
-from xattn.sweep import study
 from xattn.system import entry, hosts
 from xattn.system.hosts import ToldByFirst
 from xattn.system.screen import say
 from xattn.system.signals import interruption
-
-_codes: list[ExitCode] = []  # of the run, where it is a single one
 
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -59,21 +56,25 @@ def _resolved_hydra_cfg(src_cfg: DictConfig) -> DictConfig:
 _sanitized_hydra_cfg = Hydra.get_sanitized_hydra_cfg
 
 
-@hydra.main(version_base="1.3", config_path=str(xattn.config.CONF), config_name="config")
-def train(composed: DictConfig) -> ExitCode:
-    """One run, or one job of a sweep that a launcher of Hydra's carries elsewhere.
+def hydra_app(codes: list[ExitCode]) -> Callable[[], None]:
+    """Return what Hydra starts; the exit code of a single run is appended to ``codes``.
 
-    Those launchers pickle this function with copies of all that it names: it names nothing but another one.
+    Launchers of Hydra's that carry a sweep elsewhere pickle the inner function, with copies of all that it names: it
+    names nothing but another function and the codes.
     """
-    return train_one(composed)
+
+    @hydra.main(version_base="1.3", config_path=str(xattn.config.CONF), config_name="config")
+    def train(composed: DictConfig) -> ExitCode:
+        codes.append(train_one(composed))
+        return codes[-1]
+
+    return train
 
 
 def train_one(composed: DictConfig) -> ExitCode:
-    """The run of a composed config, and its exit code; where nobody listens to signals yet, they are listened to."""
+    """Carry out the run of a composed config; return its exit code. Signals are handled, unless somebody does so."""
     with interruption.listening():
-        code = _run(composed)
-    _codes.append(code)
-    return code
+        return _run(composed)
 
 
 def _run(composed: DictConfig) -> ExitCode:
@@ -152,8 +153,10 @@ def _train() -> int:
             )
         xattn.config.check_folders(sys.argv[1:])
         _refuse(sys.argv[1:], sweeps=sweeps)
+        codes: list[ExitCode] = []
         with interruption.listening():
-            train()
+            hydra_app(codes)()
+        return codes[-1] if codes else ExitCode.DONE
     except XattnError as error:
         entry.tell(error)
         return error.exit_code
@@ -163,14 +166,13 @@ def _train() -> int:
     except SystemExit as left:
         if left.code == 1 and any(argument.startswith(("-p", "--package")) for argument in sys.argv[1:]):
             return ExitCode.BAD_INPUT  # Hydra has said which package there is none of
-        raise
+        return left.code if isinstance(left.code, int) else ExitCode.ERROR if left.code else ExitCode.DONE
     except BrokenPipeError:  # who read what we print has read enough: `python train.py --help | head`
         return ExitCode.DONE
     except OSError as error:  # Hydra makes the run's folder before train() is called
         refusal = storage_error(error, Path("standard output")) or BadInput(f"{error.filename}: {error.strerror}")
         entry.tell(refusal)
         return refusal.exit_code
-    return _codes[-1] if _codes else study.exit_code()
 
 
 def _values(*, _root_: DictConfig) -> str:

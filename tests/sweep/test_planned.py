@@ -104,7 +104,7 @@ def test_a_sweep_says_at_its_end_which_runs_are_answered_for(capsys: pytest.Capt
             finish(job)
         return [ExitCode.DONE] * len(pack)
 
-    study.carry_out(jobs, start, plan)
+    study.run_study(jobs, start, plan)
     assert "trained already in" in capsys.readouterr().out
     assert unfinished(STUDY) == []
 

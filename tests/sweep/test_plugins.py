@@ -199,15 +199,15 @@ def test_trials_are_made_where_the_launcher_makes_them(made: list[Job], start: C
 def grouped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[Job]]:
     """The runs that each job of a launcher was to make together."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "outcomes", {})
     grouped: list[list[Job]] = []
 
-    def make(jobs: Sequence[Job], **how: Any) -> None:
+    def run_study(jobs: Sequence[Job], **how: Any) -> study.Outcomes:
         grouped.append(list(jobs))
         for job in jobs:
             finish(job.folder)
+        return {}
 
-    monkeypatch.setattr(workers, "carry_out", make)
+    monkeypatch.setattr(workers, "run_study", run_study)
     return grouped
 
 
@@ -608,7 +608,7 @@ def test_no_trial_is_drawn_where_the_corpus_is_missing(
 def test_what_a_launcher_pickles_of_a_run_refers_to_this_package_and_copies_nothing() -> None:
     """A copy of the object that signals ask would be asked by none: SIGUSR2 to a job of submitit lost its steps."""
     cloudpickle = pytest.importorskip("cloudpickle", reason="neither the extra slurm nor ray is installed")
-    task = app.train.__wrapped__  # what Hydra hands to its launchers
+    task = app.hydra_app([]).__wrapped__  # what Hydra hands to its launchers
     unpickled = pickle.loads(cloudpickle.dumps(task))
     assert unpickled is not task
     for name in unpickled.__code__.co_names:

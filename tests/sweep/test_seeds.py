@@ -41,7 +41,7 @@ class Laboratory:
         configs = [config_of(*self.arms[arm]).model_copy(update={"seed": seed}) for arm, seed in wanted]
         return [Job(config, self.outputs / xattn.config.run_name(config)) for config in configs]
 
-    def make(self, jobs: Sequence[Job]) -> None:
+    def train_all(self, jobs: Sequence[Job], outcomes: study.Outcomes) -> None:
         for job in jobs:
             if (job.folder / run_folder.CONFIG).is_file():
                 continue
@@ -57,10 +57,10 @@ class Laboratory:
             summary |= {"val_bpb": None, "wall_seconds": 30.0}
             (job.folder / run_folder.SUMMARY).write_text(json.dumps(summary))
 
-    def carry_out(self, *options: str) -> None:
+    def run_study(self, *options: str) -> None:
         arms = [[*arm, *options] for arm in self.arms]
         before, self.arms = self.arms, arms
-        seeds.carry_out(self.jobs([(i, 0) for i in range(len(arms))]), self.jobs, self.make)
+        seeds.run_study(self.jobs([(i, 0) for i in range(len(arms))]), self.jobs, self.train_all)
         self.arms = before
 
     def seeds_of(self, key: str) -> dict[object, int]:
@@ -88,11 +88,6 @@ def losses(spread: float, effects: dict[object, float], key: str = "backend.acti
 TWO = [["backend.activation=softmax"], ["backend.activation=sigmoid"]]
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "outcomes", {})
-
-
 def expected(laboratory: Laboratory, half_width: float, pilot: int = 8) -> int:
     """How many pairs Stein asks for, from the losses of the pilot."""
     configs = [job.config for job in laboratory.jobs([(arm, seed) for arm in (0, 1) for seed in range(pilot)])]
@@ -103,7 +98,7 @@ def expected(laboratory: Laboratory, half_width: float, pilot: int = 8) -> int:
 def test_seeds_are_added_until_the_difference_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     laboratory = Laboratory(tmp_path / "study", TWO, losses(0.02, {"sigmoid": 0.03}))
     needed = expected(laboratory, 0.01)
-    laboratory.carry_out("sweep.half_width=0.01")
+    laboratory.run_study("sweep.half_width=0.01")
     assert needed > 8
     assert laboratory.seeds_of("backend.activation") == {"softmax": needed, "sigmoid": needed}
     told = capsys.readouterr().out
@@ -118,7 +113,7 @@ def test_seeds_are_added_until_the_difference_is_known(tmp_path: Path, capsys: p
 
 def test_a_pilot_that_suffices_is_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     laboratory = Laboratory(tmp_path / "study", TWO, losses(0.002, {}))
-    laboratory.carry_out("sweep.half_width=0.01")
+    laboratory.run_study("sweep.half_width=0.01")
     assert laboratory.seeds_of("backend.activation") == {"softmax": 8, "sigmoid": 8}
     assert "more seed" not in capsys.readouterr().out
 
@@ -127,15 +122,15 @@ def test_a_killed_study_ends_with_the_same_seeds_and_the_same_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = Laboratory(tmp_path / "whole" / "study", TWO, losses(0.02, {"sigmoid": 0.03}))
-    whole.carry_out("sweep.half_width=0.01")
+    whole.run_study("sweep.half_width=0.01")
     said = capsys.readouterr().out.splitlines()[-1]
     killed = Laboratory(tmp_path / "killed" / "study", TWO, losses(0.02, {"sigmoid": 0.03}))
     for deaths in (5, 17, 30):
         killed.dies_after = deaths
         with pytest.raises(SystemExit):
-            killed.carry_out("sweep.half_width=0.01")
+            killed.run_study("sweep.half_width=0.01")
     killed.dies_after = 10**6
-    killed.carry_out("sweep.half_width=0.01")
+    killed.run_study("sweep.half_width=0.01")
     assert killed.seeds_of("seed") == whole.seeds_of("seed")
     assert capsys.readouterr().out.splitlines()[-1] == said
 
@@ -144,9 +139,9 @@ def test_a_smaller_half_width_goes_on_and_the_report_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     laboratory = Laboratory(tmp_path / "study", TWO, losses(0.02, {}))
-    laboratory.carry_out("sweep.half_width=0.02")
+    laboratory.run_study("sweep.half_width=0.02")
     first = laboratory.seeds_of("backend.activation")["softmax"]
-    laboratory.carry_out("sweep.half_width=0.008")
+    laboratory.run_study("sweep.half_width=0.008")
     assert laboratory.seeds_of("backend.activation")["softmax"] == expected(laboratory, 0.008) > first
     (effect,) = judge(read_study(laboratory.outputs), Question()).effects
     assert effect.stage is not None
@@ -163,7 +158,7 @@ def test_each_arm_has_the_seeds_that_its_own_comparison_takes(tmp_path: Path) ->
         return 2 + rng.normal(0, {"softmax": 0.001, "sigmoid": 0.001, "none": 0.03}[config.backend.activation])
 
     laboratory = Laboratory(tmp_path / "study", three, loss)
-    laboratory.carry_out("sweep.half_width=0.02")
+    laboratory.run_study("sweep.half_width=0.02")
     counts = laboratory.seeds_of("backend.activation")
     assert counts["sigmoid"] == pilot_size(2) == 10
     assert counts["none"] == counts["softmax"] > 10
@@ -171,7 +166,7 @@ def test_each_arm_has_the_seeds_that_its_own_comparison_takes(tmp_path: Path) ->
 
 def test_the_budget_ends_it_with_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     laboratory = Laboratory(tmp_path / "study", TWO, losses(0.05, {}))
-    laboratory.carry_out("sweep.half_width=0.01", "sweep.budget_minutes=0.01")
+    laboratory.run_study("sweep.half_width=0.01", "sweep.budget_minutes=0.01")
     assert laboratory.seeds_of("backend.activation") == {"softmax": 8, "sigmoid": 8}
     told = capsys.readouterr().out
     assert "sweep.budget_minutes = 0.01: stopped with the seeds that there are" in told
@@ -189,7 +184,7 @@ def test_a_rate_is_chosen_by_other_seeds_than_it_is_judged_by(tmp_path: Path) ->
         return 2 + 0.1 * (config.optimizer.learning_rate != best) + rng.normal(0, 0.004)
 
     laboratory = Laboratory(tmp_path / "study", arms, loss)
-    laboratory.carry_out("sweep.half_width=0.01")
+    laboratory.run_study("sweep.half_width=0.01")
     runs = read_study(laboratory.outputs).runs
     made = Counter((run.config["backend.activation"], run.config["optimizer.learning_rate"]) for run in runs)
     assert made == {("softmax", 1e-3): 12, ("softmax", 3e-3): 4, ("sigmoid", 1e-3): 4, ("sigmoid", 3e-3): 12}
@@ -202,7 +197,7 @@ def test_an_arm_that_always_diverges_asks_for_nothing(tmp_path: Path, capsys: py
     laboratory = Laboratory(
         tmp_path / "study", TWO, lambda config: None if config.backend.activation == "sigmoid" else 2.0
     )
-    laboratory.carry_out("sweep.half_width=0.01")
+    laboratory.run_study("sweep.half_width=0.01")
     assert laboratory.seeds_of("backend.activation") == {"softmax": 8, "sigmoid": 8}
     assert "8 of 8 of sigmoid diverged" in capsys.readouterr().out
 
@@ -219,7 +214,7 @@ def test_what_cannot_be_compared_is_refused(arms: list[list[str]], message: str,
     configs = [xattn.config.compose(["trainer=debug", "sweep.half_width=0.01", *arm]) for arm in arms]
     jobs = [Job(config, tmp_path / xattn.config.run_name(config)) for config in configs]
     with pytest.raises(BadInput, match=message):
-        seeds.carry_out(jobs, lambda wanted: [], lambda jobs: None)
+        seeds.run_study(jobs, lambda wanted: [], lambda jobs, outcomes: None)
 
 
 def test_the_formula_of_two_stages() -> None:
@@ -241,11 +236,11 @@ def test_the_formula_of_two_stages() -> None:
 def test_lengths_of_training_are_no_comparison_beside_an_arm(tmp_path: Path) -> None:
     """A baseline of more lengths, for what the arm is worth, widens no interval and asks for no seed."""
     laboratory = Laboratory(tmp_path / "study", TWO, losses(0.02, {"sigmoid": 0.03}))
-    laboratory.carry_out("sweep.half_width=0.01")
+    laboratory.run_study("sweep.half_width=0.01")
     (before,) = judge(read_study(laboratory.outputs), Question()).effects
     for steps in (40, 80):
         longer = Laboratory(laboratory.outputs, [[*TWO[0], f"trainer.steps={steps}"]], laboratory.loss)
-        longer.make(longer.jobs([(0, seed) for seed in range(8)]))
+        longer.train_all(longer.jobs([(0, seed) for seed in range(8)]), {})
     effects = judge(read_study(laboratory.outputs), Question()).effects
     assert {effect.factor: effect.stage for effect in effects} == {
         "backend.activation": before.stage,

@@ -18,7 +18,7 @@ from xattn.errors import ExitCode
 from xattn.runs import run_folder
 from xattn.sweep import runs, study, view
 from xattn.sweep.packing import is_finished
-from xattn.sweep.study import Job, Start, carry_out
+from xattn.sweep.study import Job, Start, run_study
 from xattn.sweep.view import StudyView
 from xattn.system.signals import interruption
 
@@ -56,7 +56,7 @@ def test_what_is_done_or_diverged_is_not_started_again(tmp_path: Path) -> None:
     finish(jobs[1], "diverged", None)
     finish(jobs[2], "preempted")
     started, start = recorder(lambda job: ExitCode.DONE)
-    carry_out(jobs, start)
+    run_study(jobs, start)
     assert sorted(started) == [("seed=2",), ("seed=3",)]
 
 
@@ -64,7 +64,7 @@ def test_resume_never_starts_what_is_done_again(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, ["seed=0", "resume=never"])
     finish(jobs[0])
     started, start = recorder(lambda job: ExitCode.DONE)
-    carry_out(jobs, start)
+    run_study(jobs, start)
     assert started == [("seed=0", "resume=never")]
 
 
@@ -72,7 +72,7 @@ def test_jobs_of_one_program_follow_each_other(tmp_path: Path) -> None:
     """Else a study of more programs than the process keeps compiles them again and again."""
     order = [[f"backend={b}", f"seed={s}"] for s in (0, 1) for b in ("softmax", "sigmoid", "none")]
     started, start = recorder(lambda job: ExitCode.DONE)
-    carry_out(jobs_of(tmp_path, *order), start)
+    run_study(jobs_of(tmp_path, *order), start)
     backends = [typed[0] for typed in started]
     assert len(backends) == 6
     assert all(backends[i] == backends[i + 1] for i in (0, 2, 4))
@@ -82,21 +82,21 @@ def test_runs_are_made_in_the_order_typed(tmp_path: Path) -> None:
     """As far as those of one program can follow each other."""
     order = [[f"backend={b}", f"seed={s}"] for b in ("softmax", "none", "sigmoid") for s in (1, 0)]
     started, start = recorder(lambda job: ExitCode.DONE)
-    carry_out(jobs_of(tmp_path, *order), start)
+    run_study(jobs_of(tmp_path, *order), start)
     assert [list(typed) for typed in started] == order
 
 
 def test_a_report_is_proposed_on_each_study_of_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"], ["seed=2"])
     jobs[1:] = [dataclasses.replace(job, folder=tmp_path / "other" / job.folder.name) for job in jobs[1:]]
-    carry_out(jobs, recorder(lambda job: ExitCode.DONE)[1])
+    run_study(jobs, recorder(lambda job: ExitCode.DONE)[1])
     proposed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "xattn report" in line]
     assert proposed == [str(tmp_path / "default"), str(tmp_path / "other")]
 
 
 def test_one_that_fails_is_told_of_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     started, start = recorder(lambda job: ExitCode.ERROR if job.config.seed == 1 else ExitCode.DONE)
-    carry_out(jobs_of(tmp_path, ["seed=0"], ["seed=1"], ["seed=2"]), start)
+    run_study(jobs_of(tmp_path, ["seed=0"], ["seed=1"], ["seed=2"]), start)
     assert len(started) == 3
     assert "seed=1: error" in capsys.readouterr().out
 
@@ -114,12 +114,12 @@ def test_one_that_another_process_has_failed_is_not_tried_again(
         return ExitCode.DONE
 
     started, start = recorder(fail_the_other)
-    carry_out(jobs, start)
+    outcomes = run_study(jobs, start)
     assert len(started) == 1
     assert "failed in another process" in capsys.readouterr().out
-    assert sorted(study.outcomes[job.folder] for job in jobs) == [ExitCode.DONE, ExitCode.ERROR]
+    assert sorted(outcomes[job.folder] for job in jobs) == [ExitCode.DONE, ExitCode.ERROR]
     started, start = recorder(lambda job: ExitCode.DONE)
-    carry_out(jobs, start)
+    run_study(jobs, start)
     assert len(started) == 1
 
 
@@ -136,7 +136,7 @@ def test_one_that_had_failed_and_another_process_has_made_is_done(
         finish(next(other for other in jobs if other.folder != job.folder))
         return ExitCode.DONE
 
-    carry_out(jobs, recorder(make_the_other)[1])
+    run_study(jobs, recorder(make_the_other)[1])
     assert "failed in another process" not in capsys.readouterr().out
 
 
@@ -189,7 +189,7 @@ def test_what_others_make_can_be_left(tmp_path: Path, capsys: pytest.CaptureFixt
         (unfinished[0].folder / run_folder.LOG).write_text("why")
         finish(unfinished[1])
 
-    study.carry_out_elsewhere(jobs, launch)
+    study.run_study_elsewhere(jobs, launch)
     err = capsys.readouterr().err
     assert f"{jobs[0].folder.name}: failed; see " in err
     assert "log.txt" in err
@@ -199,7 +199,7 @@ def test_what_others_make_can_be_left(tmp_path: Path, capsys: pytest.CaptureFixt
         time.sleep(60)
 
     with interruption.listening(), pytest.raises(SystemExit) as left:
-        study.carry_out_elsewhere(jobs, wait)
+        study.run_study_elsewhere(jobs, wait)
     asked, interruption.requested = interruption.requested, False
     assert asked
     assert left.value.code == ExitCode.PREEMPTED
@@ -212,7 +212,7 @@ def test_one_in_use_is_waited_for_and_taken_over(tmp_path: Path, monkeypatch: py
     held = iter([ExitCode.IN_USE, ExitCode.IN_USE])
     started, start = recorder(lambda job: next(held, ExitCode.DONE) if job.config.seed == 0 else ExitCode.DONE)
     jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
-    carry_out(jobs, start)
+    run_study(jobs, start)
     assert started.count(("seed=0",)) == 3
     assert all(is_finished(job) for job in jobs)
 
@@ -230,7 +230,7 @@ def test_one_in_use_that_its_process_finishes_is_not_started_again(
         return ExitCode.DONE
 
     started, start = recorder(codes)
-    carry_out(jobs, start)
+    run_study(jobs, start)
     assert started.count(("seed=0",)) == 1
 
 
@@ -244,7 +244,7 @@ def test_a_study_that_is_stopped_shows_the_table_of_what_there_is(
         return [ExitCode.DONE]
 
     with pytest.raises(SystemExit):
-        carry_out(jobs_of(tmp_path, ["seed=0"], ["seed=1"]), start)
+        run_study(jobs_of(tmp_path, ["seed=0"], ["seed=1"]), start)
     out = capsys.readouterr().out
     assert "1.2345" in out
     assert re.search(r"^1 +not begun", out, re.MULTILINE)  # seed=1
@@ -265,13 +265,13 @@ def test_the_table_has_the_best_first_and_the_keys_that_differ(
 
 def test_equals_stand_in_the_order_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = jobs_of(tmp_path, *([f"seed={seed}"] for seed in (3, 1, 2)))
-    carry_out(jobs, recorder(lambda job: ExitCode.DONE if job.config.seed != 3 else ExitCode.ERROR)[1])
+    run_study(jobs, recorder(lambda job: ExitCode.DONE if job.config.seed != 3 else ExitCode.ERROR)[1])
     rows = [
         line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith(tuple("0123456789abcdef"))
     ]
     assert [row for row in rows if row in "123"] == ["1", "2", "3"]  # the last has no loss
     finish(jobs[0])
-    carry_out(jobs, recorder(lambda job: ExitCode.DONE)[1])
+    run_study(jobs, recorder(lambda job: ExitCode.DONE)[1])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if " done " in line and "-seed" in line] == ["3", "1", "2"]
 
@@ -290,7 +290,7 @@ def test_runs_whose_tokens_differ_are_compared_by_bits_per_byte(
             run_folder.write_summary(job.folder, summary)
         return [ExitCode.DONE] * len(pack)
 
-    carry_out(jobs, start)
+    run_study(jobs, start)
     runs.main([str(tmp_path)])
     out = capsys.readouterr().out
     assert "tokenizer=bpe: done, val_bpb 2.9000" in out
@@ -335,7 +335,7 @@ def test_one_that_is_stopped_has_not_failed(tmp_path: Path, capsys: pytest.Captu
 
     try:
         with pytest.raises(SystemExit) as left:
-            carry_out(jobs_of(tmp_path, ["seed=0"], ["seed=1"]), start)
+            run_study(jobs_of(tmp_path, ["seed=0"], ["seed=1"]), start)
     finally:
         interruption.requested = False
     assert left.value.code == ExitCode.PREEMPTED

@@ -17,7 +17,7 @@ from xattn.errors import BadInput
 from xattn.runs import run_folder
 from xattn.runs.job import Job
 from xattn.sweep import study, workers
-from xattn.sweep.workers import Seat, carry_out, gpus
+from xattn.sweep.workers import Seat, gpus, run_study
 
 
 def jobs_of(outputs: Path, *overrides: str) -> list[Job]:
@@ -31,23 +31,21 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[Seat]]:
     started: list[list[Seat]] = []
     monkeypatch.setattr(workers, "gpus", lambda: ["0", "1"])
     monkeypatch.setattr(workers, "check_devices", lambda jobs: None)
-    monkeypatch.setattr(study, "carry_out", lambda jobs, plan: started.append([]))
-    monkeypatch.setattr(
-        workers, "_carry_out", lambda jobs, unfinished, devices, additions: started.append(list(devices))
-    )
+    monkeypatch.setattr(study, "train_each_once", lambda jobs, outcomes: started.append([]))
+    monkeypatch.setattr(workers, "_train_in_processes", lambda jobs, unfinished, seats, *_: started.append(list(seats)))
     return started
 
 
 def test_auto_is_a_process_for_each_gpu_unless_a_run_is_over_several(started: list[list[Seat]], tmp_path: Path) -> None:
-    carry_out(jobs_of(tmp_path))
-    carry_out(jobs_of(tmp_path, "parallel.data=2"))
-    carry_out(jobs_of(tmp_path, "parallel.fsdp=null"))
-    carry_out(jobs_of(tmp_path, "parallel.data=2", "sweep.workers=1"))
-    carry_out(jobs_of(tmp_path, "sweep.workers=2"))
+    run_study(jobs_of(tmp_path))
+    run_study(jobs_of(tmp_path, "parallel.data=2"))
+    run_study(jobs_of(tmp_path, "parallel.fsdp=null"))
+    run_study(jobs_of(tmp_path, "parallel.data=2", "sweep.workers=1"))
+    run_study(jobs_of(tmp_path, "sweep.workers=2"))
     both = [Seat(gpu="0"), Seat(gpu="1")]
     assert started == [both, [], [], [], both]
     with pytest.raises(BadInput, match=r"sweep\.workers = 2: each has one GPU.*parallel\.data = 2"):
-        carry_out(jobs_of(tmp_path, "parallel.data=2", "sweep.workers=2"))
+        run_study(jobs_of(tmp_path, "parallel.data=2", "sweep.workers=2"))
     assert len(started) == 5
 
 
@@ -61,10 +59,10 @@ def test_auto_is_a_process_for_each_core_where_a_run_computes_with_one_thread(
     one = jobs_of(tmp_path, "trainer.threads=1")
     all_cores, two = jobs_of(tmp_path), jobs_of(tmp_path, "trainer.threads=2")
     for jobs in (one, all_cores, one[:1], jobs_of(tmp_path, "trainer.threads=1", "sweep.workers=2"), [*one, *two]):
-        carry_out(jobs)
+        run_study(jobs)
     assert started == [[Seat(core=3), Seat(core=5)], [], [], [Seat(), Seat()], [Seat(core=3), Seat(core=5)], [Seat()]]
     monkeypatch.setattr(workers, "cores", list)  # where no process is kept to a core
-    carry_out(one)
+    run_study(one)
     assert started[-1] == []
 
 
@@ -73,13 +71,13 @@ def test_resume_never_is_once_a_command(
 ) -> None:
     """Else each of the processes would move aside what another has just made."""
     handed: list[Job] = []
-    monkeypatch.setattr(workers, "_carry_out", lambda jobs, unfinished, devices, additions: handed.extend(unfinished))
+    monkeypatch.setattr(workers, "_train_in_processes", lambda jobs, unfinished, *_: handed.extend(unfinished))
     jobs = jobs_of(tmp_path, "resume=never")
     earlier = jobs[0].folder
     earlier.mkdir(parents=True)
     (earlier / run_folder.CONFIG).write_text(xattn.config.save(jobs[0].config))
     run_folder.write_summary(earlier, {"status": "done"})
-    carry_out(jobs)
+    run_study(jobs)
     assert [job.config.resume for job in handed] == ["auto", "auto"]
     assert [job.folder for job in handed] == [job.folder for job in jobs]
     assert run_folder.read_summary(earlier) is None

@@ -34,50 +34,56 @@ from xattn.runs.job import Job
 from xattn.sweep import study
 from xattn.sweep.packing import summary_of
 from xattn.sweep.planned import Plan
+from xattn.sweep.study import Outcomes
 from xattn.sweep.workers import seats
 from xattn.system.screen import counted, say
 
 TUNING_SEEDS = 4
 _AT_ONCE = 8  # seeds between two looks at the clock
 
+TrainAll = Callable[[Sequence[Job], Outcomes], None]
 Compose = Callable[[Sequence[tuple[int, int]]], Sequence[Job]]  # (number of the arm, seed) → its job
 
 
-def carry_out(
-    arms: Sequence[Job], compose: Compose, make: Callable[[Sequence[Job]], None], plan: Plan | None = None
-) -> None:
-    """Makes a study whose number of seeds is not given, and prints a sentence for each comparison.
+def run_study(arms: Sequence[Job], compose: Compose, train_all: TrainAll, plan: Plan | None = None) -> Outcomes:
+    """Train a study whose number of seeds is not given, and print a sentence for each comparison.
 
-    arms: a job of each, all with the first seed. make: makes the runs that are not there yet. plan: of the command,
-    which grows until the last seeds are known.
-    Raises :class:`BadInput` where the arms are not ones that can be compared.
+    Args:
+        arms: a job of each, all with the first seed.
+        train_all: trains the runs that have no result yet, and notes what they came to.
+        plan: of the command; it grows until the last seeds are known.
+
+    Raises :class:`BadInput` if the arms cannot be compared.
     """
-    _Seeds(arms, compose, make, Plan() if plan is None else plan).carry_out()
+    seeds = _Seeds(arms, compose, train_all, Plan() if plan is None else plan)
+    seeds.run()
+    return seeds.outcomes
 
 
 class _Seeds:
     """A study under way. jobs: those that were asked for so far, by arm's number and seed."""
 
-    def __init__(self, arms: Sequence[Job], compose: Compose, make: Callable[[Sequence[Job]], None], plan: Plan):
-        self._compose, self._make, self._plan, self._began = compose, make, plan, time.monotonic()
+    def __init__(self, arms: Sequence[Job], compose: Compose, train_all: TrainAll, plan: Plan):
+        self._compose, self._train_all, self._plan, self._began = compose, train_all, plan, time.monotonic()
+        self.outcomes: Outcomes = {}
         self._first, self._sweep = _first_seed(arms), arms[0].config.sweep
         comparisons, self._is_tuned = _comparisons(arms)
         self._pilot = self._sweep.pilot_seeds or pilot_size(comparisons)
         self._judged: Collection[int] = range(len(arms))
         self._jobs: dict[tuple[int, int], Job] = {}
 
-    def carry_out(self) -> None:
-        told: list[Job] = []
-        with study.told_at_the_end(told, self._plan):
+    def run(self) -> None:
+        jobs: list[Job] = []
+        with study.table_at_the_end(jobs, self.outcomes, self._plan):
             try:
-                self._carry_out()
+                self._run()
             finally:
-                told += self._jobs.values()
+                jobs += self._jobs.values()
         if self._arm_of():
             for effect in self._found().effects:
                 say(f"{effect.factor}: {verdict(effect)}")
 
-    def _carry_out(self) -> None:
+    def _run(self) -> None:
         first = self._first
         if self._is_tuned:
             self._add(dict.fromkeys(self._judged, TUNING_SEEDS), first)
@@ -110,7 +116,7 @@ class _Seeds:
         for key, job in zip(new, self._compose(new), strict=True):
             sweep = job.config.sweep.model_copy(update={"pilot_seeds": self._pilot})
             self._jobs[key] = dataclasses.replace(job, config=job.config.model_copy(update={"sweep": sweep}))
-        self._make([self._jobs[key] for key in new])
+        self._train_all([self._jobs[key] for key in new], self.outcomes)
 
     def _found(self, selection: Selection | None = None) -> Answer:
         """What the runs that were asked for say."""
@@ -122,7 +128,7 @@ class _Seeds:
 
     def _arm_of(self) -> dict[Path, int]:
         """The folder of each run that is there, own or of the same training, and the number of its arm."""
-        answers = study.answers([*self._jobs.values()])
+        answers = study.answers([*self._jobs.values()], self.outcomes)
         found = {}
         for (arm, _), job in self._jobs.items():
             folder = answers[job.folder][0] if job.folder in answers else job.folder

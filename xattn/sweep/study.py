@@ -9,7 +9,7 @@ import shlex
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,17 @@ from xattn.system.signals import interruption
 _POLL_SECONDS = 1.0
 
 Start = Callable[[Sequence[Job]], Sequence[ExitCode]]
-
-# What each run that this process has swept came to; of several attempts at one, the last.
-outcomes: dict[Path, ExitCode] = {}
-_is_told_of = False  # whether somebody will print the table of the study
-_ENDED_WELL = {ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE}  # the last was waited for
+Outcomes = dict[Path, ExitCode]
+"""The folder of a run → what it came to; of several attempts at one, the last. A study fills it in as runs end."""
+_ENDED_WELL = {ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE}  # another process trained a run in use
 
 
-def exit_code() -> ExitCode:
-    """That of a sweep: done where every run is done, pruned or diverged."""
-    codes = set(outcomes.values())
-    if ExitCode.PREEMPTED in codes:
+def exit_code(codes: Iterable[ExitCode]) -> ExitCode:
+    """Return the exit code of a sweep: done if every run is done, pruned or diverged."""
+    found = set(codes)
+    if ExitCode.PREEMPTED in found:
         return ExitCode.PREEMPTED
-    return ExitCode.DONE if codes <= _ENDED_WELL else ExitCode.ERROR
+    return ExitCode.DONE if found <= _ENDED_WELL else ExitCode.ERROR
 
 
 def start(jobs: Sequence[Job]) -> list[ExitCode]:
@@ -68,27 +66,24 @@ def start(jobs: Sequence[Job]) -> list[ExitCode]:
         return [ExitCode.ERROR] * len(jobs)
 
 
-def carry_out(jobs: Sequence[Job], start: Start = start, plan: Plan | None = None) -> None:
-    """Makes every run whose result is not there yet, in this process, and prints the table of all at the end.
+def run_study(jobs: Sequence[Job], start: Start = start, plan: Plan | None = None) -> Outcomes:
+    """Train every run that has no result yet, in this process, and print the table of all at the end.
 
-    ``start`` makes the runs of a pack and returns their exit codes. Where the process is asked to stop, SystemExit ends
-    the study. plan: see :func:`told_at_the_end`.
+    ``start`` trains the runs of a pack and returns their exit codes. SystemExit ends the study if the process is asked
+    to stop. plan: see :func:`table_at_the_end`.
     """
-    with told_at_the_end(jobs, plan):
-        make_each_training_once(jobs, start)
+    outcomes: Outcomes = {}
+    with table_at_the_end(jobs, outcomes, plan):
+        train_each_once(jobs, outcomes, start)
+    return outcomes
 
 
 @contextlib.contextmanager
-def told_at_the_end(jobs: Sequence[Job], plan: Plan | None = None) -> Iterator[None]:
-    """Prints the table of all runs, however it ends, and how to go on; once, where a study is told of in parts.
+def table_at_the_end(jobs: Sequence[Job], outcomes: Outcomes, plan: Plan | None = None) -> Iterator[None]:
+    """Print the table of all runs, however the study ends, and how to continue it.
 
     jobs: read at the end, when there may be more of them. plan: of the command; it learns which of them need no run.
     """
-    global _is_told_of
-    if _is_told_of:
-        yield
-        return
-    _is_told_of = True
     try:
         yield
     except SystemExit:
@@ -99,9 +94,8 @@ def told_at_the_end(jobs: Sequence[Job], plan: Plan | None = None) -> Iterator[N
             say("stopped; the same command goes on with what is not done, and so does", resumes[0])
         raise
     finally:
-        _is_told_of = False
         asked = {job.folder: job.config for job in jobs}
-        by_others = answers(jobs)
+        by_others = answers(jobs, outcomes)
         if plan is not None:
             plan.answered(by_others)
             plan.write()
@@ -117,7 +111,7 @@ def told_at_the_end(jobs: Sequence[Job], plan: Plan | None = None) -> Iterator[N
             say("a report on them:", report_command(study, runs))
 
 
-def make_each_training_once(jobs: Sequence[Job], start: Start = start, *, start_at: float = 0.0) -> None:
+def train_each_once(jobs: Sequence[Job], outcomes: Outcomes, start: Start = start, *, start_at: float = 0.0) -> None:
     """:func:`make`, without jobs that need no training: a run that is finished before them, or by them, was trained as
     they ask, to the bit (:mod:`xattn.runs.same_training`). What they want measured of it is measured.
 
@@ -129,18 +123,24 @@ def make_each_training_once(jobs: Sequence[Job], start: Start = start, *, start_
             trainings = Trainings(left)
             unanswered = []
             for job in left:
-                if is_answered(job, trainings, label, view.say):
+                if is_answered(job, trainings, outcomes, label, view.say):
                     view.found(failed=outcomes[job.folder] != ExitCode.DONE)
                 else:
                     unanswered.append(job)
             now, left = in_turn(unanswered)
-            make(now, start, view=view, label=label, start_at=start_at)
+            make(now, outcomes, start, view=view, label=label, start_at=start_at)
             if interruption.requested and left:
                 raise SystemExit(ExitCode.PREEMPTED)
 
 
 def is_answered(
-    job: Job, trainings: Trainings, label: Label, say: Callable[[str], None], *, measures: bool = True
+    job: Job,
+    trainings: Trainings,
+    outcomes: Outcomes,
+    label: Label,
+    say: Callable[[str], None],
+    *,
+    measures: bool = True,
 ) -> bool:
     """Whether a finished run of the same training has answered for the job, or failed to; outcomes has which.
 
@@ -167,7 +167,7 @@ def is_answered(
     return True
 
 
-def answers(jobs: Sequence[Job]) -> dict[Path, tuple[Path, dict[str, Any]]]:
+def answers(jobs: Sequence[Job], outcomes: Outcomes) -> dict[Path, tuple[Path, dict[str, Any]]]:
     """For each job that a run of the same training has answered for: that run's folder, and its summary for the job."""
     asked = [job for job in jobs if outcomes.get(job.folder) == ExitCode.DONE and not is_finished(job)]
     trainings = Trainings(asked)
@@ -177,6 +177,7 @@ def answers(jobs: Sequence[Job]) -> dict[Path, tuple[Path, dict[str, Any]]]:
 
 def make(
     jobs: Sequence[Job],
+    outcomes: Outcomes,
     start: Start = start,
     *,
     view: StudyView | None = None,
@@ -242,20 +243,27 @@ def by_program(jobs: Sequence[Job]) -> list[Job]:
     return list(itertools.chain.from_iterable(programs.values()))
 
 
-def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None], plan: Plan | None = None) -> None:
-    """Has ``launch`` make every run whose result is not there yet, on other machines; what they came to is read from
-    the run folders, which all machines see. plan: of the command, where it is to be kept."""
+def run_study_elsewhere(
+    jobs: Sequence[Job], launch: Callable[[Sequence[Job]], None], plan: Plan | None = None
+) -> Outcomes:
+    """Have ``launch`` train every run that has no result yet, on other machines.
+
+    What the runs came to is read from their folders, which all machines see. plan: of the command, if it is to be kept.
+    """
+    outcomes: Outcomes = {}
     unfinished = [job for job in jobs if not is_finished(job)]
     print(so_many(len(jobs), len(jobs) - len(unfinished)))
     label, left = labels(jobs), unfinished
     if plan is not None:
         plan.add(jobs)
         plan.write()
-    with told_at_the_end(jobs, plan):
+    with table_at_the_end(jobs, outcomes, plan):
         try:
             while left:
                 trainings = Trainings(left)
-                asked_for = [job for job in left if not is_answered(job, trainings, label, say, measures=False)]
+                asked_for = [
+                    job for job in left if not is_answered(job, trainings, outcomes, label, say, measures=False)
+                ]
                 now, left = in_turn(asked_for)
                 with interruption.breaking():
                     if now:
@@ -277,6 +285,7 @@ def carry_out_elsewhere(jobs: Sequence[Job], launch: Callable[[Sequence[Job]], N
                 log, theirs = job.folder / run_folder.LOG, job.folder.parent / ".submitit"
                 told = [f"; see {shown(path)}" for path in (log, theirs) if path.exists()][:1]
                 entry.tell(f"{job.folder.name}: {status}{''.join(told)}")
+    return outcomes
 
 
 def _saved_step(job: Job) -> int:

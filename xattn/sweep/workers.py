@@ -34,6 +34,7 @@ from xattn.sweep.check import check_data, check_devices
 from xattn.sweep.labels import labels
 from xattn.sweep.packing import is_finished, summary_of
 from xattn.sweep.planned import Plan
+from xattn.sweep.study import Outcomes
 from xattn.sweep.view import StudyView
 from xattn.system.device import compute_with
 from xattn.system.screen import say
@@ -52,12 +53,30 @@ class Seat(NamedTuple):
     core: int | None = None
 
 
-def carry_out(jobs: Sequence[Job], plan: Plan | None = None, additions: Sequence[Addition] = ()) -> None:
-    """:func:`xattn.sweep.study.carry_out`, by as many processes as ``sweep.workers`` says.
+def run_study(jobs: Sequence[Job], plan: Plan | None = None, additions: Sequence[Addition] = ()) -> Outcomes:
+    """:func:`xattn.sweep.study.run_study`, by as many processes as ``sweep.workers`` says; see :func:`train_all`."""
+    outcomes: Outcomes = {}
+    train_all(jobs, outcomes, plan, additions, around=study.table_at_the_end(jobs, outcomes, plan))
+    return outcomes
 
-    plan: of the command; it is kept once no run is refused. additions: what each of those processes registers; needed
-    where the user's script is not what this process has started with, and is not imported by them.
-    Raises :class:`BadInput`, and starts nothing, where a run is found to be one that cannot be made.
+
+def train_all(
+    jobs: Sequence[Job],
+    outcomes: Outcomes,
+    plan: Plan | None = None,
+    additions: Sequence[Addition] = (),
+    *,
+    around: contextlib.AbstractContextManager[None] = contextlib.nullcontext(),  # noqa: B008  # has no state
+) -> None:
+    """Train every run that has no result yet.
+
+    Args:
+        plan: of the command; it is kept once no run is refused.
+        additions: what each of the processes registers; needed if the user's script is not the file that this process
+            was started with, since they do not import it.
+        around: entered once nothing is refused.
+
+    Raises :class:`BadInput`, and starts nothing, if one of the runs cannot be made.
     """
     unfinished = [job for job in jobs if not is_finished(job)]
     check_data(unfinished)
@@ -68,16 +87,17 @@ def carry_out(jobs: Sequence[Job], plan: Plan | None = None, additions: Sequence
             compute_with(threads)
         check_devices(unfinished)
         _keep(plan, jobs)
-        study.carry_out(jobs, plan=plan)
+        with around:
+            study.train_each_once(jobs, outcomes)
         return
     if all(seat.gpu is None for each in places.values() for seat in each):
         check_devices(unfinished)  # to look at a GPU would be to take it
     _keep(plan, jobs)
     jobs = [_begun_anew(job) for job in jobs]
-    with study.told_at_the_end(jobs, plan):
+    with around:
         for threads, group in _by_threads(jobs).items():
             if threads in places:
-                _carry_out(group, _to_be_made(group), places[threads], additions)
+                _train_in_processes(group, _to_be_made(group), places[threads], additions, outcomes)
 
 
 def _keep(plan: Plan | None, jobs: Sequence[Job]) -> None:
@@ -162,8 +182,12 @@ def _begun_anew(job: Job) -> Job:
     return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}), answerable=False)
 
 
-def _carry_out(
-    jobs: Sequence[Job], unfinished: Sequence[Job], seats: Sequence[Seat], additions: Sequence[Addition]
+def _train_in_processes(
+    jobs: Sequence[Job],
+    unfinished: Sequence[Job],
+    seats: Sequence[Seat],
+    additions: Sequence[Addition],
+    outcomes: Outcomes,
 ) -> None:
     context = multiprocessing.get_context("spawn")
     results, pickled = context.SimpleQueue(), _pickled(jobs, additions)
@@ -191,10 +215,10 @@ def _carry_out(
                     if process.pid is not None:
                         os.kill(process.pid, _REQUEST)
             while not results.empty():
-                _merge(results.get())
+                _merge(results.get(), outcomes)
         while not results.empty():
-            _merge(results.get())
-        answers = study.answers(pending)
+            _merge(results.get(), outcomes)
+        answers = study.answers(pending, outcomes)
         for job in pending:
             if job.folder in answers:
                 view.say(f"  {label(job)}: trained already in {run_folder.shown(answers[job.folder][0])}")
@@ -203,14 +227,14 @@ def _carry_out(
         raise SystemExit(ExitCode.PREEMPTED)
     for job in unfinished:
         if not is_finished(job):  # its processes died
-            study.outcomes.setdefault(job.folder, ExitCode.ERROR)
+            outcomes.setdefault(job.folder, ExitCode.ERROR)
 
 
-def _merge(outcomes: Mapping[Any, ExitCode]) -> None:
-    """A run that one process found in use, another has made."""
-    for folder, code in outcomes.items():
-        if code != ExitCode.IN_USE or folder not in study.outcomes:
-            study.outcomes[folder] = code
+def _merge(found: Outcomes, outcomes: Outcomes) -> None:
+    """Add what one process found to the outcomes of all: a run that was in use there, another has trained."""
+    for folder, code in found.items():
+        if code != ExitCode.IN_USE or folder not in outcomes:
+            outcomes[folder] = code
 
 
 def _pickled(jobs: Sequence[Job], additions: Sequence[Addition]) -> tuple[bytes, bytes]:
@@ -235,9 +259,10 @@ def _work(registered: bytes, pickled_jobs: bytes, results: Any, core: int | None
     for addition in pickle.loads(registered):
         addition.repeat()
     jobs = pickle.loads(pickled_jobs)
+    outcomes: Outcomes = {}
     with interruption.listening(), contextlib.suppress(SystemExit):
-        study.make_each_training_once(jobs, start_at=start_at)
-    results.put(study.outcomes)
+        study.train_each_once(jobs, outcomes, start_at=start_at)
+    results.put(outcomes)
 
 
 def _leave_with_the_parent() -> None:
