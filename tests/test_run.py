@@ -115,7 +115,7 @@ run(compose([*sys.argv[2:], "trainer.deterministic=true"]), Path(sys.argv[1]), q
 
 def test_determinism_is_asked_for_before_jax_is_there(command: list[str], tmp_path: Path) -> None:
     """On a GPU it is refused where jax has been loaded before: a run that stands alone could never have it."""
-    root = Path(xattn.config.__file__).resolve().parent.parent
+    root = Path(xattn.__file__).resolve().parent.parent
     asked = [sys.executable, "-c", ASKS_FOR_DETERMINISM, str(tmp_path / "run"), *command]
     done = subprocess.run(asked, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

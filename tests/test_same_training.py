@@ -25,7 +25,7 @@ from xattn.commands import evaluate
 from xattn.config import Config, compose
 from xattn.errors import BadInput, ExitCode, IntegrityError, Preempted
 from xattn.runs import run_folder, same_training
-from xattn.runs.evaluations import evaluate_once
+from xattn.runs.evaluations import evaluate_once, stored_rows
 from xattn.runs.job import Job
 from xattn.runs.same_training import Found, Trainings, answer, answered, identity, in_turn
 from xattn.sweep import study, workers
@@ -271,7 +271,7 @@ def test_what_is_wanted_is_measured_once_and_kept(outputs: Path) -> None:
     assert first[2].startswith("rows before the last step need training (evaluation.windows=3, trainer.eval_every=3)")
     assert "resume=never" in first[2]
     assert again == [first[0], first[1].replace("now", "before"), first[2]]
-    (row,) = evaluate.stored_rows(outputs / RUNS[0].name)
+    (row,) = stored_rows(outputs / RUNS[0].name)
     assert (row["step"], row["overrides"]) == (4, ["evaluation.windows=3"])
     folder, summary = answered(find(outputs, config)) or (None, {})
     assert folder == outputs / RUNS[0].name
@@ -338,7 +338,7 @@ def test_two_who_ask_the_same_measure_it_once(outputs: Path, monkeypatch: pytest
     for thread in threads:
         thread.join()
     assert (len(measured), sorted(found)) == (1, [False, True, True])
-    assert len(evaluate.stored_rows(outputs / RUNS[0].name)) == 1
+    assert len(stored_rows(outputs / RUNS[0].name)) == 1
 
 
 # ---- a study, with a stand-in for training ---------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def test_a_whole_study_is_evaluated(outputs: Path, capsys: pytest.CaptureFixture
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [each["run"] for each in found] == [str(outputs / run.name) for run in RUNS]
     for run, each in zip(RUNS, found, strict=True):
-        (row,) = evaluate.stored_rows(outputs / run.name)
+        (row,) = stored_rows(outputs / run.name)
         assert row["results"] == {"val_loss": each["val_loss"], "val_bpb": each["val_bpb"]}
     assert main(words) == 0
     assert capsys.readouterr().out.count("(not measured again)") == 3

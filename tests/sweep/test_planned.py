@@ -19,7 +19,7 @@ from xattn.runs.job import Job
 from xattn.sweep import planned, resume, runs, study
 from xattn.sweep.planned import Plan, sweeps_of, unfinished
 
-ROOT = Path(xattn.config.__file__).resolve().parent.parent
+ROOT = Path(xattn.__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)

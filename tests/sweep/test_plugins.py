@@ -40,13 +40,14 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Job]:
     monkeypatch.chdir(tmp_path)
     made: list[Job] = []
 
-    def make(jobs: Sequence[Job], **shown: Any) -> None:
+    def make(jobs: Sequence[Job], *outcomes: study.Outcomes, **shown: Any) -> study.Outcomes:
         made.extend(jobs)
         for job in jobs:
             finish(job.folder)
+        return {}
 
     monkeypatch.setattr(study, "make", make)
-    monkeypatch.setattr(xattn_launcher, "carry_out", make)
+    monkeypatch.setattr(workers, "run_study", make)
     return made
 
 
@@ -274,14 +275,16 @@ def test_a_job_that_is_queued_again_starts_nothing_over(
         seen.append(config.resume)
         return ExitCode.DONE
 
-    def make(jobs: Sequence[Job], **how: Any) -> None:
+    def make(jobs: Sequence[Job], **how: Any) -> study.Outcomes:
         seen.extend(job.config.resume for job in jobs)
+        return {}
 
     launcher = ElsewhereLauncher(AsSubmitit(begin), runs_per_job)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "carry_out", make)
+        patch.setattr(workers, "run_study", make)
         patch.setitem(globals(), "_task", task)
-        start(GridSweeper(), launcher, "hydra.sweep.subdir='a${seed}'", "resume=never", "seed=0,1")
+        with pytest.raises(SystemExit):  # nothing has trained
+            start(GridSweeper(), launcher, "hydra.sweep.subdir='a${seed}'", "resume=never", "seed=0,1")
     assert seen == [resume, resume]
 
 
@@ -405,13 +408,14 @@ def test_the_environment_that_hydra_is_to_set_is_there_for_every_run(
     monkeypatch.setenv("XATTN_COPIED", "7")
     seen: list[tuple[str | None, str | None]] = []
 
-    def look(jobs: Sequence[Job], **shown: Any) -> None:
+    def look(jobs: Sequence[Job], *outcomes: study.Outcomes, **shown: Any) -> study.Outcomes:
         seen.append((os.environ.get("XATTN_SET"), os.environ.get("XATTN_COPIED")))
         for job in jobs:
             finish(job.folder)
+        return {}
 
     monkeypatch.setattr(study, "make", look)
-    monkeypatch.setattr(xattn_launcher, "carry_out", look)
+    monkeypatch.setattr(workers, "run_study", look)
     which = GridSweeper() if sweeper == "grid" else optuna_sweeper(n_trials=1)
     typed = ["+hydra.job.env_set.XATTN_SET=5", "hydra.job.env_copy=[XATTN_COPIED]", "seed=choice(0, 1)"]
     start(which, XattnLauncher(), *typed)
@@ -442,7 +446,7 @@ def test_log_files_and_callbacks_that_hydra_is_asked_for_are_there(
     configured: list[DictConfig] = []
     monkeypatch.setattr(xattn_launcher, "configure_log", lambda config, verbose: configured.append(config))
     monkeypatch.setattr(Heard, "told", told := [])
-    monkeypatch.setattr(xattn_launcher, "carry_out", lambda jobs, plan: told.append(("runs", len(jobs))))
+    monkeypatch.setattr(workers, "run_study", lambda jobs, plan: told.append(("runs", len(jobs))) or {})
     asked = ["hydra/job_logging=default", "hydra.output_subdir=.hydra"]
     asked.append(f"+hydra.callbacks.heard._target_={__name__}.Heard")
     start(GridSweeper(), XattnLauncher(), *asked, "study=s", "seed=0,1")
@@ -579,11 +583,11 @@ def test_a_fault_of_ours_is_no_bad_input(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fault(jobs: Sequence[Job], **shown: Any) -> None:
+    def fault(jobs: Sequence[Job], *outcomes: study.Outcomes, **shown: Any) -> None:
         raise ValueError("a fault")
 
     monkeypatch.setattr(study, "make", fault)
-    monkeypatch.setattr(xattn_launcher, "carry_out", fault)
+    monkeypatch.setattr(workers, "run_study", fault)
     with pytest.raises(SystemExit) as left:
         start(GridSweeper() if sweeper == "grid" else optuna_sweeper(), XattnLauncher(), f"{RATE}=choice(0.001, 0.01)")
     assert left.value.code == ExitCode.ERROR
@@ -611,5 +615,5 @@ def test_what_a_launcher_pickles_of_a_run_refers_to_this_package_and_copies_noth
     task = app.hydra_app([]).__wrapped__  # what Hydra hands to its launchers
     unpickled = pickle.loads(cloudpickle.dumps(task))
     assert unpickled is not task
-    for name in unpickled.__code__.co_names:
-        assert unpickled.__globals__[name] is getattr(app, name)
+    assert [name for name in unpickled.__code__.co_names if name in vars(app)] == ["train_one"]
+    assert unpickled.__globals__["train_one"] is app.train_one
