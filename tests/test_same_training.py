@@ -1,4 +1,4 @@
-"""Configs that train the same: known by one identity at every age, found in a study, and answered without training."""
+"""Configs that train the same: they share an identity at every age, are found in a study, and need no training."""
 
 from __future__ import annotations
 

@@ -55,10 +55,7 @@ def told_apart(names: Sequence[str]) -> list[str]:
 
 
 def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print the table. On a narrow terminal the run names are shortened first.
-
-    If that is not enough, the table is split into several, one below the other, each with as many runs as fit.
-    """
+    """Print the table. On a narrow terminal, shorten the run names, then split it into tables of the runs that fit."""
     screen, begin = Screen(), 1
     if not screen.fits(_on_screen(columns, rows)):
         columns = [columns[0], *told_apart(columns[1:])]

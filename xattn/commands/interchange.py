@@ -109,9 +109,7 @@ def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / WEIGHTS
         weights.touch()
-        mode = (
-            weights.stat().st_mode
-        )  # from the umask; safetensors replaces the file with one that only the owner can read
+        mode = weights.stat().st_mode  # the umask's; safetensors replaces the file by one only the owner can read
         _numpy_safetensors().save_file(arrays, weights, metadata={"format": "pt"})
         weights.chmod(mode)
         run_folder.write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")

@@ -66,8 +66,8 @@ class _Processes:
     def wait(self) -> int:
         """Wait for all processes, passing signals on, and return the exit code of the first failure.
 
-        The rest are killed when one has died, or has failed and the rest do not follow in time. A process that
-        leaves with code 0 sets no deadline for the others: process 0 may still be flushing wandb.
+        If one has died, the rest are killed; if one has failed, they are killed unless they leave in time. Code 0 sets
+        no deadline for the rest: process 0 may still be flushing wandb.
         """
         first_failure, deadline = 0, float("inf")
         while self._running:

@@ -66,10 +66,7 @@ class Plan:
 
 
 def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, int]) -> Plan:
-    """Return the cost of the config's training step on a mesh of such devices.
-
-    Raises :class:`xattn.errors.BadInput` if they cannot run it.
-    """
+    """Return the cost of a training step on this mesh. Raises :class:`xattn.errors.BadInput` if it cannot run there."""
     choices = choose_attention(config, context=mesh["context"], hardware=hardware)
     layers = layers_of(config.backend, config.model.num_layers)
     attention = [(config.backend.kinds[kind], choices[kind].name) for kind, those in layers.items() for _ in those]
@@ -148,10 +145,7 @@ def _projections(model: ModelConfig, layer: BackendConfig) -> int:
 
 
 def _kept_by_a_layer(model: ModelConfig, layer: BackendConfig, attention: str) -> float:
-    """Count the numbers per token, in the model's dtype, that are kept for the backward pass of a layer.
-
-    They are the inputs of its norms, products and functions.
-    """
+    """Count numbers per token, in the model's dtype, kept for backward: inputs of norms, products and functions."""
     d, kv = model.embedding_dim, model.kv_heads * model.head_dim
     projected = d + 2 * kv
     rotated = d + kv
@@ -212,7 +206,7 @@ def _communication(config: Config, parameters: int, mesh: dict[str, int], attent
 
 
 def _speed(axis: str, mesh: dict[str, int], hardware: Hardware) -> float:
-    """Return bytes per second along an axis: of links within a machine if the axis and those inside it fit in one."""
+    """Return bytes per second along an axis: the network's, unless the axis and those inside it fit in one machine."""
     inner = list(mesh)[list(mesh).index(axis) :]
     within = math.prod(mesh[name] for name in inner) <= hardware.per_machine
     return hardware.link if within else NETWORK

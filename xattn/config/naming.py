@@ -55,7 +55,7 @@ def older_folder(config: Config, folder: Path) -> Path | None:
     return older if (older / run_folder.CONFIG).is_file() else None
 
 
-# Optional terms of attention: a run's name shows those that differ from their absent value.
+# Optional terms of attention: a run's name shows those whose value differs from ABSENT's.
 _BACKEND_TERMS = ("decay", "input_gate", "rotary_fraction", "sink", "logit_scale")
 
 

@@ -80,10 +80,7 @@ class LoadedRun:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """The rows of metrics.jsonl: ``step``, and a column for each number that any row has; NaN if a row lacks it.
-
-        Empty if the folder is not a run's.
-        """
+        """The rows of metrics.jsonl: ``step`` and a column for each number (NaN where missing). Empty if not a run's."""
         from xattn.report.frames import metrics_of
 
         return metrics_of(self.path)
@@ -228,6 +225,7 @@ class LoadedRun:
         # Only the windows take the new context_length; sigmoid's n stays that of training.
         trained_for = {"context_length": self.config.backend.context_length}
         model = LanguageModel(config.model, config.backend.model_copy(update=trained_for), self.model.vocab_size)
+        # Keep the trained sigmoid biases, unless an override replaces them.
         inherits = "sigmoid_bias" not in (own.model_dump()["then"] or {})
         kept = {
             kind: layer_hyperparameters(self.hyperparameters, kind).sigmoid_bias

@@ -103,9 +103,9 @@ def provenance() -> dict[str, Any]:
 
 
 def corpus(data: DataConfig, size: int | None) -> dict[str, Any]:
-    """Return ``corpus`` of provenance.json: its name, the bytes of its files, the versions of what made it.
+    """Return ``corpus`` of provenance.json: its name, the bytes of its files, and the versions of what made it.
 
-    ``data_sha256`` identifies it, and its tokenizer too.
+    Its hash is ``data_sha256``, which covers the tokenizer too.
     """
     here = versions()
     return {"name": data.name, "bytes": size, **{package: here[package] for package in made_by(data)}}

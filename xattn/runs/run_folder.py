@@ -55,7 +55,7 @@ class RunFolder:
         os.close(self._lock)
 
     def withdraw(self) -> None:
-        """Remove the lock file, then the folder, its study's folder and outputs/, as far as each is now empty."""
+        """Remove the lock file, then the folder, its study's folder and outputs/, as long as each is empty."""
         (self / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty, or gone already
             self.path.rmdir()

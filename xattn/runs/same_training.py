@@ -105,7 +105,8 @@ def answered_by(job: Job, say: Callable[[str], None]) -> Path | None:
 def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:
     """Return the first of these runs that answers for a job, after measuring what the job wants measured.
 
-    A run is passed over, with a message, if the data have changed or its last checkpoint is damaged or was not kept.
+    A run that must be measured is passed over, with a message, if its data have changed or its last checkpoint is
+    damaged or was not kept.
     Raises :class:`BadInput` if the wanted measurement does not fit the run, :class:`Preempted` on a request to stop.
     """
     for each in found:
@@ -141,10 +142,7 @@ def _measured(found: Found) -> str:
 
 
 def answered(found: Sequence[Found]) -> tuple[Path, dict[str, Any]] | None:
-    """Return folder and summary of the first of these runs that has everything the config wants measured.
-
-    The summary includes those results. Measures nothing; returns None if there is no such run.
-    """
+    """Return folder and summary (with all results) of the first run that needs no more measuring; None without one."""
     for each in found:
         if not each.overrides:
             return each.folder, each.summary
@@ -171,7 +169,7 @@ def in_turn(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
 
 
 def _leaves(job: Job, group: Sequence[Job]) -> tuple[int, int]:
-    """Return how many keys of the group need rows that the job does not produce, and how many overrides remain."""
+    """Return how many keys of the group need rows that the job does not produce, and how many overrides to measure."""
     left = [_beyond(job.config, other.config) for other in group]
     return sum(len(lacking) for _, lacking in left), sum(len(overrides) for overrides, _ in left)
 
@@ -213,7 +211,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def _found(folder: Path, asked: Config) -> Found | None:
-    """Return None if the run is not done, or its config turns out to be another training."""
+    """Return the run; None if it is not done, or if its config turns out to be another training."""
     try:
         summary: Any = run_folder.read_summary(folder)
         if not isinstance(summary, dict) or summary.get("status") != "done":
