@@ -89,7 +89,7 @@ def _bare(value: Any) -> str:
 def shaping(config: Config) -> Config:
     """Return the config with a fixed value for every key that does not shape a compiled program.
 
-    Equal results mean equal programs. The numbers that are fixed here live in the train state.
+    Equal results mean equal programs. Swept numbers, such as the learning rate, live in the train state instead.
     """
     backend = config.backend
     then = None if backend.then is None else backend.then.model_copy(update=_unswept(backend.then))

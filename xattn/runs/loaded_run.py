@@ -80,7 +80,7 @@ class LoadedRun:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """The rows of metrics.jsonl: ``step`` and a column for each number (NaN where missing). Empty if not a run's."""
+        """The rows of metrics.jsonl: ``step`` and a column for each number (NaN if missing). Empty if not a run's."""
         from xattn.report.frames import metrics_of
 
         return metrics_of(self.path)

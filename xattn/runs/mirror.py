@@ -53,7 +53,7 @@ def send_rows(mirror: WandbMirror, config: Config, folder: Path) -> None:
 def end_mirror(
     mirror: WandbMirror, config: Config, summary: Mapping[str, Any], exit_code: int, *, for_ever: bool = False
 ) -> None:
-    """End the mirror with the summary; if tracking.wandb.artifacts asks, add the best checkpoint of a run that is done."""
+    """End the mirror with the summary and, if tracking.wandb.artifacts asks, the best checkpoint of a finished run."""
     wanted = "checkpoint" in config.tracking.wandb.artifacts and summary["status"] == "done"
     files = _best_checkpoint(mirror.folder) if wanted else {}
     if wanted and not files:
