@@ -1,6 +1,6 @@
-"""The launcher of ``hydra/launcher=slurm``, ``slurm_local`` and ``on_ray``: it hands runs to that of submitit or Ray.
+"""The launcher of ``hydra/launcher=slurm``, ``slurm_local`` and ``on_ray``: runs go to submitit's or Ray's launcher.
 
-Hydra finds plugins in this package only; the logic is in xattn.sweep.cluster.
+Hydra finds plugins only in this package; the logic is in xattn.sweep.cluster.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ Numbered = tuple[int, list[str]]  # a run's number in the sweep, and its overrid
 
 
 class Handed:
-    """What a job of a launcher does: its one run, by the task of :func:`hydra.main`, or its group of runs.
+    """The task of a launcher's job: one run, by the task of :func:`hydra.main`, or a group of runs.
 
-    It is pickled with what the user's script has registered, which is registered where it is unpickled.
+    The user's registrations are pickled with it, and repeated where it is unpickled.
 
-    groups: number of the job → its runs. at: when they were handed over.
+    groups: job number → its runs. at: when the runs were handed over.
     """
 
     def __init__(self, context: HydraContext, config: DictConfig, task: TaskFunction):
@@ -68,7 +68,7 @@ class Handed:
             code = self._make_one(config, group) if len(group) == 1 else self._make(group)
             if code == ExitCode.PREEMPTED:
                 cluster.queue_again()
-        except (subprocess.SubprocessError, OSError) as error:  # of scontrol, which submitit's handler has called
+        except (subprocess.SubprocessError, OSError) as error:  # from scontrol, which submitit's handler calls
             cluster.tell_not_queued(error)
             return ExitCode.PREEMPTED
         return code
@@ -79,7 +79,7 @@ class Handed:
         return self.task(config)
 
     def _make(self, group: Sequence[Numbered]) -> ExitCode:
-        """Makes the runs as a sweep on one machine does: by a process for each GPU or core, and in packs."""
+        """Execute the runs like a sweep on one machine: with a process for each GPU or core, and in packs."""
         with interruption.listening():
             try:
                 asked = self._asked(group)
@@ -98,7 +98,7 @@ class Handed:
                 return error.exit_code
             except SystemExit:
                 return ExitCode.PREEMPTED
-            except Exception:  # a fault of ours, which Hydra would keep to itself
+            except Exception:  # a bug of ours, which Hydra would not show
                 traceback.print_exc()
                 return ExitCode.ERROR
         return study.exit_code(outcomes.values())
@@ -111,7 +111,7 @@ class Handed:
 
 
 def _take_away_unless_of(jobs: Sequence[Job], made: Path) -> None:
-    """Removes the folder that Hydra made for the job, if it is none of its runs'."""
+    """Remove the folder that Hydra made for the job, unless one of its runs uses it."""
     if made not in {job.folder.absolute() for job in jobs}:
         with contextlib.suppress(OSError):  # it may hold a log
             made.rmdir()
@@ -122,16 +122,15 @@ def _is_tuned(config: DictConfig) -> bool:
 
 
 def _not_answerable(jobs: Sequence[Job]) -> list[Job]:
-    """A tuner wants a run for each trial."""
+    """Return the jobs so that no other run stands in for them: a tuner needs a run for each trial."""
     return [dataclasses.replace(job, answerable=False) for job in jobs]
 
 
 class ElsewhereLauncher(Launcher):
-    """Validates every job, skips those that are done, hands the others to a launcher of SLURM or Ray, and reads what
-    came of them from the run folders.
+    """A launcher that validates all jobs, skips finished ones, and hands the rest to the launcher of SLURM or Ray.
 
-    launcher: that one. runs_per_job: the number of runs that go into one of its jobs, which makes them as a sweep on
-    one machine does. planned: as :class:`XattnLauncher`'s.
+    Results are read from the run folders. launcher: the one of SLURM or Ray. runs_per_job: how many runs one of its
+    jobs executes, like a sweep on one machine. planned: see :class:`XattnLauncher`.
     """
 
     planned: Sequence[Job] = ()
@@ -144,7 +143,7 @@ class ElsewhereLauncher(Launcher):
         self._settings = settings_of(config)
         self._runs_per_job = cluster.check_group(self._runs_per_job, self._settings)
         self._handed = Handed(hydra_context, config, task_function)
-        if self._runs_per_job > 1:  # callbacks are called for each run, and not for the job
+        if self._runs_per_job > 1:  # callbacks are called for each run, not for the job
             hydra_context = HydraContext(config_loader=hydra_context.config_loader, callbacks=Callbacks())
         self.launcher.setup(hydra_context=hydra_context, task_function=self._handed, config=config)
 
@@ -177,7 +176,7 @@ class ElsewhereLauncher(Launcher):
         plan: Plan | None = plan_of(self.planned)
         if _is_tuned(self.config):
             jobs = _not_answerable(jobs)
-            plan = None  # the tuner has one of its own
+            plan = None  # the tuner has its own plan
         outcomes = study.run_study_elsewhere(jobs, launch, plan)
         return [
             JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=outcomes.get(job.folder))
@@ -186,7 +185,7 @@ class ElsewhereLauncher(Launcher):
 
 
 def settings_of(config: DictConfig) -> Mapping[str, Any]:
-    """``hydra.launcher``, resolved."""
+    """Return ``hydra.launcher``, resolved."""
     settings = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     assert isinstance(settings, dict)
     return {str(key): value for key, value in settings.items()}

@@ -1,4 +1,4 @@
-"""Nothing reaches for the network or writes into the home folder."""
+"""Shared fixtures and hooks. No test may use the network or write into the home folder."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes for the whole suite; none for files that are named.
+    """Use two processes for the whole suite, and none if files are named.
 
-    Each takes a file at a time, so that its tests share what they compile; fast tests compile nothing.
+    Each process takes a whole file, so that its tests share compiled programs; fast tests compile nothing.
     """
     if config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return 0
@@ -45,14 +45,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compiled programs are kept from one session to the next, in .pytest_cache: compiling is most of the suite's time.
+    """Keep compiled programs in .pytest_cache between sessions: compiling is most of the suite's time.
 
-    jax finds a program by its text, the options it is compiled with, and its own version. The limit has it lock the
-    folder, which two processes share.
+    jax finds a program by its text, its compile options and jax's version. Two processes share the folder, and jax
+    locks it only if a size limit is set.
     """
     if (cache := session.config.cache) is None:
         return
-    of_runs = Path(os.environ["XDG_CACHE_HOME"], "xattn", "programs")  # of the processes that the tests start
+    of_runs = Path(os.environ["XDG_CACHE_HOME"], "xattn", "programs")  # for processes started by tests
     of_runs.parent.mkdir(parents=True, exist_ok=True)
     of_runs.symlink_to(cache.mkdir(f"programs-of-runs-{os.environ.get('PYTEST_XDIST_WORKER', 'gw0')}"))
     if "jax" not in sys.modules:
@@ -64,10 +64,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # where something has been compiled before
+    compilation_cache.reset_cache()  # something may have been compiled before
 
 
-# Folders and files whose tests compile no model and draw little: together less than 90 seconds on two quiet cores.
+# Folders and files whose tests compile no model and draw little: less than 90 seconds in total on two idle cores.
 _FAST = {
     *("data", "tracking", "test_config.py", "test_explain.py", "test_forge.py", "test_image.py", "test_like.py"),
     *("test_metrics.py", "test_screen.py", "test_claim.py", "test_compare.py", "test_finding.py", "test_propose.py"),
@@ -76,7 +76,7 @@ _FAST = {
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Marks as fast what is in :data:`_FAST`, unless it is slow."""
+    """Mark the tests in :data:`_FAST` as fast, unless they are slow."""
     parts = item.path.relative_to(Path(__file__).parent).parts
     is_slow = any(item.get_closest_marker(name) is not None for name in ("slow", "faults"))
     if not _FAST.isdisjoint((parts[0], item.path.name)) and not is_slow:
@@ -84,7 +84,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--every N`` each test is there, with the first of its cases and each N-th after that."""
+    """With ``--every N``, keep the first case of each test and every N-th case after it."""
     every, cases, left = config.getoption("--every"), Counter[str](), set()
     for item in items:
         test = item.nodeid.partition("[")[0]
@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers would be in the provenance of later tests' runs."""
+    """Undo registrations after each test: they would appear in the provenance of later tests' runs."""
     monkeypatch.setattr(registry, "_ADDITIONS", dict(registry._ADDITIONS))
 
 
@@ -106,7 +106,7 @@ _emitters = "quick"
 
 @pytest.fixture
 def emitters_of_runs() -> Iterator[None]:
-    """Where two programs are to agree bit for bit, or nearly, they are compiled by the emitters that runs are."""
+    """Compile with the emitters that runs use, for tests where two programs must agree bit for bit, or nearly."""
     import jax
 
     global _emitters
@@ -119,8 +119,10 @@ def emitters_of_runs() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_emitters() -> Iterator[None]:
-    """Where most optimisations are off, XLA's older emitters compile: they take a third of the time. jax has no setting
-    for that but an option of each program."""
+    """With most optimisations off, compile with XLA's older emitters, in a third of the time.
+
+    jax has no global setting for this, only an option per program.
+    """
     if "jax" not in sys.modules:
         yield
         return
@@ -130,7 +132,7 @@ def _quick_emitters() -> Iterator[None]:
     older, right = {"xla_cpu_use_fusion_emitters": False}, compiler.get_compile_options
     try:
         jax.jit(lambda: 0, compiler_options=older).lower().compile()
-    except jax.errors.JaxRuntimeError:  # this version has no others
+    except jax.errors.JaxRuntimeError:  # this version has only one kind
         yield
         return
 
@@ -146,8 +148,10 @@ def _quick_emitters() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs() -> Iterator[None]:
-    """A compiled program of XLA's on a CPU takes hundreds of memory mappings. Linux gives a process 65,530 of them, and
-    one that wants more dies of a segmentation fault: so old programs go when a third is taken."""
+    """Drop old programs when a third of the process's memory mappings are in use.
+
+    A compiled CPU program takes hundreds. Linux allows 65,530, and a process that needs more dies of SIGSEGV.
+    """
     yield
     mappings = Path("/proc/self/maps")
     if "jax" in sys.modules and mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
@@ -159,7 +163,7 @@ def room_for_programs() -> Iterator[None]:
 
 @pytest.fixture
 def optimised() -> Iterator[None]:
-    """Programs are compiled as those of a run are, where a folder's tests compile with little optimisation."""
+    """Compile programs as runs do, in folders whose tests otherwise compile with little optimisation."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", False)
@@ -169,7 +173,7 @@ def optimised() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 kB of text with something to learn in it: numbered lines of arithmetic."""
+    """Write 36 kB of text with something to learn in it: numbered lines of arithmetic."""
     path = tmp_path_factory.mktemp("text") / "lines.txt"
     path.write_text("".join(f"line {i}: {i} + {i * 7 % 13} = {i + i * 7 % 13}\n" for i in range(1500)))
     return path
@@ -177,7 +181,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The study of the golden runs below the current folder, with their text: each of 4 steps, with 4 windows."""
+    """Copy the study of golden runs, with their text, below the current folder; each has 4 steps and 4 windows."""
     golden = Path(__file__).resolve().parent / "golden" / "runs"
     shutil.copy(golden / "text.txt", tmp_path)
     for config in golden.glob("*/config.yaml"):

@@ -1,4 +1,4 @@
-"""``xattn bug RUN``: an archive that can be handed on: nothing of the corpus, no keys, and what is in it is shown."""
+"""``xattn bug RUN``: an archive that is safe to pass on, without corpus text or keys, and with its contents listed."""
 
 from __future__ import annotations
 

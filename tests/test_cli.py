@@ -1,4 +1,4 @@
-"""The rim of the ``xattn`` command: one message for whatever happens, and an exit code."""
+"""The rim of the ``xattn`` command: every outcome gives one message and an exit code."""
 
 from __future__ import annotations
 

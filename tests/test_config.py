@@ -1,4 +1,4 @@
-"""From what a person types to the frozen config, the run's name, and the messages for everything that is not right."""
+"""From typed overrides to the frozen config and the run's name, and the messages for everything invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says at its end: a sample where tokens are text, and baselines that mean something."""
+"""What a run prints at its end: a sample if tokens are text, and meaningful baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a key means is said in one place: the config's classes. The command, the page and the schema all say that."""
+"""Each key is documented once, in the config's classes; the command, the page and the schema agree with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/extend.md: its code blocks are one file that works, its YAML blocks are choices, its commands run."""
+"""docs/extend.md: its code blocks form one working file, its YAML blocks are choices, and its commands run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files that a forge reads: they are what it takes, and its jobs do what .ci/run does."""
+"""The files that a forge reads: they are valid for it, and its jobs do what .ci/run does."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Runs of earlier versions live on: they load, report, evaluate, sample and resume, and the same command finds them.
+"""Runs of earlier versions still load, report, evaluate, sample and resume, and the same command finds them.
 
-tests/golden/runs/ has a run folder of each age, as its version wrote it (host, cwd and command apart), and the text
-beside them that they were trained on. A folder is made once and never edited; a change of the config's keys that breaks
-one belongs into xattn/keys.py.
+tests/golden/runs/ has a run folder from each age, as its version wrote it (except host, cwd and command), and beside
+them the text that they were trained on. A folder is created once and never edited. If a change of config keys breaks
+one, the fix belongs in xattn/keys.py.
 """
 
 from __future__ import annotations

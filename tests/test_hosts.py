@@ -1,4 +1,4 @@
-"""Who a process is among several, and whether it can be found."""
+"""The place of a process among several, and whether it can be found."""
 
 from __future__ import annotations
 

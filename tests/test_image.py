@@ -1,4 +1,4 @@
-"""The Dockerfile, read: no test here has a daemon to build it with."""
+"""The Dockerfile, checked by reading it: tests have no daemon to build it with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interchange: runs as Llamas and Llamas as runs, against Llama's formula in NumPy, and against transformers."""
+"""Interchange: runs as Llamas and Llamas as runs, compared with Llama's formula in NumPy and with transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``xattn launch``: processes that live and die together. The program is a few lines without jax."""
+"""``xattn launch``: processes that live and die together. The launched program is a few lines without jax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--like RUN``: a run's own overrides, and what takes their place."""
+"""``--like RUN``: a run's own overrides, and what replaces them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run opened again: sampled from, evaluated, and what a person is told who asks for what cannot be."""
+"""A reopened run: sampling, evaluation, and the errors for impossible requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which loss runs can be compared by: a token has to be the same thing in all of them."""
+"""Which loss can compare runs: val_loss only if a token is the same thing in all of them."""
 
 from __future__ import annotations
 

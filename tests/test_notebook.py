@@ -1,4 +1,4 @@
-"""``xattn.train`` in a process that goes on: what it returns, what it raises, and what it leaves as it was."""
+"""``xattn.train`` in a process that continues: what it returns, what it raises, and what it leaves unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The library of the running Python is a corpus that goes with its version: a run that meets another one says so."""
+"""The corpus of the running Python's library depends on its version: a run that meets another version says so."""
 
 from __future__ import annotations
 

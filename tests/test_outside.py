@@ -1,4 +1,4 @@
-"""What the outside raises at the first look at something is one line and a documented exit code."""
+"""Errors from outside xattn, at the first use of something, become one message and a documented exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pack asks of the dispatch table before anything is compiled."""
+"""What a pack requires of the dispatch table before anything is compiled."""
 
 from __future__ import annotations
 

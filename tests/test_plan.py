@@ -1,4 +1,4 @@
-"""The plan of a run against what its compiled step says: parameters, FLOPs and memory."""
+"""The plan of a run compared with its compiled step: parameters, FLOPs and memory."""
 
 from __future__ import annotations
 

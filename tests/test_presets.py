@@ -1,4 +1,4 @@
-"""Every preset says where it is from and how it differs, is short, and can be found in the help and on its page."""
+"""Every preset names its source and its differences, is short, and appears in the help and on its page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stays of a finished run's checkpoints: ``trainer.keep``, ``xattn prune``; and what readers say without them."""
+"""What remains of a finished run's checkpoints: ``trainer.keep``, ``xattn prune``, and messages of later readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/quickstart.ipynb: every cell is executed, and draws what it says."""
+"""examples/quickstart.ipynb: every cell runs, and draws what it announces."""
 
 from __future__ import annotations
 

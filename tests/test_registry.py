@@ -1,4 +1,4 @@
-"""What a script registers: which names it may take, and by which file and source it is known."""
+"""Registration by a script: the allowed names, and the file and source by which an addition is known."""
 
 from __future__ import annotations
 

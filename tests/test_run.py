@@ -1,4 +1,4 @@
-"""A run that is refused leaves what was there as it was; what its folder says of failures."""
+"""A refused run leaves its folder unchanged; a failed run's folder records the failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder: who may write in it, how it is moved aside, and that no reader sees half a file."""
+"""The run folder: its lock, how it is moved aside, and that no reader sees half a file."""
 
 from __future__ import annotations
 

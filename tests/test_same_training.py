@@ -1,4 +1,4 @@
-"""Configs that train the same: known by one identity at every age, found in a study, and answered without training."""
+"""Configs that train the same: they share an identity at every age, are found in a study, and need no training."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ import yaml
 import xattn.config
 from xattn import keys
 from xattn.cli import main
-from xattn.commands import evaluate
 from xattn.config import Config, compose
 from xattn.errors import BadInput, ExitCode, IntegrityError, Preempted
-from xattn.runs import run_folder, same_training
+from xattn.runs import evaluations, run_folder, same_training
 from xattn.runs.evaluations import evaluate_once, stored_rows
 from xattn.runs.job import Job
 from xattn.runs.same_training import Found, Trainings, answer, answered, identity, in_turn
@@ -326,8 +325,8 @@ def test_two_who_ask_the_same_measure_it_once(outputs: Path, monkeypatch: pytest
         measured.append(1.0)
         return {"val_loss": 1.0}
 
-    monkeypatch.setattr(evaluate, "load", lambda run, checkpoint: SimpleNamespace(step=4, evaluate=measure))
-    monkeypatch.setattr(evaluate, "_check", lambda run, overrides, config_dir: {"status": "done", "step": 4})
+    monkeypatch.setattr(evaluations, "load", lambda run, checkpoint: SimpleNamespace(step=4, evaluate=measure))
+    monkeypatch.setattr(evaluations, "check", lambda run, overrides, config_dir: {"status": "done", "step": 4})
     found: list[bool] = []
     threads = [
         threading.Thread(target=lambda: found.append(evaluate_once(outputs / RUNS[0].name, ["seed=1"])[1]))

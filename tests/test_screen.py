@@ -1,4 +1,4 @@
-"""Text on a terminal: what fits, what is broken and what never is. The screens themselves: tests/test_terminal.py."""
+"""Text on a terminal: what fits, what is wrapped and what never is. tests/test_terminal.py tests the screens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The screens of the commands at 80 and 130 columns: no line is longer than the terminal, no path or command broken."""
+"""The screens of the commands at 80 and 130 columns: no line is too long, and no path or command is wrapped."""
 
 from __future__ import annotations
 

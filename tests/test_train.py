@@ -1,4 +1,4 @@
-"""``python train.py`` as a person and a script see it: real processes, exit codes, the contract of the run folder."""
+"""``python train.py`` as users and scripts see it: real processes, exit codes, the contract of the run folder."""
 
 from __future__ import annotations
 

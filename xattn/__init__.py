@@ -1,9 +1,9 @@
 """xattn: which attention should this model have?
 
 ``xattn.train(overrides)`` trains a run, ``xattn.load(run)`` opens a finished run's folder, and
-``xattn.load_study(study)`` reads a study's as tables. ``xattn.main()`` carries out a command line, in which what your
-script gave to ``xattn.register_…`` can be chosen. ``xattn.backend`` holds the attention functions, ``xattn.errors``
-what these raise, and ``xattn.testing`` the checks for an activation of your own. Importing this package imports no jax.
+``xattn.load_study(study)`` reads a study's runs as tables. ``xattn.main()`` executes a command line that can choose
+whatever your script gave to ``xattn.register_…``. ``xattn.backend`` holds the attention functions, ``xattn.errors``
+the errors of all these, and ``xattn.testing`` the checks for an activation of your own. Importing xattn imports no jax.
 """
 
 from importlib import import_module
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name → the module that has it, imported when the name is first used.
+# Public name → its module, which is imported when the name is first used.
 _HOMES = {
     "LoadedRun": "xattn.runs.loaded_run",
     "LoadedStudy": "xattn.report.frames",
@@ -48,5 +48,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, whatever submodules have been imported by now."""
+    """Return the public names, whichever submodules have been imported."""
     return sorted([*_HOMES, *_MODULES, "__doc__", "__version__"])

@@ -1,4 +1,4 @@
-"""The ``xattn`` command. Each subcommand loads what it needs and no more."""
+"""The ``xattn`` command. Each subcommand loads only what it needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xattn.errors import BadInput, ExitCode, XattnError, storage_error
 from xattn.system import entry, screen
 from xattn.system.device import first_look
 
-# Command → the module whose main(argv) carries it out, and what it is for: in the order of a study, what measures last.
+# Command → the module whose main(argv) executes it, and its purpose; in the order of a study, benchmarks last.
 _COMMANDS = {
     "train": ("xattn.app", "train a model, or a sweep; as python train.py in a clone"),
     "report": ("xattn.commands.publish", "judge a study and write its report"),
@@ -45,13 +45,13 @@ _COMMANDS = {
     "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one, and packs"),
     "bench train": ("xattn.bench.train", "training steps: speed, utilisation, memory"),
 }
-_GROUPS = {"bench": "measure speed and memory; `xattn bench` lists its parts"}  # a line in place of their commands
+_GROUPS = {"bench": "measure speed and memory; `xattn bench` lists its parts"}  # one line in place of their commands
 
-_IMPORT_JAX = ("bench", "plan")  # as they are loaded; others look at the device when they have read what was typed
+_IMPORT_JAX = ("bench", "plan")  # on being loaded; other commands look at the device only after parsing their arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 where it went well, else that of the error, after one message."""
+    """Execute a command and return its exit code; print one message for an error."""
     entry.open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -61,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except XattnError as error:
         entry.tell(error)
         return error.exit_code
-    except BrokenPipeError:  # who read what we print has read enough: `xattn runs | head`
+    except BrokenPipeError:  # the reader of our output has read enough: `xattn runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
         return ExitCode.DONE
     except KeyboardInterrupt:
         entry.tell("interrupted")
         return 128 + signal.SIGINT
-    except Exception as error:  # the outermost rim: a fault of ours
+    except Exception as error:  # the outermost rim: a bug of ours
         if (full := storage_error(error, Path("standard output"))) is not None:
             entry.tell(full)
             return full.exit_code
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_command(word: str) -> bool:
-    """Whether a command line that begins with this word is for :func:`main`."""
+    """Return whether a command line that begins with this word is for :func:`main`."""
     return any(command.split()[0] == word for command in _COMMANDS)
 
 
@@ -104,7 +104,7 @@ def _carry_out(words: Sequence[str]) -> int:
 
 
 def _listed(group: Mapping[str, tuple[str, str]]) -> list[str]:
-    """A line for each command of the group; without one, for each command and each group."""
+    """Return a line for each command of the group; without a group, for each command and each group."""
     purposes = {command: purpose for command, (_, purpose) in group.items()}
     if not group:
         purposes = {command: purpose for command, (_, purpose) in _COMMANDS.items() if " " not in command}
@@ -115,7 +115,7 @@ def _listed(group: Mapping[str, tuple[str, str]]) -> list[str]:
 
 
 def _nearest(words: Sequence[str]) -> str:
-    """The command that was probably meant: of one word or of two."""
+    """Return a hint at the command that was probably meant, of one word or two."""
     typed = {" ".join(words[:length]) for length in (1, 2)}
     matches = [match for text in typed for match in difflib.get_close_matches(text, _COMMANDS, n=1, cutoff=0.6)]
     likest = max(
@@ -125,7 +125,7 @@ def _nearest(words: Sequence[str]) -> str:
 
 
 def _kept() -> str:
-    """Where the traceback of the error at hand is kept; there is no log.txt here."""
+    """Save the traceback of the current error, since there is no log.txt here, and return where it is."""
     try:
         with tempfile.NamedTemporaryFile("w", prefix="xattn-", suffix=".log", delete=False, encoding="utf-8") as file:
             traceback.print_exc(file=file)

@@ -1,4 +1,4 @@
-"""Errors that a person is told about in a line, each with the exit code it leaves with."""
+"""Errors that are shown to the user as one message, each with its exit code."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ class ExitCode(IntEnum):
     INTEGRITY = 4
     IN_USE = 5
     STORAGE = 6
-    UNDECIDED = 10  # of `xattn verdict`, as is the next
+    UNDECIDED = 10  # this and the next are of `xattn verdict`
     OPPOSITE = 11
     PREEMPTED = 75
 
 
 class XattnError(Exception):
-    """An error with a message for a person and an exit code for a script."""
+    """An error with a message for the user and an exit code for scripts."""
 
     exit_code = ExitCode.ERROR
 
 
 class BadInput(XattnError):
-    """Configuration or data that cannot be used: the message names what was given and what is allowed."""
+    """Unusable configuration or data; the message names the given value and what is allowed."""
 
     exit_code = ExitCode.BAD_INPUT
 
 
 class Diverged(XattnError):
-    """A loss or gradient of the run, or its last evaluation, is not finite."""
+    """A loss, a gradient or the last evaluation of the run is not finite."""
 
     exit_code = ExitCode.DIVERGED
 
 
 class NotKept(BadInput):
-    """A checkpoint was deleted because somebody asked for that: by ``trainer.keep`` or ``xattn prune``."""
+    """A checkpoint was deleted on request, by ``trainer.keep`` or ``xattn prune``."""
 
 
 class IntegrityError(XattnError):
@@ -63,13 +63,13 @@ class FolderInUse(XattnError):
 
 
 class StorageError(XattnError):
-    """The file system takes no more: full, over a quota or a size limit, read-only, or broken."""
+    """The file system cannot be written: full, over a quota or a size limit, read-only, or broken."""
 
     exit_code = ExitCode.STORAGE
 
 
 class Preempted(XattnError):
-    """Asked to stop, before there was anything to save that the same command would not find again."""
+    """Stopped on request, with nothing left to save; the same command continues."""
 
     exit_code = ExitCode.PREEMPTED
 
@@ -81,9 +81,9 @@ _STORAGE_WORDS = re.compile(
 
 
 def storage_error(error: BaseException, path: Path) -> StorageError | None:
-    """The error as a :class:`StorageError` where the file system is to blame for it, else None.
+    """Return the error as a :class:`StorageError` if the file system caused it, else None.
 
-    Libraries wrap what the file system says: its words are looked for in the message and in what caused it.
+    Libraries wrap the file system's errors, so its words are searched for in the message and in the chain of causes.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -103,33 +103,31 @@ def _full(path: Path, reason: str | None) -> str:
 
 
 def needs_extra(what: str, extra: str, error: ImportError) -> BadInput:
-    """The error where ``what`` needs a package of that optional extra; it names the command that installs it."""
+    """Return the error for a missing package of an optional extra; it names the command that installs it."""
     clone = Path(__file__).resolve().parent.parent
     source = f'-e "{clone}[{extra}]"' if (clone / "pyproject.toml").is_file() else f'"xattn[{extra}]"'
     return BadInput(f"{what} needs the extra {extra}: pip install {source} ({first_line(error)})")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message; its kind where it has none."""
+    """Return the first line of the error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
 @dataclass(frozen=True)
 class Outside:
-    """What the outside may raise at a first look at something, and what a person is told of it.
-
-    A row applies to an error of one of ``kinds`` whose message contains ``says`` (a regular expression), whose errno is
-    one of ``errnos`` if there are any, while the environment has ``variable`` if one is named.
-
-    told: may have {error}, its first line; {value}, the variable's; {path} and {system}, the file system it is on.
-    """
+    """An error that something outside xattn may raise when first used, and its message. All conditions must hold."""
 
     kinds: tuple[type[Exception], ...]
     becomes: type[XattnError]
     told: str
+    """The message, with {error} (its first line), {value} (the variable's), {path}, {system} (its file system)."""
     says: str = ""
+    """A regular expression that the error's message must contain."""
     errnos: tuple[int, ...] = ()
+    """If any are given, the error's errno must be one of them."""
     variable: str | None = None
+    """If given, the environment must have this variable."""
 
     def applies(self, error: Exception) -> bool:
         return (
@@ -140,7 +138,7 @@ class Outside:
         )
 
 
-# By what is looked at; of several rows the first that applies. tests/test_outside.py raises each.
+# What is looked at → rows, of which the first that applies is used. tests/test_outside.py raises each.
 OUTSIDE: dict[str, tuple[Outside, ...]] = {
     "device": (
         Outside(
@@ -209,7 +207,7 @@ OUTSIDE: dict[str, tuple[Outside, ...]] = {
 
 @contextlib.contextmanager
 def looking_at(what: str, path: Path | None = None) -> Iterator[None]:
-    """Turns what the outside raises here into the error that :data:`OUTSIDE` has for it. Anything else passes."""
+    """Convert errors raised here into those that :data:`OUTSIDE` has for them. Other errors pass unchanged."""
     rows = OUTSIDE[what]
     try:
         yield
@@ -225,7 +223,7 @@ def looking_at(what: str, path: Path | None = None) -> Iterator[None]:
 
 
 def _file_system(path: Path) -> str:
-    """Kind and mount point of the file system that a path is on, by Linux's /proc; elsewhere the mount point alone."""
+    """Return type and mount point of a path's file system, from Linux's /proc; elsewhere only the mount point."""
     mount = next((folder for folder in (path, *path.parents) if os.path.ismount(folder)), Path("/"))
     with contextlib.suppress(OSError):
         for line in reversed(Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()):

@@ -1,7 +1,7 @@
-"""The config's keys over time: which of them name a run, and how a config.yaml of any version is read.
+"""The config's keys over time: which keys name a run, and how a config.yaml of any version is read.
 
-A run folder outlives the version that made it. If you add, rename or remove a key, say here what older runs meant by
-it: then they still load, resume and keep their names. Standard library only, since the report reads with this too.
+A run folder outlives the version that made it. If you add, rename or remove a key, record here what older runs meant
+by it, so that they still load, resume and keep their names. Standard library only, since the report reads with it too.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from xattn.errors import BadInput
 
 SEED = "seed"
-TUNED = ("optimizer.learning_rate",)  # what each arm of a comparison has its own best of
+TUNED = ("optimizer.learning_rate",)  # each arm of a comparison is tuned to its own best value
 
-# Keys that commit 968f896 did not have, and matmul_precision. A config.yaml without the key means this value, for ever,
-# whatever the default becomes; at this value the key is left out of a run's name. ``model.matmul_precision`` is older
+# Keys that commit 968f896 did not have, and matmul_precision. A config.yaml without the key always means this value,
+# whatever the default becomes, and a run's name leaves the key out at this value. ``model.matmul_precision`` is older
 # than that promise: 968f896 puts it into the name at every value.
 ABSENT: dict[str, Any] = {
     "model.matmul_precision": "default",
@@ -51,38 +51,37 @@ ABSENT: dict[str, Any] = {
     "tracking.wandb.console": False,
     "tracking.wandb.artifacts": [],
 }
-_OF_ONE_CHOICE = {"data.filler": "mqar"}  # only this choice of the group has the key
+_OF_ONE_CHOICE = {"data.filler": "mqar"}  # the only choice of the group that has the key
 _NAMED_AT_EVERY_VALUE = "model.matmul_precision"
 
-# Old key → the key that has its meaning now. A run's name is still made with the old one.
+# Old key → the key that replaces it. A run's name still uses the old one.
 RENAMED: dict[str, str] = {}
 
-# Key that is gone → the only behaviour that is left. A run with another value cannot be read; the others' names are
-# still made with it.
+# Removed key → the only value still supported. A run with another value cannot be read. Run names still use the key.
 REMOVED: dict[str, Any] = {}
 
-# Keys that do not change what a run computes: where it is tracked, over which devices it is spread, how it is grouped
-# and swept, what it is to show, when it is saved, what is kept of it, where the weights lie that it starts from.
+# Keys that do not change what a run computes: its tracking, devices, study, sweep and claim, when it is saved, which
+# checkpoints are kept, and where its initial weights are.
 _WITHOUT_EFFECT = (
     *("tracking", "parallel", "sweep", "study", "resume", "finding"),
     *("trainer.checkpoint_every", "trainer.checkpoint_minutes", "trainer.keep"),
-    "model.init_from.path",  # the SHA-256 beside it says what is there
+    "model.init_from.path",  # the SHA-256 beside it identifies the weights
 )
 
-# Hashed keys that say only what is measured of the parameters, and when: they change no bit of the training.
+# Hashed keys that only set what is measured, and when: they do not change a bit of the training.
 _MEASURING = ("trainer.log_every", "trainer.eval_every", "trainer.attention_stats_every", "evaluation")
 
 
 def has_effect(key: str) -> bool:
-    """Whether this dotted key says what the run computes, and so may differ between runs that are compared."""
+    """Return whether this dotted key affects what the run computes, and so may differ between compared runs."""
     return _is_none_of(_WITHOUT_EFFECT, key)
 
 
 def changes_training(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether this dotted key, one of a config's ``values``, is one that the bits of its training depend on.
+    """Return whether the bits of the training depend on this dotted key, one of a config's ``values``.
 
-    Under ``trainer.nonfinite=rollback`` ``trainer.eval_every`` is: the best evaluation is a checkpoint, and such a run
-    may go back to it.
+    Under ``trainer.nonfinite=rollback`` they depend on ``trainer.eval_every``: the best evaluation is a checkpoint,
+    and such a run may go back to it.
     """
     if key == "trainer.eval_every" and values.get("trainer.nonfinite") == "rollback":
         return True
@@ -90,13 +89,13 @@ def changes_training(key: str, values: Mapping[str, Any]) -> bool:
 
 
 def short(key: str) -> str:
-    """The key without its group, for a column or a sentence; ``backend.then.theta`` is ``then.theta``."""
+    """Return the key without its group, for display; ``backend.then.theta`` becomes ``then.theta``."""
     group, _, leaf = key.rpartition(".")
     return f"then.{leaf}" if group.endswith(".then") else leaf
 
 
 def show(value: Any) -> str:
-    """The bare value, as a person types it."""
+    """Return the bare value as a user types it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -107,7 +106,7 @@ def show(value: Any) -> str:
 
 
 def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a config.yaml of any version, in the keys of this one.
+    """Convert the content of a config.yaml of any version to the keys of this one.
 
     Raises:
         BadInput: a removed key has a value that no code is left for.
@@ -127,7 +126,7 @@ def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def naming(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The dotted keys and values that a run's name is made from, spelled as in commit 968f896."""
+    """Return the dotted keys and values that a run's name is made from, spelled as in commit 968f896."""
     old_names = {new: old for old, new in RENAMED.items()}
     named = {
         old_names.get(key, key): value
@@ -138,7 +137,7 @@ def naming(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def naming_before_matmul_precision(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """As :func:`naming`, for versions without that key; None if the run has a value that they did not have."""
+    """Return :func:`naming` for versions without that key; None if the run has a value that they did not support."""
     named = naming(values)
     if named.pop(_NAMED_AT_EVERY_VALUE) != ABSENT[_NAMED_AT_EVERY_VALUE]:
         return None
@@ -146,20 +145,20 @@ def naming_before_matmul_precision(values: Mapping[str, Any]) -> dict[str, Any] 
 
 
 def training_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of hashed dotted keys and their values, those that the bits of the training depend on."""
+    """Select, from hashed dotted keys and values, those that the bits of the training depend on."""
     return {key: value for key, value in values.items() if changes_training(key, values)}
 
 
 def training_identity(values: Mapping[str, Any]) -> str:
-    """Ten hex digits, the same for configs that train the same: the hash of a run's name, of :func:`training_values`.
+    """Return ten hex digits, equal for configs that train the same.
 
-    values: the hashed dotted keys of a config.
+    They are a run name's hash, restricted to :func:`training_values`. values: the hashed dotted keys of a config.
     """
     return digest(naming(training_values(values)))
 
 
 def training_identity_of(config: Mapping[str, Any]) -> str:
-    """:func:`training_identity` from the content of a config.yaml of any version.
+    """Return :func:`training_identity` from the content of a config.yaml of any version.
 
     Raises:
         BadInput: a removed key has a value that no code is left for.
@@ -168,13 +167,13 @@ def training_identity_of(config: Mapping[str, Any]) -> str:
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """Ten hex digits over JSON values, whatever their order."""
+    """Return a hash of ten hex digits over JSON values, independent of their order."""
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of each leaf. A list, and an empty mapping, is one leaf."""
+    """Yield dotted key and value of each leaf. A list is one leaf, and so is an empty mapping."""
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
             yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
@@ -183,18 +182,18 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_none_of(names: tuple[str, ...], key: str) -> bool:
-    """Whether the dotted key is none of these and below none of them."""
+    """Return whether the dotted key is neither one of these nor below one of them."""
     return not any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _take(tree: dict[str, Any], key: str) -> tuple[Any] | None:
-    """Removes a dotted key, and returns its value in a tuple; None where it is not there."""
+    """Remove a dotted key and return its value in a tuple; None if it is missing."""
     group, leaf = _group(tree, key), key.rpartition(".")[2]
     return (group.pop(leaf),) if leaf in group else None
 
 
 def _group(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """The mapping that a dotted key is in; a new empty one if the tree has no such group."""
+    """Return the mapping that holds a dotted key, or a new empty one if the tree has no such group."""
     node: Any = tree
     for part in key.split(".")[:-1]:
         node = node.get(part) if isinstance(node, dict) else None

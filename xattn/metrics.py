@@ -1,7 +1,7 @@
-"""What a metric is a metric of: tokens, text, windows. Only numbers of the same thing are compared.
+"""What a metric measures: tokens, text, windows. Only numbers of the same thing are compared.
 
-A loss is per token, so losses under two tokenizers cannot be set side by side, and bits per byte of the same text can.
-Standard library only: the report, the sweep's table and the tuner all ask here.
+A loss is per token, so losses under two tokenizers cannot be compared; bits per byte of the same text can.
+Standard library only, since the report, the sweep's table and the tuner all use it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Values = Mapping[str, Any]  # dotted key → value
 
 
 def tokens_of(values: Values) -> tuple[Any, ...]:
-    """Equal for configs that cut the same text into the same tokens."""
+    """Return a key that is equal for configs that split the same text into the same tokens."""
     tokenizer = values.get("data.tokenizer")
-    has_borders = values.get("data.documents", "joined") != "joined"  # a token each, which is scored too
-    if values.get("data.name") == "memmap" or "data.tokenizer" not in values:  # ids that are there, or a task's own
+    has_borders = values.get("data.documents", "joined") != "joined"  # each border is a token, which is scored too
+    if values.get("data.name") == "memmap" or "data.tokenizer" not in values:  # ready-made ids, or a task's own
         return tuple(values.get(f"data.{key}") for key in ("name", "path", "vocab_size"))
-    if tokenizer == "bytes":  # what belongs to other tokenizers has no effect
+    if tokenizer == "bytes":  # keys of other tokenizers have no effect
         return (tokenizer, has_borders)
     if tokenizer == "bpe":  # trained on the text
         return (tokenizer, has_borders, values.get("data.vocab_size"), text_of(values))
@@ -29,16 +29,16 @@ def tokens_of(values: Values) -> tuple[Any, ...]:
 
 
 def text_of(values: Values) -> tuple[Any, ...]:
-    """Equal for configs that hold out the same text."""
+    """Return a key that is equal for configs that hold out the same text."""
     ours = {key: repr(value) for key, value in values.items() if key.startswith("data.") and key not in _OF_TOKENS}
     return tuple(sorted(ours.items()))
 
 
 def is_per_token(metric: str) -> bool:
-    """Whether the metric depends on what a token is."""
+    """Return whether the metric depends on what a token is."""
     return metric.endswith("_loss") or metric.startswith("probe/")
 
 
 def loss_metric(configs: Iterable[Values]) -> str:
-    """The held-out loss that such runs can be compared by: val_loss, or val_bpb where their tokens differ."""
+    """Return the held-out loss by which these runs can be compared: val_loss, or val_bpb if their tokens differ."""
     return LOSS if len({tokens_of(values) for values in configs}) <= 1 else BITS

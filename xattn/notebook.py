@@ -1,5 +1,4 @@
-"""A run from Python: what ``python train.py`` does, in a process that goes on afterwards. Importing this module imports
-no jax."""
+"""Training from Python: the run of ``python train.py``, in a process that continues afterwards. Imports no jax."""
 
 from __future__ import annotations
 
@@ -21,21 +20,21 @@ from xattn.system.signals import interruption
 
 
 def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> LoadedRun:
-    """Makes the run of ``python train.py OVERRIDES…`` and opens it, ``xattn.train(["backend=sigmoid", "seed=1"])``.
+    """Train the run of ``python train.py OVERRIDES…`` and open it: ``xattn.train(["backend=sigmoid", "seed=1"])``.
 
-    The run is the command's, in the same folder below the working directory: one that is finished is shown and opened,
-    one that was stopped continues from its last checkpoint. The interrupt of a notebook or Ctrl-C saves the run first.
+    It is the command's run, in the same folder below the working directory. A finished run is shown and opened; a
+    stopped run continues from its last checkpoint. A notebook's interrupt, or Ctrl-C, saves the run first.
 
     Args:
-        overrides: as on the command line, a string each. Of Hydra's own keys only ``hydra.run.dir`` and
-            ``hydra.searchpath`` are taken.
+        overrides: one string each, as on the command line. Hydra's own keys are refused, except ``hydra.run.dir`` and
+            ``hydra.searchpath``.
         quiet: print only warnings; log.txt has everything.
 
     Raises:
         BadInput: an override, the data, or what is in the folder cannot be used.
         Diverged: the loss is not finite. The run's folder says where.
         Preempted: the run was interrupted, and is saved.
-        XattnError: any other error of :mod:`xattn.errors`; one of ours has its traceback in the run's log.txt.
+        XattnError: any other error of :mod:`xattn.errors`; if the run itself failed, log.txt has the traceback.
     """
     if isinstance(overrides, str):
         raise BadInput(f"overrides = {overrides!r}: must be a list of strings, [{overrides!r}]")
@@ -68,7 +67,7 @@ def _nothing(text: str) -> None:
 
 @contextlib.contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Gives back the hooks and loggers that a run takes over (:func:`xattn.system.device.hush_libraries`)."""
+    """Restore the hooks and loggers that a run takes over (:func:`xattn.system.device.hush_libraries`)."""
     hooks = threading.excepthook, sys.unraisablehook
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]

@@ -1,4 +1,4 @@
-"""The base of every config section: frozen, complete, and strict about what a YAML value may become."""
+"""The base of every config section: frozen, complete, and strict about the types of YAML values."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 class Section(BaseModel):
     """A frozen group of validated settings.
 
-    Unknown keys, NaN, infinities and values of another type are errors; only an integer is taken where a float is due.
-    The text below a field is its documentation, which `xattn explain` prints.
+    Unknown keys, NaN, infinities and values of another type are errors, except that an integer is accepted as a float.
+    The string below a field is its documentation, which `xattn explain` prints.
     """
 
     model_config = ConfigDict(
@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class OneOf:
-    """A Literal whose names are looked up when a value is validated, since a script may have registered some."""
+    """A Literal that looks its names up when a value is validated, since a script may have registered some."""
 
     names: Callable[[], tuple[str, ...]]
 
@@ -51,8 +51,8 @@ class OneOf:
 
 
 def kind_name(kind: type[Section]) -> str:
-    """The one value that the field ``name`` of a class may have."""
-    (name,) = kind.model_fields["name"].annotation.__args__  # type: ignore[union-attr]  # of its Literal
+    """Return the one value that the field ``name`` of a class may have."""
+    (name,) = kind.model_fields["name"].annotation.__args__  # type: ignore[union-attr]  # the Literal's
     return str(name)
 
 
@@ -60,9 +60,9 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Kinds(Generic[SectionT]):
-    """The classes that a group of the config may have, each under its ``name``: the package's own, and registered ones.
+    """The classes that a config group may have, each under its ``name``: the package's own, and registered ones.
 
-    kind: what one is called in messages. taken: names that have another meaning where these stand.
+    kind: what messages call one of them. taken: names that have another meaning in this place.
     """
 
     def __init__(self, kind: str, own: Sequence[type[SectionT]], *, taken: Sequence[str] = ()):
@@ -70,11 +70,11 @@ class Kinds(Generic[SectionT]):
         self._taken = {*taken, *self._classes}
 
     def __call__(self) -> dict[str, type[SectionT]]:
-        """Name → class, the package's own first."""
+        """Return name → class, the package's own first."""
         return dict(self._classes)
 
     def register(self, kind: type[SectionT]) -> None:
-        """Adds a class in this process. Raises :class:`ValueError` for a name that is none, or is taken."""
+        """Add a class in this process. Raises :class:`ValueError` for a name that is invalid or taken."""
         name = kind_name(kind)
         registry.check_name(self._kind, name, name in self._taken)
         registry.note(registry.Addition(self._kind, name, kind, kind, partial(self.register, kind)))

@@ -1,1 +1,1 @@
-"""The commands of ``xattn``, a module each; :mod:`xattn.cli` lists them."""
+"""The commands of ``xattn``, one module each; :mod:`xattn.cli` lists them."""

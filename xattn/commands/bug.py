@@ -1,4 +1,4 @@
-"""``xattn bug RUN``: packs what a report of a bug needs into a small archive, and shows what is in it."""
+"""``xattn bug RUN``: pack what a bug report needs into a small archive, and list its contents."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from xattn.runs.provenance import git_state, source_sha256, versions
 from xattn.system.arguments import Parser
 
 _WHOLE = (run_folder.CONFIG, run_folder.OVERRIDES, run_folder.PROVENANCE, run_folder.SUMMARY)
-_AT_MOST = 200_000  # characters of a file: of a longer one its end
-_ROWS = 200  # of metrics.jsonl, the last
+_AT_MOST = 200_000  # characters of a file; a longer one keeps its end
+_ROWS = 200  # the last rows of metrics.jsonl
 _SAMPLE = re.compile(
     r"^a sample at temperature [^\n]*\n.*?(?=^result {6}(?:val_loss \d|no finite)|\Z)", re.DOTALL | re.MULTILINE
 )
 _LEFT_OUT = "a sample at temperature …: left out of this archive\n"
-# What is a secret: by the name that it is assigned to, or by how the services we use spell their keys.
+# A secret is recognised by the name it is assigned to, or by the form that our services give their keys.
 _NAMED = r"\w*(?:api_?key|secret|passw(?:or)?d|credential|(?:hf|auth|access|api)_token)\w*"
 _ASSIGNED = re.compile(rf"""(\b{_NAMED}["']?\s*[=:]\s*)("[^"\n]*"|'[^'\n]*'|[^\s"',}}]+)""", re.IGNORECASE)
 _SPELLED = re.compile(r"\b(?:hf_|wandb_v\d_)\w{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
@@ -56,9 +56,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """File name → text, of what the archive of this run holds; a file that the run lacks is left out.
+    """Return file name → text for the archive of this run; a file that the run lacks is left out.
 
-    In all of them the home folder is ``~``, the host's name ``HOST``, and what looks like a key or a password is gone.
+    The home folder becomes ``~``, host names ``HOST``, and whatever looks like a key or password ``REMOVED``.
     """
     found = {name: text for name in _WHOLE if (text := _text(run / name)) is not None}
     if (log := _text(run / run_folder.LOG)) is not None:
@@ -74,7 +74,7 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def _text(path: Path) -> str | None:
-    """What is in the file, also where it is damaged: that may be the bug."""
+    """Return the file's text even if it is damaged: that may be the bug."""
     try:
         return path.read_bytes().decode("utf-8", "replace")
     except OSError:
@@ -82,7 +82,7 @@ def _text(path: Path) -> str | None:
 
 
 def _names_of_here(run: Path) -> dict[str, str]:
-    """Names of this machine and of the one that the run was made on → what stands for them."""
+    """Return names of this machine and of the one the run was made on → their replacements."""
     try:
         made_on = (run_folder.read_provenance(run) or {}).get("host")
     except BadInput:
@@ -103,7 +103,7 @@ def _without_secrets(text: str, names: Mapping[str, str]) -> str:
 
 
 def _archive(folder: str, files: Mapping[str, str]) -> bytes:
-    """The files in a folder of that name, as .tar.gz."""
+    """Return the files, in a folder of that name, as .tar.gz."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for name, text in files.items():
@@ -115,7 +115,7 @@ def _archive(folder: str, files: Mapping[str, str]) -> bytes:
 
 
 def _told(target: Path, files: Mapping[str, str]) -> list[str]:
-    """What to look at before the archive is handed on."""
+    """Return what the user should look at before passing the archive on."""
     lines = [f"{target}: {target.stat().st_size:,} bytes, not sent anywhere. In it:"]
     lines += [f"  {name:18}{len(text.encode()):>9,} bytes" for name, text in files.items()]
     if places := sorted({place for text in files.values() for place in _PLACE.findall(text)}):

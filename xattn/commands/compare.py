@@ -1,4 +1,4 @@
-"""``xattn compare RUN RUN…``: a quick look at runs side by side, on the screen, and as a table of wandb's."""
+"""``xattn compare RUN RUN…``: runs side by side, on the screen or as a table in wandb."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _runs(folders: Sequence[Path]) -> list[Path]:
-    """The folders in the order typed, without what else ``outputs/study/*`` has: the report's folder, and files."""
+    """Return the run folders as typed, without the report folder and files that ``outputs/study/*`` also matches."""
     others = {folder for folder in folders if folder.is_file() or folder.absolute().name == REPORT}
     runs = [folder for folder in folders if folder not in others or (folder / run_folder.CONFIG).is_file()]
     if not runs:
@@ -43,7 +43,7 @@ def _runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def told_apart(names: Sequence[str]) -> list[str]:
-    """The names of folders without the words that all of them have, and without their hash where the rest differs."""
+    """Shorten folder names: drop the words that all share, and the hash too if the rest still differs."""
     words = [name.split("-") for name in names]
     shared = set.intersection(*map(set, words))
     rest = [[word for word in each if word not in shared] for each in words]
@@ -55,8 +55,7 @@ def told_apart(names: Sequence[str]) -> list[str]:
 
 
 def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints the table. On a terminal that is too narrow the runs' names are shortened, and then it becomes several
-    below each other, each of as many runs as fit."""
+    """Print the table. On a narrow terminal, shorten the run names, then split it into tables of the runs that fit."""
     screen, begin = Screen(), 1
     if not screen.fits(_on_screen(columns, rows)):
         columns = [columns[0], *told_apart(columns[1:])]
@@ -87,7 +86,7 @@ def _on_screen(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def _to_wandb(first: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """In the mode that the first run's config and WANDB_MODE say; offline, it is kept below its study's report/."""
+    """Log the table in the mode of the first run's config and WANDB_MODE; offline, it goes to its study's report/."""
     import xattn.config
     from xattn.tracking.own_runs import log_table
     from xattn.tracking.wandb import resolve_mode

@@ -1,6 +1,6 @@
-"""``xattn evaluate``: what a run's model loses on any text, at any length, and what its probes find.
+"""``xattn evaluate``: the loss of a run's model on any text, at any length, and the results of its probes.
 
-What is kept of it stands in the run's evaluations.jsonl, and is measured once. Importing this module imports no jax.
+Saved results go to the run's evaluations.jsonl, and are measured once. Importing this module imports no jax.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ is given too (auto: the n of the new length)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates runs' models as their own evaluations did, or as the overrides say."""
+    """Evaluate the models of runs as their own evaluations did, or under the given overrides."""
     parser = Parser(prog="xattn evaluate", description=main.__doc__, epilog=EPILOG)
     parser.add_argument("run", type=Path, help="a run's folder, or a study's for all its runs that are done")
     parser.add_argument("words", nargs="*", metavar="RUN_OR_OVERRIDE")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The folder itself; for a study's folder, those of its runs that are done."""
+    """Return the folder itself, or a study's runs that are done."""
     if (folder / run_folder.CONFIG).is_file() or not folder.is_dir():
         return [folder]
     runs = sorted(path.parent for path in folder.glob(f"*/{run_folder.CONFIG}") if not path.parent.name.startswith("."))
@@ -81,7 +81,7 @@ def _status(run: Path) -> Any:
 
 
 def _evaluate_all(runs: Sequence[Path], evaluate: Callable[[Path], tuple[Row, bool]], *, as_json: bool) -> int:
-    """Prints a line a run. Those that fail stop no other; the exit code is theirs, or 1 where they differ."""
+    """Print a line per run. A failure does not stop the others; return its exit code, or 1 if failures differ."""
     failures: dict[str, list[Path]] = {}
     codes: set[int] = set()
     for run in runs:
@@ -111,7 +111,7 @@ def _evaluate(
 ) -> tuple[Row, bool]:
     if save:
         return evaluate_once(run, overrides, checkpoint=checkpoint, config_dir=config_dir)
-    if (run / run_folder.CONFIG).is_file():  # no Llama folder, whose config is made as it is loaded
+    if (run / run_folder.CONFIG).is_file():  # not a Llama folder; its config exists only once loaded
         check(run, overrides, config_dir)
     opened = load(run, checkpoint=checkpoint)
     return measured(opened, overrides, config_dir), False

@@ -1,6 +1,6 @@
-"""``xattn explain KEY``: what a key of the config means, what it may be, and what it is by default.
+"""``xattn explain KEY``: the meaning, allowed values and default of a config key.
 
-Types and meanings come from the config's classes, by way of pydantic's JSON schema; defaults come from conf/. The same
+Types and meanings come from the config's classes, through pydantic's JSON schema; defaults come from conf/. The same
 source makes docs/configuration.md, docs/config.schema.json and the comments of ``--help``. Importing this module
 imports no jax.
 
@@ -35,18 +35,18 @@ _OTHER_GROUPS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What one dotted key means.
+    """The meaning of one dotted key.
 
-    A key such as ``optimizer.momentum`` may mean one thing under some choices of its group and another under others;
-    each has an entry then.
+    A key such as ``optimizer.momentum`` may have different meanings under different choices of its group; each meaning
+    then has its own entry.
     """
 
     key: str
     values: str
-    """What it may be: ``none | rmsnorm``, ``a whole number > 0``."""
+    """The allowed values: ``none | rmsnorm``, ``a whole number > 0``."""
     meaning: str
     choices: tuple[str, ...] = ()
-    """The choices of its group under which it exists; empty for all of them."""
+    """The choices of its group that have the key; empty if all of them do."""
 
     @property
     def group(self) -> str:
@@ -59,7 +59,7 @@ class Entry:
 
     @property
     def default(self) -> str:
-        """The value under ``python train.py``; if that lacks the key, the one of each choice that has it."""
+        """The value under ``python train.py``; if that has no such key, the value in each choice that has it."""
         defaults = conf_defaults()
         chosen = defaults.get(f"{self.group}.name")
         if self.key in defaults and (not self.choices or chosen in self.choices):
@@ -78,7 +78,7 @@ def _typed(value: Any) -> str:
 
 @cache
 def entries() -> tuple[Entry, ...]:
-    """All keys in the order of the config's classes, those of ``backend.then`` and of lists left out."""
+    """Return all keys in the order of the config's classes, except those inside ``backend.then`` and lists."""
     schema = config_type().model_json_schema()
     found: dict[tuple[str, str, str], tuple[str, ...]] = {}
     for key, part, choice in _leaves(schema, schema["$defs"]):
@@ -93,7 +93,7 @@ def entries() -> tuple[Entry, ...]:
 
 
 def _leaves(schema: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Key, schema, and the choice of its group if that has several kinds."""
+    """Yield key, schema, and the choice of its group if the group has several kinds."""
     for group, part in schema["properties"].items():
         if kinds := _choices_of(part):
             for choice, kind in kinds.items():
@@ -105,7 +105,7 @@ def _leaves(schema: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[tup
 
 
 def _choices_of(part: Mapping[str, Any]) -> dict[str, str]:
-    """Choice → the name of its class's schema, of a group that has several kinds."""
+    """Return choice → the schema name of its class, for a group that has several kinds."""
     kinds: Mapping[str, str] = part.get("discriminator", {}).get("mapping", {})
     return {choice: path.rpartition("/")[2] for choice, path in kinds.items()}
 
@@ -114,7 +114,7 @@ def _within(section: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[tu
     for key, part in section["properties"].items():
         if "$ref" in part:
             yield from ((f"{key}.{inner}", leaf) for inner, leaf in _within(named[_name(part)], named))
-        elif "const" not in part:  # the name by which a choice is known
+        elif "const" not in part:  # a const is the name of a choice
             yield key, part
 
 
@@ -141,7 +141,7 @@ def _values(part: Mapping[str, Any], named: Mapping[str, Any]) -> str:
 
 
 def explain(key: str) -> str:
-    """Returns the text for a key, or for a group with all of its keys. Raises :class:`BadInput` for neither."""
+    """Return the text for a key, or for a group with all its keys. Raises :class:`BadInput` if it is neither."""
     if found := [entry for entry in entries() if entry.key == key]:
         return "\n".join(map(_in_full, found))
     inside = [entry for entry in entries() if entry.key.startswith(f"{key}.")]
@@ -171,7 +171,7 @@ def _in_lines(found: Sequence[Entry]) -> list[str]:
 
 
 def headline(group: str, choice: str) -> str:
-    """What a choice is: the first sentence of its file's comment, or the first line about its class."""
+    """Return what a choice is: the first sentence of its file's comment, or the first line of its class docstring."""
     file = xattn.config.choices_in(group).get(choice)
     text = "" if file is None else file.read_text("utf-8")
     lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
@@ -186,7 +186,7 @@ def headline(group: str, choice: str) -> str:
 
 
 def annotated(text: str) -> str:
-    """A config as YAML, each key with a comment that says what it may be."""
+    """Add a comment with the allowed values to each key of a config in YAML."""
     lines, path, chosen = [], list[str](), dict[str, str]()
     for line in text.splitlines():
         if found := re.match(r"( *)(\w+):( \S+)?", line):
@@ -201,7 +201,7 @@ def annotated(text: str) -> str:
 
 
 def markdown() -> str:
-    """The page docs/configuration.md."""
+    """Return the page docs/configuration.md."""
     named = config_type().model_json_schema()
     lines = [_HEAD]
     for group, part in named["properties"].items():
@@ -240,7 +240,7 @@ def _row(entry: Entry) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """A JSON schema of experiment files: any part of a config, besides Hydra's own keys."""
+    """Return a JSON schema of experiment files: any part of a config, besides Hydra's own keys."""
 
     def partial(node: Any) -> Any:
         if isinstance(node, list):

@@ -1,4 +1,4 @@
-"""``xattn findings``: the claims that the studies in outputs/ state, and what became of them."""
+"""``xattn findings``: the claims stated by the studies in outputs/, and their outcomes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _findings(folders: Sequence[Path]) -> Iterator[tuple[Path, Finding]]:
-    """The studies that state a claim, in the order of their names."""
+    """Yield the studies that state a claim, sorted by name."""
     for folder in folders:
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder")

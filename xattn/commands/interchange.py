@@ -1,4 +1,4 @@
-"""``xattn export``: a run's parameters as safetensors, or as a Llama folder that Hugging Face's transformers loads."""
+"""``xattn export``: write a run's parameters as safetensors, or as a Llama folder for Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from xattn.training.llama import (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes model.safetensors and config.json of a run into a new or empty folder."""
+    """Write model.safetensors and config.json of a run into a new or empty folder."""
     parser = Parser(prog="xattn export", description=main.__doc__)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("folder", type=Path, help="where to write")
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def llama_config(config: Config, vocab_size: int) -> dict[str, Any]:
-    """The config.json of a ``LlamaForCausalLM``. Raises :class:`BadInput` where the run's model is not one."""
+    """Return the config.json of a ``LlamaForCausalLM``. Raises :class:`BadInput` if the run's model is not one."""
     model, backend = config.model, config.backend
     values = hashed_values(config)
     if other := [f"{key} = {values[key]}" for key, wanted in PLAIN.items() if values[key] != wanted]:
@@ -84,7 +84,7 @@ def llama_config(config: Config, vocab_size: int) -> dict[str, Any]:
 
 
 def to_llama(arrays: Mapping[str, np.ndarray], config: Config) -> Arrays:
-    """Our parameters, by dotted name, in the names and layout of ``LlamaForCausalLM``."""
+    """Convert our parameters, by dotted name, to the names and layout of ``LlamaForCausalLM``."""
     model = config.model
     order = np.concatenate([np.arange(0, model.head_dim, 2), np.arange(1, model.head_dim, 2)])
     found = {EMBEDDING: arrays["token_embedding.embedding"]}
@@ -109,7 +109,7 @@ def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / WEIGHTS
         weights.touch()
-        mode = weights.stat().st_mode  # the umask's; safetensors puts a file in its place that only the owner can read
+        mode = weights.stat().st_mode  # the umask's; safetensors replaces the file by one only the owner can read
         _numpy_safetensors().save_file(arrays, weights, metadata={"format": "pt"})
         weights.chmod(mode)
         run_folder.write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -118,7 +118,7 @@ def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted name and leaf of each parameter."""
+    """Return dotted name and leaf of each parameter."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
         found += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]

@@ -1,6 +1,6 @@
 """``xattn launch --processes N -- train.py OVERRIDES…``: one run over several processes of this machine.
 
-Each process is told its place by the environment variables of :mod:`xattn.system.hosts`. They live and die together.
+Environment variables (:mod:`xattn.system.hosts`) give each process its place. The processes live and die together.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from xattn.system.arguments import Parser, whole
 from xattn.system.hosts import COORDINATOR, COUNT, INDEX
 from xattn.system.signals import DEMANDS, WARNINGS
 
-# Exit codes with which all processes of a run leave by themselves; with any other one has died, and the rest is lost.
+# With these exit codes all processes of a run leave by themselves; any other means that one died and the rest are lost.
 _TOGETHER = {0, 2, 3, 4, 5, 6, 75}
 _SECONDS_TO_LEAVE = 30.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code of the first process that failed, else 0. Raises :class:`BadInput`."""
+    """Return the exit code of the first process that failed, else 0. Raises :class:`BadInput`."""
     parser = Parser(
         prog="xattn launch",
         description="Starts a Python program as several processes of one run on this machine. Process i gets GPU i.",
@@ -49,7 +49,7 @@ class _Processes:
         for number in (*DEMANDS, *WARNINGS):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
-        # In sessions of their own: a terminal's Ctrl-C reaches this process alone, which hands it on once.
+        # Each has its own session: a terminal's Ctrl-C reaches only this process, which passes it on once.
         self._running = [
             subprocess.Popen(
                 [sys.executable, *command],
@@ -64,8 +64,11 @@ class _Processes:
         self._signals.append(number)
 
     def wait(self) -> int:
-        """Hands signals on; ends the rest when one has died, or has left with another code than 0 and the rest does not
-        follow. Who is done waits for the first, which may have wandb's end to wait for."""
+        """Wait for all processes, passing signals on, and return the exit code of the first failure.
+
+        If one has died, the rest are killed; if one has failed, they are killed unless they leave in time. Code 0 sets
+        no deadline for the rest: process 0 may still be flushing wandb.
+        """
         first_failure, deadline = 0, float("inf")
         while self._running:
             for number in self._take_signals():

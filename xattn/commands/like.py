@@ -1,4 +1,4 @@
-"""``train.py --like RUN …``: starts from what was typed for a run."""
+"""``train.py --like RUN …``: start from the overrides typed for another run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ _FLAG = "--like"
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the run's own overrides in place of ``--like RUN``.
+    """Return the arguments with the run's own overrides in place of ``--like RUN``.
 
-    An override that is typed takes the place of the run's for the same key, and of those for keys below it: a group
-    (``backend=fox``) of all of ``backend.…``. The run's ``resume`` is not taken over; and where ``sweep.half_width``
-    added the run's seed, it is taken over by a sweep alone.
+    A typed override replaces the run's override of the same key, and of keys below it: the group ``backend=fox``
+    replaces all of ``backend.…``. The run's ``resume`` is never taken over; its ``sweep.half_width`` only by a sweep.
 
-    Raises :class:`BadInput` where there is no such run.
+    Raises :class:`BadInput` if there is no such run.
     """
     rest, folders = [], []
     words = iter(arguments)
@@ -66,7 +65,7 @@ def _overrides(run: Path) -> list[str]:
 
 
 def _adds_seeds(run: Path) -> bool:
-    """Whether the run's config asks a sweep to add seeds. Its folder was read before."""
+    """Return whether the run's config asks a sweep to add seeds. Its folder has been read before."""
     try:
         config = yaml.safe_load((run / run_folder.CONFIG).read_text("utf-8"))
         return config["sweep"]["half_width"] is not None

@@ -1,9 +1,9 @@
-"""``xattn plan``: what a run will cost, before anything is compiled, on the devices here or on others.
+"""``xattn plan``: the cost of a run before anything is compiled, on the devices here or on others.
 
     xattn plan model=gpt2 trainer.batch_size=512 parallel.fsdp=null --device h100 --devices 8 --vocab-size 50304
 
-Parameters and optimizer state are counted exactly, FLOPs are those of the matrix products by formula. Memory and time
-are estimates: docs/cost.md has the formulas and how far they were off where they could be measured.
+Parameters and optimizer state are counted exactly. FLOPs are those of the matrix products, by formula. Memory and time
+are estimates: docs/cost.md has the formulas, and their errors where they could be measured.
 
 Shape letters: B batch, NH heads, S sequence, D embedding, V vocabulary.
 """
@@ -37,27 +37,28 @@ from xattn.training.memory import available_bytes, what_helps
 from xattn.training.optimizer import OptimizerHyperparameters, optimizer
 from xattn.training.sharding import check_mesh, mesh_sizes
 
-# The share of a device's peak that whole training steps of large models reach: the products' own, without what waits.
+# The share of a device's peak that large models reach over whole training steps, without the time spent waiting.
 EFFICIENCY = 0.45
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one update costs, of one device unless said otherwise.
-
-    mesh: the size of each axis. parameters, flops_per_step: of the whole model and batch. memory: bytes, by what they
-    are for. communication: bytes that a device sends, by axis. compute_seconds, communication_seconds: of an update;
-    they add up where nothing hides the one behind the other.
-    """
+    """The cost of one update, per device unless noted."""
 
     mesh: dict[str, int]
+    """The size of each axis."""
     parameters: int
+    """Of the whole model."""
     flops_per_step: int
+    """Of the whole batch."""
     tokens_per_step: int
     memory: dict[str, int]
+    """Bytes, by purpose."""
     communication: dict[str, int]
+    """Bytes that a device sends, by axis."""
     compute_seconds: float
     communication_seconds: float
+    """Adds to compute_seconds, unless it is hidden behind the computation."""
 
     @property
     def memory_bytes(self) -> int:
@@ -65,8 +66,7 @@ class Plan:
 
 
 def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, int]) -> Plan:
-    """The cost of the config's training step on so many such devices. Raises :class:`xattn.errors.BadInput` where they
-    can't do it."""
+    """Return the cost of a training step on this mesh. Raises :class:`xattn.errors.BadInput` if it cannot run there."""
     choices = choose_attention(config, context=mesh["context"], hardware=hardware)
     layers = layers_of(config.backend, config.model.num_layers)
     attention = [(config.backend.kinds[kind], choices[kind].name) for kind, those in layers.items() for _ in those]
@@ -77,7 +77,7 @@ def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, in
     memory = _memory(config, vocab_size, parameters, optimizer_state, mesh, attention)
     sent = _communication(config, parameters, mesh, [name for _, name in attention])
     peak = EFFICIENCY * hardware.peak(config.model.factor_dtype)
-    # Parameters, gradient and optimizer state are read, and all but the gradient written, once an update.
+    # Each update reads parameters, gradient and optimizer state once, and writes all but the gradient once.
     passes = 2 * (memory["parameters"] + memory["optimizer state"]) + memory["gradient"]
     return Plan(
         mesh=mesh,
@@ -92,7 +92,7 @@ def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, in
 
 
 def _state_sizes(config: Config, vocab_size: int) -> tuple[int, int]:
-    """Numbers in the parameters and in the optimizer's state."""
+    """Count the numbers in the parameters and in the optimizer's state."""
     model = LanguageModel(config.model, config.backend, vocab_size)
     params: Any = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     state = jax.eval_shape(optimizer(config.optimizer, OptimizerHyperparameters(1.0, 0.0, 1.0)).init, params)
@@ -107,7 +107,7 @@ def _memory(
     mesh: dict[str, int],
     attention: Sequence[tuple[BackendConfig, str]],
 ) -> dict[str, int]:
-    """attention: for each layer its kind's keys, and what computes it."""
+    """Estimate memory in bytes, by purpose; attention: for each layer, its keys and its implementation."""
     model, shards = config.model, mesh["fsdp"] * mesh["tensor"]
     narrow = 2 if model.dtype == "bfloat16" else 4
     rows = config.trainer.batch_size / (mesh["data"] * mesh["fsdp"] * config.trainer.gradient_accumulation)
@@ -122,7 +122,7 @@ def _memory(
             kept = model.num_layers * stream + tokens * projections * narrow / mesh["tensor"]
         case "full":
             kept = model.num_layers * stream
-    # While a layer's gradient is computed: what comes in and goes out, or all of it again.
+    # While a layer's gradient is computed: its inputs and outputs, or all its activations again.
     working = 2 * max(everything)
     logits = min(tokens * vocab_size * narrow / mesh["tensor"], MOST_LOGITS[model.dtype])
     sums = 2 if config.trainer.gradient_accumulation > 1 else 1
@@ -137,7 +137,7 @@ def _memory(
 
 
 def _projections(model: ModelConfig, layer: BackendConfig) -> int:
-    """Numbers a token that the projections of a layer make."""
+    """Count the numbers per token that the projections of a layer produce."""
     d, kv = model.embedding_dim, model.kv_heads * model.head_dim
     gates = model.kv_heads * ((layer.decay == "input") + (layer.input_gate == "sigmoid"))
     gates += {"none": 0, "head": model.num_heads, "channel": d}[model.output_gate]
@@ -145,8 +145,7 @@ def _projections(model: ModelConfig, layer: BackendConfig) -> int:
 
 
 def _kept_by_a_layer(model: ModelConfig, layer: BackendConfig, attention: str) -> float:
-    """Numbers a token, in the model's dtype, that the backward pass of a layer reads: inputs of its norms, products and
-    functions."""
+    """Count numbers per token, in the model's dtype, kept for backward: inputs of norms, products and functions."""
     d, kv = model.embedding_dim, model.kv_heads * model.head_dim
     projected = d + 2 * kv
     rotated = d + kv
@@ -161,7 +160,7 @@ def _kept_by_a_layer(model: ModelConfig, layer: BackendConfig, attention: str) -
 
 
 def _kept_by_terms(model: ModelConfig, layer: BackendConfig) -> int:
-    """What of :func:`_kept_by_a_layer` the terms around attention and its decay and gate add."""
+    """Return what :func:`_kept_by_a_layer` adds for the terms around attention, its decay and its gate."""
     d, kv = model.embedding_dim, model.kv_heads * model.head_dim
     in_float32 = 2 if model.dtype == "bfloat16" else 1
     taps = (model.conv or 0) * (d + 2 * kv)  # what each tap multiplies
@@ -173,9 +172,9 @@ def _kept_by_terms(model: ModelConfig, layer: BackendConfig) -> int:
 
 
 def _communication(config: Config, parameters: int, mesh: dict[str, int], attention: Sequence[str]) -> dict[str, int]:
-    """Bytes that a device sends in an update; attention: what computes it, for each layer.
+    """Return the bytes that a device sends in an update, by axis; attention: its implementation in each layer.
 
-    Of n devices a gather or a scatter sends (n − 1)/n of what is gathered, and a sum over all devices is one of each.
+    Among n devices, a gather or a scatter sends (n − 1)/n of the gathered array; an all-reduce is one of each.
     """
     model, parts = config.model, config.trainer.gradient_accumulation
     narrow = 2 if model.dtype == "bfloat16" else 4
@@ -187,27 +186,27 @@ def _communication(config: Config, parameters: int, mesh: dict[str, int], attent
     of_layer = {
         # Keys and values, forward and backward; their gradients in float32, all the way round.
         "ring": (2 * share["context"] + 4 / narrow) * keys_values,
-        # Each device's state, forward, and backward its gradient.
+        # Each device's state forward, and its gradient backward.
         "linear": 2 * share["context"] * states,
     }
-    # Of the others keys and values, forward and backward, and the scattered sum of their gradients.
+    # The others: keys and values, forward and backward, and the reduce-scatter of their gradients.
     exchanged = sum(of_layer.get(each, 3 * share["context"] * keys_values) for each in attention)
     volumes = {
-        # For each part of a batch the sum of the gradients.
+        # For each part of a batch: the all-reduce of the gradients.
         "data": parts * 2 * share["data"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
-        # For each part the parameters forward and backward, and the scattered sum of the gradients.
+        # For each part: the parameters forward and backward, and the reduce-scatter of the gradients.
         "fsdp": parts * 3 * share["fsdp"] * 4 * parameters / mesh["tensor"],
-        # What attention exchanges in each layer, and for each part the sum of the parameters' gradients.
+        # What attention exchanges in each layer; and for each part, the all-reduce of the gradients.
         "context": (mesh["context"] > 1) * exchanged
         + parts * 2 * share["context"] * 4 * parameters / (mesh["fsdp"] * mesh["tensor"]),
-        # Two sums of the stream a layer, forward and backward.
+        # Two all-reduces of the stream per layer, forward and backward.
         "tensor": 8 * share["tensor"] * model.num_layers * tokens * model.embedding_dim * narrow,
     }
     return {axis: round(volume) for axis, volume in volumes.items() if volume}
 
 
 def _speed(axis: str, mesh: dict[str, int], hardware: Hardware) -> float:
-    """Bytes a second along an axis: within a machine where it and the axes inside it fit there."""
+    """Return bytes per second along an axis: the network's, unless the axis and those inside it fit in one machine."""
     inner = list(mesh)[list(mesh).index(axis) :]
     within = math.prod(mesh[name] for name in inner) <= hardware.per_machine
     return hardware.link if within else NETWORK
@@ -248,7 +247,7 @@ def _here() -> Hardware:
     known = hardware_of(jax.local_devices()[0].device_kind)
     if known is not None:
         return known
-    # A CPU: bandwidth of its memory and of copies between its devices is a guess that matters little.
+    # A CPU: the bandwidths of its memory and between its devices are guesses that matter little.
     return Hardware(measured_peak("bfloat16"), measured_peak("float32"), available_bytes(), 20e9, 10e9, 64, platform())
 
 

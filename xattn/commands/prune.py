@@ -1,7 +1,7 @@
-"""``xattn prune STUDY``: frees disk space of finished runs, after saying what it would delete.
+"""``xattn prune STUDY``: free disk space of finished runs, after listing what would be deleted.
 
-What reports read, and the parameters that ``xattn sample``, ``evaluate`` and ``export`` read, stay. Importing this
-module imports no jax.
+Everything that reports read stays, and so do the parameters that ``xattn sample``, ``evaluate`` and ``export`` read.
+Importing this module imports no jax.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ FINISHED = ("done", "diverged")  # any other run resumes from what would be dele
 
 @dataclass
 class Plan:
-    """What could be deleted below the folders that were named.
-
-    doomed: kind of thing → its paths. runs: finished ones, which nobody holds. left_alone: why → how many runs. size:
-    bytes of all, whether they can be deleted or not.
-    """
+    """What can be deleted below the named folders."""
 
     doomed: dict[str, list[Path]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    """Kind → paths to delete."""
     runs: list[Path] = field(default_factory=list)
+    """Finished runs that no process holds."""
     left_alone: Counter[str] = field(default_factory=Counter)
+    """Reason → number of runs left alone."""
     size: int = 0
+    """Bytes of everything, deletable or not."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Says what can be deleted of finished runs, asks, and deletes it: optimizer states, checkpoints that are neither
-    the last nor the best, broken ones, and runs that resume=never moved aside. What reports, sample, evaluate and
-    export read stays. Runs that are held or not finished are left alone."""
+    """List what can be deleted of finished runs, ask, and delete it: optimizer states, checkpoints that are neither
+    the last nor the best, broken ones, and runs that resume=never moved aside. Whatever reports, sample, evaluate and
+    export read is kept. Runs that are in use or not finished are left alone."""
     parser = Parser(prog="xattn prune", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="STUDY_OR_RUN", help="a study's or a run's folder")
     parser.add_argument("--wandb", action="store_true", help="also delete wandb's files; `xattn sync` makes them again")
@@ -92,7 +92,7 @@ def _plan(folders: Sequence[Path], *, wandb: bool) -> Plan:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The run in the folder, or the study's runs. Raises :class:`BadInput` where there is neither."""
+    """Return the run in the folder, or the study's runs. Raises :class:`BadInput` if the folder is neither."""
     if (folder / run_folder.CONFIG).is_file():
         return [folder]
     runs = sorted(file.parent for file in folder.glob(f"*/{run_folder.CONFIG}") if not file.parent.name.startswith("."))
@@ -127,7 +127,7 @@ def _doomed_of(run: Path, *, wandb: bool) -> Iterator[tuple[str, Path]]:
 
 
 def _told(plan: Plan) -> int:
-    """Prints what could be deleted; how many bytes that is."""
+    """Print what can be deleted, and return its size in bytes."""
     sizes = {kind: sum(map(_size, paths)) for kind, paths in plan.doomed.items() if paths}
     free = sum(sizes.values())
     runs = len(plan.runs) + plan.left_alone.total()
@@ -150,10 +150,10 @@ def _agreed() -> bool:
 
 
 def _delete(plan: Plan) -> None:
-    """Deletes what was planned, a run at a time, each while this process holds it; those that have begun since stay."""
+    """Delete what was planned, holding each run meanwhile; runs that have been started since are left alone."""
     for path in plan.doomed[_MOVED]:
         shutil.rmtree(path)
-        with contextlib.suppress(OSError):  # more is in it
+        with contextlib.suppress(OSError):  # it is not empty
             path.parent.rmdir()
     by_run = {
         run: [path for path in plan.doomed[_ASIDE] + plan.doomed[_WANDB] if run in path.parents] for run in plan.runs
@@ -174,7 +174,7 @@ def _delete(plan: Plan) -> None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of the files below a folder; links count as nothing, and so does what is not there."""
+    """Return the bytes of the files below a folder. A missing folder has none; links are not followed."""
     total = 0
     for folder, _, names in os.walk(path):
         for name in names:

@@ -1,6 +1,6 @@
-"""``xattn report``, and its folder as an artifact of wandb's where that is asked for.
+"""``xattn report``, and the upload of its folder as a wandb artifact on request.
 
-:mod:`xattn.report` itself knows no wandb. Importing this module imports neither wandb nor Hydra.
+:mod:`xattn.report` itself knows nothing of wandb. Importing this module imports neither wandb nor Hydra.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ KEY = "tracking.wandb.artifacts"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the report of a study; with ``--wandb``, or where a run's config has the key, wandb gets it too."""
+    """Write the report of a study; upload it with ``--wandb``, or if a run's config has the key."""
     return report(argv, publish=publish)
 
 
 def publish(study: Study, folder: Path, *, asked: bool) -> str | None:
-    """Uploads the report in ``folder`` as an artifact; what to tell of it, None where nothing asks for the upload.
+    """Upload the report in ``folder`` as an artifact and return a line about it; None if nothing asks for the upload.
 
-    asked: on the command line. Raises :class:`BadInput` where that is so and wandb is disabled, :class:`XattnError`
-    where wandb fails.
+    asked: whether the command line asks. Raises :class:`BadInput` if it does and wandb is disabled, and
+    :class:`XattnError` if wandb fails.
     """
     wanting = [run for run in study.runs if "report" in (run.config.get(KEY) or ())]
     if not (asked or wanting):

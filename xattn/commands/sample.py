@@ -1,4 +1,4 @@
-"""``xattn sample``: text from a run's model, on stdout as it is made; how fast, on stderr."""
+"""``xattn sample``: text from a run's model, streamed to stdout, with its speed on stderr."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from xattn.system.screen import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Streams the continuation of a prompt. Nothing but text goes to stdout: a newline ends each sample. A terminal
-    gets · for what is not printable."""
+    """Stream the continuation of a prompt. Only text goes to stdout; a newline ends each sample. On a terminal,
+    characters that are not printable are shown as ·."""
     parser = Parser(prog="xattn sample", description=main.__doc__)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--prompt", default="", help="what is continued; it is not printed again")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _speed(began: float, pieces: Sequence[tuple[float, int]]) -> str:
-    """The first piece waits for the prompt, and for programs that are not compiled yet; the others show the pace."""
+    """Describe the speed. The first piece waits for the prompt and for compilation; the others show the pace."""
     tokens = sum(count for _, count in pieces)
     first, last = pieces[0][0], pieces[-1][0]
     later = tokens - pieces[0][1]

@@ -1,4 +1,4 @@
-"""``xattn sync RUN…``: brings back what wandb lost, from the run folder, which has everything."""
+"""``xattn sync RUN…``: restore what wandb lost from the run folder, which has everything."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def sync(path: Path) -> None:
-    """Sends every whole row and the summary again, under the run's own wandb id, however long that takes.
+    """Send every whole row and the summary again, under the run's own wandb id, however long that takes.
 
-    Raises :class:`BadInput` where ``path`` is not a run that has finished or stopped, :class:`FolderInUse` where it is
-    running, :class:`XattnError` where wandb fails.
+    Raises :class:`BadInput` if ``path`` is not a run that has finished or stopped, :class:`FolderInUse` if it is
+    running, and :class:`XattnError` if wandb fails.
     """
     if not (path / run_folder.CONFIG).is_file():
         raise BadInput(f"{path}: not a run folder, it holds no {run_folder.CONFIG}")

@@ -1,6 +1,6 @@
-"""From what is typed to one frozen, validated :class:`Config`, and from that to the name of the run's folder.
+"""From typed overrides to a frozen, validated :class:`Config`, and from that to the name of the run's folder.
 
-Only this package, :mod:`xattn.app` and Hydra's plugins know Hydra and omegaconf. It imports no jax.
+Only this package, :mod:`xattn.app` and the Hydra plugins know Hydra and omegaconf. It imports no jax.
 """
 
 from xattn.config.composition import (

@@ -1,4 +1,4 @@
-"""From overrides, or from a config.yaml, to one frozen and validated :class:`Config`."""
+"""From overrides or a config.yaml to one frozen, validated :class:`Config`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from xattn.system import entry
 
 
 def from_hydra(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
-    """Validates a config composed from these overrides, and chooses mlp_dim where ``model.parameters`` is given.
+    """Validate a config composed from these overrides, and choose mlp_dim if ``model.parameters`` is given.
 
-    Raises :class:`BadInput` with a line for each bad key, five at most.
+    Raises :class:`BadInput` with a line for each bad key, at most five.
     """
     config = _read(composed, overrides)
     if config.model.parameters is None:
@@ -41,10 +41,11 @@ def from_hydra(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
 
 
 def sized(config: Config, vocab_size: int) -> Config:
-    """The config with the mlp_dim with which the model has ``model.parameters`` as nearly as possible; that of the
-    config, whatever was typed, has no say. Where ``model.parameters`` is null, the config as it is.
+    """Return the config with the mlp_dim that brings the model closest to ``model.parameters``.
 
-    Raises :class:`BadInput` where no mlp_dim makes the model that small, or where ``model.init_from`` gives it a size.
+    The config's own mlp_dim is ignored. If ``model.parameters`` is null, the config is returned unchanged.
+
+    Raises :class:`BadInput` if no mlp_dim makes the model that small, or if ``model.init_from`` fixes its size.
     """
     model = config.model
     if model.parameters is None:
@@ -68,9 +69,9 @@ def _read(composed: DictConfig, overrides: Sequence[str]) -> Config:
 
 
 def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> Config:
-    """Returns the config of ``python train.py --config-dir CONFIG_DIR OVERRIDES…``, for notebooks and tests.
+    """Return the config of ``python train.py --config-dir CONFIG_DIR OVERRIDES…``, for notebooks and tests.
 
-    config_dir: a folder with YAML files of your own, laid out as conf/ is. Raises :class:`BadInput`.
+    config_dir: a folder of your own YAML files, laid out like conf/. Raises :class:`BadInput`.
     """
     arguments = [*overrides, *flag(config_dir)]
     try:
@@ -79,14 +80,14 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
         raise BadInput(explain(error, arguments)) from error
 
 
-# What a call from Python may say to Hydra itself; its other keys are of a command line.
+# The only keys of Hydra's that a call from Python may set; the others are for a command line.
 _TAKEN_OF_HYDRA = ("hydra.run.dir", "hydra.searchpath")
 
 
 def compose_in_folder(overrides: Sequence[str]) -> tuple[Config, Path]:
-    """The config of ``python train.py OVERRIDES…``, and the folder that Hydra would make for it.
+    """Return the config of ``python train.py OVERRIDES…``, and the folder that Hydra would create for it.
 
-    Hydra may be initialised by the caller for a config of its own, and stays so. Raises :class:`BadInput`.
+    The caller may have initialised Hydra for another config; that is restored. Raises :class:`BadInput`.
     """
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
@@ -110,12 +111,10 @@ def compose_in_folder(overrides: Sequence[str]) -> tuple[Config, Path]:
 def amend(
     config: Config, overrides: Sequence[str], *, may_differ: Sequence[str], config_dir: Path | None = None
 ) -> Config:
-    """The config with overrides such as train.py takes, of keys that are or begin with one of ``may_differ``.
+    """Return the config with overrides as for train.py; their keys must equal, or be below, one of ``may_differ``.
 
-    A group (``data=text``) takes the place of its whole section; a key (``data.path=x``) that of its value. config_dir:
-    as of :func:`compose`.
-
-    Raises :class:`BadInput`.
+    A group (``data=text``) replaces its whole section, a key (``data.path=x``) its value. config_dir: see
+    :func:`compose`. Raises :class:`BadInput`.
     """
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for override, key in zip(overrides, keys, strict=True):
@@ -136,19 +135,19 @@ def amend(
     except COMPOSITION_ERRORS as error:
         raise BadInput(explain(error, arguments)) from error
     values = OmegaConf.create(config.model_dump(mode="json"))
-    for key in sorted(keys, key=lambda key: key.count(".")):  # groups first: keys change what they brought
+    for key in sorted(keys, key=lambda key: key.count(".")):  # groups first: keys then change values inside them
         value = OmegaConf.select(OmegaConf.create(found), key)
         OmegaConf.update(values, key, value, merge=False)
-    return _read(values, overrides)  # its mlp_dim stays what it is, whatever the vocabulary of other data
+    return _read(values, overrides)  # mlp_dim stays, even if other data have another vocabulary
 
 
 def save(config: Config) -> str:
-    """The YAML text of config.yaml."""
+    """Return the YAML text of config.yaml."""
     return _to_yaml(config.model_dump(mode="json"))
 
 
 def load(path: Path) -> Config:
-    """Reads back a config.yaml. Raises :class:`BadInput` where it is not one of ours."""
+    """Read a config.yaml back. Raises :class:`BadInput` if it is not one of ours."""
     try:
         loaded = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -166,14 +165,14 @@ def load(path: Path) -> Config:
 
 
 def save_overrides(overrides: Sequence[str]) -> str:
-    """The YAML text of overrides.yaml: what the person typed."""
+    """Return the YAML text of overrides.yaml: what the user typed."""
     return _to_yaml(list(overrides))
 
 
 def register_resolvers() -> None:
-    """Makes ``${run_name:}`` the name of the composed run's folder, ``${program:}`` the words that start a training.
+    """Define ``${run_name:}``, the name of the composed run's folder, and ``${program:}``, the command that trains.
 
-    ``${run_name:}`` raises :class:`BadInput` for a bad config, and for one that only a sweep can carry out.
+    ``${run_name:}`` raises :class:`BadInput` for a bad config, and for one that needs a sweep.
     """
 
     def name(*, _root_: DictConfig) -> str:
@@ -188,7 +187,7 @@ def register_resolvers() -> None:
 
 
 def _refuse_study(config: Config, composed: DictConfig) -> None:
-    """Raises :class:`BadInput` where what was typed for one run asks for many."""
+    """Raise :class:`BadInput` if overrides typed for one run ask for many."""
     typed = list(composed.hydra.overrides.task)
     keys = {override.lstrip("+~").partition("=")[0] for override in typed}
     swept = OmegaConf.select(composed, "hydra.sweeper.params") or {}
@@ -208,7 +207,7 @@ def _refuse_study(config: Config, composed: DictConfig) -> None:
 
 
 def section(kind: type[SectionT], values: Mapping[str, Any], *, at: str) -> SectionT:
-    """Validates the values of a section that is not of :class:`Config`; ``at`` is the key that it stands at."""
+    """Validate a section that is not part of :class:`Config`; ``at`` is its key in messages."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -229,7 +228,7 @@ def _validated(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
 
 
 def _check_keys(finding: FindingConfig, config: Config) -> None:
-    """Raises :class:`BadInput` for a contrast of a key that no run of the config could have."""
+    """Raise :class:`BadInput` if a contrast names a key that no run of the config could have."""
     known = {key for key, _ in flatten(config.model_dump(mode="json"))}
     for i, contrast in enumerate(finding.contrasts):
         for key in contrast.keys - known:

@@ -1,4 +1,4 @@
-"""The choices of conf/, and of a folder of one's own that ``--config-dir`` names."""
+"""The choices in conf/, and in the user's folder that ``--config-dir`` names."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from xattn.section import CONF
 
 
 def having(group: str, name: str, arguments: Sequence[str] = ()) -> list[str]:
-    """The choices of a group that have this key."""
+    """Return the choices of a group that have this key."""
     texts = {choice: file.read_text("utf-8") for choice, file in choices_in(group, arguments).items()}
     return [f"{group}={choice}" for choice, text in texts.items() if name in (yaml.safe_load(text) or {})]
 
 
 def check_folders(arguments: Sequence[str]) -> None:
-    """Raises :class:`BadInput` if a ``--config-dir`` among these arguments of train.py is no folder."""
+    """Raise :class:`BadInput` if a ``--config-dir`` among these arguments of train.py is not a folder."""
     for folder in config_dirs(arguments):
         if not folder.is_dir():
             raise BadInput(f"--config-dir = {folder}: no such folder")
@@ -32,7 +32,7 @@ def flag(config_dir: Path | None) -> list[str]:
 
 
 def config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """The folders that follow ``--config-dir``, or ``-cd``, among arguments of train.py."""
+    """Return the folders given by ``--config-dir`` or ``-cd`` among arguments of train.py."""
     found = []
     for argument, following in pairwise([*arguments, ""]):
         flag, separator, value = argument.partition("=")
@@ -42,8 +42,7 @@ def config_dirs(arguments: Sequence[str]) -> list[Path]:
 
 
 def choices_in(group: str, arguments: Sequence[str] = ()) -> dict[str, Path]:
-    """The choices of a group, each with its file, in conf/ and in the ``--config-dir`` of the arguments; none where it
-    is no group."""
+    """Return choice → file for a group, from conf/ and the arguments' ``--config-dir``; empty if it is no group."""
     if not re.fullmatch(r"[a-z_]+(/[a-z_]+)*", group):
         return {}
     files = [file for folder in (*config_dirs(arguments), CONF) for file in (folder / group).glob("*.yaml")]
@@ -51,7 +50,7 @@ def choices_in(group: str, arguments: Sequence[str] = ()) -> dict[str, Path]:
 
 
 def search_path(arguments: Sequence[str]) -> list[str]:
-    """The override that has Hydra look where these arguments of train.py had it look."""
+    """Return the override that gives Hydra the search path of these arguments of train.py."""
     folders = [json.dumps(f"file://{folder.absolute()}") for folder in config_dirs(arguments)]
     folders += [word.partition("=")[2].strip("[]") for word in arguments if word.startswith("hydra.searchpath=")]
     return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []

@@ -1,4 +1,4 @@
-"""What a user is shown where a config cannot be composed or is not valid."""
+"""The messages for a config that cannot be composed or is not valid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xattn.keys import flatten
 from xattn.model.config import LayerConfig
 from xattn.system import entry
 
-# What Hydra and omegaconf raise while they compose: their own kinds, and plain ones for some malformed overrides.
+# What Hydra and omegaconf raise while composing: their own errors, and built-in ones for some malformed overrides.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError)
 
 
@@ -30,7 +30,7 @@ _QUOTING = (
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
-    """One message of at most five lines for an error of Hydra, omegaconf or ours, raised for these overrides."""
+    """Return a message of at most five lines for an error that Hydra, omegaconf or we raise for these overrides."""
     for cause in _causes(error):
         if isinstance(cause, BadInput):
             return str(cause)
@@ -68,7 +68,7 @@ _WITH_PRESETS = ("backend", "experiment")  # a published attention is a choice o
 
 
 def _no_such_choice(error: MissingConfigException, options: Sequence[str], arguments: Sequence[str]) -> str:
-    """Names the group as it is typed, and the file that asks for the choice where nobody typed it."""
+    """Name the group as it is typed, and the file that asks for the choice if the user did not."""
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     asked_by = re.match(r"In '([^']+)'", str(error))
     where = "" if asked_by is None or asked_by[1] in ("config", "hydra/config") else f"{asked_by[1]}.yaml: "
@@ -79,7 +79,7 @@ def _no_such_choice(error: MissingConfigException, options: Sequence[str], argum
 
 
 def _no_choice_at_all(overrides: Sequence[str]) -> str | None:
-    """For a group that is given null, a number, a list or a mapping, of which Hydra names none."""
+    """Return a message if a group is given null, a number, a list or a mapping: Hydra's own does not name the group."""
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         options = choices_in(group, overrides)
@@ -134,7 +134,7 @@ def explain_validation(
 
 
 def _quoting(key: str, overrides: Sequence[str]) -> str:
-    """How to type a text that Hydra's grammar reads as a number, a truth value, null or a list."""
+    """Explain how to type a text that Hydra's grammar reads as a number, a boolean, null or a list."""
     if "[" in key:
         return ", in quotes"
     values = [override.partition("=")[2] for override in overrides if override.lstrip("+").partition("=")[0] == key]
@@ -143,7 +143,7 @@ def _quoting(key: str, overrides: Sequence[str]) -> str:
 
 
 def _dotted(loc: Sequence[int | str], raw: Mapping[str, Any]) -> str:
-    """The key as a person types it: pydantic's path without the names of union members."""
+    """Return the key as a user types it: pydantic's path without the names of union members."""
     found = ""
     node: Any = raw
     for i, part in enumerate(loc):
@@ -175,10 +175,10 @@ def nearest_key(key: str, overrides: Sequence[str]) -> str:
 
 
 def nearest_of(key: str, keys: Sequence[str]) -> str:
-    """`` (did you mean KEY?)`` with the key that is most like this one; empty where none is like it."""
+    """Return `` (did you mean KEY?)`` with the most similar key; empty if none is similar."""
 
     def likeness(candidate: str) -> float:
-        """Mostly of the last word: a person forgets or mistakes the group more often than the key."""
+        """Compare mostly the last word: users forget or mistake the group more often than the key."""
         typed, known = key.rpartition(".")[2], candidate.rpartition(".")[2]
         initials = "".join(word[0] for word in known.split("_") if word)
         leaf = 0.9 if typed == initials and len(typed) > 1 else _similar(typed, known)

@@ -1,4 +1,4 @@
-"""What a config says of its run: the hash, the folder's name, and with which runs it shares programs."""
+"""Names derived from a config: the hash, the folder's name, and the keys of shared programs and packs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from xattn.system.screen import say
 
 
 def hashed_values(config: Config) -> dict[str, Any]:
-    """The dotted keys, with their values, that say what the run computes."""
+    """Return the dotted keys, with values, that determine what the run computes."""
     return {key: value for key, value in flatten(config.model_dump(mode="json")) if has_effect(key)}
 
 
 def run_hash(config: Config) -> str:
-    """Ten hex digits, the same for every spelling of the same validated config, and in every version."""
+    """Return ten hex digits: the same for every spelling of one validated config, and in every version."""
     return digest(naming(hashed_values(config)))
 
 
 def folder_of(config: Config, folder: Path) -> Path:
-    """Where the config's run is: ``folder``, or the one beside it in which an older version made the same run.
+    """Return the folder of the config's run: ``folder``, or the one beside it where an older version made the same run.
 
-    Where both folders hold a run the first is taken, and a line says so. ``resume=never`` starts over in the first.
-    Raises :class:`BadInput` where the folder is the one of a study's report.
+    If both hold a run, ``folder`` is taken and a line says so. ``resume=never`` starts over in ``folder``.
+    Raises :class:`BadInput` if the folder is that of a study's report.
     """
     if folder.name == run_folder.REPORT and not (folder / run_folder.CONFIG).is_file():
         raise BadInput(f"{folder}: a run's folder cannot be called {folder.name}: `xattn report` writes there")
@@ -44,9 +44,9 @@ def folder_of(config: Config, folder: Path) -> Path:
 
 
 def older_folder(config: Config, folder: Path) -> Path | None:
-    """The folder beside ``folder`` in which a version from before ``model.matmul_precision`` made the config's run.
+    """Return the folder beside ``folder`` where a version without ``model.matmul_precision`` made the config's run.
 
-    None where there is none, and where ``folder`` was named by hand.
+    None if there is no such folder, or if ``folder`` was named by hand.
     """
     values = naming_before_matmul_precision(hashed_values(config))
     if values is None or folder.name != run_name(config):
@@ -55,7 +55,7 @@ def older_folder(config: Config, folder: Path) -> Path | None:
     return older if (older / run_folder.CONFIG).is_file() else None
 
 
-# Keys of attention's terms: a run's name shows those that it has.
+# Optional terms of attention: a run's name shows those whose value differs from ABSENT's.
 _BACKEND_TERMS = ("decay", "input_gate", "rotary_fraction", "sink", "logit_scale")
 
 
@@ -63,7 +63,7 @@ _MODEL_TERMS = ("conv", "value_residual", "exclusive", "output_norm", "output_ga
 
 
 def run_name(config: Config) -> str:
-    """``<readable>-<hash>``: the name of the run's folder."""
+    """Return the name of the run's folder, ``<readable>-<hash>``."""
     backend = config.backend
     words: list[str] = [backend.activation]
     if backend.qk_pre_activation != "none":
@@ -87,8 +87,10 @@ def _bare(value: Any) -> str:
 
 
 def shaping(config: Config) -> Config:
-    """The config with every key that shapes no compiled program at a fixed value: where these are equal, so are the
-    programs. The numbers left out are the ones that the train state carries."""
+    """Return the config with a fixed value for every key that does not shape a compiled program.
+
+    Equal results mean equal programs. Swept numbers, such as the learning rate, live in the train state instead.
+    """
     backend = config.backend
     then = None if backend.then is None else backend.then.model_copy(update=_unswept(backend.then))
     pace: dict[str, Any] = {"log_every": 1, "eval_every": 1, "keep": "best_and_last"} | dict.fromkeys(
@@ -111,43 +113,43 @@ def shaping(config: Config) -> Config:
 
 
 def _unswept(layers: LayerConfig) -> dict[str, Any]:
-    """Fixed values of the numbers that a layer reads from the train state."""
+    """Return fixed values for the numbers that a layer reads from the train state."""
     bias = "learned" if layers.sigmoid_bias == "learned" else "auto"
     return {"theta": 1.0, "sigmoid_bias": bias, "logit_scale": 1.0}
 
 
 def program_key(config: Config) -> str:
-    """Equal for configs that share their compiled programs."""
+    """Return a key that is equal for configs that share their compiled programs."""
     parts = shaping(config).model_dump(mode="json", exclude={"data", "evaluation", "tracking", "sweep", "finding"})
     return json.dumps(parts, sort_keys=True)
 
 
 def pack_key(config: Config) -> str:
-    """Equal for configs whose runs can train as one pack: program, data, evaluation and pace are the same."""
+    """Return a key that is equal for configs of one pack: they share program, data, evaluation and pace."""
     parts = config.model_dump(mode="json", include={"data", "evaluation", "trainer"}, exclude={"trainer": {"keep"}})
     return program_key(config) + json.dumps(parts, sort_keys=True)
 
 
 def varying_keys(configs: Sequence[Config]) -> list[str]:
-    """The hashed keys that do not have one value in all."""
+    """Return the hashed keys whose values differ between the configs."""
     values = [hashed_values(config) for config in configs]
     hashed = list(dict.fromkeys(key for each in values for key in each))
     return [key for key in hashed if any(each.get(key) != values[0].get(key) for each in values)]
 
 
 def tracked_values(config: Config) -> dict[str, Any]:
-    """What wandb is told of the config: all of it, and the hash."""
+    """Return what wandb gets of the config: all of it, and the hash."""
     return config.model_dump(mode="json") | {"hash": run_hash(config)}
 
 
 def untracked(config: Config) -> Config:
-    """The same run, of which wandb is told nothing."""
+    """Return the config with wandb disabled."""
     wandb = config.tracking.wandb.model_copy(update={"mode": "disabled"})
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb": wandb})})
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The hashed keys whose values differ, each with both; a key that one side lacks is None there."""
+    """Return the hashed keys that differ, each with both values; a key that one side lacks is None there."""
     before, after = hashed_values(old), hashed_values(new)
     hashed = [*before, *(key for key in after if key not in before)]
     return {key: (before.get(key), after.get(key)) for key in hashed if before.get(key) != after.get(key)}

@@ -1,4 +1,4 @@
-"""The root of the config, with a section for each group of conf/, and how Hydra composes it."""
+"""The root of the config, with a section for each group of conf/, and its composition by Hydra."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PathName = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Config(Section):
-    """Everything that a run is made from."""
+    """Everything that defines a run."""
 
     backend: BackendConfig
     model: ModelConfig
@@ -42,7 +42,7 @@ class Config(Section):
     parallel: ParallelConfig
     sweep: SweepConfig
     finding: FindingConfig | None
-    """A claim that the study is to show; null without one."""
+    """The claim that the study is to test; null without one."""
     seed: int = Field(ge=0, lt=2**32)
     """Seed of initialisation, data order and dropout."""
     study: str = Field(pattern=PathName, max_length=100)
@@ -54,9 +54,9 @@ class Config(Section):
 
 
 def config_type() -> type[Config]:
-    """:class:`Config`, with the kinds of data and optimizers that there are now: a script may have registered some.
+    """Return :class:`Config` with the current kinds of data and optimizers: a script may have registered some.
 
-    What a registered kind has as defaults is what Hydra sets for ``data=NAME`` or ``optimizer=NAME``.
+    The defaults of a registered kind become the values that Hydra sets for ``data=NAME`` or ``optimizer=NAME``.
     """
     if (now := _kinds()) == _KINDS:
         return Config
@@ -75,11 +75,11 @@ def _kinds() -> dict[str, tuple[type[Section], ...]]:
     return {"data": data_kinds(), "optimizer": tuple(optimizers().values())}
 
 
-_KINDS: dict[str, tuple[type[Section], ...]] = {}  # as :class:`Config` has them
+_KINDS: dict[str, tuple[type[Section], ...]] = {}  # those that :class:`Config` has now
 
 
 def registered_choices(group: str) -> dict[str, dict[str, Any]]:
-    """The choices of a group that a script has registered, each with its keys and their defaults, ``???`` for none."""
+    """Return the choices of a group that a script registered, each with its keys and defaults (``???`` for none)."""
     found, files = {}, choices_in(group)
     for kind in _kinds().get(group, ()):
         if (name := kind_name(kind)) not in files:
@@ -89,7 +89,7 @@ def registered_choices(group: str) -> dict[str, dict[str, Any]]:
 
 
 def composed(arguments: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
-    """Composes overrides; a ``--config-dir`` among them is looked in too. Raises :data:`COMPOSITION_ERRORS`."""
+    """Compose overrides, with any ``--config-dir`` among them. Raises :data:`COMPOSITION_ERRORS`."""
     check_folders(arguments)
     config_type()
     overrides = [argument for argument in arguments if not argument.startswith("--config-dir=")]

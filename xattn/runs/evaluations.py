@@ -1,4 +1,4 @@
-"""What is measured of a run's model after its training: the rows of its evaluations.jsonl.
+"""Measurements of a run's model after its training: the rows of its evaluations.jsonl.
 
 Importing this module imports no jax.
 """
@@ -29,14 +29,14 @@ def evaluate_once(
     step: int | None = None,
     config_dir: Path | None = None,
 ) -> tuple[Row, bool]:
-    """The row of evaluations.jsonl for these overrides, measured and appended if it is not there; whether it was.
+    """Return the row of evaluations.jsonl for these overrides, and whether it was there already.
 
-    Processes that ask for the same take turns, and the first measures. On data that the overrides name, which may have
-    changed since, it is measured each time, and appended where it differs.
+    A missing row is measured and appended. Processes that want the same row take turns, and the first one measures it.
+    Data that the overrides name may have changed, so there the row is always measured, and appended if it differs.
 
-    step: of the parameters; None takes those of the checkpoint. config_dir: as of :meth:`LoadedRun.evaluate`.
+    step: step of the parameters; None takes the checkpoint's. config_dir: see :meth:`LoadedRun.evaluate`.
 
-    Raises :class:`IntegrityError` where no checkpoint of that step is whole, and what :func:`xattn.load` and
+    Raises :class:`IntegrityError` if the run has no whole checkpoint of that step, and whatever :func:`xattn.load` and
     :meth:`LoadedRun.evaluate` raise.
     """
     run = run.absolute()
@@ -61,7 +61,7 @@ def evaluate_once(
 
 
 def stored_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of the run's evaluations.jsonl; lines that are cut short or no JSON objects are passed over."""
+    """Return the rows of the run's evaluations.jsonl, skipping lines that are cut short or not JSON objects."""
     try:
         with (run / run_folder.EVALUATIONS).open(encoding="utf-8", errors="replace") as file:
             return _rows(file)
@@ -70,7 +70,7 @@ def stored_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def equal_row(rows: Sequence[dict[str, Any]], step: int | None, overrides: Sequence[str]) -> dict[str, Any] | None:
-    """The last row of that step and these overrides, in whichever order they stand."""
+    """Return the last row of that step and these overrides, in any order. None if there is none with results."""
     wanted = _by_key(overrides)
     for row in reversed(rows):
         typed = row.get("overrides")
@@ -80,7 +80,7 @@ def equal_row(rows: Sequence[dict[str, Any]], step: int | None, overrides: Seque
 
 
 def in_a_line(results: Mapping[str, float | None]) -> str:
-    """Names and values; of the attention statistics, a few for each head, only how many there are."""
+    """Return names and values in one line. Attention statistics, several per head, are only counted."""
     told = [f"{name} {shown_value(value)}" for name, value in results.items() if not name.startswith("attention/")]
     statistics = len(results) - len(told)
     return "  ".join([*told, *([f"and {statistics} statistics of attention/…"] if statistics else [])])
@@ -96,7 +96,7 @@ def measured(opened: LoadedRun, overrides: Sequence[str], config_dir: Path | Non
 
 
 def check(run: Path, overrides: Sequence[str], config_dir: Path | None) -> dict[str, Any]:
-    """The run's summary. Raises :class:`BadInput` for overrides that do not fit it, before anything is loaded."""
+    """Return the run's summary. Raises :class:`BadInput` for overrides that do not fit it, before loading anything."""
     config, summary = read(run.absolute())
     xattn.config.amend(config, overrides, may_differ=MAY_DIFFER, config_dir=config_dir)
     return summary
@@ -117,7 +117,7 @@ def _rows(file: TextIO) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[TextIO]:
-    """The file, open to read and append, while no other process has it so. It is removed if nothing is in it then."""
+    """Hold the file open for reading and appending, locked against other processes; remove it if it ends up empty."""
     with _opened(path) as file:
         try:
             yield file
@@ -140,7 +140,7 @@ def _opened(path: Path) -> TextIO:
 
 
 def _append(file: TextIO, row: Row) -> None:
-    """Adds a row in one write, on a line of its own even where an earlier one was cut short."""
+    """Append a row in one write, on a line of its own even if the previous line was cut short."""
     try:
         file.seek(0)
         text = file.read()

@@ -1,4 +1,4 @@
-"""What is asked for: a run, before there is anything of it on disk."""
+"""A requested run, before anything of it is on disk."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def prunes_nothing(row: Row) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run to make: its validated config, its folder, and what the person typed for it.
-
-    watch: trackers besides the run's own. prune: given each evaluation's row but the last; True ends the run.
-    answerable: whether a finished run of the same training may stand in for it.
-    """
+    """A run to make."""
 
     config: Config
     folder: Path
     overrides: tuple[str, ...] = ()
+    """What the user typed."""
     watch: tuple[Tracker, ...] = ()
+    """Trackers besides the run's own."""
     prune: Callable[[Row], bool] = prunes_nothing
+    """Called with each evaluation's row except the last; True ends the run."""
     answerable: bool = True
+    """Whether a finished run of the same training may stand in for it."""

@@ -1,4 +1,4 @@
-"""A run's folder, opened from Python. Importing this module imports no jax."""
+"""A run's folder, opened from Python. Importing this module does not import jax."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from xattn.model.hyperparameters import ModelHyperparameters
     from xattn.model.transformer import LanguageModel
 
-# What an evaluation may change of a run's config.
+# The config keys that an evaluation may change.
 MAY_DIFFER = (
     *("data", "evaluation", "trainer.batch_size", "trainer.attention_stats_every"),
     "backend.context_length",
@@ -41,15 +41,16 @@ MAY_DIFFER = (
 
 
 class Piece(NamedTuple):
-    """A part of a text as it is made: text may be empty where the tokens so far end within a letter."""
+    """A piece of generated text."""
 
     text: str
+    """Empty if the tokens so far end in the middle of a character."""
     num_tokens: int
 
 
 @dataclass(frozen=True, repr=False)
 class LoadedRun:
-    """What a notebook needs of a run; ``step`` is that of the checkpoint."""
+    """A run opened for a notebook."""
 
     path: Path
     config: Config
@@ -59,6 +60,7 @@ class LoadedRun:
     hyperparameters: ModelHyperparameters
     tokenizer: Tokenizer
     step: int
+    """The checkpoint's step."""
 
     def __repr__(self) -> str:
         import jax
@@ -78,19 +80,18 @@ class LoadedRun:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """The rows of metrics.jsonl: ``step``, and a column for each number that some row has; NaN where a row lacks
-        it. Empty for a folder that is not a run's."""
+        """The rows of metrics.jsonl: ``step`` and a column for each number (NaN if missing). Empty if not a run's."""
         from xattn.report.frames import metrics_of
 
         return metrics_of(self.path)
 
     def logits(self, tokens: Any, segment_ids: Any = None) -> jax.Array:
-        """Scores of each next token: int (B, S), or (S,) for one sequence → float (B, S, V), or (S, V).
+        """Return the logits of each next token: int (B, S), or (S,) for one sequence → float (B, S, V), or (S, V).
 
         segment_ids: int, of the tokens' shape; tokens of different segments don't attend to each other.
 
-        Raises :class:`BadInput` for tokens that the vocabulary lacks. Where the model has a linear layer or a
-        convolution, which know a segment only as a run of tokens, an id that comes back after another is refused too.
+        Raises :class:`BadInput` for tokens outside the vocabulary. Linear layers and convolutions recognise a segment
+        only as a contiguous run of tokens; with either, an id that recurs after another one is refused too.
         """
         import jax.numpy as jnp
         import numpy as np
@@ -116,7 +117,7 @@ class LoadedRun:
         return found if ids.ndim == 2 else found[0]
 
     def generate(self, prompt: str = "", **choices: Any) -> str:
-        """The continuation of a prompt, without it; choices are those of :meth:`stream`."""
+        """Return the continuation of a prompt, without the prompt; the choices are those of :meth:`stream`."""
         return "".join(piece.text for piece in self.stream(prompt, **choices))
 
     def stream(
@@ -131,11 +132,11 @@ class LoadedRun:
         sample: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """Continues a prompt, in pieces of text that are handed out as soon as no later token can change them.
+        """Continue a prompt, yielding each piece of text as soon as no later token can change it.
 
-        An empty prompt is the token that the tokenizer starts with. temperature 0 takes the likeliest token each time.
-        top_k, top_p: see :class:`xattn.model.generation.Sampling`. (seed, sample) say the same again, however many
-        tokens are asked for. stop: the text ends before the first of these.
+        An empty prompt stands for the tokenizer's start token. temperature 0 always takes the likeliest token.
+        top_k, top_p: see :class:`xattn.model.generation.Sampling`. The same (seed, sample) give the same text,
+        whatever max_tokens is. stop: the text ends before the first of these.
 
         Raises :class:`BadInput` for a number out of its range.
         """
@@ -153,7 +154,7 @@ class LoadedRun:
 
         try:
             tokens: Sequence[int] = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.start]
-        except (ValueError, TypeError) as error:  # TypeError: the tokenizers library on letters that are none
+        except (ValueError, TypeError) as error:  # TypeError: the tokenizers library on invalid characters
             raise BadInput(f"prompt = {prompt!r}: {error}") from error
         drawn = stream(
             self.model,
@@ -167,17 +168,17 @@ class LoadedRun:
         return _text(self.tokenizer, drawn, [stop] if isinstance(stop, str) else stop)
 
     def evaluate(self, overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> dict[str, float | None]:
-        """val_loss, val_bpb and ``probe/<name>/<measure>`` under the run's own config with these overrides.
+        """Return val_loss, val_bpb and ``probe/<name>/<measure>`` under the run's config with these overrides.
 
-        With none the figures are those of the run's last evaluation, where the checkpoint is that step's. A number as
-        ``trainer.attention_stats_every`` adds ``attention/<layer>/<head>/<statistic>``. Another text
-        is read in the model's own tokens, and in the run's data.documents unless they are given. Another
-        backend.context_length is another length of the windows; sigmoid's n stays that of training unless
-        backend.sigmoid_bias is given. A number that is not finite is None. config_dir: a folder with YAML files of your
-        own, which the overrides may choose.
+        Without overrides, the numbers are those of the run's last evaluation if the checkpoint is of the same step. A
+        number for ``trainer.attention_stats_every`` adds ``attention/<layer>/<head>/<statistic>``. Another text is read
+        in the model's own tokens, and with the run's data.documents unless that is given.
+        backend.context_length changes the length of the windows; sigmoid's n stays that of training unless
+        backend.sigmoid_bias is given. Numbers that are not finite become None. config_dir: a folder of your own YAML
+        files, which the overrides may choose from.
 
-        Raises :class:`BadInput` for an override that does not fit, or a corpus of another vocabulary;
-        :class:`IntegrityError` where no data are given, and the run's own are not what they were.
+        Raises :class:`BadInput` for an override that does not fit or a corpus with another vocabulary, and
+        :class:`IntegrityError` if no data are given and the run's own have changed.
         """
         from xattn.evaluation.attention import attention_study, statistics_row, study_windows
         from xattn.evaluation.loss import held_out_loss, score_windows
@@ -214,16 +215,17 @@ class LoadedRun:
         )
         if not any(key.startswith("data") for key in given):
             self._check_data(data)
-        # Fewer text tokens than the model has are some of its own: it was trained with ends of text.
+        # With fewer tokens, the text uses a subset of the model's: the model was trained with end-of-text tokens.
         too_many = data.tokenizer.vocab_size > self.model.vocab_size
         if too_many or (tokenizer is None and data.tokenizer.vocab_size < self.model.vocab_size):
             raise BadInput(
                 f"data = {config.data.name}: has a vocabulary of {data.tokenizer.vocab_size} tokens; the model's is of "
                 f"{self.model.vocab_size}"
             )
-        # n stays that of training; another context_length is another length of the windows.
+        # Only the windows take the new context_length; sigmoid's n stays that of training.
         trained_for = {"context_length": self.config.backend.context_length}
         model = LanguageModel(config.model, config.backend.model_copy(update=trained_for), self.model.vocab_size)
+        # Keep the trained sigmoid biases, unless an override replaces them.
         inherits = "sigmoid_bias" not in (own.model_dump()["then"] or {})
         kept = {
             kind: layer_hyperparameters(self.hyperparameters, kind).sigmoid_bias
@@ -241,7 +243,7 @@ class LoadedRun:
         return {name: None if value is None else finite_or_none(value) for name, value in found.items()}
 
     def _check_data(self, data: RunData) -> None:
-        if isinstance(own := self.config.data, Task):  # its hash is of the windows that the run itself scores
+        if isinstance(own := self.config.data, Task):  # its hash is over the windows that the run itself scores
             data = load_data(
                 own,
                 context_length=self.config.backend.context_length,
@@ -271,7 +273,7 @@ def _text(tokenizer: Tokenizer, drawn: Iterable[Any], stop: Sequence[str]) -> It
         if ends:
             yield Piece(text[shown : min(ends)], len(ids) - told)
             return
-        # A letter that is not whole yet is decoded to U+FFFD, up to three of them; and a stop may have begun.
+        # An incomplete character decodes to U+FFFD, up to three of them; and a stop text may have begun.
         settled = max(shown, len(text) - _unsettled(text, stop))
         yield Piece(text[shown:settled], len(ids) - told)
         shown, told = settled, len(ids)
@@ -279,7 +281,7 @@ def _text(tokenizer: Tokenizer, drawn: Iterable[Any], stop: Sequence[str]) -> It
 
 
 def _unsettled(text: str, stop: Sequence[str]) -> int:
-    """Letters at the end that later tokens may change, or that may belong to a stop."""
+    """Return how many characters at the end later tokens may change, or may belong to a stop text."""
     whole = text.rstrip("\ufffd")
     open_letters = min(3, len(text) - len(whole))
     begun = (size for word in stop for size in range(1, len(word)) if whole.endswith(word[:size]))
@@ -287,7 +289,7 @@ def _unsettled(text: str, stop: Sequence[str]) -> int:
 
 
 def read(path: Path) -> tuple[Config, dict[str, Any]]:
-    """A run folder's config and summary. Raises :class:`BadInput` where it is not a run's."""
+    """Return the config and summary of a run folder. Raises :class:`BadInput` if it is not one."""
     summary = run_folder.read_summary(path)
     if summary is None or not (path / run_folder.CONFIG).is_file():
         raise BadInput(f"{path}: not a run folder, it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
@@ -295,10 +297,10 @@ def read(path: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> LoadedRun:
-    """Opens a run's folder, or a Llama's (config.json and .safetensors), and changes nothing in it.
+    """Open a run's folder, or a Llama's (config.json and .safetensors), without changing anything in it.
 
-    Raises :class:`BadInput` where it is neither, or the checkpoint was deleted on purpose (:class:`NotKept`);
-    :class:`IntegrityError` where a run's holds no whole checkpoint.
+    Raises :class:`BadInput` if it is neither, or if the checkpoint was deleted on purpose (:class:`NotKept`), and
+    :class:`IntegrityError` if a run's folder holds no whole checkpoint.
     """
     path = Path(path).absolute()
     if run_folder.read_summary(path) is None and (path / llama.CONFIG).is_file():
@@ -323,9 +325,9 @@ def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> L
 
 
 def _load_llama(path: Path) -> LoadedRun:
-    """A Llama's folder as a run of no steps: its text is read by the tokenizer.json beside the weights.
+    """Open a Llama's folder as a run of no steps, with the tokenizer.json beside the weights.
 
-    Without one the tokens of a vocabulary of 256 are bytes; those of any other are ids that stand for no text.
+    Without a tokenizer.json, the tokens of a vocabulary of 256 are bytes; those of any other are ids without text.
     """
     overrides, params = llama.from_llama(path)
     vocab_size = overrides.pop("vocab_size")

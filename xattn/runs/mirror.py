@@ -1,4 +1,4 @@
-"""A run's mirror in wandb: the same whether it is kept while the run trains or rebuilt later from the run folder.
+"""A run's mirror in wandb: the same whether it is kept during training or rebuilt later from the run folder.
 
 Importing this module imports neither jax nor wandb.
 """
@@ -17,7 +17,7 @@ from xattn.tracking.tracker import read_rows
 from xattn.tracking.wandb import WandbMirror
 from xattn.training.kept import MANIFEST, PARAMS, SEAL, best_evaluated
 
-# Of provenance.json, what a result depends on; host, command and folders are nobody else's business.
+# The keys of provenance.json that a result depends on; host, command and folders stay private.
 _PROVENANCE = ("git_commit", "git_dirty", "source_sha256", "registered", "versions", "data_sha256", "training_identity")
 
 
@@ -29,7 +29,7 @@ def mirror_of(
     say: Callable[[str], None],
     from_the_start: bool = False,
 ) -> WandbMirror:
-    """Starts the mirror of the run in ``folder``; origin is its provenance.json."""
+    """Start the mirror of the run in ``folder``; origin is its provenance.json."""
     provenance = {key: origin[key] for key in _PROVENANCE if key in origin}
     return WandbMirror(
         config.tracking.wandb,
@@ -44,7 +44,7 @@ def mirror_of(
 
 
 def send_rows(mirror: WandbMirror, config: Config, folder: Path) -> None:
-    """Sends every whole row of the run's metrics.jsonl; those of older versions get their ``tokens``."""
+    """Send every whole row of the run's metrics.jsonl; ``tokens`` is added to rows of older versions."""
     tokens_per_step = config.trainer.batch_size * config.backend.context_length
     for step, line in read_rows(folder / run_folder.METRICS).lines.items():
         mirror.log({"tokens": step * tokens_per_step} | json.loads(line))
@@ -53,8 +53,7 @@ def send_rows(mirror: WandbMirror, config: Config, folder: Path) -> None:
 def end_mirror(
     mirror: WandbMirror, config: Config, summary: Mapping[str, Any], exit_code: int, *, for_ever: bool = False
 ) -> None:
-    """Ends the mirror with the run's summary and, where ``tracking.wandb.artifacts`` asks for it and the run is done,
-    its best checkpoint."""
+    """End the mirror with the summary and, if tracking.wandb.artifacts asks, the best checkpoint of a finished run."""
     wanted = "checkpoint" in config.tracking.wandb.artifacts and summary["status"] == "done"
     files = _best_checkpoint(mirror.folder) if wanted else {}
     if wanted and not files:
@@ -63,7 +62,7 @@ def end_mirror(
 
 
 def _best_checkpoint(folder: Path) -> dict[str, Path]:
-    """Name → file of a run folder that holds no more than :func:`xattn.load` needs for the best parameters."""
+    """Return name → file for what :func:`xattn.load` needs to load the best parameters, and nothing more."""
     checkpoints = folder / run_folder.CHECKPOINTS
     best = best_evaluated(checkpoints)
     if best is None:

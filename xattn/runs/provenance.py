@@ -1,4 +1,4 @@
-"""Where a run comes from: what provenance.json records. Imports no jax; what jax knows is handed in."""
+"""Where a run comes from, as provenance.json records it. Imports no jax; what jax knows is passed in."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PACKAGES = [
 
 
 def versions() -> dict[str, str]:
-    """Package → version, of what a result may depend on; python among them."""
+    """Return package → version for what a result may depend on, python among them."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in _PACKAGES:
         try:
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def source_sha256() -> str:
-    """SHA-256 over the names and bytes of the package's modules and of conf's YAML files, in a clone as installed."""
+    """Return one SHA-256 over the package's modules and conf's YAML files; a clone and an installation agree."""
     digest = hashlib.sha256()
     files = {Path("conf") / file.relative_to(CONF): file for file in CONF.rglob("*.yaml")}
     files |= {Path("xattn") / file.relative_to(_PACKAGE): file for file in _PACKAGE.rglob("*.py")}
@@ -54,9 +54,9 @@ def source_sha256() -> str:
 
 
 def registered() -> dict[str, str]:
-    """File name → SHA-256 of the user's own files that registered something in this process.
+    """Return file name → SHA-256 for the user's own files that registered something in this process.
 
-    A function from a notebook or a prompt has no file: there the digest is of its source, or of its byte code.
+    A function from a notebook or a prompt has no file; the digest is then of its source, or else of its byte code.
     """
     contents: dict[str, dict[bytes, None]] = {}
     for addition in registry.additions():
@@ -67,7 +67,7 @@ def registered() -> dict[str, str]:
 def _content(addition: registry.Addition) -> bytes:
     with contextlib.suppress(OSError):
         return addition.file.read_bytes()
-    with contextlib.suppress(OSError, TypeError):  # TypeError: a class of a prompt
+    with contextlib.suppress(OSError, TypeError):  # TypeError: a class defined at a prompt
         return inspect.getsource(addition.source).encode()
     return b"\0".join(_byte_code(function.__code__) for function in addition.functions)
 
@@ -78,17 +78,14 @@ def _byte_code(code: CodeType) -> bytes:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """The commit of the source's checkout and whether its tracked files differ from it; None outside a checkout."""
+    """Return the checkout's commit and whether its tracked files differ from it; None outside a checkout."""
     commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--untracked-files=no") if commit else None
     return commit, None if status is None else bool(status)
 
 
 def provenance() -> dict[str, Any]:
-    """What of provenance.json is known without jax and data.
-
-    ``wandb_id`` is :func:`xattn.tracking.wandb.run_id`'s.
-    """
+    """Return the part of provenance.json that needs neither jax nor data."""
     commit, dirty = git_state()
     own_files = registered()
     return {
@@ -106,16 +103,18 @@ def provenance() -> dict[str, Any]:
 
 
 def corpus(data: DataConfig, size: int | None) -> dict[str, Any]:
-    """What provenance.json has as ``corpus``: its name, the bytes of its files, and what else made it. Its SHA-256 is
-    ``data_sha256``, which is of its tokenizer too."""
+    """Return ``corpus`` of provenance.json: its name, the bytes of its files, and the versions of what made it.
+
+    Its hash is ``data_sha256``, which covers the tokenizer too.
+    """
     here = versions()
     return {"name": data.name, "bytes": size, **{package: here[package] for package in made_by(data)}}
 
 
 def belongs_to(data: DataConfig, before: Mapping[str, Any], *, size: int | None, sha256: str) -> tuple[str, str] | None:
-    """Why these data may not be those of the run with this provenance, and what to start it with.
+    """Return why these data may not be those of the run with this provenance, and what to start it with.
 
-    None where nothing that makes such data has another version here.
+    None if everything that makes such data has the same version here.
     """
     then, here = before.get("versions") or {}, versions()
     others = [each for each in made_by(data) if then.get(each) not in (None, here[each])]
@@ -127,9 +126,9 @@ def belongs_to(data: DataConfig, before: Mapping[str, Any], *, size: int | None,
 
 
 def other_library(data_name: str, before: Mapping[str, Any] | None) -> str | None:
-    """For a run on ``data=python_stdlib`` that another Python made: that its corpus was another, in words.
+    """Return a message that the corpus was another one, for a ``data=python_stdlib`` run made by another Python.
 
-    A finished run is shown without a look at its data, and no two releases of Python have the same library.
+    A finished run is shown without looking at its data, and no two releases of Python have the same library.
     """
     if before is None or data_name != "python_stdlib":
         return None
@@ -152,7 +151,7 @@ def _in_words(size: int | None, sha256: str) -> str:
 
 
 def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
-    """Of the things that a result may depend on, the keys of provenance.json that both have and that differ."""
+    """Return the keys of provenance.json that a result may depend on, that both have, and that differ."""
     keys = ("source_sha256", "registered", "versions", "device_kind", "device_count", "process_count", "mesh", "pack")
     return [key for key in keys if before is not None and key in before and key in now and before[key] != now[key]]
 

@@ -1,6 +1,6 @@
-"""The run folder: who may write in it, what state it is in, and how its files are written so that no reader sees half.
+"""The run folder: its lock, its state, and atomic writes, so that no reader sees half a file.
 
-Standard library only, so that everyone may import it.
+Standard library only, so that any module may import it.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ TOKENIZER = "tokenizer.json"
 LOCK = ".lock"
 SUPERSEDED = ".superseded"
 _TEMPORARY = ".tmp"
-# Who only looks whether a folder is held (is_held) holds it for that moment.
+# is_held() itself holds the lock for a moment, so a busy lock is tried again.
 _TRIES, _TRY_SECONDS = 5, 0.01
-# What a start that died before its config.yaml may have left: a folder with no more than this counts as empty.
+# A start that died before writing its config.yaml may leave these; a folder with nothing else counts as empty.
 _NOTHING_YET = {LOCK, LOG, CONFIG + _TEMPORARY}
 _HYDRA = "hydra.yaml"
-REPORT = "report"  # the folder in a study's that its report is written to, and so no run's
+REPORT = "report"  # a study's report goes to this folder of the study, so no run may be called this
 
 
 class RunFolder:
     """A run's folder, held by this process until :meth:`release` or the end of the process.
 
-    The lock is the kernel's (flock): it goes with the process, however that ends, and a stale one cannot exist.
-    Raises :class:`FolderInUse` where another process holds it, :class:`BadInput` where the path cannot be a folder, or
-    is one that is not empty and not a run's: that is neither written nor moved.
+    The lock is the kernel's (flock): it goes with the process, however that ends, so it cannot be stale.
+    Raises :class:`FolderInUse` if another process holds the folder, and :class:`BadInput` if the path cannot be a
+    folder, or is a non-empty folder that is not a run's. Such a folder is neither written nor moved.
     """
 
     def __init__(self, path: Path):
@@ -55,27 +55,27 @@ class RunFolder:
         os.close(self._lock)
 
     def withdraw(self) -> None:
-        """Takes the lock file away, and the folder with it if that leaves it empty, its study's and outputs/ alike."""
+        """Remove the lock file, then the folder, its study's folder and outputs/, as long as each is empty."""
         (self / LOCK).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it holds something, or is gone already
+        with contextlib.suppress(OSError):  # not empty, or gone already
             self.path.rmdir()
             if self.path.parent.parent.name == "outputs":
                 self.path.parent.rmdir()
                 self.path.parent.parent.rmdir()
 
     def summary(self) -> dict[str, Any] | None:
-        """summary.json, or None where no run has written one yet."""
+        """Return summary.json, or None if no run has written one yet."""
         return read_summary(self.path)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The JSON object in that file, or None where it is not there."""
+        """Return the JSON object in that file, or None if the file does not exist."""
         return read_json(self / name)
 
     def is_ours(self) -> bool:
         return (self / CONFIG).is_file()
 
     def move_aside(self) -> Path:
-        """Moves the folder to ``<parent>/.superseded/<name>-<UTC time>`` and begins a new one, held by this process."""
+        """Move the folder to ``<parent>/.superseded/<name>-<UTC time>`` and create a new one, held by this process."""
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         target = self.path.parent / SUPERSEDED / f"{self.path.name}-{now}"
         target.parent.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ class RunFolder:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process is running in the run folder ``path``; where there are no locks, none can be."""
+    """Return whether a process is running in the run folder ``path``; without file locks, none can be."""
     try:
         with (path / LOCK).open("rb") as lock:
             flock(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, path)
@@ -98,27 +98,27 @@ def is_held(path: Path) -> bool:
 
 
 def flock(descriptor: int, operation: int, path: Path) -> None:
-    """The kernel's lock on an open file at ``path``.
+    """Apply the kernel's lock ``operation`` to an open file at ``path``.
 
-    Raises :class:`StorageError` where the file system has none, BlockingIOError where another process has it and the
-    operation does not wait.
+    Raises :class:`StorageError` if the file system has no locks, and BlockingIOError if another process has the lock
+    and the operation does not wait.
     """
     with looking_at("lock", path):
         fcntl.flock(descriptor, operation)
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """The summary.json of the run folder ``path``, or None where there is none."""
+    """Return the summary.json of the run folder ``path``, or None if there is none."""
     return read_json(path / SUMMARY)
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
-    """The provenance.json of the run folder ``path``, or None where there is none."""
+    """Return the provenance.json of the run folder ``path``, or None if there is none."""
     return read_json(path / PROVENANCE)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in the file, or None where it is not there. Raises :class:`BadInput` where it holds no object."""
+    """Return the JSON object in the file, or None without a file. Raises :class:`BadInput` if it holds no object."""
     try:
         loaded = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -131,12 +131,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Writes the summary.json of the run folder ``path``."""
+    """Write the summary.json of the run folder ``path``."""
     write_atomically(path / SUMMARY, to_json(summary, indent=2) + "\n")
 
 
 def fsync(path: Path) -> None:
-    """Pushes a file's content, or a folder's entries, to the disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -145,9 +145,9 @@ def fsync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) -> None:
-    """Replaces the file: a reader, or a crash at any moment, sees the old content or the new one.
+    """Replace the file: a reader sees the old content or the new one, even after a crash at any moment.
 
-    shared: other processes may be writing it too, so the temporary file needs a name of its own.
+    shared: other processes may write it too, so the temporary file gets a name of its own.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}" if shared else path.name + _TEMPORARY)
     with open(temporary, "wb") as file:
@@ -162,9 +162,9 @@ def finite_or_none(number: float | None) -> float | None:
 
 
 def to_json(values: Mapping[str, Any], *, indent: int | None = None, ascii_only: bool = False) -> str:
-    """JSON text in which every number that is not finite is null, however deep it stands.
+    """Return JSON text in which every number that is not finite is null, at any depth.
 
-    ascii_only: all else is escaped, so that it can be printed whatever encoding a stream has.
+    ascii_only: escape all other characters, so that the text can be printed in any stream's encoding.
     """
     return json.dumps(_finite(values), indent=indent, allow_nan=False, ensure_ascii=ascii_only)
 
@@ -191,7 +191,7 @@ def _acquire(path: Path) -> int:
                     raise BadInput(f"{there}: is a file, and a run needs a folder there") from error
                 if there.is_symlink() and not there.exists():
                     raise BadInput(f"{there}: is a link to what is not there") from error
-            continue  # moved aside by another process in between
+            continue  # another process moved it aside in between
         except OSError as error:
             raise storage_error(error, path) or BadInput(f"{path}: cannot be written: {error.strerror}") from error
         try:
@@ -207,17 +207,19 @@ def _acquire(path: Path) -> int:
             raise FolderInUse(f"{path}: another process is running in this folder") from error
         if _is_at(descriptor, path / LOCK):
             return descriptor
-        os.close(descriptor)  # moved aside between the open and the lock: take the new one
+        os.close(descriptor)  # moved aside between open and lock: take the new folder
 
 
 def _is_nothing_yet(entry: Path) -> bool:
-    """Whether a start that died before its config.yaml may have left it: we, or Hydra before us, where a log
-    (``hydra/job_logging``) or YAML files of its own (``hydra.output_subdir``) are asked for."""
+    """Return whether a start that died before writing its config.yaml may have left this entry.
+
+    Hydra writes before us if asked for a log (``hydra/job_logging``) or its YAML files (``hydra.output_subdir``).
+    """
     return entry.name in _NOTHING_YET or entry.suffix == ".log" or (entry / _HYDRA).is_file()
 
 
 def is_of_hydra(config: Path) -> bool:
-    """Whether a config.yaml is one that Hydra wrote into ``hydra.output_subdir``, and not a run's."""
+    """Return whether Hydra wrote this config.yaml into ``hydra.output_subdir``, so that it is not a run's."""
     return config.with_name(_HYDRA).is_file()
 
 
@@ -229,8 +231,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def shown(path: Path) -> str:
-    """The path as a person would type it from here."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # "here" is gone by now, or the path is elsewhere
+    """Return the path as a user would type it from here."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # "here" was deleted, or the path is elsewhere
         return str(path.relative_to(Path.cwd()))
     return str(path)
 
@@ -242,5 +244,5 @@ def result_line(summary: Mapping[str, Any]) -> str:
 
 
 def loss_text(val_loss: float, val_bpb: float | None) -> str:
-    """A held-out loss for people; val_bpb is None where tokens stand for no bytes."""
+    """Return a held-out loss in words; val_bpb is None if tokens do not stand for bytes."""
     return f"val_loss {val_loss:.4f} nats/token" + ("" if val_bpb is None else f" = {val_bpb:.4f} bits/byte")

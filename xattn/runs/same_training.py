@@ -1,6 +1,6 @@
-"""Finished runs of a study that were trained as a config asks, to the bit, and only logged or measured otherwise.
+"""Finished runs that were trained bit for bit as a config asks, and differ only in what was logged or measured.
 
-Such a config needs no training: what it wants to know of the trained parameters is measured from the run's checkpoint.
+Such a config needs no training: whatever else it wants measured is measured from the run's last checkpoint.
 Importing this module imports no jax.
 """
 
@@ -30,26 +30,23 @@ from xattn.system.signals import interruption
 
 _Loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
-# Folder → training identity, of the run folders that this process has read. A folder keeps it: its name says so.
+# Folder → training identity, for the run folders read by this process. A folder keeps it: it is named by its config.
 _identities: dict[Path, str] = {}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A finished run that was trained as a config asks.
-
-    Attributes:
-        summary: its summary.json.
-        overrides: what the config wants measured of the trained parameters and the run has not, for ``xattn evaluate``.
-        lacking: KEY=VALUE whose rows, at steps before the last, only a training of its own can make.
-        data_name: which corpus or task it was trained on.
-    """
+    """A finished run that was trained as a config asks."""
 
     folder: Path
     summary: dict[str, Any]
+    """Its summary.json."""
     overrides: tuple[str, ...]
+    """Overrides for ``xattn evaluate`` that measure what the config wants and the run lacks."""
     lacking: tuple[str, ...]
+    """KEY=VALUE for each key that asks for rows before the last step, which only another training can produce."""
     data_name: str
+    """The corpus or task it was trained on."""
 
     @property
     def name(self) -> str:
@@ -57,8 +54,10 @@ class Found:
 
 
 class Trainings:
-    """The runs beside those of some jobs, by what they train. Reads each run's provenance.json, or its
-    config.yaml if an older version made it, once in a process."""
+    """The runs in the studies of some jobs, by training identity.
+
+    Each run's provenance.json, or config.yaml if an older version made it, is read once per process.
+    """
 
     def __init__(self, jobs: Iterable[Job]):
         self._by_study: dict[Path, dict[str, list[Path]]] = {}
@@ -69,7 +68,7 @@ class Trainings:
                     found.setdefault(trained, []).append(folder)
 
     def find(self, job: Job) -> list[Found]:
-        """The finished runs that may stand in for the job, those first that leave the least to be made."""
+        """Return the finished runs that may stand in for the job; the one that lacks the least comes first."""
         if not is_answerable(job):
             return []
         runs = self._by_study[job.folder.absolute().parent].get(identity(job.config), [])
@@ -78,37 +77,37 @@ class Trainings:
 
 
 def identity(config: Config) -> str:
-    """Equal for configs that train the same."""
+    """Return a hash that is equal for configs that train the same."""
     return keys.training_identity(xattn.config.hashed_values(config))
 
 
 def is_answerable(job: Job) -> bool:
-    """Whether another run may stand in for the job's own: not where that has begun, or its folder was named by hand."""
+    """Return whether another run may stand in for the job: not if it has begun or its folder was named by hand."""
     begun = (job.folder / run_folder.CONFIG).is_file()
     is_named_by_us = job.folder.name == xattn.config.run_name(job.config)
     return job.answerable and job.config.resume == "auto" and not begun and is_named_by_us
 
 
 def answered_by(job: Job, say: Callable[[str], None]) -> Path | None:
-    """The folder of a finished run of the same training beside the job's, where one answers for it; it has been shown.
+    """Find a finished run of the same training that answers for the job, show it, and return its folder.
 
-    Hydra may have made the job's own folder by now: it is taken away again. One run over several processes is trained
-    without a look: its model may not fit a single device to be measured on.
+    Hydra may already have made the job's own folder; it is removed again. A run over several processes is always
+    trained: its model may not fit on the single device that would measure it.
     """
     if hosts.place(os.environ).count > 1 or not is_answerable(job) or not (found := Trainings([job]).find(job)):
         return None
-    with contextlib.suppress(OSError):  # run() makes it again where it is needed
+    with contextlib.suppress(OSError):  # run() makes it again if needed
         job.folder.rmdir()
     taken = answer(found, say)
     return None if taken is None else taken.folder
 
 
 def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:
-    """The first of these runs that answers for a job; what the job wants measured of it is measured now.
+    """Return the first of these runs that answers for a job, after measuring what the job wants measured.
 
-    Where the data have changed since, or the last checkpoint is not whole or was not kept, this is said, and the next
-    is asked.
-    Raises :class:`BadInput` where what is wanted does not fit the run, :class:`Preempted` on a request to stop.
+    A run that must be measured is passed over, with a message, if its data have changed or its last checkpoint is
+    damaged or was not kept.
+    Raises :class:`BadInput` if the wanted measurement does not fit the run, :class:`Preempted` on a request to stop.
     """
     for each in found:
         try:
@@ -143,8 +142,7 @@ def _measured(found: Found) -> str:
 
 
 def answered(found: Sequence[Found]) -> tuple[Path, dict[str, Any]] | None:
-    """The first of these runs that has all that the config wants measured: its folder, and its summary as the config
-    would have it. Measures nothing; None where there is no such run."""
+    """Return folder and summary (with all results) of the first run that needs no more measuring; None without one."""
     for each in found:
         if not each.overrides:
             return each.folder, each.summary
@@ -155,9 +153,10 @@ def answered(found: Sequence[Found]) -> tuple[Path, dict[str, Any]] | None:
 
 
 def in_turn(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
-    """The jobs to be made now, and those that wait, since one of the first trains the same.
+    """Return the jobs to run now, and the jobs that wait because one of the first trains the same.
 
-    Of jobs of one training that one is made which has begun, or whose rows leave the others the least to be made.
+    Jobs that are not answerable run now. If a training has none, its job whose rows leave the others the least to do
+    runs now.
     """
     groups: dict[tuple[Path, str], list[Job]] = {}
     for job in jobs:
@@ -170,7 +169,7 @@ def in_turn(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
 
 
 def _leaves(job: Job, group: Sequence[Job]) -> tuple[int, int]:
-    """How many keys of the group have rows that the job does not make, and how many numbers are to be measured."""
+    """Return how many keys of the group need rows that the job does not produce, and how many overrides to measure."""
     left = [_beyond(job.config, other.config) for other in group]
     return sum(len(lacking) for _, lacking in left), sum(len(overrides) for overrides, _ in left)
 
@@ -186,7 +185,7 @@ def _run_folders(study: Path) -> list[Path]:
 
 
 def _identity_of(folder: Path) -> str | None:
-    """None where the folder's files are not readable, or say of a training that no code is left for."""
+    """Return the folder's training identity; None if its files are unreadable or ask for removed behaviour."""
     if folder in _identities:
         return _identities[folder]
     found = _recorded(folder).get("training_identity")
@@ -203,7 +202,7 @@ def _identity_of(folder: Path) -> str | None:
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    """provenance.json; empty where it is missing, or cannot be read, which the run's config.yaml makes up for."""
+    """Return provenance.json, or an empty mapping if it is missing or unreadable: config.yaml can make up for it."""
     try:
         recorded: Any = run_folder.read_provenance(folder)
     except BadInput:
@@ -212,7 +211,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def _found(folder: Path, asked: Config) -> Found | None:
-    """None where the run is not done, or its config is not the same training after all."""
+    """Return the run; None if it is not done, or if its config turns out to be another training."""
     try:
         summary: Any = run_folder.read_summary(folder)
         if not isinstance(summary, dict) or summary.get("status") != "done":
@@ -227,7 +226,7 @@ def _found(folder: Path, asked: Config) -> Found | None:
 
 
 def _beyond(there: Config, asked: Config) -> tuple[list[str], list[str]]:
-    """What the asked config wants that a run of the other has not: overrides to measure it with, rows to train."""
+    """Return what the config ``asked`` wants and a run of ``there`` lacks: overrides to measure, rows to train."""
     overrides, lacking = [], []
     had, wants = there.evaluation, asked.evaluation
     other_windows = had.windows != wants.windows
@@ -242,7 +241,7 @@ def _beyond(there: Config, asked: Config) -> tuple[list[str], list[str]]:
         overrides.append(f"trainer.attention_stats_every={stats}")
     for key in ("log_every", "eval_every", "attention_stats_every"):
         old, new = getattr(there.trainer, key), getattr(asked.trainer, key)
-        moved = key == "attention_stats_every" and other_windows  # it looks at the first of the windows
+        moved = key == "attention_stats_every" and other_windows  # the statistics are of the first windows
         if new is not None and new < asked.trainer.steps and (old is None or new % old or moved):
             lacking.append(f"trainer.{key}={new}")
     return overrides, lacking
