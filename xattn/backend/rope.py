@@ -108,7 +108,7 @@ def rotate(
 
 
 def checked_theta(theta: Theta) -> Float32[Array, ""]:
-    """Return theta as a float32 scalar. Check the value of a number, but only the shape of an array (it may be traced)."""
+    """Return theta as a float32 scalar. Check a number's value, but only an array's shape, since it may be traced."""
     if isinstance(theta, Real) and not (theta > 0 and math.isfinite(theta)):
         raise ValueError(f"theta must be positive and finite, got {theta}")
     array = jnp.asarray(theta, jnp.float32)
