@@ -9,7 +9,7 @@ A cache keeps rotated keys, and values; a window limits how many. For a linear a
 DHQK×DHV state per head, of constant size. Both use *absolute* positions and a counter. Rotating the state back after
 every token, as :func:`xattn.backend.linear.linear_with_state` does after every call, would accumulate rounding errors.
 
-For a decay, an input gate or documents, create the cache with them, and give each call the arrays of its tokens::
+For a decay, an input gate or documents, create the cache for them, and give each call the arrays of its tokens::
 
     cache = init_cache(spec, …, fades=True)
     out, cache = decode_step(q, k, v, cache, of_tokens(spec, k, log_decay=log_decay))

@@ -190,10 +190,8 @@ def _unmeasured(call: Call) -> str:
 
 
 def _short(call: Call, length: int | None = None) -> str | None:
-    """Give a reason against short sequences, for which the reference measured at least as fast.
-
-    Measured forward and backward on two CPU cores. The default length is that of blockwise.
-    """
+    """Give a reason against lengths at which the reference measured at least as fast, forward and backward on two CPU
+    cores. The default is blockwise's length."""
     length = length or call.activation.blockwise_from
     return f"no faster than the reference below S = {length}" if call.sequence < length else None
 

@@ -197,11 +197,10 @@ def gradient_of_sink(
 def weights_again(
     logits: Scores, keep: Keep, lse: Float32[Array, "B NKV *G T 1"] | None, spec: AttentionSpec
 ) -> tuple[Scores, Callable[[Array, Array | None], Array]]:
-    """Recompute the weights of some columns for the backward pass.
+    """Return the weights of some columns for the backward pass, and (their gradient, δ) → gradient of the logits.
 
-    Also return a function (gradient of the weights, δ) → gradient of the logits. ``lse`` covers *all* columns of a row
-    and the sink; δ = Σ_d out_td · (gradient of out)_td, one per row. Both are None for a pointwise activation: there
-    each weight depends on its own logit only.
+    ``lse`` covers *all* columns of a row and the sink; δ = Σ_d out_td · (gradient of out)_td, one per row. Both are
+    None for a pointwise activation, in which each weight depends on its own logit only.
     """
     keep = _of_heads(keep, logits)
     if lse is None:

@@ -17,9 +17,8 @@ SEQUENCE_SPLIT = P(None, None, CONTEXT)
 
 
 def context_devices() -> int:
-    """Return how many devices the active mesh (``jax.set_mesh``) splits the sequence over.
-
-    Return 1 without a mesh, and inside a function that already runs on one device of that axis."""
+    """Return how many devices the active mesh (``jax.set_mesh``) splits the sequence over. It is 1 without a mesh, and
+    inside a function that already runs on one device of that axis."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return mesh.shape[CONTEXT] if types.get(CONTEXT) == AxisType.Auto else 1

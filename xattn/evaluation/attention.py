@@ -53,8 +53,8 @@ Study = Callable[[Any, ModelHyperparameters, Windows], AttentionStudy]
 def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
     """Return a function (params, hyperparameters, windows) → the study of every layer and head, in float32.
 
-    A, P and out are as in :func:`xattn.backend.api.attention`, and p are the shares. Statistics cover evenly spaced
-    rows t of all windows (all rows if NH · S² ≤ 2²³):
+    A, P and out are as in :func:`xattn.backend.api.attention`. The shares p are of the weight on keys; a sink has none.
+    Statistics cover evenly spaced rows t of all windows (all rows if NH · S² ≤ 2²³):
 
     - ``entropy``: mean over t of −Σ_s p_ts ln p_ts, in nats. ``effective_keys``: mean of its exponential, which is the
       number of keys, 1 to t + 1, with the same entropy if a row were spread evenly over them.
@@ -64,8 +64,6 @@ def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
     - ``first_token``: mean of p_t0, the share of the window's first token.
     - ``distance_<d>``: mean of Σ p_ts over d ≤ t − s < d', for d = 0, 1, 4, 16, …; d' is the next of these.
     - ``output_norm``: mean of ‖out_t‖₂, before the terms on a head's output and the output projection.
-
-    Shares are of the weight on keys only; a sink has no share.
 
     ``out_shardings``: sharding of the results if parameters are on several devices; every host must be able to read it.
     """

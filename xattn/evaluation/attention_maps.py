@@ -15,9 +15,8 @@ _MOST = 16  # layers, and heads; if there are more, evenly spaced ones are shown
 
 
 def draw(study: AttentionStudy, path: Path, *, step: int) -> None:
-    """Write the PNG. Dark means a large share of a row's weight.
-
-    The scale is the square root from 0 to 1 in every run, so pictures are comparable."""
+    """Write the PNG. Dark means a large share of a row's weight. The scale is the square root from 0 to 1 in every run,
+    so pictures can be compared."""
     from matplotlib.figure import Figure  # takes half a second, and only runs with pictures need it
 
     maps = np.asarray(jax.device_get(study.maps))

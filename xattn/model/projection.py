@@ -81,9 +81,8 @@ def _product(a: jax.Array, b: jax.Array, *, axis: int, on_cpu: bool) -> jax.Arra
 
 
 def _stored(array: jax.Array) -> jax.Array:
-    """Return the same array, stored in memory in the order it is read.
-
-    XLA:CPU has kernels for bfloat16 products only if the factors are stored so. It picks the kernel before it folds
-    transpositions, even of results, into products; a product left without a kernel fails at run time. XLA does not
-    fold through a barrier. Without the extra axis it would store a transposed array untransposed, as a layout."""
+    """Return the same array, stored in memory in the order it is read. XLA:CPU has bfloat16 kernels only for such
+    factors. It picks the kernel before it folds transpositions, even of results, into products; a product that then has
+    no kernel fails at run time. It folds nothing through a barrier. Without the extra axis it would store a transposed
+    array untransposed, as a layout."""
     return jax.lax.optimization_barrier(array[None])[0]

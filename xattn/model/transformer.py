@@ -95,10 +95,9 @@ class LanguageModel(nn.Module):
         places: Int[Array, "B K"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B S"]:
-        """Compute −log p(target) in float32, with bounded memory for logits.
-
-        With ``places``, only these inputs of each sequence are scored, and the loss is 0 at the others. train=True with
-        dropout > 0 needs an rng named ``dropout``."""
+        """Compute −log p(target) in float32, with bounded memory for logits. With ``places``, only these inputs of each
+        sequence are scored, and the loss is 0 at the others. train=True with dropout > 0 needs an rng named
+        ``dropout``."""
         x, embedding, _ = self._run(tokens, hyperparameters, segment_ids, train=train)
         precision = self.config.matmul_precision
         if places is None:
@@ -139,9 +138,8 @@ class LanguageModel(nn.Module):
         caches: pattern.Caches | None = None,
         length: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """Return (the residual stream after the final norm, the output embedding (V, D), kind → cache additions).
-
-        With caches, the stream is only that of the last token, (B, 1, D)."""
+        """Return (the residual stream after the final norm, the output embedding (V, D), kind → cache additions). With
+        caches, the stream is only that of the last token, (B, 1, D)."""
         config = self.config
 
         def embedding(name: str) -> nn.Embed:

@@ -93,7 +93,7 @@ def check_theta_gradient(function: Function, case: Case) -> None:
 
 
 def check_causal(function: Function, case: Case) -> None:
-    """Check that by default out_t depends on all s ≤ t with a weight float32 can hold, and, bit for bit, on no s > t."""
+    """Check that by default out_t depends on all s ≤ t with weights float32 can hold, and on no s > t, bit for bit."""
     x = inputs(case)
     t = case.length // 2
 
@@ -147,7 +147,7 @@ def call_of(x: Inputs, spec: AttentionSpec, tokens: slice) -> tuple[tuple[jax.Ar
 
 
 def check_decoding(case: Case, *, prompt: int = 0) -> None:
-    """Check that ``prompt`` tokens at once and then one at a time give the parallel form's output everywhere."""
+    """Check that ``prompt`` tokens in one call, then one per call, give the parallel form's output at all positions."""
     x = inputs(case)
     spec, cache = decoding(case, case.length)
     outs = []

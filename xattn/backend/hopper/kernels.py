@@ -47,9 +47,7 @@ class Meaning:
 
 
 def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning: Tuning) -> Array:
-    """Return out, shaped as q (B, NH, S, D). k and v are (B, NKV, S, D), bias (B, NH) float32; q and k are rotated.
-
-    q, k, v and out share one dtype."""
+    """Return out of rotated q (B, NH, S, D) and k (B, NKV, S, D), v like k, all of one dtype; bias (B, NH) float32."""
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tuning.keys
     refuse_what_does_not_fit(kept=1, tile=keys, stages=tuning.stages, width=width)

@@ -95,7 +95,7 @@ def may_attend(first_query: Bound, queries: Array, first_key: Bound, keys: Array
 
 
 def tiles_of_keys(first_query: Bound, rows: int, keys: int, length: int, causal: bool) -> tuple[Bound, Bound]:
-    """For a block of ``rows`` queries, count the leading tiles of keys it attends to entirely, and the ones it needs.
+    """Return how many leading tiles of keys a block of ``rows`` queries attends to entirely, and to how many at all.
 
     Tiles between the two counts need a mask. ``length`` is a multiple of ``keys``.
     """
@@ -105,7 +105,7 @@ def tiles_of_keys(first_query: Bound, rows: int, keys: int, length: int, causal:
 
 
 def tiles_of_queries(first_key: Bound, keys: int, rows: int, length: int, causal: bool) -> tuple[Bound, Bound, Bound]:
-    """For a block of ``keys`` keys, return three indices of query tiles: the first that attends to any of them, the
+    """Return three indices of query tiles for a block of ``keys`` keys: the first that attends to any of them, the
     first that attends to all and so needs no mask, and the end. ``length`` is a multiple of ``rows``."""
     end = length // rows
     if not causal:
