@@ -1,7 +1,7 @@
 """The attention backend: pure JAX, no Hydra, no files.
 
-The names below are the public interface. They are loaded when first used, so that importing this package, or
-:mod:`xattn.backend.dispatch`, imports no jax. (No module here may be called ``attention``: as an attribute of the
+The names below are the public interface. They are loaded on first use, so importing this package or
+:mod:`xattn.backend.dispatch` does not import jax. (No module here may be called ``attention``: as an attribute of the
 package it would hide the function.)
 
 Shape letters, in annotations and formulas: B batch, NH query heads, NKV key/value heads (NKV divides NH), G = NH / NKV,

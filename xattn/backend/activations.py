@@ -1,8 +1,8 @@
-"""The table of activations: the step from an attention logit to a weight.
+"""The table of activations. An activation turns an attention logit into a weight.
 
-A new activation is one row of ``_TABLE``, or, outside the package, one function under :func:`register_activation`.
-Configs, messages, implementations, decoding and dispatch all ask the row. Importing this module imports no jax, so that
-a config can be checked without it; the rows' functions import it.
+A new activation is one row of ``_TABLE`` or, outside the package, one function under :func:`register_activation`.
+Configs, messages, implementations, decoding and dispatch all read the row. Importing this module does not import jax,
+so a config can be checked without it; the functions in the rows import it.
 """
 
 from __future__ import annotations
@@ -21,31 +21,28 @@ if TYPE_CHECKING:
 
 QKPreActivation = Literal["none", "swish"]
 Pointwise = Callable[["jax.Array", int], "jax.Array"]
-"""(float32 logits of any shape, n) → weights of that shape; n is context_length, or S where none is configured."""
+"""(float32 logits of any shape, n) → weights of that shape; n is context_length, or S if that is not configured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """One row of the table.
-
-    With ``weight`` it is *pointwise*: W_ts = weight(A_ts, n). Without it is *normalised*:
-    W_ts = e^{A_ts} / Σ_u e^{A_tu} over the keys u that t may attend to.
-    """
+    """A row of the table: a *pointwise* activation if it has a ``weight``, otherwise a *normalised* one."""
 
     name: str
     formula: str
-    """For people; A is the logit."""
+    """The formula as users read it; A is the logit."""
     weight: Pointwise | None = None
+    """W_ts = weight(A_ts, n). None means W_ts = e^{A_ts} / Σ_u e^{A_tu} over the keys u that t may attend to."""
     slope: Pointwise | None = None
-    """(logits, n) → d weight / d logit. None: as jax differentiates ``weight``."""
+    """(logits, n) → d weight / d logit. None means that jax differentiates ``weight``."""
     takes_bias: bool = False
-    """Whether a bias b is added to the logits: −log n unless the caller gives another."""
+    """Whether a bias b is added to the logits; −log n unless the caller gives another."""
     is_linear: bool = False
-    """Whether the weight is the logit: attention is then a sum of outer products, with a state."""
+    """Whether the weight is the logit itself. Attention is then a sum of outer products, and has a state."""
     blockwise_from: int = 512
-    """Shortest sequence for which auto takes tiles: measured for the package's own, two CPU cores; else sigmoid's."""
+    """Shortest sequence for which ``auto`` uses tiles. Measured on two CPU cores; registered ones share sigmoid's."""
     file: Path | None = None
-    """The user's file that registered it; None for one of the package's own."""
+    """The user's file that registered it; None for a built-in activation."""
 
     @property
     def is_normalised(self) -> bool:
@@ -53,11 +50,11 @@ class Activation:
 
     @property
     def uses_n(self) -> bool:
-        """Whether the weights may depend on n, by themselves or by the default bias."""
+        """Whether the weights may depend on n, directly or through the default bias."""
         return not self.is_normalised and not self.is_linear
 
     def __call__(self, logits: jax.Array, n: int) -> jax.Array:
-        """The weights of a pointwise activation, differentiated by ``slope`` where that is given."""
+        """Compute the weights of a pointwise activation. ``slope``, if given, is their derivative."""
         assert self.weight is not None
         if self.slope is None:
             return self.weight(logits, n)
@@ -86,17 +83,17 @@ _TABLE = {
 
 
 def names() -> tuple[str, ...]:
-    """The values of ``backend.activation``: the package's own, then what was registered."""
+    """Return the values of ``backend.activation``: built-in ones, then registered ones."""
     return tuple(_TABLE)
 
 
 def rows() -> tuple[Activation, ...]:
-    """All activations, in the order of :func:`names`."""
+    """Return all activations, in the order of :func:`names`."""
     return tuple(_TABLE.values())
 
 
 def activation(name: str) -> Activation:
-    """The activation of that name; a ValueError for an unknown one lists the choices."""
+    """Return the activation of that name. Raise ValueError, listing the choices, if there is none."""
     if name not in _TABLE:
         raise ValueError(f"unknown activation_function {name!r}; choices: {', '.join(_TABLE)}")
     return _TABLE[name]
@@ -105,14 +102,14 @@ def activation(name: str) -> Activation:
 def register_activation(
     name: str, *, formula: str = "", slope: Pointwise | None = None, takes_bias: bool = False
 ) -> Callable[[Pointwise], Pointwise]:
-    """Decorator: makes a function (logits, n) → weights the pointwise activation ``name`` in this process.
+    """Register the decorated function (logits, n) → weights as the pointwise activation ``name`` in this process.
 
-    The function is applied to float32 logits of any shape, whole rows or tiles, under jit, vmap and grad; where a token
-    may not attend the weight is 0 whatever it returns. See ``examples/own_activation.py``.
+    The function is applied to float32 logits of any shape, whole rows or tiles, under jit, vmap and grad. Where a token
+    may not attend, the weight is 0 whatever the function returns. See ``examples/own_activation.py``.
 
     Args:
-        name: the value for ``backend.activation``; one that is no name, or the package's own, is a ValueError.
-        formula, slope, takes_bias: as in :class:`Activation`; formula is by default the function's name.
+        name: the value for ``backend.activation``. An invalid name, or that of a built-in activation, is a ValueError.
+        formula, slope, takes_bias: as in :class:`Activation`; ``formula`` defaults to the name of the function.
     """
     registry.check_name("activation", name, name in _TABLE and _TABLE[name].file is None)
 
@@ -127,7 +124,7 @@ def register_activation(
 
 
 def add(row: Activation) -> None:
-    """Puts a user's row into the table of this process."""
+    """Add a user's row to the table in this process."""
     if row.weight is not None:
         registry.note(registry.Addition("activation", row.name, row, row.weight, partial(add, row)))
     _TABLE[row.name] = row

@@ -1,4 +1,4 @@
-"""The one entry: check the arguments, choose an implementation, call it."""
+"""The single entry point: check the arguments, choose an implementation, call it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def attention(
     sink: Sink = None,
     implementation: str = "auto",
 ) -> Float[Array, "B *NH S DHV"]:
-    """Attention with rotary positions and a choice of the function from logits to weights.
+    """Compute attention with rotary positions and a chosen function from logits to weights.
 
-    With R rotating the pair (2i, 2i + 1) at position t by t · theta^(−2i/d), i < d/2, of the first
-    d = 2 · round(rotary_fraction · DHQK / 2) channels, f the pre-activation, g the logit scale, M the mask, ℓ the log
-    decay, i the input gate and z the sink::
+    R rotates the channel pair (2i, 2i + 1) at position t by t · theta^(−2i/d), for i < d/2, where
+    d = 2 · round(rotary_fraction · DHQK / 2); the other channels are unchanged. f is the pre-activation, g the logit
+    scale, M the mask, ℓ the log decay, i the input gate and z the sink::
 
         A_ts = g · ⟨R f(q_t), R f(k_s)⟩ / √DHQK
         E_ts = Σ_{s<r≤t} ℓ_r + log i_s,  0 without decay and gate
@@ -45,42 +45,41 @@ def attention(
         P_ts = M_ts · exp(E_ts) · A_ts                                             none
         out_t = Σ_s P_ts v_s
 
-    In any activation of your own that is pointwise E is added to the logit, as in sigmoid.
+    For a registered pointwise activation, E is added to the logit, as for sigmoid.
 
-    Rotation, logits and weights are float32; q and k are rounded to qkv_dtype after the pre-activation and after the
-    rotation. Shape letters: B batch, NH heads, S sequence, DHQK query/key head width, DHV value head width.
+    Rotation, logits and weights are float32. q and k are rounded to qkv_dtype after the pre-activation and again after
+    the rotation. Shapes: B batch, NH heads, S sequence, DHQK query/key head width, DHV value head width.
 
     Args:
-        queries: four axes, or three for one head; keys and values then too.
-        keys: NKV divides NH, and query head h reads key/value head ⌊h · NKV / NH⌋.
-        values: as many heads as the keys.
-        attention_mask: True = attend. None is causal.
-        qkv_dtype: float32, bfloat16 or float16, to which all three are cast. None is the dtype of the queries, and
-            then all three must have it.
+        queries: four axes, or three for a single head; keys and values must have as many.
+        keys: NKV divides NH. Query head h reads key/value head ⌊h · NKV / NH⌋.
+        values: must have as many heads as the keys.
+        attention_mask: True means attend. None means causal.
+        qkv_dtype: float32, bfloat16 or float16; all three arrays are cast to it. None means the queries' dtype, which
+            all three must then have.
         activation_function: a row of :mod:`xattn.backend.activations`; the package has the three above.
-        qk_pre_activation_function: none, or swish: x · σ(x). silu is another name of swish.
+        qk_pre_activation_function: none, or swish: x · σ(x). silu is an alias for swish.
         theta: RoPE's wavelength base, a positive number or a traced scalar.
-        context_length: the n of sigmoid's bias and of other pointwise activations; None is S.
-        sigmoid_bias: a number, a scalar or one for each head, in place of −log n; only where a bias is taken.
+        context_length: the n of sigmoid's bias and of other pointwise activations; None means S.
+        sigmoid_bias: replaces −log n, with one number or one per head; only for an activation that takes a bias.
         segment_ids: tokens of different segments don't attend to each other.
-        window: a token t attends to t − window < s ≤ t only. It narrows a given mask as it narrows the causal one.
-        log_decay: ℓ ≤ 0, one for each key/value head and token, used in float32 and not below −100. With it a key
-            s > t is never attended to, whatever mask is given. FoX (arXiv 2503.02130) has it under softmax, gated
-            linear attention and Mamba-2 under none.
-        log_input_gate: log i, one for each key/value head and token, used in float32.
-        rotary_fraction: the share of the channels that RoPE rotates, from 0 (none of them) to 1.
+        window: token t attends only to t − window < s ≤ t. The window narrows a given mask as well as the causal one.
+        log_decay: ℓ ≤ 0, one per key/value head and token, used in float32 and clipped to at least −100. With a decay
+            no token attends to a later one, whatever the mask. Softmax with a decay is FoX (arXiv 2503.02130); gated
+            linear attention and Mamba-2 use a decay with none.
+        log_input_gate: log i, one per key/value head and token, used in float32.
+        rotary_fraction: share of the channels that RoPE rotates, from 0 (none) to 1 (all).
         logit_scale: g, a positive number or a traced scalar.
-        sink: z, a number, a scalar or one for each head; only under softmax. None is no such term; 0 is softmax "off by
-            one", 1 + Σ.
-        implementation: a name of ``dispatch.names()``.
+        sink: z, one number or one per head; softmax only. None means no such term; 0 is softmax "off by one", 1 + Σ.
+        implementation: one of ``dispatch.names()``.
 
     Returns:
         The output in qkv_dtype, with the axes of the queries. A row that may attend to nothing is 0.
 
     Raises:
-        ValueError: an unknown choice, shapes or dtypes that don't fit, an odd DHQK, a number out of range, a positive
-            decay (where its values are known, outside of jit), a sink or a bias that the activation does not take, or a
-            named implementation that cannot serve this call.
+        ValueError: a choice is unknown, shapes or dtypes don't fit, DHQK is odd, a number is out of range, a decay is
+            positive (checked if its values are known, outside of jit), the activation does not take the sink or bias
+            given, or the named implementation cannot serve this call.
     """
     q, k, v = checked_arrays(queries, keys, values, qkv_dtype)
     spec = checked_spec(

@@ -1,4 +1,4 @@
-"""Turns the arguments of a call into checked arrays and an :class:`AttentionSpec`, or says which of them is wrong."""
+"""Checks that turn the arguments of a call into arrays and an :class:`AttentionSpec`, or report which one is wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Sink = Bias
 
 
 def checked_pre_activation(name: str) -> QKPreActivation:
-    """none or swish, of which silu is another name; a ValueError for anything else names the choices."""
+    """Return none or swish; silu is an alias for swish. Raise ValueError, listing the choices, for anything else."""
     for choice in get_args(QKPreActivation):
         if choice == ("swish" if name == "silu" else name):
             return choice
@@ -36,11 +36,11 @@ def checked_arrays(
     values: Float[Array, "B *NKV S DHV"],
     qkv_dtype: Any = None,
 ) -> tuple[Float[Array, "B NH S DHQK"], Float[Array, "B NKV S DHQK"], Float[Array, "B NKV S DHV"]]:
-    """Queries, keys and values with four axes and in one dtype; three axes are one head.
+    """Return queries, keys and values with four axes and in one dtype. Three axes mean a single head.
 
     Raises:
-        ValueError: axes that don't fit, an empty sequence, an odd DHQK, dtypes that differ with no qkv_dtype given, or
-            a dtype that is not one of float32, bfloat16, float16.
+        ValueError: the axes don't fit, the sequence is empty, DHQK is odd, the dtypes differ and no qkv_dtype is given,
+            or the dtype is not float32, bfloat16 or float16.
     """
     given = f"queries {queries.shape}, keys {keys.shape}, values {values.shape}"
     if not queries.ndim == keys.ndim == values.ndim or queries.ndim not in (3, 4):
@@ -86,10 +86,10 @@ def checked_spec(
     sink: Sink = None,
     segments_are_runs: bool = False,
 ) -> AttentionSpec:
-    """The meaning of a call over ``length`` tokens; arguments and errors as in :func:`xattn.backend.api.attention`.
+    """Return the spec of a call over ``length`` tokens; arguments and errors as in :func:`xattn.backend.api.attention`.
 
-    num_kv_heads: the keys' heads NKV; None is num_heads. segments_are_runs: whether the caller knows that no segment id
-    comes back after another.
+    ``num_kv_heads`` is NKV; None means num_heads. ``segments_are_runs`` states whether the caller knows that no segment
+    id comes back after another.
     """
     chosen = activation(activation_function)
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -129,7 +129,7 @@ def _checked_array(array: Array | None, shape: tuple[int, int], kind: Any, rule:
 
 
 def _checked_log(name: str, array: Array | None, shape: tuple[int, int, int]) -> Float32[Array, "B NKV S"] | None:
-    """A log_decay or log_input_gate in float32, its values judged where they are known: an array may be traced."""
+    """Return a log_decay or log_input_gate in float32. Check its values unless the array is traced."""
     if array is None:
         return None
     array = jnp.asarray(array)
@@ -141,7 +141,7 @@ def _checked_log(name: str, array: Array | None, shape: tuple[int, int, int]) ->
             f"{name} must be floating, of shape (B, NKV, S) = {shape}; got {array.dtype} of shape {array.shape}"
         )
     if not isinstance(array, Tracer):
-        with jax.ensure_compile_time_eval():  # a known array may be met under jit too
+        with jax.ensure_compile_time_eval():  # concrete arrays occur under jit too
             _check_values(name, array)
     return array.reshape(shape).astype(jnp.float32)
 

@@ -1,8 +1,8 @@
-"""Attention tile by tile: the reference's numbers without its S×S arrays, forward and backward, on any platform.
+"""Attention tile by tile: the reference's results without its S×S arrays, forward and backward, on any platform.
 
-The S×S weights are cut into square tiles. For a block of queries only the tiles that it may attend to are visited: what
-lies above the diagonal or outside the window is never computed. The loops are XLA's own, with bounds that depend on the
-block, so the program is as small for a long sequence as for a short one.
+The S×S weights are cut into square tiles. Each block of queries visits only the tiles it may attend to; tiles above the
+diagonal or outside the window are never computed. The loops are XLA loops with bounds that depend on the block, so the
+program does not grow with the sequence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Index = Array | int
 
 
 class KeySide(NamedTuple):
-    """A stretch of keys, and all that belongs to them."""
+    """A stretch of keys, and everything that belongs to them."""
 
     k: Float[Array, "B NKV S DHQK"]
     """Rotated."""
@@ -36,40 +36,40 @@ class KeySide(NamedTuple):
 
 
 class Distance(NamedTuple):
-    """How far a stretch of queries is from one of keys."""
+    """The distance from a stretch of keys to a stretch of queries."""
 
     tokens: Index
-    """The first query's position less the first key's; other than 0 only without a given mask."""
+    """Position of the first query minus that of the first key. It must be 0 with a given mask."""
     log_decay: Float32[Array, "B NKV"] | None
-    """Σ ℓ of the stretches between the two; None is 0."""
+    """Σ ℓ over the stretches between the two; None means 0."""
 
 
 HERE = Distance(0, None)
 
 
 class Gradients(NamedTuple):
-    """Of prepared queries, keys and values, and of the terms of a logit; float32 but for q."""
+    """Gradients of prepared queries, keys and values, and of a logit's terms. All are float32, except perhaps q's."""
 
     q: Float[Array, "B NKV G S DHQK"]
     k: Float32[Array, "B NKV S DHQK"]
     v: Float32[Array, "B NKV S DHV"]
     bias: Float32[Array, "NKV G"]
     rows: Any
-    """Σ_s of the gradient of E_ts, (B, NKV, S, 1); None without decay."""
+    """Gradient of E_ts summed over s, (B, NKV, S, 1); None without decay."""
     columns: Any
-    """Σ_t of the gradient of E_ts, (B, NKV, S, 1); None without decay and input gate."""
+    """Gradient of E_ts summed over t, (B, NKV, S, 1); None without decay and input gate."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work is cut; the result depends on it by rounding only."""
+    """How the work is divided. It affects the result through rounding only."""
 
     tile: int = 384
-    """Most queries, and keys, of a tile. The extra memory is a few times B · NH · T² · 4 bytes, whatever S is."""
+    """Most queries, and most keys, in a tile. Extra memory is a few times B · NH · T² · 4 bytes, independent of S."""
 
 
 class Passes(NamedTuple):
-    """Attention of rotated queries, grouped, to rotated keys. Two module-level functions, so that it can be hashed."""
+    """Attention of rotated, grouped queries to rotated keys. Use module-level functions, so that it can be hashed."""
 
     forward: Callable[..., Results]
     """(q, k, v, spec, tuning) → results, the output in v's dtype."""
@@ -79,17 +79,17 @@ class Passes(NamedTuple):
 
 
 def blockwise(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning = Tuning()) -> Output:
-    """:func:`xattn.backend.reference.reference`, all of it, in O(S) memory.
+    """Compute :func:`xattn.backend.reference.reference` for any call, in O(S) memory.
 
-    A normalised activation is accumulated over tiles with a running maximum (arXiv 1805.02867, 2112.05682), a pointwise
-    one is a plain sum. The backward keeps q, k, v as given, the output, and for a normalised activation the log of the
-    row's sum in float32; it computes the rest again. Reverse mode only, and once: it is a custom_vjp.
+    A normalised activation accumulates over tiles with a running maximum (arXiv 1805.02867, 2112.05682); a pointwise
+    one is a plain sum. The backward pass keeps q, k and v as given, the output, and for a normalised activation the log
+    of each row's sum in float32. It recomputes the rest. As a custom_vjp it supports only first-order reverse mode.
     """
     return prepared(q, k, v, spec, Passes(_forward, _backward, tuning))
 
 
 def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) -> Results:
-    """On one device, or as XLA splits it."""
+    """Run on one device, or as XLA partitions it."""
     dtype = v.dtype if spec.sink is None else F32
     out, lse = formula.with_sink(forward_tiles(q, key_side(k, v, spec), spec, HERE, tuning, dtype), spec)
     return out.astype(v.dtype), lse
@@ -103,14 +103,14 @@ def _backward(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def prepared(q: Queries, k: Keys, v: Values, spec: AttentionSpec, passes: Passes) -> Output:
-    """Pre-activation and RoPE, then the passes. What is kept for the backward does not depend on which they are."""
+    """Apply pre-activation and RoPE, then the passes. The residuals don't depend on which passes are used."""
     return _prepared_forward(q, k, v, spec, passes)[0]
 
 
 def _prepared_forward(
     q: Array, k: Array, v: Array, spec: AttentionSpec, passes: Passes
 ) -> tuple[Array, tuple[Any, ...]]:
-    """The output, and what the backward needs."""
+    """Return the output and the residuals of the backward pass."""
     rotated_q, rotated_k = prepare(q, k, spec)
     out, lse = passes.forward(formula.grouped(rotated_q, k.shape[1]), rotated_k, v, spec, passes.tuning)
     out = out.reshape(*q.shape[:3], v.shape[-1])
@@ -144,12 +144,12 @@ prepared.defvjp(_prepared_forward, _prepared_backward)
 
 
 def _delta(g: Array, out: Array) -> Float32[Array, "B NKV G S 1"]:
-    """δ_t = Σ_d of output and its gradient, which the gradient of a normalised activation needs."""
+    """Return δ_t = Σ_d out_td g_td, which the gradient of a normalised activation needs."""
     return jnp.sum(g.astype(F32) * out.astype(F32), axis=-1, keepdims=True)
 
 
 def key_side(k: Array, v: Array, spec: AttentionSpec) -> KeySide:
-    """The keys whose queries have this spec."""
+    """Return the keys and values with the spec's arrays that belong to them."""
     return KeySide(k, v, spec.segment_ids, spec.log_decay, spec.log_input_gate)
 
 
@@ -161,9 +161,9 @@ def forward_tiles(
     tuning: Tuning,
     dtype: Any,
 ) -> Results:
-    """A stretch of queries and one of as many keys, both rotated; the sink is left out.
+    """Attend from a stretch of queries to an equally long stretch of keys, both rotated, without the sink.
 
-    The spec's arrays are the queries'. dtype: of the output, which is 0 in a row that may attend to none of these keys.
+    The spec's arrays belong to the queries. ``dtype`` is that of the output. Rows that may attend to no key here are 0.
     """
     length, width = q.shape[-2], keys.v.shape[-1]
     tile, padded = _cuts(length, tuning)
@@ -198,9 +198,10 @@ def backward_tiles(
     tuning: Tuning,
     dtype: Any,
 ) -> Gradients:
-    """The gradients that these queries and these keys give each other; arguments as in :func:`forward_tiles`.
+    """Return the gradients from these queries and these keys; arguments as in :func:`forward_tiles`.
 
-    results: of the queries over *all* their keys. g: the gradient of that output. dtype: of q's gradient.
+    ``results`` are those of the queries over *all* their keys, ``g`` is the gradient of that output, and ``dtype`` is
+    that of q's gradient.
     """
     length = q.shape[-2]
     tile, padded = _cuts(length, tuning)
@@ -255,7 +256,7 @@ def backward_tiles(
 
 
 def _cuts(length: int, tuning: Tuning) -> tuple[int, int]:
-    """(tile, padded length, a multiple of it): tiles of equal size, so that padding is at most 8 tokens a tile."""
+    """Return (tile, padded length). Tiles have equal size, so that padding is at most 8 tokens per tile."""
     count = -(-length // tuning.tile)
     tile = -(-length // count)
     if count > 1:
@@ -264,8 +265,7 @@ def _cuts(length: int, tuning: Tuning) -> tuple[int, int]:
 
 
 def _tiles_of_keys(i: Array, tile: int, padded: int, spec: AttentionSpec, offset: Index) -> tuple[Any, Any]:
-    """The tiles, first to last (excluded), that hold every key which a query of block i may attend to; there may be
-    none."""
+    """Return the half-open range of key tiles that query block i may attend to; it may be empty."""
     count = padded // tile
     last = jnp.clip((i * tile + offset + tile - 1) // tile + 1, 0, count) if spec.is_causal else count
     first = 0 if spec.window is None else jnp.maximum(i * tile + offset - spec.window + 1, 0) // tile
@@ -275,7 +275,7 @@ def _tiles_of_keys(i: Array, tile: int, padded: int, spec: AttentionSpec, offset
 def _meeting(
     keys: KeySide, spec: AttentionSpec, distance: Distance, tile: int, length: int
 ) -> Callable[[Array, Array], tuple[formula.Keep, formula.Terms | None]]:
-    """(query block i, key block j) → who of them may attend, and E_ts; the arrays are padded, length is without."""
+    """Return a function (query block i, key block j) → (keep, E_ts). Arrays are padded; ``length`` is unpadded."""
     across = None
     if spec.log_decay is not None:
         assert keys.log_decay is not None
@@ -289,7 +289,7 @@ def _meeting(
 
     def meet(i: Array, j: Array) -> tuple[formula.Keep, formula.Terms | None]:
         rows, columns = tokens(i, distance.tokens, spec.segment_ids), tokens(j, 0, keys.segments)
-        if length % tile:  # padding comes after all queries of the same stretch, not after those of a later one
+        if length % tile:  # causality hides padding from queries of the same stretch, but not of a later one
             columns = columns._replace(exist=columns.positions < length)
         mask = None if spec.mask is None else jax.lax.dynamic_slice(spec.mask, (i * tile, j * tile), (tile, tile))
         terms = None if across is None else across.tile(i, j)
@@ -302,7 +302,7 @@ def _meeting(
 
 
 def _pad(x: Any, padded: int, axis: int = -2) -> Any:
-    """Zeros after the sequence, which is the given axis; None stays None."""
+    """Pad the sequence, on the given axis, with zeros at its end; None stays None."""
     if x is None:
         return None
     widths = [(0, 0)] * x.ndim
@@ -311,7 +311,7 @@ def _pad(x: Any, padded: int, axis: int = -2) -> Any:
 
 
 def _pad_spec(spec: AttentionSpec, padded: int) -> AttentionSpec:
-    """A given mask is False in the padding, and nothing decays there."""
+    """Pad the spec's arrays. In the padding a given mask is False and nothing decays."""
     mask = None if spec.mask is None else jnp.pad(spec.mask, (0, padded - spec.mask.shape[0]))
     of_tokens = {name: _pad(getattr(spec, name), padded, -1) for name in ("segment_ids", "log_decay", "log_input_gate")}
     return replace(spec, mask=mask, **of_tokens)
@@ -323,7 +323,7 @@ def _pad_keys(keys: KeySide, padded: int) -> KeySide:
 
 
 def _cut(x: Array, i: Array, tile: int) -> Array:
-    """Block i of the sequence, the last axis but one."""
+    """Return block i of the sequence, which is the last axis but one."""
     return jax.lax.dynamic_slice_in_dim(x, i * tile, tile, axis=x.ndim - 2)
 
 

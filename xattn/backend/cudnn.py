@@ -10,10 +10,10 @@ from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values, pre
 
 
 def cudnn(q: Queries, k: Keys, v: Values, spec: AttentionSpec) -> Output:
-    """:func:`xattn.backend.reference.reference` for causal softmax in bfloat16 or float16, on a CUDA device.
+    """Compute :func:`xattn.backend.reference.reference` for causal softmax in bfloat16 or float16, on a CUDA device.
 
-    RoPE and pre-activation come before it, as XLA fuses them. In released JAX the vmap of its gradient is an error
-    (jax issue 38495).
+    XLA applies pre-activation and RoPE before the kernels. In released JAX, vmap of its gradient fails (jax issue
+    38495).
     """
     assert spec.activation.name == "softmax"
     assert spec.mask is None

@@ -1,20 +1,20 @@
-"""Token by token: one interface for all activations, equal to the parallel form at every position.
+"""Decoding token by token: one interface for all activations, equal to the parallel form at every position.
 
     spec = decoding_spec(num_heads=4, activation_function="softmax")
     cache = init_cache(spec, batch=1, num_kv_heads=4, head_dim_qk=64, head_dim_v=64, capacity=512)
-    out, cache = prefill(q, k, v, cache, spec)              # the prompt, at once
-    out, cache = decode_step(q, k, v, cache, spec)          # then a token a call
+    out, cache = prefill(q, k, v, cache, spec)              # the whole prompt in one call
+    out, cache = decode_step(q, k, v, cache, spec)          # then one token per call
 
-A cache keeps rotated keys, and values; a window bounds how many. Of a linear activation without a window it keeps one
-DHQK×DHV state a head, of constant size. Both keep *absolute* positions and a counter: rotating a state back at every
-token, as the border of a call does (:func:`xattn.backend.linear.linear_with_state`), would drift.
+A cache keeps rotated keys, and values; a window limits how many. For a linear activation without a window it keeps one
+DHQK×DHV state per head, of constant size. Both use *absolute* positions and a counter. Rotating the state back after
+every token, as :func:`xattn.backend.linear.linear_with_state` does after every call, would accumulate rounding errors.
 
-With a decay, an input gate or documents the cache is made for them, and each call's spec has its tokens' own::
+For a decay, an input gate or documents, create the cache for them, and give each call the arrays of its tokens::
 
     cache = init_cache(spec, …, fades=True)
     out, cache = decode_step(q, k, v, cache, of_tokens(spec, k, log_decay=log_decay))
 
-The caches of a model's layers may be stacked along axes in front; :func:`grow` and :func:`append` take them together.
+Caches of a model's layers may be stacked along leading axes; :func:`grow` and :func:`append` accept such stacks.
 """
 
 from __future__ import annotations
@@ -37,53 +37,54 @@ from xattn.backend.spec import AttentionSpec, prepare, product
 @partial(jax.tree_util.register_dataclass, data_fields=("k", "v", "length", "terms", "segments"), meta_fields=())
 @dataclass(frozen=True)
 class KVCache:
-    """The last C tokens: the one at position p is in slot p mod C."""
+    """The keys and values of the last C tokens. The token at position p is in slot p mod C."""
 
     k: Float[Array, "*layers B NKV C DHQK"]
     """Rotated."""
     v: Float[Array, "*layers B NKV C DHV"]
     length: Int32[Array, "*layers"]
-    """Tokens seen, which is the position of the next."""
+    """Number of tokens seen, which is the position of the next."""
     terms: Float32[Array, "*layers B NKV C"] | None = None
-    """E_ts of each token s with t the newest: D_ts + log i_s. None without decay and input gate."""
+    """E_ts = D_ts + log i_s of each token s, where t is the newest token. None without decay and input gate."""
     segments: Int32[Array, "*layers B C"] | None = None
-    """Each token's segment; None without documents."""
+    """Segment id of each token; None without documents."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("state", "length", "segment"), meta_fields=())
 @dataclass(frozen=True)
 class StateCache:
-    """All tokens, summed; of several documents only the last."""
+    """The sum over all tokens. With several documents, it covers only the last."""
 
     state: Float32[Array, "*layers B NKV DHQK DHV"]
-    """Σ_s i_s e^{D_ts} R(s) k_s v_sᵀ / √DHQK with t the newest."""
+    """Σ_s i_s e^{D_ts} R(s) k_s v_sᵀ / √DHQK, where t is the newest token."""
     length: Int32[Array, "*layers"]
     segment: Int32[Array, "*layers B"] | None = None
-    """The newest token's; None without documents."""
+    """Segment id of the newest token; None without documents."""
 
 
 Cache = KVCache | StateCache
 
 
 class Entry(NamedTuple):
-    """What one token adds to a cache, in the cache's dtype: its rotated key and its value; or as the key the state that
-    includes it, and no value."""
+    """What one token adds to a cache, in the dtype of the cache."""
 
     key: Float[Array, "*layers B NKV 1 DHQK"] | Float32[Array, "*layers B NKV DHQK DHV"]
+    """The rotated key. For a :class:`StateCache`, the state including the token."""
     value: Float[Array, "*layers B NKV 1 DHV"] | None
+    """None for a :class:`StateCache`."""
     log_decay: Float32[Array, "*layers B NKV 1"] | None = None
-    """By which the terms of all earlier tokens fall; None where a cache has no terms, or under a state."""
+    """Added to the terms of all earlier tokens; None for a cache without terms."""
     log_input_gate: Float32[Array, "*layers B NKV 1"] | None = None
-    """The token's own term."""
+    """The term of the token itself."""
     segment: Int32[Array, "*layers B 1"] | None = None
 
 
 def decoding_spec(*, num_heads: int, context_length: int | None = None, **choices: Any) -> AttentionSpec:
-    """The spec of all calls of one decoding; the arguments are those of :func:`xattn.backend.api.attention`.
+    """Return the spec for all calls of one decoding. The arguments are those of :func:`xattn.backend.api.attention`.
 
     Raises:
-        ValueError: as there; and if the weights depend on n but neither context_length nor a bias is given. (n is not
-            the length so far.)
+        ValueError: as there; also if the weights depend on n but neither context_length nor a bias is given. (n is not
+            the number of tokens so far.)
     """
     spec = checked_spec(num_heads=num_heads, length=1, context_length=context_length, **choices)
     bias = choices.get("sigmoid_bias")
@@ -101,10 +102,10 @@ def of_tokens(
     log_input_gate: Float[Array, "B NKV S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
 ) -> AttentionSpec:
-    """The spec of one call: that of all, with what belongs to the call's tokens.
+    """Return the spec of one call: ``spec`` with the arrays of the call's tokens.
 
     Raises:
-        ValueError: as :func:`xattn.backend.api.attention`.
+        ValueError: as for :func:`xattn.backend.api.attention`.
     """
     batch, kv_heads, length, _ = keys.shape
     checked = checked_spec(
@@ -132,17 +133,17 @@ def init_cache(
     fades: bool = False,
     documents: bool = False,
 ) -> Cache:
-    """A cache that has seen nothing.
+    """Return an empty cache.
 
     Args:
         spec: from :func:`decoding_spec`.
         batch, num_kv_heads, head_dim_qk, head_dim_v: B, NKV, DHQK and DHV.
-        capacity: tokens to come, prompt included; less than 1 is a ValueError. :func:`grow` makes room for more.
-            With a window the cache keeps that many, and ``none`` without one keeps no token: neither overflows.
-        dtype: of keys and values; a state is always float32.
-        fades: whether the calls' specs have a log_decay or a log_input_gate.
-        documents: whether they have segment_ids. A state knows the last document alone: there an id that comes back
-            after another begins a new document.
+        capacity: expected number of tokens, including the prompt; less than 1 is a ValueError. :func:`grow` makes room
+            for more. A window replaces it by its width, and ``none`` without one stores no tokens: neither overflows.
+        dtype: dtype of keys and values; a state is always float32.
+        fades: whether the specs of calls have a log_decay or a log_input_gate.
+        documents: whether the specs of calls have segment_ids. A state covers only the last document, so an id that
+            comes back after another starts a new document.
     """
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
@@ -150,7 +151,7 @@ def init_cache(
     if spec.activation.is_linear and spec.window is None:
         segment = jnp.zeros(batch, jnp.int32) if documents else None
         return StateCache(jnp.zeros((batch, num_kv_heads, head_dim_qk, head_dim_v), F32), length, segment)
-    # All of a window, even if capacity is less: such a cache never has to grow.
+    # The full window, even if capacity is smaller: such a cache never has to grow.
     capacity = spec.window or capacity
     k, v = (jnp.zeros((batch, num_kv_heads, capacity, width), dtype) for width in (head_dim_qk, head_dim_v))
     terms = jnp.zeros((batch, num_kv_heads, capacity), F32) if fades else None
@@ -158,7 +159,7 @@ def init_cache(
 
 
 def grow(cache: Cache, spec: AttentionSpec, tokens: int = 1) -> Cache:
-    """The cache with room for ``tokens`` more: itself, or a copy of doubled capacity. Not under jit.
+    """Return the cache if it has room for ``tokens`` more, else a copy with doubled capacity. It can't run under jit.
 
     Doubling compiles the decode step a logarithmic number of times, and copies a token at most twice on average.
     """
@@ -191,20 +192,20 @@ def prefill(
     length: Int[Array, ""] | int | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B *NH S DHV"], Cache]:
-    """The parallel form over the prompt, at positions 0 … S − 1, and the cache after it.
+    """Attend over the prompt in parallel, at positions 0 … S − 1; return the output and the cache after it.
 
     Args:
-        queries, keys, values: of one dtype; three axes are one head.
-        cache: one that has seen nothing.
-        spec: from :func:`decoding_spec`, or :func:`of_tokens` of it.
-        length: tokens of the prompt that count, at most S; None is all. The rest is padding, and the output there is
-            meaningless.
-        implementation: as in :func:`xattn.backend.api.attention`; ``none`` without a window takes ``auto`` and
+        queries, keys, values: arrays of one dtype; three axes mean a single head.
+        cache: an empty cache.
+        spec: from :func:`decoding_spec` or :func:`of_tokens`.
+        length: number of prompt tokens that count, at most S; None means all. The rest is padding, and the output there
+            is meaningless.
+        implementation: as in :func:`xattn.backend.api.attention`. ``none`` without a window accepts only ``auto`` and
             ``linear``, which are the same there.
 
     Raises:
-        ValueError: arrays that don't fit each other, a prompt longer than the cache's capacity, or an implementation
-            that is unknown or does not support the call.
+        ValueError: the arrays don't fit each other, the prompt is longer than the cache's capacity, or the
+            implementation is unknown or does not support the call.
     """
     q, k, v = checked_arrays(queries, keys, values)
     spec = _fitting(cache, spec)
@@ -233,9 +234,9 @@ def prefill(
 
 
 def _fitting(cache: Cache, spec: AttentionSpec) -> AttentionSpec:
-    """The spec with segment_ids as caches keep them.
+    """Return the spec with segment_ids in the dtype of caches.
 
-    Raises ValueError where it has what the cache was not made for, or lacks what it was made for.
+    Raise ValueError if its terms or segment_ids don't match those the cache was made for.
     """
     of_documents = (cache.segment if isinstance(cache, StateCache) else cache.segments) is not None
     fades = spec.has_terms if isinstance(cache, StateCache) else cache.terms is not None
@@ -249,7 +250,7 @@ def _fitting(cache: Cache, spec: AttentionSpec) -> AttentionSpec:
 
 
 def _until(spec: AttentionSpec, length: Int[Array, ""]) -> AttentionSpec:
-    """The spec where tokens from ``length`` on are padding: nothing decays there, and no document begins."""
+    """Return the spec with tokens from ``length`` on as padding: nothing decays there, and no document begins."""
     decays, segments = spec.log_decay, spec.segment_ids
     if decays is not None:
         decays = jnp.where(jnp.arange(decays.shape[2]) < length, decays, 0)
@@ -278,12 +279,12 @@ def decode_step(
     cache: Cache,
     spec: AttentionSpec,
 ) -> tuple[Float[Array, "B *NH 1 DHV"], Cache]:
-    """The next token's output, and the cache after it; queries, keys, values and spec are as in :func:`prefill`.
+    """Return the next token's output and the cache after it. The arguments are those of :func:`prefill`.
 
-    Past the capacity of a cache without a window the output is NaN: :func:`grow` in time.
+    Without a window, the output past the cache's capacity is NaN: call :func:`grow` in time.
 
     Raises:
-        ValueError: arrays that don't fit each other, or more than one token.
+        ValueError: the arrays don't fit each other, or have more than one token.
     """
     out, entry = attend(queries, keys, values, cache, spec)
     return out, append(cache, entry)
@@ -296,10 +297,10 @@ def attend(
     cache: Cache,
     spec: AttentionSpec,
 ) -> tuple[Float[Array, "B *NH 1 DHV"], Entry]:
-    """The first half of :func:`decode_step`, with the same arguments: the output, and what :func:`append` adds.
+    """Compute the first half of :func:`decode_step`: the output, and the entry for :func:`append`.
 
-    It only reads the cache. A model keeps the caches of its layers stacked and appends to all together: writing each
-    before it is read would copy it.
+    It only reads the cache. A model keeps the caches of its layers stacked and appends to all of them together, because
+    writing to a cache before reading it would copy it.
     """
     q, k, v = checked_arrays(queries, keys, values)
     if q.shape[2] != 1:
@@ -320,7 +321,7 @@ def attend(
 
 
 def append(cache: Cache, entry: Entry) -> Cache:
-    """The cache after the token of :func:`attend`."""
+    """Return the cache with the entry from :func:`attend` added."""
     if isinstance(cache, StateCache):
         return StateCache(entry.key, cache.length + 1, None if entry.segment is None else entry.segment[..., 0])
     assert entry.value is not None
@@ -339,7 +340,7 @@ def append(cache: Cache, entry: Entry) -> Cache:
 
 
 def _own_terms(spec: AttentionSpec, batch: int, kv_heads: int) -> tuple[Array, Array]:
-    """(ℓ, log i) of the token, (B, NKV, 1) each; 0 where the spec lacks it."""
+    """Return (ℓ, log i) of the token, (B, NKV, 1) each; 0 for what the spec lacks."""
     none = jnp.zeros((batch, kv_heads, 1), F32)
     return (
         none if spec.log_decay is None else spec.log_decay,
@@ -348,7 +349,7 @@ def _own_terms(spec: AttentionSpec, batch: int, kv_heads: int) -> tuple[Array, A
 
 
 def _state_with(k: Array, v: Array, cache: StateCache, spec: AttentionSpec) -> Float32[Array, "B NKV DHQK DHV"]:
-    """The state that includes the token."""
+    """Return the state including the token."""
     before, added = cache.state, product("bksd,bkse->bkde", k, v) / math.sqrt(k.shape[-1])
     if spec.log_decay is not None:
         before = before * jnp.exp(spec.log_decay)[..., None]
@@ -362,10 +363,10 @@ def _state_with(k: Array, v: Array, cache: StateCache, spec: AttentionSpec) -> F
 
 
 def _attend_to_tokens(q: Array, k: Array, v: Array, cache: KVCache, spec: AttentionSpec) -> Array:
-    """Over the tokens in the cache, and the new one: (B, NKV, G, DHV), float32."""
+    """Attend to the tokens in the cache and the new one; return (B, NKV, G, DHV), float32."""
     t, capacity = cache.length, cache.k.shape[2]
     positions = _positions(t, capacity)
-    # The new token comes last, and may always be attended to: no row is empty.
+    # The new token comes last. It may always be attended to, so no row is empty.
     segments = spec.segment_ids
     if cache.segments is not None and segments is not None:
         segments = jnp.concatenate([cache.segments, segments], axis=1)
@@ -384,6 +385,6 @@ def _attend_to_tokens(q: Array, k: Array, v: Array, cache: KVCache, spec: Attent
 
 
 def _positions(length: Int[Array, ""], capacity: int) -> Int[Array, " C"]:
-    """The position of the token in each slot after ``length`` tokens; negative in an empty slot."""
+    """Return the position of the token in each slot after ``length`` tokens; negative for an empty slot."""
     newest = length - 1
     return newest - (newest - jnp.arange(capacity)) % capacity

@@ -1,7 +1,7 @@
-"""Which code computes a call: a table of implementations, each with its reasons for not serving.
+"""Which code computes a call: a table of implementations, each with its reasons to refuse a call.
 
-A new implementation is a module with a function of its name, and a row of ``TABLE``; the contract suite runs over the
-rows. Importing this module imports no jax, so that a name can be judged without it.
+To add an implementation, write a module with a function of the same name, and add a row to ``TABLE``. The contract
+suite runs over all rows. Importing this module does not import jax, so a name can be checked without it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ AUTO = "auto"
 
 
 def platform() -> str:
-    """The default device's platform, as :class:`Call` names it; asking starts jax's backend."""
+    """Return the platform of the default device, as :class:`Call` names it. This starts jax's backend."""
     import jax
 
     name = jax.default_backend()
@@ -32,7 +32,7 @@ def platform() -> str:
 
 
 def compute_capability() -> str:
-    """The first CUDA device's, such as 9.0."""
+    """Return the compute capability of the first CUDA device, such as 9.0."""
     import jax
 
     return str(jax.local_devices()[0].compute_capability)
@@ -40,7 +40,7 @@ def compute_capability() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """The facts of a call before anything is compiled: all that a refusal may depend on."""
+    """Everything about a call that a refusal may depend on, known before anything is compiled."""
 
     activation: Activation
     dtype: str
@@ -57,15 +57,15 @@ class Call:
     has_input_gate: bool = False
     has_sink: bool = False
     platform: str = field(default_factory=lambda: platform())
-    """cpu, cuda, rocm, tpu, …: where it will run."""
+    """Where the call will run: cpu, cuda, rocm, tpu, …"""
     compute_capability: str | None = None
-    """Of the CUDA device where it will run, such as 9.0; None asks the first one here, when it matters."""
+    """Compute capability of that CUDA device, such as 9.0; None asks the first local device, if it matters."""
     context: int = field(default_factory=lambda: import_module("xattn.backend.mesh").context_devices())
-    """Devices over which the mesh splits the sequence."""
+    """Number of devices over which the mesh splits the sequence."""
 
     @classmethod
     def of(cls, q: Queries, k: Keys, v: Values, spec: AttentionSpec) -> Call:
-        """The facts of checked arrays; they may be traced."""
+        """Describe a call with these checked arrays, which may be traced."""
         return cls(
             activation=spec.activation,
             dtype=q.dtype.name,
@@ -92,7 +92,7 @@ Reason = Callable[[Call], str | None]
 
 
 def _never(call: Call) -> None:
-    """No reason against it."""
+    """Give no reason."""
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,25 @@ class Implementation:
     """A row of the table."""
 
     name: str
-    """Of its module in this package, and of the function there."""
+    """Name of its module in this package, and of the function in that module."""
     unsupported: Reason = _never
-    """What of the call, besides the activation, it does not support, or None."""
+    """Gives what it does not support about the call, besides the activation, or None."""
     unfavourable: Reason = _never
-    """Why ``auto`` should pass it over though it could serve, or None."""
+    """Gives why ``auto`` should pass it over although it could serve the call, or None."""
     vmaps: bool = True
-    """Whether vmap transforms it, forward and backward: only then do runs that take it train as one program."""
+    """Whether vmap works on it, forward and backward. If not, runs that use it can't train as one program."""
     activations: tuple[str, ...] | None = None
-    """Those it serves. None is all: it asks :mod:`xattn.backend.formula`."""
+    """Activations it serves. None means all: it takes them from :mod:`xattn.backend.formula`."""
     why: str = ""
-    """Why no others."""
+    """Why it serves no others."""
 
     @property
     def function(self) -> Callable[[Queries, Keys, Values, AttentionSpec], Output]:
-        """(q, k, v, spec) → out, as :func:`xattn.backend.reference.reference` specifies it."""
+        """The function (q, k, v, spec) → out, as :func:`xattn.backend.reference.reference` specifies it."""
         return getattr(import_module(f"xattn.backend.{self.name}"), self.name)
 
     def refusal(self, call: Call) -> str | None:
-        """What of the call it does not support, or None."""
+        """Return what it does not support about the call, or None."""
         if self.activations is not None and call.activation.name not in self.activations:
             return f"{call.activation.name}: it serves {' and '.join(self.activations)} only, {self.why}"
         return self.unsupported(call)
@@ -126,14 +126,15 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation that serves a call, and why ``auto`` passed over those before it in the table."""
+    """The implementation that serves a call."""
 
     name: str
     passed_over: dict[str, str]
+    """Implementations that ``auto`` passed over, each with the reason; empty if one was named."""
 
 
 def _first(*reasons: tuple[bool, str]) -> str | None:
-    """The first reason that holds, or None."""
+    """Return the first reason that holds, or None."""
     return next((reason for holds, reason in reasons if holds), None)
 
 
@@ -189,14 +190,14 @@ def _unmeasured(call: Call) -> str:
 
 
 def _short(call: Call, length: int | None = None) -> str | None:
-    """Against lengths at which the reference was measured to be at least as fast (two CPU cores, forward and
-    backward); by default those of blockwise."""
+    """Give a reason against lengths at which the reference measured at least as fast, forward and backward on two CPU
+    cores. The default is blockwise's length."""
     length = length or call.activation.blockwise_from
     return f"no faster than the reference below S = {length}" if call.sequence < length else None
 
 
 def _no_ring(call: Call) -> str | None:
-    """Below those lengths the reference, which gathers K and V, is as fast."""
+    """Give a reason against ring: below blockwise's lengths the reference, which gathers K and V, is as fast."""
     return "the mesh has no context axis" if call.context == 1 else _short(call)
 
 
@@ -204,13 +205,13 @@ def _no_blockwise(call: Call) -> str | None:
     return "a split sequence: each device would go through all of it" if call.context > 1 else _short(call)
 
 
-# In the order in which auto tries them. The last serves every call.
+# ``auto`` tries them in this order. The last one serves every call.
 TABLE: tuple[Implementation, ...] = (
-    # JAX's rule for its backward takes operands that vmap leaves whole for mapped ones (jax issue 38495).
+    # JAX's batching rule for the backward treats unmapped operands as mapped (jax issue 38495).
     Implementation("cudnn", _not_cudnn, vmaps=False, activations=("softmax",), why="as cuDNN does"),
     Implementation("hopper", _not_hopper, _unmeasured, True, ACTIVATIONS, "its kernels know no other"),
     Implementation("linear", _not_linear, partial(_short, length=256), True, ("none",), "a sum of outer products"),
-    # Runs that train as one program have one device; ring is blockwise there.
+    # ring is marked as vmappable because runs that train as one program have one device, where ring is blockwise.
     Implementation("ring", _not_ring, _no_ring),
     Implementation("blockwise", unfavourable=_no_blockwise),
     Implementation("reference"),
@@ -218,12 +219,12 @@ TABLE: tuple[Implementation, ...] = (
 
 
 def names() -> tuple[str, ...]:
-    """What a person may choose: ``auto`` and the table's rows."""
+    """Return the names a user may choose: ``auto`` and the table's rows."""
     return (AUTO, *(row.name for row in TABLE))
 
 
 def row(name: str) -> Implementation:
-    """The table's row of that name; a ValueError for an unknown one lists the choices."""
+    """Return the table's row of that name. Raise ValueError, listing the choices, if there is none."""
     for candidate in TABLE:
         if candidate.name == name:
             return candidate
@@ -231,7 +232,7 @@ def row(name: str) -> Implementation:
 
 
 def choose(call: Call, implementation: str = AUTO) -> Choice:
-    """The implementation that will serve the call: the named one, or for ``auto`` the first with no reason against it.
+    """Choose the implementation for a call: the named one, or for ``auto`` the first with no reason against it.
 
     Raises:
         ValueError: the name is unknown, or the named implementation does not support the call; the message says why.
@@ -252,6 +253,6 @@ def choose(call: Call, implementation: str = AUTO) -> Choice:
 
 
 def compute(q: Queries, k: Keys, v: Values, spec: AttentionSpec, implementation: str = AUTO) -> Output:
-    """Attention of checked arrays, in v's dtype, by the implementation that :func:`choose` names."""
+    """Compute attention of checked arrays, in v's dtype, with the implementation that :func:`choose` picks."""
     choice = choose(Call.of(q, k, v, spec), implementation)
     return row(choice.name).function(q, k, v, spec)

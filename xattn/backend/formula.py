@@ -1,10 +1,10 @@
-"""The formula of attention, stated once: from queries and keys to logits, from logits to weights, and who may attend.
+"""The formula of attention, written once: queries and keys to logits, logits to weights, and the masking rule.
 
-Each function is evaluated over given rows (queries) and columns (keys): over all of them by the reference, a tile by
-``blockwise``, a stretch by ``ring``, one row against a cache's slots by decoding, some rows by the attention study.
+Every function works on some rows (queries) and some columns (keys). The reference passes all of them, ``blockwise`` a
+tile, ``ring`` a stretch, decoding one row against a cache's slots, and the attention study a sample of rows.
 
-In the shapes here T counts rows and S columns. Query heads have the axes NKV, G, or NKV alone where keys and values are
-repeated for each of them.
+In shapes, T is the number of rows and S the number of columns. Query heads have the axes NKV, G. Where keys and values
+are repeated for each query head, they have the single axis NKV.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from xattn.backend import decay
 from xattn.backend.spec import AttentionSpec, Values, product
 
 F32 = jnp.float32
-# Not −inf: a row of −inf alone has no softmax, and its gradient is NaN even where a later select drops the row.
+# Not −inf: the softmax of a row of −inf is undefined, and its gradient is NaN even if a later select drops the row.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 Scores = Float32[Array, "B NKV *G T S"]
 Keep = Bool[Array, "#B T S"]
 Terms = Float32[Array, "B KV #T S"]
-"""E_ts = D_ts + log i_s: what decay and input gate leave of s at t, as a logarithm. KV is the keys' own heads."""
+"""E_ts = D_ts + log i_s: the log of what decay and input gate leave of token s at t. KV is the number of key heads."""
 
 
 class Tokens(NamedTuple):
-    """The rows or the columns that are asked about."""
+    """A set of rows or columns."""
 
     positions: Int[Array, " T"]
     segments: Int[Array, "B T"] | None = None
-    """None where the sequence is one document."""
+    """None if the sequence is a single document."""
     exist: Bool[Array, " T"] | None = None
-    """False for padding and for an empty slot. None is True for all."""
+    """False for padding and for empty slots; None means that all tokens exist."""
 
 
 def may_attend(rows: Tokens, columns: Tokens, spec: AttentionSpec, mask: Bool[Array, "T S"] | None) -> Keep:
-    """(the given mask, or causal) ∧ window ∧ equal segments, and causal with a decay too; True = attend.
+    """Return (given mask, or causal) ∧ window ∧ equal segments; True means attend. A decay also makes it causal.
 
-    mask: the part of a given mask for these rows and columns; None is causal.
+    ``mask`` is the part of the given mask for these rows and columns; None means causal.
     """
     t, s = rows.positions[:, None], columns.positions[None, :]
     keep = s <= t if mask is None else mask
@@ -59,17 +59,17 @@ def may_attend(rows: Tokens, columns: Tokens, spec: AttentionSpec, mask: Bool[Ar
 
 
 def grouped(x: Float[Array, "B NH T D"], kv_heads: int) -> Float[Array, "B NKV G T D"]:
-    """The heads by the key/value head that they read: query head h reads ⌊h · NKV / NH⌋."""
+    """Group query heads by the key/value head they read: query head h reads ⌊h · NKV / NH⌋."""
     return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
 
 
 def scores(q: Float[Array, "B NKV *G T DHQK"], k: Float[Array, "B NKV S DHQK"]) -> Scores:
-    """A = q kᵀ / √DHQK of rotated q and k."""
+    """Return A = q kᵀ / √DHQK for rotated q and k."""
     return product("bk...td,bksd->bk...ts", q, k) / math.sqrt(q.shape[-1])
 
 
 def logits(scores: Scores, spec: AttentionSpec, terms: Terms | None = None) -> Scores:
-    """What the activation is a function of: A + b + E, or A · e^E where the weight is the logit."""
+    """Return the input of the activation: A + b + E, or A · e^E for an activation whose weight is the logit."""
     logits = scores if spec.bias is None else scores + _of_query_heads(spec.bias, scores)
     if terms is None:
         return logits
@@ -78,21 +78,21 @@ def logits(scores: Scores, spec: AttentionSpec, terms: Terms | None = None) -> S
 
 
 def _of_terms(terms: Terms, logits: Array) -> Array:
-    """terms with the logits' heads, or an axis for them."""
+    """Expand ``terms`` to the heads of the logits, or add an axis that broadcasts over them."""
     return terms[:, :, None] if logits.ndim == 5 else jnp.repeat(terms, logits.shape[1] // terms.shape[1], axis=1)
 
 
 def gradients_of_logits(
     gradient: Scores, logits: Scores, spec: AttentionSpec, terms: Terms | None
 ) -> tuple[Scores, Scores]:
-    """The gradients of :func:`logits`, of the scores and of terms that are there, for each query head."""
+    """Return the gradients of :func:`logits` with respect to the scores and to E, if there is one, per query head."""
     if terms is None or not spec.activation.is_linear:
         return gradient, gradient
     return gradient * jnp.exp(_of_terms(terms, logits)), gradient * logits
 
 
 def terms(spec: AttentionSpec, rows: Int[Array, " T"]) -> Terms | None:
-    """E_ts of the queries at the positions ``rows`` and all keys; None without decay and input gate."""
+    """Return E_ts for the queries at positions ``rows`` and all keys; None without decay and input gate."""
     decayed = None if spec.log_decay is None else decay.sums(spec.log_decay, rows)
     if spec.log_input_gate is None:
         return decayed
@@ -101,7 +101,7 @@ def terms(spec: AttentionSpec, rows: Int[Array, " T"]) -> Terms | None:
 
 
 def weights(logits: Scores, keep: Keep, spec: AttentionSpec) -> Scores:
-    """The weights of whole rows, and 0 where keep is False. A row that may attend to nothing is 0."""
+    """Return the weights of complete rows. They are 0 where ``keep`` is False, even if it is False for a whole row."""
     keep = _of_heads(keep, logits)
     activation = spec.activation
     if not activation.is_normalised:
@@ -114,41 +114,41 @@ def weights(logits: Scores, keep: Keep, spec: AttentionSpec) -> Scores:
 
 
 def _of_query_heads(x: Float32[Array, " NH"], logits: Array) -> Array:
-    """x with the logits' axes, one number a head."""
+    """Reshape x, one number per head, to broadcast against the logits."""
     return x.reshape(1, *logits.shape[1:-2], 1, 1)
 
 
 def _of_heads(keep: Array, logits: Array) -> Array:
-    """keep with the logits' shape."""
+    """Broadcast ``keep`` to the shape of the logits."""
     return jnp.broadcast_to(keep[:, None] if logits.ndim == 4 else keep[:, None, None], logits.shape)
 
 
-# ---- by parts: a row's columns one after the other
+# ---- in parts: the columns of a row arrive in several pieces
 
 Results = tuple[Float[Array, "B NKV G T DHV"], Float32[Array, "B NKV G T 1"] | None]
-"""The output over some columns. Of a normalised activation also the log of each row's sum of e^logit, LOWEST where the
-row may attend to none of them."""
+"""The output over some columns. For a normalised activation also the log of each row's Σ e^logit, which is LOWEST if
+the row may attend to none of them."""
 
 
 class Sums(NamedTuple):
-    """What rows have come to over the columns so far. Only a normalised activation reads the last two."""
+    """Running sums of each row over the columns so far. Only a normalised activation reads the last two."""
 
     weighted: Float32[Array, "B NKV G T DHV"]
-    """Σ_s W_ts v_s; normalised: Σ_s e^(A_ts − top) v_s."""
+    """Σ_s W_ts v_s, or Σ_s e^(A_ts − top) v_s for a normalised activation."""
     top: Float32[Array, "B NKV G T 1"]
-    """The greatest logit."""
+    """The largest logit."""
     total: Float32[Array, "B NKV G T 1"]
     """Σ_s e^(A_ts − top)."""
 
 
 def no_sums(rows: tuple[int, ...], width: int) -> Sums:
-    """Over no column: rows is (B, NKV, G, T), width DHV."""
+    """Return the sums over no columns; ``rows`` is (B, NKV, G, T) and ``width`` is DHV."""
     zeros = jnp.zeros((*rows, 1), F32)
     return Sums(jnp.zeros((*rows, width), F32), zeros + LOWEST, zeros)
 
 
 def add_columns(sums: Sums, logits: Scores, keep: Keep, v: Values, spec: AttentionSpec) -> Sums:
-    """The sums over more columns, of the values v: the online softmax of arXiv 1805.02867."""
+    """Add columns with the values ``v`` to the sums, by the online softmax of arXiv 1805.02867."""
     keep = _of_heads(keep, logits)
     weighted, top, total = sums
     if spec.activation.is_normalised:
@@ -162,7 +162,7 @@ def add_columns(sums: Sums, logits: Scores, keep: Keep, v: Values, spec: Attenti
 
 
 def finished(sums: Sums, spec: AttentionSpec) -> Results:
-    """The results over the columns that were added, the output in float32."""
+    """Return the results over the columns added so far, with the output in float32."""
     if not spec.activation.is_normalised:
         return sums.weighted, None
     total = jnp.where(empty := sums.total == 0, 1, sums.total)
@@ -170,7 +170,7 @@ def finished(sums: Sums, spec: AttentionSpec) -> Results:
 
 
 def joined(a: Results, b: Results) -> Results:
-    """The results over the columns of both."""
+    """Combine the results over two disjoint sets of columns."""
     if a[1] is None or b[1] is None:
         return a[0] + b[0], None
     lse = jnp.logaddexp(a[1], b[1])
@@ -178,7 +178,7 @@ def joined(a: Results, b: Results) -> Results:
 
 
 def with_sink(results: Results, spec: AttentionSpec) -> Results:
-    """The results over all columns and the sink, which takes weight and has no value."""
+    """Add the sink, which takes weight but has no value, to the results over all columns."""
     if spec.sink is None:
         return results
     assert results[1] is not None
@@ -189,7 +189,7 @@ def with_sink(results: Results, spec: AttentionSpec) -> Results:
 def gradient_of_sink(
     lse: Float32[Array, "B NKV G T 1"], delta: Float32[Array, "B NKV G T 1"], spec: AttentionSpec
 ) -> Float32[Array, " NH"]:
-    """Σ −p δ with p = e^(z − lse) the weight that the sink takes; the arguments are those of :func:`weights_again`."""
+    """Return Σ −p δ, where p = e^(z − lse) is the sink's weight; for ``lse`` and δ see :func:`weights_again`."""
     assert spec.sink is not None
     return -jnp.sum(jnp.exp(_of_query_heads(spec.sink, lse) - lse) * delta, axis=(0, 3, 4)).reshape(-1)
 
@@ -197,10 +197,10 @@ def gradient_of_sink(
 def weights_again(
     logits: Scores, keep: Keep, lse: Float32[Array, "B NKV *G T 1"] | None, spec: AttentionSpec
 ) -> tuple[Scores, Callable[[Array, Array | None], Array]]:
-    """The weights of some columns, in the backward pass, and (their gradient, δ) → the logits' gradient.
+    """Return the weights of some columns for the backward pass, and (their gradient, δ) → gradient of the logits.
 
-    lse: of the row over *all* its columns, the sink included. δ = Σ_d out_td · (gradient of out)_td, one for each
-    row. Both are None for a pointwise activation, whose weights don't depend on each other.
+    ``lse`` covers *all* columns of a row and the sink; δ = Σ_d out_td · (gradient of out)_td, one per row. Both are
+    None for a pointwise activation, in which each weight depends on its own logit only.
     """
     keep = _of_heads(keep, logits)
     if lse is None:

@@ -1,11 +1,11 @@
-"""``none`` in linear time: attention without a normaliser is a sum of outer products, and may be summed chunk by chunk.
+"""``none`` in linear time: attention without a normaliser is a sum of outer products, computed chunk by chunk.
 
 With rotated q and k, out_t = q_t · C_t and C_t = e^{ℓ_t} C_{t−1} + i_t k_t v_tᵀ / √DHQK, exactly; ℓ = 0 without decay
-and i = 1 without gate. Inside a chunk of T tokens the T×T weights are formed as in the reference; what lies before the
-chunk arrives as one DHQK×DHV state. Every exponent is a sum of ℓ that starts at the chunk's head. Where a document
-begins the state counts for nothing. Time and memory are linear in S: O(S · (T + DHQK) · DHV) and O(S · (DHQK + DHV)).
+and i = 1 without gate. Inside a chunk of T tokens the T×T weights are formed as in the reference. One DHQK×DHV state
+stands for everything before the chunk. Every exponent is a sum of ℓ that starts at the head of the chunk. At the start
+of a document the state is dropped. Time is O(S · (T + DHQK) · DHV), memory O(S · (DHQK + DHV)): both linear in S.
 
-In einsum: b B, k NKV, g G, n chunks at once, t and s tokens of a chunk, d DHQK, e DHV.
+Letters in einsum: b B, k NKV, g G, n concurrent chunks, t and s tokens of a chunk, d DHQK, e DHV.
 """
 
 from __future__ import annotations
@@ -29,47 +29,47 @@ from xattn.backend.rope import rotate
 from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values, prepare, product, spec_tables
 
 State = Float[Array, "B NKV DHQK DHV"]
-"""Float32 where it is returned."""
+"""Always float32 when returned."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work is cut; the result depends on it by rounding only."""
+    """How the work is divided. It affects the result through rounding only."""
 
     chunk: int = 64
-    """Tokens a chunk, T."""
+    """Tokens per chunk, T."""
     concurrent: int = 1
     """Chunks computed together in one step of the loop over the sequence."""
 
     @classmethod
     def of_platform(cls) -> Tuning:
-        """One chunk stays in a CPU's cache; many together fill an accelerator."""
+        """Choose one chunk at a time on a CPU, where it fits into the cache, and many to fill an accelerator."""
         return cls(concurrent=1 if jax.default_backend() == "cpu" else 32)
 
 
 class Documents(NamedTuple):
-    """Where documents begin: a document is a run of tokens with one segment id."""
+    """The document of each token. A document is a run of tokens with the same segment id."""
 
     runs: Int[Array, "B S"]
-    """The number of the token's document, counted from 0."""
+    """Index of the token's document, from 0."""
     previous: Int[Array, "B S"]
-    """That of the token before it; of the first token its own, so that a state from before the call counts."""
+    """Index of the preceding token's document. The first token has its own, so a state from before the call counts."""
 
 
 def documents(segment_ids: Int[Array, "B S"]) -> Documents:
-    """The documents of segments of which none comes back after another."""
+    """Return the documents, given that no segment id comes back after another."""
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     runs = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
     return Documents(runs, runs - begins.astype(jnp.int32))
 
 
 def linear(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
-    """:func:`xattn.backend.reference.reference` for ``none``, without window or a given mask.
+    """Compute :func:`xattn.backend.reference.reference` for ``none``, without a window or a given mask.
 
-    Where the mesh that is set splits the sequence, each device computes its own stretch. What comes before it arrives
-    as the other devices' states; no key or value travels. A segment id that comes back after another is beyond a sum
-    that has forgotten it: where the spec doesn't know that none does, the ids are looked at, and if one does
-    :func:`xattn.backend.blockwise.blockwise` computes the call. tuning: None is what suits the platform.
+    If the active mesh splits the sequence, each device computes its own stretch. The devices exchange states only, no
+    keys or values. A state can't handle a segment id that comes back after another, since it has dropped the earlier
+    segment. Unless the spec rules that out, the ids are checked at run time, and
+    :func:`xattn.backend.blockwise.blockwise` takes over if one comes back. ``tuning`` None suits the platform.
     """
     _check(spec)
     tuning = tuning or Tuning.of_platform()
@@ -94,7 +94,7 @@ def _number_of_segments(segment_ids: Int[Array, "B S"]) -> Int[Array, " B"]:
 def _in_runs(
     q: Queries, k: Keys, v: Values, spec: AttentionSpec, documents: Documents | None, tuning: Tuning
 ) -> Output:
-    """:func:`linear` of documents that don't come back."""
+    """Compute :func:`linear`, given that no segment id comes back after another."""
     devices = context_devices()
     if devices == 1 or q.shape[2] % devices:
         zeros = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
@@ -104,7 +104,7 @@ def _in_runs(
     states = on_each(
         _state_of_device, in_specs=(SEQUENCE_SPLIT, SEQUENCE_SPLIT, places, of_documents), out_specs=P(CONTEXT)
     )(k, v, spec, documents)
-    # Summed outside of what is split by hand, so that rows and heads stay split as they are.
+    # Sum outside of shard_map, so that batch and heads keep their sharding.
     earlier = _earlier(devices, spec, documents)
     what = "mn,nbkde->mbkde" if earlier.ndim == 2 else "bkmn,nbkde->mbkde"
     before = jnp.einsum(what, earlier, states, precision=jax.lax.Precision.HIGHEST)
@@ -121,7 +121,7 @@ def _in_runs(
 def _earlier(
     devices: int, spec: AttentionSpec, documents: Documents | None
 ) -> Float32[Array, "*B_NKV devices devices"]:
-    """(m, n): what is left, at the head of device m, of device n's state; 0 where n does not come before m."""
+    """Return (m, n): the factor left of device n's state at the head of device m; 0 unless n comes before m."""
     earlier = jnp.tri(devices, k=-1, dtype=F32)
     if spec.log_decay is not None:
         whole = jnp.sum(spec.log_decay.reshape(*spec.log_decay.shape[:2], devices, -1), axis=-1)
@@ -135,7 +135,7 @@ def _earlier(
 
 @jax.checkpoint
 def _state_of_device(index: Array, k: Array, v: Array, spec: AttentionSpec, documents: Documents | None) -> Array:
-    """What the device's own stretch adds to the state at its end, (1, B, NKV, DHQK, DHV), keys rotated as they are."""
+    """Return what the device's stretch, with keys R(s) k_s, adds to the state at its end, (1, B, NKV, DHQK, DHV)."""
     _, rotated_k = prepare(k, k, spec, index * k.shape[2])
     left = _left_of(_Chunks.of(spec, documents, lambda x, **_: x))
     rotated_k = rotated_k if left is None else (rotated_k.astype(F32) * left[..., None]).astype(k.dtype)
@@ -145,12 +145,12 @@ def _state_of_device(index: Array, k: Array, v: Array, spec: AttentionSpec, docu
 def linear_with_state(
     q: Queries, k: Keys, v: Values, spec: AttentionSpec, initial: State | None, tuning: Tuning | None = None
 ) -> tuple[Output, State]:
-    """As :func:`linear`, but continues from a state and returns the last; ``initial`` None is 0.
+    """Compute :func:`linear` from an initial state, and also return the final state; ``initial`` None is 0.
 
-    A state is c = Σ_s i_s e^{Σ_{r>s} ℓ_r} R(s − S) k_s v_sᵀ / √DHQK over the S tokens seen: their keys are rotated back
-    by S positions, so that the next call, whose positions begin at 0 again, continues exactly. Two halves equal the
-    whole at any cut. Of several documents only the last is in it. The backward keeps only the arguments and recomputes
-    everything else.
+    A state is c = Σ_s i_s e^{Σ_{r>s} ℓ_r} R(s − S) k_s v_sᵀ / √DHQK over the S tokens seen. The keys are rotated back
+    by S positions, so the next call, with positions from 0 again, continues exactly. Splitting a sequence at any point
+    gives the same result. With several documents, the state holds only the last. The backward pass keeps only the
+    arguments and recomputes everything else.
     """
     _check(spec)
     if initial is None:
@@ -168,7 +168,7 @@ def _check(spec: AttentionSpec) -> None:
 
 
 class _Chunks(NamedTuple):
-    """What belongs to the tokens of some chunks besides q, k and v; the tokens of a chunk are the last axis."""
+    """Per-token arrays of some chunks, other than q, k and v. The last axis counts the tokens of a chunk."""
 
     log_decay: Float32[Array, "B NKV *n T"] | None
     log_input_gate: Float32[Array, "B NKV *n T"] | None
@@ -177,14 +177,14 @@ class _Chunks(NamedTuple):
 
     @classmethod
     def of(cls, spec: AttentionSpec, documents: Documents | None, cut: Callable[..., Array]) -> _Chunks:
-        """cut: (B, NKV or 1, S) → the chunks that are asked for; what fills the last one is 0, or its last number."""
+        """Cut the arrays with ``cut``, (B, NKV or 1, S) → chunks. Padding is 0, or repeats the last document."""
         arrays = (None, None) if documents is None else tuple(x[:, None] for x in documents)
         logs = (None if x is None else cut(x) for x in (spec.log_decay, spec.log_input_gate))
         return cls(*logs, *(None if x is None else cut(x, mode="edge") for x in arrays))
 
 
 def _left_of(of: _Chunks) -> Float32[Array, "B NKV *n T"] | None:
-    """What is left of a token's k vᵀ at the end of its chunk: i_s e^{Σ_{r>s} ℓ_r}, 0 if a document begins after it."""
+    """Return the factor on a token's k vᵀ at the chunk's end: i_s e^{Σ_{r>s} ℓ_r}, or 0 if a document starts later."""
     exponents = [decay.exclusive_to_end(of.log_decay)] if of.log_decay is not None else []
     exponents += [of.log_input_gate] if of.log_input_gate is not None else []
     left = jnp.exp(sum(exponents)) if exponents else None
@@ -194,13 +194,13 @@ def _left_of(of: _Chunks) -> Float32[Array, "B NKV *n T"] | None:
 
 
 def _weighted(weights: Array, of: _Chunks) -> Float32[Array, "B NKV G n T T"]:
-    """A_ts e^{E_ts} within a chunk, 0 where a document begins between s and t; s ≤ t."""
+    """Return A_ts e^{E_ts} within a chunk, for s ≤ t; 0 where a document begins between s and t."""
     if of.log_decay is not None or of.log_input_gate is not None:
         exponent = jnp.float32(0)
         if of.log_decay is not None:
             sums = jax.lax.cumsum(of.log_decay, axis=3)
             exponent = sums[..., :, None] - sums[..., None, :]
-            # Rounding may leave it a little above 0. A minimum would halve the gradient where nothing decays.
+            # Rounding may leave it slightly above 0. jnp.minimum would halve the gradient where nothing decays.
             exponent = exponent - jax.lax.stop_gradient(jnp.maximum(exponent, 0))
         if of.log_input_gate is not None:
             exponent = exponent + of.log_input_gate[..., None, :]
@@ -212,7 +212,7 @@ def _weighted(weights: Array, of: _Chunks) -> Float32[Array, "B NKV G n T T"]:
 
 
 def _from_before(of: _Chunks) -> tuple[Array, Array] | None:
-    """What is left of the state before a chunk, at each of its tokens (B, NKV, n, T), and after it (B, NKV, n)."""
+    """Return the factor left of the state before a chunk: at each token (B, NKV, n, T) and at its end (B, NKV, n)."""
     if of.log_decay is None and of.runs is None:
         return None
     left = jnp.float32(1) if of.log_decay is None else jnp.exp(jax.lax.cumsum(of.log_decay, axis=3))
@@ -222,8 +222,8 @@ def _from_before(of: _Chunks) -> tuple[Array, Array] | None:
     return left, left[..., -1]
 
 
-# The backward keeps nothing of the forward. Each step inside is checkpointed too, so that computing it again keeps a
-# state a step and no weights.
+# The backward keeps nothing of the forward. Each scan step is checkpointed as well, so the recomputation stores one
+# state per step and no weights.
 @partial(jax.checkpoint, static_argnums=6)
 def chunked(
     q: Queries,
@@ -235,19 +235,19 @@ def chunked(
     tuning: Tuning,
     first: Array | int = 0,
 ) -> tuple[Output, State]:
-    """As :func:`linear_with_state`, from position ``first`` on; the state is not rotated back: its keys are R(s) k_s.
+    """Compute :func:`linear_with_state` from position ``first`` on, with an unrotated state: its keys are R(s) k_s.
 
-    documents: those of the spec's segment_ids, or None where it has none.
+    ``documents`` are those of the spec's segment_ids; None if it has none.
     """
     length, kv_heads = k.shape[2], k.shape[1]
     chunk = min(tuning.chunk, length)
     concurrent = min(tuning.concurrent, -(-length // chunk))
     scale = 1 / math.sqrt(q.shape[-1])
-    # A state grows with the sequence: what float16 can't hold (65504) is not what the output can't.
+    # A state grows with the sequence and may exceed float16's range (65504) where the output does not.
     past = F32 if v.dtype == jnp.float16 else v.dtype
 
     def cut(x: Array, **mode: Any) -> Array:
-        # (steps, B, heads, N, T, …), filled with zeros: a key of zeros adds nothing to any sum.
+        # (steps, B, heads, N, T, …), padded with zeros: a zero key adds nothing to any sum.
         filling = [(0, 0)] * x.ndim
         filling[2] = (0, -length % (concurrent * chunk))
         x = jnp.pad(x, filling, **mode)
@@ -274,7 +274,7 @@ def chunked(
 
 
 def _states(state: State, own: Array, kept: Float32[Array, "B NKV n"] | None) -> tuple[Array, Array]:
-    """The states before and after each chunk, from what each adds and how much it keeps; the chunks are axis 2."""
+    """Return the states before and after each chunk, from what each adds and the factor it keeps; chunks are axis 2."""
     if kept is None:
         after = jnp.cumsum(own, axis=2) + state[:, :, None]
     else:

@@ -1,4 +1,4 @@
-"""The axis of a device mesh that splits the sequence, as an implementation sees it while it is traced."""
+"""The axis of a device mesh that splits the sequence, as seen by an implementation during tracing."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from xattn.backend.spec import AttentionSpec
 
 CONTEXT = "context"
 SEQUENCE_SPLIT = P(None, None, CONTEXT)
-"""Of (B, NH or NKV, S, ·)."""
+"""How arrays (B, NH or NKV, S, ·) are split."""
 
 
 def context_devices() -> int:
-    """Devices over which the mesh that is set (``jax.set_mesh``) splits the sequence; 1 where none is set, or where the
-    caller is on a device of that axis already."""
+    """Return how many devices the active mesh (``jax.set_mesh``) splits the sequence over. It is 1 without a mesh, and
+    inside a function that already runs on one device of that axis."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return mesh.shape[CONTEXT] if types.get(CONTEXT) == AxisType.Auto else 1
 
 
 def split_by_sequence(spec: AttentionSpec) -> Any:
-    """How the spec's arrays are split: those of tokens by the sequence, the others not."""
+    """Return how the spec's arrays are split: per-token arrays by sequence, the others not at all."""
     whole: Any = jax.tree.map(lambda _: P(), spec)
     of_tokens = {"segment_ids": P(None, CONTEXT), "log_decay": SEQUENCE_SPLIT, "log_input_gate": SEQUENCE_SPLIT}
     return replace(whole, **{name: place for name, place in of_tokens.items() if getattr(spec, name) is not None})
 
 
 def on_each(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Turns a function (index, *arguments) of one device of the axis into one of whole arrays (*arguments).
+    """Turn a per-device function (index, *arguments) into a function of whole arrays (*arguments).
 
-    The other axes stay XLA's. The index comes in as data: not every compiler lets a device ask for its own index in a
-    program that is split by hand along one axis and by XLA along the others.
+    XLA keeps partitioning the other axes. The index is passed as data, because not every compiler lets a device query
+    its own index in a program that is split by hand along one axis and by XLA along the others.
     """
     split = jax.shard_map(
         lambda index, *arguments: function(index[0], *arguments),

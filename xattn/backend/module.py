@@ -26,14 +26,14 @@ class mLSTMBackendAttentionConfig:
     """
 
     context_length: int = -1
-    """The n of sigmoid's bias −log n; −1 is unset, and n is then the sequence length of the call."""
+    """The n of sigmoid's bias −log n; −1 means unset: n is then the sequence length of the call."""
     activation_function: str = "softmax"
     qk_pre_activation_function: QKPreActivation = "none"
     theta: float = 10000.0
     gates: Literal["none", "sigmoid"] = "none"
-    """``none`` ignores the gates of an mLSTM. ``sigmoid`` applies them: f as a decay, i as an input gate."""
+    """``none`` ignores the gates of an mLSTM. ``sigmoid`` applies f as a decay and i as an input gate."""
     rotary_fraction: float = 1.0
-    """Share of a head's channels that RoPE rotates, the first ones; an mLSTM has 0."""
+    """RoPE rotates this share of a head's channels, counted from the first. An mLSTM has 0."""
 
     def assign_model_config_params(self, model_config: Any) -> None:
         """Take the context length from the model's config."""
@@ -41,14 +41,14 @@ class mLSTMBackendAttentionConfig:
 
 
 class mLSTMBackendAttention(nn.Module):
-    """Causal attention behind the interface of an mLSTM backend; no parameters."""
+    """Causal attention behind the interface of an mLSTM backend. It has no parameters."""
 
     config: mLSTMBackendAttentionConfig
     config_class = mLSTMBackendAttentionConfig
 
     @property
     def can_vmap_over_heads(self) -> bool:
-        """True: no head sees another, and (B, S, D) is taken as well as (B, NH, S, D)."""
+        """True: heads are independent, and (B, S, D) is accepted as well as (B, NH, S, D)."""
         return True
 
     def __call__(
@@ -66,30 +66,29 @@ class mLSTMBackendAttention(nn.Module):
         Float[Array, "B *NH S DHV"]
         | tuple[Float[Array, "B *NH S DHV"], tuple[Float32[Array, "B *NKV DHQK DHV"], None, None]]
     ):
-        """Attend causally, by the configured choices; q, k and v have one dtype, and so has the output.
+        """Attend causally, as configured. q, k, v and the output share one dtype.
 
         Without a normaliser (``none``) attention is a recurrence with the state c = Σ_s R(s − S) k_s v_sᵀ / √DHQK over
-        the S tokens seen. Pass the state that one call returns to the next, whose positions count from 0 again: two
-        halves equal the whole at any cut. Softmax and sigmoid have no such state.
+        the S tokens seen. Pass the state returned by one call to the next, whose positions start from 0 again.
+        Splitting a sequence at any point gives the same result. Softmax and sigmoid have no such state.
 
-        With ``gates="sigmoid"`` it is the mLSTM with sigmoid gates (arXiv 2503.14376) without its normaliser::
+        With ``gates="sigmoid"`` this is the mLSTM with sigmoid gates (arXiv 2503.14376) without its normaliser::
 
             C_t = σ(f_t) C_{t−1} + σ(i_t) k_t v_tᵀ / √DHQK,   out_t = q_t · C_t
 
-        and under softmax and sigmoid the logs of the gates are added to the logits, as
-        :func:`xattn.backend.api.attention` says of log_decay and log_input_gate.
+        Under softmax and sigmoid the logs of the gates are added to the logits, like log_decay and log_input_gate in
+        :func:`xattn.backend.api.attention`.
 
         Args:
-            i, f: input and forget gates before their sigmoid, float, one for each key/value head and token: (B, NH, S)
-                or (B, NH, S, 1); (B, S) or (B, S, 1) where q has three axes. Accepted and ignored with gates="none".
-            c_initial: under ``none`` a state, used in float32; else None.
-            n_initial, m_initial: must be None: there is no normaliser, and no running maximum.
-            return_last_states: under ``none``, return ``(out, (c, None, None))``; else must be False.
+            i, f: input and forget gates before their sigmoid, float, one per key/value head and token: (B, NH, S) or
+                (B, NH, S, 1); (B, S) or (B, S, 1) if q has three axes. Ignored with gates="none".
+            c_initial: a state under ``none``, used in float32; otherwise None.
+            n_initial, m_initial: must be None, as there is no normaliser and no running maximum.
+            return_last_states: whether to return ``(out, (c, None, None))`` under ``none``; otherwise must be False.
 
         Raises:
-            ValueError: a state that the activation does not have, or one of the wrong shape; with gates="sigmoid" a
-                gate that is None or of another shape; an unknown choice of gates; and whatever
-                :func:`xattn.backend.api.attention` raises.
+            ValueError: the activation has no such state, or it has the wrong shape; with gates="sigmoid" a gate is None
+                or has the wrong shape; the choice of gates is unknown; or :func:`xattn.backend.api.attention` raises.
         """
         for name, state in (("n_initial", n_initial), ("m_initial", m_initial)):
             if state is not None:
@@ -129,7 +128,7 @@ class mLSTMBackendAttention(nn.Module):
     def _log_sigmoid(
         self, name: str, gate: Gate | None, k: Float[Array, "B NKV S DHQK"], one_head: bool
     ) -> Float32[Array, "B NKV S"] | None:
-        """log σ of a gate's pre-activation; None where gates are not applied."""
+        """Return log σ of a gate's pre-activation; None if gates are not applied."""
         if self.config.gates == "none":
             return None
         if self.config.gates != "sigmoid":

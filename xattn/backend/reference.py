@@ -1,4 +1,4 @@
-"""The specification: attention as its formula, S×S weights and all. Other implementations are tested to equal it."""
+"""The specification: attention as its formula, with all S×S weights. Tests hold the other implementations to it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from xattn.backend.spec import AttentionSpec, prepare, product
 def reference(
     q: Float[Array, "B NH S DHQK"], k: Float[Array, "B NKV S DHQK"], v: Float[Array, "B NKV S DHV"], spec: AttentionSpec
 ) -> Float[Array, "B NH S DHV"]:
-    """out = weights · v, with the weights as :func:`xattn.backend.api.attention` states them.
+    """Return weights · v, with the weights defined by :func:`xattn.backend.api.attention`.
 
-    Where a token may not attend they are 0. Query head h reads key/value head ⌊h · NKV / NH⌋. q, k, v and the
-    output have one dtype. Logits and weights are float32; the weights are rounded to v's dtype before they meet v, and
-    that product too is accumulated in float32. A row that may attend to nothing is 0.
+    A weight is 0 where a token may not attend, so a row that may attend to nothing is 0. Query head h reads key/value
+    head ⌊h · NKV / NH⌋. q, k, v and the output share one dtype. Logits and weights are float32. The weights are rounded
+    to v's dtype before the product with v, and that product also accumulates in float32.
     """
     weights = attended(q, k, spec).weights
     v = jnp.repeat(v, q.shape[1] // v.shape[1], axis=1)
@@ -26,7 +26,7 @@ def reference(
 
 
 class Attended(NamedTuple):
-    """What rows attend to: the scores A before any additive term, who may attend, and the weights."""
+    """What rows attend to: the scores A before any additive term, the mask (True = attend), and the weights."""
 
     scores: Float[Array, "B NH T S"]
     keep: Bool[Array, "#B T S"]
@@ -39,7 +39,7 @@ def attended(
     spec: AttentionSpec,
     rows: Int[Array, " T"] | None = None,
 ) -> Attended:
-    """What each query attends to, or only the queries at the positions ``rows``."""
+    """Return what each query attends to, or only those at positions ``rows``."""
     q, k = prepare(q, k, spec)
     k = jnp.repeat(k, q.shape[1] // k.shape[1], axis=1)
     every = jnp.arange(k.shape[2])

@@ -1,10 +1,10 @@
-"""A sequence over several devices: keys and values go round the mesh's context axis, and none is ever gathered.
+"""One sequence over several devices: keys and values travel round the mesh's context axis and are never gathered.
 
 Each of n devices holds S/n queries, keys and values. It attends to its own keys, passes them to the next device,
-attends to those that it received, and so on (Ring Attention, Liu et al., arXiv 2310.01889). Within a stretch of keys
-this is :mod:`xattn.backend.blockwise`, and :mod:`xattn.backend.formula` joins the results. What decays over the
-stretches in between is summed from one number for each. A stretch that comes after its queries costs no product. In the
-backward the gradients of keys and values travel with them, and end up at home.
+attends to the ones it received, and so on (Ring Attention, Liu et al., arXiv 2310.01889). Within a stretch of keys this
+is :mod:`xattn.backend.blockwise`, and :mod:`xattn.backend.formula` combines the results. The decay across the stretches
+in between is a sum of one number per stretch. A stretch after the queries costs no products. In the backward pass the
+gradients of keys and values travel with them, and finally return to the device that owns them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _GROUPED = P(None, None, None, CONTEXT)
 
 
 def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
-    """:func:`xattn.backend.reference.reference` without a given mask, in O(S/n) memory a device.
+    """Compute :func:`xattn.backend.reference.reference` without a given mask, in O(S/n) memory per device.
 
-    The mesh is the one that is set; S is a multiple of its context axis n. Where it has none, n = 1, this is
-    :func:`xattn.backend.blockwise.blockwise`. A device sends (n − 1)/n of all K and V in the forward and again in the
-    backward, and their gradients in float32; with a window, only as far as that reaches.
+    S must be a multiple of n, the size of the active mesh's context axis. If n is 1 or there is no such axis, this is
+    :func:`xattn.backend.blockwise.blockwise`. A device sends (n − 1)/n of all K and V in the forward pass, and again in
+    the backward pass with their gradients in float32. With a window, it sends them only as far as the window reaches.
     """
     assert spec.mask is None
     tuning = tuning or Tuning()
@@ -53,7 +53,7 @@ def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | N
 
 
 def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) -> Results:
-    """On all devices of the axis."""
+    """Run on all devices of the context axis."""
     run = on_each(
         partial(_device_forward, tuning=tuning, devices=context_devices()),
         in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, split_by_sequence(spec), P()),
@@ -75,7 +75,7 @@ def _backward(
 
 
 def _decays(spec: AttentionSpec) -> Float32[Array, "B NKV devices"] | None:
-    """Σ ℓ of each device's stretch."""
+    """Return Σ ℓ over each device's stretch."""
     if spec.log_decay is None:
         return None
     return jnp.sum(spec.log_decay.reshape(*spec.log_decay.shape[:2], context_devices(), -1), axis=-1)
@@ -92,7 +92,7 @@ def _device_forward(
     tuning: Tuning,
     devices: int,
 ) -> Results:
-    """What device ``index`` does; all arrays but the decays are its own stretches."""
+    """Run on device ``index``. All arrays are its own stretches, except the decays."""
 
     def attend(turn: Any, keys: KeySide, results: Results) -> Results:
         distance = _distance(index, turn, devices, q.shape[-2], decays)
@@ -150,7 +150,7 @@ def _device_backward(
 
 
 def _distance(index: Array, turn: Any, devices: int, length: int, decays: Array | None) -> Distance:
-    """From the keys that device ``index`` holds after ``turn`` turns to its queries."""
+    """Return the distance from the keys that device ``index`` holds after ``turn`` turns to its queries."""
     holder = (index - turn) % devices
     tokens = (index - holder) * length
     if decays is None:
@@ -160,13 +160,13 @@ def _distance(index: Array, turn: Any, devices: int, length: int, decays: Array 
 
 
 def _pass_on_with_keys(gradients: Gradients, distance: int, devices: int) -> Gradients:
-    """Those that belong to keys go where the keys go."""
+    """Pass on the gradients that belong to keys, so that they travel with the keys."""
     k, v, columns = _pass_on((gradients.k, gradients.v, gradients.columns), distance, devices)
     return gradients._replace(k=k, v=v, columns=columns)
 
 
 def _stretches(devices: int, length: int, window: int | None) -> int:
-    """How many stretches a device sees, its own included."""
+    """Return how many stretches a device sees, including its own."""
     return devices if window is None else min(devices, 1 + -(-(window - 1) // length))
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding, interleaved pairs (2i, 2i + 1), in float32 whatever the dtype of the features.
+"""Rotary position embedding of interleaved pairs (2i, 2i + 1), in float32 whatever the dtype of the features.
 
 Source: Su et al., RoFormer, arXiv 2104.09864, section 3.4.
 """
@@ -18,7 +18,7 @@ Theta = float | Float[Array, ""]
 def precompute_freqs(
     feat_dim: int, max_length: int, theta: Theta = 10000.0
 ) -> tuple[Float32[Array, "{max_length} {feat_dim}//2"], Float32[Array, "{max_length} {feat_dim}//2"]]:
-    """Sine and cosine of position · theta^(−2i/feat_dim) for the positions 0 … max_length − 1.
+    """Return sine and cosine of position · theta^(−2i/feat_dim) for the positions 0 … max_length − 1.
 
     Args:
         feat_dim: head width DHQK; even.
@@ -26,7 +26,7 @@ def precompute_freqs(
         theta: wavelength base, positive; a number or a traced scalar.
 
     Returns:
-        ``(sin, cos)``, row 0 exactly (0, 1). A float32 angle is off by up to 6e-8 of itself: 2.4e-4 at position 4096.
+        ``(sin, cos)``; row 0 is exactly (0, 1). The relative error of an angle is up to 6e-8: 2.4e-4 at position 4096.
 
     Raises:
         ValueError: feat_dim is odd or not positive, max_length is negative, or theta is a number that is not
@@ -49,14 +49,14 @@ def apply_rotary_emb(
 
     Args:
         xq, xk: queries and keys; their leading axes may differ (grouped heads).
-        freqs_sin, freqs_cos: both or neither; the first S rows are used. From :func:`precompute_freqs` if None.
-        theta: wavelength base, used only where no tables are given.
+        freqs_sin, freqs_cos: both or neither; the first S rows are used. None uses :func:`precompute_freqs`.
+        theta: wavelength base, used only without tables.
 
     Returns:
-        ``(xq, xk)`` rotated, in their own dtypes; the rotation itself is done in float32.
+        ``(xq, xk)`` rotated, in their own dtypes; the rotation itself runs in float32.
 
     Raises:
-        ValueError: one table without the other, tables of another shape, DHQK odd, or xq and xk of different S or DHQK.
+        ValueError: only one table is given, a table has the wrong shape, DHQK is odd, or xq and xk differ in S or DHQK.
     """
     if xq.shape[-2:] != xk.shape[-2:]:
         raise ValueError(f"xq and xk must agree in their last two axes (S, DHQK), got {xq.shape} and {xk.shape}")
@@ -76,13 +76,13 @@ def apply_rotary_emb(
 def rotary_tables(
     positions: Int[Array, "*shape"], feat_dim: int, theta: Theta
 ) -> tuple[Float32[Array, "*shape {feat_dim}//2"], Float32[Array, "*shape {feat_dim}//2"]]:
-    """As :func:`precompute_freqs`, at any positions; feat_dim may be 0, which rotates nothing."""
+    """Compute :func:`precompute_freqs` at arbitrary positions. feat_dim may be 0, which rotates nothing."""
     if feat_dim == 0:
         empty = jnp.zeros((*positions.shape, 0), jnp.float32)
         return empty, empty
     _check_width(feat_dim)
     exponents = jnp.arange(0, feat_dim, 2, dtype=jnp.float32) / feat_dim
-    # A power, not exp(−exponent · log theta): the rounding of that product would be a tenfold error of the angle.
+    # A power, not exp(−exponent · log theta): rounding that product would increase the error of the angle tenfold.
     angles = jnp.multiply.outer(positions.astype(jnp.float32), checked_theta(theta) ** -exponents)
     return _materialised(jnp.sin(angles)), _materialised(jnp.cos(angles))
 
@@ -93,9 +93,9 @@ def rotate(
     cos: Float[Array, "#S pairs"],
     scale: Float32[Array, ""] | None = None,
 ) -> Float[Array, "*heads S DHQK"]:
-    """scale · x rotated, float32 inside and x's dtype out. −sin rotates back.
+    """Rotate x and multiply it by ``scale``, in float32; return it in x's dtype. −sin rotates back.
 
-    The tables are as wide as the pairs that turn, the first of x; its other channels keep their direction.
+    The tables cover the first pairs of x; the remaining channels are only scaled.
     """
     wide, turning = x.astype(jnp.float32), 2 * sin.shape[-1]
     pairs = wide[..., :turning].reshape(*x.shape[:-1], sin.shape[-1], 2)
@@ -108,7 +108,7 @@ def rotate(
 
 
 def checked_theta(theta: Theta) -> Float32[Array, ""]:
-    """theta as a float32 scalar. A number is judged by its value, an array by its shape alone: it may be traced."""
+    """Return theta as a float32 scalar. Check a number's value, but only an array's shape, since it may be traced."""
     if isinstance(theta, Real) and not (theta > 0 and math.isfinite(theta)):
         raise ValueError(f"theta must be positive and finite, got {theta}")
     array = jnp.asarray(theta, jnp.float32)
@@ -118,11 +118,11 @@ def checked_theta(theta: Theta) -> Float32[Array, ""]:
 
 
 def _materialised(table: Array) -> Array:
-    """The table itself, bit for bit, and computed once.
+    """Return the same table, bit for bit, but make XLA compute it only once.
 
-    XLA:CPU fuses sine and cosine into the rotation and computes them again for every batch row and head, at many times
-    the cost of the rotation. It drops an optimization_barrier before it fuses, but it keeps a product, and one with the
-    identity in full precision is exact.
+    XLA:CPU fuses sine and cosine into the rotation and recomputes them for every batch row and head, at many times the
+    cost of the rotation. It drops an optimization_barrier before fusing but keeps a matrix product, and a product with
+    the identity in full precision is exact.
     """
     return jnp.matmul(table, jnp.eye(table.shape[-1], dtype=table.dtype), precision=jax.lax.Precision.HIGHEST)
 

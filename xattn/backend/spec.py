@@ -1,4 +1,4 @@
-"""What a call of attention means: one object that every implementation takes after q, k and v."""
+"""The meaning of an attention call: one object that every implementation takes after q, k and v."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ Output = Float[Array, "B NH S DHV"]
 )
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """The meaning of a call, checked and in one spelling (see :func:`xattn.backend.api.attention`).
+    """The meaning of a call, checked and in canonical form (see :func:`xattn.backend.api.attention`).
 
-    A pytree: the fields that are arrays may be traced; the others shape the program.
+    It is a pytree. Fields that are arrays may be traced; the others are static.
     """
 
     theta: Float32[Array, ""]
     logit_scale: Float32[Array, ""]
-    """A factor on the logits besides 1/√DHQK."""
+    """Factor on the logits, in addition to 1/√DHQK."""
     bias: Float32[Array, " NH"] | None
-    """Added to the logits; None where the activation takes none."""
+    """Added to the logits; None if the activation takes no bias."""
     sink: Float32[Array, " NH"] | None
-    """A logit that takes weight and has no value; None is none, and only a normalised activation has one."""
+    """A logit that takes weight but has no value; None means no sink. Only a normalised activation has one."""
     mask: Bool[Array, "S S"] | None
-    """True = attend; None is causal."""
+    """True means attend; None means causal."""
     segment_ids: Int[Array, "B S"] | None
-    """A token attends within its own segment."""
+    """A token attends only within its own segment."""
     log_decay: Float32[Array, "B NKV S"] | None
-    """ℓ, from −100 to 0. A token t sees s through D_ts = Σ_{r=s+1..t} ℓ_r; with a decay the mask is also causal."""
+    """ℓ, from −100 to 0. Token t sees s through D_ts = Σ_{r=s+1..t} ℓ_r. A decay also makes the mask causal."""
     log_input_gate: Float32[Array, "B NKV S"] | None
     """log i: how much of a token is written."""
     activation: Activation
@@ -51,15 +51,15 @@ class AttentionSpec:
     rotary_fraction: float
     """Share of the channels that RoPE rotates."""
     window: int | None
-    """A token t attends to t − window < s ≤ t; None is no limit."""
+    """Token t attends to t − window < s ≤ t; None means no limit."""
     n: int
     """The sequence length of training, which a pointwise activation may depend on."""
     segments_are_runs: bool = False
-    """Whether it is known that each segment is one run of tokens: that no id comes back after another."""
+    """Whether each segment is known to be one run of tokens, so that no id comes back after another."""
 
     @property
     def has_terms(self) -> bool:
-        """Whether a logit has the term E_ts, of a decay or an input gate."""
+        """Whether logits have a term E_ts, from a decay or an input gate."""
         return self.log_decay is not None or self.log_input_gate is not None
 
     @property
@@ -69,14 +69,14 @@ class AttentionSpec:
 
 
 def pre_activate(x: Float[Array, "*shape"], spec: AttentionSpec) -> Float[Array, "*shape"]:
-    """x or x · σ(x), in x's dtype."""
+    """Return x or x · σ(x), in x's dtype."""
     return jax.nn.silu(x) if spec.qk_pre_activation == "swish" else x
 
 
 def prepare(q: Queries, k: Keys, spec: AttentionSpec, first: Array | int = 0) -> tuple[Queries, Keys]:
-    """g · R f(q) and R f(k), with logit scale g, pre-activation f and RoPE R at the S positions from ``first`` on.
+    """Return g · R f(q) and R f(k), each in its own dtype.
 
-    Each keeps its dtype.
+    g is the logit scale, f the pre-activation and R the rotation at the S positions from ``first`` on.
     """
     sin, cos = spec_tables(first + jnp.arange(q.shape[-2]), q.shape[-1], spec)
     return rotate(pre_activate(q, spec), sin, cos, spec.logit_scale), rotate(pre_activate(k, spec), sin, cos)
@@ -85,15 +85,15 @@ def prepare(q: Queries, k: Keys, spec: AttentionSpec, first: Array | int = 0) ->
 def spec_tables(
     positions: Int[Array, "*shape"], width: int, spec: AttentionSpec
 ) -> tuple[Float32[Array, "*shape pairs"], Float32[Array, "*shape pairs"]]:
-    """Sine and cosine of the channels that are rotated: the first 2 · round(rotary_fraction · DHQK / 2)."""
+    """Return sine and cosine for the rotated channels: the first 2 · round(rotary_fraction · DHQK / 2)."""
     return rotary_tables(positions, 2 * round(spec.rotary_fraction * width / 2), spec.theta)
 
 
 def product(subscripts: str, x: Float[Array, ...], y: Float[Array, ...]) -> Float32[Array, ...]:
-    """The einsum of two arrays of one dtype, accumulated in float32.
+    """Return the einsum of two arrays of one dtype, accumulated in float32.
 
-    float32 is multiplied as float32 on every device. XLA's default rounds it to TF32 on a GPU and to bfloat16 on a TPU;
-    to get that speed, pass bfloat16.
+    float32 stays float32 on every device. XLA's default would round it to TF32 on a GPU and to bfloat16 on a TPU; pass
+    bfloat16 to get that speed.
     """
     precision = None
     if jax.default_backend() == "cpu":

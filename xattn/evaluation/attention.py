@@ -1,10 +1,10 @@
-"""The attention study: what each head attends to, comparable across the three activations.
+"""The attention study: what each head attends to, in numbers that are comparable across the three activations.
 
-A program of its own reads it off the parameters: a run's training program does not know whether it is watched.
+It is a separate program that reads the parameters. The training program does not depend on whether a study runs.
 
-``softmax`` gives every row of weights the sum 1; ``sigmoid`` gives it any sum from 0 to the number of keys, and
-``none`` any sum at all, of weights of both signs. So shares are taken of magnitudes, p_ts = |P_ts| / Σ_s' |P_ts'|: P
-itself under softmax. Σ_s |P_ts| is told beside them.
+Under ``softmax`` the weights of a row sum to 1. Under ``sigmoid`` the sum is anything from 0 to the number of keys, and
+under ``none`` it is arbitrary, with weights of both signs. Shares are therefore based on magnitudes:
+p_ts = |P_ts| / Σ_s' |P_ts'|, which under softmax is P itself. Σ_s |P_ts| is reported separately.
 """
 
 from __future__ import annotations
@@ -32,41 +32,40 @@ from xattn.model.hyperparameters import (
 from xattn.model.pattern import layers_of
 from xattn.model.transformer import LanguageModel, attention_inputs
 
-WINDOWS = 4  # of evaluation's, the first of them
+WINDOWS = 4  # the first evaluation windows that score
 MAP_SIDE = 64  # at most
-# Logits that are in memory at a time, of one window in one layer: where NH · S² are more, fewer rows are looked at.
+# Most logits in memory at a time, for one window in one layer. If NH · S² is larger, fewer rows are studied.
 _LOGITS = 2**23
 
 
 class AttentionStudy(NamedTuple):
-    """statistics: name → (L, NH), see :func:`attention_study`. maps: (L, NH, T, T') with T, T' ≤ 64, of the first
-    window: the shares of evenly spaced rows, summed over T' stretches of keys."""
+    """The study of every layer and head."""
 
     statistics: Mapping[str, jax.Array]
+    """Name → (L, NH); see :func:`attention_study`."""
     maps: jax.Array
+    """(L, NH, T, T') with T, T' ≤ 64, for the first window: shares of evenly spaced rows, summed over T' key ranges."""
 
 
 Study = Callable[[Any, ModelHyperparameters, Windows], AttentionStudy]
 
 
 def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
-    """(params, hyperparameters, windows) → the study of every layer and head, in float32.
+    """Return a function (params, hyperparameters, windows) → the study of every layer and head, in float32.
 
-    With A, P and out as in :func:`xattn.backend.api.attention` and p the shares, over evenly spaced rows t of all
-    windows (all rows where NH · S² ≤ 2²³):
+    A, P and out are as in :func:`xattn.backend.api.attention`. The shares p are of the weight on keys; a sink has none.
+    Statistics cover evenly spaced rows t of all windows (all rows if NH · S² ≤ 2²³):
 
-    - ``entropy``: mean over t of −Σ_s p_ts ln p_ts, in nats. ``effective_keys``: mean of its exponential: over how many
-      keys a row would have to be spread evenly to have that entropy, 1 to t + 1.
-    - ``max_logit``: the greatest score A_ts that may be attended to, logit scale included, before bias, decay and input
-      gate. Under ``none`` without a decay or an input gate it is the greatest weight.
-    - ``weight_sum``: mean of Σ_s |P_ts|. Under softmax it is 1, and with a sink 1 less the sink's weight.
+    - ``entropy``: mean over t of −Σ_s p_ts ln p_ts, in nats. ``effective_keys``: mean of its exponential, which is the
+      number of keys, 1 to t + 1, with the same entropy if a row were spread evenly over them.
+    - ``max_logit``: the largest score A_ts that may be attended to, with the logit scale, before bias, decay and input
+      gate. Under ``none`` without a decay or an input gate it is the largest weight.
+    - ``weight_sum``: mean of Σ_s |P_ts|. Under softmax it is 1, or with a sink 1 minus the sink's weight.
     - ``first_token``: mean of p_t0, the share of the window's first token.
-    - ``distance_<d>``: mean of Σ p_ts over d ≤ t − s < d', with d = 0, 1, 4, 16, … and d' the next of them.
+    - ``distance_<d>``: mean of Σ p_ts over d ≤ t − s < d', for d = 0, 1, 4, 16, …; d' is the next of these.
     - ``output_norm``: mean of ‖out_t‖₂, before the terms on a head's output and the output projection.
 
-    So the shares p are of the weight that keys have, and a sink has no share.
-
-    out_shardings: where the results lie, of parameters on several devices: a sharding that every host can read.
+    ``out_shardings``: sharding of the results if parameters are on several devices; every host must be able to read it.
     """
 
     def study(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStudy:
@@ -84,14 +83,14 @@ def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
         if len(found) == 1:
             return found["backend"]
         layers = layers_of(model.backend, model.config.num_layers)
-        order = np.argsort([layer for kind in found for layer in layers[kind]])  # found has each kind's together
+        order = np.argsort([layer for kind in found for layer in layers[kind]])  # found is grouped by kind
         return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *found.values())
 
     return jax.jit(study, out_shardings=out_shardings)
 
 
 def study_windows(windows: Sequence[Windows]) -> Windows:
-    """What every study of a run looks at: the first four evaluation windows that score, or as many as there are."""
+    """Return the windows for every study of a run: the first four evaluation windows that score, or fewer."""
     found: list[Windows] = []
     for batch in windows:
         missing = WINDOWS - sum(len(each.tokens) for each in found)
@@ -102,7 +101,7 @@ def study_windows(windows: Sequence[Windows]) -> Windows:
 
 
 def statistics_row(study: AttentionStudy) -> dict[str, float]:
-    """``attention/<layer>/<head>/<statistic>`` → value, as metrics.jsonl has them."""
+    """Return ``attention/<layer>/<head>/<statistic>`` → value, as in metrics.jsonl."""
     found = {name: np.asarray(values) for name, values in jax.device_get(study.statistics).items()}
     layers, heads = next(iter(found.values())).shape
     return {
@@ -116,7 +115,7 @@ def statistics_row(study: AttentionStudy) -> dict[str, float]:
 def _of_layer(
     segment_ids: Any, kind: BackendConfig, hyperparameters: LayerHyperparameters, inputs: Inputs
 ) -> AttentionStudy:
-    """Of one layer, over all windows, which are the first axis of the arrays of tokens."""
+    """Study one layer over all windows, which are the first axis of the per-token arrays."""
 
     def of_window(of_tokens: Any) -> AttentionStudy:
         of_tokens, segment_ids = jax.tree.map(lambda x: x[None], of_tokens)
@@ -137,7 +136,7 @@ def _of_layer(
 
 
 def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> AttentionStudy:
-    """Of one window in one layer: q (1, NH, S, DHQK), k and v with their own heads → statistics of shape (NH,)."""
+    """Study one window in one layer: q (1, NH, S, DHQK), k and v with their own heads → statistics (NH,)."""
     num_heads, length = q.shape[1:3]
     rows = jnp.asarray(_spread(length, _LOGITS // (num_heads * length)))
     asked = attended(q, k, spec, rows)
@@ -165,12 +164,12 @@ def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) ->
 
 
 def _spread(length: int, most: int) -> np.ndarray:
-    """At most so many of the numbers below length, evenly, the first and the last among them."""
+    """Return at most ``most`` evenly spaced numbers below ``length``, including the first and the last."""
     return np.linspace(0, length - 1, min(length, max(most, 2))).round().astype(np.int32)
 
 
 def _distances(length: int) -> list[tuple[int, int]]:
-    """(0, 1), (1, 4), (4, 16), (16, 64), … as far as there are any."""
+    """Return (0, 1), (1, 4), (4, 16), (16, 64), … until they cover all distances below ``length``."""
     edges = [0, 1]
     while edges[-1] < length:
         edges.append(4 * edges[-1])

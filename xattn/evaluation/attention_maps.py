@@ -1,4 +1,4 @@
-"""Attention maps as a picture: a panel for each layer and head."""
+"""Attention maps as a picture, with a panel for each layer and head."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from xattn.evaluation.attention import AttentionStudy
 
 _PANEL = 1.1  # inches
-_MOST = 16  # layers, and heads: of more, evenly spaced ones
+_MOST = 16  # layers, and heads; if there are more, evenly spaced ones are shown
 
 
 def draw(study: AttentionStudy, path: Path, *, step: int) -> None:
-    """Writes the PNG. Dark is a large share of a row's weight, on a scale of square roots from 0 to 1, which every run
-    has, so that pictures can be set side by side."""
-    from matplotlib.figure import Figure  # half a second, which a run without pictures need not wait for
+    """Write the PNG. Dark means a large share of a row's weight. The scale is the square root from 0 to 1 in every run,
+    so pictures can be compared."""
+    from matplotlib.figure import Figure  # takes half a second, and only runs with pictures need it
 
     maps = np.asarray(jax.device_get(study.maps))
     layers, heads = (np.unique(np.linspace(0, n - 1, min(n, _MOST)).round().astype(int)) for n in maps.shape[:2])

@@ -1,4 +1,4 @@
-"""What a person chooses about evaluation. Importing this module imports no jax."""
+"""The config of evaluation. Importing this module does not import jax."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ registered_probes: dict[str, Callable[..., Any]] = {}
 
 
 def probe_names() -> tuple[str, ...]:
-    """The values of ``evaluation.probes``: the package's own, then what was registered."""
+    """Return the values of ``evaluation.probes``: built-in ones, then registered ones."""
     return (*PROBES_OF_TEXT, *tasks(), *registered_probes)
 
 
 def register_probe(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: makes a function the probe ``name`` in this process.
+    """Register the decorated function as the probe ``name`` in this process.
 
-    The function takes a :class:`xattn.evaluation.probes.Scene` and returns a :class:`xattn.evaluation.probes.Probe`. A
-    name that is no name, or the package's own, is a ValueError.
+    The function takes a :class:`xattn.evaluation.probes.Scene` and returns a :class:`xattn.evaluation.probes.Probe`. An
+    invalid name, or that of a built-in probe, is a ValueError.
     """
 
     def register(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,13 +46,13 @@ class EvaluationConfig(Section):
     """The group ``evaluation``."""
 
     windows: PositiveInt | Literal["all"]
-    """Number of windows of context_length tokens of the validation text that are scored, spread evenly over it and the
-    same at every evaluation of every run; ``all`` scores every token but the first.
+    """Number of validation windows of context_length tokens to score. They are spread evenly over the text, and are the
+    same in every evaluation of every run. ``all`` scores every token except the first.
     """
     probes: tuple[Annotated[str, OneOf(probe_names)], ...] = Field(strict=False)
-    """What is measured beside the loss. ``in_context``: loss late in a window minus loss early in it.
-    ``extrapolation``: loss up to 8 · context_length. The others are the synthetic tasks of that name, in the run's own
-    vocabulary. A run on a task (``data=mqar``) measures that task anyway.
+    """What to measure besides the loss. ``in_context``: loss late in a window minus loss early in it.
+    ``extrapolation``: loss up to 8 · context_length. The others are synthetic tasks of that name, in the run's own
+    vocabulary. A run on a task (``data=mqar``) always measures that task.
     """
 
     @field_validator("probes")

@@ -20,24 +20,25 @@ ScoreWindows = Callable[[Any, ModelHyperparameters, Windows], tuple[jax.Array, j
 
 
 class HeldOutLoss(NamedTuple):
-    """val_loss: nats per token. val_bpb: bits per byte, None where tokens stand for no bytes. of_windows: float32
-    (windows, 2), for each window Σ weights · loss in nats, and Σ weights, its scored tokens."""
+    """The loss on held-out text."""
 
     val_loss: float
+    """Nats per token."""
     val_bpb: float | None
+    """Bits per byte; None if tokens don't stand for bytes."""
     of_windows: np.ndarray
+    """Float32 (windows, 2): each window's Σ weights · loss in nats, and Σ weights, which counts its scored tokens."""
 
     def row(self) -> dict[str, float | None]:
-        """For metrics.jsonl."""
+        """Return the values for metrics.jsonl."""
         return {"val_loss": self.val_loss, "val_bpb": self.val_bpb}
 
 
-@lru_cache(maxsize=8)  # or each call would compile anew
+@lru_cache(maxsize=8)  # otherwise each call would recompile
 def score_windows(model: LanguageModel, out_shardings: Any = None) -> ScoreWindows:
-    """(params, hyperparameters, windows of shape (B, S)) → Σ weights · loss in nats, a float32 scalar, and the same sum
-    of each window, float32 (B,).
+    """Return a function from (params, hyperparameters, windows (B, S)) to Σ weights · loss in nats: total and (B,).
 
-    out_shardings: where the results lie, of parameters on several devices: a sharding that every host can read.
+    ``out_shardings``: sharding of the results if parameters are on several devices; every host must be able to read it.
     """
 
     def score(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> tuple[jax.Array, jax.Array]:
@@ -65,14 +66,14 @@ def held_out_loss(
     *,
     bytes_per_token: float | None,
 ) -> HeldOutLoss:
-    """The mean over every scored token. Waits for the device once. bytes_per_token: of the scored tokens."""
+    """Return the mean over all scored tokens, waiting for the device only once. ``bytes_per_token`` is theirs."""
     found, tokens = [], []
     for each in windows:
         found.append(score(params, hyperparameters, each))
         tokens.append(each.weights.sum(axis=1))
     batches = jax.device_get(found)
     weights = sum(float(of_batch.sum()) for of_batch in tokens)
-    nats = sum(float(total) for total, _ in batches)  # in float64, batch after batch
+    nats = sum(float(total) for total, _ in batches)  # in float64, batch by batch
     per_token = nats / weights
     of_windows = np.stack([np.concatenate([each for _, each in batches]), np.concatenate(tokens)], axis=1)
     is_padding = of_windows[:, 1] == 0
@@ -81,5 +82,5 @@ def held_out_loss(
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """nats per token / ln 2 / bytes per token."""
+    """Return nats per token / ln 2 / bytes per token."""
     return nats_per_token / math.log(2) / bytes_per_token

@@ -1,7 +1,7 @@
-"""Probes: what a model can do with its context, which the mean loss does not show.
+"""Probes: measurements of what a model can do with its context, which the mean loss does not show.
 
-Each is a set of sequences, and a few numbers made from the model's loss and hits at every place of them. They read the
-parameters and draw nothing from the run's generators: a run with probes ends with the same bits as one without.
+A probe is a set of sequences, and a few numbers computed from the model's loss and hits at every position. Probes read
+the parameters and use none of the run's random generators, so probes do not change the bits of a run's result.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from xattn.model.hyperparameters import ModelHyperparameters, with_sigmoid_bias
 from xattn.model.loss import at, next_token_losses, spread
 from xattn.model.transformer import LanguageModel
 
-SEQUENCES = 64  # of a task that is a probe
+SEQUENCES = 64  # for each task used as a probe
 LONGEST = 8  # times context_length, for extrapolation
 LONG_SEQUENCES = 8
 
 
 class Places(NamedTuple):
-    """losses: −log p of each target, (n, S), in nats. correct: whether it is the likeliest token, bool (n, S)."""
+    """The model's results at every position."""
 
     losses: np.ndarray
+    """−log p of each target in nats, (n, S)."""
     correct: np.ndarray
+    """Whether the target is the likeliest token, bool (n, S)."""
 
 
 PlacesOf = Callable[[Any, ModelHyperparameters, Windows], Any]
@@ -49,18 +51,20 @@ Measure = Callable[[Places], dict[str, float]]
 
 @dataclass(frozen=True)
 class Probe:
-    """windows: batches of one shape. measure: from the places of all their rows, those that only fill up included, to
-    named numbers. sigmoid_bias: kind of layer → what takes the place of the run's own."""
+    """A set of sequences and the numbers to compute from a model's results on them."""
 
     name: str
     windows: Sequence[Windows]
+    """Batches of one shape."""
     measure: Measure
+    """The places of all rows, including padding rows → named numbers."""
     sigmoid_bias: Mapping[str, float] = field(default_factory=dict)
+    """Kind of layer → a bias to use in place of the run's own."""
 
 
 @lru_cache(maxsize=8)
 def places_of(model: LanguageModel) -> PlacesOf:
-    """(params, hyperparameters, windows) → :class:`Places` of the windows, on the device."""
+    """Return a function (params, hyperparameters, windows) → :class:`Places` of the windows, on the device."""
 
     def places(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> Any:
         logits: Any = model.apply(
@@ -86,7 +90,7 @@ registry.caches.append(places_of.cache_clear)
 def run_probes(
     places_of: PlacesOf, params: Any, hyperparameters: ModelHyperparameters, probes: Sequence[Probe]
 ) -> dict[str, float]:
-    """``probe/<name>/<measure>`` → number, of all the probes."""
+    """Run all probes; return ``probe/<name>/<measure>`` → number."""
     found: dict[str, float] = {}
     for probe in probes:
         hyper = with_sigmoid_bias(hyperparameters, {k: jnp.float32(bias) for k, bias in probe.sigmoid_bias.items()})
@@ -99,14 +103,14 @@ def run_probes(
 
 @dataclass(frozen=True)
 class Scene:
-    """What a probe is made from: the data, their windows, and the attention of the run that it looks at."""
+    """Everything a probe is built from: the data, its windows, and the attention of the run."""
 
     data: DataConfig
     run_data: RunData
     backend: BackendConfig
     batch_size: int
     rows: int = 1
-    """Rows of the longest sequences that are scored at a time."""
+    """How many of the longest sequences are scored at a time."""
 
     @property
     def length(self) -> int:
@@ -114,9 +118,9 @@ class Scene:
 
 
 def make_probes(names: Sequence[str], scene: Scene) -> list[Probe]:
-    """The probes of those names, and for a run on a task that task itself.
+    """Return the probes of those names, and for a run on a task a probe of that task.
 
-    Raises :class:`BadInput` for one that the run's vocabulary, context_length or text leaves no room for.
+    Raise :class:`BadInput` if the run's vocabulary, context_length or text is too small for one of them.
     """
     own = scene.data if isinstance(scene.data, Task) else None
     probes: list[Probe] = []
@@ -155,10 +159,10 @@ def _task_probe(task: Task, scene: Scene, number: int) -> Probe:
 
 
 def _in_context(windows: Sequence[Windows]) -> Measure:
-    """Loss late in a window minus loss early in it (Olsson et al., arXiv 2209.11895: token 500 minus token 50 of 512).
+    """Measure loss late in a window minus loss early in it (Olsson et al., arXiv 2209.11895: tokens 500 and 50 of 512).
 
-    early: the mean over the places from S/16 to S/8; late: over the last S/8. score = late − early: the more negative,
-    the more is learned from what stands before.
+    early is the mean over positions S/16 to S/8, and late the mean over the last S/8. score = late − early: the more
+    negative, the more the model learns from the context.
     """
     weights = np.concatenate([w.weights for w in windows])
     length = weights.shape[1]
@@ -172,16 +176,16 @@ def _in_context(windows: Sequence[Windows]) -> Measure:
 
 
 def _extrapolation(scene: Scene) -> list[Probe]:
-    """Loss of places beyond the length of training, to 8 · context_length, on windows of held-out text that long.
+    """Measure the loss beyond the training length, up to 8 · context_length, on held-out windows of that length.
 
-    loss_to_<x>: the mean over the places from x/2 to x, for x = 1, 2, 4, 8 times context_length. Sigmoid's n stays
-    context_length there. Where a kind of layer has ``sigmoid_bias=auto`` the same places are scored once more by
-    windows of x tokens with the n of their own length, bias −log x: loss_to_<x>_n_<x>.
+    loss_to_<x> is the mean over positions x/2 to x, for x = 1, 2, 4, 8 times context_length, with sigmoid's n still
+    context_length. If a kind of layer has ``sigmoid_bias=auto``, the positions are scored again for x > context_length,
+    in windows of x tokens with n = x, so bias −log x: loss_to_<x>_n_<x>.
     """
     length, tokenizer = scene.length, scene.run_data.tokenizer
     longest = LONGEST * length
     try:
-        # What is said of evaluation.windows="all" is not meant: these are a few long windows.
+        # Deliberately independent of evaluation.windows: these are a few long windows.
         windows = load_data(
             scene.data,
             context_length=longest,
@@ -216,20 +220,20 @@ def _extrapolation(scene: Scene) -> list[Probe]:
 
 
 def _cut(windows: Windows, length: int) -> Windows:
-    """The first so many inputs of each window; every one of them is scored."""
+    """Return the first ``length`` inputs of each window, with logits at all positions."""
     tokens, *others = windows._replace(places=None)
     cut: list[Any] = [None if array is None else array[:, :length] for array in others]
     return Windows(tokens[:, : length + 1], *cut)
 
 
 def _mean(losses: np.ndarray, weights: np.ndarray, start: int, end: int) -> float:
-    """Over the places from start to end that count; NaN where none does."""
+    """Return the weighted mean of the losses from ``start`` to ``end``; NaN if all weights there are 0."""
     part = weights[:, start:end].astype(np.float64)
     return float((losses[:, start:end] * part).sum() / part.sum()) if part.any() else math.nan
 
 
 def _fetched(array: Any) -> np.ndarray:
-    """All rows on this host, also where other hosts computed some of them."""
+    """Return all rows on this host, even if other hosts computed some of them."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

@@ -1,20 +1,20 @@
-"""Attention in a layer: projections, the backend's call, and the terms before and after it.
+"""Attention in a layer: projections, the call of the backend, and the terms before and after it.
 
-With x the layer's normed input, each step off unless the config asks for it:
+x is the layer's normed input. Steps that name a config key are off unless the config enables them:
 
-1. q, k, v are projections of x.
-2. ``model.conv``: a causal depthwise convolution of each of them (:mod:`xattn.model.convolution`).
-3. ``model.value_residual=first``: v ← λ v + μ v¹, with v¹ the first layer's values after its convolution. The first
-   layer carries λ and μ unused, so that the parameters of layers stack.
+1. Project x to q, k and v.
+2. ``model.conv``: apply a causal depthwise convolution to each of them (:mod:`xattn.model.convolution`).
+3. ``model.value_residual=first``: v ← λ v + μ v¹, where v¹ is the first layer's values after its convolution. The first
+   layer also has λ and μ, unused, so that the parameters of all layers stack.
 4. ``model.qk_norm``.
-5. The backend, with the log decay ℓ and the log input gate of each token and key/value head, and the sink.
+5. Call the backend, with the log decay ℓ and log input gate of each token and key/value head, and with the sink.
 6. On each head's output y, in float32 and in this order: ``model.exclusive``, ``output_norm``, ``output_gate``.
-7. The output projection.
+7. Apply the output projection.
 
-The terms' parameters begin so that a layer does nearly what it does without them. Forget biases, learned or an input
-decay's, spread the half-lives of the heads geometrically from 2 to max(context_length, 2) tokens: σ(b)^τ = ½, and a
-single head has the geometric middle. All kernels of gates are 0, so an output gate begins at ½ throughout. An input
-gate's bias is 4: σ(4) = 0.982. A convolution begins as the identity, λ and μ at ½, a learned sink at 0, the scale of an
+The terms' parameters start where a layer behaves nearly as it would without them. Forget biases, of a learned or input
+decay, spread the half-lives τ of the heads geometrically from 2 to max(context_length, 2) tokens, σ(b)^τ = ½. A single
+head has their geometric mean. All gate kernels are 0, so an output gate starts at ½ everywhere. The bias of an input
+gate is 4: σ(4) = 0.982. A convolution starts as the identity, λ and μ at ½, a learned sink at 0, and the scale of an
 output norm at 1.
 """
 
@@ -40,7 +40,7 @@ from xattn.model.modules import Norm, dense, gate
 
 F32 = jnp.float32
 INPUT_GATE_BIAS = 4.0
-# Of q · k v, relative to it, in float32: products that cancel a thousandfold are rare.
+# Bound on the relative rounding error of (q · k) v in float32: products that cancel a thousandfold are rare.
 ROUNDING = 1e-4
 Term = Callable[[Float32[Array, "B NH S DHV"]], Float32[Array, "B NH S DHV"]]
 
@@ -49,38 +49,38 @@ class FirstValues(NamedTuple):
     """The values of a model's first layer, which later layers mix into theirs."""
 
     values: Values
-    """Anything, before the first layer."""
+    """Arbitrary before the first layer has run."""
     is_there: Bool[Array, ""]
-    """False before the first layer."""
+    """False before the first layer has run."""
 
 
 class Inputs(NamedTuple):
-    """What the backend gets in a layer, for the attention study."""
+    """The arguments of the backend in a layer, recorded for the attention study."""
 
     q: Queries
     k: Keys
     v: Values
     sigmoid_bias: Any
-    """A scalar or (NH,); None where the activation takes none."""
+    """A scalar or (NH,); None if the activation takes no bias."""
     log_decay: Float32[Array, "B NKV S"] | None
     log_input_gate: Float32[Array, "B NKV S"] | None
     sink: Float32[Array, " NH"] | None
 
 
 OF_TOKENS = ("q", "k", "v", "log_decay", "log_input_gate")
-"""The inputs that have an axis B; the others are of the layer."""
+"""The inputs with an axis B. The others belong to the layer as a whole."""
 
 
 class LayerCache(NamedTuple):
-    """What decoding keeps of a layer's tokens, or what one token adds to it."""
+    """The decoding cache of a layer, or what one token adds to it."""
 
     attention: Cache | Entry
     recent: Recent | None
-    """Of a layer with a convolution. As what a token adds it is whole."""
+    """Present with a convolution. An added token replaces all of it."""
 
 
 def appended(cache: LayerCache, added: LayerCache) -> LayerCache:
-    """The cache after a token's ``added``, or after a prompt's, which is a whole cache."""
+    """Return the cache with ``added`` of one token appended. For a prompt, ``added`` is already the complete cache."""
     if not isinstance(added.attention, Entry):
         return added
     assert not isinstance(cache.attention, Entry)
@@ -88,9 +88,9 @@ def appended(cache: LayerCache, added: LayerCache) -> LayerCache:
 
 
 class Attention(nn.Module):
-    """(B, S, D) → (B, S, D), and the first layer's values for the next layer.
+    """Attention, (B, S, D) → (B, S, D). It also returns the first layer's values for the next layer.
 
-    With a cache, also what one token adds to it, or the whole cache after a prompt.
+    With a cache, it also returns what one token adds to the cache, or the complete cache after a prompt.
     """
 
     config: ModelConfig
@@ -125,14 +125,14 @@ class Attention(nn.Module):
         )
         new: Cache | Entry | None = None
         if cache is None:
-            self.sow("intermediates", "inputs", inputs)  # nothing, unless that collection is asked for
+            self.sow("intermediates", "inputs", inputs)  # no effect unless the collection is mutable
             out = dispatch.compute(q, k, v, spec, backend.implementation)
         else:
             assert not isinstance(cache.attention, Entry)
             if tokens == 1:
                 out, new = attend(q, k, v, cache.attention, spec)
             else:
-                # A state has one implementation, whatever the run was trained with.
+                # Only one implementation keeps a state, whichever one the run was trained with.
                 is_state = isinstance(cache.attention, StateCache)
                 implementation = dispatch.AUTO if is_state else backend.implementation
                 out, new = prefill(q, k, v, cache.attention, spec, length=length, implementation=implementation)
@@ -146,7 +146,7 @@ class Attention(nn.Module):
     def _heads(
         self, x: jax.Array, segment_ids: jax.Array | None, before: Recent | None, seen: jax.Array | int | None
     ) -> tuple[tuple[Queries, Keys, Values], Recent | None]:
-        """q, k, v, and what a convolution will look at of these tokens, the first ``seen`` of which count."""
+        """Return q, k, v, and the convolution inputs that later tokens need. Only the first ``seen`` tokens count."""
         config, width = self.config, self.config.conv
         batch, tokens, _ = x.shape
         rows: dict[str, jax.Array] = {}
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         return found, Recent(*jax.tree.map(lambda x: newest(x, width, tokens if seen is None else seen), of_tokens))
 
     def _with_first(self, v: Values, first: FirstValues | None) -> tuple[Values, FirstValues | None]:
-        """λ v + μ v¹ or, in the first layer, v; and v¹ for the next layer."""
+        """Return λ v + μ v¹ (in the first layer v), and v¹ for the next layer."""
         if first is None:
             return v, None
         mix = self.param("value_mix", nn.initializers.constant(0.5), (2,)).astype(v.dtype)
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         return mixed, FirstValues(jnp.where(first.is_there, first.values, v), jnp.array(True))
 
     def _inputs(self, q: Queries, k: Keys, v: Values, x: jax.Array, hyperparameters: LayerHyperparameters) -> Inputs:
-        """q, k, v and the numbers that the kind's terms make of x and of their parameters."""
+        """Return the backend's arguments. The terms compute theirs from x and their own parameters."""
         config, backend = self.config, self.backend
         bias = hyperparameters.sigmoid_bias if activations.activation(backend.activation).takes_bias else None
         if bias is not None and backend.sigmoid_bias == "learned":
@@ -203,13 +203,13 @@ class Attention(nn.Module):
         return jnp.broadcast_to(of_heads[None, :, None], (x.shape[0], kv_heads, x.shape[1]))
 
     def _log_gate(self, x: jax.Array, name: str, bias: Any) -> Float32[Array, "B NKV S"]:
-        """log σ(W x + b)."""
+        """Return log σ(W x + b)."""
         return jax.nn.log_sigmoid(gate(self.config, self.config.kv_heads, name, bias=bias)(x)).transpose(0, 2, 1)
 
     # ---- after the heads
 
     def _after_heads(self, out: Output, v: Values, x: jax.Array) -> Output:
-        """The terms on each head's output, in float32, one after the other."""
+        """Apply the terms on each head's output in float32, one after the other."""
         config = self.config
         terms: list[Term] = []
         if config.exclusive:
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         return y.astype(out.dtype)
 
     def _output_gate(self, x: jax.Array) -> Float32[Array, "B NH S #DHV"]:
-        """σ(W x), a number for each head or for each of its channels."""
+        """Return σ(W x), one number per head or per channel of a head."""
         config = self.config
         width = config.head_dim if config.output_gate == "channel" else 1
         open_ = jax.nn.sigmoid(gate(config, config.num_heads * width, "output_gate")(x).astype(F32))
@@ -236,15 +236,15 @@ class Attention(nn.Module):
 
 
 def of_terms(inputs: Inputs) -> dict[str, Any]:
-    """The arguments of :func:`xattn.model.hyperparameters.layer_spec` that a layer makes itself, by name."""
+    """Return the arguments of :func:`xattn.model.hyperparameters.layer_spec` that a layer computes itself, by name."""
     return {name: value for name, value in inputs._asdict().items() if name not in ("q", "k", "v")}
 
 
 def without_own_value(y: Float32[Array, "B NH S DHV"], v: Values) -> Float32[Array, "B NH S DHV"]:
-    """y − (y · v̂_t) v̂_t with v̂_t the unit vector of the token's own value, 0 where that is 0 (arXiv 2603.09078).
+    """Return y − (y · v̂_t) v̂_t, where v̂_t is the token's own value as a unit vector, or 0 (arXiv 2603.09078).
 
-    What is left is 0 where it is no more than rounding may leave: 1e-4 of y, and an eps of v's dtype. That is so in a
-    token that attends to itself alone, as the first one does; a later norm would make an output of the rounding.
+    The result is set to 0 if it may be rounding alone: at most 1e-4 plus one eps of v's dtype, relative to y. This
+    happens for a token that attends only to itself, such as the first. A later norm would amplify that rounding.
     """
     own = jnp.repeat(v.astype(F32), y.shape[1] // v.shape[1], axis=1)
     squared = jnp.sum(own * own, axis=-1, keepdims=True)
@@ -255,9 +255,9 @@ def without_own_value(y: Float32[Array, "B NH S DHV"], v: Values) -> Float32[Arr
 
 
 def alibi(heads: int) -> np.ndarray:
-    """ℓ = −m_h with the slopes of arXiv 2108.12409: m_h = 2^(−8(h + 1)/heads) for a power of two.
+    """Return ℓ = −m_h with the slopes of arXiv 2108.12409: m_h = 2^(−8(h + 1)/heads) for a power of two.
 
-    For another number of heads: those of the power of two below, then every other one of the power of two above.
+    Other numbers of heads take the slopes of the power of two below, then every other slope of the one above.
     """
     below = 1 << (heads.bit_length() - 1)
 
@@ -268,12 +268,12 @@ def alibi(heads: int) -> np.ndarray:
 
 
 def retnet(heads: int) -> np.ndarray:
-    """ℓ = log(1 − 2^(−5 − h)) (arXiv 2307.08621)."""
+    """Return ℓ = log(1 − 2^(−5 − h)) (arXiv 2307.08621)."""
     return np.log1p(-(2.0 ** (-5.0 - np.arange(heads))))
 
 
 def forget_biases(heads: int, context_length: int) -> np.ndarray:
-    """b with σ(b)^τ = ½, for half-lives τ from 2 to max(context_length, 2) tokens; see the head of this module."""
+    """Return b with σ(b)^τ = ½ for half-lives τ from 2 to max(context_length, 2) tokens; see the module docstring."""
     places = np.linspace(0, 1, heads) if heads > 1 else np.array([0.5])
     half_lives = 2 * (max(context_length, 2) / 2) ** places
     return -np.log(np.expm1(math.log(2) / half_lives))

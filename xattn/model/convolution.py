@@ -1,7 +1,7 @@
-"""A short causal convolution of each channel along the sequence, which never looks into another document.
+"""A short causal convolution of each channel along the sequence, which never crosses into another document.
 
-``short convolutions`` stand before attention in Mamba (arXiv 2312.00752) and gated DeltaNet (arXiv 2412.06464), for
-example; there with an activation behind them, here without.
+Mamba (arXiv 2312.00752) and gated DeltaNet (arXiv 2412.06464), for example, place short convolutions before their
+sequence mixing. There an activation follows them; here none does.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Rows = Float[Array, "B W-1+S C"]
-"""S tokens and the W − 1 before them."""
+"""S tokens after the W − 1 tokens before them."""
 
 
 class Recent(NamedTuple):
-    """The last W − 1 tokens, which convolutions of width W still look at; zeros where there were none."""
+    """The last W − 1 tokens, which convolutions of width W still need. It holds zeros before the first token."""
 
     rows: Mapping[str, Float[Array, "*layers B W-1 C"]]
     """Name of a convolution → its inputs."""
     segment_ids: Int[Array, "*layers B W-1"] | None
-    """None where all tokens are one document."""
+    """None if all tokens are one document."""
 
 
 def identity(key: jax.Array, shape: tuple[int, int]) -> Float[Array, "W C"]:
-    """Taps that give the token itself: the initial values."""
+    """Return the initial taps, which give the token itself."""
     return jnp.zeros(shape).at[0].set(1)
 
 
 def convolve(rows: Rows, taps: Float[Array, "W C"], runs: Sequence[Bool[Array, "B S"]] | None) -> Float[Array, "B S C"]:
-    """Σ_j taps_j x_{t−j} for j = 0 … W − 1; float32 inside, x's dtype out.
+    """Return Σ_j taps_j x_{t−j} for j = 0 … W − 1, computed in float32, in x's dtype.
 
-    runs: from :func:`same_run`, and a tap that reaches out of its token's run counts nothing. None is one run.
+    ``runs`` are from :func:`same_run`; taps that reach outside the token's run are ignored. None means a single run.
     """
     width, length = taps.shape[0], rows.shape[1] - taps.shape[0] + 1
     wide = rows.astype(jnp.float32)
@@ -46,7 +46,7 @@ def convolve(rows: Rows, taps: Float[Array, "W C"], runs: Sequence[Bool[Array, "
 
 
 def same_run(segment_ids: Int[Array, "B W-1+S"], width: int) -> list[Bool[Array, "B S"]]:
-    """For j = 1 … W − 1: whether the tokens t − j … t all have the segment id of t."""
+    """Return, for j = 1 … W − 1, whether the tokens t − j … t all have the segment id of t."""
     length = segment_ids.shape[1] - width + 1
     of_all: list[jax.Array] = []
     for j in range(1, width):
@@ -57,12 +57,12 @@ def same_run(segment_ids: Int[Array, "B W-1+S"], width: int) -> list[Bool[Array,
 
 
 def preceded(x: Array, before: Array | None, width: int) -> Array:
-    """x (B, S, …) after the W − 1 tokens before it; None is zeros, for tokens that nothing precedes."""
+    """Prepend the W − 1 tokens ``before`` to x (B, S, …). None means that nothing precedes x, and prepends zeros."""
     if before is None:
         return jnp.pad(x, [(0, 0), (width - 1, 0), *[(0, 0)] * (x.ndim - 2)])
     return jnp.concatenate([before, x], axis=1)
 
 
 def newest(rows: Array, width: int, seen: Array | int) -> Array:
-    """The last W − 1 of rows (B, W − 1 + S, …) of which the first W − 1 + seen count."""
+    """Return the last W − 1 of the first W − 1 + ``seen`` of rows (B, W − 1 + S, …); later ones are padding."""
     return jax.lax.dynamic_slice_in_dim(rows, seen, width - 1, axis=1)

@@ -1,7 +1,7 @@
-"""Functions of a layer whose gradient JAX would make from more arrays than it takes: norms and SwiGLU's product.
+"""Norms and SwiGLU's product, with custom gradients that keep fewer arrays than JAX would.
 
-JAX keeps for the backward pass what each single operation wants: a norm's scale broadcast to the whole activation, both
-σ(x) and x · σ(x). These keep their arguments and one array more at most, and XLA has fewer passes over memory to make.
+JAX keeps what each single operation needs in the backward pass: a norm's scale broadcast to the whole activation, or
+both σ(x) and x · σ(x). These functions keep little besides their arguments, so XLA makes fewer passes over memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """x / √(mean(x²) + epsilon) · scale over the last axis: (…, D), (D,) → (…, D); float32 inside, x's dtype out."""
+    """Return x / √(mean(x²) + epsilon) · scale over the last axis, in float32: (…, D), (D,) → (…, D) in x's dtype."""
     return _rms_forward(x, scale, epsilon)[0]
 
 
@@ -38,7 +38,7 @@ rms_norm.defvjp(_rms_forward, _rms_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def layer_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """(x − mean(x)) / √(var(x) + epsilon) · scale over the last axis, as :func:`rms_norm` otherwise."""
+    """Return (x − mean(x)) / √(var(x) + epsilon) · scale over the last axis; shapes and dtypes as :func:`rms_norm`."""
     return _layer_forward(x, scale, epsilon)[0]
 
 
@@ -64,7 +64,7 @@ layer_norm.defvjp(_layer_forward, _layer_backward)
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """gate · σ(gate) · up."""
+    """Return gate · σ(gate) · up."""
     return _swiglu_forward(gate, up)[0]
 
 
@@ -83,5 +83,5 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _over_tokens(array: jax.Array) -> jax.Array:
-    """The sum over all axes but the last."""
+    """Sum over all axes but the last."""
     return jnp.sum(array, axis=tuple(range(array.ndim - 1)))

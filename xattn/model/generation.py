@@ -1,8 +1,8 @@
-"""Tokens from a model, one after the other, through the decoding cache of the attention backend.
+"""Generation token by token, through the decoding cache of the attention backend.
 
-The prompt is read at once by the parallel form; then each token costs one token's work. A cache has room for
-context_length · 2ⁱ tokens and is doubled when it is full: nothing is forgotten unless the model has a window. Sigmoid's
-n stays the context_length of training.
+The parallel form reads the whole prompt in one call; after that each token costs one token's work. A cache has room for
+context_length · 2ⁱ tokens and doubles when it is full, so nothing is forgotten unless the model has a window. Sigmoid's
+n remains the context_length of training.
 """
 
 from __future__ import annotations
@@ -24,23 +24,21 @@ from xattn.model.hyperparameters import ModelHyperparameters, layer_hyperparamet
 from xattn.model.pattern import Caches, layers_of
 from xattn.model.transformer import LanguageModel
 
-# Tokens that one call of the device draws: what is streamed arrives in such pieces.
+# Tokens drawn by one device call, and the size of the pieces that are streamed.
 CHUNK = 16
-# Tokens for which room is made at once where so many are asked for; every doubling later compiles anew.
+# Most tokens to reserve room for up front; every later doubling recompiles.
 ROOM = 1024
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn from its logits.
-
-    temperature: the logits are divided by it; 0 takes the likeliest. top_k: only the k likeliest; None is all. top_p:
-    of those only the fewest likeliest whose probabilities reach p together (Holtzman et al., arXiv 1904.09751); None
-    is all. Tokens exactly as likely as the last one kept are kept with it.
-    """
+    """How a token is drawn from its logits. Tokens exactly as likely as the last one kept are kept too."""
 
     temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
     top_k: int | None = None
+    """Keep only the k likeliest tokens; None keeps all."""
     top_p: float | None = None
+    """Of those, keep the fewest likeliest that sum to p or more (Holtzman et al., arXiv 1904.09751); None keeps all."""
 
 
 def generate(
@@ -53,7 +51,7 @@ def generate(
     sampling: Sampling,
     key: jax.Array,
 ) -> np.ndarray:
-    """Continues a prompt: int (P,), P ≥ 1 → int32 (num_tokens,). See :func:`stream`."""
+    """Continue a prompt, int (P,) with P ≥ 1 → int32 (num_tokens,). See :func:`stream`."""
     pieces = stream(model, params, hyperparameters, prompt, num_tokens=num_tokens, sampling=sampling, key=key)
     return np.concatenate([np.zeros(0, np.int32), *pieces])
 
@@ -69,10 +67,10 @@ def stream(
     key: jax.Array,
     room: int = ROOM,
 ) -> Iterator[np.ndarray]:
-    """The continuation of a prompt, int (P,), P ≥ 1, in pieces: int32 arrays of :data:`CHUNK` or fewer.
+    """Yield the continuation of a prompt, int (P,) with P ≥ 1, as int32 arrays of at most :data:`CHUNK` tokens.
 
-    Each token is drawn given all before it. The one at place i is drawn with the key folded with i: a longer
-    continuation begins with the shorter one.
+    Each token is drawn given all tokens before it. Token i of the continuation uses the key folded with i, so a longer
+    continuation starts with the shorter one.
     """
     prompt = np.asarray(prompt, np.int32)
     if not len(prompt):
@@ -81,7 +79,7 @@ def stream(
     capacity = model.backend.context_length
     while capacity < len(prompt) + min(-(-num_tokens // CHUNK) * CHUNK, room):
         capacity *= 2
-    # Few lengths, few programs: the prompt is padded to a power of two, or to all the room there is.
+    # Pad the prompt to a power of two, at most the capacity: few lengths mean few compiled programs.
     padded = np.zeros(min(capacity, 1 << (len(prompt) - 1).bit_length()), np.int32)
     padded[: len(prompt)] = prompt
     caches = empty_caches(model, hyperparameters, batch=1, capacity=capacity)
@@ -98,9 +96,9 @@ def stream(
 def empty_caches(
     model: LanguageModel, hyperparameters: ModelHyperparameters, *, batch: int, capacity: int, documents: bool = False
 ) -> Caches:
-    """Caches for :meth:`LanguageModel.decode` that have seen nothing: one of each layer, stacked for each kind.
+    """Return empty caches for :meth:`LanguageModel.decode`: one per layer, stacked by kind.
 
-    documents: whether the calls give segment_ids.
+    ``documents`` states whether calls pass segment_ids.
     """
     config, found = model.config, {}
     layers = layers_of(model.backend, config.num_layers)
@@ -123,7 +121,7 @@ def empty_caches(
 
 
 def _nothing_recent(config: ModelConfig, batch: int, documents: bool) -> Recent | None:
-    """What a layer's convolutions look at before the first token."""
+    """Return what a layer's convolutions see before the first token."""
     if config.conv is None:
         return None
     shape = batch, config.conv - 1
@@ -135,7 +133,7 @@ def _nothing_recent(config: ModelConfig, batch: int, documents: bool) -> Recent 
 def draw(
     key: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None
 ) -> jax.Array:
-    """One token, int32 (), from float logits (V,); see :class:`Sampling`."""
+    """Draw one token, int32 (), from float logits (V,); see :class:`Sampling`."""
     logits = logits.astype(jnp.float32)
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
     if top_k is not None and top_p is not None:
@@ -149,7 +147,7 @@ def draw(
 
 
 def _as_arrays(sampling: Sampling, vocab_size: int) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Numbers of the program's call, not of the program; nothing is sorted where neither k nor p is given."""
+    """Return the numbers as arrays, so that changing them does not recompile. Without k and p nothing is sorted."""
     temperature = jnp.float32(sampling.temperature)
     if sampling.top_k is None and sampling.top_p is None:
         return temperature, None, None
@@ -166,7 +164,7 @@ def _read(
     length: jax.Array,
     caches: Caches,
 ) -> tuple[jax.Array, Caches]:
-    """The logits (V,) after the first ``length`` tokens of a prompt (1, P), and the caches with them."""
+    """Return the logits (V,) after the first ``length`` tokens of a prompt (1, P), and the caches including them."""
     after: Any = model.scanned().apply(
         {"params": params}, tokens, hyperparameters, caches, length=length, method="decode"
     )
@@ -187,7 +185,7 @@ def _decode(
     top_k: jax.Array | None,
     top_p: jax.Array | None,
 ) -> tuple[jax.Array, Caches, jax.Array]:
-    """CHUNK tokens after logits (V,): (logits after the last, caches, int32 (CHUNK,))."""
+    """Draw CHUNK tokens after logits (V,); return (logits after the last one, caches, int32 (CHUNK,))."""
 
     def step(carry: tuple[jax.Array, Caches], place: jax.Array) -> tuple[tuple[jax.Array, Caches], jax.Array]:
         logits, caches = carry
@@ -201,7 +199,7 @@ def _decode(
 
 
 def _specs(model: LanguageModel, hyperparameters: ModelHyperparameters) -> dict[str, AttentionSpec]:
-    """Kind of layer → what its attention means, but for a bias that each layer has learned."""
+    """Return kind of layer → its attention spec, without learned biases, which differ between layers."""
     return {
         kind: layer_spec(
             backend, num_heads=model.config.num_heads, **layer_hyperparameters(hyperparameters, kind)._asdict()

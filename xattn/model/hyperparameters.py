@@ -1,4 +1,4 @@
-"""The swept numbers that a model reads at each call, and what attention means in a layer that has read them."""
+"""The swept numbers that a model takes at each call, and the attention spec of a layer with those numbers."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from xattn.model.config import BackendConfig
 
 
 class LayerHyperparameters(NamedTuple):
-    """The swept numbers that a layer reads at each call: float32 scalars, or Python floats."""
+    """The swept numbers that a layer takes at each call: float32 scalars, or Python floats."""
 
     theta: jax.Array | float
     """RoPE's wavelength base."""
     sigmoid_bias: jax.Array | float
-    """Added to the logits of an activation that takes a bias; not read where the bias is learned."""
+    """Added to the logits if the activation takes a bias; ignored if the bias is learned."""
     logit_scale: jax.Array | float = 1.0
-    """A factor on the logits besides 1/√DHQK."""
+    """Factor on the logits, in addition to 1/√DHQK."""
 
 
 ModelHyperparameters = LayerHyperparameters | Mapping[str, LayerHyperparameters]
-"""Those of a model with one kind of layer, or kind → those of its layers."""
+"""The numbers for a model with one kind of layer, or kind → numbers for its layers."""
 
 
 def layer_hyperparameters(hyperparameters: ModelHyperparameters, kind: str) -> LayerHyperparameters:
-    """What the layers of that kind read."""
+    """Return the numbers for layers of that kind."""
     return hyperparameters if isinstance(hyperparameters, LayerHyperparameters) else hyperparameters[kind]
 
 
 def with_sigmoid_bias(hyperparameters: ModelHyperparameters, biases: Mapping[str, Any]) -> ModelHyperparameters:
-    """The same with another bias in the kinds that are given: kind → scalar."""
+    """Replace the bias of some kinds of layer. ``biases`` maps a kind to a scalar."""
 
     def changed(kind: str, each: LayerHyperparameters) -> LayerHyperparameters:
         return each._replace(sigmoid_bias=biases[kind]) if kind in biases else each
@@ -57,12 +57,12 @@ def layer_spec(
     segment_ids: Int[Array, "B S"] | None = None,
     **of_tokens: Any,
 ) -> AttentionSpec:
-    """What attention means in layers of one kind.
+    """Return the attention spec of layers of one kind.
 
-    theta, sigmoid_bias and logit_scale are the train state's numbers, not the config's. The bias is ignored under an
-    activation that takes none. length, batch: S and B of the segment_ids, of which none comes back after another (the
-    windows' count up; callers check a user's). of_tokens: num_kv_heads, log_decay, log_input_gate and sink, as
-    :func:`xattn.backend.arguments.checked_spec` takes them.
+    theta, sigmoid_bias and logit_scale come from the train state, not the config. The bias is ignored if the activation
+    takes none. length and batch are S and B of segment_ids. No id may come back after another: ids of windows count up,
+    and callers check those of users. of_tokens are num_kv_heads, log_decay, log_input_gate and sink, as for
+    :func:`xattn.backend.arguments.checked_spec`.
     """
     takes_bias = activations.activation(layers.activation).takes_bias
     return checked_spec(

@@ -1,6 +1,6 @@
-"""The weights that a run starts from when they are not random: a Llama folder's files, and what identifies them.
+"""The weights that a run starts from if they are not random: a Llama folder's files, and a hash that identifies them.
 
-Importing this module imports no jax.
+Importing this module does not import jax.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from xattn.errors import BadInput
 from xattn.section import Section
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD = re.compile(r"[\w.-]+\.safetensors")  # a name and no path: an index leads nowhere else
+_SHARD = re.compile(r"[\w.-]+\.safetensors")  # a name without a path, so an index can't point outside its folder
 
 
 class Initial(Section):
-    """``model.init_from``: a run is named by the weights it starts from, wherever they lie."""
+    """``model.init_from``: a run is identified by the weights it starts from, wherever they are stored."""
 
     path: str = Field(min_length=1)
-    """The folder, as it was typed."""
+    """The folder, as typed."""
     weights_sha256: str = Field(pattern="^[0-9a-f]{16}$")
-    """The first digits of it, of the weight files; filled in when a path is typed, and written to config.yaml."""
+    """First 16 digits of the weight files' SHA-256; filled in when a path is typed, and written to config.yaml."""
 
 
 def initial(path: str) -> dict[str, str]:
-    """The values of :class:`Initial` for a folder. Raises :class:`BadInput` where it holds no weights."""
+    """Return the values of :class:`Initial` for a folder. Raise :class:`BadInput` if it holds no weights."""
     if not Path(path).is_dir():
         raise BadInput(f"model.init_from = {path}: no such folder; give one with config.json and {WEIGHTS}")
     return {"path": path, "weights_sha256": weights_sha256(Path(path))}
 
 
 def shards(folder: Path) -> dict[Path, set[str] | None]:
-    """Each weight file, with the names of the tensors that the index says are in it; None where there is no index.
+    """Return each weight file with the names of the tensors that the index places in it; None without an index.
 
-    As transformers does, the single file is taken where both are there. Raises :class:`BadInput`.
+    If both a single file and an index exist, use the single file, as transformers does. Raise :class:`BadInput`.
     """
     if (folder / WEIGHTS).is_file():
         return {folder / WEIGHTS: None}
@@ -62,7 +62,7 @@ def shards(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """The first 16 digits of the SHA-256 over names and bytes of the weight files. Raises :class:`BadInput`."""
+    """Return the first 16 digits of the SHA-256 over names and bytes of the weight files. Raise :class:`BadInput`."""
     try:
         stats = [(file, file.stat()) for file in sorted(shards(folder))]
         return _digest(tuple((file.absolute(), stat.st_size, stat.st_mtime_ns) for file, stat in stats))
@@ -72,7 +72,7 @@ def weights_sha256(folder: Path) -> str:
 
 @lru_cache(maxsize=32)
 def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Remembered while size and time stay: a sweep asks once for each run."""
+    """Hash the files. The result is cached while size and time stay the same, since a sweep asks once per run."""
     whole = hashlib.sha256()
     for path, _, _ in files:
         with path.open("rb") as file:
@@ -81,7 +81,7 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises :class:`BadInput` where there is none."""
+    """Return the JSON object in a file. Raise :class:`BadInput` if there is none."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except OSError as error:

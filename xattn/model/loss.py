@@ -1,4 +1,4 @@
-"""The loss of a token: −log softmax(logits)[target], in float32, without logits of a whole batch in float32.
+"""The loss of a token, −log softmax(logits)[target], in float32 but without float32 logits for a whole batch.
 
 Shapes: B batch, S sequence, D embedding, V vocabulary.
 """
@@ -12,14 +12,14 @@ import numpy as np
 from xattn.backend.mesh import context_devices
 from xattn.model.projection import projection
 
-# The most bytes of logits that are there at once. In a narrower dtype than float32 they may be many: the log-sum-exp
-# reads them in float32 without writing them so, and one product with a large vocabulary is faster than several (on an
-# H100, 124M parameters, V 50k: 473 against 461 thousand tokens a second).
+# Most bytes of logits in memory at a time. A dtype narrower than float32 may take many: the log-sum-exp converts them
+# to float32 on the fly, and one product with a large vocabulary is faster than several (on an H100 with 124M
+# parameters and V = 50k: 473 versus 461 thousand tokens per second).
 MOST_LOGITS = {"float32": 2**26, "bfloat16": 2**31}
 
 
 def next_token_losses(logits: jax.Array, targets: jax.Array | np.ndarray) -> jax.Array:
-    """−log p(target), in nats and float32: (B, S, V), int (B, S) → (B, S)."""
+    """Return −log p(target) in nats, float32: (B, S, V), int (B, S) → (B, S)."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
@@ -28,11 +28,11 @@ def next_token_losses(logits: jax.Array, targets: jax.Array | np.ndarray) -> jax
 def projected_losses(
     x: jax.Array, embedding: jax.Array, targets: jax.Array, *, precision: str = "default"
 ) -> jax.Array:
-    """:func:`next_token_losses` of the logits x · embeddingᵀ: (B, S, D), (V, D), int (B, S) → float32 (B, S).
+    """Compute :func:`next_token_losses` of logits x · embeddingᵀ: (B, S, D), (V, D), int (B, S) → float32 (B, S).
 
-    Where the logits would take more than ``MOST_LOGITS`` they are made for a part of the positions at a time, and made
-    again for the gradient: a third more work in this product, and memory that does not grow with S.
-    precision: as in :func:`~xattn.model.projection.projection`.
+    If the logits would exceed ``MOST_LOGITS``, they are computed for some positions at a time, and recomputed for the
+    gradient. That costs a third more work in this product, and memory no longer grows with S. ``precision`` is as in
+    :func:`~xattn.model.projection.projection`.
     """
     batch, length, _ = x.shape
     vocab_size = embedding.shape[0]
@@ -45,12 +45,12 @@ def projected_losses(
     if positions >= length:
         return losses(x, targets)
     parts = -(-length // positions)
-    positions = -(-length // parts)  # parts of equal size: what they are padded with is least
+    positions = -(-length // parts)  # parts of equal size need the least padding
     positions += -positions % context_devices()
 
     def in_parts(array: jax.Array) -> jax.Array:
-        """(B, S, …) → (parts, B, positions, …): every so many positions, so that each device has its share of each part
-        of a sequence that is split over several."""
+        """Divide (B, S, …) → (parts, B, positions, …). Each part takes every parts-th position, so that every device
+        has its share of each part if the sequence is split over devices."""
         padding = [(0, 0), (0, parts * positions - length)] + [(0, 0)] * (array.ndim - 2)
         padded = jnp.pad(array, padding).reshape(batch, positions, parts, *array.shape[2:])
         return jnp.moveaxis(padded, 2, 0)
@@ -63,10 +63,10 @@ def projected_losses(
 
 
 def at(places: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """What indexes an array (B, S, …) by int places (B, K): (B, K, …) comes of it."""
+    """Return an index that picks the int places (B, K) from an array: (B, S, …) → (B, K, …)."""
     return jnp.arange(len(places))[:, None], jnp.asarray(places)
 
 
 def spread(values: jax.Array, places: jax.Array | np.ndarray, length: int) -> jax.Array:
-    """The values (B, K) at their places in (B, length), and 0 elsewhere."""
+    """Put the values (B, K) at their places in an array (B, length) that is 0 elsewhere."""
     return jnp.zeros((len(values), length), values.dtype).at[at(places)].set(values)

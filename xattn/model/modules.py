@@ -1,4 +1,4 @@
-"""What all parts of a layer are made of: norms and matrices."""
+"""The modules shared by all parts of a layer: norms and matrices."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class Norm(nn.Module):
 
 
 def norm(config: ModelConfig, name: str) -> Norm:
-    """The norm of the residual stream that the config chooses."""
+    """Return the kind of norm that ``model.norm`` selects."""
     return Norm(config.norm, config.norm_eps, name=name)
 
 
 def dense(config: ModelConfig, features: int, name: str, *, residual: bool = False) -> nn.Dense:
-    """A matrix in the config's dtype. residual: its product is added to the residual stream."""
+    """Return a matrix in the config's dtype. ``residual`` means that its product is added to the residual stream."""
     variance = 1.0 / (2 * config.num_layers) if residual else 1.0
     init = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
     return _dense(config, features, name, jnp.dtype(config.dtype), init)
 
 
 def gate(config: ModelConfig, features: int, name: str, *, bias: Any = None) -> nn.Dense:
-    """A gate before its activation: W x, in the config's dtype, or W x + b, in float32; W starts at 0.
+    """Return a gate before its activation: W x in the config's dtype, or W x + b in float32; W starts at 0.
 
-    bias: what b starts at, one number for all features or one for each; None is no b.
+    ``bias`` is the initial b, one number for all features or one for each; None means no b.
     """
-    # A forget gate near 1 has a logarithm near 0, of which bfloat16 would leave two digits.
+    # The log of a forget gate near 1 is near 0, and bfloat16 would keep only two digits of it.
     dtype = jnp.dtype(config.dtype if bias is None else "float32")
     return _dense(config, features, name, dtype, nn.initializers.zeros, bias)
 

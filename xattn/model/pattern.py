@@ -1,9 +1,9 @@
-"""Layers of two kinds: how their parameters and caches are stacked, and the loop over periods of them.
+"""Layers of two kinds: how their parameters and caches are stacked, and the loop over periods.
 
-``backend.every: k`` makes every k-th layer one of the kind ``then``; k layers are a period. Parameters that both kinds
-have are stacked over all layers in their order, under ``layers``, as in a model of one kind; those that only one kind
-has are stacked over its own layers, under ``backend_layers`` or ``then_layers``. What else a layer has, its cache for
-one, is stacked for each kind.
+``backend.every: k`` makes every k-th layer one of kind ``then``; a period is k layers. Parameters that both kinds have
+are stacked over all layers in order, under ``layers``, as in a model with one kind. Parameters that only one kind has
+are stacked over the layers of that kind, under ``backend_layers`` or ``then_layers``. Other per-layer data, such as
+caches, is stacked by kind.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from xattn.model.attention import LayerCache
 from xattn.model.config import BackendConfig
 
 Caches = Mapping[str, LayerCache]
-"""Kind of layer → its cache with one more axis in front, the layers of that kind."""
+"""Kind of layer → its cache. The leading axis counts the layers of that kind."""
 
 RunLayer = Callable[[str, Any, Any, LayerCache | None, jax.Array | None], tuple[Any, Any]]
-"""(kind, parameters, stream, cache, dropout key) of a layer → (the stream, what else the layer gives).
+"""Runs a layer: (kind, parameters, stream, cache, dropout key) → (stream, other outputs of the layer).
 
-The stream is what goes from layer to layer, a tree of arrays that keep their shapes.
+The stream is what each layer passes to the next: a tree of arrays with constant shapes.
 """
 
 
 def layers_of(backend: BackendConfig, num_layers: int) -> dict[str, list[int]]:
-    """Kind → its layers, counted from 0, of those kinds that the backend has."""
+    """Return kind → its layers, counted from 0, for the kinds that the backend has."""
     return {kind: [i for i in range(num_layers) if backend.kind_of(i) == kind] for kind in backend.kinds}
 
 
 def merged(of_kinds: Mapping[str, Any], num_layers: int, backend: BackendConfig) -> dict[str, Any]:
-    """The stacked parameters, from those of models whose layers all are of one kind."""
+    """Stack the parameters, given those of models with one kind of layer each."""
     flat = {kind: flatten_dict(layers) for kind, layers in of_kinds.items()}
     first, second = flat.values()
     shared = {path: leaf for path, leaf in first.items() if path in second}
@@ -57,14 +57,14 @@ def run(
     *,
     unrolled: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """The stream after all layers, and kind → what its layers give, stacked.
+    """Run all layers. Return the stream, and kind → other outputs of its layers, stacked.
 
-    params: with the entries of :func:`merged`. keys: of all layers, or None without dropout.
+    ``params`` has the entries of :func:`merged`. ``keys`` are those of all layers, or None without dropout.
     """
     assert backend.every is not None
     every = backend.every
     periods = num_layers // every
-    # Each with the layers that it has in a period, and the arrays stacked over them.
+    # Name → (layers per period, arrays stacked over those layers).
     stacks: dict[str, tuple[int, Any]] = {"shared": (every, (params["layers"], keys))}
     for kind, count in (("backend", every - 1), ("then", 1)):
         stacks[kind] = (count, (params.get(f"{kind}_layers", {}), caches and caches[kind]))
@@ -88,7 +88,7 @@ def run(
         lambda stream, arrays: in_turn(stream, arrays, range(every)), stream, looped, unroll=unroll
     )
     found = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
-    if num_layers % every:  # after the last full period, all of them of the kind ``backend``
+    if num_layers % every:  # layers after the last full period are all of kind ``backend``
         rest = {name: jax.tree.map(lambda leaf: leaf[periods * n :], arrays) for name, (n, arrays) in stacks.items()}  # noqa: B023
         stream, last = in_turn(stream, rest, range(num_layers % every))
         found["backend"] = jax.tree.map(lambda *parts: jnp.concatenate(parts), found["backend"], last["backend"])

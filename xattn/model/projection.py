@@ -1,4 +1,4 @@
-"""The product of activations and a matrix of parameters, with a gradient that each platform computes well."""
+"""The product of activations and a parameter matrix, with a gradient that is fast on each platform."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from xattn.backend.mesh import context_devices
 
 
 def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, precision: Any = None) -> jax.Array:
-    """x (…, in) · kernel (in, out), in x's dtype.
+    """Return x (…, in) · kernel (in, out), in x's dtype.
 
-    precision: ``bfloat16``: all factors, those of the gradients too, are rounded to it, and sums are float32;
-    ``default``: as the device multiplies this dtype. dimension_numbers: those of nn.Dense are here always the same.
+    ``precision="bfloat16"`` rounds all factors to bfloat16, including those of the gradients, and sums in float32.
+    ``default`` is the device's own for this dtype. nn.Dense passes ``dimension_numbers``, always the same ones here.
     """
-    # Rows and sequence as one axis can't stay split by the sequence: all of it would be gathered on each device.
+    # project merges batch and sequence into one axis, which can't stay split by sequence: each device would gather it.
     on_cpu = jax.default_backend() == "cpu" and context_devices() == 1
     if on_cpu or (precision == "bfloat16" and x.dtype != jnp.bfloat16):
         return project(x, kernel, precision, on_cpu)
@@ -26,7 +26,7 @@ def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, p
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project(x: jax.Array, kernel: jax.Array, precision: str, on_cpu: bool) -> jax.Array:
-    """:func:`projection`, with a gradient of its own; on_cpu: in the form that XLA:CPU is fast at."""
+    """Compute :func:`projection` with a custom gradient. ``on_cpu`` selects the form that is fast in XLA:CPU."""
     return _forward(x, kernel, precision, on_cpu)[0]
 
 
@@ -55,11 +55,11 @@ project.defvjp(_forward, _backward)
 
 
 def _of_kernel_on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """xᵀ · gradient: (T, in), (T, out) → (in, out), float32.
+    """Return xᵀ · gradient: (T, in), (T, out) → (in, out), float32.
 
-    JAX's own is (gradientᵀ · x)ᵀ, for which XLA:CPU writes the gradient out transposed, together with the elementwise
-    function that it comes from, at many times the cost of that alone. What is transposed here is the narrower of the
-    two, and where that is the gradient the result as well; the barrier keeps XLA from making one product of both.
+    JAX computes (gradientᵀ · x)ᵀ. For that, XLA:CPU fuses the gradient's elementwise function with writing it out
+    transposed, at many times the cost of the function alone. This function transposes the narrower of the two arrays
+    and, if that is the gradient, the result as well. The barrier keeps XLA from folding that into the product.
     """
     if x.shape[1] > gradient.shape[1]:
         return jax.lax.optimization_barrier(_of_kernel_on_cpu(gradient, x)).T
@@ -69,20 +69,20 @@ def _of_kernel_on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
 def _factor(array: jax.Array, precision: str, on_cpu: bool) -> jax.Array:
     if precision == "bfloat16" and not on_cpu and jax.default_backend() == "cpu":
-        return jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)  # rounded, multiplied in float32
+        return jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)  # rounded but multiplied in float32
     array = array.astype(jnp.bfloat16) if precision == "bfloat16" else array
     return _stored(array) if on_cpu and array.dtype == jnp.bfloat16 else array
 
 
 def _product(a: jax.Array, b: jax.Array, *, axis: int, on_cpu: bool) -> jax.Array:
-    """a · b over a's last axis and b's axis ``axis``, float32."""
+    """Return a · b over a's last axis and b's axis ``axis``, in float32."""
     product = jax.lax.dot_general(a, b, (((a.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(product) if on_cpu and a.dtype == jnp.bfloat16 else product
 
 
 def _stored(array: jax.Array) -> jax.Array:
-    """The same, in memory as it is read. XLA:CPU has kernels for products of bfloat16 only where factors are; it looks
-    for one before it folds transpositions, also that of a result, into products, and what then has none any more fails
-    at run time. It folds nothing through a barrier; without one more axis there it would store what is transposed
-    untransposed, and call that its layout."""
+    """Return the same array, stored in memory in the order it is read. XLA:CPU has bfloat16 kernels only for such
+    factors. It picks the kernel before it folds transpositions, even of results, into products; a product that then has
+    no kernel fails at run time. It folds nothing through a barrier. Without the extra axis it would store a transposed
+    array untransposed, as a layout."""
     return jax.lax.optimization_barrier(array[None])[0]

@@ -1,4 +1,4 @@
-"""The size of a model and the work of a token, by formula from the config alone. Importing this module imports no jax.
+"""The size of a model and the work per token, computed from the config alone. Importing this does not import jax.
 
 Shape letters: NH query heads, NKV key/value heads, DH head width, S sequence, D embedding, V vocabulary.
 """
@@ -14,7 +14,7 @@ from xattn.model.config import BackendConfig, ModelConfig
 
 
 def num_params(model: ModelConfig, backend: BackendConfig, *, vocab_size: int) -> int:
-    """Counts the parameters of :func:`xattn.model.transformer.init_params`."""
+    """Count the parameters of :func:`xattn.model.transformer.init_params`."""
     d = model.embedding_dim
     embeddings = (1 if model.embeddings == "tied" else 2) * vocab_size * d
     layers = sum(_weights(model, kind) + _others(model, kind) for kind in _layers(model, backend))
@@ -22,7 +22,7 @@ def num_params(model: ModelConfig, backend: BackendConfig, *, vocab_size: int) -
 
 
 def mlp_dim_for(parameters: int, model: ModelConfig, backend: BackendConfig, *, vocab_size: int) -> int:
-    """Returns the mlp_dim ≥ 1 with which the model's number of parameters is nearest; of two, the larger.
+    """Return the mlp_dim ≥ 1 with the number of parameters nearest to the target; of two equally near, the larger.
 
     Raises:
         BadInput: the model has more parameters even with an mlp_dim of 1.
@@ -38,12 +38,12 @@ def mlp_dim_for(parameters: int, model: ModelConfig, backend: BackendConfig, *, 
 
 
 def matmul_flops_per_token(model: ModelConfig, backend: BackendConfig, *, vocab_size: int) -> int:
-    """Counts the floating-point operations of the forward pass's products, for one token of a full window.
+    """Count the floating-point operations of the forward pass's products, for one token of a full window.
 
-    2 for each weight that the token is multiplied with: those of the projections, gates and convolutions, and of the
-    output embedding, but not of the look-up. For causal attention, over the average of S/2 positions that a token
-    attends to, 2 · S/2 for each query, key pair of products: 2 · S · D a layer, whatever the activation or window.
-    A training step costs three times this.
+    Each weight that multiplies the token counts 2: in projections, gates, convolutions and the output embedding, but
+    not in the embedding look-up. In causal attention a token attends to S/2 positions on average. The two products,
+    2 · D · S/2 each, add up to 2 · S · D per layer, whatever the activation or window. A training step costs three
+    times this.
     """
     d = model.embedding_dim
     attention = 2 * backend.context_length * d
@@ -52,7 +52,7 @@ def matmul_flops_per_token(model: ModelConfig, backend: BackendConfig, *, vocab_
 
 
 def _layers(model: ModelConfig, backend: BackendConfig) -> Iterator[BackendConfig]:
-    """The keys of each layer."""
+    """Yield the config of each layer, grouped by kind."""
     kinds = backend.kinds
     counts = Counter(backend.kind_of(layer) for layer in range(model.num_layers))
     for kind, count in counts.items():
@@ -64,7 +64,7 @@ def _mlp_matrices(model: ModelConfig) -> int:
 
 
 def _weights(model: ModelConfig, layer: BackendConfig) -> int:
-    """Weights of a layer that multiply each token: matrices, and the taps of convolutions."""
+    """Count a layer's weights that multiply each token: matrices, and the taps of convolutions."""
     d, kv = model.embedding_dim, model.kv_heads * model.head_dim
     found = 2 * d * d + 2 * d * kv + _mlp_matrices(model) * d * model.mlp_dim
     found += d * model.kv_heads * ((layer.decay == "input") + (layer.input_gate == "sigmoid"))
@@ -73,7 +73,7 @@ def _weights(model: ModelConfig, layer: BackendConfig) -> int:
 
 
 def _others(model: ModelConfig, layer: BackendConfig) -> int:
-    """Parameters of a layer that are in no product: scales, biases, sinks and the mix of values."""
+    """Count a layer's parameters outside products: scales, biases, sinks and the mix of values."""
     d = model.embedding_dim
     found = (3 if model.norm_placement == "hybrid" else 2) * d
     found += 2 * model.head_dim if model.qk_norm == "rmsnorm" else 0

@@ -1,15 +1,14 @@
 """The causal language model: a pre-norm decoder on the attention backend.
 
-Flax Linen, because the seed's backend is a Linen module, and because ``init`` and ``apply`` are pure functions of a
-plain tree of parameters: what packs (vmap over runs) and checkpoints want.
+It uses Flax Linen because the seed's backend is a Linen module, and because ``init`` and ``apply`` are pure functions
+of a plain tree of parameters. Packs (vmap over runs) and checkpoints need that.
 
-Shapes: B batch, NH heads, S sequence, DH head width, D embedding, V vocabulary. Parameters of the layers have one more
-axis in front, the layer, whether the layers are scanned or unrolled. How layers of two kinds are stacked is in
-:mod:`xattn.model.pattern`.
+Shapes: B batch, NH heads, S sequence, DH head width, D embedding, V vocabulary. Parameters of layers have a leading
+layer axis, whether the layers are scanned or unrolled. :mod:`xattn.model.pattern` stacks layers of two kinds.
 
-Initialisation: embeddings normal with standard deviation 0.02; matrices truncated normal with variance 1 / fan-in,
-those that write to the residual stream divided by √(2 · num_layers); norm scales 1; learned sigmoid biases −log n. What
-the terms of attention start from is in :mod:`xattn.model.attention`.
+Initialisation: embeddings are normal with standard deviation 0.02. Matrices are truncated normal with variance
+1 / fan-in; those that write to the residual stream are divided by √(2 · num_layers). Norm scales are 1, learned sigmoid
+biases −log n. :mod:`xattn.model.attention` describes the initial values of attention's terms.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Role = Literal["matrix", "embedding", "vector"]
 
 
 def parameter_role(path: tuple[Any, ...]) -> Role:
-    """What a parameter is, by its name in the tree: its number of axes says nothing once layers are stacked."""
+    """Return a parameter's role by its name in the tree. Its number of axes is no guide once layers are stacked."""
     name = path[-1].key
     if name == "kernel":
         return "matrix"
@@ -44,16 +43,16 @@ def parameter_role(path: tuple[Any, ...]) -> Role:
 
 
 def by_role(params: Any, choose: Callable[[Role], Any]) -> Any:
-    """What ``choose`` makes of each parameter's role, as a tree like that of the parameters."""
+    """Map ``choose`` over the roles of all parameters; the result has the structure of the parameters."""
     return jax.tree_util.tree_map_with_path(lambda path, _: choose(parameter_role(path)), params)
 
 
 class LanguageModel(nn.Module):
-    """A decoder: tokens to next-token logits, their losses, or one more token at a time.
+    """A decoder from tokens to next-token logits or losses, or one token at a time.
 
-    Call it by ``model.apply({"params": params}, …, method="losses")``, or without a method for logits; parameters come
-    from :func:`init_params`. Tokens of different ``segment_ids`` don't attend to each other; an id must not come back
-    after another one.
+    Call it by ``model.apply({"params": params}, …, method="losses")``, or without a method for logits. Parameters come
+    from :func:`init_params`. Tokens of different ``segment_ids`` don't attend to each other, and an id must not come
+    back after another one.
     """
 
     config: ModelConfig
@@ -61,7 +60,7 @@ class LanguageModel(nn.Module):
     vocab_size: int
 
     def scanned(self) -> LanguageModel:
-        """The same model, its layers in a loop, for what runs once: it compiles faster and runs slower."""
+        """Return the model with scanned layers. It compiles faster and runs slower, which suits one-off calls."""
         return self.clone(config=self.config.model_copy(update={"layers": "scanned"}))
 
     def __call__(
@@ -71,7 +70,7 @@ class LanguageModel(nn.Module):
         *,
         segment_ids: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B S V"]:
-        """:meth:`logits`."""
+        """Compute :meth:`logits`."""
         return self.logits(tokens, hyperparameters, segment_ids=segment_ids)
 
     def logits(
@@ -82,7 +81,7 @@ class LanguageModel(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         places: Int[Array, "B K"] | None = None,
     ) -> Float[Array, "B S V"] | Float[Array, "B K V"]:
-        """Scores of each next token, in the config's dtype; with places of these inputs alone."""
+        """Compute next-token logits in the config's dtype, at all inputs or only at ``places``."""
         x, embedding, _ = self._run(tokens, hyperparameters, segment_ids)
         return self._scores(x if places is None else x[at(places)], embedding)
 
@@ -96,9 +95,9 @@ class LanguageModel(nn.Module):
         places: Int[Array, "B K"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B S"]:
-        """−log p(target) in float32, without all logits at once. places: the inputs of each sequence that logits are
-        made for; the loss is 0 at the others. None: all. With train=True and dropout > 0 an rng named ``dropout`` is
-        needed."""
+        """Compute −log p(target) in float32, with bounded memory for logits. With ``places``, only these inputs of each
+        sequence are scored, and the loss is 0 at the others. train=True with dropout > 0 needs an rng named
+        ``dropout``."""
         x, embedding, _ = self._run(tokens, hyperparameters, segment_ids, train=train)
         precision = self.config.matmul_precision
         if places is None:
@@ -116,11 +115,11 @@ class LanguageModel(nn.Module):
         length: Any = None,
         segment_ids: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B 1 V"], pattern.Caches]:
-        """The logits after the last token, and the caches with the tokens.
+        """Return the logits after the last token, and the caches with the tokens added.
 
-        One token continues from the caches; several are a prompt for caches that have seen nothing, of which the first
-        ``length`` count (an int or a traced scalar; None: all). :func:`xattn.model.generation.empty_caches` makes them,
-        and is told there whether segment_ids, those of these tokens, come with each call or with none.
+        One token continues from the caches. Several tokens are a prompt for empty caches; only the first ``length``
+        count (an int or a traced scalar; None means all). :func:`xattn.model.generation.empty_caches` makes the caches;
+        its argument ``documents`` states whether calls come with segment_ids, which must hold for all calls or none.
         """
         x, embedding, new = self._run(tokens, hyperparameters, segment_ids, caches=caches, length=length)
         return self._scores(x, embedding), {kind: appended(caches[kind], added) for kind, added in new.items()}
@@ -139,8 +138,8 @@ class LanguageModel(nn.Module):
         caches: pattern.Caches | None = None,
         length: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """(the residual stream after its last norm, the output embedding (V, D), kind → what its layers add to their
-        caches); with caches the stream is that of the last token, (B, 1, D)."""
+        """Return (the residual stream after the final norm, the output embedding (V, D), kind → cache additions). With
+        caches, the stream is only that of the last token, (B, 1, D)."""
         config = self.config
 
         def embedding(name: str) -> nn.Embed:
@@ -188,7 +187,7 @@ class LanguageModel(nn.Module):
         caches: pattern.Caches | None,
         length: jax.Array | None,
     ) -> tuple[Stream, dict[str, Any]]:
-        """The layers of two kinds, in a loop over periods."""
+        """Run layers of two kinds, in a loop over periods."""
         config, backend = self.config, self.backend
         is_watched = self.is_mutable_collection("intermediates")
         drops = train and config.dropout > 0
@@ -220,10 +219,10 @@ class LanguageModel(nn.Module):
 
 
 def init_params(model: LanguageModel, key: jax.Array) -> Any:
-    """The parameters of a model. A layer begins with the same numbers whatever kind it and the others are."""
+    """Initialise a model's parameters. A layer's initial values depend neither on its kind nor on the other layers'."""
     tokens = jnp.zeros((1, model.backend.context_length), jnp.int32)
     of_kinds = {
-        # What computes the attention has no parameters, and need not serve the device here.
+        # The implementation has no parameters, and the one configured need not support this device.
         kind: model.clone(backend=backend.model_copy(update={"implementation": dispatch.AUTO}))
         .scanned()
         .init(key, tokens, LayerHyperparameters(1.0, 0.0))["params"]
@@ -243,7 +242,7 @@ def attention_inputs(
     hyperparameters: ModelHyperparameters,
     segment_ids: jax.Array | None,
 ) -> dict[str, Inputs]:
-    """Kind of layer → what attention gets, with the kind's layers as the first axis of each array."""
+    """Return kind of layer → the inputs of attention. The first axis of each array counts the layers of that kind."""
     _, seen = model.apply(
         {"params": params}, tokens, hyperparameters, segment_ids=segment_ids, mutable=["intermediates"]
     )
@@ -256,7 +255,7 @@ def _is_unrolled(config: ModelConfig) -> bool:
 
 
 def _rematerialised(config: ModelConfig) -> Any:
-    """The layer, with what of its forward pass the backward pass keeps, and what it computes again."""
+    """Return the Layer class with the configured rematerialisation."""
     return _remat(config, nn.remat)(Layer)
 
 
@@ -264,21 +263,21 @@ def _remat(config: ModelConfig, remat: Any) -> Any:
     if config.remat == "none":
         return lambda function: function
     policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[config.remat]
-    # In a loop nothing can be shared between the passes.
+    # With remat the layers always run in a loop, where no CSE between the passes is possible anyway.
     return lambda function: remat(function, policy=policy, prevent_cse=False)
 
 
 class Stream(NamedTuple):
-    """What goes from layer to layer."""
+    """What each layer passes to the next."""
 
     x: Float[Array, "B S D"]
     """The residual stream."""
     first: FirstValues | None
-    """None where values have no residual."""
+    """None without a value residual."""
 
 
 class Layer(nn.Module):
-    """x + attention, then x + MLP: stream → (stream, what is new for the cache), the form that a scan wants."""
+    """x + attention, then x + MLP. In the form that a scan needs: stream → (stream, cache addition)."""
 
     config: ModelConfig
     backend: BackendConfig

@@ -1,4 +1,4 @@
-"""The contract suite for an activation of your own: ``xattn.testing.check_activation("relu")``."""
+"""The contract suite for your own activation: ``xattn.testing.check_activation("relu")``."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Check = tuple[str, Callable[[], None]]
 
 
 def check_activation(name: str) -> None:
-    """Checks that a registered activation is its formula wherever it is computed.
+    """Check that every implementation of a registered activation computes its formula.
 
-    Output and gradients of every implementation that serves it are compared with float64, under every kind of mask, in
-    float32 and bfloat16, with grouped heads, with decay and an input gate. The float64 comes from the activation's own
-    function, and from its own slope where one was given. Then come causality, the gradient of theta, and decoding,
-    which is the parallel form at every position. It takes twenty seconds on two CPU cores.
+    Outputs and gradients of every implementation that serves it are compared with float64: under every kind of mask, in
+    float32 and bfloat16, with grouped heads, and with decay and an input gate. The float64 results use the activation's
+    own function, and its own slope if it has one. Further checks cover causality, the gradient of theta, and decoding,
+    which must equal the parallel form at every position. The suite takes twenty seconds on two CPU cores.
 
     Raises:
         ValueError: no activation of that name is registered.
-        AssertionError: some check fails; the message names all that do.
+        AssertionError: at least one check fails; the message lists all failures.
     """
     failures = []
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # many tiny programs: compiling well takes longest
+    jax.config.update("jax_disable_most_optimizations", True)  # for many tiny programs, optimising costs most
     try:
         for what, check in checks(name):
             try:
@@ -41,7 +41,7 @@ def check_activation(name: str) -> None:
 
 
 def checks(name: str) -> Iterator[Check]:
-    """What :func:`check_activation` checks, one by one: (what it is of, the check)."""
+    """Yield the checks of :func:`check_activation`, each with a description."""
     row = activation(name)
     plain = Case(activation=name)
     cases = [
@@ -60,7 +60,7 @@ def checks(name: str) -> Iterator[Check]:
     for subject in subjects:
         if subject.serves(plain):
             yield f"{subject.name} causal", lambda f=subject.function: check_causal(f, plain)  # type: ignore[misc]
-            if row.slope is None:  # by differences; a slope that is given need not be the derivative
+            if row.slope is None:  # it uses differences, and a registered slope need not be the derivative
                 yield f"{subject.name} theta", lambda f=subject.function: check_theta_gradient(f, plain)  # type: ignore[misc]
     for case in (
         Case(activation=name, context_length=5),

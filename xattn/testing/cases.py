@@ -1,4 +1,4 @@
-"""The calls that the contract suite judges: a case says what a call is of, ``inputs`` makes its arrays."""
+"""The calls that the contract suite checks. A case describes a call, and ``inputs`` makes its arrays."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from xattn.testing import oracle
 
 Function = Callable[[jax.Array, jax.Array, jax.Array, AttentionSpec], jax.Array]
 
-# Distinct, so that swapped axes show, and primes where they can be (head widths are even, heads come in groups).
+# Distinct sizes, so that swapped axes show, and primes where possible (DHQK must be even, and heads come in groups).
 BATCH, HEADS, LENGTH, WIDTH_QK, WIDTH_V = 2, 3, 13, 10, 7
 THETA = 100.0
 
-# What the oracle states by itself; of any other activation it asks the function.
+# Activations with a formula in the oracle; for any other one it calls the activation's function.
 OWN_FORMULAS = ("softmax", "sigmoid", "none")
 
 MASKS = ("default", "causal", "arbitrary", "empty rows", "window", "segments", "documents", "everything")
 
 Decay = Literal["none", "zeros", "mild", "resets", "hard", "shut"]
-"""zeros: ℓ = 0. mild: half-lives from 2 to S over the heads. resets: mild, but ℓ = −1e4 at 2 % of the tokens, at least
-at one. hard: ℓ = −5 × a lognormal number. shut: ℓ = −1e4 everywhere."""
+"""zeros: ℓ = 0. mild: half-lives from 2 to S over the heads. resets: mild, but ℓ = −1e4 at 2 % of the tokens and at the
+middle one. hard: ℓ = −5 × a lognormal number. shut: ℓ = −1e4 everywhere."""
 DECAYS: tuple[Decay, ...] = ("none", "zeros", "mild", "resets", "hard")
 
 Sink = Literal["none", "zero", "learned"]
-"""learned: another number for each head."""
+"""learned: a different number for each head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +47,21 @@ class Case:
     activation: str
     pre_activation: QKPreActivation = "none"
     mask: str = "default"
-    """One of MASKS, or "borders": every token is a document."""
+    """One of MASKS, or "borders", where every token is a document."""
     dtype: str = "float32"
     heads: int = HEADS
     kv_heads: int = HEADS
     length: int = LENGTH
     context_length: int | None = None
     bias_step: float = 0.0
-    """By how much sigmoid's bias grows from head to head, from −log n."""
+    """Increment of sigmoid's bias from one head to the next; it starts at −log n."""
     decay: Decay = "none"
     input_gate: bool = False
     sink: Sink = "none"
     rotary_fraction: float = 1.0
     logit_scale: float = 1.0
     width: int | None = None
-    """DHQK and DHV, for an implementation that takes few; None is WIDTH_QK and WIDTH_V."""
+    """DHQK = DHV, for an implementation with few allowed widths; None means WIDTH_QK and WIDTH_V."""
     platform: str = "cpu"
 
     @property
@@ -71,11 +71,11 @@ class Case:
 
     @property
     def turning(self) -> int:
-        """How many channels RoPE rotates."""
+        """Number of channels that RoPE rotates."""
         return 2 * round(self.rotary_fraction * self.widths[0] / 2)
 
     def call(self) -> Call:
-        """The case as the table sees it, without making an array."""
+        """Return the case as the dispatch table sees it, without making arrays."""
         return Call(
             activation=activation(self.activation),
             dtype=self.dtype,
@@ -115,7 +115,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Subject:
-    """An implementation, its work cut into pieces so small that LENGTH needs several and is no multiple of them."""
+    """An implementation with its work cut into small pieces: LENGTH needs several and is not a multiple of one."""
 
     name: str
     implementation: str
@@ -137,7 +137,7 @@ SUBJECTS = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """A case's arrays, as the implementation and as the oracle take them."""
+    """The arrays of a case, in the form of the implementation and in that of the oracle."""
 
     q: jax.Array
     k: jax.Array
@@ -145,18 +145,18 @@ class Inputs:
     g: jax.Array
     spec: AttentionSpec
     terms: dict[str, jax.Array | None]
-    """The spec's arrays that have a gradient, log_decay as it was given."""
+    """The spec's arrays that have a gradient; log_decay before clipping."""
     problem: oracle.Problem
 
 
 def with_terms(spec: AttentionSpec, terms: dict[str, jax.Array | None]) -> AttentionSpec:
-    """The spec that :func:`~xattn.backend.arguments.checked_spec` makes of these arrays, which may be traced."""
+    """Return the spec that :func:`~xattn.backend.arguments.checked_spec` makes of these arrays, which may be traced."""
     decay = terms["log_decay"]
     return replace(spec, **terms | {"log_decay": None if decay is None else jnp.maximum(decay, LEAST)})  # type: ignore[arg-type]
 
 
 def inputs(case: Case) -> Inputs:
-    """Deterministic arrays, rounded to the case's dtype before either side sees them."""
+    """Return deterministic arrays, rounded to the case's dtype before implementation and oracle get them."""
     return _inputs(case, activation(case.activation))
 
 
@@ -217,7 +217,7 @@ def _inputs(case: Case, row: Activation) -> Inputs:
 
 
 def _in_float64(row: Activation, n: int) -> tuple[oracle.Function, oracle.Function]:
-    """An activation that the oracle has no formula of, and its slope, by its own function in float64."""
+    """Return an activation without a formula in the oracle, and its slope, both by its own function in float64."""
 
     def of(function: Any) -> oracle.Function:
         def run(logits: oracle.F64) -> oracle.F64:
@@ -233,7 +233,7 @@ def _in_float64(row: Activation, n: int) -> tuple[oracle.Function, oracle.Functi
 def _restrictions(mask: str, length: int, rng: np.random.Generator) -> dict[str, Any]:
     arbitrary = rng.random((length, length)) < 0.6
     empty = arbitrary & (np.arange(length) % 3 != 1)[:, None]
-    # Segments that return, and of which one ends within any block: the id decides, not the border.
+    # Segment ids that return, and segments that end within blocks: the id must decide, not the border.
     segments = np.stack([(np.arange(length) // 5) % 2, np.arange(length) // 7]).astype(np.int32)
     documents = np.cumsum(rng.random((BATCH, length)) < 0.2, axis=1).astype(np.int32)
     return {
@@ -267,7 +267,7 @@ def _decay(case: Case, rng: np.random.Generator) -> jax.Array | None:
 
 
 def _gate(case: Case, rng: np.random.Generator) -> jax.Array | None:
-    """log σ of normal numbers."""
+    """Return log σ of normal numbers."""
     x = rng.standard_normal((BATCH, case.kv_heads, case.length))
     return jnp.asarray(-np.log1p(np.exp(-x)), jnp.float32) if case.input_gate else None
 

@@ -1,7 +1,7 @@
-"""What every implementation must be, as checks on one function (q, k, v, spec) → out.
+"""The requirements on every implementation, as checks on one function (q, k, v, spec) → out.
 
-The tests run them over the dispatch table and every activation; :func:`xattn.testing.check_activation` runs them on an
-activation of your own.
+The tests run them over the dispatch table and every activation; :func:`xattn.testing.check_activation` runs them on
+your own activation.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from xattn.testing.cases import BATCH, DECAYS, THETA, Case, Function, Inputs, f6
 
 
 class Bound(NamedTuple):
-    """The largest error, over the largest true value, that an implementation may have."""
+    """The largest error that an implementation may have, relative to the largest true value."""
 
     output: float
     gradients: float
 
 
-# The one table of tolerances: by dtype and kind of decay.
+# The only table of tolerances, by dtype and kind of decay.
 TOLERANCE: dict[tuple[str, str], Bound] = {
     ("float32", "none"): Bound(5e-6, 5e-6),
     ("float32", "zeros"): Bound(5e-6, 5e-6),
     ("float32", "mild"): Bound(3e-5, 2e-3),
     ("float32", "resets"): Bound(3e-4, 2e-2),
     ("float32", "hard"): Bound(2e-3, 2e-2),
-    # What rounding to these costs is more than what any decay does, which is float32 always.
+    # Rounding to these dtypes costs more than any decay, which is always computed in float32.
     **{("bfloat16", kind): Bound(2.5e-2, 2.5e-2) for kind in DECAYS},
     **{("float16", kind): Bound(4e-3, 4e-3) for kind in DECAYS},
 }
 
 
-# Up to this length a decay costs no digits: its sums are of few tokens.
+# Up to this length a decay costs no digits, as its sums cover few tokens.
 SHORT = 16
 
 
 def bound_of(case: Case) -> Bound:
-    """What an implementation may be off by on a case."""
+    """Return the tolerance of a case."""
     return TOLERANCE[case.dtype, case.decay if case.length > SHORT else "none"]
 
 
@@ -53,13 +53,13 @@ def bound_of(case: Case) -> Bound:
 def value_and_gradients(
     function: Function, q: Any, k: Any, v: Any, spec: AttentionSpec, terms: dict[str, Any], g: Any
 ) -> Any:
-    """(out, gradients of Σ out · g with respect to q, k, v and the terms)."""
+    """Return (out, gradients of Σ out · g with respect to q, k, v and the terms)."""
     out, vjp = jax.vjp(lambda q, k, v, terms: function(q, k, v, with_terms(spec, terms)), q, k, v, terms)
     return out, vjp(g.astype(out.dtype))
 
 
 def check_values(function: Function, case: Case) -> None:
-    """Output and all gradients equal the oracle's, are finite and keep their dtypes."""
+    """Check that the output and all gradients equal the oracle's, are finite and keep their dtypes."""
     x = inputs(case)
     out, (d_q, d_k, d_v, d_terms) = value_and_gradients(function, x.q, x.k, x.v, x.spec, x.terms, x.g)
     want, bound = oracle.vjp(x.problem, f64(x.g)), bound_of(case)
@@ -78,7 +78,7 @@ def check_values(function: Function, case: Case) -> None:
 
 
 def check_theta_gradient(function: Function, case: Case) -> None:
-    """d/dθ against a central difference of the oracle over float64 tables."""
+    """Check d/dθ against a central difference of the oracle over float64 tables."""
     x = inputs(case)
     d_theta = value_and_gradients(function, x.q, x.k, x.v, x.spec, x.terms, x.g)[1][3]["theta"]
     step = 1e-4
@@ -88,12 +88,12 @@ def check_theta_gradient(function: Function, case: Case) -> None:
         return float(np.sum(oracle.forward(replace(x.problem, sin=sin, cos=cos)) * f64(x.g)))
 
     want = (loss(THETA + step) - loss(THETA - step)) / (2 * step)
-    # The terms of the sum are larger than the sum: a looser bound than for a single array, and still no chance hit.
+    # The terms of the sum exceed the sum, so the bound is looser than for a single array, but too tight for chance.
     assert abs(float(d_theta) - want) < 1e-4 * abs(want) + 1e-6, (float(d_theta), want)
 
 
 def check_causal(function: Function, case: Case) -> None:
-    """By default the output at t depends on every s ≤ t whose weight float32 can hold, and on no s > t, bit for bit."""
+    """Check that by default out_t depends on all s ≤ t with weights float32 can hold, and on no s > t, bit for bit."""
     x = inputs(case)
     t = case.length // 2
 
@@ -108,7 +108,7 @@ def check_causal(function: Function, case: Case) -> None:
 
 
 def decoding(case: Case, capacity: int) -> tuple[AttentionSpec, Cache]:
-    """A case as decoding takes it: its spec, and a cache that has seen nothing."""
+    """Return the spec of a case for decoding, and an empty cache."""
     x = inputs(case)
     spec = decoding_spec(
         num_heads=case.heads,
@@ -136,7 +136,7 @@ def decoding(case: Case, capacity: int) -> tuple[AttentionSpec, Cache]:
 
 
 def call_of(x: Inputs, spec: AttentionSpec, tokens: slice) -> tuple[tuple[jax.Array, ...], AttentionSpec]:
-    """(q, k, v) and the spec of a call of decoding that has these tokens."""
+    """Return (q, k, v) and the spec of a decoding call with these tokens."""
 
     def cut(array: jax.Array | None, axis: int = 2) -> Any:
         return None if array is None else array[(slice(None),) * axis + (tokens,)]
@@ -147,12 +147,12 @@ def call_of(x: Inputs, spec: AttentionSpec, tokens: slice) -> tuple[tuple[jax.Ar
 
 
 def check_decoding(case: Case, *, prompt: int = 0) -> None:
-    """A prompt of so many tokens and then token by token: the output at every position is the parallel form's."""
+    """Check that ``prompt`` tokens in one call, then one per call, give the parallel form's output at all positions."""
     x = inputs(case)
     spec, cache = decoding(case, case.length)
     outs = []
     if prompt:
-        # What follows the prompt's length is its padding, here the true continuation, and changes nothing.
+        # Tokens after the prompt's length are padding and change nothing, although they are the true continuation.
         arrays, of_prompt = call_of(x, spec, slice(None))
         out, cache = jax.jit(prefill)(*arrays, cache, of_prompt, length=prompt)
         outs.append(out[:, :, :prompt])
@@ -167,7 +167,7 @@ def check_decoding(case: Case, *, prompt: int = 0) -> None:
 
 
 def close(what: str, actual: jax.Array, expected: oracle.F64, dtype: str, bound: float | None = None) -> None:
-    """actual is finite, of this dtype, and within the bound: by default that of an output of this dtype."""
+    """Check that ``actual`` is finite, of this dtype, and within ``bound``; None is the bound for outputs."""
     assert actual.dtype == dtype, f"{what} is {actual.dtype}, not {dtype}"
     assert actual.shape == expected.shape, f"{what} has shape {actual.shape}, not {expected.shape}"
     got = f64(actual)

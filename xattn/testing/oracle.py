@@ -1,6 +1,6 @@
 """Attention in float64 NumPy, written from the formula and sharing no code with the package.
 
-The float32 RoPE tables are an argument: their angles are off by up to 6e-8 of themselves, which is the package's stated
+The float32 RoPE tables are an argument. The relative error of their angles is up to 6e-8, which is the package's stated
 accuracy and not an error of an implementation.
 """
 
@@ -18,30 +18,31 @@ Bool = NDArray[np.bool_]
 Function = Callable[[F64], F64]
 
 LEAST = -100.0
-"""A log decay counts as no less than this."""
+"""Lower bound to which a log decay is clipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One call: (B, NH, S, DHQK), (B, NKV, S, DHQK), (B, NKV, S, DHV) and what it means."""
+    """One call: its arrays and its meaning."""
 
     q: F64
     k: F64
     v: F64
+    """q (B, NH, S, DHQK), k (B, NKV, S, DHQK), v (B, NKV, S, DHV)."""
     activation: str
     """softmax, sigmoid or none; another name needs ``pointwise``."""
     swish: bool
     sin: F64
     cos: F64
-    """(S, pairs): the first pairs of the channels turn, the others don't."""
+    """(S, pairs), as is sin. Only the first pairs of channels turn."""
     keep: Bool
     """(B, S, S)."""
     bias: F64 | None
     """(NH,), added to the logits."""
     pointwise: tuple[Function, Function] | None = None
-    """Of another activation: logits → weights, logits → slopes."""
+    """The functions of another activation: logits → weights, logits → slopes."""
     sink: F64 | None = None
-    """(NH,), a logit in softmax's sum that has no value."""
+    """(NH,), a logit in softmax's sum without a value."""
     log_decay: F64 | None = None
     """(B, NKV, S)."""
     log_input_gate: F64 | None = None
@@ -51,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """Of Σ out · g, with the shapes of what they belong to; None where the problem has no such array."""
+    """The gradients of Σ out · g, shaped like the arrays they belong to; None if the problem has no such array."""
 
     q: F64
     k: F64
@@ -61,11 +62,11 @@ class Gradients:
     log_decay: F64 | None
     log_input_gate: F64 | None
     logit_scale: F64
-    """(B, NH, S, S): the gradient is the sum, and its rounding error is of the size of the terms."""
+    """(B, NH, S, S). The gradient is the sum; its rounding error scales with the terms."""
 
 
 def tables(length: int, width: int, theta: float) -> tuple[F64, F64]:
-    """sin and cos of t · theta^(−2i/width), in float64; width is that of the channels that turn."""
+    """Return sin and cos of t · theta^(−2i/width) in float64; ``width`` is the number of channels that turn."""
     angles = np.array([[t * theta ** (-2 * i / width) for i in range(width // 2)] for t in range(length)])
     return np.sin(angles), np.cos(angles)
 
@@ -79,9 +80,9 @@ def keep_of(
     segments: F64 | None = None,
     causal: bool = False,
 ) -> Bool:
-    """(the given mask, or causal) ∧ (t − window < s ≤ t) ∧ equal segments, element by element.
+    """Return (given mask, or causal) ∧ (t − window < s ≤ t) ∧ equal segments, element by element.
 
-    causal: whether a key after its query is left out, whatever mask is given.
+    ``causal`` excludes keys after the query, whatever the mask.
     """
     keep = np.zeros((batch, length, length), bool)
     for b in range(batch):
@@ -101,7 +102,7 @@ def _sigmoid(x: F64) -> F64:
 
 
 def _turn(x: F64, sin: F64, cos: F64) -> F64:
-    """A pair (2i, 2i + 1) is a complex number, and rotation a product."""
+    """Rotate each pair (2i, 2i + 1) as a complex number, by a product."""
     turning = 2 * sin.shape[-1]
     turned = (x[..., 0:turning:2] + 1j * x[..., 1:turning:2]) * (cos + 1j * sin)
     out = x.copy()
@@ -110,7 +111,7 @@ def _turn(x: F64, sin: F64, cos: F64) -> F64:
 
 
 def _terms(p: Problem, source: list[int]) -> F64 | float:
-    """E_ts = Σ_{s<r≤t} ℓ_r + log i_s of every query head, 0 in place of the sum for s ≥ t."""
+    """Return E_ts = Σ_{s<r≤t} ℓ_r + log i_s for every query head, with 0 in place of the sum for s ≥ t."""
     terms: F64 | float = 0.0
     if p.log_decay is not None:
         decay = np.maximum(p.log_decay, LEAST)[:, source]
@@ -122,7 +123,7 @@ def _terms(p: Problem, source: list[int]) -> F64 | float:
 
 @dataclass(frozen=True)
 class _Attended:
-    """Query heads each have their own keys and values here."""
+    """Intermediate results, with keys and values repeated for each query head."""
 
     q: F64
     k: F64
@@ -134,7 +135,7 @@ class _Attended:
     logits: F64
     weights: F64
     sink: F64 | None
-    """(B, NH, S): the weight that it takes."""
+    """(B, NH, S), the weight that the sink takes."""
 
 
 def _attended(p: Problem) -> _Attended:
@@ -166,18 +167,18 @@ def _attended(p: Problem) -> _Attended:
 
 
 def weights(p: Problem) -> F64:
-    """(B, NH, S, S)."""
+    """Return the weights (B, NH, S, S)."""
     return _attended(p).weights
 
 
 def forward(p: Problem) -> F64:
-    """(B, NH, S, DHV)."""
+    """Return the output (B, NH, S, DHV)."""
     x = _attended(p)
     return np.einsum("bhts,bhsd->bhtd", x.weights, x.v)
 
 
 def vjp(p: Problem, g: F64) -> Gradients:
-    """The gradients of Σ out · g."""
+    """Return the gradients of Σ out · g."""
     x = _attended(p)
     d_weights = np.einsum("bhtd,bhsd->bhts", g, x.v)
     d_sink = None
@@ -209,7 +210,7 @@ def vjp(p: Problem, g: F64) -> Gradients:
 
 
 def _of_decay(log_decay: F64, d_terms: F64) -> F64:
-    """Σ over s < r ≤ t of the gradient of E_ts, and 0 where ℓ_r counts as LEAST."""
+    """Sum the gradient of E_ts over s < r ≤ t, for each r; the result is 0 where ℓ_r is clipped to LEAST."""
     d = [d_terms[:, :, r:, :r].sum((2, 3)) for r in range(log_decay.shape[-1])]
     return np.where(log_decay < LEAST, 0, np.stack(d, axis=-1))
 

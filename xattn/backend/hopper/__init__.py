@@ -1,4 +1,4 @@
-"""Fused kernels for NVIDIA Hopper: a row of the dispatch table. Importing this package imports no jax."""
+"""Fused kernels for NVIDIA Hopper, a row of the dispatch table. Importing this package does not import jax."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def hopper(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
-    """:func:`xattn.backend.reference.reference` for causal sigmoid and ``none`` on a Hopper GPU.
+    """Compute :func:`xattn.backend.reference.reference` for causal sigmoid and ``none`` on a Hopper GPU.
 
-    It takes bfloat16 or float16, and DHQK = DHV in 64, 128. Pre-activation and RoPE come before it, as XLA fuses them
-    into one pass over q and k. The bias is an array of the program, with its gradient. **Never run on a GPU so far**:
-    docs/kernels.md says what was proven without one.
+    The dtype must be bfloat16 or float16, and DHQK = DHV must be 64 or 128. XLA fuses pre-activation and RoPE into one
+    pass over q and k before the kernels. The bias is a traced array and has a gradient. **Not yet run on a GPU**:
+    docs/kernels.md lists what was verified without one.
     """
     assert spec.activation.name in ACTIVATIONS
     assert spec.mask is None
@@ -24,7 +24,7 @@ def hopper(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning |
     assert spec.log_decay is spec.log_input_gate is None
     import jax.numpy as jnp
 
-    from xattn.backend.hopper.fused import fused  # imports Pallas, which nobody else needs
+    from xattn.backend.hopper.fused import fused  # imports Pallas, which nothing else needs
     from xattn.backend.hopper.kernels import Meaning
     from xattn.backend.spec import prepare
 

@@ -1,7 +1,7 @@
-"""What the Hopper kernels are made of: places in the grid, tiles in shared memory, products, the ring that is streamed.
+"""The parts of the Hopper kernels: grid positions, tiles in shared memory, products, and the ring of streamed tiles.
 
-A block is three warpgroups. Two of them keep ROWS rows each; the third streams tiles of the other side through a ring
-in shared memory, by the copy engine (TMA), ahead of the two.
+A block has three warpgroups. Two of them keep ROWS rows each. The third runs ahead of them: it uses the copy engine
+(TMA) to stream tiles of the other side through a ring in shared memory.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS
 F32 = jnp.float32
 WGMMA = plgpu.Layout.WGMMA
 
-# setmaxnreg, as in JAX's own attention for this chip: 2 · 232 + 40 registers a thread of each, of 512.
+# setmaxnreg, as in JAX's own attention for this chip: 2 · 232 + 40 registers of the 512 for one thread of each.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 
 
 def launch(body: Callable[..., None], *, grid: tuple[int, int, int], out: Any, scratch: list[Any]) -> Any:
-    """The kernel as a function of arrays; the grid is (heads, blocks of rows, batch)."""
+    """Return the kernel as a function of arrays. Its grid is (heads, blocks of rows, batch)."""
     return plgpu.kernel(
         body,
         out_type=out,
@@ -36,14 +36,14 @@ def launch(body: Callable[..., None], *, grid: tuple[int, int, int], out: Any, s
         grid_names=("heads", "rows", "batch"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        # ex2.approx and rsqrt.approx: off by about 2 units in the last place of float32.
+        # ex2.approx and rsqrt.approx: their error is about 2 units in the last place of float32.
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
 
 
 @dataclass(frozen=True)
 class Block:
-    """Where a warpgroup stands in the grid."""
+    """The position of a warpgroup in the grid."""
 
     batch: Any
     head: Any
@@ -53,24 +53,24 @@ class Block:
 
     @classmethod
     def here(cls, length: int, *, last_first: bool) -> Block:
-        """``last_first`` starts with the blocks of the last rows: under a causal mask they have the most to do."""
+        """Return this warpgroup's position. ``last_first`` starts with the last rows, the most work under a mask."""
         index = lax.axis_index("rows")
         index = length // BLOCK - 1 - index if last_first else index
         return cls(lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("warpgroup"), index * BLOCK)
 
     @property
     def my_first(self) -> Any:
-        """First of the rows that this compute warpgroup keeps."""
+        """The first row that this compute warpgroup keeps."""
         return self.first + self.warpgroup * ROWS
 
     @property
     def my_rows(self) -> tuple[Any, ...]:
-        """Their index in an array (B, heads, S, …)."""
+        """The index of its rows in an array (B, heads, S, …)."""
         return self.batch, self.head, pl.ds(self.my_first, ROWS)
 
 
 def multiply(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> Array:
-    """a · b of two references to shared memory, in float32; ``meanwhile`` runs while the tensor core works."""
+    """Return a · b of two shared-memory references, in float32; ``meanwhile`` runs while the tensor core works."""
 
     def run(accumulator: Any) -> Array:
         plgpu.wgmma(accumulator, a, b)
@@ -82,31 +82,31 @@ def multiply(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> Arr
 
 
 def multiply_add(total: Array, a: Array, b: Any) -> Array:
-    """total + a · b, float32; a is in registers, b a reference to shared memory.
+    """Return total + a · b in float32, with a in registers and b a reference to shared memory.
 
-    The GPU interpreter can't run it (jax 0.12): its tests put a plain product here.
+    JAX's GPU interpreter can't run it (jax 0.12), so tests replace it by a plain product.
     """
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
 
 
 def zeros(rows: int, width: int) -> Array:
-    """In a warpgroup's registers, laid out as an accumulator."""
+    """Return zeros in a warpgroup's registers, laid out as an accumulator."""
     return plgpu.layout_cast(jnp.zeros((rows, width), F32), WGMMA)
 
 
 def _tiles(like: Array, count: int, rows: int) -> Any:
-    """``count`` tiles (rows, D) in the layout that wgmma and the copy engine share: rows of 128 bytes, swizzled."""
+    """Allocate ``count`` tiles (rows, D) in the layout shared by wgmma and TMA: rows of 128 bytes, swizzled."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM((count, rows, like.shape[-1]), like.dtype, transforms=transforms)
 
 
 def kept_tiles(like: Array, arrays: int) -> Any:
-    """Room, and barriers, for what the compute warpgroups keep: ``arrays`` tiles each."""
+    """Allocate the tiles that the compute warpgroups keep, ``arrays`` for each, with their barriers."""
     return tuple((_tiles(like, COMPUTE, ROWS), plgpu.Barrier(num_barriers=COMPUTE)) for _ in range(arrays))
 
 
 def load(sources: list[Any], kept: Any, warpgroup: Any) -> list[Any]:
-    """Copies this warpgroup's own tiles in and returns them once they are there."""
+    """Copy this warpgroup's own tiles to shared memory, and return them when they have arrived."""
     for source, (tiles, ready) in zip(sources, kept, strict=True):
         plgpu.copy_gmem_to_smem(source, tiles.at[warpgroup], ready.at[warpgroup])
     for _, ready in kept:
@@ -115,7 +115,7 @@ def load(sources: list[Any], kept: Any, warpgroup: Any) -> list[Any]:
 
 
 def store(results: list[tuple[Array, Any, Any]]) -> None:
-    """Each of (array, room in shared memory, destination), rounded to the room's dtype."""
+    """Store each (array, room in shared memory, destination), rounded to the room's dtype."""
     for array, room, _ in results:
         room[...] = array.astype(room.dtype)
     plgpu.commit_smem()
@@ -126,7 +126,7 @@ def store(results: list[tuple[Array, Any, Any]]) -> None:
 
 
 def ring_of(like: Array, rows: int, stages: int) -> Any:
-    """Tiles of two arrays, ``stages`` of each. Each tile has two barriers: it is ready, and it is free again."""
+    """Allocate ``stages`` tiles of each of two arrays. Each tile has two barriers, for ready and for free again."""
     return (
         (_tiles(like, stages, rows),) * 2,
         (plgpu.Barrier(num_barriers=stages),) * 2,
@@ -135,7 +135,7 @@ def ring_of(like: Array, rows: int, stages: int) -> Any:
 
 
 def slot(ring: Any, step: Any) -> Any:
-    """The ring at a step: (tiles, ready, free), two of each."""
+    """Return the ring's (tiles, ready, free) at a step, two of each."""
     return tuple(tuple(x.at[lax.rem(step, _stages(ring))] for x in part) for part in ring)
 
 
@@ -144,7 +144,7 @@ def _stages(ring: Any) -> Any:
 
 
 def stream(ring: Any, steps: Any, source: Callable[[Any], list[Any]]) -> None:
-    """The memory warpgroup: copies every step's tiles into the ring, each as soon as its slot is free."""
+    """Copy every step's tiles into the ring, each as soon as its slot is free. The memory warpgroup runs this."""
     plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
     def fill(step: Any, _: None, wait: bool) -> None:

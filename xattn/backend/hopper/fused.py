@@ -17,10 +17,10 @@ Arrays = tuple[Array, Array, Array, Array]
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def fused(q: Queries, k: Keys, v: Values, bias: Float32[Array, "B NH"], meaning: Meaning, tuning: Tuning) -> Output:
-    """Attention of rotated queries and keys, with σ(logits + bias) or the logits themselves as weights.
+    """Attend with rotated queries and keys; the weights are σ(logits + bias) or the logits themselves.
 
-    The dtype is bfloat16 or float16, DHQK = DHV is 64 or 128. Under ``none`` the bias has no meaning and no gradient.
-    The backward keeps the four arrays and nothing else. Reverse mode only, and once.
+    The dtype is bfloat16 or float16, and DHQK = DHV is 64 or 128. Under ``none`` the bias has no effect and a zero
+    gradient. The backward pass keeps only the four arrays. Only first-order reverse mode is supported.
     """
     return _forward(q, k, v, bias, meaning, tuning)[0]
 
@@ -44,5 +44,5 @@ fused.defvjp(_forward, _backward)
 
 
 def _pad(x: Array) -> Array:
-    """Zeros up to a multiple of BLOCK. They add nothing to any sum: a padded key has v = 0, a padded query g = 0."""
+    """Pad with zeros to a multiple of BLOCK. Padding adds nothing to any sum: keys have v = 0 and queries g = 0."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK), (0, 0)))

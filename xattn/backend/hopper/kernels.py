@@ -1,18 +1,18 @@
-"""Mosaic GPU kernels for Hopper (sm_90a): attention whose weights need no statistics of a row, sigmoid and ``none``.
+"""Mosaic GPU kernels for Hopper (sm_90a): attention with weights that need no row statistics, sigmoid and ``none``.
 
-**Never run on a GPU so far**: compiled for one, and run in JAX's GPU interpreter with the accumulating wgmma replaced
-by a plain product (docs/kernels.md).
+**Not yet run on a GPU**. They compile for one, and they run in JAX's GPU interpreter with the accumulating wgmma
+replaced by a plain product (docs/kernels.md).
 
-A weight depends on its own logit alone, so nothing is rescaled and nothing is saved for the backward. Two warpgroups
-keep queries in the forward and for q's gradient, keys for those of k and v, and sum over tiles of the other side::
+A weight depends on its own logit only, so nothing is rescaled and nothing is saved for the backward pass. Two
+warpgroups keep queries (forward, dQ) or keys (dK and dV), and sum over tiles of the other side::
 
     forward       O  = Σ_tiles P V
     q's gradient  dQ = Σ_tiles dS K · scale,         dS = dO Vᵀ ∘ P'
     k's, v's      dK = Σ_tiles dSᵀ Q · scale,        dV = Σ_tiles Pᵀ dO
 
 with P = σ(Q Kᵀ · scale + bias), P' = P ∘ (1 − P) and d bias = Σ dS, or P = Q Kᵀ · scale and P' = 1; P and P' are 0
-where a query may not attend. Products take the inputs' dtype and accumulate in float32; P and dS are float32 until they
-enter one. S is a multiple of BLOCK here, and D the one head width.
+where a query may not attend. Products take the inputs' dtype and accumulate in float32. P and dS stay float32 until
+they enter a product. Here S is a multiple of BLOCK, and D is the common head width.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ Pair = tuple[Array, Array]
 
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
-    """What shapes a kernel besides its arrays."""
+    """Everything that determines a kernel besides its arrays."""
 
     sigmoid: bool
-    """σ with a bias, else the identity (``none``)."""
+    """True for σ with a bias, False for the identity (``none``)."""
     causal: bool
-    """A query attends to the keys at or before it, else to all."""
+    """Whether a query attends only to keys at or before it, rather than to all."""
 
 
 def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning: Tuning) -> Array:
-    """out (B, NH, S, D) of q (B, NH, S, D), k and v (B, NKV, S, D), all rotated, of one dtype; bias (B, NH) float32."""
+    """Return out of rotated q (B, NH, S, D) and k (B, NKV, S, D), v like k, all of one dtype; bias (B, NH) float32."""
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tuning.keys
     refuse_what_does_not_fit(kept=1, tile=keys, stages=tuning.stages, width=width)
@@ -83,7 +83,7 @@ def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning:
                 plgpu.barrier_arrive(v_free)
                 return out
 
-            # The second warpgroup is half a step behind the first: one multiplies while the other weighs.
+            # The second warpgroup runs half a step behind: one multiplies while the other computes weights.
             pl.when(at.warpgroup == 1)(take_turn)
             out = lax.fori_loop(0, whole, partial(step, False), block.zeros(ROWS, width))
             out = lax.fori_loop(whole, steps, partial(step, True), out)
@@ -101,7 +101,7 @@ def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning:
 
 
 def gradient_of_q(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: Meaning, tuning: Tuning) -> Pair:
-    """dQ (B, NH, S, D), and Σ_s dS (B, NH, S) in float32 (0 under ``none``); g is the gradient of the output."""
+    """Return dQ (B, NH, S, D) and Σ_s dS (B, NH, S) in float32 (0 under ``none``); g is the gradient of the output."""
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tuning.keys_dq
     refuse_what_does_not_fit(kept=2, tile=keys, stages=tuning.stages, width=width)
@@ -124,7 +124,7 @@ def gradient_of_q(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: 
                 d_q, sums = carry
                 (k_tile, v_tile), (k_ready, v_ready), (k_free, v_free) = block.slot(ring, n)
                 plgpu.barrier_wait(k_ready)
-                # The derivative of none is 1: it needs no logits.
+                # Under none the derivative is 1, which needs no logits.
                 slope = weigh(multiply(q_tile, k_tile.T))[1] if meaning.sigmoid else 1.0
                 plgpu.barrier_wait(v_ready)
                 d_logits = multiply(g_tile, v_tile.T) * slope
@@ -154,14 +154,14 @@ def gradient_of_q(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: 
 
 
 def gradients_of_k_and_v(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: Meaning, tuning: Tuning) -> Pair:
-    """dK and dV (B, NKV, S, D). The kernel sums over the query heads of a key/value head, in float32."""
+    """Return dK and dV (B, NKV, S, D). The kernel sums over the query heads of a key/value head, in float32."""
     batch, heads, length, width = q.shape
     group, rows = heads // k.shape[1], tuning.queries_dkv
     refuse_what_does_not_fit(kept=2, tile=rows, stages=tuning.stages, width=width)
 
     def attention_gradients_of_k_and_v(*refs: Any) -> None:
         q_ref, k_ref, v_ref, bias_ref, g_ref, d_k_ref, d_v_ref, kept, ring = refs
-        # The blocks of the first keys have the most to do, and come first as they are.
+        # The blocks of the first keys have the most work, and already come first.
         at = Block.here(length, last_first=False)
         first, whole, end = tile.tiles_of_queries(at.first, BLOCK, rows, length, meaning.causal)
         a_head = end - first
@@ -179,7 +179,7 @@ def gradients_of_k_and_v(q: Array, k: Array, v: Array, bias: Array, g: Array, me
             def of_head(member: Any, carry: Pair) -> Pair:
                 weigh = _weigher(meaning, tuning.form_backward, bias_ref, at.batch, at.head * group + member, width)
 
-                # Tiles are (keys, queries) here: both products that sum over queries find them in the columns.
+                # Tiles are (keys, queries) here, because both products sum over queries, which must be the columns.
                 def step(masked: bool, n: Any, carry: Pair) -> Pair:
                     d_k, d_v = carry
                     (q_tile, g_tile), (q_ready, g_ready), (q_free, g_free) = block.slot(
@@ -215,7 +215,7 @@ def gradients_of_k_and_v(q: Array, k: Array, v: Array, bias: Array, g: Array, me
 
 
 def _weigher(meaning: Meaning, form: Form, bias_ref: Any, batch: Any, head: Any, width: int) -> Any:
-    """products of queries and keys → (weights, their derivative by the logits), for one head."""
+    """Return a function from products of queries and keys to (weights, their derivative by logit), for one head."""
     scale = 1 / math.sqrt(width)
     if not meaning.sigmoid:
         return lambda products: (products * scale, 1.0)
@@ -223,7 +223,7 @@ def _weigher(meaning: Meaning, form: Form, bias_ref: Any, batch: Any, head: Any,
 
 
 def _causal(x: Array, masked: bool, first_query: Any, first_key: Any, *, transposed: bool = False) -> Array:
-    """x where a query may attend, else 0. It is (queries, keys), or the other way round where ``transposed``."""
+    """Return x where a query may attend, else 0. x is (queries, keys), or (keys, queries) if ``transposed``."""
     if not masked:
         return x
     queries, keys = (

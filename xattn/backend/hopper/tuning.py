@@ -1,7 +1,7 @@
-"""How the Hopper kernels cut their work and which form of sigmoid they take. Importing this module imports no jax.
+"""How the Hopper kernels divide their work, and how they compute sigmoid. Importing this module does not import jax.
 
-None of these numbers has been measured yet: they are those of a forward prototype (64×128 tiles, two stages) and of
-arithmetic. ``xattn bench kernels`` measures them.
+None of these numbers has been tuned by measurement yet. They come from a forward prototype (64×128 tiles, two stages)
+and from arithmetic. ``xattn bench kernels`` measures them.
 """
 
 from __future__ import annotations
@@ -11,44 +11,44 @@ from typing import Literal
 
 Form = Literal["hardware", "polynomial3", "polynomial4", "split"]
 
-# Head widths that the kernels are written for.
+# Activations and head widths that the kernels are written for.
 ACTIVATIONS = ("sigmoid", "none")
 WIDTHS = (64, 128)
-# Rows of a tile that a compute warpgroup keeps: those of one wgmma instruction.
+# Rows of the tile that a compute warpgroup keeps: the rows of one wgmma instruction.
 ROWS = 64
-# Compute warpgroups of a block; one more moves memory.
+# Compute warpgroups per block; one more warpgroup copies memory.
 COMPUTE = 2
-# Rows that a block of warpgroups keeps. A sequence is padded to a multiple of it, and of no more.
+# Rows that a block keeps. Sequences are padded to a multiple of it, so tiles must divide it.
 BLOCK = ROWS * COMPUTE
-# Bytes that a block may have at compute capability 9.0.
+# Bytes of shared memory per block at compute capability 9.0.
 SHARED_MEMORY = 232_448
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Numbers that change the time and the rounding, not the meaning."""
+    """Choices that affect speed and rounding, but not the meaning."""
 
     form: Form = "hardware"
-    """How the forward computes sigmoid (xattn/backend/hopper/tile.py)."""
+    """How the forward pass computes sigmoid (xattn/backend/hopper/tile.py)."""
     form_backward: Form = "hardware"
-    """How the two kernels of the backward compute it again."""
+    """How the two kernels of the backward pass recompute it."""
     keys: int = 128
-    """Keys of a tile in the forward; 64 or 128, as the two below."""
+    """Keys per tile in the forward pass. Like the next two, it is 64 or 128."""
     keys_dq: int = 128
-    """Keys of a tile in the kernel of q's gradient."""
+    """Keys per tile in the kernel for q's gradient."""
     queries_dkv: int = 64
-    """Queries of a tile in the kernel of k's and v's gradients."""
+    """Queries per tile in the kernel for the gradients of k and v."""
     stages: int = 2
-    """Tiles of each streamed array that shared memory holds; see :func:`refuse_what_does_not_fit`."""
+    """How many tiles of each streamed array shared memory holds; see :func:`refuse_what_does_not_fit`."""
     take_turns: bool = True
-    """Whether the forward's compute warpgroups take turns: one multiplies while the other computes weights."""
+    """Whether the compute warpgroups of the forward pass alternate: one multiplies while the other computes weights."""
 
 
 def refuse_what_does_not_fit(*, kept: int, tile: int, stages: int, width: int) -> None:
-    """A ValueError if a block needs more than SHARED_MEMORY bytes, or stages is less than 1.
+    """Raise ValueError if a block needs more than SHARED_MEMORY bytes, or ``stages`` is less than 1.
 
-    A block keeps BLOCK rows of ``kept`` arrays (1 in the forward, 2 in the backward's kernels) and streams ``stages``
-    tiles of ``tile`` rows of each of two. A row has ``width`` numbers of two bytes; barriers and sums take 1 KiB.
+    A block keeps BLOCK rows of ``kept`` arrays (1 forward, 2 backward). It streams two other arrays, with ``stages``
+    tiles of ``tile`` rows each. A row has ``width`` numbers of two bytes. Barriers and sums take 1 KiB.
     """
     needed = 2 * width * (kept * BLOCK + 2 * stages * tile) + 1024
     if stages < 1 or needed > SHARED_MEMORY:
