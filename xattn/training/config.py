@@ -53,9 +53,7 @@ class TrainerConfig(Section):
     attention_stats_every: PositiveInt | None
     """Steps between measurements of each head's attention; the last step is measured too. null turns this off."""
     checkpoint_every: PositiveInt | None
-    """Steps between checkpoints, in addition to those at the best evaluations and the last step; null turns this
-    off.
-    """
+    """Steps between checkpoints, besides those of the best evaluations and the last step; null turns this off."""
     checkpoint_minutes: PositiveFloat | None
     """A checkpoint is also written once the last one is this many minutes old; null turns this off."""
     keep: Keep
