@@ -17,7 +17,7 @@ from xattn.data.finding import Found, sha256_of_files, some
 from xattn.data.formats import UNREADABLE, Format, look, look_before, open_unpacked, unreadable
 from xattn.errors import BadInput, needs_extra
 
-PIECE_BYTES = 32 * 2**20  # approximate bytes of a file per piece; a kill loses at most the work on one piece
+PIECE_BYTES = 32 * 2**20  # approximate size of a piece; after a kill, about this much is tokenised again
 PIECE_ROWS = 20_000
 BLOCK_BYTES = 2**17  # a longer document is tokenised in blocks of this size, cut after a line or before a space
 _PACKING_RATIO = 4

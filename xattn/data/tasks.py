@@ -76,8 +76,8 @@ class Induction(Task):
 
     Elhage et al. 2021 and Olsson et al. (arXiv 2209.11895): repeated random tokens, which no statistics of a text help
     to predict. Here the period p is drawn for each sequence between a quarter and a half of the length, so no fixed
-    offset works. The tokens of a period are all different as far as the vocabulary allows. Known result: a transformer
-    of one layer cannot solve it; one of two layers forms induction heads and is almost perfect.
+    offset works. The tokens of a period are all different, so vocab_size limits p. Known result: a transformer of one
+    layer cannot solve it; one of two layers forms induction heads and is almost perfect.
     """
 
     name: Literal["induction"]

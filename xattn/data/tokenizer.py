@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     """Unsigned integers (N,)."""
     sizes: np.ndarray | None
-    """uint32 (N,): bytes of the text that each token covers; they sum to the text. None: as in
+    """uint32 (N,): bytes of the text that each token covers, all of them together. None: as
     :meth:`TextTokenizer.sizes`.
     """
     gives_back: bool

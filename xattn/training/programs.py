@@ -38,7 +38,8 @@ from xattn.training.sharding import Layout, layout_of
 # What XLA:CPU hands to YNNPACK. In float32, nothing: on two cores under jax 0.10, a step of trainer=default is 1.13
 # times as fast without it. A step of nanoGPT's CPU setting, or one under jax 0.12, is equally fast either way. In
 # bfloat16, the products, because XLA has no kernels of its own for them, but not the sums, which YNNPACK slows down.
-# Float32 products then go there too and cannot be excluded. Muon has some, so with it a bfloat16 step gains nothing.
+# Float32 products then go there too, although slower, and cannot be excluded: with Muon, which has some, a bfloat16
+# step gains nothing.
 _YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 _TAKEN_TO_YNNPACK = {"float32": "", "bfloat16": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
