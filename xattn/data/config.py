@@ -24,7 +24,7 @@ class Tokenised(Section):
     tokenizer.json or a .tiktoken file of ranks. A .tiktoken file needs a tiktoken_pattern.
     """
     vocab_size: int = Field(ge=257, le=2**24)
-    """Number of entries of ``bpe``; other tokenizers ignore it and have their own."""
+    """Number of entries of ``bpe``; other tokenizers have their own."""
     tiktoken_pattern: Literal["gpt2", "cl100k", "o200k"] | None
     """How a .tiktoken file splits text: ``gpt2`` (also r50k and p50k), ``cl100k`` or ``o200k``; null without one."""
     documents: Documents
@@ -48,8 +48,7 @@ class Tokenised(Section):
 class PythonStdlibConfig(Tokenised):
     """``data=python_stdlib``: the source of the running Python's standard library, without its tests.
 
-    Each file is a document. validation_fraction is a share of the bytes, held out as whole files. A hash of each file's
-    name decides which.
+    Each file is a document. validation_fraction is of the bytes, in whole files chosen by a hash of each file's name.
     """
 
     name: Literal["python_stdlib"]
@@ -127,9 +126,7 @@ class MemmapConfig(Section):
     tokenizer: str | None
     """The tokenizer.json that made the ids; text and bits per byte need it. null without one."""
     documents: Literal["joined", "packed"]
-    """``packed`` keeps tokens of different documents from attending to each other; the id end_of_text then separates
-    them.
-    """
+    """``packed`` keeps tokens of different documents from attending to each other; end_of_text then separates them."""
     end_of_text: int | None = Field(ge=0)
     """Id of the token between documents; null without one."""
     validation_fraction: ValidationFraction
@@ -163,8 +160,7 @@ def register_task(kind: TaskT) -> TaskT:
 
 
 def data_kinds() -> tuple[type[Section], ...]:
-    """Return the classes of the group ``data``, each with its ``name``: the corpora, and the tasks registered so
-    far."""
+    """Return the classes of the group ``data``, each with its ``name``: the corpora and the tasks registered so far."""
     return (*_CORPORA, *tasks().values())
 
 

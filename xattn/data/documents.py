@@ -299,7 +299,7 @@ class HFDataset:
 
 
 def _border(opened: IO[bytes], nominal: int, kind: str) -> int:
-    """Return where to cut a file near ``nominal``: after a line, or in text without lines before a space or a
+    """Return where to cut a file near ``nominal``: after a line, or else, in text, before a space or after a
     character."""
     opened.seek(nominal)
     near = opened.readline() if kind == "jsonl" else opened.read(2**16)

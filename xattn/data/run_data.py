@@ -147,10 +147,8 @@ class _Sizes(TypedDict):
 
 
 def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
-    """Return an existing run's tokenizer from its folder, since its source may be gone.
-
-    Raises :class:`IntegrityError` if the folder lacks it.
-    """
+    """Return an existing run's tokenizer from its folder, since its source may be gone. Raises :class:`IntegrityError`
+    if the folder lacks it."""
     if isinstance(config, Task) or (isinstance(config, MemmapConfig) and config.tokenizer is None):
         return IdTokenizer(config.vocab_size)
     if not isinstance(config, MemmapConfig) and config.tokenizer == "bytes":
@@ -168,9 +166,7 @@ def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
 
 def as_documents(tokenizer: TextTokenizer, config: Tokenised) -> TextTokenizer:
     """Return the tokenizer with an end of text between documents if ``data.documents`` of another corpus asks for it.
-
-    Raises :class:`BadInput` if the tokenizer has no end of text.
-    """
+    Raises :class:`BadInput` if the tokenizer has no end of text."""
     joined = config.documents == "joined"
     if isinstance(tokenizer, ByteTokenizer):
         return ByteTokenizer(end_of_text=not joined)

@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     """Unsigned integers (N,)."""
     sizes: np.ndarray | None
-    """uint32 (N,): bytes of the text that each token covers, all of them together. None: as
+    """uint32 (N,): bytes of the text that each token covers, together all of them. None: see
     :meth:`TextTokenizer.sizes`.
     """
     gives_back: bool
@@ -54,8 +54,8 @@ class Tokenizer(Protocol):
 class TextTokenizer(Tokenizer, Protocol):
     """A tokenizer whose ids stand for bytes of text.
 
-    end_of_text: the id before each document, or None. name: for display. is_byte_level: whether each id is known to
-    stand for certain bytes.
+    end_of_text: the id before each document, or None. name: for display. is_byte_level: whether each id's bytes are
+    known.
     """
 
     @property
@@ -99,8 +99,7 @@ class ByteTokenizer:
         return [Encoded(np.frombuffer(text, np.uint8), None, True) for text in texts]
 
     def decode(self, ids: Ids) -> str:
-        """Decode; bytes that are not UTF-8, such as a model's mistakes, become U+FFFD. Raises ValueError for other
-        ids."""
+        """Decode. Bytes that are not UTF-8, as a model may write, become U+FFFD. Raises ValueError for other ids."""
         return bytes(int(i) for i in ids if i != self.end_of_text).decode("utf-8", errors="replace")
 
     def to_bytes(self, ids: np.ndarray) -> bytes:
@@ -271,8 +270,7 @@ def _what_the_library_raises(told: str) -> Iterator[None]:
 
 
 def _is_byte_level(loaded: dict[str, Any]) -> bool:
-    """Return whether tokens are written in GPT-2's characters for bytes. The decoder decides; without one, the
-    pre-tokenizer does."""
+    """Return whether tokens use GPT-2's characters for bytes. The decoder decides, or without one the pre-tokenizer."""
     decoder, before = loaded.get("decoder"), loaded.get("pre_tokenizer") or {}
     steps = [before, *before.get("pretokenizers", ())] if decoder is None else [decoder, *decoder.get("decoders", ())]
     return any(each.get("type") == "ByteLevel" for each in steps)

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 
 
 def choose_attention(config: Config, *, context: int, hardware: Hardware | None = None) -> dict[str, Choice]:
-    """Return, by kind of layer, the dispatch table's choice for one training batch. ``context`` devices split the
-    sequence.
+    """Return the dispatch table's choice for each kind of layer, with the sequence split over ``context`` devices.
 
-    hardware: the devices to choose for; None takes those of this machine. Raises :class:`BadInput`.
+    The call is one training batch. hardware: the devices; None takes those of this machine. Raises :class:`BadInput`.
     """
     from xattn.backend import dispatch
     from xattn.backend.activations import activation

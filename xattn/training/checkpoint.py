@@ -156,13 +156,12 @@ class Checkpoints:
         return kept.steps_in(self.folder)
 
     def restore_state(self, shapes: TrainState, *, at_most: int | None = None) -> Restored | None:
-        """Return the newest :class:`TrainState` that passes the check and is not later than ``at_most``. Returns None
-        if no such step has a folder.
+        """Return the newest :class:`TrainState` that passes the check, up to step ``at_most``; None if no such step has
+        a folder.
 
         Leaves are placed on the devices like those of ``shapes``, wherever they were when saved. Hyperparameters that
         an older version did not have are taken from ``shapes``. All processes must call this; only the first one reads.
-        Steps that fail the check are reported and moved to ``checkpoints/.bad/``. Raises :class:`IntegrityError` if all
-        fail.
+        Steps that fail are reported and moved to ``checkpoints/.bad/``. Raises :class:`IntegrityError` if all fail.
         """
         with team().in_step():
             found = self._newest_whole(shapes, at_most) if team().is_first else None
@@ -231,8 +230,7 @@ class Checkpoints:
         return tree, manifest["progress"]
 
     def _restored(self, folder: Path, shapes: Any, new: set[str]) -> Any:
-        """Return the tree in a folder as NumPy arrays. Hyperparameters in ``new``, which it lacks, are taken from
-        shapes."""
+        """Return the tree in a folder as NumPy arrays; it lacks the hyperparameters ``new``, which come from shapes."""
         targets = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
         if not new:
             return self._orbax.restore(folder, args=ocp.args.StandardRestore(targets))

@@ -67,9 +67,7 @@ class TrainerConfig(Section):
     checkpoint or the start, leaves that batch out, and stops after 3 times.
     """
     deterministic: bool
-    """Whether a GPU computes the same bits each time; some of XLA's faster operations do not guarantee this. A CPU
-    always does.
-    """
+    """Whether a GPU computes the same bits each time; some of XLA's faster operations do not. A CPU always does."""
     threads: PositiveInt | None
     """Number of compute threads on a CPU; null means one per core. It changes the last bits, because a matrix product
     is summed in as many parts. Other devices ignore it.
@@ -107,9 +105,7 @@ class ParallelConfig(Section):
     data: PositiveInt | None
     """Number of copies of the model, each with its share of the batch."""
     fsdp: PositiveInt | None
-    """Parts into which the batch and the parameters are split. A layer's parameters are gathered where they are
-    used.
-    """
+    """Parts into which the batch and the parameters are split; a layer's parameters are gathered for its use."""
     context: PositiveInt | None
     """Parts into which the sequence is split."""
     tensor: PositiveInt | None

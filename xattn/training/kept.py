@@ -69,16 +69,15 @@ def file_digest(file: Path) -> str:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint or a part of one. It is renamed first, so an interrupted deletion leaves nothing that looks
-    like either."""
+    """Delete a checkpoint or a part of one. Renames it first, so an interrupted deletion leaves nothing that looks
+    whole."""
     name = folder.name if folder.name.isdigit() else f"{folder.parent.name}-{folder.name}"
     checkpoints = folder.parent if folder.name.isdigit() else folder.parent.parent
     shutil.rmtree(folder.rename(checkpoints / f"{DELETING}{name}"))
 
 
 def clear_half_done(folder: Path) -> None:
-    """Delete what an interrupted save or deletion has left in ``checkpoints/``: it is not, or no longer, a
-    checkpoint."""
+    """Delete the remains of interrupted saves and deletions in ``checkpoints/``, which are not checkpoints."""
     for entry in half_done(folder):
         shutil.rmtree(entry)
 
@@ -96,8 +95,8 @@ def superfluous(folder: Path, keep: Keep) -> list[Path]:
     """Return what ``keep`` does not need in the ``checkpoints/`` of a finished run: folders of steps, then of parts.
 
     ``best_and_last`` needs everything, ``last`` the newest checkpoint, and ``parameters`` the parameters of the newest
-    and the best. Only checkpoints whose files are as they were written count as newest or best. Nothing is superfluous
-    while there is none.
+    and the best. For these two, only checkpoints whose files are as they were written count; without one, nothing is
+    superfluous.
     """
     steps = steps_in(folder)
     if keep == "best_and_last" or not steps:

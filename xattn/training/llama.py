@@ -210,10 +210,8 @@ class LlamaFolder:
         return self._config.max_position_embeddings
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters for :class:`xattn.model.transformer.LanguageModel`, NumPy float32.
-
-        Raises :class:`BadInput` if one is not finite.
-        """
+        """Return float32 NumPy parameters for :class:`xattn.model.transformer.LanguageModel`. Raises :class:`BadInput`
+        if one is not finite."""
         theirs = self._config
         width, layers, head_width = theirs.hidden_size, theirs.num_hidden_layers, theirs.head_width
         weights = self._read(theirs.shapes())
@@ -252,8 +250,7 @@ class LlamaFolder:
             raise self._refusal(f"our model has no place for {_some(unknown)}")
 
     def _says_nothing_new(self, name: str) -> bool:
-        """Return whether a tensor that the model does not need is redundant: the tied embedding, or RoPE's
-        frequencies."""
+        """Return whether an extra tensor is redundant: the tied embedding, or RoPE's frequencies."""
         if name.endswith(_FREQUENCIES):
             (theta,) = self._config.thetas()
             width = self._config.head_width

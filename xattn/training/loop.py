@@ -249,8 +249,8 @@ def _log(
 
 
 def _save(members: Sequence[Member], *, evaluated: bool) -> None:
-    """Save all members. No save starts before every member's previous one is done, so there is always a step that the
-    whole pack has."""
+    """Save all members. No save starts before every previous one is done, so the whole pack always has a step in
+    common."""
     own = [(member.progress, member.checkpoints) for member in members if member.checkpoints is not None]
     for _, checkpoints in own:
         checkpoints.wait()

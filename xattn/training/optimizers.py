@@ -24,9 +24,7 @@ class Optimizer(Section):
     learning_rate: PositiveFloat
     """Peak learning rate; the schedule multiplies it by a factor between 0 and 1."""
     weight_decay: NonNegativeFloat
-    """Decoupled weight decay, times the learning rate. It applies to matrices and embeddings, never to scales and
-    biases.
-    """
+    """Decoupled weight decay, times the learning rate; for matrices and embeddings, never for scales and biases."""
     clip_norm: PositiveFloat | None
     """A gradient with a larger global norm is scaled down to this norm; null never clips."""
     name: str
@@ -91,8 +89,7 @@ class Muon(Optimizer):
 
     - Newton–Schulz runs in the gradient's dtype, float32, instead of bfloat16; eps is 1e-8 instead of 1e-7. The five
       steps and their coefficients are the same.
-    - Momentum and gradient are corrected for Adam's bias before Nesterov mixes them, which matters in the first
-      updates.
+    - Momentum and gradient are corrected for Adam's bias before Nesterov mixes them; it matters in the first updates.
 
     Our scale differs from both: 0.2 · √max(in, out) instead of √max(1, out/in). So their learning rates do not carry
     over. Our one rate also serves the other parameters (theirs: 0.02 and 3e-4). weight_decay is 0.1, on embeddings too,

@@ -113,7 +113,7 @@ class Programs(NamedTuple):
     size: int
     """Number of runs in the pack, n."""
     step: Any
-    """(TrainState, Windows) → (TrainState, StepMetrics). n > 1: every array has a leading axis n. It may consume the
+    """(TrainState, Windows) → (TrainState, StepMetrics), arrays with a leading axis n if n > 1. May consume its
     state.
     """
     stack: Callable[[Sequence[TrainState]], TrainState]

@@ -106,8 +106,7 @@ class Layout:
         return self._sharding(P(*[None] * first, *split))
 
     def _splits(self, axis: str | None, size: int) -> tuple[str, ...]:
-        """Return the mesh axes that split a model axis. Those that do not divide it are left out: a vocabulary of 257
-        stays whole."""
+        """Return the mesh axes that split a model axis, as far as they divide it: a vocabulary of 257 stays whole."""
         axes: tuple[str, ...] = ()
         for mesh_axis in MESH_AXES[axis] if axis else ():
             if size % math.prod(self.sizes[name] for name in (*axes, mesh_axis)) == 0:
@@ -174,10 +173,8 @@ class Layout:
 
 
 def layout_of(config: Config) -> Layout:
-    """Return the layout that the config asks for, on the devices of this run.
-
-    Raises :class:`BadInput` if the mesh does not fit the devices or the model.
-    """
+    """Return the layout that the config asks for, on this run's devices. Raises :class:`BadInput` if the mesh does not
+    fit the devices or the model."""
     sizes = mesh_sizes(config.parallel, jax.device_count(), jax.process_count())
     check_mesh(config, sizes)
     return _layout(tuple(sizes.items()))
@@ -267,8 +264,7 @@ def to_host(tree: Any) -> Any:
 
 
 def from_first(host: Any, shapes: Any) -> Any:
-    """Return the first process's host arrays in every process; the others pass None. Raw bytes are sent, so −0
-    survives."""
+    """Return the first process's host arrays in every process; the others pass None. Raw bytes are sent, to keep −0."""
     if jax.process_count() == 1:
         return host
     if host is None:
