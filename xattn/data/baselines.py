@@ -10,8 +10,7 @@ MIN_GZIP_BYTES = 10_000  # below this, gzip's header and tables count as much as
 
 
 def unigram_bits_per_byte(text: bytes) -> float:
-    """Return the entropy −Σ p log₂ p of the text's own byte frequencies. No code that ignores context does better on
-    it."""
+    """Return the entropy −Σ p log₂ p of the text's byte frequencies. No code that ignores context does better on it."""
     counts = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
     p = counts[counts > 0] / len(text)
     return float(-(p * np.log2(p)).sum())

@@ -195,7 +195,7 @@ def _file_sources(config: DataConfig | Tokenised) -> list[tuple[Files, float]]:
 
 
 def _names(config: DataConfig | Tokenised) -> list[str]:
-    """Return the user's name for each part."""
+    """Return how messages name each part."""
     match config:
         case PythonStdlibConfig():
             return ["data=python_stdlib"]
@@ -272,7 +272,7 @@ def _encode_batch(batch: Sequence[Block], tokenizer: TextTokenizer, left: int) -
     for block, encoded in zip(batch, in_tokens, strict=True):
         if block.begins and len(border):
             found.append(nothing)
-        if not len(encoded.ids):
+        if not len(encoded.ids):  # its bytes count with the next token
             left += len(block.text)
         elif left:
             sizes = tokenizer.sizes(encoded.ids) if encoded.sizes is None else encoded.sizes

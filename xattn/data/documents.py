@@ -121,7 +121,7 @@ class Files:
     def sha256(self) -> str:
         digests = sha256_of_files([*self.formats], self._key)
         for number, (name, kind) in enumerate(self.formats.items()):
-            # If 968f896 read other documents from the file, its runs had other data.
+            # Commit 968f896 read other documents from such a file, so its runs had other data.
             if (kind.packing, kind.content) != look_before(name):
                 digests[number] = f"{kind.packing} {kind.content} {digests[number]}"
         return hashlib.sha256(json.dumps([self._field, digests]).encode()).hexdigest()
@@ -299,8 +299,7 @@ class HFDataset:
 
 
 def _border(opened: IO[bytes], nominal: int, kind: str) -> int:
-    """Return where to cut a file near ``nominal``: after a line, or else, in text, before a space or after a
-    character."""
+    """Return where to cut a file near ``nominal``: after a line, or if text has none, before a space or a character."""
     opened.seek(nominal)
     near = opened.readline() if kind == "jsonl" else opened.read(2**16)
     after_line = near.find(b"\n") + 1

@@ -34,10 +34,8 @@ class Found(NamedTuple):
 
 
 def find(path: str, told: str) -> Found:
-    """Return the files that a path means. Raises :class:`BadInput` if there are none.
-
-    A link counts as the file it leads to. A file with several names is read under the first one.
-    """
+    """Return the files that a path means. Raises :class:`BadInput` if there are none. A link counts as the file it
+    leads to; a file with several names is read under the first."""
     where = os.path.expanduser(path)
     left_out: list[str] = []
     is_folder = os.path.isdir(where)

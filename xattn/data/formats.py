@@ -152,8 +152,7 @@ def _packing(head: bytes) -> str:
 
 
 def _refusal(head: bytes) -> str:
-    """Return what the file is if not text, by its first bytes. Any encoding that has bytes for letters counts as
-    text."""
+    """Return what the file is if not text, by its first bytes. Any encoding with bytes for letters counts as text."""
     if _ANY_SIGNATURE.match(head):
         return next(what for signature, what in _SIGNATURES.items() if re.match(signature, head))
     if packing := _packing(head):
@@ -169,8 +168,7 @@ def _refusal(head: bytes) -> str:
 
 
 def _wide(head: bytes) -> str:
-    """Return what it is if a letter takes two or four bytes, judged by the byte order mark or by where the zeros
-    are."""
+    """Return what it is if a letter takes two or four bytes, judged by the byte order mark or the zeros' positions."""
     letters = sum(head.count(byte) for byte in range(32, 127)) if head[:2] in (b"\xff\xfe", b"\xfe\xff") else len(head)
     if letters < 0.75 * len(head):  # otherwise it is Latin-1 that begins with these letters
         with_mark = codecs.getincrementaldecoder("utf-16")()

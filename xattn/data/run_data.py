@@ -45,7 +45,7 @@ class RunData:
     description: str
     """Shown to the user, such as ``11,834,567 bytes of training text``."""
     scored_size: int | None = None
-    """Bytes of the text behind the scored tokens. None: it was not read here, and what they decode to counts."""
+    """Bytes of the text behind the scored tokens. None: it was not read here, so their decoded bytes count."""
     gives_back: bool = True
     """Whether the tokens decode to that text."""
     corpus_size: int | None = None
@@ -77,7 +77,7 @@ class RunData:
         return found if self.scored_size in (None, len(found)) else None
 
     def bytes_per_token(self) -> float | None:
-        """Return the mean over the scored tokens; None if they stand for no bytes."""
+        """Return the bytes of text per scored token; None if the tokens stand for no bytes."""
         size = len(self.scored_bytes() or b"") if self.scored_size is None else self.scored_size
         return size / sum(int((windows.weights > 0).sum()) for windows in self.windows) or None
 

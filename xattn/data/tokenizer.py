@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     """Unsigned integers (N,)."""
     sizes: np.ndarray | None
-    """uint32 (N,): bytes of the text that each token covers, together all of them. None: see
+    """uint32 (N,): bytes of the text that each token covers, together all of them. None:
     :meth:`TextTokenizer.sizes`.
     """
     gives_back: bool

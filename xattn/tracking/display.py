@@ -23,10 +23,8 @@ _UNBOUNDED = 1_000_000_000  # columns
 
 
 class Screen(Console):
-    """The screen, or what stands in for it: a pipe, a file, or a reader that leaves (``python train.py | head``).
-
-    A run continues without its reader; log.txt has everything.
-    """
+    """The screen, or what stands in for it: a pipe, a file, or a reader that leaves (``python train.py | head``). A run
+    continues without its reader; log.txt has everything."""
 
     def __init__(self, *, stderr: bool = False):
         # Lines of text in a notebook too; rich would turn each into a block of HTML.

@@ -98,8 +98,7 @@ def _own_mode() -> Literal["online", "offline", "disabled"]:
 
 
 def _has_key() -> bool:
-    """Return whether wandb finds credentials for its server in the environment, settings files, netrc or an earlier
-    login."""
+    """Return whether wandb finds credentials for its server in the environment, settings, netrc or an earlier login."""
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 

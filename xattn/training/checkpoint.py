@@ -156,8 +156,8 @@ class Checkpoints:
         return kept.steps_in(self.folder)
 
     def restore_state(self, shapes: TrainState, *, at_most: int | None = None) -> Restored | None:
-        """Return the newest :class:`TrainState` that passes the check, up to step ``at_most``; None if no such step has
-        a folder.
+        """Return the newest :class:`TrainState` that passes the check, up to step ``at_most``; None if there is no such
+        step.
 
         Leaves are placed on the devices like those of ``shapes``, wherever they were when saved. Hyperparameters that
         an older version did not have are taken from ``shapes``. All processes must call this; only the first one reads.
@@ -214,6 +214,7 @@ class Checkpoints:
     def _read(self, step: int, part: str, shapes: Any) -> tuple[Any, dict[str, Any]]:
         folder = self.folder / str(step)
         manifest = checked_manifest(folder)
+        # Check shapes and dtypes first, then the files, and last the leaves that orbax restores from them.
         expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _leaves(shapes)}
         there = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in manifest["leaves"][part].items()}
         new = {name for name in expected.keys() - there.keys() if name.startswith(f"['{_NUMBERS}']")}

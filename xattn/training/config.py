@@ -67,7 +67,9 @@ class TrainerConfig(Section):
     checkpoint or the start, leaves that batch out, and stops after 3 times.
     """
     deterministic: bool
-    """Whether a GPU computes the same bits each time; some of XLA's faster operations do not. A CPU always does."""
+    """Whether a GPU computes the same bits each time; some faster operations of XLA do not promise it. A CPU always
+    does.
+    """
     threads: PositiveInt | None
     """Number of compute threads on a CPU; null means one per core. It changes the last bits, because a matrix product
     is summed in as many parts. Other devices ignore it.

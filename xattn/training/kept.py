@@ -69,8 +69,7 @@ def file_digest(file: Path) -> str:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint or a part of one. Renames it first, so an interrupted deletion leaves nothing that looks
-    whole."""
+    """Delete a checkpoint or a part of one. Renames it first, so a killed deletion leaves nothing that looks whole."""
     name = folder.name if folder.name.isdigit() else f"{folder.parent.name}-{folder.name}"
     checkpoints = folder.parent if folder.name.isdigit() else folder.parent.parent
     shutil.rmtree(folder.rename(checkpoints / f"{DELETING}{name}"))

@@ -185,6 +185,7 @@ def train(
         if not any(due):
             continue
 
+        # From here on the step waits for the device.
         reached = programs.split_metrics(metrics)
         tokens_per_step = config.batch_size * batches[0].weights.shape[1]
         tokens = (step - waited_at) * tokens_per_step
@@ -193,6 +194,7 @@ def train(
         if due.evaluates or due.studies or due.saves or not all(member.active for member in active):
             for member in active:
                 member.progress.state = programs.take(state, members.index(member))
+        # Halted members get no row and no save. The others get their row first and then the save.
         going = [(member, row) for member, row in zip(active, rows, strict=True) if member.active]
         saves = due.saves
         for member, row in going:
@@ -232,10 +234,8 @@ def _log(
     tokens: int,
     last: bool,
 ) -> bool:
-    """Measure and log what is due; return whether the result calls for a checkpoint.
-
-    tokens: in the batches of all updates so far, steps × batch_size × context_length.
-    """
+    """Measure and log what is due; return whether the result calls for a checkpoint. ``tokens`` counts the batches of
+    all updates so far, steps × batch_size × context_length."""
     progress = member.progress
     row: dict[str, Any] = {"step": progress.step, "tokens": tokens} | (figures if due.logs else {})
     row |= measure(member, due)
@@ -249,8 +249,8 @@ def _log(
 
 
 def _save(members: Sequence[Member], *, evaluated: bool) -> None:
-    """Save all members. No save starts before every previous one is done, so the whole pack always has a step in
-    common."""
+    """Save all members. No save starts before all previous ones are done, so the whole pack always has a common
+    step."""
     own = [(member.progress, member.checkpoints) for member in members if member.checkpoints is not None]
     for _, checkpoints in own:
         checkpoints.wait()

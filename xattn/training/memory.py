@@ -15,8 +15,7 @@ _CONTAINER = Path("/sys/fs/cgroup")  # version 2 of cgroups shows the container'
 
 
 def available_bytes() -> int:
-    """Return the bytes this process may use on each device: the device's limit, or its share of the available
-    memory."""
+    """Return the bytes this process may use per device: the device's limit, or its share of the available memory."""
     device = jax.local_devices()[0]
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:

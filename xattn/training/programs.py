@@ -70,13 +70,12 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Metrics of one update: float32 scalars, and the state's halted_at."""
+    """Metrics of one update: float32 scalars, and the state's halted_at. The loss and the gradient belong to the
+    parameters before the update, param_norm to those after it."""
 
     train_loss: jax.Array
-    """Of the parameters before the update, as is grad_norm."""
     grad_norm: jax.Array
     param_norm: jax.Array
-    """Of the parameters after the update."""
     learning_rate: jax.Array
     halted_at: jax.Array
 
@@ -113,9 +112,7 @@ class Programs(NamedTuple):
     size: int
     """Number of runs in the pack, n."""
     step: Any
-    """(TrainState, Windows) → (TrainState, StepMetrics), arrays with a leading axis n if n > 1. May consume its
-    state.
-    """
+    """(TrainState, Windows) → (TrainState, StepMetrics), with a leading axis n if n > 1; may consume its state."""
     stack: Callable[[Sequence[TrainState]], TrainState]
     """n TrainStates → the step's."""
     take: Callable[[TrainState, int], TrainState]
@@ -142,10 +139,8 @@ class Programs(NamedTuple):
 def programs(
     config: Config, vocab_size: int, *, optional: tuple[tuple[str, int], ...] = (), size: int = 1
 ) -> tuple[Programs, bool]:
-    """Return the programs of a config, and whether this call had to compile them.
-
-    optional: names and widths of the optional arrays in the windows. size: of the pack, on one device.
-    """
+    """Return the programs of a config, and whether this call had to compile them. ``optional`` gives names and widths
+    of the windows' optional arrays, ``size`` the number of runs in the pack, which is on one device."""
     before = _compile.cache_info().misses
     compiled = _compile(shaping(config), vocab_size, optional, layout_of(config), size)
     return compiled, _compile.cache_info().misses > before

@@ -68,7 +68,7 @@ class Layout:
     def __str__(self) -> str:
         return " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1) or "one device"
 
-    # ---- what lies where
+    # ---- the placement of arrays
 
     def state(self, shapes: Any) -> Any:
         """Return a sharding for each leaf of a train state. Parameters follow the table, and so do their statistics in
@@ -113,7 +113,7 @@ class Layout:
                 axes += (mesh_axis,)
         return axes
 
-    # ---- at the rim of the programs
+    # ---- wrappers around the programs
 
     def init(self, init: Any, shapes: Any) -> Any:
         """Return a function from hyperparameters to the state; each leaf is created where it belongs."""
