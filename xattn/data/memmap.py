@@ -41,7 +41,7 @@ class MappedIds:
         self.ids: np.ndarray = ids
 
     def check_ids(self, vocab_size: int) -> str:
-        """Return the ids' SHA-256. Raises :class:`BadInput` if one is not below vocab_size; a device would clamp it."""
+        """Return the ids' SHA-256. Raises :class:`BadInput` if one is not below vocab_size; devices clamp silently."""
         digest = hashlib.sha256()
         for start in range(0, len(self.ids), _BLOCK):
             block = self.ids[start : start + _BLOCK]

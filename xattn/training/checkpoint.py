@@ -156,8 +156,8 @@ class Checkpoints:
         return kept.steps_in(self.folder)
 
     def restore_state(self, shapes: TrainState, *, at_most: int | None = None) -> Restored | None:
-        """Return the newest :class:`TrainState` that passes the check, up to step ``at_most``; None if there is no such
-        step.
+        """Return the newest :class:`TrainState` that passes the check, up to step ``at_most``; None if there are no
+        steps.
 
         Leaves are placed on the devices like those of ``shapes``, wherever they were when saved. Hyperparameters that
         an older version did not have are taken from ``shapes``. All processes must call this; only the first one reads.
