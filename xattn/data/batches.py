@@ -12,20 +12,18 @@ ALL_ROWS = slice(None)
 
 
 class Windows(NamedTuple):
-    """A batch, of training and of evaluation: the loss is Σ weights · loss / Σ weights.
-
-    tokens: int32 (B, S + 1), a window's inputs and the token after them. weights: float32 (B, S), 1 where the target
-    counts, 0 where it is padding or nothing that is asked for. segment_ids: int32 (B, S), of the inputs; tokens of
-    different segments don't attend to each other. None: each window is one segment. answers: int32 (B, S), what is
-    asked for at each input where that is not the next token. None: it is. places: int32 (B, K), the inputs that a loss
-    is made for; all others have the weight 0. None: every input.
-    """
+    """A batch for training or evaluation: the loss is Σ weights · loss / Σ weights."""
 
     tokens: np.ndarray
+    """int32 (B, S + 1): a window's inputs and the token after them."""
     weights: np.ndarray
+    """float32 (B, S): 1 where the target counts, 0 where it is padding or nothing is asked for."""
     segment_ids: np.ndarray | None = None
+    """int32 (B, S), of the inputs: different segments don't attend to each other. None: each window is one segment."""
     answers: np.ndarray | None = None
+    """int32 (B, S): what is asked for at each input, if not the next token. None: the next token."""
     places: np.ndarray | None = None
+    """int32 (B, K): the inputs at which a loss is computed; all others have weight 0. None: every input."""
 
     @property
     def inputs(self) -> np.ndarray:
@@ -39,12 +37,12 @@ class Windows(NamedTuple):
 
     @property
     def optional(self) -> tuple[tuple[str, int], ...]:
-        """The names and widths of the optional arrays, int32 (B, width) each, that are given."""
+        """Names and widths of the optional arrays that are given, int32 (B, width) each."""
         arrays = {name: getattr(self, name) for name in ("segment_ids", "answers", "places")}
         return tuple((name, array.shape[1]) for name, array in arrays.items() if array is not None)
 
     def rows(self, rows: slice | np.ndarray) -> Windows:
-        """Some of its rows."""
+        """Return a batch of only these rows."""
         return Windows(*(None if array is None else array[rows] for array in self))  # type: ignore[arg-type]
 
 
@@ -57,19 +55,19 @@ class Ids(Protocol):
 
 
 class Batches(Protocol):
-    """``batch(step)``: the windows of update number ``step``, counted from 0. It is a pure function: nothing is
-    remembered between calls. ``rows`` takes some of its rows, as a host of several does."""
+    """``batch(step)`` returns the windows of update ``step``, counted from 0. It is pure: no call depends on earlier
+    ones. ``rows`` selects some of the rows, for one host of several."""
 
     def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows: ...
 
 
 class TrainingBatches:
-    """``batch(step)`` is a function of (seed, step, tokens) alone: nothing is remembered between steps.
+    """``batch(step)`` for one text: a function of (seed, step, tokens) alone, with no memory between steps.
 
-    The text is gone through in epochs. In each it is cut, from an offset drawn for that epoch, into windows of
-    context_length tokens, every window is used once, and their order is drawn for that epoch.
+    Training runs through the text in epochs. Each epoch draws an offset and cuts the text from there into windows of
+    context_length tokens. It uses every window once, in an order drawn for that epoch.
 
-    packed_at: the id that begins a document, where documents don't attend to each other.
+    packed_at: the id that begins a document, if documents don't attend to each other.
     """
 
     def __init__(self, tokens: Ids, *, context_length: int, batch_size: int, seed: int, packed_at: int | None = None):
@@ -78,7 +76,7 @@ class TrainingBatches:
         self._batch_size = batch_size
         self._seed = seed
         self._packed_at = packed_at
-        # One window fewer than fits, so that every offset below context_length leaves as many; at least one.
+        # One window fewer than fits, so that the number is the same for every offset below context_length; at least 1.
         self._windows_per_epoch = max(1, (len(tokens) - 1) // context_length - 1)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -88,7 +86,7 @@ class TrainingBatches:
         return Windows(tokens, np.ones(tokens[:, 1:].shape, np.float32), segments_of(tokens, self._packed_at))
 
     def window(self, position: int) -> np.ndarray:
-        """The window at that place in the order of all epochs: (context_length + 1,)."""
+        """Return the window at this position in the order of all epochs: (context_length + 1,)."""
         start = self._epoch(position // self._windows_per_epoch)[position % self._windows_per_epoch]
         return self._tokens[start : start + self._context_length + 1]
 
@@ -100,10 +98,10 @@ class TrainingBatches:
 
 
 class MixtureBatches:
-    """Windows of several sources, each source's by its own epochs. A function of (seed, step, tokens) alone, too.
+    """Windows of several sources, each with its own epochs. Also a function of (seed, step, tokens) alone.
 
-    Of every 1000 windows that follow each other from a multiple of 1000 on, each source has its share, rounded; their
-    order is drawn anew each time. A source whose share rounds to none has one window, and the 1000 are one more.
+    Positions are divided into periods of 1000. In each period every source has its rounded share of the windows, in an
+    order drawn for that period. A source whose share rounds to zero gets one window, and the period is one longer.
     """
 
     PERIOD = 1000
@@ -125,7 +123,7 @@ class MixtureBatches:
         return self._sources[source[place]].window(int(period * self._counts[source[place]] + turn[place]))
 
     def _draw_turns(self, period: int) -> tuple[np.ndarray, np.ndarray]:
-        """Whose turn it is at each place, and that source's how manieth of the period it is."""
+        """Return, for each position of the period: the source it draws from, and its index within that source."""
         generator = np.random.default_rng([self._seed, period, 1])
         source = generator.permutation(np.repeat(np.arange(len(self._counts)), self._counts))
         turn = np.zeros_like(source)
@@ -135,7 +133,7 @@ class MixtureBatches:
 
 
 def shares(weights: Sequence[float], total: int) -> np.ndarray:
-    """Whole numbers that sum up to ``total`` and are nearest to the weights: the largest remainders are rounded up."""
+    """Return the whole numbers nearest to the weights that sum to ``total``; the largest remainders are rounded up."""
     exact = total * np.asarray(weights, np.float64) / np.sum(weights)
     floors = np.floor(exact).astype(np.int64)
     order = np.argsort(-(exact - floors), kind="stable")
@@ -144,12 +142,12 @@ def shares(weights: Sequence[float], total: int) -> np.ndarray:
 
 
 def segments_of(tokens: np.ndarray, packed_at: int | None) -> np.ndarray | None:
-    """int32 (B, S): how many of the inputs up to this one begin a document; None where documents are not packed."""
+    """Return int32 (B, S): how many inputs up to each one begin a document; None if documents are not packed."""
     return None if packed_at is None else np.cumsum(tokens[:, :-1] == packed_at, axis=1, dtype=np.int32)
 
 
 class EvaluationWindows(Sequence[Windows]):
-    """Batches of windows, made when they are asked for: ids and the starts of windows in them, source after source."""
+    """Batches of windows, created on request from ids and window starts, source after source."""
 
     def __init__(
         self,
@@ -167,7 +165,7 @@ class EvaluationWindows(Sequence[Windows]):
         return -(-int(self._ends[-1]) // self._batch_size)
 
     def targets(self) -> Iterator[tuple[Ids, slice]]:
-        """For each window: the ids that it is cut from, and where in them its targets stand."""
+        """Yield, for each window, the ids it is cut from and the slice of its targets in them."""
         for ids, starts in self._sources:
             for start in starts.tolist():
                 yield ids, slice(start + 1, min(start + self._context_length + 1, len(ids)))
@@ -187,7 +185,7 @@ class EvaluationWindows(Sequence[Windows]):
         for row in range(min(self._batch_size, int(self._ends[-1]) - first)):
             source = int(np.searchsorted(self._ends, first + row, side="right"))
             ids, starts = self._sources[source]
-            start = starts[first + row - self._ends[source]]  # counted from the end of its starts
+            start = starts[first + row - self._ends[source]]  # a negative index, from the end of its starts
             window = ids[start : start + self._context_length + 1]
             tokens[row, : len(window)] = window
             weights[row, : len(window) - 1] = 1
@@ -197,16 +195,16 @@ class EvaluationWindows(Sequence[Windows]):
 def evaluation_windows(
     tokens: Ids, *, context_length: int, batch_size: int, windows: int | Literal["all"], packed_at: int | None = None
 ) -> EvaluationWindows:
-    """The windows that every evaluation of every run scores, in batches of one shape, see :func:`window_starts`."""
+    """Return the windows that every evaluation of every run scores, in batches of one shape (:func:`window_starts`)."""
     sources = [(tokens, window_starts(tokens, context_length, windows))]
     return EvaluationWindows(sources, context_length=context_length, batch_size=batch_size, packed_at=packed_at)
 
 
 def window_starts(tokens: Ids, context_length: int, windows: int | Literal["all"]) -> np.ndarray:
-    """Where the scored windows begin.
+    """Return the start of each scored window.
 
-    ``all``: the text cut into windows of context_length targets, the last one padded, so that every token but the
-    first is scored once. A number: that many of the full windows, or all of them if there are fewer, spread evenly.
+    ``all`` cuts the text into windows of context_length targets and pads the last one, so every token but the first is
+    scored once. A number takes that many full windows, or all of them if there are fewer, spread evenly.
     """
     scored = len(tokens) - 1
     if windows == "all":
@@ -216,7 +214,7 @@ def window_starts(tokens: Ids, context_length: int, windows: int | Literal["all"
 
 
 def in_batches(windows: Windows, batch_size: int) -> list[Windows]:
-    """The same windows in batches of one shape; rows of zeros, which don't count, fill the last."""
+    """Return the same windows in batches of one shape. Rows of zeros, which don't count, fill the last batch."""
     number = len(windows.tokens)
     fill = ((0, -number % batch_size), (0, 0))
     filled = Windows(*(None if array is None else np.pad(array, fill) for array in windows))  # type: ignore[arg-type]

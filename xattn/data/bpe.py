@@ -1,4 +1,4 @@
-"""Byte-level BPE by Hugging Face's ``tokenizers``: trained on text, or taken from a .tiktoken file of ranks."""
+"""Byte-level BPE by Hugging Face's ``tokenizers``: trained on text, or converted from a .tiktoken file of ranks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 END_OF_TEXT = "<|endoftext|>"
 _NO_TIKTOKEN = "not a .tiktoken file"
 
-# The patterns that cut text into words before BPE, of the vocabularies of that name (github.com/openai/tiktoken),
-# written without possessive quantifiers, which this library's engine reads otherwise; they match the same.
+# Vocabulary → the pattern that splits text into words before BPE (github.com/openai/tiktoken). They match the same, but
+# have no possessive quantifiers, which this library's engine interprets differently.
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 PATTERNS = {
@@ -28,8 +28,8 @@ PATTERNS = {
 }
 
 
-# tiktoken's encodings by the last rank of their files, with the ids of their special tokens, as its openai_public has:
-# r50k_base (gpt2's are the same), p50k_base, cl100k_base, o200k_base.
+# tiktoken's encodings, identified by the last rank in their files, with the ids of their special tokens as in its
+# openai_public: r50k_base (gpt2's are the same), p50k_base, cl100k_base, o200k_base.
 SPECIAL_TOKENS = {
     50255: {END_OF_TEXT: 50256},
     50280: {END_OF_TEXT: 50256},
@@ -45,10 +45,10 @@ SPECIAL_TOKENS = {
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> str:
-    """The tokenizer.json of a byte-level BPE (Sennrich et al., arXiv 1508.07909; GPT-2's bytes and pattern).
+    """Train a byte-level BPE (Sennrich et al., arXiv 1508.07909; GPT-2's bytes and pattern); return its tokenizer.json.
 
-    vocab_size entries, the 256 bytes and an end of text among them; fewer where the text has no more pairs to merge.
-    The same texts give the same tokenizer, however many threads there are.
+    It has vocab_size entries, including the 256 bytes and an end of text, or fewer if the text has no more pairs to
+    merge. The same texts give the same tokenizer for any number of threads.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -66,11 +66,12 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> str:
 
 
 def from_tiktoken(content: bytes, pattern: str) -> str:
-    """The tokenizer.json that encodes as tiktoken does with these ranks, each line ``<base64 of the bytes> <rank>``.
+    """Return the tokenizer.json that encodes as tiktoken does with these ranks; a line is ``<base64 of the bytes>
+    <rank>``.
 
-    The file has ranks where this library wants pairs to merge: the pair of a token is what BPE with the ranks below its
-    own leaves of it. Special tokens have tiktoken's ids where the ranks are as many as those of one of its encodings;
-    else the end of text is the id after the last. Raises ValueError, with the line, where the content is no such file.
+    The file has ranks, but this library wants pairs to merge. A token's pair is what BPE with only the lower ranks
+    leaves of it. Special tokens have tiktoken's ids if the last rank is that of one of its encodings; otherwise the end
+    of text is the id after the last. Raises ValueError, with the line, if the content is not such a file.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -87,7 +88,7 @@ def from_tiktoken(content: bytes, pattern: str) -> str:
         return "".join(characters[byte] for byte in token)
 
     pairs = [_pair(ranks, token, lines) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
-    # The library gives a special token the id after the last, and any other to one that the vocabulary has.
+    # A special token that the vocabulary has keeps its id; the library gives others the id after the last.
     placed = {name: i for name, i in special.items() if special != {END_OF_TEXT: len(ranks)}}
     model = models.BPE(
         {written(token): rank for token, rank in ranks.items()} | placed,
@@ -107,7 +108,7 @@ def from_tiktoken(content: bytes, pattern: str) -> str:
 
 
 def _ranks(content: bytes) -> tuple[dict[bytes, int], dict[bytes, int]]:
-    """Token → its rank, and → the number of its line."""
+    """Return two tables: token → its rank, and token → its line number."""
     ranks, lines, seen = dict[bytes, int](), dict[bytes, int](), set[int]()
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():

@@ -1,10 +1,10 @@
 """Token ids on disk, made once: content-addressed shards in the user's cache folder, mapped into memory.
 
-A shard is raw little-endian ids, ``00007.bin``, and a record of it, ``00007.json``: the number of ids, SHA-256, and
-whether the tokens give back the text. Where tokens take up other numbers of bytes than they stand for by themselves,
-``00007.sizes`` has those, uint32 (N,). All are written under temporary names, synced and renamed, the record last: a
-shard whose .json is there is whole. A process that is killed goes on at the next start with the shard that it was at;
-a shard that fails its digest is made again.
+A shard is raw little-endian ids, ``00007.bin``, and a record, ``00007.json``: the number of ids, SHA-256, and whether
+the tokens decode to the text. If some tokens cover other numbers of bytes than they stand for by themselves,
+``00007.sizes`` has the numbers, uint32 (N,). All are written under temporary names, synced and renamed, the record
+last: a shard that has a .json is whole. A killed process continues at its next start with the shard it was at. A shard
+that fails its digest is made again.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from xattn.errors import Preempted, StorageError
 from xattn.runs.run_folder import flock, fsync, write_atomically
 from xattn.tracking.display import Screen
 
-Encode = Callable[[int], Iterator[Encoded]]  # a shard, piece after piece
+Encode = Callable[[int], Iterator[Encoded]]  # shard number → its encoded pieces
 SizesOf = Callable[[np.ndarray], np.ndarray]  # ids → how many bytes each stands for by itself
 _SIZES = np.dtype("<u4")
 
 
 class Tokens:
-    """Arrays of ids laid end to end, as one: ``tokens[a:b]`` copies, ``len(tokens)``, and ``part(a, b)`` does not.
+    """Arrays of ids laid end to end: ``tokens[a:b]`` copies, ``part(a, b)`` does not.
 
-    sizes: of each array, how many bytes of text its tokens take up; None: as many as they stand for by themselves.
+    sizes: for each array, the bytes of text its tokens cover; None: as many as they stand for by themselves.
     gives_back: whether the tokens decode to the text that they were made from.
     """
 
@@ -57,7 +57,7 @@ class Tokens:
         return np.concatenate(found) if found else self._arrays[0][0][:0]
 
     def sizes(self, part: slice, sizes_of: SizesOf) -> np.ndarray:
-        """How many bytes of text each of these tokens takes up."""
+        """Return how many bytes of text each of these tokens covers."""
         found = [sizes_of(array) if size is None else size for array, size in self._within(part)]
         return np.concatenate([np.zeros(0, _SIZES), *found])
 
@@ -77,7 +77,7 @@ class Tokens:
 
 
 def cache_folder() -> Path | None:
-    """``xattn/tokens`` of the user's cache folder, or None where it can't be written or locked."""
+    """Return ``xattn/tokens`` in the user's cache folder, or None if it can't be written or locked."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "xattn" / "tokens"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,10 +98,10 @@ def stored_tokens(
     say: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> Tokens:
-    """The ids of all shards, from the cache where they are there and whole, else made by ``encode`` and kept there.
+    """Return the ids of all shards. Whole shards come from the cache; others are made by ``encode`` and stored there.
 
-    key: names the content. Where there is no cache they live in a temporary folder, which goes with this process.
-    A second process waits for the first one. Raises :class:`Preempted` where ``stop()``, asked between shards, says so.
+    key: names the content. Without a cache, the ids live in a temporary folder until this process ends. A second
+    process waits for the first one. Raises :class:`Preempted` if ``stop()``, which is called between shards, is true.
     """
     with _folder_for(key) as folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def stored_tokens(
 
 @contextlib.contextmanager
 def _folder_for(key: str) -> Iterator[Path]:
-    """The content's folder in the cache; a temporary one where there is no cache."""
+    """Yield the content's folder in the cache, or a temporary one if there is no cache."""
     if (cache := cache_folder()) is not None:
         yield cache / key
         return
@@ -141,7 +141,7 @@ def _folder_for(key: str) -> Iterator[Path]:
 
 
 def stored_text(key: str, make: Callable[[], str]) -> str:
-    """A text that is long to make, from the cache where it is there and whole."""
+    """Return a text that takes long to make, from the cache if it is there and whole."""
     cache = cache_folder()
     if cache is None:
         return make()
@@ -157,7 +157,7 @@ def stored_text(key: str, make: Callable[[], str]) -> str:
 
 
 def _record(file: Path) -> dict[str, Any] | None:
-    """Of a shard; None where there is none. Raises ValueError where it is damaged."""
+    """Return a shard's record; None if there is none. Raises ValueError if it is damaged."""
     try:
         recorded = json.loads(file.with_suffix(".json").read_text("utf-8"))
     except FileNotFoundError:
@@ -209,7 +209,7 @@ def _write(folder: Path, number: int, blocks: Iterator[Encoded], dtype: np.dtype
 
 
 def _write_arrays(file: Path, arrays: Iterator[np.ndarray]) -> str:
-    """Their digest. The file is there when all of it is on disk."""
+    """Write the arrays and return their digest. The file appears once all of it is on disk."""
     temporary, digest = file.with_suffix(".tmp"), hashlib.sha256()
     with temporary.open("wb") as opened:
         for array in arrays:
@@ -228,7 +228,7 @@ def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:
 
 @contextlib.contextmanager
 def _held(lock: Path, say: Callable[[str], None], stop: Callable[[], bool]) -> Iterator[None]:
-    """The kernel's lock on that file: it goes with the process that holds it, however that ends."""
+    """Hold the kernel's lock on this file. It is released when the process ends, however it ends."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     told = False
     try:

@@ -1,4 +1,4 @@
-"""What a person chooses about data. Importing this module imports no jax."""
+"""The user's choices about data. Importing this module imports no jax."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Documents = Literal["joined", "separated", "packed"]
 
 
 class Tokenised(Section):
-    """What every corpus of text has."""
+    """Fields shared by every corpus of text."""
 
     validation_fraction: ValidationFraction
     """Share that is held out."""
     tokenizer: str = Field(min_length=1)
-    """``bytes``, ``bpe`` (byte-level BPE of vocab_size entries, trained on the corpus), or the path of a tokenizer.json
-    or a .tiktoken file of ranks, which needs a tiktoken_pattern.
+    """``bytes``; ``bpe``, a byte-level BPE of vocab_size entries, trained on the corpus; or the path of a
+    tokenizer.json or a .tiktoken file of ranks. A .tiktoken file needs a tiktoken_pattern.
     """
     vocab_size: int = Field(ge=257, le=2**24)
-    """Entries of ``bpe``; other tokenizers have their own."""
+    """Number of entries of ``bpe``; other tokenizers have their own."""
     tiktoken_pattern: Literal["gpt2", "cl100k", "o200k"] | None
     """How a .tiktoken file splits text: ``gpt2`` (also r50k and p50k), ``cl100k`` or ``o200k``; null without one."""
     documents: Documents
-    """``joined`` puts documents end to end; ``separated`` puts an end-of-text token before each; ``packed`` is
+    """``joined`` puts documents end to end. ``separated`` puts an end-of-text token before each. ``packed`` is
     separated, and tokens of different documents do not attend to each other.
     """
     end_of_text: str | None
-    """Name of the end-of-text token in a tokenizer.json; null takes the first of the usual names that the file has.
-    ``bytes`` and ``bpe`` have their own.
+    """Name of the end-of-text token in a tokenizer.json; null takes the first of the usual names in the file. ``bytes``
+    and ``bpe`` have their own.
     """
 
     @model_validator(mode="after")
@@ -48,45 +48,45 @@ class Tokenised(Section):
 class PythonStdlibConfig(Tokenised):
     """``data=python_stdlib``: the source of the running Python's standard library, without its tests.
 
-    Each file is a document. validation_fraction: of the bytes, in whole files, chosen by a hash of each file's name.
+    Each file is a document. validation_fraction is of the bytes, in whole files chosen by a hash of each file's name.
     """
 
     name: Literal["python_stdlib"]
 
 
 class TextConfig(Tokenised):
-    """``data=text``: files of your own. ``validation_fraction`` is a share of the tokens, at the end."""
+    """``data=text``: your own files. ``validation_fraction`` is a share of the tokens, taken from the end."""
 
     name: Literal["text"]
     path: str = Field(min_length=1)
     """A file, a folder (all files below it) or a glob; files are joined in sorted order, each once. ``.jsonl`` has a
-    document per line, ``.parquet`` one per row; any other file is one document of text. A single file that is no text
-    is refused; in a folder it is left out, and so are hidden files and folders. Text and ``.jsonl`` may be compressed.
+    document per line and ``.parquet`` one per row; any other file is one document of text. A single file that is not
+    text is refused; in a folder it is skipped, as are hidden files and folders. Text and ``.jsonl`` may be compressed.
     """
     field: str = Field(min_length=1)
-    """Name of the text in each line of ``.jsonl`` or row of ``.parquet``."""
+    """Name of the text field in each line of ``.jsonl`` or row of ``.parquet``."""
 
 
 class MixtureSource(Section):
     """One source of ``data=mixture``."""
 
     path: str = Field(min_length=1)
-    """As data.path of ``data=text``."""
+    """Like data.path of ``data=text``."""
     weight: PositiveFloat
-    """Its share of the windows is weight / Σ weights."""
+    """The source's share of the windows is weight / Σ weights."""
     field: str = Field(default="text", min_length=1)
-    """As data.field of ``data=text``."""
+    """Like data.field of ``data=text``."""
 
 
 def _some_sources(sources: tuple[MixtureSource, ...]) -> tuple[MixtureSource, ...]:
-    """Counts them after each was found good; pydantic's own min_length also counts the bad ones as missing."""
+    """Check the number of sources once each is valid; pydantic's own min_length counts invalid ones as missing."""
     if not 1 <= len(sources) <= 1000:
         raise ValueError("a list of 1 to 1000 sources, [{path: a.txt, weight: 3}]")
     return sources
 
 
 class MixtureConfig(Tokenised):
-    """``data=mixture``: several sources of text, each drawn from by its weight, and each with its own part held out."""
+    """``data=mixture``: several sources of text, each drawn from by its weight and each with its own held-out part."""
 
     name: Literal["mixture"]
     sources: Annotated[tuple[MixtureSource, ...], Field(strict=False), AfterValidator(_some_sources)]
@@ -98,37 +98,35 @@ class HFConfig(Tokenised):
 
     name: Literal["hf"]
     dataset: str = Field(min_length=1)
-    """Its name on the hub, or a local folder."""
+    """Name of the dataset on the hub, or a local folder."""
     subset: str | None
-    """Which of the dataset's configurations; null takes the default one."""
+    """Name of the dataset's configuration; null takes the default one."""
     split: str = Field(min_length=1)
-    """Which split, such as ``train``."""
+    """Name of the split, such as ``train``."""
     revision: str | None
     """A branch, tag or commit of the dataset; null takes the default branch."""
     field: str = Field(min_length=1)
-    """Name of the column that has the text."""
+    """Name of the column that holds the text."""
     streaming: bool
     """Whether the dataset is read as a stream."""
     max_documents: PositiveInt | None
-    """How many documents to read, from the first; null reads all."""
+    """Number of documents to read, from the first; null reads all."""
 
 
 class MemmapConfig(Section):
-    """``data=memmap``: token ids that are there already, in nanoGPT's layout."""
+    """``data=memmap``: existing token ids, in nanoGPT's layout."""
 
     name: Literal["memmap"]
     path: str = Field(min_length=1)
-    """A folder with train and val as ``.bin`` or ``.npy``, or one such file, the end of which is held out."""
+    """A folder with train and val as ``.bin`` or ``.npy``, or one such file. The end of a single file is held out."""
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"]
     """Type of the numbers in a ``.bin``, little-endian."""
     vocab_size: PositiveInt
-    """All ids are below it."""
+    """Every id is below this."""
     tokenizer: str | None
-    """The tokenizer.json that made the ids, which text and bits per byte need; null without one."""
+    """The tokenizer.json that made the ids; text and bits per byte need it. null without one."""
     documents: Literal["joined", "packed"]
-    """``packed`` keeps tokens of different documents from attending to each other; the id end_of_text then stands
-    between them.
-    """
+    """``packed`` keeps tokens of different documents from attending to each other; end_of_text then separates them."""
     end_of_text: int | None = Field(ge=0)
     """Id of the token between documents; null without one."""
     validation_fraction: ValidationFraction
@@ -152,23 +150,23 @@ TaskT = TypeVar("TaskT", bound=type[Task])
 
 
 def register_task(kind: TaskT) -> TaskT:
-    """Decorator of a subclass of :class:`Task`: makes it a choice of ``data`` and of ``evaluation.probes``.
+    """Make a subclass of :class:`Task` a choice of ``data`` and of ``evaluation.probes`` in this process; a decorator.
 
-    Its fields are the keys ``data.…``; what they have as defaults is what ``data=NAME`` sets. A name that is no name,
-    or that ``data`` or ``evaluation.probes`` has already, is a ValueError.
+    Its fields become the keys ``data.…``, and their defaults are what ``data=NAME`` sets. Raises ValueError if the name
+    is not valid, or if ``data`` or ``evaluation.probes`` already has it.
     """
     tasks.register(kind)
     return kind
 
 
 def data_kinds() -> tuple[type[Section], ...]:
-    """The classes of the group ``data``, each with its own ``name``: the corpora, and the tasks that there are now."""
+    """Return the classes of the group ``data``, each with its ``name``: the corpora and the tasks registered so far."""
     return (*_CORPORA, *tasks().values())
 
 
 def made_by(config: DataConfig) -> tuple[str, ...]:
-    """The packages, as provenance.json's ``versions`` names them, of which another version may make other data of the
-    same config: Python where its own library is the text, NumPy where it draws a task's tokens."""
+    """Return the packages, as in provenance.json's ``versions``, that can change the data of a config. Python counts if
+    its own library is the text, NumPy if it draws a task's tokens, and tokenizers if it trains the BPE."""
     if isinstance(config, Task):
         return ("numpy",)
     of_text = ("python",) if isinstance(config, PythonStdlibConfig) else ()
@@ -176,5 +174,5 @@ def made_by(config: DataConfig) -> tuple[str, ...]:
 
 
 def has_segments(config: DataConfig) -> bool:
-    """Whether the windows of this data come with segment_ids."""
+    """Return whether the windows of this data have segment_ids."""
     return isinstance(config, Tokenised | MemmapConfig) and config.documents == "packed"

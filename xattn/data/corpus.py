@@ -1,4 +1,4 @@
-"""Corpora: from the ``data`` group to token ids, to train on and held out, and the hash of what was read."""
+"""Corpora: from the ``data`` group to token ids for training and held-out token ids, and a hash of what was read."""
 
 from __future__ import annotations
 
@@ -33,42 +33,43 @@ from xattn.data.task import Task
 from xattn.data.tokenizer import ByteTokenizer, Encoded, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 
-IN_MEMORY_BYTES = 64 * 2**20  # a smaller corpus of bytes is read faster than a cache of it could be checked
-BPE_BYTES = 100 * 10**6  # of the training text, at its beginning: what BPE is trained on
-_BATCH_BYTES = 4 * 2**20  # tokenised at once
-_FORMAT = 3  # of the cache's content: another one where the same bytes would give other ids or another record
+IN_MEMORY_BYTES = 64 * 2**20  # reading a smaller corpus of bytes is faster than checking a cache of it
+BPE_BYTES = 100 * 10**6  # BPE is trained on this much of the training text, from its beginning
+_BATCH_BYTES = 4 * 2**20  # tokenised in one call
+_FORMAT = 3  # of the cache's content; raise it when the same bytes give other ids or another record
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """train, validation: what is trained on and held out. weight: the part's share of the windows."""
+    """A training and a held-out part of a corpus."""
 
     train: Ids
     validation: Ids
     weight: float = 1.0
+    """The part's share of the windows."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One part, or the sources of a mixture. sha256: of all bytes that were read, and of the tokenizer.
-
-    end_of_text: the id that stands between documents, None where nothing does. gives_back: whether the tokens decode to
-    the text that was read. size: bytes of the files that were read; None where there are none of the corpus's own.
-    """
+    """One part, or one for each source of a mixture."""
 
     parts: tuple[Part, ...]
     tokenizer: Tokenizer
     sha256: str
+    """Hash of all bytes that were read, and of the tokenizer."""
     end_of_text: int | None
+    """Id of the token between documents; None without one."""
     gives_back: bool = True
+    """Whether the tokens decode to the text that was read."""
     size: int | None = None
+    """Bytes of the corpus's files; None if it has no files of its own."""
 
 
 def check(config: DataConfig) -> None:
-    """Raises :class:`BadInput` for what a look at the files, without reading them through, shows to be unusable."""
+    """Raise :class:`BadInput` for defects that show without reading the files through."""
     if isinstance(config, Task):
-        return  # it makes its own sequences
+        return  # it has no files
     if isinstance(config, MemmapConfig):
         open_memmaps(config)
         _json_tokenizer(config)
@@ -87,12 +88,12 @@ def load_corpus(
     say: Callable[[str], None] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Corpus:
-    """Reads the corpus and splits it, the same way every time.
+    """Read the corpus and split it, the same way every time.
 
-    tokenizer: what text is read by, in the place of the config's own.
+    tokenizer: replaces the config's own.
 
-    Raises :class:`BadInput` for what is missing, unreadable, or too short for one window of context_length tokens
-    and their successors in each split; :class:`Preempted` where ``stop()`` says so while it is tokenised.
+    Raises :class:`BadInput` for what is missing, unreadable, or too short for one window of context_length tokens and
+    their successors in each split. Raises :class:`Preempted` if ``stop()`` becomes true during tokenisation.
     """
     if isinstance(config, MemmapConfig):
         corpus = _mapped(config)
@@ -111,7 +112,7 @@ def load_corpus(
 
 
 def find_files(config: PythonStdlibConfig | TextConfig) -> dict[str, Path]:
-    """The corpus's files by name, sorted, not read yet. Raises :class:`BadInput` where there are none."""
+    """Return the corpus's files by name, sorted, without reading them. Raises :class:`BadInput` if there are none."""
     if isinstance(config, TextConfig):
         return {file: Path(file) for file in find(config.path, f"data.path = {config.path!r}").files}
     root = Path(sysconfig.get_path("stdlib"))
@@ -161,7 +162,7 @@ def _tokenised(
         _ids(source, digest, tokenizer, say=say, stop=stop)
         for (source, _), digest in zip(sources, digests, strict=True)
     ]
-    if isinstance(config, HFConfig) and config.streaming:  # what was named is known, what came of it is not
+    if isinstance(config, HFConfig) and config.streaming:  # its name is not its content: hash the ids instead
         digests = [
             hashlib.sha256(each[i : i + 2**22].tobytes()).hexdigest()
             for each in ids
@@ -194,7 +195,7 @@ def _file_sources(config: DataConfig | Tokenised) -> list[tuple[Files, float]]:
 
 
 def _names(config: DataConfig | Tokenised) -> list[str]:
-    """What a person calls each part."""
+    """Return how messages name each part."""
     match config:
         case PythonStdlibConfig():
             return ["data=python_stdlib"]
@@ -217,7 +218,7 @@ def _ids(
     shards = _grouped(pieces)
     version = importlib.metadata.version("tokenizers")
     files = {file: number for number, file in enumerate(dict.fromkeys(piece.file for piece in pieces))}
-    cuts = [[(files[piece.file], piece.start, piece.end) for piece in shard] for shard in shards]  # not their names
+    cuts = [[(files[piece.file], piece.start, piece.end) for piece in shard] for shard in shards]  # numbers, not names
     key = json.dumps([_FORMAT, version, digest, tokenizer.sha256(), tokenizer.end_of_text, cuts])
     return stored_tokens(
         hashlib.sha256(key.encode()).hexdigest()[:32],
@@ -231,7 +232,7 @@ def _ids(
 
 
 def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces that follow each other, together about PIECE_BYTES."""
+    """Group consecutive pieces into shards of about PIECE_BYTES."""
     groups: list[list[Piece]] = []
     size = 0
     for piece in pieces:
@@ -258,9 +259,10 @@ def _encode(source: Source, pieces: Sequence[Piece], tokenizer: TextTokenizer) -
 
 
 def _encode_batch(batch: Sequence[Block], tokenizer: TextTokenizer, left: int) -> tuple[Encoded, int]:
-    """The batch with its ends of text, each before its document.
+    """Encode the batch, with an end of text before each document.
 
-    left: bytes of blocks before it that have no token; they count with its first. Those of its own come back.
+    left: bytes of earlier blocks that have no token; they count with the first token of this batch. Bytes at its own
+    end that have no token are returned.
     """
     border = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.uint32)
     by_itself = tokenizer.is_byte_level and not tokenizer.sizes(border).any()
@@ -270,7 +272,7 @@ def _encode_batch(batch: Sequence[Block], tokenizer: TextTokenizer, left: int) -
     for block, encoded in zip(batch, in_tokens, strict=True):
         if block.begins and len(border):
             found.append(nothing)
-        if not len(encoded.ids):
+        if not len(encoded.ids):  # its bytes count with the next token
             left += len(block.text)
         elif left:
             sizes = tokenizer.sizes(encoded.ids) if encoded.sizes is None else encoded.sizes
@@ -292,7 +294,7 @@ def _encode_batch(batch: Sequence[Block], tokenizer: TextTokenizer, left: int) -
 
 
 def tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
-    """The tokenizer of the config, which is not ``bpe``. Raises :class:`BadInput` where its file cannot be used."""
+    """Return the config's tokenizer, which is not ``bpe``. Raises :class:`BadInput` if its file cannot be used."""
     if config.tokenizer == "bytes":
         return ByteTokenizer(end_of_text=config.documents != "joined")
     path = Path(os.path.expanduser(config.tokenizer))
@@ -316,11 +318,11 @@ def tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
 
 
 def _bpe(config: Tokenised, sources: Sequence[tuple[Source, float]], digests: Sequence[str]) -> TextTokenizer:
-    all_of_it = isinstance(config, PythonStdlibConfig)  # which holds out other files
+    all_of_it = isinstance(config, PythonStdlibConfig)  # its held-out part is in other files
     weights = sum(weight for _, weight in sources)
 
     def trained_on(source: Source, most: float) -> float:
-        """Bytes of the source's text before what is held out, or ``most`` of them."""
+        """Return the bytes of the source's text before its held-out part, at most ``most``."""
         share, counted = 1.0 if all_of_it else 1 - config.validation_fraction, 0
         for block in itertools.chain.from_iterable(map(source.read, source.pieces())):
             counted += len(block.text)
@@ -371,7 +373,7 @@ def _json_tokenizer(config: MemmapConfig) -> Tokenizer:
 
 
 def _split_by_file(files: dict[str, Path], validation_fraction: float) -> tuple[list[Path], list[Path]]:
-    """Holds out files, in the order of the hashes of their names, until they are that fraction of the bytes."""
+    """Hold out files, ordered by the hashes of their names, until they reach that fraction of the bytes."""
     sizes = {name: file.stat().st_size for name, file in files.items()}
     held_out, wanted = set[str](), validation_fraction * sum(sizes.values())
     for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):

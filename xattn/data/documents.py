@@ -1,4 +1,4 @@
-"""Sources of documents: what there is to read, in pieces that can each be read by itself, and a hash of it all."""
+"""Sources of documents: what there is to read, in pieces that can be read independently, and a hash of everything."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ from xattn.data.finding import Found, sha256_of_files, some
 from xattn.data.formats import UNREADABLE, Format, look, look_before, open_unpacked, unreadable
 from xattn.errors import BadInput, needs_extra
 
-PIECE_BYTES = 32 * 2**20  # of a file, about; a piece is what is tokenised again after a kill
+PIECE_BYTES = 32 * 2**20  # approximate size of a piece; after a kill, about this much is tokenised again
 PIECE_ROWS = 20_000
-BLOCK_BYTES = 2**17  # a longer document is tokenised in such blocks, cut after a line or before a space
+BLOCK_BYTES = 2**17  # a longer document is tokenised in blocks of this size, cut after a line or before a space
 _PACKING_RATIO = 4
 
 
 class Piece(NamedTuple):
-    """Bytes or rows start to end of a file or a dataset; end −1: to its end. size: about how many bytes that is."""
+    """Bytes or rows from start to end of a file or a dataset."""
 
     file: str
     start: int
     end: int
+    """−1: to the end of the file."""
     size: int
+    """Approximate number of bytes."""
 
 
 class Block(NamedTuple):
-    """UTF-8, as a rule: what the file holds. begins: whether a document begins with it."""
+    """A document, or a part of one."""
 
     begins: bool
+    """Whether a document begins with it."""
     text: bytes
+    """What the file holds, normally UTF-8."""
 
 
 class Source(Protocol):
@@ -45,19 +49,19 @@ class Source(Protocol):
     def pieces(self) -> list[Piece]: ...
 
     def read(self, piece: Piece) -> Iterator[Block]:
-        """The piece's documents. Raises :class:`BadInput` that names file and line where they cannot be read."""
+        """Yield the piece's documents. Raises :class:`BadInput` naming the file and line if they cannot be read."""
         ...
 
     def sha256(self) -> str:
-        """Of the content; names and time stamps don't count."""
+        """Hash the content; names and time stamps don't count."""
         ...
 
 
 class Files:
-    """Text, JSON lines and Parquet files, one after the other; text and JSON lines also packed.
+    """Text, JSON lines and Parquet files, one after the other. Text and JSON lines may be compressed.
 
-    key: of the config, for messages. field: of the lines and rows that holds the text. A file that holds nothing to
-    read is refused; of a folder's files it is left out, and :attr:`left_out` says so.
+    key: the config's, for messages. field: the field or column that holds the text. A file with nothing to read is
+    refused; in a folder it is skipped, and :attr:`left_out` mentions it.
     """
 
     def __init__(self, files: Sequence[str | Path], *, key: str, field: str = "text", is_folder: bool = False):
@@ -72,7 +76,7 @@ class Files:
 
     @cached_property
     def formats(self) -> dict[str, Format]:
-        """File → its format, of those that are read."""
+        """File → its format, for the files that are read."""
         found, refused = dict[str, Format](), dict[str, str]()
         for name in self._files:
             try:
@@ -90,12 +94,12 @@ class Files:
 
     @property
     def left_out(self) -> str:
-        """What is there and is not read, in a line; empty where all is read."""
+        """One line on what is present but not read; empty if everything is read."""
         return "; ".join(self._left_out) if self.formats else ""
 
     @property
     def size(self) -> int:
-        """Bytes of the files that are read, packed as they are."""
+        """Bytes of the files that are read, compressed as they are."""
         return sum(kind.size for kind in self.formats.values())
 
     def pieces(self) -> list[Piece]:
@@ -117,13 +121,13 @@ class Files:
     def sha256(self) -> str:
         digests = sha256_of_files([*self.formats], self._key)
         for number, (name, kind) in enumerate(self.formats.items()):
-            # Where 968f896 read other documents from the file, its runs had other data.
+            # Commit 968f896 read other documents from such a file, so its runs had other data.
             if (kind.packing, kind.content) != look_before(name):
                 digests[number] = f"{kind.packing} {kind.content} {digests[number]}"
         return hashlib.sha256(json.dumps([self._field, digests]).encode()).hexdigest()
 
     def look(self) -> None:
-        """Reads the beginning of each file, as far as its first document: what is bad there is told at once."""
+        """Read each file up to its first document, so that a bad file is reported immediately."""
         for name, kind in self.formats.items():
             if kind.content == "jsonl" or kind.packing:
                 next(self.read(Piece(name, 0, -1, 0)), None)
@@ -233,8 +237,8 @@ class HFDataset:
             yield from _document(value)
 
     def sha256(self) -> str:
-        """Of the dataset's own files and of which part of them is asked for; of a stream from the hub, which can't be
-        hashed before it is read, of what names it."""
+        """Hash the dataset's own files and the selection from them. A stream from the hub can't be hashed before it is
+        read, so what names it is hashed instead."""
         config, folder = self._config, Path(os.path.expanduser(self._config.dataset))
         named = [config.field, config.max_documents, config.subset, config.split]
         if config.streaming and not folder.is_dir():
@@ -286,7 +290,7 @@ class HFDataset:
                 )
         except BadInput:
             raise
-        except Exception as error:  # whatever the library, its builders and the network say
+        except Exception as error:  # the library, its builders and the network raise many kinds
             raise BadInput(f"{self._name}: {type(error).__name__}: {_first_line(error)}") from error
         names = opened.column_names or list(next(iter(opened), {}))
         if config.field not in names:
@@ -295,7 +299,7 @@ class HFDataset:
 
 
 def _border(opened: IO[bytes], nominal: int, kind: str) -> int:
-    """Where to cut a file near ``nominal``: after a line; in text without lines before a space, or a character."""
+    """Return where to cut a file near ``nominal``: after a line, or if text has none, before a space or a character."""
     opened.seek(nominal)
     near = opened.readline() if kind == "jsonl" else opened.read(2**16)
     after_line = near.find(b"\n") + 1
@@ -305,7 +309,7 @@ def _border(opened: IO[bytes], nominal: int, kind: str) -> int:
 
 
 def _character_border(text: bytes, at: int) -> int:
-    """The first index from ``at`` on that doesn't stand inside a character of UTF-8."""
+    """Return the first index at or after ``at`` that is not inside a UTF-8 character."""
     end = min(at + 3, len(text))
     return next((i for i in range(at, end) if text[i] & 0xC0 != 0x80), end)
 
@@ -326,7 +330,7 @@ def _blocks(piece: Piece, packing: str) -> Iterator[Block]:
 
 
 def _cut_in(text: bytes) -> int:
-    """Where to cut off the last line, word or character, which may go on in what follows."""
+    """Return where to cut off the last line, word or character, which may continue in the next block."""
     if line := text.rfind(b"\n", 1) + 1:
         return line
     if (space := text.rfind(b" ", 1)) > 0:

@@ -1,4 +1,4 @@
-"""Which files a path means, itself, all below a folder, or what a glob matches, each file once; and their digests."""
+"""Finds the files that a path means: a file, a folder's files, or what a glob matches, each once; and their digests."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import NamedTuple
 from xattn.data.formats import unreadable
 from xattn.errors import BadInput
 
-_SMALL = 2**18  # bytes of a file that is hashed in one read
-# Where a text that experiments name comes from.
+_SMALL = 2**18  # a smaller file is hashed in one read
+# The origin of a text that experiments use.
 _COMES_FROM = {
     "tinyshakespeare.txt": "\nit is https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
     "input.txt, 1,115,394 bytes, sha256 86c4e6aa9db7…"
@@ -26,7 +26,7 @@ _ANY_DEPTH = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
 
 
 class Found(NamedTuple):
-    """files: sorted, each once. is_folder: whether the path is a folder. left_out: for a person, what is not read."""
+    """The files that a path means, sorted, each once, and for the user a list of what was left out."""
 
     files: list[str]
     is_folder: bool
@@ -34,17 +34,15 @@ class Found(NamedTuple):
 
 
 def find(path: str, told: str) -> Found:
-    """The files that a path means. Raises :class:`BadInput` where there are none.
-
-    Links to files count as the file they lead to, and a file that is there under several names is read under the first.
-    """
+    """Return the files that a path means. Raises :class:`BadInput` if there are none. A link counts as the file it
+    leads to; a file with several names is read under the first."""
     where = os.path.expanduser(path)
     left_out: list[str] = []
     is_folder = os.path.isdir(where)
     if is_folder:
         found = _below(where, left_out)
     elif os.path.isfile(where):
-        found = [where]  # though its name may look like a glob
+        found = [where]  # even if its name looks like a glob
     else:
         found = list(_matching(where))
     files, seen, again = list[str](), set[tuple[int, int]](), 0
@@ -69,7 +67,7 @@ def find(path: str, told: str) -> Found:
 
 
 def _below(root: str, left_out: list[str]) -> list[str]:
-    """All files below a folder but hidden ones; links to folders are not followed."""
+    """Return all files below a folder except hidden ones. Links to folders are not followed."""
     found, folders = list[str](), [str(Path(root))]
     closed, hidden, links = list[str](), list[str](), list[str]()
     while folders:
@@ -99,7 +97,8 @@ def _below(root: str, left_out: list[str]) -> list[str]:
 
 
 def _matching(pattern: str) -> Iterator[str]:
-    """As ``glob.glob(pattern, recursive=True)``, but that ``**`` visits each folder once, whatever links lead to it."""
+    """Yield as ``glob.glob(pattern, recursive=True)``, but ``**`` visits each folder once, whatever links lead to
+    it."""
     split = _ANY_DEPTH.split(pattern, maxsplit=1)
     if len(split) == 1:
         yield from glob.glob(pattern)
@@ -111,14 +110,14 @@ def _matching(pattern: str) -> Iterator[str]:
 
 
 def _folders(root: str) -> Iterator[str]:
-    """A folder and those below it, each once and with a slash at its end; links are followed after what is no link."""
+    """Yield a folder and those below it, each once and with a trailing slash. Links are followed after real folders."""
     seen, folders, links = set[tuple[int, int]](), deque([root]), deque[str]()
     while folders or links:
         folder = folders.popleft() if folders else links.popleft()
         try:
             state = os.stat(folder or ".")
             entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
-        except OSError:  # not readable, a loop, or no folder: nothing matches there, as for glob
+        except OSError:  # not readable, a loop, or not a folder: nothing matches there, as in glob
             continue
         if (state.st_dev, state.st_ino) in seen:
             continue
@@ -130,15 +129,15 @@ def _folders(root: str) -> Iterator[str]:
 
 
 def some(names: list[str]) -> str:
-    """The first few in their order, for a line."""
+    """Return the first few names, sorted, for one line."""
     return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
 def sha256_of_files(files: Sequence[str], key: str) -> list[str]:
-    """The digest of each file's bytes; of large files several at a time."""
+    """Return the digest of each file's bytes, hashing several large files at a time."""
 
     def digest(name: str) -> str | None:
-        """None: the file is large."""
+        """Return None if the file is large."""
         try:
             with open(name, "rb") as opened:
                 begun = opened.read(_SMALL)

@@ -1,4 +1,4 @@
-"""What a file holds, by its name and its first block: text, JSON lines or Parquet, plain or packed; or what else."""
+"""What a file holds, by its name and first block: text, JSON lines or Parquet, plain or compressed; or else what."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-# What look and a stream of open_unpacked raise where a file cannot be read or is not whole; bz2 raises OSError.
+# look and the streams of open_unpacked raise these if a file cannot be read or is not whole; bz2 raises OSError.
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
-BLOCK = 2**14  # bytes of a file, and of what is packed in it, that are looked at
-_LONGEST_LINE = 2**26  # of a .json, to see whether it has lines
+BLOCK = 2**14  # bytes to look at, of a file and of its unpacked content
+_LONGEST_LINE = 2**26  # bytes of a .json to read in search of a line end
 _PACKED_BY_NAME = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".lzma": "xz", ".zst": "zstd", ".zstd": "zstd"}
 _PACKED = {
     "gzip": rb"\x1f\x8b\x08",
@@ -36,7 +36,7 @@ _PACKED = {
 }
 _ANY_PACKED = re.compile(b"|".join(_PACKED.values()))
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
-# What a file begins with → what it is, where that is neither text nor packed text.
+# The first bytes of a file → what it is, for files that are neither text nor compressed text.
 _SIGNATURES = {
     rb"PK(?:\x03\x04|\x05\x06)": "a zip archive",
     rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
@@ -67,26 +67,26 @@ _SIGNATURES = {
 }
 _ANY_SIGNATURE = re.compile(b"|".join(_SIGNATURES))
 _UTF_16 = "text in UTF-16; convert it to UTF-8"
-_ENOUGH = 512  # bytes that can be told from text
-_SMALL = 2048  # of fewer bytes it takes more to call them noise: that they cannot be packed
-# Control characters that texts have: NUL, bell, backspace, tab, line and page ends, DOS's end of file, escape.
+_ENOUGH = 512  # bytes needed to distinguish binary from text
+_SMALL = 2048  # fewer bytes than this count as noise only if they do not compress, too
+# Control characters, except those in texts: NUL, bell, backspace, tab, line and page ends, DOS's end of file, escape.
 _CONTROLS = bytes({*range(32), 127} - {0, 7, 8, 9, 10, 11, 12, 13, 26, 27})
 
 
 class Format(NamedTuple):
-    """packing: what unpacks the file, or none. content: how its documents are found. size: of the file, in bytes.
-
-    refusal: what the file is, where that is nothing to read as text.
-    """
+    """How to read a file of ``size`` bytes."""
 
     packing: Literal["", "gzip", "bzip2", "xz", "zstd"]
+    """What unpacks the file; empty for none."""
     content: Literal["text", "jsonl", "parquet"]
+    """How its documents are found."""
     size: int
     refusal: str = ""
+    """What the file is, if it cannot be read as text."""
 
 
 def look(file: str) -> Format:
-    """The format of a file. Raises one of :data:`UNREADABLE` where it can't be read or is not whole."""
+    """Return the format of a file. Raises one of :data:`UNREADABLE` if it can't be read or is not whole."""
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         head, size = os.read(descriptor, BLOCK), os.fstat(descriptor).st_size
@@ -112,14 +112,14 @@ def look(file: str) -> Format:
 
 
 def look_before(file: str) -> tuple[str, str]:
-    """Packing and content of a file as commit 968f896 took them, from the name alone."""
+    """Return packing and content of a file as commit 968f896 determined them, from the name alone."""
     name = file.removesuffix(".gz")
     content = next((kind for kind in ("jsonl", "parquet") if name.endswith(f".{kind}")), "text")
     return "" if name == file else "gzip", content
 
 
 def open_unpacked(file: str, packing: str) -> IO[bytes]:
-    """The file's content as a stream."""
+    """Open the file's content as a stream."""
     opened: Any
     match packing:
         case "gzip":
@@ -129,7 +129,7 @@ def open_unpacked(file: str, packing: str) -> IO[bytes]:
         case "xz":
             opened = lzma.LZMAFile(file)  # noqa: SIM115
         case "zstd":
-            # `zstd --long=31`, as large corpora are packed, wants more memory than is allowed by default.
+            # Large corpora are packed by `zstd --long=31`, which needs more memory than the default allows.
             opened = zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
         case _:
             opened = Path(file).open("rb")  # noqa: SIM115
@@ -137,7 +137,7 @@ def open_unpacked(file: str, packing: str) -> IO[bytes]:
 
 
 def unreadable(error: BaseException, key: str, file: str) -> BadInput:
-    """What to tell a person who gave the file under that key of the config, where it raised one of UNREADABLE."""
+    """Return the error for the user who gave the file under this config key, after it raised one of UNREADABLE."""
     if isinstance(error, OSError) and error.errno is not None:
         return BadInput(f"{key}: {file} cannot be read: {error.strerror}")
     with open(file, "rb") as opened:
@@ -152,7 +152,7 @@ def _packing(head: bytes) -> str:
 
 
 def _refusal(head: bytes) -> str:
-    """What it is that begins so, where that is no text; empty for text, of any encoding that has bytes for letters."""
+    """Return what the file is if not text, by its first bytes. Any encoding with bytes for letters counts as text."""
     if _ANY_SIGNATURE.match(head):
         return next(what for signature, what in _SIGNATURES.items() if re.match(signature, head))
     if packing := _packing(head):
@@ -160,7 +160,7 @@ def _refusal(head: bytes) -> str:
     if wide := _wide(head):
         return wide
     controls = len(head) - len(head.translate(None, _CONTROLS))
-    # Noise, packed or encrypted bytes have 8 % of control characters, text in Latin-1, KOI8 or Big5 has none.
+    # Noise, compressed or encrypted bytes have 8 % of control characters; text in Latin-1, KOI8 or Big5 has none.
     is_odd = len(head) >= _ENOUGH and controls > 0.03 * len(head) and not _is_utf_8(head)
     if is_odd and (len(head) >= _SMALL or len(zlib.compress(head)) > 0.8 * len(head)):
         return f"binary: {controls} of its first {len(head)} bytes are control characters"
@@ -168,9 +168,9 @@ def _refusal(head: bytes) -> str:
 
 
 def _wide(head: bytes) -> str:
-    """Whether a letter is two or four bytes: by their mark, or by where the zeros are."""
+    """Return what it is if a letter takes two or four bytes, judged by the byte order mark or the zeros' positions."""
     letters = sum(head.count(byte) for byte in range(32, 127)) if head[:2] in (b"\xff\xfe", b"\xfe\xff") else len(head)
-    if letters < 0.75 * len(head):  # or it is Latin-1 that begins with such letters
+    if letters < 0.75 * len(head):  # otherwise it is Latin-1 that begins with these letters
         with_mark = codecs.getincrementaldecoder("utf-16")()
         try:
             with_mark.decode(head)
@@ -190,7 +190,7 @@ def _wide(head: bytes) -> str:
 
 
 def _is_utf_8(head: bytes) -> bool:
-    """A character that is cut off at the end counts as whole."""
+    """Return whether it is UTF-8. A character that is cut off at the end counts as whole."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -199,7 +199,7 @@ def _is_utf_8(head: bytes) -> bool:
 
 
 def _has_lines(file: str, packing: str) -> bool:
-    """Whether the first line is a JSON object by itself, and another one begins in the next."""
+    """Return whether the first line is a complete JSON object, and another object begins on the next."""
     with open_unpacked(file, packing) as opened:
         lines = iter(lambda: opened.readline(_LONGEST_LINE), b"")
         first, second = ([line for _, line in zip(range(2), filter(bytes.strip, lines), strict=False)] + [b""] * 2)[:2]

@@ -1,4 +1,4 @@
-"""Token ids that somebody made before: ``.bin`` and ``.npy`` files, mapped into memory."""
+"""Existing token ids: ``.bin`` and ``.npy`` files, mapped into memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from xattn.data.config import MemmapConfig
 from xattn.errors import BadInput
 
 _BLOCK = 2**22
-_LOOK = 2**16  # ids at the beginning of a file that are looked at
-_ENOUGH = 64  # of them show something
+_LOOK = 2**16  # ids at the beginning of a file to look at
+_ENOUGH = 64  # fewer ids show nothing
 _PRINTABLE = (*range(32, 127), *b"\t\n\r")
 
 
 class MappedIds:
-    """One file's ids (N,). Raises :class:`BadInput` where it is not a flat array of integers."""
+    """One file's ids (N,). Raises :class:`BadInput` if it is not a flat array of integers."""
 
     def __init__(self, file: Path, dtype: str):
         self.file = file
@@ -41,8 +41,7 @@ class MappedIds:
         self.ids: np.ndarray = ids
 
     def check_ids(self, vocab_size: int) -> str:
-        """The SHA-256 of the ids. Raises :class:`BadInput` where one of them is not below vocab_size: on a device it
-        would be clamped, silently."""
+        """Return the ids' SHA-256. Raises :class:`BadInput` if one is not below vocab_size; devices clamp silently."""
         digest = hashlib.sha256()
         for start in range(0, len(self.ids), _BLOCK):
             block = self.ids[start : start + _BLOCK]
@@ -57,9 +56,9 @@ class MappedIds:
 
 
 def _something_else(ids: np.ndarray) -> str:
-    """What the first ids of a file show that is not of this type: every number is below a vocabulary's size then too.
+    """Return what the first ids show if the file has another type; all numbers can be below vocab_size even then.
 
-    The parts of a wider number alternate: the low ones vary, and the high ones of a vocabulary below 2^18 are 0 to 3.
+    The parts of a wider number alternate: low parts vary, and the high parts of a vocabulary below 2^18 are 0 to 3.
     """
     if len(ids) < _ENOUGH:
         return ""
@@ -80,7 +79,7 @@ def _something_else(ids: np.ndarray) -> str:
 
 
 def open_memmaps(config: MemmapConfig) -> list[MappedIds]:
-    """The one file, or those of train and val. Raises :class:`BadInput` where they are not there."""
+    """Return the one file, or those of train and val. Raises :class:`BadInput` if they are missing."""
     where = Path(os.path.expanduser(config.path))
     if os.path.isfile(where):
         return [MappedIds(where, config.dtype)]

@@ -1,4 +1,4 @@
-"""Batches made ahead of time, in a thread, so that the device never waits for the disk."""
+"""Makes batches ahead of time, in a thread, so that the device never waits for the disk."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ AHEAD = 2
 
 
 class Prefetch:
-    """``batch(step)`` as the batches it is given, from a thread that is two steps ahead of the last call.
+    """``batch(step)`` of the given batches, from a thread that is two steps ahead of the last call.
 
-    What it has ready is a guess and nothing more: a step out of order is made when it is asked for, so that the
-    function stays pure. What the batches raise is raised by the call for that step.
+    The batches made ahead are only a guess. A step out of order is made on request, so the function stays pure. An
+    exception in the batches is raised by the call for that step.
     """
 
     def __init__(self, batch: Batches):

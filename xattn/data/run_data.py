@@ -1,4 +1,4 @@
-"""A run's data: from the ``data`` group to what a run trains on, what it is scored on, and what its tokens mean."""
+"""A run's data: from the ``data`` group to training windows, evaluation windows, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -32,36 +32,37 @@ from xattn.runs import run_folder
 
 @dataclass(frozen=True)
 class RunData:
-    """What everyone needs of the data of one run.
-
-    batch: the training windows of each update. windows: those that every evaluation scores, in batches of one shape.
-    tokenizer: a :class:`TextTokenizer` where the tokens stand for text. sha256: of all that was read to make them.
-    description: for people, ``11,834,567 bytes of training text``. scored_size: bytes of the text that the scored
-    tokens were made from; None: that was not read here, and counts as what they decode to. gives_back: whether tokens
-    decode to it. corpus_size: bytes of the corpus's files; None where no files of text were read.
-    """
+    """What a run needs of its data."""
 
     batch: Batches
+    """The training windows of each update."""
     windows: Sequence[Windows]
+    """The windows that every evaluation scores, in batches of one shape."""
     tokenizer: Tokenizer
+    """A :class:`TextTokenizer` if the tokens stand for text."""
     sha256: str
+    """Hash of everything that was read to make the data."""
     description: str
+    """Shown to the user, such as ``11,834,567 bytes of training text``."""
     scored_size: int | None = None
+    """Bytes of the text behind the scored tokens. None: it was not read here, so their decoded bytes count."""
     gives_back: bool = True
+    """Whether the tokens decode to that text."""
     corpus_size: int | None = None
+    """Bytes of the corpus's files; None if no text files were read."""
 
     @cached_property
     def optional(self) -> tuple[tuple[str, int], ...]:
-        """The optional arrays that all windows come with, of training and evaluation, and their widths."""
+        """Names and widths of the optional arrays that all windows have, in training and evaluation."""
         return self.windows[0].optional
 
     @property
     def tokenizer_json(self) -> str | None:
-        """What the run's folder keeps of the tokenizer; None for one that the config alone says."""
+        """The tokenizer as the run's folder keeps it; None if the config alone determines it."""
         return self.tokenizer.text if isinstance(self.tokenizer, JsonTokenizer) else None
 
     def check_tokenizer(self, folder: Path) -> None:
-        """Raises :class:`IntegrityError` where the run in that folder does not keep this tokenizer."""
+        """Raise :class:`IntegrityError` if the run in that folder has kept another tokenizer, or none."""
         if (here := self.tokenizer_json) is None:
             return
         file = folder / run_folder.TOKENIZER
@@ -69,14 +70,14 @@ class RunData:
             raise IntegrityError(f"{file}: is not the tokenizer that this run began with; begin anew with resume=never")
 
     def scored_bytes(self) -> bytes | None:
-        """The text that the scored tokens were made from, window after window; None where they don't give it back."""
+        """Return the text behind the scored tokens, window after window; None if they don't decode to it."""
         if not isinstance(self.tokenizer, TextTokenizer) or not (self.gives_back or self.tokenizer.is_byte_level):
             return None
         found = b"".join(self.tokenizer.to_bytes(w.targets[w.weights > 0]) for w in self.windows)
         return found if self.scored_size in (None, len(found)) else None
 
     def bytes_per_token(self) -> float | None:
-        """Of the scored tokens; None where they stand for no bytes."""
+        """Return the bytes of text per scored token; None if the tokens stand for no bytes."""
         size = len(self.scored_bytes() or b"") if self.scored_size is None else self.scored_size
         return size / sum(int((windows.weights > 0).sum()) for windows in self.windows) or None
 
@@ -92,10 +93,10 @@ def load_data(
     say: Callable[[str], None] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RunData:
-    """Reads the data, the same way every time. Raises :class:`BadInput` for what cannot be used, and
-    :class:`Preempted` where ``stop()`` says so while they are tokenised.
+    """Read the data, the same way every time.
 
-    windows: how many are scored. tokenizer: what text is read by, in the place of the config's own.
+    windows: number of windows to score. tokenizer: replaces the config's own. Raises :class:`BadInput` for what cannot
+    be used, and :class:`Preempted` if ``stop()`` becomes true during tokenisation.
     """
     if isinstance(config, Task):
         return _task_data(config, context_length, batch_size, windows, seed)
@@ -130,7 +131,7 @@ def load_data(
 
 
 def _scored_size(windows: EvaluationWindows, corpus: Corpus) -> int:
-    """How many bytes of text the targets of the windows were made from."""
+    """Return the number of bytes of text behind the targets of the windows."""
     size, tokenizer = 0, corpus.tokenizer
     assert isinstance(tokenizer, TextTokenizer)
     for ids, part in windows.targets():
@@ -146,10 +147,8 @@ class _Sizes(TypedDict):
 
 
 def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
-    """The tokenizer of a run that is there already, from its folder: its source may be gone.
-
-    Raises :class:`IntegrityError` where the folder lacks it.
-    """
+    """Return an existing run's tokenizer from its folder, since its source may be gone. Raises :class:`IntegrityError`
+    if the folder lacks it."""
     if isinstance(config, Task) or (isinstance(config, MemmapConfig) and config.tokenizer is None):
         return IdTokenizer(config.vocab_size)
     if not isinstance(config, MemmapConfig) and config.tokenizer == "bytes":
@@ -166,10 +165,8 @@ def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
 
 
 def as_documents(tokenizer: TextTokenizer, config: Tokenised) -> TextTokenizer:
-    """The same tokens, with an end of text between documents where ``data.documents`` of another corpus asks for it.
-
-    Raises :class:`BadInput` where the tokenizer has none.
-    """
+    """Return the tokenizer with an end of text between documents if ``data.documents`` of another corpus asks for it.
+    Raises :class:`BadInput` if the tokenizer has no end of text."""
     joined = config.documents == "joined"
     if isinstance(tokenizer, ByteTokenizer):
         return ByteTokenizer(end_of_text=not joined)
@@ -191,7 +188,7 @@ def _task_data(config: Task, context_length: int, batch_size: int, windows: int 
     config.check(context_length)
     batch = TaskBatches(config, context_length, batch_size, seed)
     scored = evaluation_examples(config, context_length=context_length, number=windows).windows
-    # Nothing is read: what is hashed is what the generator makes of this config, which NumPy's version has a part in.
+    # A task reads no files. Hash what the generator makes from this config, which also depends on NumPy's version.
     made = hashlib.sha256()
     for array in (*TaskBatches(config, context_length, 1, seed=0)(0), *scored):
         made.update(b"" if array is None else array.tobytes())

@@ -1,9 +1,9 @@
-"""What a synthetic task is: sequences in which some tokens can be known from what stands before them.
+"""What a synthetic task is: sequences in which some tokens can be inferred from earlier ones.
 
-Each is a corpus (``data=mqar``), whose examples never repeat and are a pure function of (seed, step), and a probe of a
-model that was trained on something else (``evaluation.probes=[induction]``). Letters: n sequences, S inputs of each
+Each task is a corpus (``data=mqar``), whose examples never repeat and are a pure function of (seed, step). It is also a
+probe of a model trained on something else (``evaluation.probes=[induction]``). Letters: n sequences, S inputs of each
 (context_length), V vocabulary. A sequence has S + 1 tokens; weights, (n, S), are 1 at inputs that ask for an answer.
-The answer is the next token, except in MQAR, whose answers are not in the sequence.
+The answer is the next token, except in MQAR, where answers are not in the sequence.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from xattn.data.batches import ALL_ROWS, Windows
 from xattn.errors import BadInput
 from xattn.section import Section, kind_name
 
-# The second word of a generator's seed: what is trained on and what is scored never share an example's randomness.
+# The second word of a generator's seed: training and evaluation never share an example's randomness.
 TRAINING, EVALUATION = 0, 1
-PROBES_OF_TEXT = ("in_context", "extrapolation")  # the values of ``evaluation.probes`` that are no tasks
+PROBES_OF_TEXT = ("in_context", "extrapolation")  # the values of ``evaluation.probes`` that are not tasks
 VocabSize = Annotated[int, Field(ge=8, le=2**24)]
 
 
@@ -31,11 +31,11 @@ class Examples(NamedTuple):
     tokens: np.ndarray
     """int32 (n, S + 1)."""
     distance: np.ndarray
-    """int32 (n, S): how many places before the next input the answer stands; 0 where nothing is asked for."""
+    """int32 (n, S): distance from the next input back to the answer; 0 if nothing is asked for."""
     most: int
-    """The answers that a sequence asks for, or a bound of them, which all sequences of a run share."""
+    """Number of answers per sequence, or an upper bound; the same for all sequences of a run."""
     answers: np.ndarray | None = None
-    """int32 (n, S), as of :class:`Windows`."""
+    """int32 (n, S), as in :class:`Windows`."""
 
     @property
     def windows(self) -> Windows:
@@ -56,19 +56,19 @@ class Task(Section):
 
     @abstractmethod
     def examples(self, generator: np.random.Generator, number: int, length: int) -> Examples:
-        """Returns ``number`` sequences of ``length`` inputs, from a length that :meth:`refusal` takes."""
+        """Return ``number`` sequences of ``length`` inputs, for a length that :meth:`refusal` accepts."""
 
     def refusal(self, length: int) -> str | None:
-        """Says why no sequence has that length, in words that begin with the key to change; None where some have."""
+        """Return why no sequence has this length, starting with the key to change; None if some do."""
         return None
 
     @classmethod
     def as_probe(cls, vocab_size: int, length: int) -> Self:
-        """Returns the task in the vocabulary and at the length of a model that was trained on something else."""
+        """Return the task with the vocabulary and length of a model that was trained on something else."""
         return cls(name=kind_name(cls), vocab_size=vocab_size)
 
     def check(self, length: int) -> None:
-        """Raises :class:`BadInput` where there are no sequences of that length."""
+        """Raise :class:`BadInput` if there are no sequences of this length."""
         if (refusal := self.refusal(length)) is not None:
             raise BadInput(refusal)
 
@@ -88,15 +88,15 @@ class TaskBatches:
 
 
 def evaluation_examples(task: Task, *, context_length: int, number: int) -> Examples:
-    """The sequences that every evaluation of every run scores."""
+    """Return the sequences that every evaluation of every run scores."""
     return task.examples(np.random.default_rng([0, EVALUATION]), number, context_length)
 
 
 def measures(distance: np.ndarray, losses: np.ndarray, correct: np.ndarray) -> dict[str, float]:
-    """What a model does with examples, from distance, losses and correct, all (n, S).
+    """Return a model's scores on examples, from distance, losses and correct, all (n, S).
 
-    loss and accuracy: means over all answers. exact: the share of sequences of which every answer is right.
-    accuracy_to_position_x: over answers to inputs at the places of one quarter of the sequence, x the end of it.
+    loss and accuracy: means over all answers. exact: the share of sequences with every answer right.
+    accuracy_to_position_x: over answers to inputs in one quarter of the sequence, which ends at x.
     accuracy_to_distance_x: over distances in (x / 2, x]. A part without answers is left out.
     """
     asked = distance > 0

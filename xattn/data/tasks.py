@@ -1,4 +1,4 @@
-"""The synthetic tasks, a class each: its numbers, what it refuses, and how its sequences are made."""
+"""The synthetic tasks, a class each: its numbers, the lengths it refuses, and how it makes its sequences."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class MQAR(Task):
 
     The sequence is k₁ v₁ k₂ v₂ …, then each key once more among filler; what was its value?
 
-    Arora et al., Zoology (arXiv 2312.04927), section 4 and appendix: vocabulary 8192, keys from its lower half (0 left
-    out), values from its upper, all different; the gap from the pairs to a query is drawn without replacement with
-    p(i) ∝ i^(α − 1), α = 0.01, in steps of two tokens. The answer is asked for at its query, and what follows there is
-    filler. Two differences. Their code fills with random tokens by default, but the runs of the paper's figure with the
-    token 0 alone: ``filler=zeros`` is that, ``random`` is our default. And our random tokens are all but the sequence's
-    own keys, of which theirs has a few by chance: hardly any of 8192, but many in a small vocabulary. Known result,
-    with zeros: attention solves it at every width from 64 on, with two layers, at lengths 64–512 with 4–64 pairs; gated
+    Arora et al., Zoology (arXiv 2312.04927), section 4 and appendix: vocabulary 8192, keys from its lower half (without
+    0), values from its upper half, all different. The gap from the pairs to a query is drawn without replacement with
+    p(i) ∝ i^(α − 1), α = 0.01, in steps of two tokens. The answer is asked for at its query, and filler follows the
+    query. There are two differences. Their code fills with random tokens by default, but the runs of the paper's figure
+    use the token 0 alone: ``filler=zeros`` is that, ``random`` is our default. Our random tokens exclude the sequence's
+    own keys. Theirs include a few by chance, hardly any of 8192 but many in a small vocabulary. Known result, with
+    zeros: attention with two layers solves it at every width from 64 up, at lengths 64–512 with 4–64 pairs; gated
     convolutions need a width that grows with the length.
     """
 
@@ -29,9 +29,9 @@ class MQAR(Task):
     vocab_size: VocabSize
     """Number of different tokens; the lower half are keys, the upper half values."""
     num_pairs: PositiveInt
-    """Keys with their values, each asked for once; at most context_length / 4."""
+    """Number of keys with their values, each asked for once; at most context_length / 4."""
     filler: Literal["random", "zeros"] = "random"
-    """What stands between the queries."""
+    """What fills the places between the queries."""
 
     def examples(self, generator: np.random.Generator, number: int, length: int) -> Examples:
         half, pairs = self.vocab_size // 2, self.num_pairs
@@ -39,14 +39,14 @@ class MQAR(Task):
         values = half + _distinct(generator, number, pairs, self.vocab_size - half)
         places = (length - 2 * pairs) // 2
         weights = np.arange(1, places + 1) ** (0.01 - 1)
-        # Gumbel's trick: the largest of log p + noise are a draw without replacement, for all sequences at once.
+        # Gumbel's trick: the largest of log p + noise are a draw without replacement, for every sequence.
         noise = np.log(weights) + generator.gumbel(size=(number, places))
         queries = 2 * pairs + 2 * np.argsort(-noise, axis=1)[:, :pairs]
         if self.filler == "zeros":
             tokens = np.zeros((number, length + 1), np.int64)
         else:
             tokens = generator.integers(0, self.vocab_size - pairs, (number, length + 1))
-            for key in np.sort(keys, axis=1).T:  # ascending: each is stepped over
+            for key in np.sort(keys, axis=1).T:  # ascending, so that each key is stepped over
                 tokens += tokens >= key[:, None]
         tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
         distance, answers = np.zeros((2, number, length), np.int32)
@@ -72,12 +72,12 @@ class MQAR(Task):
 class Induction(Task):
     """``data=induction``: random tokens, repeated with a period that is drawn for each sequence.
 
-    The tokens are x₁ … x_p, again and again: after a token that was seen, what came after it?
+    The tokens are x₁ … x_p, again and again: what came after this token the last time?
 
     Elhage et al. 2021 and Olsson et al. (arXiv 2209.11895): repeated random tokens, which no statistics of a text help
-    to predict. Here the period p is drawn for each sequence between a quarter and a half of the length, so that no
-    fixed offset does it, and the tokens of a period are all different as far as the vocabulary allows. Known result:
-    a transformer of one layer cannot, one of two layers forms induction heads and does it almost perfectly.
+    to predict. Here the period p is drawn for each sequence between a quarter and a half of the length, so no fixed
+    offset works. The tokens of a period are all different, so vocab_size limits p. Known result: a transformer of one
+    layer cannot solve it; one of two layers forms induction heads and is almost perfect.
     """
 
     name: Literal["induction"]
@@ -89,7 +89,7 @@ class Induction(Task):
         drawn = _distinct(generator, number, longest, self.vocab_size)
         places = np.arange(length + 1)
         tokens = np.take_along_axis(drawn, places % periods, axis=1)
-        # The second time that the first token is seen its successor is known.
+        # From the second occurrence of the first token on, each successor is known.
         distance = np.where(places[:-1] >= periods, periods, 0)
         return Examples(tokens.astype(np.int32), distance.astype(np.int32), length - shortest)
 
@@ -102,8 +102,8 @@ class Copying(Task):
 
     The tokens are x₁ … x_m, a separator (the token 0), x₁ … x_m with m = ⌊S / 2⌋; the copy is asked for.
 
-    Jelassi et al., "Repeat After Me" (arXiv 2402.01032): transformers learn it from few examples and to lengths they
-    have not seen; models with a state of fixed size can't copy more than the state holds.
+    Jelassi et al., "Repeat After Me" (arXiv 2402.01032): transformers learn it from few examples and generalise to
+    unseen lengths; models with a state of fixed size can't copy more than the state holds.
     """
 
     name: Literal["copying"]
@@ -112,7 +112,7 @@ class Copying(Task):
         copied = length // 2
         drawn = generator.integers(1, self.vocab_size, (number, copied))
         tokens = np.zeros((number, length + 1), np.int32)
-        start = length - 2 * copied  # an odd length begins with one separator more
+        start = length - 2 * copied  # an odd length begins with one more separator
         tokens[:, start : start + copied], tokens[:, start + copied + 1 :] = drawn, drawn
         distance = np.zeros((number, length), np.int32)
         distance[:, -copied:] = copied + 1
@@ -127,13 +127,13 @@ class SelectiveCopying(Task):
 
     num_tokens tokens stand at random places of noise (the token 0); a separator (1) and the tokens in order follow.
 
-    Gu & Dao, Mamba (arXiv 2312.00752), section 4.1.1, there with 16 tokens in 4096: what is remembered depends on
-    content, not on its place, which defeats convolutions of fixed kernels; attention solves it.
+    Gu & Dao, Mamba (arXiv 2312.00752), section 4.1.1, there with 16 tokens in 4096: what to remember depends on
+    content, not on position. This defeats convolutions with fixed kernels; attention solves it.
     """
 
     name: Literal["selective_copying"]
     num_tokens: PositiveInt
-    """Tokens to copy; at most context_length / 2."""
+    """Number of tokens to copy; at most context_length / 2."""
 
     def examples(self, generator: np.random.Generator, number: int, length: int) -> Examples:
         data = self.num_tokens
@@ -164,12 +164,12 @@ class Passkey(Task):
 
     Mohtashami & Jaggi (arXiv 2305.16300): a number in repetitive text, at a depth that is drawn for each sequence. The
     filler here is 1 2 3 1 2 3 …, and key tokens are 4 and up. Known result: attention finds it anywhere within the
-    length it was trained at, and loses it beyond unless positions extrapolate.
+    length it was trained on. Beyond that it fails unless positions extrapolate.
     """
 
     name: Literal["passkey"]
     key_length: PositiveInt
-    """Tokens of the key; at most context_length / 2 − 1."""
+    """Number of tokens in the key; at most context_length / 2 − 1."""
 
     def examples(self, generator: np.random.Generator, number: int, length: int) -> Examples:
         size = self.key_length
@@ -200,7 +200,7 @@ def _at_least_four(task: Task, length: int) -> str | None:
 
 
 def _distinct(generator: np.random.Generator, number: int, size: int, below: int) -> np.ndarray:
-    """(number, size): in each row different integers from 0 to below − 1, every order equally likely."""
+    """Return (number, size): each row holds different integers from 0 to below − 1, every order equally likely."""
     random = generator.random((number, below), np.float32)
     smallest = np.argpartition(random, size - 1, axis=1)[:, :size]
     order = np.argsort(np.take_along_axis(random, smallest, axis=1), axis=1)

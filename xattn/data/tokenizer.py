@@ -14,7 +14,7 @@ import numpy as np
 
 from xattn.errors import BadInput
 
-# Under these names an end of text, or the nearest thing to it, is known.
+# The usual names of an end-of-text token, or of the nearest thing to it.
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 _MOST_IDS = 2**24  # as data.vocab_size
@@ -23,19 +23,20 @@ Ids = Iterable[int] | np.ndarray
 
 
 class Encoded(NamedTuple):
-    """A text in tokens.
-
-    ids: unsigned integers (N,). sizes: uint32 (N,), how many bytes of the text each token takes up; together all of
-    them. None: as many as :meth:`TextTokenizer.sizes` says. gives_back: whether the ids decode to the text.
-    """
+    """A text in tokens."""
 
     ids: np.ndarray
+    """Unsigned integers (N,)."""
     sizes: np.ndarray | None
+    """uint32 (N,): bytes of the text that each token covers, together all of them. None:
+    :meth:`TextTokenizer.sizes`.
+    """
     gives_back: bool
+    """Whether the ids decode to the text."""
 
 
 class Tokenizer(Protocol):
-    """vocab_size: ids are below it. start: the id that a sample begins with where there is no prompt."""
+    """vocab_size: ids are below it. start: the first id of a sample without a prompt."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -44,7 +45,7 @@ class Tokenizer(Protocol):
     def start(self) -> int: ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Unsigned integers (N,)."""
+        """Return unsigned integers (N,)."""
 
     def decode(self, ids: Ids) -> str: ...
 
@@ -53,8 +54,8 @@ class Tokenizer(Protocol):
 class TextTokenizer(Tokenizer, Protocol):
     """A tokenizer whose ids stand for bytes of text.
 
-    end_of_text: the id that stands before each document, or None. name: for people. is_byte_level: whether it is known
-    for each id which bytes it stands for.
+    end_of_text: the id before each document, or None. name: for display. is_byte_level: whether each id's bytes are
+    known.
     """
 
     @property
@@ -67,11 +68,11 @@ class TextTokenizer(Tokenizer, Protocol):
     def is_byte_level(self) -> bool: ...
 
     def to_bytes(self, ids: np.ndarray) -> bytes:
-        """What the ids stand for; an end of text stands for no bytes."""
+        """Return what the ids stand for; an end of text stands for no bytes."""
         ...
 
     def sizes(self, ids: np.ndarray) -> np.ndarray:
-        """uint32 (N,): how many bytes each id stands for by itself. Of byte-level tokenizers alone."""
+        """Return uint32 (N,): how many bytes each id stands for by itself. Byte-level tokenizers only."""
         ...
 
     def encode_blocks(self, texts: Sequence[bytes]) -> list[Encoded]: ...
@@ -80,7 +81,7 @@ class TextTokenizer(Tokenizer, Protocol):
 
 
 class ByteTokenizer:
-    """Token ids are the bytes of the text in UTF-8; any bytes at all can be encoded. 256 is the end of text, if any."""
+    """A tokenizer of UTF-8 bytes: each id is a byte, and any bytes can be encoded. 256 is the end of text, if any."""
 
     name = "bytes"
     is_byte_level = True
@@ -91,14 +92,14 @@ class ByteTokenizer:
         self.vocab_size = 257 if end_of_text else 256
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """uint8 (N,), one id a byte."""
+        """Return uint8 (N,), one id per byte."""
         return np.frombuffer(text.encode("utf-8") if isinstance(text, str) else text, np.uint8)
 
     def encode_blocks(self, texts: Sequence[bytes]) -> list[Encoded]:
         return [Encoded(np.frombuffer(text, np.uint8), None, True) for text in texts]
 
     def decode(self, ids: Ids) -> str:
-        """Bytes that are not UTF-8, a model's slips among them, become U+FFFD. Raises ValueError for other ids."""
+        """Decode. Bytes that are not UTF-8, as a model may write, become U+FFFD. Raises ValueError for other ids."""
         return bytes(int(i) for i in ids if i != self.end_of_text).decode("utf-8", errors="replace")
 
     def to_bytes(self, ids: np.ndarray) -> bytes:
@@ -112,11 +113,11 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A tokenizer.json of Hugging Face's ``tokenizers``: byte-level BPE, or any other that it knows.
+    """A tokenizer.json of Hugging Face's ``tokenizers``: byte-level BPE, or any other kind that the library supports.
 
-    Text that is not UTF-8 is read with U+FFFD in the place of what is broken. ``to_bytes`` is exact for byte-level
-    tokenizers; for the others it is what the library decodes. Nothing is added to a text and nothing is cut off, and
-    the name of a special token in it, ``</s>``, is text. Raises :class:`BadInput` where the library can't encode one.
+    Bytes that are not UTF-8 are read as U+FFFD. ``to_bytes`` is exact for byte-level tokenizers; for others it is what
+    the library decodes. Text is encoded without additions or truncation, and the name of a special token in it,
+    ``</s>``, is ordinary text. Raises :class:`BadInput` if the library can't encode a text.
     """
 
     def __init__(
@@ -127,8 +128,8 @@ class JsonTokenizer:
         vocab_size: int | None = None,
         name: str = "tokenizer.json",
     ):
-        """vocab_size: where it is to be more than the ids that are taken. Raises ValueError where the text is no
-        tokenizer, has more ids than that, or no token of the name end_of_text."""
+        """Load the tokenizer; vocab_size may exceed the ids in use. Raises ValueError if the text is no tokenizer, has
+        more ids than that, or has no token named end_of_text."""
         from tokenizers import Tokenizer as Loaded
 
         self.name = name
@@ -136,7 +137,7 @@ class JsonTokenizer:
             self._tokenizer = Loaded.from_str(text)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # that is: as the letters that they are
+        self._tokenizer.encode_special_tokens = True  # as ordinary letters, that is
         self.text = text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         taken = max(ids.values(), default=0) + 1
@@ -153,7 +154,7 @@ class JsonTokenizer:
         self._sizes = np.array([len(token) for token in self._bytes or ()], np.uint32)
 
     def without_border(self) -> JsonTokenizer:
-        """The same, and no end of text stands between documents."""
+        """Return the same tokenizer without an end of text between documents."""
         other = copy.copy(self)
         other.end_of_text = None
         return other
@@ -168,12 +169,12 @@ class JsonTokenizer:
         return self._bytes is not None
 
     def encode(self, text: str) -> np.ndarray:
-        """uint32 (N,)."""
+        """Return uint32 (N,)."""
         with self._refusing():
             return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def encode_blocks(self, texts: Sequence[bytes]) -> list[Encoded]:
-        """On all cores: the library's own threads."""
+        """Encode on all cores, in the library's own threads."""
         if self._bytes is None:
             return self._with_offsets(texts)
         with self._refusing():
@@ -188,7 +189,7 @@ class JsonTokenizer:
         return found
 
     def _with_offsets(self, texts: Sequence[bytes]) -> list[Encoded]:
-        """With the sizes from where in the text the library found each token."""
+        """Encode, with the sizes from the positions in the text at which the library found each token."""
         decoded = _as_text(texts)
         with self._refusing():
             encodings = self._tokenizer.encode_batch(decoded, add_special_tokens=False)
@@ -226,7 +227,7 @@ class JsonTokenizer:
         return hashlib.sha256(f"{self.end_of_text} {self.text}".encode()).hexdigest()
 
     def _byte_table(self, ids: dict[str, int]) -> list[bytes]:
-        """Id → bytes. Added tokens are text as they are, special ones stand for none."""
+        """Return a table, id → bytes. Added tokens stand for their own text, special ones for nothing."""
         table = [b""] * self.vocab_size
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         for token, i in ids.items():
@@ -238,7 +239,7 @@ class JsonTokenizer:
 
 
 class IdTokenizer:
-    """For data that are no text: the text of a sequence is its ids in decimal, with spaces between them."""
+    """A tokenizer for data that are not text: it writes a sequence as its ids in decimal, separated by spaces."""
 
     start = 0
 
@@ -246,7 +247,7 @@ class IdTokenizer:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> np.ndarray:
-        """uint32 (N,). Raises ValueError for a word that is no id below vocab_size."""
+        """Return uint32 (N,). Raises ValueError for a word that is not an id below vocab_size."""
         ids = [int(word) for word in text.split()]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise ValueError(f"{wrong[0]}: not an id; they are 0 to {self.vocab_size - 1}")
@@ -258,7 +259,7 @@ class IdTokenizer:
 
 @contextlib.contextmanager
 def _what_the_library_raises(told: str) -> Iterator[None]:
-    """Raises it as ValueError: plain Exceptions, and Rust's panics, which are no Exceptions and can't be imported."""
+    """Raise it as ValueError: plain Exceptions, and Rust's panics, which are not Exceptions and can't be imported."""
     try:
         yield
     except BaseException as error:
@@ -269,8 +270,7 @@ def _what_the_library_raises(told: str) -> Iterator[None]:
 
 
 def _is_byte_level(loaded: dict[str, Any]) -> bool:
-    """Whether tokens are written in GPT-2's characters for bytes: the decoder says so, or, if there is none, what cuts
-    the text before the model."""
+    """Return whether tokens use GPT-2's characters for bytes. The decoder decides, or without one the pre-tokenizer."""
     decoder, before = loaded.get("decoder"), loaded.get("pre_tokenizer") or {}
     steps = [before, *before.get("pretokenizers", ())] if decoder is None else [decoder, *decoder.get("decoders", ())]
     return any(each.get("type") == "ByteLevel" for each in steps)
@@ -281,7 +281,7 @@ def _as_text(texts: Sequence[bytes]) -> list[str]:
 
 
 def _mark_broken(error: UnicodeError) -> tuple[str, int]:
-    """A handler of decoding errors: U+DC01 to U+DC04, which no UTF-8 has, says how many bytes U+FFFD stands for."""
+    """Handle a decoding error: U+DC01 to U+DC04, which UTF-8 never has, record how many bytes U+FFFD stands for."""
     assert isinstance(error, UnicodeDecodeError)
     return chr(0xDC00 + error.end - error.start), error.end
 
@@ -290,10 +290,10 @@ codecs.register_error("xattn.mark_broken", _mark_broken)
 
 
 def _sizes(text: bytes, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """uint32 (N,): the bytes of the text from where the token before ended to where this one does.
+    """Return uint32 (N,): the bytes of the text from the end of the previous token to the end of this one.
 
-    So what the tokenizer leaves out of a text, spaces or what it doesn't know, counts with the token after it, or with
-    the last, and a character of several tokens with its first. offsets: of characters, where a broken one is U+FFFD.
+    Text that the tokenizer drops, such as spaces or unknown characters, counts with the next token, or with the last
+    one at the end. A character of several tokens counts with its first. offsets: in characters; a broken one is U+FFFD.
     """
     if not offsets:
         return np.zeros(0, np.uint32)
@@ -308,7 +308,7 @@ def _sizes(text: bytes, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def byte_characters() -> list[str]:
-    """GPT-2's character for each byte: printable ones stand for themselves, the others for the code points from 256."""
+    """Return GPT-2's character for each byte: printable bytes map to themselves, the others to code points from 256."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

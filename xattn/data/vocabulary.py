@@ -12,12 +12,11 @@ from xattn.data.tokenizer import ByteTokenizer
 
 
 def vocab_size(config: DataConfig) -> int:
-    """Vocabulary size of a model that is trained on these data; reads no data.
+    """Return the vocabulary size of a model trained on this data, without reading the data.
 
-    Exact where the config has it (bytes, memmap, tasks), and for a file of a tokenizer, which is read. Of ``bpe`` it is
-    the ``data.vocab_size`` that was asked for: the real one is smaller where the text has too few pairs to merge.
-
-    Raises :class:`BadInput` where the tokenizer's file cannot be used.
+    It is exact if the config has it (bytes, memmap, tasks), and for a tokenizer's file, which is read. For ``bpe`` it
+    is the requested ``data.vocab_size``: the real one is smaller if the text has too few pairs to merge. Raises
+    :class:`BadInput` if the tokenizer's file cannot be used.
     """
     if not isinstance(config, Tokenised) or config.tokenizer == "bpe":
         return config.vocab_size
@@ -30,5 +29,5 @@ def vocab_size(config: DataConfig) -> int:
 
 @lru_cache(maxsize=32)
 def _of_file(config: Tokenised, *changed: int) -> int:
-    """Remembered while size and time stay: a sweep asks once for each run."""
+    """Return the size from a tokenizer's file, cached while its size and time stay: a sweep asks once for each run."""
     return tokenizer_on_disk(config).vocab_size

@@ -1,4 +1,4 @@
-"""``xattn wandb RUN``: the commands to look at a run's wandb files and to send them, to copy."""
+"""``xattn wandb RUN``: prints the commands to view a run's wandb files and to send them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person chooses about tracking. Importing this module imports no jax."""
+"""The user's choices about tracking. Importing this module imports no jax."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _Tags = Annotated[tuple[_Tag, ...], Field(strict=False)]
 class WandbConfig(Section):
     """Weights & Biases, a mirror of metrics.jsonl.
 
-    Where project, entity, tags, notes or job_type is null, wandb's own settings count: WANDB_PROJECT, WANDB_ENTITY,
+    If project, entity, tags, notes or job_type is null, wandb's own settings apply: WANDB_PROJECT, WANDB_ENTITY,
     WANDB_TAGS, WANDB_NOTES, WANDB_JOB_TYPE and its settings files.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"]
-    """``auto`` is what the installed wandb would do, but offline without an API key; ``disabled`` never loads it."""
+    """``auto`` follows the installed wandb, but is offline without an API key; ``disabled`` never loads wandb."""
     project: Annotated[str, Field(min_length=1)] | None
     """Project of the runs; null takes WANDB_PROJECT, or ``xattn``."""
     entity: str | None
-    """Account or team of the runs; null takes WANDB_ENTITY, or the account's own."""
+    """Account or team of the runs; null takes WANDB_ENTITY, or the account's default."""
     tags: _Tags | None
     """Tags of the runs, [a, b]; null takes WANDB_TAGS."""
     notes: str | None
@@ -37,7 +37,7 @@ class WandbConfig(Section):
     console: bool
     """Whether the lines of the run's log.txt are sent as wandb's console log."""
     artifacts: tuple[ArtifactName, ...] = Field(strict=False)
-    """``checkpoint`` uploads the best checkpoint at the end of a run, as a folder that ``xattn.load`` opens; ``report``
+    """``checkpoint`` uploads the best checkpoint at the end of a run, as a folder that ``xattn.load`` opens. ``report``
     uploads the folder that ``xattn report`` writes for the run's study.
     """
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: lines, and on a terminal a bar that moves."""
+"""What the user sees while a run trains: lines, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -23,38 +23,36 @@ _UNBOUNDED = 1_000_000_000  # columns
 
 
 class Screen(Console):
-    """The screen, or what stands in for it: a pipe, a file, or a reader who leaves (``python train.py | head``).
-
-    A run goes on without its reader; log.txt has everything.
-    """
+    """The screen, or what stands in for it: a pipe, a file, or a reader that leaves (``python train.py | head``). A run
+    continues without its reader; log.txt has everything."""
 
     def __init__(self, *, stderr: bool = False):
-        # Lines of text in a notebook too, where rich would make a block of HTML of each.
+        # Lines of text in a notebook too; rich would turn each into a block of HTML.
         super().__init__(
             highlight=False, soft_wrap=True, file=sys.stderr if stderr else sys.stdout, force_jupyter=False
         )
 
     @property
     def has_bars(self) -> bool:
-        """Whether a bar can move here: on a terminal that is not dumb, and nowhere else.
+        """Whether a bar can move here: only on a terminal that is not dumb.
 
-        rich alone would take a pipe for a terminal where FORCE_COLOR, TTY_COMPATIBLE or TTY_INTERACTIVE say so.
+        rich alone takes a pipe for a terminal if FORCE_COLOR, TTY_COMPATIBLE or TTY_INTERACTIVE says so.
         """
         return self.is_interactive and self.file.isatty()
 
     def say(self, text: str) -> None:
-        """Prints text at the width of a terminal, broken between words; a pipe gets it as it is."""
+        """Print text wrapped between words at a terminal's width; a pipe gets it unchanged."""
         self.print(fitted(text, columns(self.file)), markup=False)
 
     def fits(self, table: Table) -> bool:
-        """Whether the table has room as it is. A pipe has room for any."""
+        """Return whether the table fits unchanged. A pipe fits any table."""
         width = columns(self.file)
         return width is None or self._width_of(table) <= width
 
     def print_table(self, table: Table, *, folds: bool = False) -> None:
-        """Prints a table with nothing cut off: as wide as it is, whatever the width of the screen.
+        """Print a table without cutting anything off, even beyond the width of the screen.
 
-        folds: fits it to a terminal's width; its columns have to fold then. A pipe has no width.
+        folds: fit it to a terminal's width, so its columns have to fold. A pipe has no width.
         """
         if not (folds and self.file.isatty()):
             self.width = max(self.width, self._width_of(table))
@@ -71,14 +69,14 @@ class Screen(Console):
 class Display:
     """Prints to the screen and to log.txt. As a context it shows a run's progress; as a tracker it prints each row.
 
-    quiet: on the screen only warnings, and the bar on a terminal; log.txt has everything all the same.
+    quiet: show only warnings on the screen, without the bar; log.txt still has everything.
     """
 
     def __init__(self, log: Path, steps: int, *, quiet: bool = False):
         self._quiet = quiet
         self._console = Screen()
         self._log_path = log
-        self._log: TextIO | None = None  # opened with the first line: a start that is refused leaves no file
+        self._log: TextIO | None = None  # opened with the first line, so that a refused start leaves no file
         self._steps = steps
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -91,7 +89,7 @@ class Display:
             transient=True,
         )
         self._task = self._progress.add_task("compiling …", total=steps)
-        self._first: tuple[int, float] | None = None  # step and time of the first row: from there time left is told
+        self._first: tuple[int, float] | None = None  # step and time of the first row; time left is estimated from it
 
     def say(self, text: str) -> None:
         if self._quiet:
@@ -100,18 +98,18 @@ class Display:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """Says it even where quiet is asked for."""
+        """Print the text even if quiet."""
         self._console.say(text)
         self.note(text)
 
     def say_sample(self, text: str) -> None:
-        """Shows text of a model: on a terminal its lines are cut at the last column, as the terminal itself would."""
+        """Print a model's text. On a terminal its lines are broken at the last column, as the terminal itself would."""
         if not self._quiet:
             self._console.print(folded(text, columns(self._console.file)), markup=False)
         self.note(text)
 
     def note(self, text: str) -> None:
-        """Writes to log.txt alone."""
+        """Write to log.txt alone."""
         if self._log is None:
             self._log = self._log_path.open("a", encoding="utf-8")
         self._log.write(text + "\n")
@@ -130,7 +128,7 @@ class Display:
         for key, value in row.items():
             if key.startswith("probe/") and key.endswith("/accuracy") and value is not None:
                 words.append(f"{key.split('/')[1]} {value:.1%} right")
-        if len(words) == 1:  # neither of the two: it is for the files
+        if len(words) == 1:  # no loss and no probe: the row is for the files only
             return
         line = "  ".join(words)
         if not self._console.has_bars:
@@ -161,9 +159,9 @@ class Display:
         return [f"{_clock((now - then) / (step - first_step) * (self._steps - step))} left"]
 
     def close(self) -> None:
-        """Closes log.txt, until the next line."""
+        """Close log.txt until the next line."""
         if self._log is not None:
-            with contextlib.suppress(OSError):  # what cannot be written was told of when it was tried
+            with contextlib.suppress(OSError):  # a failed write was already reported
                 self._log.close()
             self._log = None
 

@@ -1,4 +1,4 @@
-"""What wandb gets as a run of its own, beside the mirrors of runs: a table of runs, a study's report."""
+"""Separate wandb runs, beside the mirrors of runs: a table of runs, a study's report."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def log_table(
     folder: Path,
     beside: Path,
 ) -> str | None:
-    """Logs one table, ``comparison``, as a wandb run of its own whose files are below ``folder``; its URL if online.
+    """Log one table, ``comparison``, as a separate wandb run with its files below ``folder``. Return its URL if online.
 
-    It goes where the run in the folder ``beside`` went. Raises :class:`XattnError` where wandb fails: here it is what
-    was asked for, and no mirror of anything.
+    It goes to the same place as the run in the folder ``beside``. Raises :class:`XattnError` if wandb fails, because
+    here wandb is what the user asked for and not a mirror.
     """
     with _run_of_its_own(config, mode=mode, name="compare", group=group, folder=folder, beside=beside) as (wandb, run):
         run.log({"comparison": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
@@ -37,7 +37,7 @@ def log_table(
 def log_report(
     config: WandbConfig, *, mode: Literal["online", "offline"], group: str, folder: Path, beside: Path
 ) -> str | None:
-    """Logs the files of a report's folder as an artifact of a wandb run of its own; otherwise as :func:`log_table`."""
+    """Log the files of a report's folder as an artifact of a separate wandb run; otherwise like :func:`log_table`."""
     with _run_of_its_own(config, mode=mode, name="report", group=group, folder=folder, beside=beside) as (wandb, run):
         artifact = wandb.Artifact(f"report-{group}", type="report")
         for file in sorted(folder.iterdir()):

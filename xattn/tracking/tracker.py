@@ -1,4 +1,4 @@
-"""Where rows of metrics go. The loop knows :class:`Tracker` and nothing behind it."""
+"""The destinations of metric rows. The loop knows only :class:`Tracker`."""
 
 from __future__ import annotations
 
@@ -23,22 +23,20 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """What is whole of a metrics.jsonl.
-
-    lines: step → its line, in the order of steps; of several rows of one step the last. damaged: the numbers, from 1,
-    of the lines that are no row, or another row of a step. in_order: whether the steps of the rows ascend.
-    """
+    """The intact rows of a metrics.jsonl."""
 
     lines: Mapping[int, str]
+    """Step → its line, ordered by step; if a step has several rows, the last one."""
     damaged: tuple[int, ...] = ()
+    """Numbers, from 1, of the lines that are not rows or repeat a step."""
     in_order: bool = True
+    """Whether the steps of the rows ascend."""
 
 
 def read_rows(path: Path) -> Rows:
-    """The rows of a metrics.jsonl, whatever a crash or a power cut has made of it; none where it is not there.
+    """Return the rows of a metrics.jsonl, even after a crash or a power cut; none if the file is missing.
 
-    A last line without its end is one that is being written, or was cut short: it counts neither as a row nor as
-    damage.
+    A last line without a line end is still being written or was cut short: it is neither a row nor damage.
     """
     found: dict[int, tuple[int, str]] = {}
     damaged = []
@@ -57,7 +55,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The row's step, or None where the line is no row: a JSON object of numbers and nulls, with a whole ``step``."""
+    """Return the row's step, or None if it is no row: a JSON object of numbers and nulls, with a whole ``step``."""
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -68,10 +66,10 @@ def _step_of(line: bytes) -> int | None:
 
 
 class MetricsFile:
-    """metrics.jsonl: a JSON object a line, each handed to the operating system before :meth:`log` returns.
+    """metrics.jsonl: one JSON object per line, handed to the operating system before :meth:`log` returns.
 
-    after: the step that the run goes on from; rows beyond it, damaged lines, and a last line that was cut short, are
-    dropped, so that every step stands there exactly once and in order. say: told of damage, which is kept in a copy.
+    after: the step that the run continues from. Rows beyond it, damaged lines and a truncated last line are dropped, so
+    every step is there exactly once and in order. say: called with a message about damage; a copy of the file is kept.
     """
 
     def __init__(self, path: Path, *, after: int, say: Callable[[str], None] = lambda text: None):
@@ -83,7 +81,7 @@ class MetricsFile:
         self._file.flush()
 
     def rewind(self, after: int) -> None:
-        """Drops the rows beyond that step."""
+        """Drop the rows beyond this step."""
         self._file.close()
         self._file = self._reopened(after)
 
@@ -103,12 +101,12 @@ class MetricsFile:
 
 
 def sync_rows(path: Path) -> None:
-    """Pushes the rows of a metrics.jsonl to the disk, and the file's name too."""
+    """Flush the rows of a metrics.jsonl to disk, and the file's name too."""
     fsync(path)
     fsync(path.parent)
 
 
 def brief(numbers: Sequence[int]) -> str:
-    """The numbers for a sentence, the first few of many."""
+    """Format the numbers for a sentence; of many, only the first few."""
     more = f" and {len(numbers) - 5} more" if len(numbers) > 6 else ""
     return ", ".join(map(str, numbers[:5] if more else numbers)) + more

@@ -1,7 +1,6 @@
-"""Weights & Biases, as a mirror: whatever happens to it, training and metrics.jsonl do not care.
+"""Weights & Biases as a mirror: training and metrics.jsonl do not depend on it.
 
-Everything that touches wandb happens in one thread of its own, so that neither a slow import nor a network that hangs
-holds up a step.
+One separate thread does everything that touches wandb, so neither a slow import nor a hanging network delays a step.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from xattn.tracking.tracker import Row
 
 HIGH_WATER_MARK, LOG_MARK = "last_step_sent", "log_bytes_sent"
 DESTINATION = "destination.json"
-_INIT_SECONDS = 30  # wandb's own patience with its service and the network
-_FINISH_SECONDS = 60  # ours, at the end of a run
-# What a shell may still export for one run of its own; wandb would apply it to every run that is started from there.
+_INIT_SECONDS = 30  # wandb's own timeout for its service and the network
+_FINISH_SECONDS = 60  # our timeout at the end of a run
+# A shell may still export these for another run; wandb would apply them to every run started from that shell.
 _OF_ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
-_ONLINE = ("online", "run", "shared")  # WANDB_MODE's words for it
-# Keys of WandbConfig that may be null → wandb's own setting, from its environment or its files, that then counts.
+_ONLINE = ("online", "run", "shared")  # the values of WANDB_MODE that mean online
+# Keys of WandbConfig that may be null → the setting from wandb's environment or files that then applies.
 _SETTINGS = {
     "project": "project",
     "entity": "entity",
@@ -42,37 +41,37 @@ _SETTINGS = {
     "job_type": "run_job_type",
 }
 _PROJECT = "xattn"
-# Drawn against tokens; wandb's own steps can be chosen in each panel. Each head's own numbers are sent without a panel.
+# Plotted against tokens; wandb's own steps can be chosen in each panel. Numbers of single heads get no panel.
 _AGAINST_TOKENS = ("train_loss", "val_loss", "val_bpb", "probe/*", "heads/*")
 _ATTENTION = "attention/"
-_FINAL = ("done", "diverged")  # a run of these has its last samples and pictures, and gets no more rows
+_FINAL = ("done", "diverged")  # a run in one of these states has its last samples and pictures, and gets no more rows
 
 
 def run_id() -> str:
-    """The id that wandb's agent hands out for the run that it starts; a new one in every other case."""
+    """Return the id that wandb's agent hands out for the run it starts; a new one otherwise."""
     handed_out = os.environ.get("WANDB_RUN_ID") if _is_agents() else None
     return handed_out or secrets.token_hex(4)
 
 
 def _is_agents() -> bool:
-    """Whether this process was started by ``wandb agent`` or ``wandb launch-agent``, for one run."""
+    """Return whether ``wandb agent`` or ``wandb launch-agent`` started this process, for one run."""
     return bool(os.environ.get("WANDB_SWEEP_ID")) or os.environ.get("WANDB_LAUNCH", "").lower() in ("true", "1")
 
 
 def refuse_without_key(config: WandbConfig) -> None:
-    """Raises :class:`BadInput` where online is asked for, here or by WANDB_MODE, and wandb would prompt for a key.
+    """Raise :class:`BadInput` if online is asked for, here or by WANDB_MODE, and wandb would prompt for a key.
 
-    Nothing else can be refused before a run starts, so that only here wandb's import has to be waited for.
+    Nothing else can be refused before a run starts, so only this check waits for wandb's import.
     """
     if config.mode == "online" or (config.mode == "auto" and os.environ.get("WANDB_MODE") in _ONLINE):
         resolve_mode(config)
 
 
 def resolve_mode(config: WandbConfig) -> Literal["online", "offline", "disabled"]:
-    """The mode of wandb. ``auto`` is what the installed wandb would do, but offline where it has no API key.
+    """Return the mode of wandb. ``auto`` follows the installed wandb, but is offline without an API key.
 
-    Imports wandb for ``auto`` and ``online``; uses no network. Raises :class:`BadInput` for ``online`` without a key,
-    and where wandb refuses its own settings.
+    Imports wandb for ``auto`` and ``online``; uses no network. Raises :class:`BadInput` for online without a key, and
+    if wandb refuses its own settings.
     """
     if config.mode in ("offline", "disabled"):
         return config.mode
@@ -91,7 +90,7 @@ def resolve_mode(config: WandbConfig) -> Literal["online", "offline", "disabled"
 
 
 def _own_mode() -> Literal["online", "offline", "disabled"]:
-    """What wandb's environment and settings files say."""
+    """Return the mode that wandb's environment and settings files ask for."""
     from wandb.sdk import wandb_setup
 
     settings = wandb_setup.singleton().settings
@@ -99,20 +98,20 @@ def _own_mode() -> Literal["online", "offline", "disabled"]:
 
 
 def _has_key() -> bool:
-    """Whether wandb finds credentials for its server: in the environment, settings files, netrc or an earlier login."""
+    """Return whether wandb finds credentials for its server in the environment, settings, netrc or an earlier login."""
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
     settings = wandb_setup.singleton().settings
     host = settings.base_url
     if settings.api_key:
-        wbauth.AuthApiKey(host=host, api_key=settings.api_key)  # raises where wandb.init would: not the form of a key
+        wbauth.AuthApiKey(host=host, api_key=settings.api_key)  # raises as wandb.init would for a malformed key
     given = settings.api_key or settings.identity_token_file or wbauth.session_credentials(host=host)
     return bool(given or wbauth.read_netrc_auth(host=host))
 
 
 def import_wandb() -> ModuleType:
-    """wandb, which reads its environment once: without what was exported for another run."""
+    """Import wandb without what was exported for another run; wandb reads its environment once."""
     for name in _OF_ONE_RUN[_is_agents() :]:  # the id is the agent's
         os.environ.pop(name, None)
     import wandb
@@ -127,10 +126,10 @@ def settings_of(wandb: ModuleType, *, system_metrics: bool = False) -> Any:
 
 
 def destination(config: WandbConfig, folder: Path) -> dict[str, Any]:
-    """Project, entity, tags, notes and job type of the run in ``folder``.
+    """Return project, entity, tags, notes and job type of the run in ``folder``.
 
-    What a key leaves null is wandb's own setting; without one, what it was when the run was last mirrored, so that it
-    is resumed or rebuilt from another shell at the same place.
+    A null key takes wandb's own setting, or else the value from when the run was last mirrored. So a run that is
+    resumed or rebuilt from another shell goes to the same place.
     """
     from wandb.sdk import wandb_setup
 
@@ -145,7 +144,7 @@ def destination(config: WandbConfig, folder: Path) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    """The error in one line, which for a setting that is refused does not show the value: it may be the key."""
+    """Return the error in one line. For a refused setting it omits the value, which may be the key."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -153,15 +152,14 @@ def _line(error: Exception) -> str:
 
 
 class WandbMirror:
-    """A wandb run with the same metrics, by a thread that takes rows from a queue.
+    """A wandb run with the same metrics, sent by a thread that takes rows from a queue.
 
-    A high-water mark in the run folder's ``wandb/`` remembers the last step that was handed over, so that a resumed run
-    sends no step twice; it is moved before the row is sent, so that a kill in between loses a row of wandb's and never
-    repeats one. The lines of log.txt have a mark of their own.
+    A high-water mark in the run folder's ``wandb/`` remembers the last step that was sent, so a resumed run sends no
+    step twice. It is written before the row is sent: a kill in between loses a row in wandb and never repeats one. The
+    lines of log.txt have their own mark.
 
-    from_the_start: forget these marks, and send all that comes.
-    say: told, once, where the run is or how to look at an offline one, or what failed; from then on rows are dropped.
-    failure: what failed, None while nothing has.
+    from_the_start: forget these marks and send everything. say: called with where the run is, or how to view an offline
+    one, and with what failed. failure: what failed, or None; after a failure, rows are dropped.
     """
 
     def __init__(
@@ -208,8 +206,8 @@ class WandbMirror:
         model: Mapping[str, Path] | None = None,
         for_ever: bool = False,
     ) -> None:
-        """Sends what summary.json says, the run's sample and pictures if it has ended, and the files of ``model`` as an
-        artifact; and waits for wandb, but not for ever unless that is asked for."""
+        """Send summary.json's values, the sample and pictures if the run has ended, and the files of ``model`` as an
+        artifact. Waits for wandb, with a time limit unless ``for_ever``."""
         self._summary, self._exit_code, self._model = json.loads(to_json(summary)), exit_code, model or {}
         self._rows.put(None)
         self._thread.join(None if for_ever else _FINISH_SECONDS)
@@ -219,12 +217,12 @@ class WandbMirror:
     def _work(self) -> None:
         try:
             self._mirror()
-        except Exception as error:  # the rim: any failure of wandb's ends the mirror and nothing else
+        except Exception as error:  # the boundary: a failure in wandb ends the mirror and nothing else
             self.failure = f"{type(error).__name__}: {_line(error)}"
             self.say(f"wandb: {self.failure}; mirror off")
 
     def _mirror(self) -> None:
-        # Its import and start are seconds of the interpreter, in which the run's first step would have to wait.
+        # Wait for a row: importing and starting wandb holds the interpreter for seconds and would delay the first step.
         row = self._rows.get()
         mode = resolve_mode(self._config)
         if mode == "disabled":
@@ -240,7 +238,7 @@ class WandbMirror:
             if row["step"] > sent:
                 write_atomically(mark, str(row["step"]))
                 values = {key: value for key, value in row.items() if key != "step"} | _histograms(wandb, row)
-                # Committed at once: wandb keeps a row back otherwise, and its values would come after the summary's.
+                # Commit immediately: otherwise wandb holds a row back, and its values arrive after the summary's.
                 run.log(values, step=row["step"], commit=True)
             tokens = row["tokens"]
             self._send_log(run)
@@ -253,7 +251,7 @@ class WandbMirror:
         run.finish(exit_code=self._exit_code)
 
     def _begun(self, wandb: ModuleType, mode: str) -> Any:
-        """Starts wandb's run, and says which metrics it draws by itself, and against what."""
+        """Start wandb's run and define which metrics it plots by itself, and against what."""
         self._own.mkdir(exist_ok=True)
         where = destination(self._config, self.folder)
         run = wandb.init(
@@ -275,7 +273,7 @@ class WandbMirror:
         return run
 
     def _send_log(self, run: Any) -> None:
-        """Sends the whole lines of log.txt since the last call, where ``tracking.wandb.console`` asks for them."""
+        """Send the complete lines of log.txt since the last call, if ``tracking.wandb.console`` asks for them."""
         log, mark = self.folder / run_folder.LOG, self._own / LOG_MARK
         if not self._config.console or not log.is_file():
             return
@@ -300,7 +298,7 @@ def _number_in(mark: Path) -> int:
 
 
 def _histograms(wandb: ModuleType, row: Row) -> dict[str, Any]:
-    """``heads/<statistic>`` → a histogram over all heads: one panel in place of one for each head."""
+    """Return ``heads/<statistic>`` → a histogram over all heads: one panel instead of one per head."""
     found: dict[str, list[float]] = {}
     for key, value in row.items():
         if key.startswith(_ATTENTION) and value is not None:
@@ -309,7 +307,7 @@ def _histograms(wandb: ModuleType, row: Row) -> dict[str, Any]:
 
 
 def _media(wandb: ModuleType, folder: Path) -> dict[str, Any]:
-    """The sample and the attention maps among the run's artifacts, if it has them."""
+    """Return the sample and the attention maps from the run's artifacts, if it has them."""
     sample, maps = (folder / run_folder.ARTIFACTS / name for name in (run_folder.SAMPLE, run_folder.ATTENTION_MAPS))
     found = {}
     if sample.is_file():

@@ -1,4 +1,4 @@
-"""What computes the attention of a run's layers: the question that a config puts to the dispatch table."""
+"""The attention implementation of each kind of layer: asks the dispatch table about a config."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 
 
 def choose_attention(config: Config, *, context: int, hardware: Hardware | None = None) -> dict[str, Choice]:
-    """Kind of layer → what the dispatch table says to its attention of one training batch, the sequence over so many
-    devices.
+    """Return the dispatch table's choice for each kind of layer, with the sequence split over ``context`` devices.
 
-    hardware: what the devices are; None is what is here. Raises :class:`BadInput`.
+    The call is one training batch. hardware: the devices; None takes those of this machine. Raises :class:`BadInput`.
     """
     from xattn.backend import dispatch
     from xattn.backend.activations import activation

@@ -1,10 +1,10 @@
-"""Checkpoints that are known to be whole: written by orbax, sealed by a manifest, and believed only after a check.
+"""Checkpoints that are known to be whole: written by orbax, sealed by a manifest, and trusted only after a check.
 
-``checkpoints/<step>/`` holds ``params/`` (what a model is), ``training/`` (what a run needs besides), ``manifest.json``
+``checkpoints/<step>/`` holds ``params/`` (what makes a model), ``training/`` (what else a run needs), ``manifest.json``
 and ``manifest.sha256``. The manifest has the SHA-256 of every file, the dtype, shape and SHA-256 of every leaf, and
-what the checkpoint belongs to. All of it is written under a temporary name and renamed at the end: a step exists whole
-or not at all. orbax alone restores a flipped bit without a word, casts dtypes silently, and takes an empty folder for
-a step; the manifest is what notices.
+what the checkpoint belongs to. Everything is written under a temporary name and renamed at the end, so a step exists
+whole or not at all. orbax alone silently restores a flipped bit, silently casts dtypes, and takes an empty folder for a
+step; the manifest catches these.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from xattn.training.kept import BAD, MANIFEST, PARAMS, SEAL, TEMPORARY, TRAINING
 from xattn.training.programs import TrainState
 from xattn.training.sharding import from_first, like, to_host
 
-KEPT = 2  # of the newest, besides the best
+KEPT = 2  # newest checkpoints to keep, besides the best
 _NUMBERS = "hyperparameters"  # the field of TrainState to which later versions add leaves
 
 
 class Restored(NamedTuple):
-    """A checkpoint that passed the check: its step, what was asked for of it, and what the run wrote beside it."""
+    """A checkpoint that passed the check."""
 
     step: int
     tree: Any
+    """The part that was asked for."""
     progress: dict[str, Any]
+    """What the run saved with it."""
 
 
 class Checkpoints:
@@ -48,10 +50,10 @@ class Checkpoints:
 
     Args:
         folder: ``checkpoints/`` of the run folder.
-        belongs_to: what a checkpoint is of (config, data, versions), written into each manifest.
-        before_commit: called before a checkpoint gets its name, from the thread that saves.
-        on_commit: told each step once its checkpoint is there for good; from the thread that saves.
-        say: told of checkpoints that were found broken.
+        belongs_to: Identity of the run (config, data, versions), written into each manifest.
+        before_commit: Called in the saving thread before a checkpoint gets its final name.
+        on_commit: Called in the saving thread with each step whose checkpoint is committed.
+        say: Called with a message about each broken checkpoint.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Checkpoints:
         self._say = say
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
-        alone = ocp.options.MultiprocessingOptions(  # of several processes only the first reads and writes
+        alone = ocp.options.MultiprocessingOptions(  # only the first process reads and writes
             primary_host=team().index, active_processes={team().index}, barrier_sync_key_prefix=f"process{team().index}"
         )
         self._orbax = ocp.Checkpointer(
@@ -80,11 +82,11 @@ class Checkpoints:
     # ---- saving
 
     def save(self, step: int, state: TrainState, progress: Mapping[str, Any], *, val_loss: float | None) -> None:
-        """Copies the state to the host and writes it in a thread; waits first for the save before it.
+        """Copy the state to the host and write it in a thread. Waits first for the previous save.
 
-        progress: JSON values that come back with the checkpoint. val_loss: of these parameters; None where they were
-        not evaluated or it is not finite, and they are then never the best. Of several processes all call this, and
-        the first writes. Raises :class:`StorageError` where the save before this one found no room.
+        progress: JSON values that are restored with the checkpoint. val_loss: of these parameters; None if it was not
+        measured or is not finite, and then they are never the best. All processes must call this; only the first one
+        writes. Raises :class:`StorageError` if the previous save ran out of space.
         """
         self.wait()
         host: TrainState = to_host(state)
@@ -97,7 +99,7 @@ class Checkpoints:
         self._saving = self._worker.submit(self._write, step, parts, dict(progress), val_loss)
 
     def wait(self) -> None:
-        """Until the save under way is done. Raises what it raised."""
+        """Wait for the save under way. Raises what it raised."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
@@ -106,7 +108,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Waits for the save under way, and raises what it raised."""
+        """Wait for the save under way. Raises what it raised."""
         try:
             self.wait()
         finally:
@@ -130,14 +132,14 @@ class Checkpoints:
             text = json.dumps(manifest, indent=1, allow_nan=False).encode()
             (temporary / MANIFEST).write_bytes(text)
             (temporary / SEAL).write_bytes(sha256(text).hexdigest().encode())
-            for path in [*temporary.rglob("*"), temporary]:  # a folder's names too, at every depth
+            for path in [*temporary.rglob("*"), temporary]:  # folders too, at every depth: they hold the names
                 fsync(path)
             self._before_commit()
-            if final.exists():  # a step saved again after a resume from an older one
+            if final.exists():  # the run resumed from an older step and reached this one again
                 kept.delete(final)
             temporary.rename(final)
             fsync(self.folder)
-        except Exception as error:  # orbax wraps what the file system says in errors of many kinds
+        except Exception as error:  # orbax wraps file system errors in errors of many kinds
             raise storage_error(error, final) or error from error
         self._on_commit(step)
         for old in set(self.steps()) - self._kept():
@@ -150,17 +152,16 @@ class Checkpoints:
     # ---- restoring
 
     def steps(self) -> list[int]:
-        """Those with a folder, checked or not, ascending."""
+        """Return the steps that have a folder, checked or not, ascending."""
         return kept.steps_in(self.folder)
 
     def restore_state(self, shapes: TrainState, *, at_most: int | None = None) -> Restored | None:
-        """The newest :class:`TrainState` that passes the check, of no later step than ``at_most``, or None where none
-        of these has a folder.
+        """Return the newest :class:`TrainState` that passes the check, up to step ``at_most``; None if there are no
+        steps.
 
-        Its leaves lie on the devices as those of ``shapes``, on whichever they lay when it was saved. A number of the
-        hyperparameters that an older version did not have yet is that of ``shapes``. Of several
-        processes all call this, and the first reads. Steps that fail are moved to ``checkpoints/.bad/`` and told of.
-        Raises :class:`IntegrityError` where all fail.
+        Leaves are placed on the devices like those of ``shapes``, wherever they were when saved. Hyperparameters that
+        an older version did not have are taken from ``shapes``. All processes must call this; only the first one reads.
+        Steps that fail are reported and moved to ``checkpoints/.bad/``. Raises :class:`IntegrityError` if all fail.
         """
         with team().in_step():
             found = self._newest_whole(shapes, at_most) if team().is_first else None
@@ -171,7 +172,7 @@ class Checkpoints:
         return Restored(step, like(from_first(found and found.tree, shapes), shapes), progress)
 
     def _newest_whole(self, shapes: TrainState, at_most: int | None) -> Restored | None:
-        """With a tree of host arrays."""
+        """Return the newest whole checkpoint, as a tree of host arrays."""
         kept.clear_half_done(self.folder)
         steps = [step for step in self.steps() if at_most is None or step <= at_most]
         for step in reversed(steps):
@@ -188,16 +189,16 @@ class Checkpoints:
         return None
 
     def set_back(self, step: int) -> None:
-        """Moves later steps to ``checkpoints/.bad/``: the run goes on from that one, and comes by them again."""
+        """Move later steps to ``checkpoints/.bad/``: the run continues from this step and reaches them again."""
         for later in self.steps():
             if later > step:
                 self._move_aside(later)
 
     def restore_params(self, which: Which, shapes: Any) -> Restored:
-        """The parameters of the newest whole checkpoint, or of the whole one with the lowest val_loss.
+        """Return the parameters of the newest whole checkpoint, or of the whole one with the lowest val_loss.
 
-        Nothing is moved: reading a run leaves it as it is. Raises :class:`IntegrityError` where there is none,
-        :class:`NotKept` where it was deleted on purpose.
+        Nothing is moved: reading a run leaves it as it is. Raises :class:`IntegrityError` if there is none, and
+        :class:`NotKept` if it was deleted on purpose.
         """
         kept.refuse_what_was_deleted(self.folder, which)
         order = reversed(self.steps()) if which == "last" else iter(kept.by_loss(self.folder))
@@ -213,6 +214,7 @@ class Checkpoints:
     def _read(self, step: int, part: str, shapes: Any) -> tuple[Any, dict[str, Any]]:
         folder = self.folder / str(step)
         manifest = checked_manifest(folder)
+        # Check shapes and dtypes first, then the files, and last the leaves that orbax restores from them.
         expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _leaves(shapes)}
         there = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in manifest["leaves"][part].items()}
         new = {name for name in expected.keys() - there.keys() if name.startswith(f"['{_NUMBERS}']")}
@@ -229,7 +231,7 @@ class Checkpoints:
         return tree, manifest["progress"]
 
     def _restored(self, folder: Path, shapes: Any, new: set[str]) -> Any:
-        """The tree in a folder, of NumPy arrays. It lacks the hyperparameters ``new``: those are the ones of shapes."""
+        """Return the tree in a folder as NumPy arrays; it lacks the hyperparameters ``new``, which come from shapes."""
         targets = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
         if not new:
             return self._orbax.restore(folder, args=ocp.args.StandardRestore(targets))
@@ -243,7 +245,7 @@ class Checkpoints:
             for path, leaf in jax.tree_util.tree_leaves_with_path(numbers)
             if jax.tree_util.keystr(path) not in new
         ]
-        targets |= unflatten_dict(dict(known))  # the names of a NamedTuple's fields are what orbax saves
+        targets |= unflatten_dict(dict(known))  # orbax saves a NamedTuple under the names of its fields
         tree = self._orbax.restore(folder, args=ocp.args.StandardRestore(targets))
         found = flatten_dict({_NUMBERS: tree[_NUMBERS]})
         whole = jax.tree_util.tree_map_with_path(

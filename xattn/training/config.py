@@ -1,4 +1,4 @@
-"""What a person chooses about training. Importing this module imports no jax."""
+"""The user's choices about training. Importing this module imports no jax."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ScheduleConfig(Section):
     (warm-up, stable, decay), which is constant and then decays linearly.
     """
     warmup_fraction: Fraction
-    """Share of the steps in which the factor rises linearly to 1."""
+    """Share of the steps during which the factor rises linearly to 1."""
     decay_fraction: Fraction
-    """Share of the steps in which ``wsd`` decays."""
+    """Share of the steps during which ``wsd`` decays."""
     final_fraction: Fraction
     """Factor at the end of a decay."""
 
@@ -43,36 +43,36 @@ class TrainerConfig(Section):
     batch_size: PositiveInt
     """Sequences of context_length tokens in each update."""
     gradient_accumulation: PositiveInt
-    """Number of parts, a divisor of batch_size, in which a batch's gradient is computed one after the other. It needs
-    the memory of one part; the result is the same up to rounding and dropout's draws.
+    """Number of equal parts into which a batch is split; must divide batch_size. Their gradients are computed one after
+    another, in the memory of one part. The result is the same up to rounding and dropout's draws.
     """
     log_every: PositiveInt
-    """Steps between training rows in metrics.jsonl; the last step always has one."""
+    """Steps between training rows in metrics.jsonl; the last step always writes one."""
     eval_every: PositiveInt
-    """Steps between evaluations; the last step always has one."""
+    """Steps between evaluations; the last step is always evaluated."""
     attention_stats_every: PositiveInt | None
-    """Steps between measurements of each head's attention, which the last step also has; null never measures."""
+    """Steps between measurements of each head's attention; the last step is measured too. null turns this off."""
     checkpoint_every: PositiveInt | None
     """Steps between checkpoints, besides those of the best evaluations and the last step; null turns this off."""
     checkpoint_minutes: PositiveFloat | None
-    """A checkpoint is also written when the last one is this many minutes old; null turns this off."""
+    """A checkpoint is also written once the last one is this many minutes old; null turns this off."""
     keep: Keep
-    """What stays of a finished run's checkpoints: ``best_and_last``; ``last``; ``parameters``, those of the best and
-    the last without the optimizer's state, all that sampling, evaluating and exporting need; or ``nothing``, which
-    leaves the losses. A run that is not finished keeps what it resumes from.
+    """Which checkpoints of a finished run are kept: ``best_and_last``; ``last``; ``parameters``, the parameters of the
+    best and the last without the optimizer's state, enough to sample, evaluate and export; or ``nothing``, which leaves
+    only the losses. An unfinished run keeps what it resumes from.
     """
     nonfinite: Literal["stop", "skip", "rollback"]
-    """What happens at a loss or gradient that is not finite. ``stop`` ends the run as diverged with the parameters of
-    the step before. ``skip`` leaves the update out, and stops after 10 in a row. ``rollback`` returns to the last
-    checkpoint or the beginning, leaves that batch out, and stops after 3 times.
+    """What to do when a loss or gradient is not finite. ``stop`` ends the run as diverged, with the parameters of the
+    step before. ``skip`` leaves the update out, and stops after 10 in a row. ``rollback`` returns to the last
+    checkpoint or the start, leaves that batch out, and stops after 3 times.
     """
     deterministic: bool
-    """Whether a GPU computes the same bits each time, which some of XLA's faster operations do not promise. A CPU
-    always does.
+    """Whether a GPU computes the same bits each time; some faster operations of XLA do not promise it. A CPU always
+    does.
     """
     threads: PositiveInt | None
-    """On a CPU, how many threads compute; null means one for each core. It changes the last bits, since a matrix
-    product is summed in as many parts. Other devices ignore it.
+    """Number of compute threads on a CPU; null means one per core. It changes the last bits, because a matrix product
+    is summed in as many parts. Other devices ignore it.
     """
 
     def logs(self, step: int) -> bool:
@@ -86,7 +86,7 @@ class TrainerConfig(Section):
         return every is not None and (step == self.steps or step % every == 0)
 
     def leaves_row(self, step: int) -> bool:
-        """Whether metrics.jsonl gets a row at that step."""
+        """Return whether metrics.jsonl gets a row at this step."""
         return self.logs(step) or self.evaluates(step) or self.studies(step)
 
     @model_validator(mode="after")
@@ -101,23 +101,21 @@ class TrainerConfig(Section):
 class ParallelConfig(Section):
     """The group ``parallel``: the axes of the device mesh. Their product is the number of devices of all processes.
 
-    One axis at most may be null: it takes the devices that the others leave.
+    At most one axis may be null; it takes the devices that the others leave.
     """
 
     data: PositiveInt | None
-    """Copies of the model, each with its share of the batch."""
+    """Number of copies of the model, each with its share of the batch."""
     fsdp: PositiveInt | None
-    """Parts into which both the batch and the parameters are split; a layer's parameters are gathered where they are
-    used.
-    """
+    """Parts into which the batch and the parameters are split; a layer's parameters are gathered for its use."""
     context: PositiveInt | None
     """Parts into which the sequence is split."""
     tensor: PositiveInt | None
     """Parts into which heads, hidden units and the vocabulary are split."""
     heartbeat_seconds: PositiveInt
-    """With several processes: a peer that has been silent this long is taken for dead, and all leave."""
+    """With several processes: a peer that is silent for this long counts as dead, and all processes exit."""
     connect_seconds: PositiveInt
-    """With several processes: how long the first to start wait for the last."""
+    """With several processes: how long the first process to start waits for the last."""
 
     @model_validator(mode="after")
     def _is_determined(self) -> ParallelConfig:
@@ -127,5 +125,5 @@ class ParallelConfig(Section):
         return self
 
     def axes(self) -> dict[str, int | None]:
-        """The mesh's axes, from the one whose neighbours talk least to the one whose neighbours talk most."""
+        """Return the mesh's axes, ordered from the least to the most communication between neighbours."""
         return {"data": self.data, "fsdp": self.fsdp, "context": self.context, "tensor": self.tensor}

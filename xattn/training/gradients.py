@@ -1,4 +1,4 @@
-"""The gradient of a batch, at once or in parts."""
+"""The gradient of a batch, in one pass or in parts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SummedLoss = Callable[[Any, Windows, jax.Array], jax.Array]
 def loss_and_gradient(
     summed_loss: SummedLoss, params: Any, windows: Windows, key: jax.Array, *, parts: int
 ) -> tuple[jax.Array, Any]:
-    """The loss Σ weights · loss / Σ weights, and its gradient with respect to the parameters.
+    """Return the loss Σ weights · loss / Σ weights, and its gradient with respect to the parameters.
 
-    In parts, of which each has every parts-th row of the batch and so lies on all devices like the whole, the sums are
-    added up in float32: the result differs by rounding alone, and by the dropout, whose key each part has its own of.
-    Only one part's activations are there at a time.
+    Each part takes every parts-th row of the batch, so it lies on all devices like the whole batch. The sums over parts
+    are in float32. The result differs only by rounding and by dropout, because each part has its own dropout key. Only
+    one part's activations exist at a time.
 
-    The division comes last: over several devices Σ weights is a sum that all of them wait for, and wanted before the
-    gradient it would hold a device, and its thread on a CPU, until the others come to it.
+    The division comes last. Over several devices, Σ weights is a sum that all of them wait for. If it were needed
+    before the gradient, it would block a device, and its thread on a CPU, until the others reach it.
     """
     if parts == 1:
         total, sums = jnp.sum(windows.weights), jax.value_and_grad(summed_loss)(params, windows, key)

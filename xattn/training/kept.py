@@ -1,6 +1,6 @@
-"""The files of a run's checkpoints: which steps there are, which is best, and what is deleted once a run has ended.
+"""The files of a run's checkpoints: which steps exist, which is best, and what is deleted once a run has ended.
 
-:mod:`xattn.training.checkpoint` writes and reads what is in them. Importing this module imports no jax.
+:mod:`xattn.training.checkpoint` writes and reads their content. Importing this module imports no jax.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from xattn.runs.run_folder import read_json, to_json, write_atomically
 
 Keep = Literal["best_and_last", "last", "parameters", "nothing"]
 Which = Literal["last", "best"]
-PARAMS, TRAINING = "params", "training"  # the parts of a checkpoint: what a model is, what a run needs besides
+PARAMS, TRAINING = "params", "training"  # the parts of a checkpoint: what makes a model, what else a run needs
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 BAD = ".bad"
-DELETED = "deleted.json"  # which checkpoints were the last and the best before some were deleted, and who asked for it
+DELETED = "deleted.json"  # which checkpoints were the last and the best before some were deleted, and why they were
 TEMPORARY, DELETING = ".tmp-", ".deleting-"
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps that have a folder in ``checkpoints/``, checked or not, ascending."""
+    """Return the steps that have a folder in ``checkpoints/``, checked or not, ascending."""
     if not folder.is_dir():
         return []
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
 
 
 def by_loss(folder: Path) -> list[int]:
-    """The steps in ``checkpoints/``, the best first: by val_loss, of equal ones the later first. Steps without a
+    """Return the steps in ``checkpoints/`` by val_loss, best first; of equal ones the later first. Steps without a
     val_loss or a readable manifest come last."""
     return sorted(steps_in(folder), key=lambda step: (_val_loss(folder / str(step)), -step))
 
 
 def best_evaluated(folder: Path) -> int | None:
-    """The step in ``checkpoints/`` with the lowest val_loss; None where no checkpoint has one."""
+    """Return the step in ``checkpoints/`` with the lowest val_loss; None if no checkpoint has one."""
     for step in by_loss(folder)[:1]:
         return step if math.isfinite(_val_loss(folder / str(step))) else None
     return None
 
 
 def checked_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint's folder. Raises :class:`IntegrityError` where it is not as it was written."""
+    """Return the manifest in a checkpoint's folder. Raises :class:`IntegrityError` if it is not as it was written."""
     try:
         text, seal = (folder / MANIFEST).read_bytes(), (folder / SEAL).read_bytes()
     except OSError as error:
@@ -61,7 +61,7 @@ def checked_manifest(folder: Path) -> dict[str, Any]:
 
 
 def file_digest(file: Path) -> str:
-    """The file's SHA-256. Raises :class:`IntegrityError` where it cannot be read."""
+    """Return the file's SHA-256. Raises :class:`IntegrityError` if it cannot be read."""
     try:
         return sha256(file.read_bytes()).hexdigest()
     except OSError as error:
@@ -69,22 +69,20 @@ def file_digest(file: Path) -> str:
 
 
 def delete(folder: Path) -> None:
-    """Deletes a checkpoint, or a part of one. It is renamed first: a deletion cut short leaves nothing that looks like
-    either."""
+    """Delete a checkpoint or a part of one. Renames it first, so a killed deletion leaves nothing that looks whole."""
     name = folder.name if folder.name.isdigit() else f"{folder.parent.name}-{folder.name}"
     checkpoints = folder.parent if folder.name.isdigit() else folder.parent.parent
     shutil.rmtree(folder.rename(checkpoints / f"{DELETING}{name}"))
 
 
 def clear_half_done(folder: Path) -> None:
-    """Deletes what a save or a deletion that was cut short has left in ``checkpoints/``: that was never, or is no
-    longer, a checkpoint."""
+    """Delete the remains of interrupted saves and deletions in ``checkpoints/``, which are not checkpoints."""
     for entry in half_done(folder):
         shutil.rmtree(entry)
 
 
 def half_done(folder: Path) -> list[Path]:
-    """What :func:`clear_half_done` deletes."""
+    """Return what :func:`clear_half_done` deletes."""
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     return [entry for entry in entries if entry.name.startswith((TEMPORARY, DELETING))]
 
@@ -93,11 +91,11 @@ def half_done(folder: Path) -> list[Path]:
 
 
 def superfluous(folder: Path, keep: Keep) -> list[Path]:
-    """What ``keep`` does not ask for in the ``checkpoints/`` of a run that has ended: folders of steps, then of parts.
+    """Return what ``keep`` does not need in the ``checkpoints/`` of a finished run: folders of steps, then of parts.
 
-    ``best_and_last`` asks for everything. ``last`` asks for the newest checkpoint, ``parameters`` for the parameters of
-    the newest and the best; of these only checkpoints whose files are as they were written count, and nothing is
-    superfluous while there is none.
+    ``best_and_last`` needs everything, ``last`` the newest checkpoint, and ``parameters`` the parameters of the newest
+    and the best. For these two, only checkpoints whose files are as they were written count; without one, nothing is
+    superfluous.
     """
     steps = steps_in(folder)
     if keep == "best_and_last" or not steps:
@@ -117,10 +115,10 @@ def superfluous(folder: Path, keep: Keep) -> list[Path]:
 
 
 def keep_only(folder: Path, keep: Keep, *, why: str) -> list[Path]:
-    """Deletes what is :func:`superfluous`, and returns it. ``why`` is kept for :func:`refuse_what_was_deleted`.
+    """Delete what is :func:`superfluous`, and return it. ``why`` is kept for :func:`refuse_what_was_deleted`.
 
-    That record is written first, and whole steps go before parts: killed in between, the folder still holds all that
-    ``keep`` asks for, and says why the rest may be gone. The same call again finishes what was cut short.
+    That record is written first, and whole steps are deleted before parts. After a kill in between, the folder still
+    holds everything that ``keep`` needs, and says why the rest may be gone. The same call again finishes the deletion.
     """
     if keep == "best_and_last":
         return []
@@ -141,7 +139,7 @@ def keep_only(folder: Path, keep: Keep, *, why: str) -> list[Path]:
 
 
 def refuse_what_was_deleted(folder: Path, which: Which) -> None:
-    """Raises :class:`NotKept` where the last or the best checkpoint was deleted on purpose: no other may stand in."""
+    """Raise :class:`NotKept` if the last or the best checkpoint was deleted on purpose: no other may replace it."""
     record = _record(folder)
     if record is None or record[which] in (steps := steps_in(folder)):
         return
@@ -162,7 +160,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def _first_whole(folder: Path, steps: Iterable[int], parts: Sequence[str]) -> int | None:
-    """The first of these steps of which the files of ``parts`` are as they were written."""
+    """Return the first of these steps at which the files of ``parts`` are as they were written."""
     for step in steps:
         with contextlib.suppress(IntegrityError):
             files = checked_manifest(folder / str(step))["files"]

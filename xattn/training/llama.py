@@ -1,8 +1,8 @@
 """Reads Llama folders, as Hugging Face's transformers writes them, into our keys and parameters.
 
-A Llama is the same function where a run has softmax, no pre-activation, no window, RMSNorm before each branch alone, no
-QK norm, SwiGLU and no layer scale. One thing differs in the layout: our RoPE rotates the pairs (2i, 2i + 1) of a head,
-theirs (i, i + DH/2). So the rows of q and k are reordered, evens first; scores do not feel it, since both are.
+A Llama is the same function as a run with softmax, no pre-activation, no window, RMSNorm only before each branch, no QK
+norm, SwiGLU and no layer scale. One thing differs in the layout: our RoPE rotates the pairs (2i, 2i + 1) of a head,
+theirs (i, i + DH/2). So the rows of q and k are reordered, evens first; the scores stay the same, because both change.
 
 Importing this module imports no jax.
 """
@@ -27,7 +27,7 @@ Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 CONFIG = "config.json"
 
-# What a Llama computes, in our keys. A new key that changes the function belongs here.
+# A Llama's function in our keys. Add every new key that changes the function.
 PLAIN: dict[str, Any] = {
     "backend.activation": "softmax",
     "backend.qk_pre_activation": "none",
@@ -50,7 +50,7 @@ PLAIN: dict[str, Any] = {
     "model.output_gate": "none",
 }
 
-# Ours → theirs, of the matrices and norms of a layer.
+# Our names → theirs, for the matrices and norms of a layer.
 MATRICES = {
     "attention.query": "self_attn.q_proj",
     "attention.key": "self_attn.k_proj",
@@ -63,7 +63,7 @@ MATRICES = {
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 ROTATED = ("attention.query", "attention.key")
 EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-_FREQUENCIES = ".rotary_emb.inv_freq"  # old versions of transformers saved them; theta says the same
+_FREQUENCIES = ".rotary_emb.inv_freq"  # old versions of transformers saved them; theta determines them
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -82,7 +82,7 @@ class _Rope(Section, extra="allow"):
 
 
 class _LlamaConfig(Section, extra="ignore"):
-    """What of a config.json says which function the model is. Where a key is missing, transformers' default holds."""
+    """The keys of a config.json that determine the model's function. A missing key takes transformers' default."""
 
     model_type: Literal["llama"]
     architectures: list[Literal["LlamaForCausalLM"]] | None = None
@@ -120,7 +120,7 @@ class _LlamaConfig(Section, extra="ignore"):
         return {float(theta) for theta in given if theta is not None} or {10000.0}
 
     def problem(self) -> str | None:
-        """What does not fit together, or not what our model computes."""
+        """Return what is inconsistent, or not what our model computes."""
         for name, rope in (("rope_parameters", self.rope_parameters), ("rope_scaling", self.rope_scaling)):
             if rope is not None and not rope.is_plain:
                 given = rope.model_dump(exclude_unset=True)
@@ -143,7 +143,7 @@ class _LlamaConfig(Section, extra="ignore"):
         return None
 
     def shapes(self) -> Shapes:
-        """Every tensor of the model. A tied one has no lm_head."""
+        """Return the shape of every tensor of the model. A tied model has no lm_head."""
         width, kv_width, hidden = self.hidden_size, self.kv_heads * self.head_width, self.intermediate_size
         of_layer: Shapes = {f"{name}.weight": (width,) for name in NORMS.values()} | {
             "self_attn.q_proj.weight": (width, width),
@@ -163,11 +163,11 @@ class _LlamaConfig(Section, extra="ignore"):
 
 
 class LlamaFolder:
-    """A Llama folder whose config.json and tensors, by name, shape and dtype, are what our model computes.
+    """A Llama folder that our model can compute, judged by config.json and by the tensors' names, shapes and dtypes.
 
-    Raises :class:`BadInput` where they are not: scaled or partial RoPE, biases, another activation, heads of another
-    width, quantised weights, a tensor that is unknown, missing or of another shape, an lm_head that differs from the
-    embedding it is tied to.
+    Raises :class:`BadInput` otherwise: scaled or partial RoPE, biases, another activation, heads of another width,
+    quantised weights, a tensor that is unknown, missing or of another shape, an lm_head that differs from the embedding
+    it is tied to.
     """
 
     def __init__(self, folder: Path):
@@ -210,10 +210,8 @@ class LlamaFolder:
         return self._config.max_position_embeddings
 
     def params(self) -> dict[str, Any]:
-        """The parameters as :class:`xattn.model.transformer.LanguageModel` has them, NumPy float32.
-
-        Raises :class:`BadInput` where one is not finite.
-        """
+        """Return float32 NumPy parameters for :class:`xattn.model.transformer.LanguageModel`. Raises :class:`BadInput`
+        if one is not finite."""
         theirs = self._config
         width, layers, head_width = theirs.hidden_size, theirs.num_hidden_layers, theirs.head_width
         weights = self._read(theirs.shapes())
@@ -252,7 +250,7 @@ class LlamaFolder:
             raise self._refusal(f"our model has no place for {_some(unknown)}")
 
     def _says_nothing_new(self, name: str) -> bool:
-        """Whether a tensor besides the model's own repeats what is known: the tied embedding, or RoPE's frequencies."""
+        """Return whether an extra tensor is redundant: the tied embedding, or RoPE's frequencies."""
         if name.endswith(_FREQUENCIES):
             (theta,) = self._config.thetas()
             width = self._config.head_width
@@ -267,7 +265,7 @@ class LlamaFolder:
         return True
 
     def _read(self, names: Iterable[str]) -> Arrays:
-        """Tensors of these names, as float32."""
+        """Return the tensors of these names, as float32."""
         names, found = list(names), Arrays()
         for path in sorted({self._file_of[name] for name in names}):
             with _opened(path) as file:
@@ -279,7 +277,7 @@ class LlamaFolder:
 
 
 class _Head(NamedTuple):
-    """What a weight file says of a tensor before its numbers."""
+    """What a weight file says about a tensor before its numbers."""
 
     file: Path
     dtype: str
@@ -300,7 +298,7 @@ def _heads(folder: Path) -> dict[str, _Head]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A weight file. safetensors itself checks that it is whole."""
+    """Open a weight file. safetensors itself checks that it is whole."""
     try:
         import ml_dtypes  # noqa: F401 — makes bfloat16 a dtype of NumPy, without which safetensors cannot read it
         from safetensors import SafetensorError, safe_open
@@ -322,9 +320,9 @@ def _some(names: Iterable[str]) -> str:
 
 
 def initial_weights(config: Config) -> LlamaFolder | None:
-    """The folder of ``model.init_from``, None where a run starts from random weights.
+    """Return the folder of ``model.init_from``; None if the run starts from random weights.
 
-    Raises :class:`BadInput` where the config is of another model than the folder, and :class:`IntegrityError` where the
+    Raises :class:`BadInput` if the config describes another model than the folder, and :class:`IntegrityError` if the
     weights are not those that the config was made with.
     """
     initial = config.model.init_from
@@ -344,8 +342,8 @@ def _typed(value: Any) -> str:
 
 
 def from_llama(folder: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a Llama folder: (overrides of the groups ``model`` and ``backend`` by dotted key, with ``vocab_size``;
-    parameters as :class:`xattn.model.transformer.LanguageModel` has them, in float32).
+    """Read a Llama folder. Returns (overrides of the groups ``model`` and ``backend`` by dotted key, with
+    ``vocab_size``; float32 parameters for :class:`xattn.model.transformer.LanguageModel`).
 
     Raises :class:`BadInput` as :class:`LlamaFolder` and its ``params`` do.
     """

@@ -1,7 +1,7 @@
-"""The training loop: a free function over programs and the members of a pack, which are one run or several.
+"""The training loop: a free function over the compiled programs and the members of a pack (one run or several).
 
-Runs that differ in numbers alone can train as one program, their states stacked (:mod:`xattn.training.programs`). All
-else is each member's own: its batches, its rows, its checkpoints, and where it ends.
+Runs that differ only in numbers can train as one program, with their states stacked (:mod:`xattn.training.programs`).
+Everything else belongs to a single member: its batches, its rows, its checkpoints, and the step at which it ends.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from xattn.training.programs import Programs, StepMetrics, TrainState
 
 
 class TrainingClock:
-    """Seconds and tokens of training alone: it stands while the loop evaluates or saves."""
+    """A clock for training alone: it is paused while the loop evaluates or saves."""
 
     def __init__(self) -> None:
         self.seconds, self.tokens = 0.0, 0
         self._since = time.perf_counter()
 
     def add(self, tokens: int) -> float:
-        """Counts tokens that are done by now; the tokens per second since :meth:`resume` or the last call."""
+        """Count tokens that are done by now; return the tokens per second since :meth:`resume` or the last call."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self.seconds += seconds
@@ -41,7 +41,7 @@ class TrainingClock:
         return tokens / seconds
 
     def resume(self) -> None:
-        """Time since the last :meth:`add` was not training."""
+        """Ignore the time since the last :meth:`add`, which was not training."""
         self._since = time.perf_counter()
 
     @property
@@ -49,42 +49,43 @@ class TrainingClock:
         return self.tokens / self.seconds if self.seconds else None
 
 
-# What comes back with a checkpoint, besides the state.
+# Fields of Progress that a checkpoint holds, besides the state.
 _SAVED = ("train_loss", "val_loss", "val_bpb", "best_val_loss", "measured", "batches_left_out")
 
 
 @dataclass
 class Progress:
-    """How far a run is. Losses are None while there is none, or where it is not finite.
-
-    state: current whenever :func:`train` has returned. step: updates tried. measured: the last values of what a row has
-    besides the losses. halted_at: the update that is not finite and ends the run. pruned: whether a tuner has ended it.
-    batches_left_out: the numbers of the batches that ``nonfinite=rollback`` leaves out, in the order in which they were
-    found. of_windows: see :class:`~xattn.evaluation.loss.HeldOutLoss`; None where it is of another process.
-    """
+    """How far a run is. Losses are None until they are measured, and where they are not finite."""
 
     state: TrainState
+    """Current whenever :func:`train` has returned."""
     step: int = 0
+    """Updates tried."""
     train_loss: float | None = None
     val_loss: float | None = None
     val_bpb: float | None = None
     best_val_loss: float | None = None
     measured: dict[str, float | None] = field(default_factory=dict)
+    """Latest values of the row's other columns, such as probes."""
     batches_left_out: list[int] = field(default_factory=list)
+    """Numbers of the batches that ``nonfinite=rollback`` leaves out, in the order in which they were found."""
     halted_at: int | None = None
+    """The update that is not finite and ends the run."""
     pruned: bool = False
+    """Whether a tuner has ended the run."""
     clock: TrainingClock = field(default_factory=TrainingClock)
     of_windows: np.ndarray | None = None
+    """See :class:`~xattn.evaluation.loss.HeldOutLoss`; None where another process has it."""
 
     def batch_of(self, step: int) -> int:
-        """The number of the batch of update ``step``, counted from 0: step − 1, past those that are left out."""
+        """Return the batch number of update ``step``, counted from 0: step − 1, shifted past the batches left out."""
         number = step - 1
         for left_out in sorted(self.batches_left_out):
             number += left_out <= number
         return number
 
     def saved(self) -> dict[str, Any]:
-        """JSON values from which, with the state, :meth:`restore` goes on."""
+        """Return JSON values from which :meth:`restore` continues, given the state."""
         clock = {"seconds": self.clock.seconds, "tokens": self.clock.tokens}
         return {name: getattr(self, name) for name in _SAVED} | clock
 
@@ -97,19 +98,17 @@ class Progress:
 
 @dataclass(eq=False)
 class Member:
-    """A run as the loop sees it.
-
-    prune: given each evaluation's row but the last; True ends the run. active: whether it is trained; one that has
-    ended keeps its place in the pack, where nobody looks at its state, and needs no checkpoints.
-    """
+    """A run as the loop sees it."""
 
     progress: Progress
     batch: Batches
     checkpoints: Checkpoints | None = None
     trackers: Sequence[Tracker] = ()
     prune: Callable[[Row], bool] = lambda row: False
+    """Called with the row of each evaluation but the last; True ends the run."""
     probes: Sequence[Probe] = ()
     active: bool = True
+    """Whether it still trains. A finished member keeps its place in the pack; its state is ignored and not saved."""
 
 
 class _Due(NamedTuple):
@@ -122,7 +121,7 @@ class _Due(NamedTuple):
 
 
 class _Pace:
-    """When to log, evaluate and save."""
+    """Decides when to log, evaluate and save."""
 
     def __init__(self, config: TrainerConfig):
         self._config = config
@@ -156,14 +155,14 @@ def train(
     bytes_per_token: float | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains the active members, all of which are at one step, and keeps their progress up to date.
+    """Train the active members, which are all at the same step, and keep their progress up to date.
 
-    Returns when they are at config.steps, when ``stop()`` was True, or when one has ended by itself: halted by an
-    update that is not finite, or pruned. Who has ended is active no more; the others may be trained on.
+    Returns when they reach config.steps, when ``stop()`` was True, or when a member ends by itself: an update that is
+    not finite halts it, or it is pruned. Finished members become inactive; the rest can keep training.
 
-    Python runs ahead of the device: only a step that logs, evaluates or saves waits for it. There the order is: the
-    update's own metrics, the evaluation of the parameters after it, the step's one row, and then the save, so that a
-    checkpoint never exists without the rows that lead to it.
+    Python runs ahead of the device: only a step that logs, evaluates or saves waits for it. Such a step has a fixed
+    order: the update's own metrics, the evaluation of the parameters after it, the step's one row, and then the save.
+    So a checkpoint never exists without the rows that lead to it.
     """
     active = [member for member in members if member.active]
     waited_at = active[0].progress.step
@@ -186,6 +185,7 @@ def train(
         if not any(due):
             continue
 
+        # From here on the step waits for the device.
         reached = programs.split_metrics(metrics)
         tokens_per_step = config.batch_size * batches[0].weights.shape[1]
         tokens = (step - waited_at) * tokens_per_step
@@ -194,6 +194,7 @@ def train(
         if due.evaluates or due.studies or due.saves or not all(member.active for member in active):
             for member in active:
                 member.progress.state = programs.take(state, members.index(member))
+        # Halted members get no row and no save. The others get their row first and then the save.
         going = [(member, row) for member, row in zip(active, rows, strict=True) if member.active]
         saves = due.saves
         for member, row in going:
@@ -207,12 +208,13 @@ def train(
             return
         for member in active:
             member.progress.clock.resume()
-    for member in active:  # restored from the last step, of which only the end was missing
+    for member in active:  # restored at config.steps: no step is left to train
         member.active = False
 
 
 def _reach(member: Member, step: int, metrics: StepMetrics, tokens: int) -> dict[str, Any]:
-    """Takes over what the update came to: a training row's figures, nothing of use where it was not finite."""
+    """Update the member's progress after a step and return the figures of its training row. An update that is not
+    finite deactivates the member, and its figures are then unused."""
     progress, values = member.progress, metrics._asdict()
     tokens_per_second = progress.clock.add(tokens)
     if (halted_at := values.pop("halted_at")) >= 0:
@@ -232,10 +234,8 @@ def _log(
     tokens: int,
     last: bool,
 ) -> bool:
-    """Measures and logs what is due; whether the step is worth a checkpoint for it.
-
-    tokens: in the batches of all updates so far, steps × batch_size × context_length.
-    """
+    """Measure and log what is due; return whether the result calls for a checkpoint. ``tokens`` counts the batches of
+    all updates so far, steps × batch_size × context_length."""
     progress = member.progress
     row: dict[str, Any] = {"step": progress.step, "tokens": tokens} | (figures if due.logs else {})
     row |= measure(member, due)
@@ -249,8 +249,8 @@ def _log(
 
 
 def _save(members: Sequence[Member], *, evaluated: bool) -> None:
-    """Members save together, and no save begins before the last one of all is done: so there is always a step that all
-    of a pack have."""
+    """Save all members. No save starts before all previous ones are done, so the whole pack always has a common
+    step."""
     own = [(member.progress, member.checkpoints) for member in members if member.checkpoints is not None]
     for _, checkpoints in own:
         checkpoints.wait()

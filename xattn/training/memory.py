@@ -1,4 +1,4 @@
-"""Whether a training step fits, before it starts, and what helps where it does not."""
+"""Whether a training step fits in memory, before it starts, and what helps if it does not."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import jax
 from xattn.config import Config
 from xattn.errors import BadInput
 
-_CONTAINER = Path("/sys/fs/cgroup")  # of the one that this may be, as version 2 of cgroups shows it
+_CONTAINER = Path("/sys/fs/cgroup")  # version 2 of cgroups shows the container's limits here, if there is one
 
 
 def available_bytes() -> int:
-    """What this process may use on each of its devices: the device's limit, or of the machine's memory what is left."""
+    """Return the bytes this process may use per device: the device's limit, or its share of the available memory."""
     device = jax.local_devices()[0]
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
@@ -24,7 +24,7 @@ def available_bytes() -> int:
 
 
 def refuse_what_does_not_fit(needed: int, config: Config) -> None:
-    """Raises :class:`BadInput`, naming both numbers and the keys that help, where a step needs more than there is.
+    """Raise :class:`BadInput` if a step needs more memory than is available, with both numbers and the keys that help.
 
     needed: bytes of the compiled step on one device.
     """
@@ -39,7 +39,7 @@ def refuse_what_does_not_fit(needed: int, config: Config) -> None:
 
 
 def what_helps(config: Config, platform: str) -> str:
-    """The keys that save memory on the platform and are not at their end yet, with what they cost."""
+    """Return the keys that save memory on the platform and can still be changed, with their cost."""
     helps = []
     if config.trainer.gradient_accumulation < config.trainer.batch_size:
         parts = [n for n in range(2, config.trainer.batch_size + 1) if config.trainer.batch_size % n == 0]
@@ -55,19 +55,19 @@ def what_helps(config: Config, platform: str) -> str:
 
 
 def _machine_bytes() -> int:
-    """Of the machine's memory what is available, and no more than the container's limit leaves."""
+    """Return the machine's available memory, limited to what remains of the container's limit."""
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
         available = int(kilobytes) * 1024
-    except (OSError, StopIteration):  # not Linux: all that it has
+    except (OSError, StopIteration):  # not Linux: take all memory
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(min(available, _container_bytes()))
 
 
 def _container_bytes() -> float:
-    """What the container's processes have not used of its limit; infinite without one. Pages of files that were
-    not read lately do not count as used: they are given back when memory is asked for."""
+    """Return the unused part of the container's limit; infinite without one. Inactive pages of files do not count as
+    used: the kernel frees them when memory is needed."""
     try:
         limit, used = (int((_CONTAINER / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
         lines = (_CONTAINER / "memory.stat").read_text("ascii").splitlines()

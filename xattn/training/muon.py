@@ -1,4 +1,4 @@
-"""The direction of ``optimizer=muon``; :class:`xattn.training.optimizers.Muon` says what it is."""
+"""The direction of ``optimizer=muon``; :class:`xattn.training.optimizers.Muon` describes it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from optax import contrib
 
 from xattn.model.transformer import by_role
 
-# The root mean square of an entry of the update, AdamW's own (Liu et al., arXiv 2502.16982, section 2.2).
+# The root mean square of the update's entries, the same as AdamW's (Liu et al., arXiv 2502.16982, section 2.2).
 _RMS = 0.2
-# Layers are stacked: a matrix is (layer, in, out), and each layer's is orthogonalised on its own.
+# Layers are stacked: a matrix is (layer, in, out), and each layer is orthogonalised separately.
 _MATRIX_AXES = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
 
 def muon(momentum: float, *, adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Orthogonalises the momentum of the layers' matrices; ``adam`` makes the direction of everything else."""
+    """Orthogonalise the momentum of the layers' matrices; ``adam`` gives the direction of everything else."""
 
     def axes(params: Any) -> Any:
         return jax.tree.map(lambda _: _MATRIX_AXES, params)

@@ -1,7 +1,7 @@
 """Optimizers and schedules from optax, with the swept numbers as arrays.
 
-A Python float in a jitted optimizer is part of the program; here the peak learning rate, decay and clip are arguments
-of the step, so that changing them compiles nothing.
+A Python float in a jitted optimizer is part of the program. Here the peak learning rate, decay and clip are arguments
+of the step, so changing them compiles nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xattn.training.optimizers import Optimizer
 
 
 class OptimizerHyperparameters(NamedTuple):
-    """Swept numbers, float32 scalars. clip_norm is +inf where nothing is clipped."""
+    """Swept numbers, float32 scalars. clip_norm is +inf if nothing is clipped."""
 
     learning_rate: jax.Array | float
     weight_decay: jax.Array | float
@@ -26,10 +26,10 @@ class OptimizerHyperparameters(NamedTuple):
 
 
 def learning_rate_factor(config: ScheduleConfig, steps: int) -> optax.Schedule:
-    """The factor on the peak learning rate of update number ``count``, counted from 0, of a run of ``steps``.
+    """Return the factor on the peak learning rate of update ``count``, counted from 0, in a run of ``steps``.
 
-    With w = ⌊warmup_fraction · steps⌋ it rises linearly from 1/(w + 1) at 0 to 1 at w, and is 1 or decays from there.
-    A decay reaches final_fraction one update after the last.
+    With w = ⌊warmup_fraction · steps⌋ it rises linearly from 1/(w + 1) at 0 to 1 at w, and stays 1 or decays from
+    there. A decay reaches final_fraction one update after the last.
     """
     warmup = int(config.warmup_fraction * steps)
     rest = max(steps - warmup, 1)
@@ -51,9 +51,9 @@ def learning_rate_factor(config: ScheduleConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: Optimizer, hyperparameters: OptimizerHyperparameters) -> optax.GradientTransformation:
-    """clip by global norm → the optimizer's direction → decay of matrices and embeddings → −learning rate.
+    """Chain: clip by global norm → the optimizer's direction → decay of matrices and embeddings → −learning rate.
 
-    The learning rate is that of the next update, the schedule's factor included. The state's structure and initial
+    The learning rate is that of the next update, including the schedule's factor. The state's structure and initial
     values do not depend on the hyperparameters.
     """
     return optax.chain(
@@ -65,8 +65,8 @@ def optimizer(config: Optimizer, hyperparameters: OptimizerHyperparameters) -> o
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """√ of the sum of the squares of all entries, a float32 scalar. On a CPU each leaf's is a product with itself, for
-    which XLA takes less time there than for squares and their sum: at 262,144 numbers a third."""
+    """Return √ of the sum of the squares of all entries, a float32 scalar. On a CPU each leaf's squares are summed as
+    its product with itself: at 262,144 numbers this takes XLA a third of the time."""
     if jax.default_backend() != "cpu":
         return optax.tree.norm(tree)
 
@@ -78,7 +78,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def _clip(clip_norm: jax.Array | float) -> optax.GradientTransformation:
-    """Updates of a larger global norm are scaled down to it."""
+    """Scale updates of a larger global norm down to clip_norm."""
 
     def scaled(updates: Any) -> Any:
         factor = jnp.minimum(1.0, clip_norm / global_norm(updates))

@@ -24,14 +24,14 @@ class Optimizer(Section):
     learning_rate: PositiveFloat
     """Peak learning rate; the schedule multiplies it by a factor between 0 and 1."""
     weight_decay: NonNegativeFloat
-    """Decoupled weight decay, times the learning rate; on matrices and embeddings, never on scales and biases."""
+    """Decoupled weight decay, times the learning rate; for matrices and embeddings, never for scales and biases."""
     clip_norm: PositiveFloat | None
-    """A gradient of a larger global norm is scaled down to this norm; null never clips."""
+    """A gradient with a larger global norm is scaled down to this norm; null never clips."""
     name: str
 
     @abstractmethod
     def direction(self) -> optax.GradientTransformation:
-        """Returns the step from clipped gradients to the direction; decay and the learning rate follow it."""
+        """Return the transformation from clipped gradients to the direction; decay and the learning rate follow it."""
 
 
 class AdamW(Optimizer):
@@ -82,23 +82,23 @@ class Lion(Optimizer):
 class Muon(Optimizer):
     """``optimizer=muon``: orthogonalised momentum on the layers' matrices, AdamW on everything else.
 
-    learning_rate belongs to the matrices, whose update has root-mean-square entry ~0.2 like AdamW's (Liu et al.,
-    arXiv 2502.16982), so that one rate serves both.
+    learning_rate belongs to the matrices. Their update has root-mean-square entry ~0.2 like AdamW's (Liu et al., arXiv
+    2502.16982), so one rate serves both.
 
-    It is optax's ``scale_by_muon``, which differs from Keller Jordan's (github.com/KellerJordan/Muon, muon.py):
+    This is optax's ``scale_by_muon``, which differs from Keller Jordan's (github.com/KellerJordan/Muon, muon.py):
 
-    - Newton–Schulz runs in the gradient's dtype, float32, and not in bfloat16; eps is 1e-8, there 1e-7. The five steps
-      and their coefficients are the same.
+    - Newton–Schulz runs in the gradient's dtype, float32, instead of bfloat16; eps is 1e-8 instead of 1e-7. The five
+      steps and their coefficients are the same.
     - Momentum and gradient are corrected for Adam's bias before Nesterov mixes them; it matters in the first updates.
 
-    And ours differs from both in the scale: 0.2 · √max(in, out), there √max(1, out/in). A learning rate of theirs is
-    not one of ours. One rate serves the rest too (theirs: 0.02 and 3e-4); weight_decay is 0.1, on embeddings too, and
-    none on vectors (theirs: 0); gradients are clipped before (there not). AdamW's eps is 1e-8, there 1e-10.
+    Our scale differs from both: 0.2 · √max(in, out) instead of √max(1, out/in). So their learning rates do not carry
+    over. Our one rate also serves the other parameters (theirs: 0.02 and 3e-4). weight_decay is 0.1, on embeddings too,
+    and none on vectors (theirs: 0). Gradients are clipped first (theirs are not). AdamW's eps is 1e-8 (theirs: 1e-10).
     """
 
     name: Literal["muon"]
     momentum: Momentum
-    """Decay of the matrices' momentum, before it is orthogonalised."""
+    """Decay of the matrices' momentum before it is orthogonalised."""
     beta1: Momentum
     """AdamW's, for all other parameters."""
     beta2: Momentum
@@ -119,10 +119,10 @@ OptimizerT = TypeVar("OptimizerT", bound=type[Optimizer])
 
 
 def register_optimizer(kind: OptimizerT) -> OptimizerT:
-    """Decorator of a subclass of :class:`Optimizer`: makes it a choice of ``optimizer`` in this process.
+    """Make a subclass of :class:`Optimizer` a choice of ``optimizer`` in this process; a decorator.
 
-    Its fields are the keys ``optimizer.…``; what they have as defaults is what ``optimizer=NAME`` sets. A name that is
-    no name, or the package's own, is a ValueError.
+    Its fields become the keys ``optimizer.…``, and their defaults are what ``optimizer=NAME`` sets. Raises ValueError
+    if the name is not valid, or if it is the package's own.
     """
     optimizers.register(kind)
     return kind

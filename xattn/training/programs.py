@@ -1,9 +1,9 @@
 """The compiled programs of a run, and the state that they work on.
 
-What shapes a program is static: a :class:`Config` in which every number that is swept has been put at a fixed value.
-The numbers themselves are arrays in the train state, which the programs read. So runs that differ only in them share
-one compiled step, in one process through the cache of :func:`programs`; and several of them can train as one *pack*:
-the same step under ``vmap``, every leaf of its state with one more axis in front, the run.
+What shapes a program is static: a :class:`Config` in which every swept number is replaced by a fixed value. The numbers
+themselves are arrays in the train state, where the programs read them. Runs that differ only in these numbers therefore
+share one compiled step, within a process through the cache of :func:`programs`. Several of them can also train as one
+*pack*: the same step under ``vmap``, where every leaf of the state has a leading axis, the run.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ from xattn.training.gradients import loss_and_gradient
 from xattn.training.optimizer import OptimizerHyperparameters, global_norm, learning_rate_factor, optimizer
 from xattn.training.sharding import Layout, layout_of
 
-# What XLA:CPU takes to YNNPACK. In float32 nothing: on two cores a step of trainer=default is 1.13 times as fast
-# without it under jax 0.10, and one of nanoGPT's CPU setting, or under jax 0.12, as fast as with it. In bfloat16 the
-# products, for which XLA itself has no kernels, and not the sums, which are slower there. Products in float32 are too,
-# and can't be left out: with Muon, whose own are such, bfloat16 gains nothing in a step.
+# What XLA:CPU hands to YNNPACK. In float32, nothing: on two cores under jax 0.10, a step of trainer=default is 1.13
+# times as fast without it. A step of nanoGPT's CPU setting, or one under jax 0.12, is equally fast either way. In
+# bfloat16, the products, because XLA has no kernels of its own for them, but not the sums, which YNNPACK slows down.
+# Float32 products then go there too, although slower, and cannot be excluded: with Muon, which has some, a bfloat16
+# step gains nothing.
 _YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 _TAKEN_TO_YNNPACK = {"float32": "", "bfloat16": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
-# ``trainer.nonfinite=skip`` gives up after so many updates in a row that it had to leave out.
+# ``trainer.nonfinite=skip`` leaves out at most this many updates in a row, then gives up.
 MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Hyperparameters(NamedTuple):
-    """Every swept number of a run, float32 scalars, and the seed, a uint32 scalar."""
+    """Every swept number of a run as a float32 scalar, and the seed as a uint32 scalar."""
 
     model: ModelHyperparameters
     optimizer: OptimizerHyperparameters
@@ -55,20 +56,22 @@ class Hyperparameters(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """step: int32, updates tried. skipped: int32, updates left out in a row. halted_at: int32, the update after whose
-    loss or gradient nothing changes any more, −1 while there is none."""
+    """Everything that a training step reads and writes."""
 
     step: jax.Array
+    """int32: updates tried."""
     params: Any
     opt_state: Any
     hyperparameters: Hyperparameters
     skipped: jax.Array
+    """int32: updates left out in a row."""
     halted_at: jax.Array
+    """int32: the update whose loss or gradient froze the state, −1 if there is none."""
 
 
 class StepMetrics(NamedTuple):
-    """Of one update, float32 scalars: the loss and gradient that led to it, the rate it was made with, and the norm of
-    the parameters after it; and the state's halted_at."""
+    """Metrics of one update: float32 scalars, and the state's halted_at. The loss and the gradient belong to the
+    parameters before the update, param_norm to those after it."""
 
     train_loss: jax.Array
     grad_norm: jax.Array
@@ -78,7 +81,7 @@ class StepMetrics(NamedTuple):
 
 
 def hyperparameters(config: Config) -> Hyperparameters:
-    """The config's swept numbers as the arrays that the programs read."""
+    """Return the config's swept numbers as the arrays that the programs read."""
     chosen = config.optimizer
     of_kinds = {kind: _of_kind(backend) for kind, backend in config.backend.kinds.items()}
     clip_norm = math.inf if chosen.clip_norm is None else chosen.clip_norm
@@ -97,38 +100,38 @@ def _of_kind(backend: BackendConfig) -> LayerHyperparameters:
 
 
 class Programs(NamedTuple):
-    """What runs call on the device.
-
-    model: the module. init: seeded by the hyperparameters, Hyperparameters → TrainState. score, study,
-    places: of evaluation. These are of one run, also in a pack.
-    size: of the pack, n runs. step: (TrainState, Windows) → (TrainState, StepMetrics), for n > 1 with an axis n in
-    front of every array; the state it is given may be used up. stack: n TrainStates → the step's. take: (the step's
-    TrainState, i) → that of run i.
-    compile_seconds, peak_memory_bytes: of the step: its compilation; its arguments, results and temporaries.
-    flops_per_step: of one run's matrix products, by formula. layout: how state and batches lie on the devices; init,
-    step and score take batches from the host and place them.
-    """
+    """What runs call on the device. init, step and score take batches from the host and place them."""
 
     model: LanguageModel
     init: Any
+    """Hyperparameters → TrainState of one run, seeded by them."""
     score: ScoreWindows
+    """Evaluation: score, study and places take one run's state, also in a pack."""
     study: Study
     places: PlacesOf
     size: int
+    """Number of runs in the pack, n."""
     step: Any
+    """(TrainState, Windows) → (TrainState, StepMetrics), with a leading axis n if n > 1; may consume its state."""
     stack: Callable[[Sequence[TrainState]], TrainState]
+    """n TrainStates → the step's."""
     take: Callable[[TrainState, int], TrainState]
+    """(the step's TrainState, i) → the TrainState of run i."""
     compile_seconds: float
+    """Time to lower and compile the step."""
     peak_memory_bytes: int
+    """Size of the step's arguments, results and temporaries."""
     flops_per_step: int
+    """Work of one run's matrix products, by formula."""
     layout: Layout
+    """How state and batches lie on the devices."""
 
     def stack_batches(self, batches: Sequence[Windows]) -> Windows:
-        """The windows for a step of all runs."""
+        """Return the windows for a step of all runs."""
         return batches[0] if self.size == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
     def split_metrics(self, metrics: StepMetrics) -> list[StepMetrics]:
-        """Each run's, Python numbers. Waits for the device."""
+        """Return each run's metrics as Python numbers. Waits for the device."""
         columns = [np.atleast_1d(value).tolist() for value in jax.device_get(metrics)]
         return [StepMetrics(*values) for values in zip(*columns, strict=True)]
 
@@ -136,17 +139,15 @@ class Programs(NamedTuple):
 def programs(
     config: Config, vocab_size: int, *, optional: tuple[tuple[str, int], ...] = (), size: int = 1
 ) -> tuple[Programs, bool]:
-    """The programs of a config, compiled where this process has none for them yet, and whether it had to compile.
-
-    optional: the optional arrays that the windows come with, and their widths. size: of the pack, on one device.
-    """
+    """Return the programs of a config, and whether this call had to compile them. ``optional`` gives names and widths
+    of the windows' optional arrays, ``size`` the number of runs in the pack, which is on one device."""
     before = _compile.cache_info().misses
     compiled = _compile(shaping(config), vocab_size, optional, layout_of(config), size)
     return compiled, _compile.cache_info().misses > before
 
 
 class _OneRun(NamedTuple):
-    """What packs of every size share: functions of one run. step is not compiled; shapes: of the state."""
+    """What packs of every size share: functions of one run."""
 
     model: LanguageModel
     init: Any
@@ -154,7 +155,9 @@ class _OneRun(NamedTuple):
     study: Study
     places: PlacesOf
     step: Callable[[TrainState, Windows], tuple[TrainState, StepMetrics]]
+    """It is not compiled."""
     shapes: TrainState
+    """Shapes of the state."""
 
 
 @lru_cache(maxsize=8)
@@ -191,7 +194,7 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
         transformation = optimizer(config.optimizer, hyper.optimizer._replace(learning_rate=learning_rate))
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
 
-        # Nothing that is not finite may touch the state: select, since 0 · NaN is NaN.
+        # Non-finite values must not touch the state. Select, do not multiply: 0 · NaN is NaN.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         running = state.halted_at < 0
         skipped = jnp.where(finite, 0, state.skipped + 1)
@@ -229,7 +232,7 @@ def _compile(
         lowered = layout.jit_step(step, state).lower(state, windows)
         seconds = time.perf_counter() - start
         with compiled_once(lowered.as_text()):
-            start = time.perf_counter()  # while another process compiles it, this one only waits
+            start = time.perf_counter()  # after the wait for another process that compiles the same program
             compiled = _compiled(lowered, config)
             seconds += time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
@@ -247,7 +250,7 @@ def _compile(
         compile_seconds=seconds,
         peak_memory_bytes=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes  # results that take an argument's place
+        - memory.alias_size_in_bytes  # results that reuse an argument's memory
         + memory.temp_size_in_bytes,
         flops_per_step=3 * flops * batch_size * context_length,
         layout=layout,
@@ -283,7 +286,7 @@ def _select(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def ended(state: TrainState) -> TrainState:
-    """A state that no step changes."""
+    """Return the state in a form that no step changes."""
     return state._replace(halted_at=jnp.int32(0))
 
 

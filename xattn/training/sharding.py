@@ -1,9 +1,9 @@
 """One run over many devices: a mesh with four named axes, and one table that says which axis splits what.
 
-The compiled step is told how its state and batch lie on the mesh, an interceptor says from outside where the
-activations of each layer lie, and XLA's partitioner does the rest (GSPMD, Xu et al., arXiv 2105.04663). The model's
-code asks one thing: over how many devices the sequence is split (:func:`xattn.backend.mesh.context_devices`). On one
-device nothing of this is used, and the programs are what they would be without it.
+The compiled step is given the placement of its state and batch on the mesh. An interceptor constrains the activations
+of each layer from outside the model, and XLA's partitioner does the rest (GSPMD, Xu et al., arXiv 2105.04663). The
+model's own code needs only the number of devices that split the sequence (:func:`xattn.backend.mesh.context_devices`).
+With one device none of this is used, and the programs are the same as without it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from xattn.errors import BadInput
 from xattn.model.transformer import Layer
 from xattn.training.config import ParallelConfig
 
-# The axes of the mesh that split an axis of the model. An embedding is split over its vocabulary alone: looking up rows
-# whose width is split over devices that have different tokens would send the whole table around.
+# Model axis → the mesh axes that split it. An embedding is split along its vocabulary alone. If its width were split
+# over devices that have different tokens, each lookup would send the whole table around.
 MESH_AXES = {"embed": ("fsdp",), "heads": ("tensor",), "hidden": ("tensor",), "vocabulary": ("tensor", "fsdp")}
 
-# A parameter's last axes, by the name of the module that it belongs to, and its own; what is not named is not split.
+# (module name, parameter name) → the parameter's last axes. A parameter that is not listed is not split.
 PARAMETERS: dict[tuple[str, str], tuple[str | None, ...]] = {
     ("token_embedding", "embedding"): ("vocabulary", None),
     ("output_embedding", "embedding"): ("vocabulary", None),
@@ -52,11 +52,11 @@ PARAMETERS: dict[tuple[str, str], tuple[str | None, ...]] = {
     ("attention", "value_taps"): (None, "heads"),
     ("output_gate", "kernel"): ("embed", "heads"),
 }
-_ROWS = ("data", "fsdp")  # both split the rows of a batch
+_ROWS = ("data", "fsdp")  # the mesh axes that split the rows of a batch
 
 
 class Layout:
-    """Where a run's arrays lie. With one device it leaves everything as it is."""
+    """The placement of a run's arrays on its devices. With one device it leaves everything as it is."""
 
     def __init__(self, sizes: dict[str, int]):
         self.sizes = sizes
@@ -68,24 +68,24 @@ class Layout:
     def __str__(self) -> str:
         return " × ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1) or "one device"
 
-    # ---- what lies where
+    # ---- the placement of arrays
 
     def state(self, shapes: Any) -> Any:
-        """A sharding for each leaf of a train state: parameters by the table, their statistics in the optimizer's
-        state like them, everything else whole on each device."""
+        """Return a sharding for each leaf of a train state. Parameters follow the table, and so do their statistics in
+        the optimizer's state. Everything else is whole on each device."""
         return jax.tree_util.tree_map_with_path(self._of_parameter, shapes)
 
     def rows(self) -> NamedSharding:
-        """Of a batch's leaves: the first axis is split over data and fsdp. The sequence is split inside the program,
-        since tokens are one longer than it."""
+        """Return the sharding of a batch's leaves: the first axis is split over data and fsdp. The sequence is split
+        inside the program, because tokens are one longer than it."""
         return self._sharding(P(_ROWS))
 
     def whole(self) -> NamedSharding:
-        """The same on each device."""
+        """Return the sharding of arrays that are the same on each device."""
         return self._sharding(P())
 
     def rows_here(self, batch_size: int) -> slice:
-        """The rows of a batch that this process's devices work on, from the first to the last."""
+        """Return the range of a batch's rows that this process's devices work on."""
         if self.mesh is None:
             return slice(0, batch_size)
         parts = self.rows().addressable_devices_indices_map((batch_size,)).values()
@@ -106,25 +106,25 @@ class Layout:
         return self._sharding(P(*[None] * first, *split))
 
     def _splits(self, axis: str | None, size: int) -> tuple[str, ...]:
-        """The mesh's axes that split one of the model's, as far as they divide it: a vocabulary of 257 stays whole."""
+        """Return the mesh axes that split a model axis, as far as they divide it: a vocabulary of 257 stays whole."""
         axes: tuple[str, ...] = ()
         for mesh_axis in MESH_AXES[axis] if axis else ():
             if size % math.prod(self.sizes[name] for name in (*axes, mesh_axis)) == 0:
                 axes += (mesh_axis,)
         return axes
 
-    # ---- at the rim of the programs
+    # ---- wrappers around the programs
 
     def init(self, init: Any, shapes: Any) -> Any:
-        """Hyperparameters → the state, each leaf made where it lies."""
+        """Return a function from hyperparameters to the state; each leaf is created where it belongs."""
         if self.mesh is None:
             return jax.jit(init)
         program = jax.jit(init, out_shardings=self.state(shapes))
         return lambda hyperparameters: program(jax.device_get(hyperparameters))
 
     def jit_step(self, step: Any, shapes: Any) -> Any:
-        """The state it is given is used up, but on a CPU: where XLA:CPU writes the new one over it, it first copies all
-        of the optimizer's statistics, which costs more than room for them."""
+        """Jit the step. It consumes the state it is given, except on a CPU. To write the new state over the old one,
+        XLA:CPU would first copy all of the optimizer's statistics, and that costs more than memory for both."""
         donated = () if jax.default_backend() == "cpu" else (0,)
         if self.mesh is None:
             return jax.jit(step, donate_argnums=donated)
@@ -133,17 +133,17 @@ class Layout:
         return jax.jit(step, donate_argnums=donated, in_shardings=given, out_shardings=made)
 
     def step(self, compiled: Any, batch_size: int) -> Any:
-        """The compiled step for a batch that is on the host: its :meth:`rows_here`, or all of it."""
+        """Return the compiled step for batches on the host, which hold :meth:`rows_here` or all rows."""
         if self.mesh is None:
             return compiled
         return lambda state, batch: compiled(state, _place(batch, self.rows(), batch_size, self.rows_here(batch_size)))
 
     def results(self) -> NamedSharding | None:
-        """Where a program's results lie that every host reads; None on one device."""
+        """Return the sharding of results that every host reads; None on one device."""
         return None if self.mesh is None else self.whole()
 
     def score(self, score: Any) -> Any:
-        """A program of (params, hyperparameters, batch on the host) with one result, the same on each device."""
+        """Wrap a program of (params, hyperparameters, batch on the host). Its one result is the same on each device."""
         if self.mesh is None:
             return score
 
@@ -155,11 +155,11 @@ class Layout:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """While a program is traced here, what goes from layer to layer is split by rows and sequence."""
+        """Split activations between layers by rows and sequence in programs traced within this context."""
         if self.mesh is None:
             yield
             return
-        # (B, S, D) of the residual stream, (B, NKV, S, DH) of the first layer's values; a flag has no axes.
+        # By rank: the residual stream (B, S, D), the first layer's values (B, NKV, S, DH), and a flag without axes.
         of_axes = {3: P(_ROWS, "context", None), 4: P(_ROWS, P.UNCONSTRAINED, "context", None), 0: P()}
 
         def constrain(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -173,17 +173,15 @@ class Layout:
 
 
 def layout_of(config: Config) -> Layout:
-    """The layout that the config asks for, on the devices there are.
-
-    Raises :class:`BadInput` where mesh and devices, or mesh and model, do not fit.
-    """
+    """Return the layout that the config asks for, on this run's devices. Raises :class:`BadInput` if the mesh does not
+    fit the devices or the model."""
     sizes = mesh_sizes(config.parallel, jax.device_count(), jax.process_count())
     check_mesh(config, sizes)
     return _layout(tuple(sizes.items()))
 
 
 def check_mesh(config: Config, sizes: dict[str, int]) -> None:
-    """Raises :class:`BadInput` where the mesh does not divide the batch or the model."""
+    """Raise :class:`BadInput` if the mesh does not divide the batch or the model."""
     rows, model = sizes["data"] * sizes["fsdp"], config.model
     parts = config.trainer.gradient_accumulation
     batch = "trainer.batch_size" if parts == 1 else "trainer.batch_size / trainer.gradient_accumulation"
@@ -205,10 +203,10 @@ def _layout(sizes: tuple[tuple[str, int], ...]) -> Layout:
 
 
 def mesh_sizes(config: ParallelConfig, devices: int, processes: int = 1) -> dict[str, int]:
-    """The size of each axis, the one that takes what is left included.
+    """Return the size of each axis. An axis that is None takes the devices that the others leave.
 
-    One device of one process need not be all there are; a mesh of several must be exactly the devices of all processes.
-    Raises :class:`BadInput`.
+    A mesh of one device in a single process may leave devices unused. A mesh of several must be exactly the devices of
+    all processes. Raises :class:`BadInput`.
     """
     axes = config.axes()
     known = math.prod(size for size in axes.values() if size is not None)
@@ -231,12 +229,12 @@ def mesh_sizes(config: ParallelConfig, devices: int, processes: int = 1) -> dict
 
 
 def like(host: Any, state: Any) -> Any:
-    """Host arrays as a state whose leaves lie as those of ``state``."""
+    """Place host arrays on the devices as the leaves of ``state`` are placed."""
     return jax.tree.map(lambda leaf, there: _place(leaf, there.sharding), host, state)
 
 
 def _place(tree: Any, sharding: Any, size: int | None = None, here: slice = slice(None)) -> Any:
-    """Host arrays onto the mesh; those that are shorter than ``size`` are the rows ``here`` of it."""
+    """Place host arrays on the mesh. Arrays shorter than ``size`` hold only the rows ``here``."""
     if not isinstance(sharding, NamedSharding):
         return jax.device_put(tree)
 
@@ -255,7 +253,7 @@ def _place(tree: Any, sharding: Any, size: int | None = None, here: slice = slic
 
 
 def to_host(tree: Any) -> Any:
-    """The whole of each leaf as a NumPy array, in every process; all of them call this."""
+    """Return each leaf as a whole NumPy array in every process. All processes must call this."""
 
     def gathered(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -266,7 +264,7 @@ def to_host(tree: Any) -> Any:
 
 
 def from_first(host: Any, shapes: Any) -> Any:
-    """The first process's host arrays, in every process; the others give None. Bytes travel, not numbers: −0 stays."""
+    """Return the first process's host arrays in every process; the others pass None. Raw bytes are sent, to keep −0."""
     if jax.process_count() == 1:
         return host
     if host is None:
@@ -281,7 +279,7 @@ def from_first(host: Any, shapes: Any) -> Any:
 
 
 def on_one_device(tree: Any) -> Any:
-    """For programs that know no mesh: each leaf whole on this process's first device."""
+    """Place each leaf whole on this process's first device, for programs that do not use the mesh."""
     if all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(tree)):
         return tree
     return jax.device_put(to_host(tree), jax.local_devices()[0])

@@ -1,4 +1,4 @@
-"""A fingerprint of what training has made."""
+"""A fingerprint of the state that training has reached."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from xattn.training.sharding import to_host
 
 
 def state_sha256(params: Any, opt_state: Any) -> str:
-    """SHA-256 over the leaves of parameters and optimizer state, sorted by path: path, dtype, shape, C-order bytes.
+    """Return a SHA-256 over the leaves of parameters and optimizer state, sorted by path.
 
-    Each leaf contributes ``<path>|<dtype>|<shape>|`` in UTF-8, as jax.tree_util.keystr and NumPy write them.
-    Of several processes all call this, since each has a part of the leaves.
+    Each leaf contributes ``<path>|<dtype>|<shape>|`` in UTF-8, as jax.tree_util.keystr and NumPy write them, and its
+    bytes in C order. All processes must call this, because each holds a part of the leaves.
     """
     leaves = jax.tree_util.tree_flatten_with_path({"params": params, "opt_state": opt_state})[0]
     digest = hashlib.sha256()
