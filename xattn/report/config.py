@@ -49,11 +49,9 @@ class Contrast(Section):
     metric: str = "val_loss"
     """A number of summary.json."""
     of: dict[str, Any] = Field(min_length=1)
-    """Dotted key → its runs' value, or a list of values. Runs that differ in other keys besides the seed are
-    averaged."""
+    """Dotted key → its runs' value, or a list of values. Runs that differ in other keys than the seed are averaged."""
     minus: dict[str, Any] | None = None
-    """The same for the runs to subtract, seed by seed; an omitted key has its value in ``of``. null subtracts
-    nothing."""
+    """The runs to subtract, seed by seed; an omitted key has its value in ``of``. null subtracts nothing."""
     over: str | None = None
     """A key with several values in these runs; null if there is none."""
     reduced: Literal["mean", "best", "range"] = "mean"

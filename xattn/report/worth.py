@@ -201,8 +201,7 @@ def _tracks(comparison: Comparison, effect: Effect) -> list[Track]:
 
 
 def _columns(track: Track, comparison: Comparison) -> Columns:
-    """Return seed → a cell's loss − the baseline's at the anchor, for each of the track's cells; the anchor keeps its
-    loss.
+    """Return seed → loss − the baseline's at the anchor, for each of the track's cells; the anchor keeps its loss.
 
     Pairs thus stay pairs where a length has fewer seeds than the anchor: what a seed does to all runs cancels.
     """
