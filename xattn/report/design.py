@@ -185,6 +185,7 @@ def find_design(
             by_seed[run.seed] = _pooled(by_seed[run.seed], run)
         else:
             by_seed[run.seed] = run
+    # If every cell is one change to a hub, the hub's values become the baselines, except where another was requested.
     if (hub := Design(factors, tuple(free), (), table, ()).hub) is not None:
         asked = baselines or {}
         factors = tuple(

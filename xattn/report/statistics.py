@@ -240,6 +240,7 @@ def _matched(
     order = sorted((i for i, seeds in enumerate(shared) if seeds), key=lambda i: -len(shared[i]))
     best: tuple[list[int], set[Any]] = ([], set())
     common: set[Any] = set(design.seeds)
+    # Add cells with ever fewer seeds, and keep the selection with the most pairs.
     for size, i in enumerate(order, 1):
         common = common & shared[i]
         if size * len(common) >= len(best[0]) * len(best[1]) and common:
