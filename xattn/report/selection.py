@@ -75,9 +75,9 @@ def split(design: Design, selection: Selection) -> tuple[tuple[Any, ...], tuple[
     """Return the seeds to choose on and those to judge by.
 
     For ``same`` both are all seeds. For ``heldout``, seeds run with several settings choose and those run with one
-    alone judge, as ``sweep.half_width`` makes them; if all have several, the first half chooses. Judging by other seeds
-    is a data split: given the choice, the differences are as independent as without one. A t interval therefore keeps
-    its coverage, for the difference between the chosen settings.
+    alone judge, as ``sweep.half_width`` makes them; if all have several, the first half chooses and the rest judges.
+    Judging by other seeds is a data split: given the choice, the differences are as independent as without one. A t
+    interval therefore keeps its coverage, for the difference between the chosen settings.
     """
     seeds = tuple(design.seeds)
     if selection == "same" or not design.tuned:
