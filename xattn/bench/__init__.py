@@ -1,1 +1,1 @@
-"""Measurements of parts, side by side in one process; ``xattn bench``."""
+"""``xattn bench``: measurements of parts, side by side in one process."""

@@ -1,14 +1,14 @@
-"""``xattn bench attention``: time and memory of the attention implementations, and of JAX's own as their peer.
+"""``xattn bench attention``: time and memory of the attention implementations, with JAX's own as their peer.
 
-All implementations of one activation and length take turns in one process, so that a disturbed machine disturbs them
-all alike, and medians with their spread are reported. Memory is the compiled program's own, arguments, results and
-temporaries, which is exact and needs no run. The peak of the whole process is recorded too; it never falls, so it
-means something for one implementation at one length only:
+All implementations of one activation and length take turns in one process, so that a disturbed machine affects them all
+alike. Medians are reported with their spread. Memory is that of the compiled program: arguments, results and
+temporaries. It is exact and needs no run. The peak of the whole process is recorded too. It never falls, so it is
+meaningful only for one implementation at one length:
 
     xattn bench attention --implementations blockwise --activations softmax --lengths 16384 --heads 4 --repeats 1
 
-``--decay none input`` measures each without and with a decay of its own for every head and token, its gradient
-included: half-lives are spread from 2 to S.
+``--decay none input`` measures each without a decay and with one for every head and token, including its gradient.
+Half-lives range from 2 to S.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from xattn.system.arguments import Parser
 from xattn.tracking.display import Screen
 
 PEER = "jax.nn"
-"""The name under which ``jax.nn.dot_product_attention`` stands in the results."""
+"""The name of ``jax.nn.dot_product_attention`` in the results."""
 DECAYED = "+decay"
-"""What follows the name of an implementation that is measured with a decay."""
+"""The suffix of an implementation that is measured with a decay."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to measure, compiled."""
+    """A compiled program to measure."""
 
     name: str
     activation: str
@@ -55,7 +55,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one implementation, activation and length."""
+    """The measurements of one implementation, activation and length."""
 
     name: str
     activation: str
@@ -79,7 +79,7 @@ class Skipped:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, and write ``attention.json`` and ``attention.png``. Returns an exit code."""
+    """Measure, print a table, and write ``attention.json`` and ``attention.png``. Return an exit code."""
     options = _parser().parse_args(argv)
     results: list[Result] = []
     skipped: list[Skipped] = []
@@ -132,7 +132,7 @@ def _parser() -> Parser:
 
 
 def _arrays(options: argparse.Namespace, length: int) -> tuple[jax.Array, ...]:
-    """q, k, v, the cotangent of the output, and a log decay."""
+    """Return q, k, v, the cotangent of the output, and a log decay."""
     kv_heads = options.kv_heads or options.heads
     rng = np.random.default_rng(0)
     qkvg = tuple(
@@ -185,7 +185,7 @@ def _prepare(
 def _refusal(
     name: str, activation: str, arrays: tuple[jax.Array, ...], options: argparse.Namespace, has_decay: bool
 ) -> str | None:
-    """Why the named one can't serve, or None."""
+    """Return why the named implementation cannot serve, or None."""
     if name == PEER:
         return "it has no decay" if has_decay else None if activation == "softmax" else "it has softmax only"
     if name == dispatch.AUTO:
@@ -208,7 +208,7 @@ def _refusal(
 
 
 def _measure(subjects: list[Subject], arrays: tuple[jax.Array, ...], repeats: int) -> list[Result]:
-    """Each in turn, ``repeats`` times; a first turn is not counted."""
+    """Run each in turn, ``repeats`` times; a first turn is not counted."""
     seconds: dict[str, list[float]] = {subject.name: [] for subject in subjects}
     for turn in range(repeats + 1):
         for subject in subjects:
@@ -261,7 +261,7 @@ def _print(results: list[Result], skipped: list[Skipped]) -> None:
 
 
 def _draw(results: list[Result], path: Path) -> None:
-    from matplotlib.figure import Figure  # half a second, needed last
+    from matplotlib.figure import Figure  # takes half a second to import, and is needed last
 
     activations = list(dict.fromkeys(result.activation for result in results))
     figure = Figure(figsize=(4 * len(activations), 6), layout="constrained")
@@ -290,7 +290,7 @@ def _draw(results: list[Result], path: Path) -> None:
 
 def _process_peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes on Linux
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes on Linux
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     xattn bench checkpoints                    # python train.py, saving every 50 steps, against never
     xattn bench checkpoints --every 10 model=small
 
-Stretches of the training loop with and without saves take turns in one process, on one compiled program; every other
-pair is turned around. A stretch's seconds are those of the loop's own clock, which runs on while a save is written
-beside the steps, and those that it stood still for saves. The end of the last save, for which every run waits, is not
-counted.
+Stretches of the training loop with and without saves take turns in one process, on one compiled program. Every other
+pair runs in reverse order. A stretch's seconds are those of the loop's own clock, which keeps running while a save is
+written in the background, plus those for which the loop stopped for saves. The end of the last save, for which every
+run waits, is not counted.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from xattn.training.programs import Programs, TrainState, hyperparameters, progr
 
 
 class TimedCheckpoints(Checkpoints):
-    """Checkpoints that keep the seconds of each save: those that its caller stood still, and those until it was there.
+    """Checkpoints that record each save's seconds: those that blocked the caller, and those until it was committed.
 
-    waited: seconds that its caller waited for the end of saves.
+    waited: seconds that the caller waited for the end of saves.
     """
 
     def __init__(self, folder: Path):
@@ -61,7 +61,7 @@ class TimedCheckpoints(Checkpoints):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints what was found, and writes ``checkpoints.json``. Returns an exit code."""
+    """Measure, print the results, and write ``checkpoints.json``. Return an exit code."""
     parser = _parser()
     options = parser.parse_intermixed_args(argv)
     if options.repeats < 1 or not 1 <= options.every <= options.steps:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if checkpoints is not None and pair:
                     blocking += checkpoints.blocking
                     in_all += checkpoints.in_all
-            if pair:  # the first is a warm-up
+            if pair:  # the first pair is a warm-up
                 pairs.append({"with": seconds[True], "without": seconds[False]})
     ratios = [pair["with"] / pair["without"] for pair in pairs]
     print(f"{options.steps} steps with a save every {options.every} / without: {statistics.median(ratios):.3f}")
@@ -116,7 +116,7 @@ def _stretch(
     checkpoints: TimedCheckpoints | None,
     options: argparse.Namespace,
 ) -> float:
-    """Seconds of so many steps from the beginning, those included that the loop stood still for saves."""
+    """Return the seconds of the stretch's steps from a new state, including those that the loop stopped for saves."""
     pace = {
         "steps": options.steps,
         "eval_every": options.steps,

@@ -1,11 +1,11 @@
-"""``xattn bench data``: a corpus of synthetic text is ingested, as bytes and as BPE, and trained on for a few steps.
+"""``xattn bench data``: ingests a corpus of synthetic text, as bytes and as BPE, and trains on it for a few steps.
 
     xattn bench data --megabytes 2000
 
-Prints, for each tokenizer, MB/s of the first start (BPE with and without its training on the first 100 MB), seconds of
-the second, which finds the tokens in the cache, the peak of this process's anonymous memory (RssAnon of Linux's /proc;
-mapped pages of files are not in it), and the share of a training step for which the loop waits for its batch.
-Each tokenizer has a process of its own and a cache that goes with it.
+For each tokenizer it prints MB/s of the first start (for BPE with and without its training on the first 100 MB), and
+seconds of the second start, which finds the tokens in the cache. It also prints the peak of this process's anonymous
+memory (RssAnon in Linux's /proc, without mapped file pages) and the share of a training step spent waiting for its
+batch. Each tokenizer has a separate process and a temporary cache.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_corpus(path: Path, size: int) -> None:
-    """Lines of words that are drawn by Zipf's law from a vocabulary of made-up ones: about as compressible as text."""
+    """Write lines of made-up words, drawn by Zipf's law from a vocabulary; they are about as compressible as text."""
     generator = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlcumwfgypbvk"))
     words = ["".join(generator.choice(letters, length)) for length in generator.integers(1, 11, WORDS)]
@@ -79,7 +79,7 @@ def write_corpus(path: Path, size: int) -> None:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Ingests twice and trains; figures of this process."""
+    """Ingest twice and train; return the measurements of this process."""
     from xattn.data import corpus as corpora
     from xattn.data.run_data import RunData, load_data
 
@@ -125,7 +125,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def _train(config: Config, data: Any) -> tuple[float, float]:
-    """Median seconds of the wait for a batch, and of a step with it."""
+    """Return the median seconds of the wait for a batch, and of a step including it."""
     import jax
 
     from xattn.data.prefetch import Prefetch
@@ -161,7 +161,7 @@ def _config(tokenizer: str, path: str, overrides: Sequence[str]) -> Config:
 
 @contextmanager
 def _peak_of_anonymous_memory() -> Iterator[list[int]]:
-    """A list of one number, bytes, that a thread keeps up to date."""
+    """Yield a list with the peak in bytes, which a thread keeps up to date."""
     peak, ended = [0], threading.Event()
 
     def watch() -> None:

@@ -1,8 +1,8 @@
-"""``xattn bench generation``: tokens a second through the cache, and with a whole forward pass for each token.
+"""``xattn bench generation``: tokens per second with the cache, and with a whole forward pass for each token.
 
-The second is what a model without a cache does: one compiled forward over the text so far, padded to context_length,
-and the likeliest token of its last known place. Both continue the same prompt with temperature 0, in turns in one
-process; medians are reported, without compilation. The cache's time includes reading the prompt.
+The latter is what a model without a cache does: one compiled forward pass over the text so far, padded to
+context_length, and the likeliest token at its last known position. Both continue the same prompt at temperature 0, in
+turns in one process. Medians are reported, without compilation. The cache's time includes reading the prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORWARDS = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints one JSON object. Returns an exit code."""
+    """Measure and print one JSON object. Return an exit code."""
     parser = Parser(prog="xattn bench generation", description=main.__doc__)
     parser.add_argument("overrides", nargs="*", help="of the config, backend.context_length=1024 before them")
     parser.add_argument("--prompt-tokens", type=int, default=512)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, run in (("cache", cached), ("forward", without)):
             began = time.perf_counter()
             tokens = run()
-            if turn:  # the first compiles
+            if turn:  # the first turn compiles
                 speeds[name].append(tokens / (time.perf_counter() - began))
     cache, plain = statistics.median(speeds["cache"]), statistics.median(speeds["forward"])
     result = {

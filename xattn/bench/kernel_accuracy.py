@@ -1,7 +1,7 @@
-"""How far attention without a row's statistics is from float64, and how far its dtype alone would put it.
+"""How far attention without row statistics is from float64, compared with the error due to its dtype alone.
 
 The floor is the same mathematics in the inputs' dtype with float32 accumulation: weights and dS are rounded to the
-dtype before a product, results after it. An implementation's relative error over the floor's is its ratio; 1.2 is
+dtype before a product, and results after it. An implementation's ratio is its relative error over the floor's; 1.2 is
 allowed.
 """
 
@@ -40,12 +40,12 @@ class Accuracy:
 
     @property
     def holds(self) -> bool:
-        """NaN does not hold."""
+        """Return whether all ratios are allowed; NaN is not."""
         return all(ratio <= ALLOWED for ratio in self.ratios.values())
 
 
 def measure(function: Function, activation: str, dtype: str, width: int, length: int, *, causal: bool) -> Accuracy:
-    """One head, standard normal arrays, sigmoid's bias −log S: the smallest weights that a model starts with."""
+    """Measure one head: standard normal arrays, and sigmoid's bias −log S, for a model's smallest initial weights."""
     rng = np.random.default_rng(length)
     q, k, v, g = (jnp.asarray(rng.standard_normal((1, 1, length, width)), dtype) for _ in range(4))
     bias = jnp.full((1,), -math.log(length), jnp.float32)
@@ -72,7 +72,7 @@ def measure(function: Function, activation: str, dtype: str, width: int, length:
 def _attention(
     q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, *, bias: float, sigmoid: bool, causal: bool, dtype: str
 ) -> tuple[jax.Array, ...]:
-    """out, dq, dk, dv (S, D) by blocks of rows; in float64 as the formula, in another dtype as the floor."""
+    """Return out, dq, dk, dv (S, D), by blocks of rows: the formula in float64, the floor in any other dtype."""
     length, width = q.shape
     rows = math.gcd(length, 512)
     scale = 1 / math.sqrt(width)

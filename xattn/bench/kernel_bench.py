@@ -1,4 +1,4 @@
-"""What the stages of ``xattn bench kernels`` share: the record, a border around what may fail, what is measured."""
+"""What the stages of ``xattn bench kernels`` share: the record, the isolation of failures, and what is measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xattn.tracking.display import Screen
 PASSES = ("forward", "forward+backward")
 
 Function = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(q, k, v, bias) → out: (B, NH, S, D) of (B, NH, S, D) three times and (NH,)."""
+"""(q, k, v, bias) → out; bias is (NH,), all others are (B, NH, S, D)."""
 
 
 class Bench:
@@ -36,7 +36,7 @@ class Bench:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """One configuration. Whatever a compiler, a library or the device says about it, the others go on."""
+        """Isolate one configuration: any error of compiler, library or device is recorded, and the others continue."""
         try:
             yield
         except Exception as error:
@@ -60,7 +60,7 @@ class Bench:
 
 
 def kernel(activation: str, tuning: Tuning, *, causal: bool = True) -> Function:
-    """The kernels by themselves: q and k are taken as rotated."""
+    """Return the kernels alone, which take q and k as already rotated."""
     from xattn.backend.hopper.fused import fused
     from xattn.backend.hopper.kernels import Meaning
 
@@ -72,7 +72,7 @@ def kernel(activation: str, tuning: Tuning, *, causal: bool = True) -> Function:
 
 
 def program(function: Function, passes: str) -> Callable[..., Any]:
-    """(q, k, v, bias, g) → out, or (out, gradients of all four)."""
+    """Return (q, k, v, bias, g) → out, or (out, gradients of all four)."""
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, g: jax.Array) -> Any:
         if passes == "forward":

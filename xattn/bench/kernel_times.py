@@ -24,7 +24,7 @@ Key = tuple[str, str]
 
 SOFTMAX: Key = ("cudnn", "softmax")
 
-# What the kernels should reach over cuDNN's softmax: (activation, pass, D, S) → ratio. D None is every width.
+# Target speedups over cuDNN's softmax: (activation, pass, D, S) → ratio. D None means every width.
 BARS: dict[tuple[str, str, int | None, int], float] = {
     ("sigmoid", "forward", 128, 4096): 1.20,
     ("sigmoid", "forward", 128, 16384): 1.20,
@@ -41,7 +41,7 @@ BARS: dict[tuple[str, str, int | None, int], float] = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call of one subject."""
+    """Seconds per call of one subject."""
 
     name: str
     activation: str
@@ -52,13 +52,13 @@ class Timing:
     lowest_seconds: float
     highest_seconds: float
     tflops: float
-    """By 2 · B · NH · S² · D operations forward, 3.5 times that with the backward, whatever the subject really does."""
+    """Counts 2 · B · NH · S² · D operations forward, 3.5 times that with the backward, for any subject."""
     over_softmax: float | None
     bar: float | None
 
 
 def time_stage(bench: Bench) -> None:
-    """Every subject in turn, at each width, length and pass, bfloat16 and causal."""
+    """Time every subject in turn at each width, length and pass, in bfloat16 and causal."""
     table = bench.table("times, bfloat16, causal", "D", "S", "pass", "subject", "ms", "TFLOP/s", "×cudnn", "bar")
     found: list[Timing] = []
     for width, length, passes in itertools.product(bench.options.widths, bench.options.lengths, PASSES):
@@ -80,10 +80,10 @@ def time_stage(bench: Bench) -> None:
 
 
 def subjects(activations: list[str]) -> dict[Key, Function]:
-    """``hopper`` and cuDNN take rotated arrays; ``hopper+RoPE`` and this package's others rotate q and k themselves."""
+    """Return all subjects. ``hopper`` and cuDNN take rotated arrays; the others rotate q and k themselves."""
 
     def softmax(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-        # cuDNN takes (B, S, NH, D): the same bytes, read in that order, so that nothing is moved for it.
+        # cuDNN takes (B, S, NH, D): the same bytes are read in that order, so that nothing is moved for it.
         batch, heads, length, width = q.shape
         q, k, v = (x.reshape(batch, length, heads, width) for x in (q, k, v))
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
@@ -106,7 +106,7 @@ def subjects(activations: list[str]) -> dict[Key, Function]:
 
 
 def _arrays(options: argparse.Namespace, width: int, length: int) -> tuple[jax.Array, ...]:
-    """q, k, v, bias, g: (B, NH, S, D) and (NH,)."""
+    """Return q, k, v, bias, g; bias is (NH,), the others are (B, NH, S, D)."""
     batch = max(options.tokens // length, 1)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, g = (jax.random.normal(key, (batch, options.heads, length, width), jnp.bfloat16) for key in keys)
@@ -116,7 +116,7 @@ def _arrays(options: argparse.Namespace, width: int, length: int) -> tuple[jax.A
 def _compiled(
     bench: Bench, width: int, length: int, passes: str, arrays: tuple[jax.Array, ...]
 ) -> Iterator[tuple[Key, Callable[..., Any]]]:
-    """Those subjects that compile, fit and run."""
+    """Yield the subjects that compile, fit in memory and run."""
     for (name, activation), function in subjects(bench.options.activations).items():
         what = f"{name}, {activation}, D {width}, S {length}, {passes}"
         run = None
@@ -136,7 +136,7 @@ def _compiled(
 def interleaved(
     of_turns: dict[Key, Callable[..., Any]], arrays: tuple[jax.Array, ...], repeats: int
 ) -> dict[Key, list[float]]:
-    """Seconds a call, a number a turn. A turn is as many calls as fill 5 ms, so that starting them is hidden."""
+    """Return seconds per call, one number per turn. A turn makes enough calls to fill 5 ms, to hide their launch."""
     seconds: dict[Key, list[float]] = {key: [] for key in of_turns}
     calls = dict.fromkeys(of_turns, 1)
     for turn in range(-1, repeats):
@@ -172,7 +172,7 @@ def _timings(
 
 
 def _quickest(found: list[Timing]) -> dict[str, str]:
-    """Where the quadratic kernel of none gives way to the linear form: the quickest at each pass, D and S."""
+    """Return the quickest none at each pass, D and S: where its quadratic kernel gives way to the linear form."""
     best: dict[str, Timing] = {}
     for t in found:
         where = f"{t.passes}, D {t.width}, S {t.length}"
@@ -182,7 +182,7 @@ def _quickest(found: list[Timing]) -> dict[str, str]:
 
 
 def variants(passes: str) -> list[Tuning]:
-    """The present tuning, and every combination of the numbers that the pass's kernels read."""
+    """Return the present tuning, and every combination of the numbers that the pass's kernels read."""
     forms: tuple[Form, ...] = get_args(Form)
     if passes == PASSES[0]:
         of_forward = itertools.product(forms, (64, 128), (2, 3), (True, False))
@@ -194,7 +194,7 @@ def variants(passes: str) -> list[Tuning]:
 
 
 def sweep_stage(bench: Bench) -> None:
-    """Times of the tunings at one length, the quickest first. The backward's figures have the forward in them."""
+    """Time the tunings at one length, and list the quickest first. The backward's figures include the forward."""
     length = bench.options.sweep_length
     bench.record["sweep"] = []
     for activation, width, passes in itertools.product(bench.options.activations, bench.options.widths, PASSES):

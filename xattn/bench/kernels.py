@@ -1,12 +1,11 @@
 """``xattn bench kernels``: are the Hopper kernels right, how fast are they, which tuning is best? One command, one GPU.
 
-In this order: every configuration is compiled (registers and spills as the assembler reports them); errors against
-float64 (xattn/bench/kernel_accuracy.py); times beside cuDNN's softmax, XLA's S×S form and this package's others, and
-the tunings (xattn/bench/kernel_times.py). What fails is reported with its error, and the rest goes on.
-``kernels.json`` holds all that the tables show.
+The stages run in this order. Every configuration is compiled, with registers and spills as the assembler reports them.
+Errors are measured against float64 (xattn/bench/kernel_accuracy.py). The kernels are timed beside cuDNN's softmax,
+XLA's S×S form and this package's others, and so are the tunings (xattn/bench/kernel_times.py). A failure is reported
+with its error, and the rest continues. ``kernels.json`` holds all that the tables show.
 
-``--stages compile`` needs no GPU, only the extra ``cuda`` and NVIDIA's ``ptxas``: it compiles for an H100 that isn't
-there.
+``--stages compile`` needs no GPU, only the extra ``cuda`` and NVIDIA's ``ptxas``: it compiles for an absent H100.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ STAGES = ("compile", "accuracy", "time", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 1 if anything failed or missed its accuracy. A missed bar of speed is a result, not an error."""
+    """Return 0, or 1 if anything failed or missed its accuracy. A missed speed target is a result, not an error."""
     parser = _parser()
     options = parser.parse_args(argv)
     on_hopper = dispatch.platform() == "cuda" and dispatch.compute_capability() == "9.0"
@@ -75,7 +74,7 @@ def _parser() -> Parser:
 
 
 def _cases(options: argparse.Namespace) -> list[tuple[str, bool, str, int]]:
-    """(activation, causal, dtype, D)."""
+    """Return (activation, causal, dtype, D) of each case."""
     return list(itertools.product(options.activations, (True, False), options.dtypes, options.widths))
 
 
@@ -84,7 +83,7 @@ def _named(activation: str, causal: bool, dtype: str, width: int) -> str:
 
 
 def compile_stage(bench: Bench, on_hopper: bool) -> None:
-    """Each configuration to machine code: registers a thread, bytes spilled in and out, warnings."""
+    """Compile each configuration; report registers per thread, bytes spilled out and in, and warnings."""
     table = bench.table("compiled for sm_90a", "kernel", "registers", "spilled", "warnings")
     bench.record["compiled"] = []
     with bench.attempt("a device to compile for"), tempfile.TemporaryDirectory(prefix="xattn-kernels-") as scratch:
@@ -105,7 +104,7 @@ def compile_stage(bench: Bench, on_hopper: bool) -> None:
 
 
 def accuracy_stage(bench: Bench) -> bool:
-    """Errors against float64; whether every one could be measured and is at most 1.2 times the floor."""
+    """Measure errors against float64; return whether all were measured and are at most 1.2 times the floor."""
     table = bench.table("error over the dtype's own", "case", "S", *kernel_accuracy.RESULTS, "")
     found = []
     cases = list(itertools.product(_cases(bench.options), bench.options.accuracy_lengths))

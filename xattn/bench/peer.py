@@ -1,6 +1,6 @@
-"""nanoGPT's training step, beside ours: in a process of its own, since its torch and our jax share no interpreter.
+"""nanoGPT's training step beside ours, in a separate process, since its torch and our jax share no interpreter.
 
-Nothing of it is copied: a checkout of github.com/karpathy/nanoGPT is named, and its ``model.py`` is imported there.
+None of its code is copied: a checkout of github.com/karpathy/nanoGPT is named, and its ``model.py`` is imported there.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from xattn.errors import BadInput
 
-# What its train.py does in a step: the batch is drawn and copied, forward, backward, clip, AdamW, zero_grad, and the
-# loss is read. On a GPU in bfloat16 and compiled, as there by default.
+# A step of its train.py: draw and copy the batch, forward, backward, clip, AdamW, zero_grad, read the loss. On a GPU
+# it runs in bfloat16 and compiled, as its train.py does by default.
 _STEPS = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -60,7 +60,7 @@ for line in sys.stdin:
 class Peer:
     """The process. ``settings``: num_layers, num_heads, embedding_dim, context_length, batch_size, vocab_size.
 
-    Raises :class:`BadInput` where the folder holds no model.py, or the interpreter does not run it.
+    Raises :class:`BadInput` if the folder has no model.py, or the interpreter does not run it.
     """
 
     def __init__(self, checkout: Path, python: str, settings: dict[str, int]):
@@ -75,14 +75,14 @@ class Peer:
         self.facts: dict[str, Any] = {}
 
     def steps(self, number: int) -> list[float]:
-        """Makes so many steps; the seconds of each."""
+        """Run this number of steps; return the seconds of each."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             self._process.stdin.write(f"{number}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended, which the answer shows
+            pass  # it has ended, as the missing answer shows
         answer = self._process.stdout.readline()
         if not answer:
             raise BadInput(f"--peer-python {self._python}: nanoGPT's step does not run there; what it said is above")

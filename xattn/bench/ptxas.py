@@ -1,4 +1,4 @@
-"""What NVIDIA's assembler says of the Mosaic kernels in a program, with or without a GPU at hand."""
+"""What NVIDIA's assembler reports about the Mosaic kernels in a program, with or without a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-# What XLA has to know of an H100 to compile for one that isn't there: its GpuTargetConfigProto.
+# What XLA must know about an H100 to compile for an absent one: its GpuTargetConfigProto.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
@@ -32,19 +32,19 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclass(frozen=True)
 class Report:
-    """Of one kernel."""
+    """The report on one kernel."""
 
     kernel: str
     registers: int
-    """A thread's at entry; setmaxnreg moves them from the warpgroup that copies to those that compute."""
+    """Per thread, at entry; setmaxnreg moves them from the warpgroup that copies to those that compute."""
     spill_stores: int
     spill_loads: int
-    """Bytes a thread, as they stand in the code; in a loop they run more often."""
+    """Bytes per thread, counted once in the code; in a loop they run more often."""
     warnings: tuple[str, ...]
 
 
 def absent_h100() -> Any:
-    """A device to compile for, not to run on. It needs jax's CUDA plugin (the extra ``cuda``) and ptxas, and no GPU.
+    """Return a device to compile for, not to run on. It needs jax's CUDA plugin (extra ``cuda``) and ptxas, but no GPU.
 
     Raises:
         NotImplementedError: there is no CUDA plugin.
@@ -55,9 +55,9 @@ def absent_h100() -> Any:
 
 
 def compile_and_report(function: Callable[..., Any], arguments: tuple[Any, ...], scratch: Path) -> list[Report]:
-    """Compiles function for the arguments' device and returns what the assembler said of each Mosaic kernel.
+    """Compile function for the arguments' device and return the assembler's report on each Mosaic kernel.
 
-    A kernel that this process has compiled before may be missing: Mosaic keeps them.
+    A kernel that this process has compiled before may be missing, because Mosaic caches kernels.
     """
     path = scratch / "ptxas.txt"
     before = os.environ.get("MOSAIC_GPU_DUMP_PTXAS")
@@ -73,11 +73,11 @@ def compile_and_report(function: Callable[..., Any], arguments: tuple[Any, ...],
 
 
 def parse(text: str) -> list[Report]:
-    """The reports in the assembler's verbose output. A warning stands before the function that it is about."""
+    """Return the reports in the assembler's verbose output. A warning precedes the function that it is about."""
     reports, warnings, name, spills = [], [], "", (0, 0)
     for line in text.splitlines():
         if match := re.search(r"ptxas warning\s*: (.*)", line):
-            if not match[1].startswith("Registers are spilled"):  # the numbers say so
+            if not match[1].startswith("Registers are spilled"):  # the numbers show it
                 warnings.append(match[1].strip())
         elif match := re.search(r"Compiling entry function '(\w+)'", line):
             name = match[1].removesuffix("_mosaic_gpu_kernel")
@@ -91,7 +91,7 @@ def parse(text: str) -> list[Report]:
 
 @contextmanager
 def _stdout_in(path: Path) -> Iterator[None]:
-    """The process's standard output, the compiler's too, in a file."""
+    """Redirect the process's standard output, including the compiler's, to a file."""
     sys.stdout.flush()
     screen = os.dup(1)
     file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)

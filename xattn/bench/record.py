@@ -1,4 +1,4 @@
-"""What a measurement leaves: a JSON file that says with what, of which commit, and where it was made."""
+"""The record of a measurement: a JSON file with its results, settings, commit, versions and machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xattn.runs.provenance import git_state, versions
 
 
 def write_record(options: argparse.Namespace, name: str, found: Mapping[str, Any], **machine: Any) -> None:
-    """``<options.output>/<name>.json``: the options, commit, versions, the machine, and what was found."""
+    """Write ``<options.output>/<name>.json``: the options, commit, versions, the machine, and the results."""
     record = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "commit": dict(zip(("git_commit", "git_dirty"), git_state(), strict=True)),

@@ -1,8 +1,8 @@
-"""``xattn bench start``: seconds from ``python train.py`` to its first step, with no compiled programs and with them.
+"""``xattn bench start``: seconds from ``python train.py`` to its first step, without and with compiled programs.
 
     xattn bench start experiment=shakespeare_cpu data.path=input.txt
 
-Each start is a process of its own in a folder that is deleted afterwards. The first step is there when its row is in
+Each start is a separate process in a folder that is deleted afterwards. The first step is done when its row is in
 metrics.jsonl; then the run is stopped. wandb records offline, as it does where no key is configured.
 """
 

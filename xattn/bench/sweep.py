@@ -3,9 +3,9 @@
     xattn bench sweep                          # 24 runs: 3 activations × 4 learning rates × 2 seeds, trainer=debug
     xattn bench sweep --packs 1 4 16 64        # runs as one program, on the device here: steps a second in total
 
-In the first the same runs are made by ``python train.py -m …``, before and after all others and with an empty cache of
-programs each time; and as processes of their own, in turn without a cache of programs and with one that has them all.
-In the second each pack's step is taken as often as any other's, in turn.
+The first form makes the same runs in two ways: by ``python train.py -m …``, before and after all others, with an empty
+cache of programs each time; and as separate processes, alternately without a cache of programs and with one that has
+them all. In the second form, packs take turns and make equally many steps.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _packs(options: argparse.Namespace) -> dict[str, Any]:
 
     from xattn.config import compose
 
-    config = compose([*_SMALL, "data=python_stdlib", *options.overrides])  # the data are not read
+    config = compose([*_SMALL, "data=python_stdlib", *options.overrides])  # the data is not read
     steps = {size: _Packed(config, size) for size in options.packs}
     for turn in range(options.repeats + 1):
         for packed in steps.values():
@@ -135,7 +135,7 @@ def _packs(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Packed:
-    """Runs of different seeds and rates, stacked, and the seconds of a step of all of them in each block."""
+    """Stacked runs of different seeds and learning rates, and the seconds per step of all of them in each block."""
 
     def __init__(self, config: Any, size: int):
         import numpy as np
@@ -158,7 +158,7 @@ class _Packed:
         self.seconds: list[float] = []
 
     def take(self, steps: int, *, counted: bool) -> None:
-        """As the training loop does: batches are stacked and sent each time, and only the last step is waited for."""
+        """Time steps as in the training loop: batches are stacked and sent each time; only the last step is awaited."""
         import jax
 
         began = time.perf_counter()
@@ -169,7 +169,7 @@ class _Packed:
             self.seconds.append((time.perf_counter() - began) / steps)
 
     def row(self, alone: float) -> dict[str, float]:
-        """What was measured. steps_per_second: of all runs together. alone: seconds of a step of one run."""
+        """Return the measurements. steps_per_second: of all runs together. alone: seconds per step of one run."""
         median, size = statistics.median(self.seconds), self.programs.size
         return {
             "runs": size,

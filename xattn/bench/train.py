@@ -1,10 +1,10 @@
-"""``xattn bench train``: speed, utilisation and memory of whole training steps, and nanoGPT's as their peer.
+"""``xattn bench train``: speed, utilisation and memory of whole training steps, with nanoGPT's as their peer.
 
     xattn bench train --models nano --activations softmax sigmoid none
     xattn bench train --peer nanoGPT --peer-python torch/bin/python experiment=shakespeare_cpu optimizer=adamw
 
-What is compared takes turns in one sitting, a block of steps each, so that a disturbed machine disturbs all alike. A
-subject's figure is its median step over all blocks. Ratios to the peer are of medians, above 1 where ours is faster.
+Subjects take turns in one session, a block of steps each, so that a disturbed machine affects all alike. A subject's
+figure is its median step over all blocks. Ratios to the peer compare medians; above 1, ours is faster.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PEER = "nanoGPT"
 
 @dataclass
 class Subject:
-    """A training step to measure, and the seconds of each that was made."""
+    """A training step to measure, and the seconds of each step made."""
 
     model: str
     activation: str
@@ -51,7 +51,7 @@ class Subject:
     seconds: list[float] = field(default_factory=list)
 
     def steps(self, number: int) -> None:
-        """Each is waited for, as nanoGPT's are by reading the loss."""
+        """Make steps and wait for each, as nanoGPT does by reading the loss."""
         for _ in range(number):
             began = time.perf_counter()
             self.state, metrics = self.programs.step(self.state, self.batch)
@@ -61,12 +61,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one model and activation.
-
-    mfu: model FLOP/s utilisation, flops_per_step over seconds and the device's peak in the dtype of the projections'
-    factors; docs/cost.md says where it differs from nanoGPT's. memory_bytes: of the compiled step, arguments and
-    temporaries. ratio_to_peer: of its median step over ours.
-    """
+    """The measurements of one model and activation."""
 
     model: str
     activation: str
@@ -79,9 +74,13 @@ class Result:
     tokens_per_second: float
     flops_per_step: int
     mfu: float
+    """model FLOP/s utilisation: flops_per_step ÷ seconds ÷ the device's peak in the dtype of the projections' factors;
+    docs/cost.md explains how nanoGPT's differs"""
     memory_bytes: int
+    """of the compiled step: arguments and temporaries"""
     compile_seconds: float
     ratio_to_peer: float | None
+    """the peer's median step ÷ ours"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +126,7 @@ def _parser() -> Parser:
 def _prepare(model: str, activation: str, options: argparse.Namespace) -> Subject:
     choices = [f"model={model}", f"backend.activation={activation}"]
     if not any(override.startswith("data") for override in options.overrides):
-        choices.append("data=python_stdlib")  # not read; an experiment's may still want a path
+        choices.append("data=python_stdlib")  # not read; an experiment's data may still require a path
     config = sized(compose([*options.overrides, *choices]), options.vocab_size)
     compiled, _ = programs(config, options.vocab_size)
     rows, length = config.trainer.batch_size, config.backend.context_length
@@ -152,7 +151,7 @@ def _peer_settings(subjects: list[Subject], options: argparse.Namespace) -> dict
 
 
 def _measure(subjects: list[Subject], peer: Peer | None, steps: int, repeats: int) -> list[float]:
-    """In turn, a block of steps each. The first block of each is not counted. The peer's seconds are returned."""
+    """Run a block of steps of each in turn, without counting the first block; return the peer's seconds."""
     peer_seconds: list[float] = []
     for turn in range(repeats + 1):
         for subject in subjects:
@@ -167,7 +166,7 @@ def _measure(subjects: list[Subject], peer: Peer | None, steps: int, repeats: in
 
 
 def _peak(subject: Subject) -> float:
-    """Operations a second of the devices of a step together: from the table, else what a large product reaches here."""
+    """Return the step's devices' joint operations per second: the table's, else those of a large product here."""
     dtype = subject.config.model.factor_dtype
     known = hardware_of(jax.local_devices()[0].device_kind)
     if known is None:

@@ -1,4 +1,4 @@
-"""``xattn report``, ``xattn verdict`` and ``xattn compare``: what a study's run folders say, with its uncertainty.
+"""``xattn report``, ``xattn verdict`` and ``xattn compare``: what a study's run folders show, with its uncertainty.
 
 Reads run folders only: no jax, no wandb, no network.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
-    """``xattn report outputs/<study>``: writes the report, returns the exit code."""
+    """Write the report of ``xattn report outputs/<study>``; return the exit code."""
     from xattn.report.command import main as report
 
     return report(argv)

@@ -1,4 +1,4 @@
-"""What a report is made from: what was asked, and the comparisons that answer it."""
+"""What a report is made from: the question, and the comparisons that answer it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xattn.report.statistics import Effect
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group of runs that answer one question, and the answer. probes: in-context measure → its effects."""
+    """A group of runs that answer one question, and the answer."""
 
     group: Group
     design: Design
@@ -24,26 +24,28 @@ class Comparison:
     effects: Sequence[Effect]
     interactions: Sequence[Effect]
     probes: Mapping[str, Sequence[Effect]]
+    """in-context measure → its effects"""
 
     @property
     def runs(self) -> tuple[Run, ...]:
         return self.group.runs
 
     def of(self, factor: Factor) -> list[Effect]:
-        """The factor's effects, an arm each."""
+        """Return the factor's effects, one for each arm."""
         return [effect for effect in self.effects if effect.factor == factor.key]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """All that the page is made from. alone: groups without a factor, where the study has several groups. finding: what
-    became of the claim that the study's experiment states, where it states one."""
+    """Everything that the page is made from."""
 
     study: Study
     comparisons: Sequence[Comparison]
     alone: Sequence[Comparison]
+    """groups without a factor, if the study has several groups"""
     odd: Sequence[str]
     finding: Finding | None
+    """the outcome of the claim that the study's experiment states, if it states one"""
     selection: Selection
     command: str
 
@@ -54,19 +56,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a study.
-
-    metric: a number of summary.json; None for the validation loss, or bits per byte where the runs' tokens differ.
-    tuned: keys that were tuned for each arm, besides the learning rate. where: key → the values that runs are taken
-    with. seeds: those that are taken, None for all. baselines: key → the arm that others are compared with. selection:
-    None for ``heldout`` where ``sweep.half_width`` chose the number of seeds, else ``same``. two_stage: the half-width
-    that is asked for and the size of the pilot; None for what the runs say.
-    """
+    """What is asked of a study."""
 
     metric: str | None = None
+    """a number of summary.json; None for validation loss, or bits per byte if the runs' tokens differ"""
     selection: Selection | None = None
+    """None for ``heldout`` with `two_stage` or where ``sweep.half_width`` chose the number of seeds, else ``same``"""
     tuned: Sequence[str] = ()
+    """keys tuned for each arm, besides the learning rate"""
     where: Mapping[str, Sequence[str]] | None = None
+    """key → the values that select runs"""
     seeds: Sequence[str] | None = None
+    """the seeds that select runs; None for all"""
     baselines: Mapping[str, str] | None = None
+    """key → the arm that the others are compared with"""
     two_stage: tuple[float, int] | None = None
+    """the requested half-width and the size of the pilot; None for what the runs say"""

@@ -1,4 +1,4 @@
-"""The parts that a page is made of, whatever it is written in."""
+"""The parts of a page, whatever its format."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """words: the columns that hold words. code: those that hold what a person types. All others hold numbers.
-
-    folders: the column that holds names of run folders, which become links to them.
-    """
+    """A table. Columns not listed in words, code or folders hold numbers."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[str] = ()
     code: Sequence[str] = ()
+    """the columns that hold what a user types"""
     folders: str = ""
+    """the column of run folder names, which become links"""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure by its file's name, without the ending."""
+    """A figure, by its file's name without the suffix."""
 
     name: str
     caption: str

@@ -25,7 +25,7 @@ _LETTERS = 16  # of a hash
 
 
 def what_is_odd(study: Study, comparisons: Sequence[Comparison], selection: Selection) -> list[str]:
-    """A sentence for each thing that a reader should know before believing a difference."""
+    """Return a sentence for each thing that a reader should know before believing a difference."""
     said = _folders(study)
     for i, each in enumerate(comparisons, 1):
         of_one = [
@@ -68,7 +68,7 @@ def _folders(study: Study) -> list[str]:
 
 
 def _metric(comparison: Comparison) -> list[str]:
-    """What the numbers are of, where that is not the same for all or not what was expected."""
+    """Return what the numbers measure, if that differs between runs or is not what was expected."""
     metric, runs = comparison.metric, comparison.runs
     said = []
     if metric.name == BITS and loss_metric(run.config for run in runs) == BITS:
@@ -104,7 +104,7 @@ def _too_few(design: Design, selection: Selection) -> list[str]:
 
 
 def _missing(each: Comparison) -> list[str]:
-    """Where ``sweep.half_width`` chose how many seeds each arm has, only those before its last are missing."""
+    """Return what was not run. Where ``sweep.half_width`` chose the seeds, only those before an arm's last count."""
     said, design = [], each.design
     on_demand = bool(asked_half_widths(each.runs))
     for cell, settings in design.runs.items():
@@ -146,7 +146,7 @@ def _edges(design: Design, chosen: Mapping[Cell, Chosen]) -> list[str]:
 
 
 def _unequal(runs: Sequence[Run]) -> list[str]:
-    """Things that should be the same for all runs, and are not."""
+    """Return what should be the same for all runs but is not."""
     ended = [run for run in runs if run.status in ("done", "diverged")]
     things: list[tuple[str, Callable[[Run], object]]] = [
         ("data (data_sha256)", lambda run: run.provenance.get("data_sha256")),
@@ -174,7 +174,7 @@ def _unequal(runs: Sequence[Run]) -> list[str]:
 
 
 def _budgets(comparison: Comparison) -> list[str]:
-    """Arms that were given more than the baseline: training tokens of their pairs, and settings to choose from."""
+    """Return where arms differ in budget: the training tokens of their pairs, and the settings to choose from."""
     said = []
     design = comparison.design
     for i, factor in enumerate(design.factors):
@@ -237,12 +237,12 @@ def _baselines(factors: Sequence[Factor]) -> list[str]:
 
 
 def _brief(text: str) -> str:
-    """The beginning of a digest; any other text as it is."""
+    """Return the beginning of a digest; any other text unchanged."""
     return text[:_LETTERS] if re.fullmatch("[0-9a-f]{40,}", text) else text
 
 
 def _list(names: Sequence[str], of: int | None = None) -> str:
-    """At most eight of the names, and how many more there are; of: how many there are in all."""
+    """Return at most eight of the names, and how many more there are; of: their total number."""
     shown = names[:_AT_MOST]
     more = (len(names) if of is None else of) - len(shown)
     return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")

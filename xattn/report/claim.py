@@ -1,4 +1,4 @@
-"""Whether a study shows the claim that its experiment stated before the first run."""
+"""Decides whether a study shows the claim that its experiment stated before the first run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Says = Literal["shown", "contradicted", "undecided"]
 
 @dataclass(frozen=True)
 class Decided:
-    """A contrast and its mean over seeds, with a t interval; None where fewer than two seeds have it.
+    """A contrast's mean over seeds with a t interval; None with fewer than two seeds.
 
-    The intervals of a claim's contrasts hold at once with probability 0.95 (Bonferroni). why_not: why there is none.
+    The intervals of a claim's contrasts hold simultaneously with probability 0.95 (Bonferroni).
     """
 
     contrast: Contrast
@@ -36,10 +36,11 @@ class Decided:
     low: float | None = None
     high: float | None = None
     why_not: str = ""
+    """why there is no number"""
 
     @property
     def words(self) -> str:
-        """``+0.0123 [+0.0100, +0.0146]``, or why there is no number."""
+        """Return ``+0.0123 [+0.0100, +0.0146]``, or why there is no number."""
         if self.mean is None:
             return self.why_not
         form = f"+{precision(self.contrast.metric)}"
@@ -56,11 +57,12 @@ class Decided:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a claim. otherwise: runs of the study that state another one, or none."""
+    """A claim and its outcome."""
 
     stated: FindingConfig
     contrasts: tuple[Decided, ...]
     otherwise: int
+    """runs of the study that state another claim or none"""
 
     @property
     def says(self) -> Says:
@@ -69,7 +71,7 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """The claim, the outcome, and the contrasts that decide it."""
+        """Return the claim, its outcome, and the contrasts that decide it."""
         claim = self.stated.claim.rstrip(".")
         parts = "; ".join(f"{each.contrast.name} {each.words}: {each.says}" for each in self.contrasts)
         told = f"“{claim}” ({self.stated.source}) is {self.says}: {parts}."
@@ -79,7 +81,7 @@ class Finding:
 
 
 def finding_of(runs: Sequence[Run]) -> Finding | None:
-    """What the runs say of the claim that the first of them stated; None where none states one that can be read."""
+    """Return the outcome of the claim that the first of the runs stated; None if no run states a readable one."""
     claims = {run.folder: _stated(run) for run in runs}
     first = min(
         (run for run in runs if claims[run.folder] is not None),
@@ -121,13 +123,13 @@ def _decided(contrast: Contrast, runs: Sequence[Run], level: float) -> Decided:
 
 
 def _differ(metric: Metric, runs: Sequence[Run]) -> str | None:
-    """Why two of the runs' numbers are not comparable; None where all are."""
+    """Return why two of the runs' numbers are not comparable; None if all are."""
     units = [found[1] for run in runs if (found := metric.of(run)) is not None]
     return next((why for unit in units if (why := metric.why_not(units[0], unit)) is not None), None)
 
 
 def _by_seed(runs: Sequence[Run], contrast: Contrast, metric: Metric) -> pd.Series:
-    """The number of one side of the contrast, of each seed that has all of its runs."""
+    """Return the number of one side of the contrast for each seed that has all of that side's runs."""
     keys = sorted({key for run in runs for key in run.config if changes_training(key, run.config)} - {"seed"})
     varying = [key for key in keys if len({show(run.config.get(key)) for run in runs}) > 1 and key != contrast.over]
     rows = [

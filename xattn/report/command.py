@@ -1,4 +1,4 @@
-"""``xattn report``: reads a study, judges it, writes outputs/<study>/report/."""
+"""``xattn report``: reads a study, judges it, and writes outputs/<study>/report/."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from xattn.system.screen import counted, say
 _PAGE = "report.html"
 _VERDICT = "verdict.json"
 _DRAWN = 5  # comparisons with figures, at most
-# The files of every figure that there can be.
+# The files of every possible figure.
 _FIGURES = [
     f"{begins}{name}.{suffix}"
     for begins in ("", *(prefix(i) for i in range(1, _DRAWN)))
@@ -61,13 +61,13 @@ _EPILOG = """examples:
 
 
 class Publish(Protocol):
-    """Takes a written report elsewhere where the command line or the study's runs ask for it; what to tell of that."""
+    """Publishes a written report if the command line or the study's runs ask for it; returns a message to print."""
 
     def __call__(self, study: Study, folder: Path, *, asked: bool) -> str | None: ...
 
 
 def main(argv: Sequence[str], publish: Publish | None = None) -> int:
-    """Judges a study and writes its report. publish: carries out ``--wandb``; None means there is no such option."""
+    """Judge a study and write its report. publish: carries out ``--wandb``; None means there is no such option."""
     parser = Parser(
         prog="xattn report",
         description="Judge a study and write its report.",
@@ -123,11 +123,11 @@ def _tell(found: Answer, target: Path, file: TextIO) -> None:
 
 
 def write(found: Answer, folder: Path) -> None:
-    """Writes the report's files, each whole or not at all. Raises :class:`BadInput` where the folder is a run's."""
+    """Write the report's files, each whole or not at all. Raises :class:`BadInput` if the folder is a run's."""
     if (folder / run_folder.CONFIG).exists():
         raise BadInput(f"{folder}: is a run's folder; say where the report is to be written with --out FOLDER")
     folder.mkdir(exist_ok=True, parents=True)
-    if (folder / _PAGE).exists():  # a report of ours, on what the study was then: the page would not show its figures
+    if (folder / _PAGE).exists():  # an earlier report: the new page would not show its figures
         for old in (path for pattern in _FIGURES for path in folder.glob(pattern)):
             old.unlink(missing_ok=True)
     captions, svgs = {}, {}
@@ -135,13 +135,12 @@ def write(found: Answer, folder: Path) -> None:
         svgs[name] = figures.save(figure, folder, name)
         captions[name] = caption
     for name, text in texts(found, captions, svgs, folder).items():
-        content = text.encode("utf-8", "backslashreplace")  # a folder's name may be no text
+        content = text.encode("utf-8", "backslashreplace")  # a folder's name may not be text
         run_folder.write_atomically(folder / name, content, shared=True)
 
 
 def texts(found: Answer, captions: Mapping[str, str], svgs: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """File name → content, of the files that are text and are to stand in ``folder``; the pages hold the figures that
-    are given, by name."""
+    """Return file name → content of the text files for ``folder``. The pages contain the given figures, by name."""
     page = page_of(found, captions)
     study, folder = found.study.folder.resolve(), folder.resolve()
     here = "/".join(("", *folder.parts[-2:], _PAGE))
@@ -207,7 +206,7 @@ def _figures_of(each: Comparison) -> Iterator[tuple[str, Figure, str]]:
 
 
 def panels_of(each: Comparison) -> dict[str, dict[str, Effect]]:
-    """Title → arm → effect: a panel for each family of factors. Lengths of training have one only by themselves."""
+    """Return title → arm → effect: a panel per family of factors. Training lengths have one only as the sole factor."""
     found = {}
     for family in each.design.families:
         effects = [effect for effect in each.effects if effect.factor in {factor.key for factor in family}]
@@ -221,7 +220,7 @@ def panels_of(each: Comparison) -> dict[str, dict[str, Effect]]:
 
 
 def _differences(each: Comparison) -> dict[str, dict[str, Curve]]:
-    """factor → arm → how its difference to the baseline grows."""
+    """Return factor → arm → how its difference to the baseline develops."""
     if not is_of_text(each.metric.name):
         return {}
     found: dict[str, dict[str, Curve]] = {}

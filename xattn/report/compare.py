@@ -27,9 +27,11 @@ _ROWS = {
 
 
 def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): a column a run; the keys that differ and say what was computed, then what was measured, the
-    probes too. The difference to the first run is of val_loss, or of val_bpb where the runs' tokens differ, and only
-    where both are of the same text and windows."""
+    """Return (columns, rows), a column per run: the differing keys that affect the computation, then what was measured.
+
+    The difference to the first run is in val_loss, or in val_bpb if the runs' tokens differ. It needs the same text and
+    windows on both sides.
+    """
     rows = [[key, *map(show, values)] for key, values in _differing(runs).items()]
     rows.append(["status", *(run.status for run in runs)])
     metric = _metric(runs)
@@ -42,7 +44,7 @@ def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """The same for programs: an object a run, whose ``difference`` to the first is of ``metric``."""
+    """Return the same for programs: an object per run, with its ``difference`` in ``metric`` to the first run."""
     metric, differing, measured = _metric(runs), _differing(runs), _measured(runs)
     return {
         "schema_version": 1,
@@ -61,14 +63,14 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The keys that say what was computed and differ → the value of each run."""
+    """Return the differing keys that affect the computation → the value of each run."""
     keys = dict.fromkeys(key for run in runs for key in run.config if has_effect(key))
     values = {key: [run.config.get(key) for run in runs] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
 def _measured(runs: Sequence[Run]) -> dict[str, str]:
-    """What is shown of the summaries → its format."""
+    """Return the numbers to show from the summaries → their formats."""
     return _ROWS | dict.fromkeys((key for run in runs for key in run.summary if key.startswith("probe/")), ".4g")
 
 
@@ -77,7 +79,7 @@ def _metric(runs: Sequence[Run]) -> Metric:
 
 
 def _to_the_first(runs: Sequence[Run], metric: Metric) -> list[float | None]:
-    """The differences to the first run's loss, where both are of the same thing; None for the first."""
+    """Return the differences to the first run's loss, where both measure the same thing; None for the first."""
     differences: list[float | None] = [None]
     first = runs[0].number(metric.name)
     for run in runs[1:]:

@@ -1,4 +1,4 @@
-"""The claim that a study is to show, as its YAML states it. Importing this module imports no jax."""
+"""The claim that a study tests, as its YAML states it. Importing this module imports no jax."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _THRESHOLD = re.compile(r"(>|<|within|beyond) *([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]
 
 
 class Threshold(NamedTuple):
-    """A part of the real line: ``> x``; ``< x``; ``within x``, from −x to x; ``beyond x``, all but that."""
+    """A part of the real line: ``> x``; ``< x``; ``within x``, from −x to x; ``beyond x``, outside that range."""
 
     relation: str
     size: float
 
     def holds(self, low: float, high: float) -> bool:
-        """Whether the whole interval lies in it."""
+        """Return whether the whole interval lies in it."""
         if self.relation == "within":
             return -self.size < low and high < self.size
         above, below = low > self.size, high < (-self.size if self.relation == "beyond" else self.size)
@@ -27,7 +27,7 @@ class Threshold(NamedTuple):
 
 
 def threshold(text: str) -> Threshold:
-    """Raises :class:`ValueError` where the text is none."""
+    """Parse a threshold. Raises :class:`ValueError` if the text is not one."""
     if (found := _THRESHOLD.fullmatch(text)) is None:
         raise ValueError("> x, < x, within x or beyond x, x a number")
     return Threshold(found[1], float(found[2]))
@@ -42,36 +42,31 @@ ThresholdText = Annotated[str, AfterValidator(_is_threshold)]
 
 
 class Contrast(Section):
-    """A number that a claim is about, a mean over seeds, and what it has to be."""
+    """A number that a claim is about, a mean over seeds, and where its interval must lie."""
 
     name: str = Field(min_length=1)
     """What the page calls it."""
     metric: str = "val_loss"
     """A number of summary.json."""
     of: dict[str, Any] = Field(min_length=1)
-    """Dotted key → the value that runs have with it, or a list of values. Runs that differ in other keys besides the
-    seed are averaged.
-    """
+    """Dotted key → its runs' value, or a list of values. Runs that differ in other keys than the seed are averaged."""
     minus: dict[str, Any] | None = None
-    """The same for the runs whose number is subtracted, seed by seed; a key that it leaves out has its value in ``of``.
-    null subtracts nothing.
-    """
+    """The runs to subtract, seed by seed; an omitted key has its value in ``of``. null subtracts nothing."""
     over: str | None = None
-    """A key with several values in these runs; null without one."""
+    """A key with several values in these runs; null if there is none."""
     reduced: Literal["mean", "best", "range"] = "mean"
-    """How the values of ``over`` become one number: ``best`` takes the one with the best mean over seeds, ``range`` the
-    greatest number minus the least, seed by seed; ``mean`` goes with over = null.
-    """
+    """How the values of ``over`` become one number: ``best`` takes the value with the best mean over seeds, ``range``
+    the greatest number minus the least, seed by seed; ``mean`` requires over = null."""
     at_most: float | None = None
-    """The number that a greater one, or a diverged run, counts as; null leaves the seed of a diverged run out."""
+    """Greater numbers and diverged runs count as this number; null leaves out the seed of a diverged run."""
     shown: ThresholdText
-    """Where the whole interval has to lie for the claim: ``> x``, ``< x``, ``within x`` (−x to x) or ``beyond x``."""
+    """Where the whole interval must lie to show the claim: ``> x``, ``< x``, ``within x`` (−x to x) or ``beyond x``."""
     contradicted: ThresholdText
-    """Where the whole interval has to lie against the claim, in the same words."""
+    """Where the whole interval must lie to contradict the claim, in the same words."""
 
     @property
     def keys(self) -> set[str]:
-        """The dotted keys that it names."""
+        """Return the dotted keys that it names."""
         return {*self.of, *(self.minus or {}), *([] if self.over is None else [self.over])}
 
     @model_validator(mode="after")
@@ -82,7 +77,7 @@ class Contrast(Section):
 
 
 class FindingConfig(Section):
-    """The group ``finding``: a claim that is shown where each contrast is, and contradicted where one of them is."""
+    """The group ``finding``: a claim that is shown if each contrast is, and contradicted if one of them is."""
 
     claim: str = Field(min_length=1)
     """The claim, in one sentence."""

@@ -1,5 +1,4 @@
-"""What the page says: what was trained, the verdicts with their picture, then what they rest on, what is odd, and every
-run."""
+"""The page's content: what was trained, the verdicts with their figure, their basis, what is odd, and every run."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ from xattn.report.words import (
 from xattn.report.worth import Fitted, laws
 from xattn.system.screen import counted
 
-_ROWS = 40  # of a table of what is not judged, at most
+_ROWS = 40  # at most, of the settings that are not compared and of commands
 _NOTE = (
     "Means are of the pairs alone, the same seed on both sides, averaged over the combinations of the other factors "
     "that both were run with; so their difference is the one beside them. Left out: runs with a value at the chosen "
@@ -53,11 +52,11 @@ _FINDING_NOTE = (
 )
 _NOTE_BCA = f" BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on."
 
-Pictures = Mapping[str, str]  # name → caption, of the figures that there are
+Pictures = Mapping[str, str]  # name → caption of each figure drawn
 
 
 def page_of(found: Answer, pictures: Pictures) -> Page:
-    """The page; a comparison's figures are those that :func:`prefix` begins the name of."""
+    """Return the page. The names of a comparison's figures start with its :func:`prefix`."""
     judged = [run for each in found.comparisons for run in each.runs]
     blocks: list[Block] = [*trained(found.study.runs, judged or found.study.runs)]
     for i, each in enumerate(found.comparisons):
@@ -77,12 +76,12 @@ def page_of(found: Answer, pictures: Pictures) -> Page:
 
 
 def prefix(i: int) -> str:
-    """What the names of the figures of the i-th comparison begin with."""
+    """Return the start of the i-th comparison's figure names."""
     return f"{i + 1}-" if i else ""
 
 
 def where(found: Answer, i: int) -> str:
-    """For a heading where there are several comparisons: this one's number, and what sets it apart."""
+    """Return, for a heading, a comparison's number and what distinguishes it; empty if it is the only one."""
     if len(found.comparisons) == 1:
         return ""
     label = found.comparisons[i].group.label
@@ -103,19 +102,19 @@ def _verdicts(each: Comparison) -> Iterator[Block]:
 
 
 def _worths(effects: Sequence[Effect]) -> Iterator[str]:
-    """A sentence for each arm whose worth is known."""
+    """Yield a sentence for each arm with a known worth."""
     for effect in effects:
         if effect.worth is not None and effect.worth.steps is not None:
             yield f"{show(effect.arm)} is {in_steps(effect.worth)}."
 
 
 def _with(factor: Factor) -> str:
-    """The keys that change with the factor's."""
+    """Return a phrase naming the keys that change with the factor's."""
     return f" (and with it {', '.join(map(short, factor.also))})" if factor.also else ""
 
 
 def _alone(found: Answer) -> Iterator[Block]:
-    """Runs that no other differs from in one choice alone."""
+    """Yield the settings that differ from every other in more than one choice."""
     if not found.alone:
         return
     yield Heading("Not compared")
@@ -138,7 +137,7 @@ def _alone(found: Answer) -> Iterator[Block]:
 
 
 def _details(each: Comparison, selection: Selection, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
-    """What a comparison's verdicts rest on."""
+    """Yield what a comparison's verdicts rest on."""
     if each.effects:
         yield Heading(f"Statistics{where}")
         for factor in each.design.factors:
@@ -178,7 +177,7 @@ def _selection(each: Comparison, selection: Selection) -> str:
 
 
 def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
-    """A factor's arms against its baseline, in numbers and in words."""
+    """Yield a factor's arms against its baseline, in numbers and in words."""
     effects, boot = each.of(factor), _has_bootstrap(each)
     if not effects:
         return
@@ -202,7 +201,7 @@ def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
 
 
 def _worth(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
-    """The laws that the arms' worth rests on."""
+    """Yield the laws that the arms' worth rests on."""
     found = laws(each)
     if not found:
         return
@@ -246,7 +245,7 @@ def _interactions(each: Comparison, where: str) -> Iterator[Block]:
 
 
 def _cells(each: Comparison) -> Table:
-    """Every combination's own mean and spread."""
+    """Return a table of every combination's mean and spread."""
     rows = []
     for cell, at in each.chosen.items():
         values = list(at.values.values())
@@ -350,7 +349,7 @@ def _oddities(found: Answer) -> Iterator[Block]:
 
 
 def _runs(found: Answer) -> Iterator[Block]:
-    """Every run, by the words in which its command differs from the others'."""
+    """Yield every run with the words of its command that the others do not share."""
     runs = found.study.runs
     yield Heading("Every run")
     begun = Counter(run.provenance["command"] for run in runs if run.provenance.get("command"))
@@ -418,7 +417,7 @@ _COUNTED = ("left out", "diverged")
 
 
 def _result(run: Run, metric: Metric | None, names: Collection[str]) -> str:
-    """The run's value of what it is judged by, with its name where that is not the same for all."""
+    """Return the run's value of its metric, with the metric's name if runs are judged by several."""
     value = None if metric is None else metric.value(run)
     if metric is None or value is None:
         return "–"

@@ -1,4 +1,4 @@
-"""What the arms cost beside their loss, and how smoothly they trained."""
+"""What the arms cost besides their loss, and how smoothly they trained."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 from xattn.report.read import Run
 from xattn.report.selection import Chosen
 
-WINDOW = 20  # logged rows before a row, that a spike is judged by
+WINDOW = 20  # preceding logged rows that a spike is judged by
 SPIKE = 6.0  # robust standard deviations
-SAME_LOAD = 1.25  # the fastest run of one program over the slowest
+SAME_LOAD = 1.25  # highest ratio of the fastest to the slowest run of one program
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Means over a cell's finished runs at its chosen setting; None where no run says it.
-
-    compile_seconds is of the cell's runs that compiled. spikes: mean number of loss spikes a run. grad_norm,
-    max_grad_norm: the median over the logged steps, and the largest of all.
-    """
+    """Means over a cell's ended runs at its chosen setting; None if no run has the number."""
 
     tokens_per_second: float | None
     compile_seconds: float | None
+    """over the cell's runs that compiled"""
     peak_memory_bytes: float | None
     num_params: float | None
     flops_per_step: float | None
     spikes: float | None
+    """loss spikes per run"""
     grad_norm: float | None
+    """median over the logged steps"""
     max_grad_norm: float | None
+    """the largest of all"""
 
 
 def cost_of(chosen: Chosen, compiled: Iterable[Run]) -> Cost:
-    """compiled: all runs of the cell. Settings share programs, and the run that compiled may be of another setting."""
+    """Return a cell's cost. compiled: all its runs, since settings share programs and any of them may have compiled."""
     runs = [run for run in chosen.runs.values() if run.status in ("done", "diverged")]
     norms = [run.curves["grad_norm"][~np.isnan(run.curves["grad_norm"])] for run in runs]
     norms = [norm for norm in norms if norm.size]
@@ -51,9 +51,11 @@ def cost_of(chosen: Chosen, compiled: Iterable[Run]) -> Cost:
 
 
 def loss_spikes(losses: np.ndarray) -> int:
-    """How many logged training losses stand out: more than 6 robust standard deviations above the median of the 20
-    logged before them, the deviation being 1.4826 × the median absolute deviation of those 20 from their median, and at
-    least a thousandth of the median. Neighbouring ones are one spike."""
+    """Count the logged training losses that stand out. Neighbouring ones are one spike.
+
+    Such a loss lies more than 6 robust standard deviations above the median of the 20 logged before it. The deviation
+    is 1.4826 × the median absolute deviation of those 20 from their median, and at least a thousandth of the median.
+    """
     known = losses[~np.isnan(losses)]
     if known.size <= WINDOW:
         return 0
@@ -65,9 +67,9 @@ def loss_spikes(losses: np.ndarray) -> int:
 
 
 def circumstances(run: Run) -> dict[str, object]:
-    """What has to be equal for two speeds to be set side by side.
+    """Return what must be equal for two speeds to be compared.
 
-    A CPU's ``device_kind`` does not tell one processor from another, so its host is among them.
+    A CPU's ``device_kind`` does not distinguish processors, so its host is included.
     """
     kind = run.provenance.get("device_kind")
     return {
@@ -79,16 +81,15 @@ def circumstances(run: Run) -> dict[str, object]:
 
 
 def is_speed(metric: str) -> bool:
-    """Whether it says how fast the machine was: tokens_per_second, wall_seconds, compile_seconds."""
+    """Return whether the metric is a speed of the machine: tokens_per_second, wall_seconds, compile_seconds."""
     return metric.endswith(("_per_second", "_seconds"))
 
 
 def why_speeds_differ(cells: Iterable[Chosen]) -> str | None:
-    """What besides the arms may be behind their speeds; None where all runs were made under the same circumstances, and
-    nothing says that the load was not the same.
+    """Return what besides the arms may explain their speeds; None if circumstances, and apparently loads, are equal.
 
-    How busy a machine was stands in no file. But the runs of a cell are one program, so their speeds should agree:
-    where the fastest is more than a quarter faster than the slowest, something else was running.
+    No file records how busy a machine was. But the runs of a cell are one program, so their speeds should agree: if the
+    fastest is more than a quarter faster than the slowest, something else was running.
     """
     by_cell = [[run for run in chosen.runs.values() if run.status == "done"] for chosen in cells]
     found = [circumstances(run) for runs in by_cell for run in runs]

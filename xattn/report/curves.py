@@ -1,4 +1,4 @@
-"""Learning curves of cells, against steps, tokens and seconds; and how the difference of two arms grows."""
+"""Learning curves of cells against steps, tokens and seconds, and how the difference of two arms develops."""
 
 from __future__ import annotations
 
@@ -22,35 +22,36 @@ POINTS = 300  # at most
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean over the seeds and its 95 % t interval, at the steps that all of them have. x: axis → where they are on it.
+    """Mean over the seeds with its 95 % t interval, at the steps that all of them have.
 
-    With one seed the interval is empty: low and high are the mean.
+    With one seed the interval is empty: low and high equal the mean.
     """
 
     key: str
     x: Mapping[str, np.ndarray]
+    """axis → the steps' positions on it"""
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
 
 
 def loss_curves(chosen: Mapping[Cell, Chosen]) -> dict[Cell, Curve]:
-    """Of one loss, so that they can be set side by side: the one that most cells have, of those that are of the same
-    thing in all runs. Empty where none is."""
+    """Return curves of one loss, so that cells can be compared: of the losses that measure the same thing in all runs,
+    the one that most cells have. Empty if there is none."""
     runs = [run for each in chosen.values() for run in each.runs.values()]
     found = [curves_of(chosen, key) for key in (LOSS, BITS, "train_loss") if are_comparable(runs, key)]
     return max(found, key=len, default={})
 
 
 def curves_of(chosen: Mapping[Cell, Chosen], key: str) -> dict[Cell, Curve]:
-    """Of the cells that have one."""
+    """Return the curves of the cells that have one."""
     return {cell: curve for cell, each in chosen.items() if (curve := curve_of(each, key)) is not None}
 
 
 def curve_of(chosen: Chosen, key: str) -> Curve | None:
-    """None where less than two values were logged.
+    """Return the curve of the finished runs or, if there are none, of the diverged ones up to that point.
 
-    Of the runs that are done; where none is, of those that diverged, up to there.
+    None if fewer than two values were logged.
     """
     done = [run for run in chosen.runs.values() if run.status == "done"]
     runs = done or [run for run in chosen.runs.values() if run.status == "diverged"]
@@ -63,10 +64,10 @@ def curve_of(chosen: Chosen, key: str) -> Curve | None:
 
 
 def difference_curve(pairs: Matched) -> Curve | None:
-    """Arm − baseline over the seeds, against steps, each seed's the mean over the combinations of the other factors.
+    """Return arm − baseline over the seeds, against steps, each seed averaged over the other factors' combinations.
 
-    Of the training loss where both sides saw the same batches at the same step, so that the noise of batches cancels;
-    else of val_loss or val_bpb, where it is of the same thing. None without a loss, pairs, or common steps.
+    The loss is the training loss if both sides saw the same batches at the same step, so that batch noise cancels; else
+    val_loss or val_bpb, if it measures the same thing. None without a loss, pairs, or common steps.
     """
     both = [[(ours.runs[seed], theirs.runs[seed]) for ours, theirs in pairs.cells] for seed in pairs.seeds]
     all_pairs = [pair for of_seed in both for pair in of_seed]
@@ -90,14 +91,14 @@ def difference_curve(pairs: Matched) -> Curve | None:
 
 
 def _same_batches(ours: Run, theirs: Run) -> bool:
-    """Whether the runs see the same tokens at the same step: data, their order and the batch's shape are the same."""
+    """Return whether the runs see the same tokens at each step: the same data, order and batch shape."""
     keys = {key for run in (ours, theirs) for key in run.config if key.startswith("data.")}
     keys |= {"seed", "backend.context_length", "trainer.batch_size"}
     return all(ours.config.get(key) == theirs.config.get(key) for key in keys)
 
 
 def training_seconds(run: Run, steps: np.ndarray) -> np.ndarray | None:
-    """Seconds of training alone up to these steps: the sum of tokens ÷ tokens_per_second over the rows before."""
+    """Return seconds of training alone up to these steps: the sum of tokens ÷ tokens_per_second over earlier rows."""
     rate, logged, each = run.curves["tokens_per_second"], run.curves["step"], run.tokens_per_step
     there = rate > 0
     if each is None or not there.any():
@@ -107,7 +108,7 @@ def training_seconds(run: Run, steps: np.ndarray) -> np.ndarray | None:
 
 
 def _shared_steps(points: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The steps that all have, thinned out to at most :data:`POINTS`."""
+    """Return the steps that all have, thinned out to at most :data:`POINTS`."""
     steps = reduce(np.intersect1d, [steps for steps, _ in points]) if points else np.empty(0)
     return steps[np.unique(np.linspace(0, steps.size - 1, POINTS).round().astype(int))] if steps.size > 1 else steps
 
@@ -118,7 +119,7 @@ def _at(points: tuple[np.ndarray, np.ndarray], steps: np.ndarray) -> np.ndarray:
 
 
 def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, low and high of (seeds, steps)."""
+    """Return mean, low and high of (seeds, steps)."""
     mean, seeds = values.mean(0), len(values)
     if seeds == 1:
         return mean, mean, mean
@@ -127,7 +128,7 @@ def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _points(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
-    there = np.abs(run.curves[key]) < 1e100  # and no NaN; beyond there is nothing to draw
+    there = np.abs(run.curves[key]) < 1e100  # also drops NaN; larger values cannot be drawn
     return run.curves["step"][there], run.curves[key][there]
 
 

@@ -21,7 +21,7 @@ from xattn.runs import run_folder
 from xattn.system import entry, screen
 from xattn.system.arguments import Parser
 
-# What is neither is undecided: also where the arm's values are better and a larger share of it diverged.
+# Any other outcome is undecided, also if the arm's values are better but a larger share of its runs diverged.
 _CODES: dict[words.Outcome, ExitCode] = {"better": ExitCode.DONE, "worse": ExitCode.OPPOSITE}
 _TOLD = {ExitCode.DONE: "shown", ExitCode.UNDECIDED: "undecided", ExitCode.OPPOSITE: "the opposite is shown"}
 _EPILOG = """exit codes:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Found(NamedTuple):
-    """An effect and the comparison that it is of, with the number that the report gives it."""
+    """An effect and its comparison, with the number that the report gives the comparison."""
 
     number: int
     comparison: Comparison
@@ -87,7 +87,7 @@ def _asked_for(found: Answer, key: str, arm: str, than: str | None) -> _Found:
 
 
 def _refuse(found: Answer, key: str, arm: str, than: str | None) -> NoReturn:
-    """Raises the :class:`BadInput` that says why there is no such effect."""
+    """Raise the :class:`BadInput` that says why there is no such effect."""
     factors = [factor for comparison in found.comparisons for factor in comparison.design.factors]
     own = [factor for factor in factors if factor.key == key]
     for factor in factors:

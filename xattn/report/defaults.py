@@ -1,4 +1,4 @@
-"""What ``python train.py`` without a word would run: the values of conf/, read without Hydra."""
+"""What ``python train.py`` runs without arguments: the values of conf/, read without Hydra."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from xattn.section import CONF
 
 
 def conf_defaults(conf: Path = CONF) -> dict[str, Any]:
-    """Dotted key → default value.
+    """Return dotted key → default value.
 
-    Knows what conf/ uses of Hydra's defaults lists: ``- group: choice`` in config.yaml, ``[file, _self_]`` in a choice.
+    Supports what conf/ uses of Hydra's defaults lists: ``- group: choice`` in config.yaml, ``[file, _self_]`` in a
+    choice.
     """
     tree = yaml.safe_load((conf / "config.yaml").read_text("utf-8"))
     values: dict[str, Any] = {}
@@ -30,7 +31,7 @@ def conf_defaults(conf: Path = CONF) -> dict[str, Any]:
 
 
 def choice_values(group: Path, name: str) -> dict[str, Any]:
-    """Key within the group → the value that the choice of that name gives it, in a folder of choices."""
+    """Return key within the group → the value that the named choice gives it, from a folder of choices."""
     tree = yaml.safe_load((group / f"{name}.yaml").read_text("utf-8")) or {}
     bases = [base for base in tree.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     values: dict[str, Any] = {}
@@ -40,7 +41,7 @@ def choice_values(group: Path, name: str) -> dict[str, Any]:
 
 
 def _leaves(tree: Mapping[Any, Any]) -> dict[str, Any]:
-    """``3e-3`` is a string to YAML 1.1, which wants a dot, and a number to omegaconf and so to a run's config.yaml."""
+    """Return the leaves, with ``3e-3`` as a number, as in config.yaml; YAML 1.1 wants a dot and reads a string."""
     return {
         key: float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) else value
         for key, value in flatten(tree)

@@ -1,5 +1,4 @@
-"""What a study asks, found in its runs: the groups that belong together, and in each the factors, what was tuned for
-each of their arms, and the pairing by seed."""
+"""Finds a study's questions in its runs: groups that belong together, with their factors, tuned keys and pairing."""
 
 from __future__ import annotations
 
@@ -24,44 +23,40 @@ Setting = tuple[Any, ...]  # a value for each tuned key
 
 @dataclass(frozen=True)
 class Factor:
-    """A key that differs between the runs.
-
-    also: keys that change with it and that the runs cannot tell apart from it (``optimizer.momentum`` where
-    ``optimizer.name`` changes). baseline: the one asked for; else conf's default where it is among the arms; else the
-    arm with most runs. baseline_is_given: whether it is one of the first two.
-    """
+    """A key that differs between the runs."""
 
     key: str
     arms: tuple[Any, ...]
     baseline: Any
+    """the requested one; else conf's default if it is among the arms; else the arm with most runs"""
     baseline_is_given: bool
+    """whether it was requested or is conf's default"""
     also: tuple[str, ...] = ()
+    """keys that change with it and cannot be separated from it (``optimizer.momentum`` with ``optimizer.name``)"""
 
     @property
     def name(self) -> str:
-        """The key without its group."""
+        """Return the key without its group."""
         return short(self.key)
 
 
 @dataclass(frozen=True)
 class Design:
-    """The crossing of a group's factors.
-
-    runs: cell → setting of the tuned keys → seed → run. repeated: runs of the same training as another one, which is
-    the one that counts.
-    """
+    """The crossing of a group's factors."""
 
     factors: tuple[Factor, ...]
     tuned: tuple[str, ...]
     seeds: tuple[Any, ...]
     runs: Mapping[Cell, Mapping[Setting, Mapping[Any, Run]]]
+    """cell → setting of the tuned keys → seed → run"""
     repeated: tuple[Run, ...]
+    """runs of the same training as another run, which is the one that counts"""
 
     @cached_property
     def hub(self) -> Cell | None:
-        """The cell of all baselines, where every other cell differs from it in one factor alone; else None.
+        """Return the cell of all baselines if every other cell differs from it in one factor alone; else None.
 
-        Also None where there is one factor. Of the number of steps no arm is a baseline by itself: the cell says which.
+        Also None with a single factor. The number of steps has no baseline of its own: the hub decides which it is.
         """
         if len(self.factors) < 2 or len(self.runs) != 1 + sum(len(factor.arms) - 1 for factor in self.factors):
             return None
@@ -75,10 +70,11 @@ class Design:
 
     @property
     def families(self) -> list[tuple[Factor, ...]]:
-        """Groups of factors whose arms Holm corrects together.
+        """Return the groups of factors that Holm corrects together.
 
-        It is each factor alone, as its question is one of its own. Where every arm is one change to one baseline
-        (:attr:`hub`) the question is which of them helps, and all are one family, the number of steps apart.
+        Normally each factor is a family of its own, since it asks a question of its own. Where every arm is one change
+        to one baseline (:attr:`hub`), the question is which of them helps: all form one family, except the number of
+        steps.
         """
         others = tuple(factor for factor in self.factors if factor.key != STEPS)
         if len(others) < 2 or self.hub is None:
@@ -86,7 +82,7 @@ class Design:
         return [others, *((factor,) for factor in self.factors if factor.key == STEPS)]
 
     def label(self, cell: Cell) -> str:
-        """``sigmoid``; with more factors than one ``activation sigmoid, theta 1000``, or what differs from the hub."""
+        """Return ``sigmoid``; with several factors ``activation sigmoid, theta 1000``, or what differs from the hub."""
         if len(self.factors) == 1:
             return show(cell[0])
         if cell == self.hub:
@@ -97,23 +93,24 @@ class Design:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that answer one question. where: keys with one value in this group, and another elsewhere in the study."""
+    """Runs that answer one question."""
 
     runs: tuple[Run, ...]
     where: Mapping[str, Any] = field(default_factory=dict)
+    """keys with a single value in this group and another value elsewhere in the study"""
 
     @property
     def label(self) -> str:
-        """``context_length 128, steps 200``"""
+        """Return ``context_length 128, steps 200``."""
         return ", ".join(f"{short(key)} {show(value)}" for key, value in self.where.items())
 
 
 def groups_of(runs: Sequence[Run], tuned: Sequence[str] = TUNED) -> list[Group]:
-    """Splits the runs into groups that each answer one question, the largest first.
+    """Split the runs into groups that each answer one question, the largest first.
 
-    Two runs belong together if, apart from seed and tuned keys, they differ in one choice or in none. A choice is a
-    key, with those that it brings along (:func:`_grouped`). Runs that a chain of such pairs connects are one group. So
-    a key becomes a factor only where runs differ in it alone.
+    Two runs belong together if they differ in at most one choice, apart from the seed and tuned keys. A choice is a key
+    with the keys that it brings along (:func:`_grouped`). A chain of such pairs connects a group. A key therefore
+    becomes a factor only where runs differ in it alone.
     """
     known = [run for run in runs if run.config]
     choices = [(leader, *also) for leader, also in _grouped(_varying(known, tuned), known).items()]
@@ -132,7 +129,7 @@ def groups_of(runs: Sequence[Run], tuned: Sequence[str] = TUNED) -> list[Group]:
 
 
 def _connected(cells: Sequence[Cell]) -> Sequence[int]:
-    """The number of each cell's component, where cells that differ in one place are connected."""
+    """Return the number of each cell's component; cells that differ in one place are connected."""
     first: dict[tuple[int, Cell], int] = {}
     edges = [
         (number, first.setdefault((i, cell[:i] + cell[i + 1 :]), number))
@@ -148,7 +145,7 @@ def _connected(cells: Sequence[Cell]) -> Sequence[int]:
 
 
 def _where(group: Sequence[Run], groups: Sequence[Sequence[Run]], keys: Sequence[str]) -> dict[str, Any]:
-    """The keys that have one value in this group, and that some other run of the study has another value of."""
+    """Return the keys that have a single value in this group and another value in some other run of the study."""
     if len(groups) == 1:
         return {}
     values = {key: {_value(run, key) for run in group} for key in keys}
@@ -161,15 +158,15 @@ def find_design(
     tuned: Sequence[str] = TUNED,
     baselines: Mapping[str, Any] | None = None,
 ) -> Design:
-    """Finds the keys that differ and what each is: the pairing (seed), tuned, a factor, or a companion of a factor.
+    """Find the keys that differ, and each one's role: pairing (seed), tuned key, factor, or companion of a factor.
 
-    defaults, baselines: key → the arm that the others are compared with; what is in ``baselines`` goes first.
+    defaults, baselines: key → the arm that the others are compared with; ``baselines`` takes precedence.
     """
     groups = _grouped(_varying(runs, tuned), runs)
     free = [key for key in tuned if len({_value(run, key) for run in runs}) > 1]
     settled = {key for leader in groups for key in free if _settles(leader, key, runs)}
     free = [key for key in free if key not in settled]
-    if not groups:  # the tuned key is the question itself
+    if not groups:  # then the tuned key is itself the question
         groups, free = dict.fromkeys(free, ()), []
     factors = tuple(
         _factor(
@@ -179,7 +176,7 @@ def find_design(
     )
     table: dict[Cell, dict[Setting, dict[Any, Run]]] = {}
     repeated = []
-    for run in sorted(runs, key=lambda run: run.status != "done"):  # of one training the run that is done counts
+    for run in sorted(runs, key=lambda run: run.status != "done"):  # a finished run takes precedence
         cell = tuple(_value(run, factor.key) for factor in factors)
         setting = tuple(_value(run, key) for key in free)
         by_seed = table.setdefault(cell, {}).setdefault(setting, {})
@@ -188,6 +185,7 @@ def find_design(
             by_seed[run.seed] = _pooled(by_seed[run.seed], run)
         else:
             by_seed[run.seed] = run
+    # If every cell is one change to a hub, the hub's values become the baselines, except where another was requested.
     if (hub := Design(factors, tuple(free), (), table, ()).hub) is not None:
         asked = baselines or {}
         factors = tuple(
@@ -212,7 +210,7 @@ def _first(value: Any, arms: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _pooled(run: Run, repeated: Run) -> Run:
-    """The run, with what was measured of another run of the same training: its parameters are the same."""
+    """Return the run with the measurements of another run of the same training, which has the same parameters."""
     same_data = run.provenance.get("data_sha256") == repeated.provenance.get("data_sha256")
     if repeated.status != "done" or run.status != "done" or not same_data:
         return run
@@ -223,7 +221,7 @@ def _pooled(run: Run, repeated: Run) -> Run:
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
-    """Numbers by size, before words in alphabetical order."""
+    """Return the values in order: numbers by size, then words alphabetically."""
 
     def rank(value: Any) -> tuple[Any, ...]:
         if isinstance(value, tuple):
@@ -236,13 +234,13 @@ def in_order(values: Iterable[Any]) -> list[Any]:
 
 
 def _value(run: Run, key: str) -> Any:
-    """The run's value of a key. None for an mlp_dim that ``model.parameters`` chose: it follows from the other keys."""
+    """Return the run's value of a key; None for an mlp_dim that ``model.parameters`` derived from the other keys."""
     is_chosen = key == MLP_DIM and run.config.get(PARAMETERS) is not None
     return None if is_chosen else run.config.get(key)
 
 
 def _varying(runs: Sequence[Run], tuned: Sequence[str]) -> list[str]:
-    """The keys that change the training and have more than one value, seed and tuned keys aside."""
+    """Return the keys that change the training and have more than one value, except the seed and tuned keys."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     return [
         key
@@ -256,18 +254,18 @@ def _counts(key: str, runs: Sequence[Run]) -> bool:
 
 
 def _settles(leader: str, key: str, runs: Sequence[Run]) -> bool:
-    """Whether the leader's value says the key's."""
+    """Return whether the leader's value determines the key's."""
     seen: dict[Any, Any] = {}
     return all(seen.setdefault(_value(run, leader), _value(run, key)) == _value(run, key) for run in runs)
 
 
 def _grouped(keys: Sequence[str], runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
-    """Leader → the keys of its own config group that it brings along, since its value settles theirs.
+    """Return leader → the keys of its config group that it brings along, because its value determines theirs.
 
-    A choice does that which other keys belong to: ``optimizer=muon`` (``optimizer.name``) has a momentum, a pattern of
-    layers a second kind, a tokenizer its vocabulary, a number of parameters takes the place of an mlp_dim. So does a
-    file that was typed, as in ``model=small``; but not
-    ``trainer=debug``, which is a length and a pace. Keys that somebody changed side by side are choices of their own.
+    A choice with dependent keys does so: ``optimizer=muon`` (``optimizer.name``) has a momentum, a layer pattern has a
+    second kind, a tokenizer has its vocabulary, and a number of parameters replaces an mlp_dim. So does a file named on
+    the command line, such as ``model=small``, except ``trainer=debug``, which sets both a length and a pace. Keys that
+    a user changed side by side are separate choices.
     """
     typed = {word.lstrip("+").partition("=")[0] for run in runs for word in run.overrides} - {"trainer"}
     values = {key: len({_value(run, key) for run in runs}) for key in keys}
@@ -288,7 +286,7 @@ def _grouped(keys: Sequence[str], runs: Sequence[Run]) -> dict[str, tuple[str, .
 
 
 def _has_others(key: str) -> bool:
-    """Whether other keys of its group belong to some of its values."""
+    """Return whether some of the key's values have dependent keys in its group."""
     return key.endswith(".name") or key in ("backend.every", "data.tokenizer")
 
 
@@ -296,7 +294,7 @@ def _factor(
     key: str, also: tuple[str, ...], runs: Sequence[Run], defaults: Mapping[str, Any], baselines: Mapping[str, Any]
 ) -> Factor:
     arms = _as_typed(key, in_order({_value(run, key) for run in runs}), runs)
-    asked = [  # also by a companion: the arm that has its value
+    asked = [  # a companion key also selects the arm with its value
         _value(run, key)
         for companion in (key, *also)
         for run in runs
@@ -304,7 +302,7 @@ def _factor(
     ]
     default = (
         [defaults.get(key)] if defaults and defaults.get(key) in arms else []
-    )  # a key that conf lacks is None there
+    )  # a key that conf lacks reads as None
     given = [*asked, *default]
     counts = {arm: sum(_value(run, key) == arm for run in runs) for arm in arms}
     baseline = arms[arms.index(given[0])] if given else max(arms, key=lambda arm: counts[arm])
@@ -313,7 +311,7 @@ def _factor(
 
 
 def _as_typed(key: str, arms: list[Any], runs: Sequence[Run]) -> list[Any]:
-    """Words in the order in which a sweep's command line has them (``backend.activation=softmax,sigmoid``)."""
+    """Return words in the order of a sweep's command line (``backend.activation=softmax,sigmoid``)."""
     for command in dict.fromkeys(str(run.provenance.get("command", "")) for run in runs):
         for word in command.replace("'", "").split():
             name, _, values = word.partition("=")

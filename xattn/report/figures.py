@@ -1,4 +1,4 @@
-"""The report's figures: one colour an arm, Okabe and Ito's palette, told apart by marker and dash as well."""
+"""The report's figures: one colour per arm, from Okabe and Ito's palette, plus a marker and a dash of its own."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from xattn.report.words import better_is
 from xattn.report.worth import Fitted
 from xattn.runs import run_folder
 
-# Okabe and Ito (2008), "Color Universal Design", without black and yellow, which one of light and dark would swallow.
+# Okabe and Ito (2008), "Color Universal Design", without black and yellow, which vanish on dark and on light.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 PANELS = 12  # at most
 _COLUMNS = 3
 _HEAT_MAPS = 6  # columns, at most
-# In the page these become the page's own colours, so that a figure follows light and dark. A file by itself has greys
-# that are read on white and on black: text at more than 4 : 1 on both. A PDF is for paper, and stays black.
+# The page replaces these with its own colours, so that its figures follow light and dark. A separate SVG uses greys
+# that are legible on white and on black: text has a contrast above 4 : 1 on both. A PDF is for paper and stays black.
 _INK, _GRID, _FAINT = "#010203", "#dcdddd", "#c3c4c4"
 _ON_PAGE = {_INK: "currentColor", _GRID: "var(--grid)", _FAINT: "var(--faint)"}
 _ANYWHERE = {_INK: "#777b80", _GRID: "#80808040", _FAINT: "#80808070"}
@@ -56,7 +56,7 @@ _RC: Any = {
 
 
 def forest(panels: Mapping[str, Mapping[str, Effect]], metric: str) -> Figure:
-    """title → arm → its difference to its baseline, with the interval that its verdict rests on."""
+    """Plot title → arm → its difference to its baseline, with the interval that its verdict rests on."""
     counts = [len(arms) for arms in panels.values()]
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(7, 0.8 * len(counts) + 0.35 * sum(counts) + 0.5), layout="constrained")
@@ -80,7 +80,7 @@ def forest(panels: Mapping[str, Mapping[str, Effect]], metric: str) -> Figure:
 
 
 def _sides(axes: Axes, metric: str) -> None:
-    """Says below the axis what it is, and at its zero which side is the better one, where one is."""
+    """Label the axis, and mark the better side at its zero if the metric has one."""
     sides = {-1: ("better", "worse"), 1: ("worse", "better")}.get(better_is(metric))
     if sides is not None:
         for text, place, side in ((f"← {sides[0]}", -4, "right"), (f"{sides[1]} →", 4, "left")):
@@ -90,7 +90,7 @@ def _sides(axes: Axes, metric: str) -> None:
 
 
 def difference_curves(factors: Mapping[str, Mapping[str, Curve]]) -> Figure | None:
-    """factor → arm → its difference to the baseline against steps; a panel for each factor, a line for each arm."""
+    """Plot factor → arm → its difference to the baseline against steps: a panel per factor, a line per arm."""
     factors = {name: arms for name, arms in list(factors.items())[:PANELS] if arms}
     if not factors:
         return None
@@ -104,7 +104,7 @@ def difference_curves(factors: Mapping[str, Mapping[str, Curve]]) -> Figure | No
                 axes.fill_between(steps, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
                 dash = DASHES[i % len(DASHES)]
                 axes.plot(steps, curve.mean, color=style["color"], linestyle=dash, label=_plain(arm))
-                settled.append(curve.mean[len(curve.mean) // 10 :])  # arms may part widely in the steep beginning
+                settled.append(curve.mean[len(curve.mean) // 10 :])  # arms may be far apart in the steep beginning
             values = np.concatenate([*settled, [0.0]])
             margin = 0.5 * float(np.ptp(values)) or 0.1
             axes.set_ylim(values.min() - margin, values.max() + margin)
@@ -117,10 +117,10 @@ def difference_curves(factors: Mapping[str, Mapping[str, Curve]]) -> Figure | No
 
 
 def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | None:
-    """Validation loss against the i-th tuned key: mean over seeds and each seed; a ring where it was chosen.
+    """Plot validation loss against the i-th tuned key: mean over seeds and each seed; a ring marks the chosen value.
 
-    A panel for each combination of the factors but the first, whose arms have the colours. A cross at the top is a
-    setting with diverged seeds. None where the key has no two numbers.
+    Each combination of the factors but the first has a panel; the first factor's arms have the colours. A cross at the
+    top marks a setting with diverged seeds. Return None if the key lacks two numeric values.
     """
     cells = [each for each in chosen.values() if each.candidates]
     values = {c.setting[i] for each in cells for c in each.candidates}
@@ -145,14 +145,14 @@ def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | Non
 
 
 def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) -> Figure | None:
-    """Mean loss over seeds with its 95 % interval; a panel for each cell, the others behind it in grey."""
+    """Plot the mean loss over seeds with its 95 % interval: a panel per cell, the others behind it in grey."""
     shown = list(curves)[:PANELS]
     xs = {cell: curves[cell].x[against] for cell in shown if against in curves[cell].x}
     if not xs:
         return None
     tops, bottoms = [], []
     for cell in xs:
-        tops.append(curves[cell].mean[len(curves[cell].mean) // 10])  # the steep beginning would press all else flat
+        tops.append(curves[cell].mean[len(curves[cell].mean) // 10])  # the steep beginning would flatten all else
         bottoms.append(curves[cell].mean.min())
     with mpl.rc_context(_RC):
         figure, panels = _grid(len(xs))
@@ -171,9 +171,9 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
 
 
 def worth(laws: Sequence[Fitted], metric: str) -> Figure | None:
-    """The baseline's losses against its steps and the law through them, a panel for each law.
+    """Plot the baseline's losses against its steps and the law through them, a panel for each law.
 
-    A line leads from an arm's loss to where the law has it.
+    A line leads from an arm's loss to the steps at which the law reaches it.
     """
     laws = laws[:PANELS]
     if not laws:
@@ -199,7 +199,7 @@ def worth(laws: Sequence[Fitted], metric: str) -> Figure | None:
 
 
 def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Figure | None:
-    """What tells a run that is about to diverge, against steps: a panel for each measure, a line for each cell."""
+    """Plot the warning signs of divergence against steps: a panel for each measure, a line for each cell."""
     curves = {name: of_cells for name, of_cells in curves.items() if of_cells}
     if not curves:
         return None
@@ -225,7 +225,7 @@ def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Fig
 
 
 def heads(design: Design, maps: Mapping[str, Mapping[Cell, np.ndarray]]) -> Figure | None:
-    """Layer × head, a row of panels for each statistic, on one scale, and a column for each cell."""
+    """Plot layer × head: a row of panels on one scale for each statistic, a column for each cell."""
     maps = {name: of_cells for name, of_cells in maps.items() if of_cells}
     if not maps:
         return None
@@ -254,11 +254,11 @@ def heads(design: Design, maps: Mapping[str, Mapping[Cell, np.ndarray]]) -> Figu
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
-    """Writes name.svg and name.pdf; returns the SVG for the page: its elements alone, in the page's colours."""
+    """Write name.svg and name.pdf; return the SVG for the page: its elements alone, in the page's colours."""
     with mpl.rc_context(_RC):
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
-        figure.set_layout_engine("none")  # it is laid out now; once is enough
+        figure.set_layout_engine("none")  # the layout is done; do not repeat it
         pdf = io.BytesIO()
         figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     run_folder.write_atomically(folder / f"{name}.svg", _coloured(text.getvalue(), _ANYWHERE), shared=True)
@@ -267,7 +267,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
 
 
 def _for_the_page(svg: str, name: str) -> str:
-    """Without the XML around it, which HTML does not take; with ids of its own, as several stand in one page."""
+    """Return the SVG without the XML around it, which HTML rejects, and with ids unique among the page's figures."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
@@ -283,7 +283,7 @@ def _coloured(svg: str, colours: Mapping[str, str]) -> str:
 
 
 def _rate_curve(axes: Axes, each: Chosen, i: int, colour: int, label: str) -> None:
-    """At each value of the i-th tuned key the best of the candidates that have it."""
+    """Plot, at each value of the i-th tuned key, the best of the candidates that have it."""
     style = _style(colour)
     at_value: dict[float, list[Candidate]] = {}
     for candidate in each.candidates:
@@ -309,7 +309,7 @@ def _style(arm: int) -> dict[str, Any]:
 
 
 def _numbered(count: int) -> tuple[np.ndarray, list[str]]:
-    """Ticks in the middle of the squares of a heat map, at most eight."""
+    """Return ticks at the centres of a heat map's squares, at most eight."""
     shown = np.unique(np.linspace(0, count - 1, min(count, 8)).round().astype(int))
     return shown + 0.5, [str(i) for i in shown]
 
@@ -326,7 +326,7 @@ def _grid(count: int, columns: int = _COLUMNS, *, sharey: bool = True) -> tuple[
 
 
 def _label(panels: Sequence[Axes], x: str, y: str | None, columns: int = _COLUMNS) -> None:
-    """At the lowest panel of each column, and at the first of each row; None leaves the y axes as they are."""
+    """Label the lowest panel of each column and the first of each row; None leaves the y axes unchanged."""
     columns = min(columns, len(panels))
     for axes in panels[-columns:]:
         axes.set_xlabel(x)
@@ -337,7 +337,7 @@ def _label(panels: Sequence[Axes], x: str, y: str | None, columns: int = _COLUMN
 
 
 def _plain(text: str) -> str:
-    """The text as it is: matplotlib would read what stands between two dollars as mathematics."""
+    """Escape dollar signs: matplotlib would read the text between two as mathematics."""
     return text.replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""A study, and a run's metrics, as pandas frames: for notebooks, and for questions that the report does not ask."""
+"""A study and a run's metrics as pandas frames, for notebooks and for questions that the report does not ask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xattn.report.tables import effects_table, results_table
 from xattn.runs import run_folder
 from xattn.system.screen import counted
 
-_LEADING = ("step", "train_loss", "val_loss", "val_bpb")  # columns of metrics that come first, where they are there
+_LEADING = ("step", "train_loss", "val_loss", "val_bpb")  # metric columns that come first, if present
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,13 +27,12 @@ class LoadedStudy:
 
     path: Path
     runs: pd.DataFrame
-    """a row a run, with the columns of the report's results.csv: its name and status, the hashed keys that differ
-    between runs, the numbers of summary.json, and what the run was made with"""
+    """one row per run, with the columns of the report's results.csv: name and status, the hashed keys that differ
+    between runs, the numbers of summary.json, and the provenance"""
     metrics: pd.DataFrame
-    """a row for each run and step of metrics.jsonl: ``run``, ``step``, and a column for each number that some row has;
-    NaN where a row lacks it"""
+    """one row per run and step of metrics.jsonl: ``run``, ``step``, and each number that some row has, or NaN"""
     effects: pd.DataFrame
-    """a row for each comparison of two arms, with the columns and numbers of the report's effects.csv"""
+    """one row per comparison of two arms, with the columns and numbers of the report's effects.csv"""
 
     def __repr__(self) -> str:
         states = Counter(self.runs["status"])
@@ -50,9 +49,9 @@ class LoadedStudy:
 
 
 def load_study(path: str | Path) -> LoadedStudy:
-    """Reads the runs of ``outputs/<study>`` and judges them as ``xattn report`` does by default. Imports no jax.
+    """Read the runs of ``outputs/<study>`` and judge them as ``xattn report`` does by default. Imports no jax.
 
-    Raises :class:`BadInput` where there is no such folder, or no run in it.
+    Raises :class:`BadInput` if there is no such folder, or no run in it.
     """
     folder = Path(path).absolute()
     if (folder / run_folder.CONFIG).is_file():
@@ -69,7 +68,7 @@ def load_study(path: str | Path) -> LoadedStudy:
 
 
 def metrics_of(run: Path) -> pd.DataFrame:
-    """The run's metrics.jsonl: a row a step, a column for each number that some row has, NaN where a row lacks it."""
+    """Return the run's metrics.jsonl: a row per step, a column per number that some row has; NaN if a row lacks it."""
     return _metrics(read_metrics(run), _LEADING)
 
 
@@ -85,7 +84,7 @@ def _metrics(rows: Sequence[Mapping[str, Any]], leading: Collection[str]) -> pd.
 
 
 def _frame(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> pd.DataFrame:
-    """A table of the report. An empty cell of a column of numbers, and each of a column with nothing in it, is NaN."""
+    """Return a table of the report. Empty cells in a column of numbers, and all cells of an empty column, are NaN."""
     frame = pd.DataFrame(list(rows), columns=list(columns))
     empty = [key for key in frame.columns if frame[key].isna().all()]
     return frame.astype(dict.fromkeys(empty, float))

@@ -1,4 +1,4 @@
-"""A study's comparisons: its runs are split into groups that answer one question each, and each group is judged."""
+"""Splits a study's runs into groups that each answer one question, and judges each group."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from xattn.report.worth import with_worth
 
 
 def judge(study: Study, question: Question, *, command: str = "") -> Answer:
-    """Groups the study's runs and judges each group.
+    """Group the study's runs and judge each group.
 
-    Raises :class:`BadInput` where what is asked for is not in the study, and for a speed where speeds are not
-    comparable.
+    Raises :class:`BadInput` if the question asks for something that the study lacks, or for a speed where speeds are
+    not comparable.
     """
     study = replace(study, runs=tuple(_asked_for(study.runs, question)))
     _check_metric(study.runs, question.metric)
@@ -78,7 +78,7 @@ def _compared(group: Group, design: Design, asked: str | None, selection: Select
 
 
 def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:
-    """The runs that --where and --seeds leave."""
+    """Yield the runs that --where and --seeds select."""
     for key, values in (question.where or {}).items():
         check_key(key, runs, "--where")
         there = list(dict.fromkeys(show(run.config.get(key)) for run in runs))
@@ -104,7 +104,7 @@ def _baselines(runs: Sequence[Run], asked: Mapping[str, str]) -> Iterator[tuple[
 
 
 def value_typed(runs: Sequence[Run], key: str, typed: str) -> Any:
-    """The value of the key that was typed. Raises :class:`BadInput` where no run has it."""
+    """Return the key's value that was typed. Raises :class:`BadInput` if no run has it."""
     values = dict.fromkeys(run.config.get(key) for run in runs)
     for value in values:
         if is_typed(value, typed):
@@ -113,7 +113,7 @@ def value_typed(runs: Sequence[Run], key: str, typed: str) -> Any:
 
 
 def is_typed(value: Any, typed: str) -> bool:
-    """Whether the value is what was typed: 0.003 is 3e-3 too."""
+    """Return whether the value is what was typed; 3e-3 also matches 0.003."""
     size = finite(value)
     try:
         return show(value) == typed or (size is not None and size == float(typed))

@@ -1,4 +1,4 @@
-"""The law L(C) = E + a · C^(−b) of losses over lengths of training, and the bootstrap over seeds that it is sure by.
+"""The law L(C) = E + a · C^(−b) of losses over training lengths, and the bootstrap over seeds for its uncertainty.
 
 The form is that of Hoffmann et al. (arXiv 2203.15556) for one size of model, with a, b > 0 and C in steps.
 """
@@ -15,10 +15,10 @@ from scipy.optimize import elementwise
 
 from xattn.report.statistics import LEVEL
 
-LENGTHS = 3  # that a law takes
+LENGTHS = 3  # needed for a law
 RESAMPLES = 2000
 _EXPONENTS = np.geomspace(1e-3, 10, 200)
-_NO_END = np.log(1000)  # an interval's end beyond it is none
+_NO_END = np.log(1000)  # an interval's end beyond this counts as infinite
 
 Columns = Sequence[Mapping[Any, float]]  # seed → value
 
@@ -34,7 +34,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Law:
-    """L(C) = e + a · C^(−b); an element for each row of losses that it was fitted to, NaN where no such law fits."""
+    """L(C) = e + a · C^(−b), with an element for each row of fitted losses; NaN where no such law fits."""
 
     e: np.ndarray
     a: np.ndarray
@@ -44,16 +44,16 @@ class Law:
         return np.asarray(self.e + self.a * steps**-self.b)
 
     def log_steps(self, loss: np.ndarray) -> np.ndarray:
-        """Log of the steps that reach the loss; infinite for one that the law never reaches."""
+        """Return the log of the steps that reach the loss; infinite for a loss that the law never reaches."""
         with np.errstate(divide="ignore", over="ignore"):
             return np.asarray(np.log(self.a / np.maximum(loss - self.e, 0.0)) / self.b)
 
 
 def fit(steps: Sequence[int], losses: np.ndarray) -> Law:
-    """The law of least squares for each row of losses; through all points where they are three and it exists.
+    """Fit the law to each row of losses by least squares; through all points if they are three and such a law exists.
 
-    For a given b, E and a are a line's. What the line leaves is least where the losses' fall, a vector, is most along
-    that of C^(−b), so that one number is searched for: on a grid, and then within the best point's neighbours.
+    For a given b, E and a are those of a line. The residual is smallest where the losses' fall, as a vector, lies most
+    along that of C^(−b). So only b is searched for: first on a grid, then between the best point's neighbours.
     """
     log_c = np.log(np.asarray(steps, dtype=float))
     offset = log_c.mean()
@@ -61,7 +61,7 @@ def fit(steps: Sequence[int], losses: np.ndarray) -> Law:
     centred = losses - losses.mean(axis=1, keepdims=True)
 
     def powers(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """C^(−b) and its direction, C in units of the mean length."""
+        """Return C^(−b) and its direction, with C in units of the geometric mean length."""
         x = np.exp(-b[..., None] * log_c)
         z = x - x.mean(axis=-1, keepdims=True)
         return x, z / np.linalg.norm(z, axis=-1, keepdims=True)
@@ -85,10 +85,9 @@ def fit(steps: Sequence[int], losses: np.ndarray) -> Law:
 
 
 def misfit(steps: Sequence[int], losses: np.ndarray, law: Law) -> float:
-    """How often what the first row's law leaves of its losses is not more than what it would leave of noise.
+    """Return how often the residual of noise is at least that of the first row's losses from its law.
 
-    Noise is the resamples' deviation; of that a fit takes what lies along the derivatives of the law, here at its
-    estimate.
+    Noise is the resamples' deviation. A fit absorbs the part of it along the law's derivatives, here at its estimate.
     """
     if len(steps) <= LENGTHS:
         return 1.0
@@ -102,11 +101,11 @@ def misfit(steps: Sequence[int], losses: np.ndarray, law: Law) -> float:
 
 
 def resampled(columns: Columns, resamples: int = RESAMPLES) -> np.ndarray:
-    """The columns' means in the first row; below it a bootstrap over seeds of them.
+    """Return the columns' means in the first row, and a bootstrap of them over seeds below it.
 
-    In a resample a seed has one normal weight, for all the columns that it is in, so that pairs stay pairs; the
-    deviations are stretched by √(ν / χ²_ν), ν = n − 1. So the interval of anything linear in the means is Student's:
-    drawing seeds with replacement covers too little with few of them. χ² is of the same quantile in all columns.
+    In a resample a seed has one normal weight for all its columns, so that pairs stay pairs. The deviations are
+    stretched by √(ν / χ²_ν), ν = n − 1, with the same quantile of χ² in all columns. The interval of anything linear in
+    the means is therefore Student's; drawing seeds with replacement covers too little with few of them.
     """
     seeds = list(dict.fromkeys(seed for column in columns for seed in column))
     table = np.array([[column.get(seed, np.nan) for column in columns] for seed in seeds])
@@ -120,7 +119,7 @@ def resampled(columns: Columns, resamples: int = RESAMPLES) -> np.ndarray:
 
 
 def interval(logs: np.ndarray) -> Interval | str:
-    """The percentile interval; the first element is the estimate. A resample without a law counts against both ends."""
+    """Return the percentile interval around the first element. A resample without a law counts against both ends."""
     tail = int((logs.size - 1) * (1 - LEVEL) / 2)
     failed = np.isnan(logs[1:])
     low = np.sort(np.where(failed, -np.inf, logs[1:]))[tail - 1]
@@ -135,7 +134,7 @@ def interval(logs: np.ndarray) -> Interval | str:
 
 
 def t_interval(logs: Sequence[float]) -> Interval:
-    """Student's, of the geometric mean."""
+    """Return Student's interval of the geometric mean."""
     mean, n = float(np.mean(logs)), len(logs)
     half = float(special.stdtrit(n - 1, (1 + LEVEL) / 2)) * float(np.std(logs, ddof=1)) / n**0.5
     return Interval(*np.exp([mean, mean - half, mean + half]).tolist())

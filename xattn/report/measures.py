@@ -1,4 +1,4 @@
-"""What the runs measured beside their loss: attention statistics, and in-context measures (probes)."""
+"""What the runs measured besides their loss: attention statistics and in-context measures (probes)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MEANING = (
 
 
 def probes_of(runs: Sequence[Run]) -> list[str]:
-    """The in-context measures that some run that is done has, in its summary or evaluated later."""
+    """Return the in-context measures that some finished run has, in its summary or from a later evaluation."""
     done = [run for run in runs if run.status == "done"]
     found = {key for run in done for key in run.summary if run.number(key) is not None}
     for run in done:
@@ -53,7 +53,7 @@ def probes_of(runs: Sequence[Run]) -> list[str]:
 
 
 def heads_of(chosen: Chosen) -> dict[str, np.ndarray]:
-    """Statistic → (layers, heads): the mean over the cell's runs, for a largest value the largest."""
+    """Return statistic → (layers, heads): the mean over the cell's runs; for a maximum, the largest."""
     maps: dict[str, list[np.ndarray]] = {}
     for run in chosen.runs.values():
         found: dict[str, dict[tuple[int, int], float]] = {}
@@ -76,7 +76,7 @@ def heads_of(chosen: Chosen) -> dict[str, np.ndarray]:
 
 
 def _attention(run: Run) -> dict[str, Any]:
-    """The run's attention statistics at its last step: of its summary, or evaluated later."""
+    """Return the run's attention statistics at its last step, from its summary or a later evaluation."""
     found: dict[str, Any] = {}
     for row in run.evaluations:
         results, overrides = row.get("results"), row.get("overrides")
@@ -87,7 +87,7 @@ def _attention(run: Run) -> dict[str, Any]:
 
 
 def attention_blocks(design: Design, chosen: Mapping[Cell, Chosen]) -> list[Block]:
-    """Two tables: the statistics, and the mass at each distance; nothing where no run has any."""
+    """Return two tables, the statistics and the mass at each distance; empty if no run has any."""
     rows, masses = [], []
     maps = {cell: heads_of(each) for cell, each in chosen.items()}
     distances = sorted(
@@ -117,7 +117,7 @@ def attention_blocks(design: Design, chosen: Mapping[Cell, Chosen]) -> list[Bloc
 
 
 def probe_blocks(design: Design, effects: Mapping[str, Sequence[Effect]]) -> list[Block]:
-    """A table of every measure's difference in each arm, and the means that it is of; nothing where no run has any."""
+    """Return a table of each arm's difference in every measure, with its two means; empty if no run has any."""
     rows = []
     for metric, of_metric in effects.items():
         for factor in design.factors:

@@ -1,4 +1,4 @@
-"""The number that a comparison is about, and what each run's number is a number of."""
+"""The number that a comparison is about, and what each run's number measures."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ _OF_TEXT = ("val_loss", "best_val_loss", "train_loss", "val_bpb")
 
 
 class Unit(NamedTuple):
-    """What a run's number is of. given: what else ``xattn evaluate`` was told, such as backend.theta or data.path."""
+    """What a run's number measures."""
 
     tokens: tuple[Any, ...]
     text: tuple[Any, ...]
     data_sha256: str | None
     windows: str | None
     given: tuple[str, ...] = ()
+    """further overrides of ``xattn evaluate``, such as backend.theta or data.path"""
 
 
 @dataclass(frozen=True)
 class Metric:
     """A number of a run, over given windows of the held-out text.
 
-    name: as in summary.json. windows, given: as in :class:`Unit`; a run that was not evaluated so when it was
-    trained has the number from its evaluations.jsonl, if it is there.
+    windows, given: as in :class:`Unit`. A run that training did not evaluate in this way has the number from its
+    evaluations.jsonl, if it is there.
     """
 
     name: str
@@ -36,9 +37,9 @@ class Metric:
     given: tuple[str, ...] = ()
 
     def of(self, run: Run) -> tuple[float, Unit | None] | None:
-        """The number at the end of a run that is done, with what it is of; None where there is none.
+        """Return the number at the end of a finished run, with its unit; None if there is no number.
 
-        The unit is None for a metric of no text, such as num_params.
+        The unit is None for a metric that is not measured on text, such as num_params.
         """
         if not is_of_text(self.name):
             value = run.result(self.name)
@@ -53,10 +54,10 @@ class Metric:
         return None if found is None else found[0]
 
     def why_not(self, ours: Unit | None, theirs: Unit | None) -> str | None:
-        """Why two numbers are not comparable; None where they are.
+        """Return why two numbers are not comparable; None if they are.
 
-        data_sha256 is of text and tokens at once: where it is equal the text is the same, whatever the config calls it;
-        where it is not, and the config is the same, the text is another one.
+        data_sha256 covers both text and tokens. If it is equal, the text is the same, whatever the config calls it. If
+        it differs under the same config, the text differs.
         """
         if ours is None or theirs is None:
             return None
@@ -78,8 +79,8 @@ def is_of_text(metric: str) -> bool:
 
 
 def metric_for(runs: Sequence[Run], metric: str | None) -> Metric:
-    """The metric asked for, else val_loss, or val_bpb where the runs' tokens differ; over the windows that most runs
-    were evaluated on, of several the whole text."""
+    """Return the requested metric; else val_loss, or val_bpb if the runs' tokens differ. Its windows are those that
+    most runs were evaluated on; in a tie, the whole text."""
     done = [run for run in runs if run.status == "done"]
     if metric is None:
         metric = loss_metric(run.config for run in done)
@@ -93,16 +94,16 @@ def metric_for(runs: Sequence[Run], metric: str | None) -> Metric:
 
 
 def are_comparable(runs: Sequence[Run], metric: str) -> bool:
-    """Whether the runs' own values of the metric, as they were logged, are of the same thing.
+    """Return whether the runs' own logged values of the metric measure the same thing.
 
-    Data of another ``data_sha256`` under the same config pass: a curve is a mean over seeds, wherever they were run.
+    A different ``data_sha256`` under the same config is accepted: a curve is a mean over seeds, wherever they were run.
     """
     units = [unit_of(run)._replace(data_sha256=None) for run in runs]
     return all(Metric(metric).why_not(units[0], unit) is None for unit in units[1:])
 
 
 def _measured(run: Run, metric: str) -> list[tuple[Unit, float]]:
-    """The run's own result first, then what was evaluated later, the last of equal evaluations."""
+    """Return the run's own result first, then later evaluations; the last of equal ones counts."""
     if run.status != "done":
         return []
     found: dict[Unit, float] = {}
@@ -118,7 +119,7 @@ def _measured(run: Run, metric: str) -> list[tuple[Unit, float]]:
 
 
 def unit_of(run: Run, overrides: Sequence[str] = ()) -> Unit:
-    """What an evaluation of the run is of, its own or a later one with these overrides."""
+    """Return what an evaluation of the run measures: its own, or a later one with these overrides."""
     values = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
     windows = values.pop("evaluation.windows", run.config.get("evaluation.windows"))
     given = tuple(sorted(f"{key}={value}" for key, value in values.items() if key.startswith(("backend", "data"))))
@@ -133,7 +134,7 @@ def unit_of(run: Run, overrides: Sequence[str] = ()) -> Unit:
 
 
 def spans(runs: Sequence[Run], metric: Metric) -> str | None:
-    """A sentence where the runs' windows do not cover the same text, though all are of the same number."""
+    """Return a sentence if the runs' windows are equal in number but do not cover the same text."""
     if metric.windows in ("all", None) or not is_of_text(metric.name):
         return None
     lengths = {run.config.get("backend.context_length") for run in runs}

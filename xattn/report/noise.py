@@ -1,4 +1,4 @@
-"""The noise floor: how far runs of one config differ by their seed, what is left of that in pairs, and how much hangs
+"""The noise floor: how far runs of one config differ by seed, how much of that remains in pairs, and how much depends
 on which windows of text were scored."""
 
 from __future__ import annotations
@@ -32,27 +32,26 @@ _TEXT = (
 
 @dataclass(frozen=True)
 class Noise:
-    """Of an arm and its baseline, over the seeds of their pairs.
-
-    arm, baseline: standard deviation between seeds. spread: of the paired differences; low, high: its 95 % interval.
-    correlation: of the two sides, None where one has no spread. seeds_half: half the width of the t interval of the
-    mean difference. windows_half: half the width of its 95 % interval over other windows of the same text, of which
-    there are `windows`; None where the runs do not keep their windows' losses.
-    """
+    """The noise of an arm and its baseline, over the seeds of their pairs."""
 
     arm: float
+    """standard deviation between seeds, as for the baseline"""
     baseline: float
     spread: float
+    """standard deviation of the paired differences; low and high are its 95 % interval"""
     low: float
     high: float
     correlation: float | None
+    """between the two sides; None if one has no spread"""
     seeds_half: float
+    """half the width of the mean difference's t interval"""
     windows: int
     windows_half: float | None
+    """half the width of its 95 % interval over other windows of the same text; None without comparable window losses"""
 
 
 def noise_of(each: Comparison, factor: Factor, effect: Effect) -> Noise | None:
-    """None where there are fewer than three pairs, or they all differ by the same."""
+    """Return the noise; None with fewer than three pairs, or if all pairs differ by the same amount."""
     found, n = effect.paired, effect.paired.seeds
     if n < 3 or found.spread is None or found.ci_low is None or found.ci_high is None:
         return None
@@ -79,7 +78,7 @@ def noise_of(each: Comparison, factor: Factor, effect: Effect) -> Noise | None:
 
 
 def _of_windows(each: Comparison, pairs: Matched) -> tuple[int, float | None]:
-    """How many windows were scored, and how far the mean difference hangs on which they are."""
+    """Return how many windows were scored, and how much the mean difference depends on which they are."""
     differences, tokens = [], None
     if each.metric.name not in LOSSES or each.metric.given:
         return 0, None
@@ -101,7 +100,7 @@ def _of_windows(each: Comparison, pairs: Matched) -> tuple[int, float | None]:
 
 
 def _window_sums(each: Comparison, side: Chosen, seed: object) -> np.ndarray | None:
-    """(windows, 2): the metric summed over each window, and its tokens. None where the value that is judged was not
+    """Return (windows, 2): the metric summed over each window, and its tokens. None if the judged value was not
     measured over these windows."""
     run = side.runs[seed]
     found = window_losses(run)
@@ -115,7 +114,7 @@ def _window_sums(each: Comparison, side: Chosen, seed: object) -> np.ndarray | N
 
 
 def window_losses(run: Run) -> np.ndarray | None:
-    """(windows, 2), float64: nats and scored tokens of each window at the end of the run; None where it keeps none."""
+    """Return (windows, 2), float64: nats and scored tokens of each window at the run's end; None if it keeps none."""
     try:
         found = np.load(run.folder / run_folder.ARTIFACTS / run_folder.WINDOW_LOSSES, allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -125,7 +124,7 @@ def window_losses(run: Run) -> np.ndarray | None:
 
 
 def noise_blocks(each: Comparison, where: str) -> Iterator[Block]:
-    """A table of the comparison's noise, and what it means."""
+    """Yield a table of the comparison's noise, and what it means."""
     form, rows = precision(each.metric.name), []
     for factor in each.design.factors:
         for effect in each.of(factor):

@@ -1,4 +1,4 @@
-"""The options that say what is asked of a study, for every command that asks."""
+"""The options that ask a question of a study, for every command that asks one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xattn.report.answer import Question
 
 
 def add_question(parser: argparse.ArgumentParser) -> None:
-    """Adds the study and what is asked of it; :func:`question_of` reads them."""
+    """Add the study and the options of a question; :func:`question_of` reads them."""
     parser.add_argument("study", type=Path, help="outputs/<study>")
     parser.add_argument(
         "--metric", help="a number of summary.json (default: val_loss, or val_bpb where the runs' tokens differ)"
@@ -52,7 +52,7 @@ def question_of(asked: argparse.Namespace, baselines: Mapping[str, str]) -> Ques
 
 
 def pairs(options: Sequence[str], name: str) -> Iterator[tuple[str, str]]:
-    """Key and value of each ``KEY=VALUE``."""
+    """Yield the key and value of each ``KEY=VALUE``."""
     for option in options:
         key, is_pair, value = option.partition("=")
         if not (key and is_pair and value):

@@ -1,4 +1,4 @@
-"""The command that reports on a sweep's own runs, and not on what else their folder holds."""
+"""The command that reports on a sweep's own runs and leaves out what else their folder holds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from xattn.runs import run_folder
 
 
 def report_command(study: Path, runs: Collection[Path]) -> str:
-    """``xattn report STUDY``, with as many ``--where KEY=VALUE`` and ``--seeds`` as leave only these runs.
+    """Return ``xattn report STUDY`` with the ``--where KEY=VALUE`` and ``--seeds`` needed to select only these runs.
 
-    Runs of others that have the same values of every key cannot be told apart from these, and belong to the question.
+    Other runs with the same values of every key cannot be distinguished from these, and stay included.
     """
     words = ["xattn", "report", run_folder.shown(study.absolute())]
     ours = {run.absolute() for run in runs}
@@ -35,7 +35,7 @@ def report_command(study: Path, runs: Collection[Path]) -> str:
 
 
 def _values(configs: Collection[Mapping[str, Any]]) -> dict[str, set[Any]]:
-    """Key → the values that the configs have, of keys whose values can be typed."""
+    """Return key → the configs' values, for keys with values that can be typed."""
     keys = dict.fromkeys(key for config in configs for key in config if changes_training(key, config))
     found = {key: {config.get(key) for config in configs} for key in keys}
     return {key: values for key, values in found.items() if not any("," in show(value) for value in values)}

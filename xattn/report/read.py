@@ -1,4 +1,4 @@
-"""Reads a study's run folders. Missing, partial and foreign files are reported, and are never an error."""
+"""Reads a study's run folders. Missing, partial and foreign files are reported and never raise an error."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from xattn.keys import up_to_date
 from xattn.runs import run_folder
 
 REPORT = run_folder.REPORT
-# Of a row's attention statistics, over layers and heads: the largest logit, the mean of the others.
+# How a row's attention statistics are reduced over layers and heads.
 ATTENTION_CURVES: Mapping[str, Callable[[Sequence[float]], float]] = {
     "attention/max_logit": max,
     "attention/entropy": fmean,
     "attention/output_norm": fmean,
 }
 CURVES = ("step", "train_loss", "val_loss", "val_bpb", "grad_norm", "tokens_per_second", *ATTENTION_CURVES)
-# What other programs may have written into a run folder is taken only where it is of these kinds.
+# Other programs may have written into a run folder; their values are used only if they have these types.
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "status": (str,),
     "step": (int, type(None)),
@@ -52,22 +52,21 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as it was found.
-
-    config: dotted key → value. curves: for each of :data:`CURVES` an array with a place for each row of metrics.jsonl,
-    NaN where the row has no such number. status: the summary's; ``killed`` where it says running and nobody holds the
-    folder, ``not begun`` where there is no summary. problems: what could not be read.
-    """
+    """A run folder as it was found."""
 
     folder: Path
     config: Values
+    """dotted key → value"""
     overrides: tuple[str, ...]
     provenance: Values
     summary: Values
     curves: Mapping[str, np.ndarray]
+    """an array for each of :data:`CURVES`, one element per row of metrics.jsonl; NaN if the row lacks the number"""
     evaluations: tuple[Values, ...]
     status: str
+    """the summary's; ``killed`` if it says running but no process holds the folder; ``not begun`` without one"""
     problems: tuple[str, ...]
+    """what could not be read"""
 
     @property
     def name(self) -> str:
@@ -79,7 +78,7 @@ class Run:
 
     @property
     def program(self) -> str:
-        """The words that started it: ``xattn train``, ``python train.py``, or a script that registered something."""
+        """Return what started it: ``xattn train``, ``python train.py``, or a script with its own registrations."""
         own = self.provenance.get("registered") or {}
         words = self.provenance.get("command", "").split()
         if words[:2] == ["xattn", "train"]:
@@ -89,7 +88,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        """What was typed for this run, on a line that a shell takes."""
+        """Return the command that was typed for this run, quoted for a shell."""
         return f"{self.program} {shlex.join(self.overrides)}".strip()
 
     @property
@@ -99,22 +98,22 @@ class Run:
 
     @property
     def tokens_seen(self) -> int | None:
-        """In the whole run, as its config says."""
+        """Return the tokens of the whole run, according to its config."""
         steps, each = self.config.get("trainer.steps"), self.tokens_per_step
         return steps * each if isinstance(steps, int) and each is not None else None
 
     def number(self, key: str) -> float | None:
-        """A finite number of the summary, or None."""
+        """Return a finite number from the summary, or None."""
         return finite(self.summary.get(key))
 
     def result(self, metric: str) -> float | None:
-        """The metric at the end of a run that is done; None for every other run."""
+        """Return the metric at the end of a finished run; None for every other run."""
         return self.number(metric) if self.status == "done" else None
 
 
 @dataclass(frozen=True)
 class Study:
-    """The runs below one folder, by name; and the folders there that are none."""
+    """The runs below one folder, sorted by name, and the names of its folders that are not runs."""
 
     folder: Path
     runs: tuple[Run, ...]
@@ -122,9 +121,9 @@ class Study:
 
 
 def read_study(folder: Path) -> Study:
-    """Reads ``outputs/<study>``. Hidden folders (``.superseded``) and the report's own are passed over.
+    """Read ``outputs/<study>``. Hidden folders (``.superseded``) and the report's own folder are skipped.
 
-    Raises :class:`BadInput` where there is no such folder or no run in it.
+    Raises :class:`BadInput` if there is no such folder or it contains no run.
     """
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder")
@@ -142,12 +141,12 @@ def read_study(folder: Path) -> Study:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The dotted keys of a run's config.yaml and their values; empty where it is missing or not readable."""
+    """Return the dotted keys of a run's config.yaml with their values; empty if it is missing or unreadable."""
     return _flat(_read_config(folder / run_folder.CONFIG, []), [])
 
 
 def read_run(folder: Path) -> Run:
-    """Reads one run folder. Raises :class:`BadInput` where it has no config.yaml."""
+    """Read one run folder. Raises :class:`BadInput` if it has no config.yaml."""
     if not (folder / run_folder.CONFIG).is_file():
         raise BadInput(f"{folder}: not a run folder: it has no {run_folder.CONFIG}")
     problems: list[str] = []
@@ -175,7 +174,7 @@ def read_run(folder: Path) -> Run:
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of each leaf; a list is one leaf, written as JSON, so that every value can be compared."""
+    """Yield each leaf's dotted key and value. A list is one leaf, as JSON, so that all values can be compared."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -186,24 +185,24 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _flat(config: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
     try:
         return dict(flatten(config))
-    except RecursionError:  # YAML can refer to itself
+    except RecursionError:  # YAML can contain cycles
         problems.append(f"{run_folder.CONFIG} is not readable")
         return {}
 
 
 def _leaf(value: Any) -> Any:
-    """A value that equals itself and can be a dictionary's key: NaN, and what YAML makes of dates, become text."""
+    """Return a value that equals itself and can be a dictionary key: NaN and YAML dates become text."""
     if isinstance(value, list | dict):
         try:
             return json.dumps(value, default=str)
-        except (ValueError, TypeError, RecursionError):  # YAML can refer to itself, and have keys of any type
+        except (ValueError, TypeError, RecursionError):  # YAML can contain cycles, and keys of any type
             return str(value)
     plain = value is None or isinstance(value, str | bool) or finite(value) is not None
     return value if plain else str(value)
 
 
 def finite(value: Any) -> float | None:
-    """The value where it is a number that a float can hold, and no truth value; else None."""
+    """Return the value if it is a number that a float can hold and not a bool; else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -225,7 +224,7 @@ def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
     text = _text(path, problems)
     try:
         loaded = yaml.load(text, _Loader) if text else kind()
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
         loaded = None
     if not isinstance(loaded, kind):
         problems.append(f"{path.name} is not readable")
@@ -248,7 +247,7 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _text(path: Path, problems: list[str]) -> str:
-    """The file's text; empty where it is missing, and where it cannot be read, which is noted."""
+    """Return the file's text; empty if it is missing or, with a noted problem, if it cannot be read."""
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
@@ -259,7 +258,7 @@ def _text(path: Path, problems: list[str]) -> str:
 
 
 def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The rows of a file with a JSON object a line. A last line without its end is being written, and is left out."""
+    """Return the rows of a JSON Lines file. An unterminated last line is still being written and is left out."""
     try:
         lines = path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]  # one bad byte spoils one line
     except FileNotFoundError:
@@ -268,7 +267,7 @@ def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         problems.append(f"{path.name} is not readable")
         return []
     try:
-        rows = json.loads(f"[{','.join(lines)}]")  # one call: twice as fast as one for each line
+        rows = json.loads(f"[{','.join(lines)}]")  # a single call is twice as fast as one per line
     except (ValueError, RecursionError):
         rows = []
         for line in lines:
@@ -282,7 +281,7 @@ def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl in the order of their steps; of several rows of one step the last."""
+    """Return the rows of a run's metrics.jsonl in the order of their steps; the last row of a step counts."""
     return _by_step(folder / run_folder.METRICS, [])
 
 
@@ -303,7 +302,7 @@ def _curves(path: Path, problems: list[str]) -> dict[str, np.ndarray]:
 
 
 def _with_attention(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, and what :data:`ATTENTION_CURVES` makes of its ``attention/<layer>/<head>/<statistic>``."""
+    """Return the row with :data:`ATTENTION_CURVES` derived from its ``attention/<layer>/<head>/<statistic>``."""
     if "attention/0/0/entropy" not in row:
         return row
     of_heads = [key for key in row if key.startswith("attention/")]

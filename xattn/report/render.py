@@ -1,4 +1,4 @@
-"""A page as HTML, one offline file, and as Markdown."""
+"""A page as a single offline HTML file, and as Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Pictur
 _STYLE = Path(__file__).with_name("page.css")
 
 
-# Where the page lies elsewhere than it was written, the run folders are not beside it: a link would lead nowhere.
+# If the page was moved, the run folders are not beside it, and links would lead nowhere.
 _UNLINK = """<script>
 if (!decodeURI(location.pathname).endsWith({here}))
   for (const link of document.querySelectorAll("td a")) link.replaceWith(link.textContent);
@@ -22,10 +22,10 @@ if (!decodeURI(location.pathname).endsWith({here}))
 
 
 def to_html(page: Page, svgs: Mapping[str, str], *, runs: str, here: str) -> str:
-    """The page as one file.
+    """Return the page as one HTML file.
 
-    svgs: picture name → SVG markup, which is put in the page itself. runs: the folder of the run folders, from the
-    page's own. here: the end of the page's path; opened at another, it shows plain names in place of links.
+    svgs: picture name → SVG markup to embed. runs: the path from the page's folder to that of the run folders. here:
+    the end of the page's path; if opened at another path, the page shows plain names instead of links.
     """
     body = "\n".join(_html(block, svgs, runs) for block in page.blocks)
     title = escape(page.title)
@@ -39,7 +39,7 @@ def to_html(page: Page, svgs: Mapping[str, str], *, runs: str, here: str) -> str
 
 
 def to_markdown(page: Page) -> str:
-    """The page as Markdown. Pictures are links to the SVG files beside it; run folders are named, not linked."""
+    """Return the page as Markdown. Pictures are links to the SVG files beside it; run folders are named, not linked."""
     return "\n\n".join([f"# {page.title}", *(_markdown(block) for block in page.blocks)]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Which setting of the tuned keys (the learning rate) each cell is judged at, and by which seeds."""
+"""Chooses the setting of the tuned keys (the learning rate) at which a cell is judged, and the seeds that judge it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ Selection = Literal["same", "heldout"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting of the tuned keys in one cell. losses: seed → final validation loss. diverged: the seeds that did."""
+    """A setting of the tuned keys in one cell."""
 
     setting: Setting
     losses: Mapping[Any, float]
+    """seed → final validation loss"""
     diverged: tuple[Any, ...]
+    """the seeds that diverged"""
 
     def mean(self, seeds: Collection[Any]) -> float | None:
-        """Over those of the seeds that did not diverge."""
+        """Return the mean over those of the seeds that did not diverge."""
         losses = [loss for seed, loss in self.losses.items() if seed in seeds]
         return float(np.mean(losses)) if losses else None
 
     @property
     def ended(self) -> tuple[Any, ...]:
-        """The seeds that have a result, be it that they diverged."""
+        """Return the seeds that have a result, including those that diverged."""
         return (*self.losses, *self.diverged)
 
     def rank(self, seeds: Collection[Any]) -> tuple[float, float]:
-        """The less the better: the share of its runs with these seeds that diverged, then the others' mean loss."""
+        """Return the share of runs with these seeds that diverged, then the others' mean loss; lower is better."""
         losses = [loss for seed, loss in self.losses.items() if seed in seeds]
         diverged = sum(seed in seeds for seed in self.diverged)
         return (diverged / max(1, diverged + len(losses)), float(np.mean(losses)) if losses else np.inf)
@@ -44,38 +46,38 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A cell at its chosen setting.
-
-    candidates: all of the cell's settings, as the choosing seeds saw them. best: the one chosen. shared: the seeds that
-    they were compared on. values: seed → metric, of the judging seeds
-    whose run is done and has it. units: what each of them is of. diverged: judging seeds whose run diverged. at_edge:
-    tuned keys whose chosen value is the smallest or largest that was tried, of more than one.
-    """
+    """A cell at its chosen setting."""
 
     cell: Cell
     setting: Setting
     candidates: tuple[Candidate, ...]
+    """all of the cell's settings, as the choosing seeds saw them"""
     best: Candidate
     shared: frozenset[Any]
+    """the seeds that the candidates were compared on"""
     values: Mapping[Any, float]
+    """seed → metric, for the judging seeds with a finished run that has it"""
     units: Mapping[Any, Unit | None]
+    """seed → what the value measures"""
     diverged: tuple[Any, ...]
+    """judging seeds with a diverged run"""
     runs: Mapping[Any, Run]
     at_edge: tuple[str, ...]
+    """tuned keys for which the smallest or largest of several tried values was chosen"""
 
     @property
     def ended(self) -> int:
-        """How many of the runs have a result, be it that they diverged."""
+        """Return how many of the runs have a result, including those that diverged."""
         return sum(run.status in ("done", "diverged") for run in self.runs.values())
 
 
 def split(design: Design, selection: Selection) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The seeds to choose on and those to judge by: all and all; or for ``heldout`` those with which several settings
-    were run and those with one alone, as ``sweep.half_width`` makes them; where all have several, the first half and
-    the others.
+    """Return the seeds to choose on and those to judge by.
 
-    Judging by other seeds is a data split: given the choice, the differences are as independent as without one, so that
-    a t interval keeps its coverage, for the difference between the settings that were chosen.
+    For ``same`` both are all seeds. For ``heldout``, seeds run with several settings choose and those run with one
+    alone judge, as ``sweep.half_width`` makes them; if all have several, the first half chooses and the rest judges.
+    Judging by other seeds is a data split: given the choice, the differences are as independent as without one. A t
+    interval therefore keeps its coverage, for the difference between the chosen settings.
     """
     seeds = tuple(design.seeds)
     if selection == "same" or not design.tuned:
@@ -91,12 +93,11 @@ def split(design: Design, selection: Selection) -> tuple[tuple[Any, ...], tuple[
 
 
 def choose(design: Design, metric: Metric, selection: Selection = "same") -> dict[Cell, Chosen]:
-    """For each cell the setting with the least mean validation loss over the choosing seeds, and its values of the
-    metric for the judging ones.
+    """Return each cell at the setting with the least mean validation loss over the choosing seeds.
 
-    A diverged run is worse than any finite loss, so fewer diverged seeds come first. Where runs are missing, settings
-    are compared on the seeds that they share; one with less than half the seeds of another is passed over. Cells in
-    which no run has ended are left out.
+    Its values of the metric are those of the judging seeds. A diverged run is worse than any finite loss, so fewer
+    diverged seeds come first. If runs are missing, settings are compared on the seeds that they share; one with less
+    than half the seeds of another is skipped. Cells without an ended run are left out.
     """
     choosing, judging = split(design, selection)
     by = replace(metric, name=CHOSEN_BY)
@@ -125,7 +126,7 @@ def choose(design: Design, metric: Metric, selection: Selection = "same") -> dic
 
 
 def with_metric(chosen: Mapping[Cell, Chosen], metric: Metric) -> dict[Cell, Chosen]:
-    """The same settings and runs, with their values of another metric."""
+    """Return the same settings and runs, with their values of another metric."""
     found = {}
     for cell, each in chosen.items():
         results = {seed: result for seed, run in each.runs.items() if (result := metric.of(run)) is not None}
@@ -138,11 +139,11 @@ def with_metric(chosen: Mapping[Cell, Chosen], metric: Metric) -> dict[Cell, Cho
 
 
 def sensitivity(chosen: Chosen, runs: Mapping[Setting, Mapping[Any, Run]]) -> float | None:
-    """How much a wrong learning rate costs: the mean over the grid of min(ℓ, ℓ₀) − min ℓ.
+    """Return what a wrong learning rate costs: the mean over the grid of min(ℓ, ℓ₀) − min ℓ.
 
-    ℓ is a setting's mean validation loss over the seeds that settings were compared on, where a diverged run counts as
-    ℓ₀, its first logged training loss (Wortsman et al., arXiv 2309.14322, section 2.2). Comparable only between cells
-    with the same grid. None with fewer than two settings, or where a run has not logged.
+    ℓ is a setting's mean validation loss over the seeds that settings were compared on. A diverged run counts as ℓ₀,
+    its first logged training loss (Wortsman et al., arXiv 2309.14322, section 2.2). Only cells with the same grid are
+    comparable. None with fewer than two settings, or if a run has not logged.
     """
     means = []
     for candidate in chosen.candidates:
@@ -169,7 +170,7 @@ def _candidate(setting: Setting, runs: Mapping[Any, Run], seeds: Sequence[Any], 
 
 
 def _comparable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], set[Any]]:
-    """The settings to choose among, and the seeds to choose by."""
+    """Return the settings to choose among, and the seeds to choose by."""
     most = max(len(candidate.ended) for candidate in candidates)
     for share in (0.5, 1.0):
         enough = [candidate for candidate in candidates if len(candidate.ended) >= share * most]

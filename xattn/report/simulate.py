@@ -1,7 +1,7 @@
 """``python -m xattn.report.simulate``: do the report's statistics keep their promises where the truth is known?
 
-A simulated study has a baseline and three arms. The loss of arm a, rate r, seed s is μ(a, r) + b(s) + e(a, r, s), with
-b common to all runs of a seed, as initialisation and data order are, and e independent; both normal.
+A simulated study has a baseline and three arms. The loss of arm a, rate r, seed s is μ(a, r) + b(s) + e(a, r, s). b is
+common to all runs of a seed, as initialisation and data order are; e is independent. Both are normal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ARMS = 3  # besides the baseline
 RATES = np.array([0.02, 0.001, 0.0, 0.001, 0.02])  # the loss that each learning rate of the grid adds
 EFFECTS = np.array([0.0, 0.05, 0.0, -0.05])  # of the arms on the loss, the baseline's first
 SEED_SPREAD, RUN_SPREAD = 0.03, 0.01
-HALF_WIDTH = 0.01  # that seeds are added for
+HALF_WIDTH = 0.01  # the target for which seeds are added
 LAW = Law(np.array([1.2]), np.array([12.0]), np.array([0.4]))  # of the baseline's loss, about that of `python train.py`
 LENGTHS, ARM_STEPS, WORTH = (125, 250, 500), 250, 1.2  # the baseline's, the arm's, and what the arm is worth
 COMMON_SPREAD, OWN_SPREAD = 0.020, 0.017  # as measured at 250 steps: of a seed in all runs, of each run
@@ -29,7 +29,7 @@ COMMON_SPREAD, OWN_SPREAD = 0.020, 0.017  # as measured at 250 steps: of a seed 
 
 @dataclass(frozen=True)
 class Promise:
-    """A share of the repetitions, and the range that it should be in; None where there is no promise."""
+    """A share of the repetitions, and the range that it should lie in; None if there is no promise."""
 
     name: str
     seeds: int
@@ -43,21 +43,21 @@ class Promise:
 
 
 def intervals(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """t intervals of the means along the last axis."""
+    """Return t intervals of the means along the last axis."""
     interval = stats.ttest_1samp(differences, 0.0, axis=-1).confidence_interval(LEVEL)
     return interval.low, interval.high
 
 
 def fixed_coverage(repetitions: int, seeds: int, rng: np.random.Generator) -> float:
-    """How often the interval holds the true effect, of an arm and a learning rate fixed beforehand."""
+    """Return how often the interval contains the true effect if arm and learning rate are fixed beforehand."""
     losses = _losses(repetitions, seeds, np.zeros(1), rng)[..., 0, :]
     return _coverage(losses[:, 1] - losses[:, 0], np.full(repetitions, EFFECTS[1] - EFFECTS[0]))
 
 
 def selected_coverage(repetitions: int, seeds: int, rng: np.random.Generator, *, heldout: bool, rates: int) -> float:
-    """How often the interval holds the true difference between what was chosen.
+    """Return how often the interval contains the true difference between the chosen settings.
 
-    The arm's rate is the best of five on the choosing seeds; ``rates`` is how many the baseline had to choose among:
+    The arm's rate is the best of five on the choosing seeds. ``rates`` is the number that the baseline chooses among:
     one, its best, or five as well.
     """
     losses = _losses(repetitions, seeds, RATES, rng)
@@ -72,7 +72,7 @@ def selected_coverage(repetitions: int, seeds: int, rng: np.random.Generator, *,
 
 
 def family_wise_error(repetitions: int, seeds: int, rng: np.random.Generator, *, signflip: bool) -> float:
-    """How often some arm is called different after Holm, where none is."""
+    """Return how often some arm is called different after Holm although none is."""
     noise = RUN_SPREAD * rng.standard_normal((repetitions, ARMS + 1, seeds))
     differences = noise[:, 1:] - noise[:, :1]
     if signflip:
@@ -89,15 +89,15 @@ def family_wise_error(repetitions: int, seeds: int, rng: np.random.Generator, *,
 
 
 def some_rejected(p_values: np.ndarray) -> np.ndarray:
-    """Whether Holm rejects any of a row's hypotheses: its first step, the least p against α / m, decides that.
+    """Return whether Holm rejects any of a row's hypotheses: its first step, the least p against α / m, decides that.
 
-    The report itself takes statsmodels' :func:`~xattn.report.statistics.holm`, which collects garbage at each call.
+    The report itself uses statsmodels' :func:`~xattn.report.statistics.holm`, which collects garbage at each call.
     """
     return p_values.min(-1) <= (1 - LEVEL) / p_values.shape[-1]
 
 
 def promises(repetitions: int = 1000, seed_counts: Sequence[int] = (3, 5, 10), seed: int = 0) -> list[Promise]:
-    """All that is promised, measured."""
+    """Measure all promises."""
     rng = np.random.default_rng(seed)
     found = [
         Promise("coverage, arm and rate fixed", n, fixed_coverage(repetitions, n, rng), 0.93, 0.97) for n in seed_counts
@@ -116,7 +116,7 @@ def promises(repetitions: int = 1000, seed_counts: Sequence[int] = (3, 5, 10), s
         found.append(Promise("coverage, --selection heldout", n, held, 0.93, 0.97))
     for arms in (1, 3, 10):
         pilot = pilot_size(arms)
-        just = HALF_WIDTH * pilot**0.5 / quantile(pilot, arms)  # the spread that the pilot just suffices for
+        just = HALF_WIDTH * pilot**0.5 / quantile(pilot, arms)  # the spread for which the pilot is just sufficient
         for freedom, factors in ((None, (0.5, 1.0, 2.0)), (4, (2.0,))):
             for factor in factors:
                 covered, seeds = two_stage_coverage(repetitions, arms, factor * just, rng, freedom=freedom)
@@ -134,9 +134,9 @@ def promises(repetitions: int = 1000, seed_counts: Sequence[int] = (3, 5, 10), s
 
 
 def worth_coverage(repetitions: int, seeds: int, rng: np.random.Generator) -> tuple[float, float]:
-    """How often the interval of an arm's worth in steps holds the truth; and the share of studies that give none.
+    """Return how often the interval of an arm's worth contains the truth, and the share of studies without one.
 
-    The baseline has three lengths, the arm one. All runs of a seed have a part of their noise in common.
+    The baseline has three lengths, the arm one. All runs of a seed share part of their noise.
     """
     truth = [*(float(LAW.loss(steps)[0]) for steps in LENGTHS), float(LAW.loss(WORTH * ARM_STEPS)[0])]
     held = []
@@ -152,10 +152,10 @@ def worth_coverage(repetitions: int, seeds: int, rng: np.random.Generator) -> tu
 def two_stage_coverage(
     repetitions: int, arms: int, sigma: float, rng: np.random.Generator, *, freedom: int | None
 ) -> tuple[float, float]:
-    """How often all of a study's two-stage intervals hold the true differences at once, and its mean number of seeds.
+    """Return how often all of a study's two-stage intervals hold the true differences, and its mean number of seeds.
 
-    The whole procedure: pilot, choice of the number of seeds, the others. sigma: spread of an arm's difference to the
-    baseline, which all arms share. freedom: of the t distribution that runs have; None is the normal one.
+    Runs the whole procedure: pilot, choice of the number of seeds, remaining seeds. sigma: spread of an arm's
+    difference to the baseline, the same for all arms. freedom: of the runs' t distribution; None for the normal one.
     """
     pilot, held, seeds = pilot_size(arms), [], []
     for _ in range(repetitions):
@@ -172,7 +172,7 @@ def two_stage_coverage(
 
 
 def _runs(arms: int, seeds: int, sigma: float, freedom: int | None, rng: np.random.Generator) -> np.ndarray:
-    """(arm, seed), of which a difference of two has the spread sigma."""
+    """Return losses (arm, seed) such that a difference of two has the spread sigma."""
     shape = (arms, seeds)
     if freedom is None:
         return sigma / 2**0.5 * rng.standard_normal(shape)
@@ -180,7 +180,7 @@ def _runs(arms: int, seeds: int, sigma: float, freedom: int | None, rng: np.rand
 
 
 def main() -> int:
-    """Prints the table; 0 where every promise is kept, else 1."""
+    """Print the table; return 0 if every promise is kept, else 1."""
     repetitions = 1000
     print(f"{repetitions} simulated studies a line; 95 % intervals, tests at 5 %")
     print(f"{'what':76} {'seeds':>5} {'measured':>9}  promise")
@@ -196,7 +196,7 @@ def main() -> int:
 
 
 def _losses(repetitions: int, seeds: int, rates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(repetition, arm, rate, seed)"""
+    """Return losses (repetition, arm, rate, seed)."""
     arms = EFFECTS.size
     common = SEED_SPREAD * rng.standard_normal((repetitions, 1, 1, seeds))
     own = RUN_SPREAD * rng.standard_normal((repetitions, arms, rates.size, seeds))

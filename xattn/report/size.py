@@ -1,4 +1,4 @@
-"""Whether the arms of a comparison are as large as their baseline and compute as much, and what would make them so."""
+"""Whether a comparison's arms match their baseline in size and compute, and what would make them match."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from xattn.report.design import MLP_DIM, PARAMETERS, Factor
 from xattn.report.read import Run, finite
 from xattn.report.words import number
 
-SAME_SIZE, SAME_FLOPS = 0.01, 0.02  # the relative differences that are passed over
-_FLOPS_PER_WEIGHT = 6  # and token, in training
+SAME_SIZE, SAME_FLOPS = 0.01, 0.02  # relative differences that are ignored
+_FLOPS_PER_WEIGHT = 6  # and per token, in training
 
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a run's model.
-
-    flops: with which it trains on a token; None where that is unknown. smallest: its parameters if mlp_dim were 1; 0
-    where that is unknown. asked: its ``model.parameters``.
-    """
+    """The size of a run's model."""
 
     parameters: float
     flops: float | None
+    """per training token; None if unknown"""
     smallest: float
+    """the parameters if mlp_dim were 1; 0 if unknown"""
     asked: float | None
+    """its ``model.parameters``"""
 
 
 def size_of(run: Run) -> Size | None:
-    """None where the run's summary does not say."""
+    """Return the size; None if the run's summary does not contain it."""
     parameters, flops, tokens = run.number("num_params"), run.number("flops_per_step"), run.tokens_per_step
     if not parameters:
         return None
@@ -47,7 +46,7 @@ def size_of(run: Run) -> Size | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """An arm and its baseline, with the same values of the other factors."""
+    """An arm and its baseline at the same values of the other factors."""
 
     arm: str
     ours: Size
@@ -59,14 +58,14 @@ class Pair:
 
     @property
     def missing_flops(self) -> float:
-        """What of the baseline's FLOPs a token the arm lacks; negative where it has more, 0 where they are as many."""
+        """Return the baseline's FLOPs per token minus the arm's; 0 if they are about equal or unknown."""
         if self.ours.flops is None or self.theirs.flops is None:
             return 0.0
         missing = self.theirs.flops - self.ours.flops
         return missing if abs(missing) > SAME_FLOPS * self.theirs.flops else 0.0
 
     def told(self) -> str:
-        """``input: 932,000 parameters against 900,224 (+3.5 %)``; empty where there is no difference to speak of."""
+        """Return ``input: 932,000 parameters against 900,224 (+3.5 %)``; empty if the difference is negligible."""
         parts = []
         if self.is_larger_or_smaller:
             parts.append(_against("parameters", self.ours.parameters, self.theirs.parameters))
@@ -76,8 +75,8 @@ class Pair:
 
 
 def unfair(comparison: Comparison) -> list[str]:
-    """A sentence for each factor with an arm that has over 1 % more or fewer parameters than its baseline, or over 2 %
-    more or fewer FLOPs a token; with the key that makes them equal."""
+    """Return a sentence for each factor with an arm that has over 1 % more or fewer parameters than its baseline, or
+    over 2 % more or fewer FLOPs per token. It names the key that makes them equal."""
     said = []
     for i, factor in enumerate(comparison.design.factors):
         pairs = list(_pairs(comparison, i, factor))
@@ -116,7 +115,7 @@ def _what_helps(factor: Factor, pairs: list[Pair]) -> str:
 
 
 def _as_much(pair: Pair) -> float | None:
-    """The number of parameters with which the arm computes as much as its baseline; None where that is too few."""
+    """Return the number of parameters at which the arm computes as much as its baseline; None if that is too few."""
     wanted = pair.ours.parameters + pair.missing_flops / _FLOPS_PER_WEIGHT
     return wanted if wanted >= pair.ours.smallest else None
 

@@ -1,4 +1,4 @@
-"""Differences between arms, paired by seed, and how sure they are. The tests are scipy's and statsmodels'."""
+"""Differences between arms, paired by seed, with their uncertainty. The tests come from scipy and statsmodels."""
 
 from __future__ import annotations
 
@@ -21,45 +21,37 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 POWER = 0.8
-BOOTSTRAP_FROM = 20  # seeds: below, BCa covers too little (70 % at 3, 84 % at 5, 90 % at 10)
+BOOTSTRAP_FROM = 20  # seeds; with fewer, BCa covers too little (70 % at 3, 84 % at 5, 90 % at 10)
 _RESAMPLES = 9999
-EXACT_TO = 13  # seeds: from 14 on the flips of signs are more than the resamples, and drawn at random
+EXACT_TO = 13  # seeds; from 14, sign flips outnumber the resamples and are drawn at random
 
 
 @dataclass(frozen=True)
 class Paired:
-    """What paired differences d₁ … d_n say of their mean δ.
-
-    difference: their mean d̄. ci_low, ci_high: d̄ ± t(0.975, n − 1) · s/√n (Student). p: two-sided, of
-    t = d̄ √n / s under δ = 0. p_signflip: two-sided, of d̄ among the means under all 2ⁿ flips of the signs (Fisher;
-    a random 9,999 of them from n = 14 on); not below 2^(1−n). spread: s. bootstrap: BCa interval (Efron 1987), from 20
-    seeds on. None where n, or a spread of zero, lets nothing be said.
-    """
+    """Statistics of paired differences d₁ … d_n with true mean δ; None where n or a spread of zero allows none."""
 
     seeds: int
     difference: float | None = None
+    """their mean d̄"""
     ci_low: float | None = None
+    """d̄ ± t(0.975, n − 1) · s/√n (Student)"""
     ci_high: float | None = None
     p: float | None = None
+    """two-sided, of t = d̄ √n / s under δ = 0"""
     p_signflip: float | None = None
+    """two-sided, of d̄ among its 2ⁿ sign flips (Fisher; 9,999 random ones from n = 14); at least 2^(1−n)"""
     spread: float | None = None
+    """s"""
     bootstrap: tuple[float, float] | None = None
+    """BCa interval (Efron 1987), from 20 seeds"""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One comparison: arm − baseline, over the cells of the other factors that both have.
+    """One comparison, arm − baseline, over the cells of the other factors that both have.
 
-    factor and arm are written ``a × b`` where the comparison is an interaction: how much more (a's arm − a's baseline)
-    is under b's arm than under b's baseline. arm_mean, baseline_mean: of the pairs alone, so that
-    ``difference == arm_mean − baseline_mean``; of an interaction the two differences that are compared. left_out,
-    baseline_left_out: runs with a value at the chosen settings that are in no pair. p_holm: p after Holm's correction
-    over the comparisons of its family (:attr:`Design.families`), whose number is `comparisons`. detectable: see
-    :func:`detectable`, corrected as p_holm is; the interval is not. diverged, baseline_diverged: runs, of as many that
-    ended (done or diverged) as `ended` and `baseline_ended` say. cells: how many were averaged. why_not: why values
-    that are there are not comparable. by_seed: seed → difference, which :attr:`paired` is of, in the order of seeds.
-    stage: what Stein's procedure says, where ``sweep.half_width`` chose the number of seeds. worth: what the arm is
-    worth in the baseline's steps, where the baseline has runs of several lengths.
+    For an interaction, factor and arm are written ``a × b``. Its difference is how much larger (a's arm − a's baseline)
+    is under b's arm than under b's baseline, and its two means are these two differences.
     """
 
     factor: str
@@ -68,52 +60,64 @@ class Effect:
     metric: str
     paired: Paired
     arm_mean: float | None = None
+    """over the pairs alone, so that ``difference == arm_mean − baseline_mean``"""
     baseline_mean: float | None = None
     left_out: int = 0
+    """runs with a value at the chosen settings that belong to no pair"""
     baseline_left_out: int = 0
     p_holm: float | None = None
+    """p after Holm's correction over the `comparisons` of its family (:attr:`Design.families`)"""
     comparisons: int = 1
     detectable: float | None = None
+    """see :func:`detectable`; corrected as p_holm is, unlike the interval"""
     diverged: int = 0
     ended: int = 0
+    """runs of the arm that are done or diverged"""
     baseline_diverged: int = 0
     baseline_ended: int = 0
     cells: int = 1
+    """how many cells the difference is averaged over"""
     cells_left_out: int = 0
     why_not: str = ""
+    """why existing values are not comparable"""
     by_seed: Mapping[Any, float] = field(default_factory=dict)
+    """seed → difference, in the order of seeds; :attr:`paired` describes these"""
     stage: TwoStage | None = None
+    """the result of Stein's procedure, where ``sweep.half_width`` chose the number of seeds"""
     worth: Worth | None = None
+    """what the arm is worth in baseline steps, where the baseline has runs of several lengths"""
 
     @property
     def counts(self) -> tuple[str, str]:
-        """For a table: how many runs were left out (the arm's + the baseline's), and how many of the arm's diverged."""
+        """Return table cells: runs left out (the arm's + the baseline's), and how many of the arm's runs diverged."""
         return f"{self.left_out} + {self.baseline_left_out}", f"{self.diverged} of {self.ended}"
 
     @property
     def more_diverged(self) -> float:
-        """The share of the arm's runs that diverged − the baseline's, of those that ended."""
+        """Return the share of the arm's ended runs that diverged, minus the baseline's share."""
         return self.diverged / max(1, self.ended) - self.baseline_diverged / max(1, self.baseline_ended)
 
 
 @dataclass(frozen=True)
 class Matched:
-    """What of two arms is set against each other: the cells of the other factors, each with the arm's and the
-    baseline's runs, and the seeds that every one of these has on both sides."""
+    """The runs of two arms that are compared with each other."""
 
     cells: tuple[tuple[Chosen, Chosen], ...]
+    """for each cell of the other factors: the arm's runs and the baseline's"""
     seeds: tuple[Any, ...]
+    """the seeds that all of these have on both sides"""
     in_question: tuple[tuple[Chosen, Chosen], ...]
+    """all cells that both arms have, before any was left out"""
     why_not: str
 
 
 def smallest_signflip_p(seeds: int) -> float:
-    """2^(1−n): all signs as they are, and all flipped."""
+    """Return 2^(1−n), the p if only the original signs and all signs flipped are as extreme."""
     return 2.0 ** (1 - seeds)
 
 
 def paired(differences: Sequence[float] | np.ndarray) -> Paired:
-    """The statistics of paired differences, one for each seed."""
+    """Return the statistics of paired differences, one for each seed."""
     d = np.asarray(differences, dtype=float)
     if d.size == 0:
         return Paired(0)
@@ -121,7 +125,7 @@ def paired(differences: Sequence[float] | np.ndarray) -> Paired:
     if d.size == 1:
         return Paired(1, mean)
     spread = float(d.std(ddof=1))
-    if spread <= 1e-12 * max(abs(mean), np.finfo(float).tiny):  # all seeds say the same: no error to compare with
+    if spread <= 1e-12 * max(abs(mean), np.finfo(float).tiny):  # all seeds agree: there is no error to compare with
         return Paired(d.size, mean)
     test = stats.ttest_1samp(d, 0.0)
     interval = test.confidence_interval(LEVEL)
@@ -141,24 +145,24 @@ def paired(differences: Sequence[float] | np.ndarray) -> Paired:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment (1979) of those that are there: it keeps the family's error at the level."""
+    """Return Holm's step-down adjustment (1979) of the known p values; it controls the family-wise error."""
     known = [p for p in p_values if p is not None]
     adjusted = iter(multipletests(known, method="holm")[1]) if known else iter(())
     return [None if p is None else float(next(adjusted)) for p in p_values]
 
 
 def detectable(spread: float, seeds: int, comparisons: int) -> float:
-    """The |δ| that is found with probability 0.8, by Holm at level 0.05 among so many comparisons, if s is the spread.
+    """Return the |δ| that Holm's test detects with probability 0.8 at level 0.05, if s equals the spread.
 
-    That of the t test at level 0.05 / comparisons, at which Holm rejects whatever the others say: where some of the
-    others are rejected too, it is found more often. The chance of rejecting on the wrong side is left out (< 10⁻⁵).
+    It is that of the t test at level 0.05 / comparisons, where Holm rejects regardless of the other p values. If some
+    of the others are rejected too, the probability is higher. Rejecting on the wrong side (< 10⁻⁵) is ignored.
     """
     threshold = special.stdtrit(seeds - 1, 1 - (1 - LEVEL) / 2 / comparisons)
     return spread * float(special.nctdtrinc(seeds - 1, 1 - POWER, threshold)) / seeds**0.5
 
 
 def main_effects(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) -> list[Effect]:
-    """Each arm of each factor against its baseline. Holm is over each of :attr:`Design.families`."""
+    """Compare each arm of each factor with its baseline. Holm corrects within each of :attr:`Design.families`."""
     effects: list[Effect] = []
     for family in design.families:
         of_family = [
@@ -172,18 +176,18 @@ def main_effects(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) 
 
 
 def matched(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: Any, metric: Metric) -> Matched:
-    """The runs of an arm and of the factor's baseline that differ in that alone.
+    """Return the runs of an arm and of the factor's baseline that differ in that factor alone.
 
-    Where the crossing has holes, combinations of the other factors' arms are taken, those with the most seeds first,
-    as long as that makes more pairs in which every combination has every seed.
+    If the crossing has holes, combinations of the other factors' arms are added, those with most seeds first, and the
+    selection with the most pairs is kept. In it every combination has every seed.
     """
     return _matched(design, _by_arm(design, chosen, factor), factor, arm, metric)
 
 
 def interactions(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) -> list[Effect]:
-    """For every two factors that cross, (a, b) − (a₀, b) − (a, b₀) + (a₀, b₀) of each two arms, a₀ and b₀ baselines.
+    """Return (a, b) − (a₀, b) − (a, b₀) + (a₀, b₀) for each two arms of every two crossed factors.
 
-    Taken where the other factors are at their baselines. Holm is over the arms of the two factors.
+    a₀ and b₀ are baselines. The other factors are at their baselines. Holm corrects over the arms of the two factors.
     """
     base = tuple(factor.baseline for factor in design.factors)
     by_factors: dict[tuple[int, int], list[Effect]] = {pair: [] for pair in combinations(range(len(base)), 2)}
@@ -209,7 +213,7 @@ def _with(cell: Cell, arms: Mapping[int, Any]) -> Cell:
 
 
 def _comparable_seed(seed: Any, chosen: Sequence[Chosen], metric: Metric) -> bool:
-    """Whether all have a value with this seed, and of the same thing."""
+    """Return whether all have a value with this seed, and these values measure the same thing."""
     if not all(seed in each.values for each in chosen):
         return False
     first = chosen[0].units[seed]
@@ -217,7 +221,7 @@ def _comparable_seed(seed: Any, chosen: Sequence[Chosen], metric: Metric) -> boo
 
 
 def _by_arm(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor) -> dict[Any, dict[Cell, Chosen]]:
-    """Arm → arms of the other factors → the cell there."""
+    """Return arm → arms of the other factors → the cell there."""
     i = design.factors.index(factor)
     found: dict[Any, dict[Cell, Chosen]] = {arm: {} for arm in factor.arms}
     for cell, each in chosen.items():
@@ -236,6 +240,7 @@ def _matched(
     order = sorted((i for i, seeds in enumerate(shared) if seeds), key=lambda i: -len(shared[i]))
     best: tuple[list[int], set[Any]] = ([], set())
     common: set[Any] = set(design.seeds)
+    # Add cells with ever fewer seeds, and keep the selection with the most pairs.
     for size, i in enumerate(order, 1):
         common = common & shared[i]
         if size * len(common) >= len(best[0]) * len(best[1]) and common:
@@ -257,7 +262,7 @@ def _matched(
 def _effect(
     design: Design, by_arm: Mapping[Any, Mapping[Cell, Chosen]], factor: Factor, arm: Any, metric: Metric
 ) -> Effect:
-    """d_s is the mean over the cells of the other factors that both arms have, of arm − baseline with seed s."""
+    """Return the effect. d_s is the mean of arm − baseline with seed s over the cells that both arms have."""
     found = _matched(design, by_arm, factor, arm, metric)
     ours, theirs = (
         np.array([np.mean([pair[side].values[seed] for pair in found.cells]) for seed in found.seeds])
@@ -281,7 +286,7 @@ def _effect(
 
 
 def _between(names: tuple[str, Any, Any, str], ours: np.ndarray, theirs: np.ndarray) -> Effect:
-    """The effect whose values and whose baseline's, seed by seed, these are."""
+    """Return the effect from the arm's values and the baseline's, seed by seed."""
     found = paired(ours - theirs)
     if not ours.size:
         return Effect(*names, found)

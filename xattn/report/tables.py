@@ -30,12 +30,12 @@ Table = tuple[Sequence[str], list[list[Any]]]  # columns, rows
 
 
 def effects_csv(comparisons: Sequence[Comparison]) -> str:
-    """effects.csv: :func:`effects_table`, with an empty cell for None."""
+    """Return effects.csv: :func:`effects_table` with empty cells for None."""
     return _csv(*effects_table(comparisons))
 
 
 def effects_table(comparisons: Sequence[Comparison]) -> Table:
-    """A row a comparison of two arms; a cell is None where nothing can be said."""
+    """Return a row per comparison of two arms; a cell is None if its value is unknown."""
     rows = []
     for i, each in enumerate(comparisons, 1):
         where = " ".join(f"{key}={show(value)}" for key, value in each.group.where.items())
@@ -52,13 +52,13 @@ def effects_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def results_csv(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
-    """results.csv: :func:`results_table`, with an empty cell for None."""
+    """Return results.csv: :func:`results_table` with empty cells for None."""
     return _csv(*results_table(runs, comparisons))
 
 
 def results_table(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Table:
-    """A row a run: the keys that differ, what the run found, what it was made with. comparison: the number of the one
-    that the run belongs to, from 1; judged: whether its value enters it."""
+    """Return a row per run: the keys that differ, its results, and its provenance. comparison is the number of the
+    run's comparison, from 1; judged is whether the run's value enters it."""
     judged = {
         chosen.runs[seed].folder for each in comparisons for chosen in each.chosen.values() for seed in chosen.values
     }
@@ -92,8 +92,8 @@ def results_table(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Tab
 
 
 def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
-    """A booktabs table: each arm's mean and its baseline's in the pairs of the two, their difference, how many runs are
-    in no pair, and how many diverged. Below them stands which arms are larger or smaller than their baseline."""
+    """Return a booktabs table: each arm's mean and its baseline's over their pairs, the difference, and how many runs
+    are unpaired or diverged. Below it stand the arms that are larger or smaller than their baseline."""
     several = len(comparisons) > 1
     metrics = {each.metric.name for each in comparisons}
     named = _tex(metrics.pop()) if len(metrics) == 1 else "mean"
@@ -133,7 +133,7 @@ def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """None is an empty cell; a truth value is spelled as in YAML."""
+    """Return the value, with a bool spelled as in YAML; csv writes None as an empty cell."""
     return str(value).lower() if isinstance(value, bool) else value
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a study were trained on and with, for the top of its page."""
+"""What a study's runs were trained on and with, for the top of its page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from xattn.report.design import in_order
 from xattn.report.read import Run
 from xattn.system.screen import counted
 
-_VALUES = 8  # of one thing, shown at most
+_VALUES = 8  # shown of one thing, at most
 
-# What was trained: a line each of parts, in words around a value of a run.
+# What was trained: a line for each name. Its parts are words around a value of a run.
 _Fact = Callable[[Run], object]
 _FACTS: Mapping[str, Sequence[tuple[str, _Fact]]] = {
     "data": [
@@ -60,14 +60,14 @@ def _of_corpus(run: Run, key: str) -> str | int | None:
 
 
 def _library(run: Run) -> object:
-    """The Python whose library the run was trained on, where that is its corpus."""
+    """Return the version of Python that supplied the run's corpus, if its standard library is the corpus."""
     if run.config.get("data.name") != "python_stdlib":
         return None
     return _of_corpus(run, "python") or run.provenance.get("versions", {}).get("python")
 
 
 def trained(runs: Sequence[Run], judged: Sequence[Run]) -> Iterator[Block]:
-    """What the judged runs were trained on and with, each value once where they differ; and how all runs ended."""
+    """Yield what the judged runs were trained on and with, all values if they differ, and how all runs ended."""
     ended = [run for run in judged if run.status in ("done", "diverged")] or judged
     rows = []
     for name, parts in _FACTS.items():

@@ -1,11 +1,11 @@
-"""How many seeds a difference needs, and the interval that these give it: Stein's two-stage procedure.
+"""How many seeds a difference needs, and the interval that they give it: Stein's two-stage procedure.
 
-A pilot of n₀ pairs gives a spread s₀. Then so many pairs are made that the interval, with that spread and its n₀ − 1
-degrees of freedom, is no wider than was asked for. For normal differences its coverage is exact, whatever their true
-spread is (Stein, A Two-Sample Test for a Linear Hypothesis Whose Power is Independent of the Variance, Annals of
-Mathematical Statistics 16, 1945): the mean of a normal sample is independent of its residuals, so that a number of
-pairs that rests on residuals alone says nothing about the mean. That holds also where several arms' residuals decide
-it, and where fewer pairs are made than were needed, as long as their losses had no say in that.
+A pilot of n₀ pairs gives a spread s₀. Then enough pairs are added that the interval, with that spread and its n₀ − 1
+degrees of freedom, is no wider than requested. For normal differences its coverage is exact, whatever their true spread
+(Stein, A Two-Sample Test for a Linear Hypothesis Whose Power is Independent of the Variance, Annals of Mathematical
+Statistics 16, 1945). The mean of a normal sample is independent of its residuals, so a number of pairs that depends on
+residuals alone says nothing about the mean. This also holds if several arms' residuals decide it, and if fewer pairs
+than needed are run, as long as their losses did not influence that.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ SMALLEST_PILOT = 4  # pairs
 
 @dataclass(frozen=True)
 class TwoStage:
-    """What the pairs say of one difference.
-
-    pilot: n₀, the first pairs, of which `spread` is s₀. comparisons: m, of which all intervals hold at once with
-    probability 0.95 at least (Bonferroni). pairs: n, of which the interval d̄ ± t(1 − 0.025/m, n₀ − 1) · s₀/√n is.
-    half_widths: those that were asked for, the last one last. needed: the pairs that the last one takes.
-    """
+    """What the pairs show about one difference."""
 
     pilot: int
+    """n₀, the number of first pairs"""
     spread: float
+    """s₀, of the pilot"""
     comparisons: int
+    """m; all m intervals hold simultaneously with probability at least 0.95 (Bonferroni)"""
     pairs: int
+    """n; the interval is d̄ ± t(1 − 0.025/m, n₀ − 1) · s₀/√n"""
     ci_low: float
     ci_high: float
     half_widths: tuple[float, ...]
+    """the requested ones, the latest last"""
     needed: int
+    """the pairs that the last half-width requires"""
 
     @property
     def half_width(self) -> float:
@@ -49,7 +50,7 @@ class TwoStage:
 
     @property
     def is_shown(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Return whether the interval excludes zero."""
         return self.ci_low > 0 or self.ci_high < 0
 
     @property
@@ -58,31 +59,31 @@ class TwoStage:
 
 
 def pilot_size(comparisons: int) -> int:
-    """n₀ = 8 + 8 · log₁₀ m, rounded: 8 for one arm besides the baseline, 12 for three, 16 for ten.
+    """Return n₀ = 8 + 8 · log₁₀ m, rounded: 8 for one arm besides the baseline, 12 for three, 16 for ten.
 
-    Near the least expected number of runs where the spread is 1 to 2.5 times the half-width (`python -m
-    xattn.report.simulate`): the more comparisons, the farther out the quantile of t is, where few degrees of freedom
-    cost the most.
+    It is near the least expected number of runs if the spread is 1 to 2.5 times the half-width (`python -m
+    xattn.report.simulate`). More comparisons move the quantile of t outwards, where few degrees of freedom cost the
+    most.
     """
     return round(8 + 8 * math.log10(comparisons))
 
 
 def quantile(pilot: int, comparisons: int) -> float:
-    """t(1 − 0.025/m, n₀ − 1)"""
+    """Return t(1 − 0.025/m, n₀ − 1)."""
     return float(special.stdtrit(pilot - 1, 1 - (1 - LEVEL) / 2 / comparisons))
 
 
 def pairs_needed(spread: float, pilot: int, comparisons: int, half_width: float) -> int:
-    """max(n₀, ⌈(t(1 − 0.025/m, n₀ − 1) · s₀ / h)²⌉)"""
+    """Return max(n₀, ⌈(t(1 − 0.025/m, n₀ − 1) · s₀ / h)²⌉)."""
     return max(pilot, math.ceil((quantile(pilot, comparisons) * spread / half_width) ** 2))
 
 
 def two_stage(
     differences: Sequence[float] | np.ndarray, pilot: int, comparisons: int, half_widths: Sequence[float]
 ) -> TwoStage | None:
-    """What these differences, in the order of their seeds, say; None where the pilot is too small or has no spread.
+    """Return what these differences, in the order of seeds, show; None if the pilot is too small or has no spread.
 
-    pilot: how many of the first are the pilot's.
+    pilot: how many of the first differences form it.
     """
     d = np.asarray(differences, dtype=float)
     pilot = min(pilot, d.size)
@@ -103,9 +104,9 @@ def two_stage(
 
 
 def with_stages(comparisons: Sequence[Comparison], asked: tuple[float, int] | None) -> list[Comparison]:
-    """The comparisons, with a :class:`TwoStage` for each effect of those that were made with ``sweep.half_width``.
+    """Return the comparisons, with a :class:`TwoStage` for each effect of runs made with ``sweep.half_width``.
 
-    asked: the half-width that is asked for now and the size of the pilot; None for what the runs say.
+    asked: the half-width requested now and the size of the pilot; None for what the runs say.
     """
     factors = [factor for each in comparisons for factor in each.design.factors]
     count = comparisons_of(factors)
@@ -129,15 +130,15 @@ def with_stages(comparisons: Sequence[Comparison], asked: tuple[float, int] | No
 
 
 def comparisons_of(factors: Sequence[Factor]) -> int:
-    """How many differences are to be known at once: each factor's arms against its baseline. Lengths of training are
-    none of them beside another factor, since they are there for what an arm is worth."""
+    """Return how many differences must be known simultaneously: each factor's arms against its baseline. Training
+    lengths do not count beside another factor, since they only measure what an arm is worth."""
     counts = [(factor.key, len(factor.arms) - 1) for factor in factors]
     others = sum(count for key, count in counts if key != STEPS)
     return others or sum(count for _, count in counts)
 
 
 def asked_half_widths(runs: Iterable[Run]) -> tuple[float, ...]:
-    """``sweep.half_width`` of the runs, each once, in the order in which they were begun."""
+    """Return the runs' ``sweep.half_width`` values, each once, in the order in which the runs started."""
     begun = sorted(runs, key=lambda run: str(run.provenance.get("started_at", "")))
     found = (finite(run.config.get("sweep.half_width")) for run in begun)
     return tuple(dict.fromkeys(width for width in found if width is not None))

@@ -1,6 +1,6 @@
-"""The report for programs: ``verdict.json``, which ``xattn report --json`` prints too.
+"""The report for programs: ``verdict.json``, which ``xattn report --json`` also prints.
 
-:class:`Verdict` is the schema. docs/verdict.schema.json is the same as JSON Schema; it is renewed by
+:class:`Verdict` is the schema. docs/verdict.schema.json holds it as JSON Schema; regenerate that file with
 ``python -m xattn.report.verdict > docs/verdict.schema.json``.
 """
 
@@ -20,9 +20,9 @@ from xattn.report.claim import Says
 from xattn.report.selection import Selection
 from xattn.report.words import Outcome
 
-# A folder's name may hold bytes that are no text; they are written as escapes.
+# A folder's name may contain bytes that are not text; they are written as escapes.
 Text = Annotated[str, BeforeValidator(lambda text: text.encode("utf-8", "backslashreplace").decode())]
-Number = float | None  # null where it is not known, or not finite
+Number = float | None  # null if unknown or not finite
 
 
 class _Part(BaseModel):
@@ -38,53 +38,53 @@ class Range(_Part):
 
 
 class Worth(_Part):
-    """What an arm is worth in steps of the baseline. Above 1 more steps would be needed without it."""
+    """What an arm is worth in baseline steps. Above 1, the baseline needs more steps to reach the arm's loss."""
 
     steps: Range | None
-    """the baseline's steps that reach the arm's loss, as a multiple of the arm's"""
+    """baseline steps that reach the arm's loss, as a multiple of the arm's own steps"""
     step_cost: Range | None
-    """a step's seconds, as a multiple of the baseline's; null where speeds may not be compared"""
+    """seconds per step, as a multiple of the baseline's; null if the speeds may not be compared"""
     net: Range | None
     """steps / step_cost"""
     why_not: Text
-    """why there is no number; empty where all are there"""
+    """why a number is missing; empty if none is"""
 
 
 class TwoStage(_Part):
-    """Stein's interval, where ``sweep.half_width`` chose the number of seeds. The verdict rests on it."""
+    """Stein's interval, used where ``sweep.half_width`` chose the number of seeds. The verdict rests on it."""
 
     pilot: int
-    """the first pairs, whose spread decided how many more were made"""
+    """the number of pilot pairs; their spread decided how many more were run"""
     spread: Number
     """standard deviation of the pilot's differences"""
     comparisons: int
-    """how many intervals hold at once with probability 0.95"""
+    """the number of intervals that hold simultaneously with probability 0.95"""
     pairs: int
-    """pairs of runs that there are"""
+    """the number of pairs of runs available"""
     ci_low: Number
     ci_high: Number
     half_widths: list[float]
-    """those asked for, in order: more than one where the study was extended"""
+    """the requested half-widths, in order; more than one if the study was extended"""
     needed: int
-    """pairs that the last of half_widths takes; the study is complete where pairs is at least this"""
+    """the pairs that the last of half_widths requires; the study is complete once pairs reaches this number"""
 
 
 class Factor(_Part):
-    """A key that differs between runs that are compared."""
+    """A key that differs between the compared runs."""
 
     comparison: int
-    """number of the comparison it is a factor of, from 1"""
+    """number of the comparison that the factor belongs to, from 1"""
     where: dict[Text, Text]
-    """what sets the comparison apart from the study's others: key → value, as --where takes them"""
+    """what distinguishes the comparison from the study's others: key → value, as --where takes them"""
     metric: Text
-    """what the comparison's arms are judged by"""
+    """the metric that judges the comparison's arms"""
     key: Text
     also: list[Text]
-    """keys that change with it, so that their effects cannot be told apart"""
+    """keys that change with it, so their effects cannot be separated"""
     baseline: Text
     """the arm that the others are compared with"""
     arms: list[Text]
-    """the baseline first"""
+    """the baseline comes first"""
 
 
 class Effect(_Part):
@@ -93,42 +93,43 @@ class Effect(_Part):
     comparison: int
     """number of the comparison, from 1"""
     where: dict[Text, Text]
-    """what sets the comparison apart from the study's others: key → value, as --where takes them"""
+    """what distinguishes the comparison from the study's others: key → value, as --where takes them"""
     factor: Text
     arm: Text
-    """as it is typed: --better FACTOR=ARM"""
+    """as it is typed in --better FACTOR=ARM"""
     baseline: Text
     metric: Text
     seeds: int
-    """pairs of runs, one for each seed that both arms have"""
+    """pairs of runs: one for each seed that both arms have"""
     difference: Number
     """mean over seeds of arm − baseline"""
     ci_low: Number
-    """95 % t interval of this arm alone"""
+    """95 % t interval, for this arm alone"""
     ci_high: Number
     p: Number
-    """of the paired t test"""
+    """from the paired t test"""
     p_holm: Number
-    """after Holm's correction over the factor's arms; over all arms (lengths of training apart) where each is one
-    change to one baseline"""
+    """p after Holm's correction over the factor's arms; where every arm is a single change to one baseline, over all
+    arms except training lengths"""
     verdict: Outcome
     """better, worse: shown, in a metric that has a direction. higher, lower: shown, but the metric has no direction, or
-    a larger share of the side with the better values diverged. undecided: not shown. nothing: there is no interval"""
+    the side with the better values diverged in a larger share of its runs. undecided: not shown. nothing: no
+    interval"""
     sentence: Text
     """the verdict in words"""
     detectable: Number
-    """the difference that such a study finds four times in five"""
+    """the difference that such a study detects four times in five"""
     two_stage: TwoStage | None
     worth: Worth | None
     p_signflip: Number
-    """of the sign-flip permutation test"""
+    """from the sign-flip permutation test"""
     spread: Number
     """standard deviation of the differences over seeds"""
     arm_mean: Number
-    """mean of the pairs"""
+    """mean over the paired runs"""
     baseline_mean: Number
     left_out: int
-    """runs of the arm with a value at the chosen settings that are in no pair"""
+    """runs of the arm that have a value at the chosen settings but belong to no pair"""
     baseline_left_out: int
     diverged: int
     """runs of the arm that diverged"""
@@ -141,11 +142,11 @@ class Effect(_Part):
     cells_left_out: int
     """combinations with too few pairs"""
     why_not: Text
-    """why values that are there are not comparable; empty where they are"""
+    """why existing values are not comparable; empty if they are"""
 
 
 class Contrast(_Part):
-    """A number that a claim is about, a mean over seeds, with an interval; those of a claim hold at once."""
+    """A number that a claim is about: a mean over seeds. The intervals of one claim hold simultaneously."""
 
     name: Text
     metric: Text
@@ -154,53 +155,53 @@ class Contrast(_Part):
     ci_low: Number
     ci_high: Number
     shown: Text
-    """where the interval has to lie: > x, < x, within x (from -x to x) or beyond x"""
+    """where the interval must lie: > x, < x, within x (from -x to x) or beyond x"""
     contradicted: Text
     verdict: Says
     why_not: Text
-    """why there is no number; empty where there is"""
+    """why there is no number; empty if there is one"""
 
 
 class Finding(_Part):
-    """The claim that the study's experiment states, and what became of it."""
+    """The claim stated by the study's experiment, and its outcome."""
 
     claim: Text
     source: Text
     verdict: Says
     contrasts: list[Contrast]
     otherwise: int
-    """runs of the study that state another claim, or none"""
+    """runs of the study that state another claim or none"""
 
 
 class Verdict(_Part):
-    """What a study says."""
+    """What a study shows."""
 
     schema_version: Literal[1]
-    """raised where a field changes its meaning or goes; new fields leave it as it is"""
+    """increased when a field changes its meaning or is removed; new fields leave it unchanged"""
     study: Text
-    """the name of its folder"""
+    """name of the study's folder"""
     command: Text
-    """what wrote this"""
+    """the command that wrote this"""
     selection: Selection
-    """whether what was tuned was chosen on the runs that are judged (same), or on other seeds (heldout)"""
+    """same: tuned keys were chosen on the runs that are judged; heldout: they were chosen on other seeds"""
     metrics: list[Text]
-    """what arms are judged by; more than one only where comparisons differ in it"""
+    """the metrics that judge the arms; more than one only if comparisons differ in theirs"""
     factors: list[Factor]
-    """empty where nothing differs but the seed"""
+    """empty if only the seed differs"""
     effects: list[Effect]
     probes: list[Effect]
-    """the same of in-context measures, at the settings that the metric chose"""
+    """effects on in-context measures, at the settings chosen by validation loss"""
     counts: dict[Text, int]
-    """status → how many runs have it"""
+    """status → number of runs with it"""
     not_compared: int
     """settings that differ from every other in more than one choice"""
     warnings: list[Text]
-    """what is missing or odd, a sentence each"""
+    """what is missing or odd, one sentence each"""
     finding: Finding | None
 
 
 def verdict_of(found: Answer) -> Verdict:
-    """The findings as an object for programs."""
+    """Return the answer as an object for programs."""
     numbered = list(enumerate(found.comparisons, 1))
     return Verdict(
         schema_version=1,
@@ -221,7 +222,7 @@ def verdict_of(found: Answer) -> Verdict:
 
 
 def finding_as(found: claim.Finding) -> Finding:
-    """What became of a claim, as an object for programs."""
+    """Return the outcome of a claim as an object for programs."""
     contrasts = [
         Contrast(
             name=each.contrast.name,
@@ -247,7 +248,7 @@ def finding_as(found: claim.Finding) -> Finding:
 
 
 def effect_of(number: int, comparison: Comparison, effect: statistics.Effect) -> Effect:
-    """One effect of the comparison that has this number."""
+    """Return one effect of the comparison with this number as an object for programs."""
     paired = effect.paired
     return Effect(
         comparison=number,

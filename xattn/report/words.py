@@ -1,4 +1,4 @@
-"""The verdicts: what an effect says, in plain words with its uncertainty."""
+"""The verdicts: what an effect shows, in plain words with its uncertainty."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def p_value(p: float | None) -> str:
 
 
 def precision(metric: str) -> str:
-    """Four decimals for losses, rates and shares; whole numbers for what is counted; else five digits."""
+    """Return the format: four decimals for losses, rates and shares; whole numbers for counts; else five digits."""
     if metric in ("step", "num_params", "flops_per_step", "peak_memory_bytes"):
         return ",.0f"
     return ".4f" if metric.endswith(("loss", "bpb")) or metric.startswith("probe/") else ",.5g"
 
 
 def difference(effect: Effect) -> str:
-    """``+0.0123 [+0.0100, +0.0146]``"""
+    """Return ``+0.0123 [+0.0100, +0.0146]``."""
     found, form = effect.paired, f"+{precision(effect.metric)}"
     if found.difference is None:
         return "–"
@@ -44,21 +44,21 @@ def difference(effect: Effect) -> str:
 
 
 def interval(effect: Effect) -> tuple[float | None, float | None]:
-    """The one that the verdict rests on: Stein's where ``sweep.half_width`` chose how many seeds, else Student's."""
+    """Return the verdict's interval: Stein's where ``sweep.half_width`` chose the number of seeds, else Student's."""
     found = effect.paired if effect.stage is None else effect.stage
     return found.ci_low, found.ci_high
 
 
 def better_is(metric: str) -> int:
-    """−1 where less is better, 1 where more is, 0 where neither can be said."""
+    """Return −1 if less is better, 1 if more is, 0 if the metric has no direction."""
     if metric.endswith(("loss", "bpb")) or "loss_to_" in metric:
         return -1
     return 1 if metric.startswith("probe/") and re.search(r"/(accuracy|exact)", metric) else 0
 
 
 def sentence(effects: Sequence[Effect]) -> str:
-    """A sentence on a factor: what each of its arms does to the metric, against the baseline; another one each for the
-    arms of which no difference is shown, and for those of which nothing is certain."""
+    """Return a sentence on the factor's arms that differ from the baseline, one on those that are not shown to, and one
+    on each arm without an interval."""
     metric, baseline = effects[0].metric, show(effects[0].baseline)
     shown = [
         f"{show(effect.arm)} is {_direction(effect)} {baseline}, {metric} {difference(effect)}, "
@@ -101,8 +101,8 @@ def _diverged(effect: Effect) -> str:
 
 
 def is_shown(effect: Effect) -> bool:
-    """Whether there is a difference: Stein's simultaneous interval leaves zero out, where there is one; else the
-    difference is significant after Holm's correction."""
+    """Return whether a difference is shown. If there is a simultaneous interval of Stein's, it must exclude zero; else
+    the difference must be significant after Holm's correction."""
     if effect.stage is not None:
         return effect.stage.is_shown
     return effect.p_holm is not None and effect.p_holm <= 1 - LEVEL
@@ -113,7 +113,7 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def verdict(effect: Effect) -> str:
-    """Some sentences on an arm against its baseline, never called better if a larger share of it diverged."""
+    """Return sentences on an arm against its baseline. It is never called better if a larger share of it diverged."""
     worth = effect.worth
     if worth is None:
         return _of_loss(effect)
@@ -123,8 +123,8 @@ def verdict(effect: Effect) -> str:
 
 
 def in_steps(worth: Worth) -> str:
-    """``equal to 1.18 × the baseline's steps [1.05, 1.31]; a step costs 1.07 × [1.04, 1.10]; net 1.10 × [0.97, 1.25]``,
-    each with its 95 % interval."""
+    """Return ``equal to 1.18 × the baseline's steps [1.05, 1.31]; a step costs 1.07 × [1.04, 1.10]; net 1.10 × [0.97,
+    1.25]``, each with its 95 % interval."""
     assert worth.steps is not None
     value, limits = _ratio(worth.steps)
     steps = f"equal to {value} × the baseline's steps {limits}"
@@ -135,7 +135,7 @@ def in_steps(worth: Worth) -> str:
 
 
 def _ratio(found: Interval) -> tuple[str, str]:
-    """``1.18``, ``[1.05, 1.31]``"""
+    """Return ``1.18``, ``[1.05, 1.31]``."""
     value, low, high = (
         f"{each:.2f}" if each >= 0.1 else f"{each:.2g}" for each in (found.value, found.low, found.high)
     )
@@ -143,7 +143,7 @@ def _ratio(found: Interval) -> tuple[str, str]:
 
 
 def _of_loss(effect: Effect) -> str:
-    """The difference, and whether it is shown."""
+    """Return the difference, and whether it is shown."""
     found, arm, baseline = effect.paired, show(effect.arm), show(effect.baseline)
     tail = ""
     if effect.diverged or effect.baseline_diverged:
@@ -181,7 +181,7 @@ def _of_loss(effect: Effect) -> str:
 
 
 def _reached(effect: Effect) -> str:
-    """What was asked of the interval, and whether the seeds suffice."""
+    """Return what was requested of the interval, and whether the seeds suffice."""
     if (stage := effect.stage) is None:
         return ""
     form = precision(effect.metric)
@@ -196,7 +196,7 @@ def _reached(effect: Effect) -> str:
 
 
 def _extended(half_widths: Sequence[float]) -> str:
-    """What it means that seeds were added for a smaller half-width after those for another."""
+    """Return what it means that seeds were added for a further, smaller half-width."""
     if len(half_widths) == 1:
         return ""
     before = " and ".join(f"±{number(width, '.3g')}" for width in half_widths[:-1])
@@ -208,7 +208,7 @@ def _extended(half_widths: Sequence[float]) -> str:
 
 
 def signflip_note(seeds: int) -> str | None:
-    """Said where so few seeds leave a sign-flip p no way below 0.05."""
+    """Return a note if there are too few seeds for a sign-flip p below 0.05."""
     smallest = smallest_signflip_p(seeds)
     if seeds < 2 or smallest <= 1 - LEVEL:
         return None
@@ -219,7 +219,7 @@ def signflip_note(seeds: int) -> str | None:
 
 
 def outcome(effect: Effect) -> Outcome:
-    """The verdict in one word.
+    """Return the verdict in one word.
 
     better, worse: a difference is shown, in a metric that has a direction. higher, lower: one is shown, but the metric
     has no direction, or the side with the better values diverged in a larger share of its runs. undecided: none is
@@ -238,7 +238,7 @@ def outcome(effect: Effect) -> Outcome:
 
 
 def _direction(effect: Effect) -> str:
-    """For the sentence on a difference that is shown."""
+    """Return the comparative for a difference that is shown."""
     found = outcome(effect)
     assert effect.paired.difference is not None
     lower = effect.paired.difference < 0

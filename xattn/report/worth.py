@@ -1,9 +1,9 @@
-"""What an arm is worth: the steps that the baseline would take to its loss, and whether they pay for what its own cost.
+"""What an arm is worth: the baseline steps that reach its loss, and whether these pay for the cost of its own steps.
 
 A law (:mod:`xattn.report.law`) is fitted to the baseline's mean losses at three or more values of ``trainer.steps``,
-each a training with its own schedule. An arm is equal to n times the baseline's steps where by that law the baseline
-takes n times as many steps as the arm to the arm's loss: a compute multiplier, where both sides' steps cost the same.
-Divided by what they do cost, it is a net worth.
+each trained with its own schedule. An arm is worth n times the baseline's steps if, by that law, the baseline needs n
+times as many steps as the arm to reach the arm's loss. This is a compute multiplier if a step costs the same on both
+sides. Divided by the actual ratio of costs, it is the net worth.
 """
 
 from __future__ import annotations
@@ -31,66 +31,67 @@ _ROUNDING = 1e-9  # of a loss
 
 @dataclass(frozen=True)
 class Worth:
-    """What one arm is worth, each a ratio to the baseline.
-
-    steps: the baseline's steps to the arm's loss ÷ the arm's own. step_cost: seconds of a step. net: steps ÷ step_cost.
-    why_not: why `steps` is not given, or where it is, why `step_cost` and `net` are not; empty where all three are.
-    """
+    """What one arm is worth. Each number is a ratio to the baseline."""
 
     steps: Interval | None = None
+    """the baseline's steps that reach the arm's loss ÷ the arm's own steps"""
     step_cost: Interval | None = None
+    """seconds per step"""
     net: Interval | None = None
+    """steps ÷ step_cost"""
     why_not: str = ""
+    """why `steps` is missing or, if it is not, why `step_cost` and `net` are; empty if none is missing"""
 
 
 @dataclass(frozen=True)
 class Track:
-    """Runs that differ from the baseline's in one factor's arm and in their length, by ``trainer.steps``.
-
-    where: the arms of the other factors, the baseline's own among them.
-    """
+    """Runs that differ from the baseline's in one factor's arm and in length, keyed by ``trainer.steps``."""
 
     where: Cell
+    """the arms of all factors except the length, with the baseline in place of the arm"""
     baseline: Mapping[int, Chosen]
     arm: Mapping[int, Chosen]
 
     @property
     def judged(self) -> Mapping[int, Chosen]:
-        """The arm at those of its lengths that the baseline has shorter and longer runs than; where there are none, at
-        all. At the ends of the law a better or a worse arm is outside of it, whatever it is worth."""
+        """Return the arm at its lengths between the baseline's shortest and longest; at all if there are none.
+
+        At the ends of the law, a better or a worse arm lies outside it, whatever it is worth.
+        """
         inner = {steps: at for steps, at in self.arm.items() if min(self.baseline) < steps < max(self.baseline)}
         return inner or self.arm
 
     @property
     def anchor(self) -> int:
-        """The baseline's length with most seeds."""
+        """Return the baseline's length with the most seeds."""
         return max(self.baseline, key=lambda steps: len(self.baseline[steps].values))
 
     @property
     def cells(self) -> Iterator[tuple[str, int, Chosen]]:
-        """Whose, of how many steps, and what was found there."""
+        """Yield each cell's side, its steps, and what was found there."""
         yield from (("the baseline", steps, at) for steps, at in self.baseline.items())
         yield from (("the arm", steps, at) for steps, at in self.judged.items())
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A law, what it was fitted to, and what it is asked about. arms: name → steps and loss at each of its lengths."""
+    """A law, the points that it was fitted to, and the arms that it is applied to."""
 
     label: str
     steps: np.ndarray
     losses: np.ndarray
     law: Law
     arms: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """name → steps and loss at each of its lengths"""
 
 
 def with_worth(comparison: Comparison) -> Comparison:
-    """The comparison, with a :class:`Worth` for each effect of which the baseline has several lengths."""
+    """Return the comparison with a :class:`Worth` for each effect that has several baseline lengths."""
     return replace(comparison, effects=[replace(each, worth=worth(comparison, each)) for each in comparison.effects])
 
 
 def worth(comparison: Comparison, effect: Effect) -> Worth | None:
-    """None where the baseline has one length alone, and for a factor that is the length itself."""
+    """Return the effect's worth; None if the baseline has a single length or the factor is the length itself."""
     tracks = _tracks(comparison, effect)
     lengths = max((len(track.baseline) for track in tracks), default=0)
     if lengths < 2:
@@ -116,7 +117,7 @@ def worth(comparison: Comparison, effect: Effect) -> Worth | None:
 
 
 def _too_few(tracks: Sequence[Track], columns: Sequence[Columns]) -> str:
-    """Why the losses give no interval; empty where they do."""
+    """Return why the losses give no interval; empty if they do."""
     differ = False
     for track, of_track in zip(tracks, columns, strict=True):
         for (whose, steps, at), values in zip(track.cells, of_track, strict=True):
@@ -131,9 +132,9 @@ def _too_few(tracks: Sequence[Track], columns: Sequence[Columns]) -> str:
 
 
 def log_steps(lengths: Sequence[tuple[Sequence[int], Sequence[int]]], rows: np.ndarray) -> np.ndarray | str:
-    """The log of the steps' worth for each row, averaged over the arm's lengths; or why there is none.
+    """Return the log of the worth in steps for each row, averaged over the arm's lengths; or why there is none.
 
-    lengths: the baseline's and the arm's, of each track; in this order their losses are the columns of `rows`. The
+    lengths: the baseline's and the arm's, for each track; the columns of `rows` are their losses, in this order. The
     first row holds the means, the others are resamples of them.
     """
     ratios, first = [], 0
@@ -161,7 +162,7 @@ def log_steps(lengths: Sequence[tuple[Sequence[int], Sequence[int]]], rows: np.n
 
 
 def laws(comparison: Comparison) -> list[Fitted]:
-    """The laws that some arm's worth rests on, one for each combination of arms that is a baseline."""
+    """Return the laws that some arm's worth rests on, one for each combination of arms that is a baseline."""
     found: dict[Cell, Fitted] = {}
     names = [factor for factor in comparison.design.factors if factor.key != STEPS]
     for effect in comparison.effects:
@@ -180,7 +181,7 @@ def laws(comparison: Comparison) -> list[Fitted]:
 
 
 def _tracks(comparison: Comparison, effect: Effect) -> list[Track]:
-    """The arm's and the baseline's cells with values, by the other factors' arms, and then by length."""
+    """Return the arm's and the baseline's cells with values, by the other factors' arms and then by length."""
     keys = [factor.key for factor in comparison.design.factors]
     if STEPS not in keys or effect.factor == STEPS:
         return []
@@ -200,9 +201,9 @@ def _tracks(comparison: Comparison, effect: Effect) -> list[Track]:
 
 
 def _columns(track: Track, comparison: Comparison) -> Columns:
-    """Seed → a cell's loss − the baseline's at the anchor, for each of the track's cells; at the anchor its loss.
+    """Return seed → loss − the baseline's at the anchor, for each of the track's cells; the anchor keeps its loss.
 
-    So pairs stay pairs where a length has fewer seeds than the anchor: what a seed does to all runs cancels.
+    Pairs thus stay pairs where a length has fewer seeds than the anchor: what a seed does to all runs cancels.
     """
     anchor = track.baseline[track.anchor]
     return [
@@ -218,7 +219,7 @@ def _columns(track: Track, comparison: Comparison) -> Columns:
 def _rows(
     tracks: Sequence[Track], columns: Sequence[Columns], costs: Mapping[Any, float], resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """:func:`resampled` losses, a column for each cell of the tracks, and then the costs where there are any."""
+    """Return :func:`resampled` losses, a column for each cell of the tracks, and then any costs."""
     every = [values for of_track in columns for values in of_track]
     rows = resampled([*every, costs] if costs else every, resamples)
     first = 0
@@ -231,7 +232,7 @@ def _rows(
 
 
 def _log_costs(tracks: Sequence[Track]) -> dict[Any, float] | str:
-    """Seed → log of a step's seconds, the arm's ÷ the baseline's, averaged over the lengths; or why not."""
+    """Return seed → log(arm's seconds per step ÷ the baseline's), averaged over the lengths; or why there is none."""
     pairs = [
         (at, track.baseline[steps]) for track in tracks for steps, at in track.judged.items() if steps in track.baseline
     ]
@@ -250,6 +251,6 @@ def _log_costs(tracks: Sequence[Track]) -> dict[Any, float] | str:
 
 
 def _seconds(run: Run) -> float | None:
-    """Of a step."""
+    """Return the seconds of a step."""
     speed, tokens = run.result("tokens_per_second"), run.tokens_per_step
     return tokens / speed if speed and tokens else None

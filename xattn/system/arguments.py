@@ -1,4 +1,4 @@
-"""Command-line arguments whose mistakes are told in a line, and numbers with bounds."""
+"""Command-line arguments with one-line errors, and numbers with bounds."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from xattn.errors import BadInput
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but a mistake is a :class:`BadInput`: one line in place of nine of usage."""
+    """argparse's parser, but a mistake raises :class:`BadInput`: one line in place of nine of usage."""
 
     def error(self, message: str) -> NoReturn:
-        for action in self._actions:  # parse_intermixed_args names as required what may be left out
+        for action in self._actions:  # parse_intermixed_args lists optional positionals as required
             if not action.option_strings and action.nargs in ("*", "?"):
                 message = message.replace(f", {action.metavar or action.dest}", "")
         raise BadInput(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def whole(at_least: int, below: int | None = None) -> Callable[[str], int]:
-    """The type of an argument: an integer that is at least so much."""
+    """Return an argument's type: an integer of at least ``at_least`` and, if given, below ``below``."""
 
     def parse(text: str) -> int:
         value = int(text)
@@ -35,7 +35,7 @@ def whole(at_least: int, below: int | None = None) -> Callable[[str], int]:
 
 
 def number(at_least: float = 0.0, at_most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """The type of an argument: a finite number within bounds; above: the lower one itself is not allowed."""
+    """Return an argument's type: a finite number within bounds; above: the lower bound itself is not allowed."""
 
     def parse(text: str) -> float:
         value = float(text)

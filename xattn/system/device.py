@@ -1,4 +1,4 @@
-"""What jax and the libraries around it have to be told before they are used."""
+"""Settings that jax and the libraries around it need before they are used."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pathlib import Path
 
 from xattn.errors import BadInput, looking_at
 
-THREADS = "NPROC"  # the variable by which XLA is told how many threads its CPU device has
-_LOCKS = 16  # that compilations share, so that the cache does not fill with a lock for each
-_threads: int | None = None  # what compute_with() has been told
-_before: list[str | None] = []  # the variable's value, while it is ours
+THREADS = "NPROC"  # the variable that sets the number of threads of XLA's CPU device
+_LOCKS = 16  # shared by compilations, so that the cache does not fill with one lock for each
+_threads: int | None = None  # what compute_with() was given
+_before: list[str | None] = []  # the variable's earlier value, while ours is set
 
-# Loads the part of jax that reads XLA_FLAGS, and has it read them.
+# Loads the part of jax that reads XLA_FLAGS, and makes it read them.
 _READ_XLA_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
 
 
 @functools.cache
 def first_look() -> None:
-    """Has jax find its devices. Raises :class:`BadInput` where the environment asks for what is not here."""
+    """Make jax find its devices. Raises :class:`BadInput` if the environment asks for something unavailable."""
     with looking_at("device"):
         if os.environ.get("XLA_FLAGS"):
             _check_xla_flags()
@@ -40,19 +40,18 @@ def first_look() -> None:
 
 
 def _check_xla_flags() -> None:
-    """Raises RuntimeError where XLA cannot read its flags: it would end the process, so that another one is asked."""
+    """Raise RuntimeError if XLA cannot read its flags. This would end the process, so another process tries it."""
     asked = subprocess.run([sys.executable, "-c", _READ_XLA_FLAGS], capture_output=True, text=True, errors="replace")
     told = [line.partition("] ")[2] for line in asked.stderr.splitlines() if re.match("[EF][0-9]+ .*flag", line)]
-    if asked.returncode and told:  # any other trouble is left to jax, which can tell of it
+    if asked.returncode and told:  # jax itself reports any other problem
         raise RuntimeError(told[0])
 
 
 def compute_with(threads: int | None) -> None:
-    """Has jax compute on the CPU with so many threads. None leaves the number to XLA, which makes one for each core
-    that the process may use.
+    """Make jax compute on the CPU with this many threads; None lets XLA make one for each core that it may use.
 
-    jax makes the threads when it first looks at its devices. Raises :class:`BadInput` where it has made another number
-    of them and the CPU is what it computes on.
+    jax makes the threads when it first looks at its devices. Raises :class:`BadInput` if it has already made another
+    number of them and computes on the CPU.
     """
     global _threads
     if threads == _threads:
@@ -75,7 +74,7 @@ def compute_with(threads: int | None) -> None:
 
 
 def _forget_threads() -> None:
-    """Leaves the environment as it was: a process that is started later may compute with other threads."""
+    """Restore the environment: a process started later may compute with other threads."""
     while _before:
         if (before := _before.pop()) is None:
             del os.environ[THREADS]
@@ -84,7 +83,7 @@ def _forget_threads() -> None:
 
 
 def _has_devices() -> bool:
-    """Whether jax has looked at its devices in this process; it does not say so in public."""
+    """Return whether jax has looked at its devices in this process; no public function reports it."""
     if "jax" not in sys.modules:
         return False
     from jax._src import xla_bridge
@@ -93,7 +92,7 @@ def _has_devices() -> bool:
 
 
 def ask_for_determinism() -> None:
-    """XLA reads its flags when a device is first used: later it is too late, which only a GPU minds."""
+    """Set XLA's flag for determinism. XLA reads it when a device is first used; later is an error on a GPU."""
     too_late = "jax" in sys.modules
     flags = os.environ.get("XLA_FLAGS", "")
     if "--xla_gpu_deterministic_ops" in flags:
@@ -107,7 +106,7 @@ def ask_for_determinism() -> None:
 
 
 def hush_libraries(note: Callable[[str], None]) -> None:
-    """Sends to ``note`` what orbax's threads say of an error: a person is told of it in our own words."""
+    """Send errors from orbax's threads to ``note``: users see them in our own words."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = lambda args: note("".join(traceback.format_exception(args.exc_value)))
@@ -116,10 +115,9 @@ def hush_libraries(note: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def compiled_once(program: str) -> Iterator[None]:
-    """Around the compilation of a program that several processes may want at this time: the first compiles it, and the
-    others wait and read it from the cache. Does nothing where there is no cache of ours.
+    """Let the first of several processes compile a program; the others wait and read it from the cache.
 
-    program: its text.
+    Does nothing without a cache of ours. program: its text.
     """
     import jax
 
@@ -145,7 +143,7 @@ def _cache_of_programs() -> Path:
 
 
 def keep_compiled_programs() -> None:
-    """Lets processes share compiled programs through the user's cache folder, or does nothing where that is closed."""
+    """Share compiled programs between processes through the user's cache folder, if that is writable."""
     import jax
 
     cache = _cache_of_programs()

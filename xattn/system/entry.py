@@ -1,4 +1,4 @@
-"""What ``train.py`` and ``xattn`` share at their rim: open streams, a working directory, a name, the last message."""
+"""What ``train.py`` and ``xattn`` share at startup and exit: streams, the working directory, a name, messages."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ _OF_A_RUN = {*_OF_A_SWEEP, "--like", "--config-dir", "-cd", "--config-name", "-c
 
 
 def open_streams() -> None:
-    """Opens the null device in place of each standard stream that is closed (``>&-``).
+    """Open the null device in place of each closed standard stream (``>&-``).
 
-    Otherwise the next file to be opened takes its number, and what a library prints would land in that file.
+    Otherwise the next file to be opened takes its number, and a library's output would land in that file.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            descriptor = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            descriptor = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
             os.set_inheritable(descriptor, True)
-            setattr(sys, name, open(descriptor, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process lives
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8"))  # noqa: SIM115  # open until the process ends
 
 
 def program() -> str:
-    """The words that start a training here: ``python train.py``, ``python mine.py`` or ``xattn train``."""
+    """Return the words that start a training here: ``python train.py``, ``python mine.py`` or ``xattn train``."""
     started = Path(sys.argv[0])
     is_command = started.name == "xattn" or started.parts[-2:] == ("xattn", "cli.py")
     return "xattn train" if is_command else shlex.join(["python", sys.argv[0]])
 
 
 def check_working_directory() -> None:
-    """Raises :class:`BadInput` where the working directory was deleted, or cannot be looked up."""
+    """Raise :class:`BadInput` if the working directory was deleted, or cannot be looked up."""
     with looking_at("working directory"):
         Path.cwd()
 
 
 def announce(arguments: Sequence[str]) -> None:
-    """Prints on a terminal which run or sweep is asked for, before anything slow is imported.
+    """Print the requested run or sweep on a terminal, before anything slow is imported.
 
-    Not where the arguments ask for something to read, such as ``--help`` or ``--cfg``, or begin with a command.
+    Print nothing if the arguments ask for something to read, such as ``--help`` or ``--cfg``, or begin with a command.
     """
     flags = {word.partition("=")[0] for word in arguments if word.startswith("-")}
     words = [word for word in arguments if word not in _OF_A_SWEEP]
@@ -58,7 +58,7 @@ def announce(arguments: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def loading(command: str, arguments: Sequence[str]) -> Iterator[None]:
-    """Around the import of a command: a terminal shows what is being loaded, and of train what it is asked for."""
+    """Wrap the import of a command: a terminal shows what is being loaded and, for train, what is requested."""
     if command == "train":
         announce(arguments)
     shows = command != "train" and sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -72,17 +72,17 @@ def loading(command: str, arguments: Sequence[str]) -> Iterator[None]:
 
 
 def tell(message: object) -> None:
-    """Prints an error's message on the error stream, where the exit code stands even if nobody reads it any more."""
+    """Print an error's message on the error stream; the exit code stands even if nobody reads the stream any more."""
     try:
         screen.say(f"xattn: {message}", file=sys.stderr)
         sys.stderr.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # else the interpreter's own flush fails again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # else the interpreter's own flush also fails
 
 
 def answer(text: str) -> None:
-    """Prints what was asked for; the exit code, which is an answer too, stands even if nobody reads the text."""
+    """Print the answer; the exit code, which is an answer too, stands even if nobody reads the text."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush also fails

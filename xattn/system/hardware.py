@@ -1,4 +1,4 @@
-"""What devices can do, from their makers' data sheets: for utilisation and for plans.
+"""What devices can do, according to their makers' data sheets: for utilisation and for plans.
 
 Peaks are dense, without sparsity. float32 on an NVIDIA card is TF32, in which XLA multiplies float32 by default.
 """
@@ -14,28 +14,28 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device.
-
-    bfloat16, float32: most operations a second of a matrix product. memory: bytes. bandwidth: of that memory, bytes a
-    second. link: bytes a second, in one direction, to the devices of its own machine. per_machine: devices in one.
-    platform: cpu, cuda, rocm or tpu. compute_capability: of a CUDA device, None where it is the one here.
-    """
+    """One device."""
 
     bfloat16: float
     float32: float
+    """most operations per second of a matrix product, as for bfloat16"""
     memory: float
+    """bytes"""
     bandwidth: float
+    """of that memory, bytes per second"""
     link: float
+    """bytes per second, in one direction, to the other devices of its machine"""
     per_machine: int
     platform: str
     compute_capability: str | None = None
+    """of a CUDA device; None means that of the device here"""
 
     def peak(self, dtype: str) -> float:
-        """Operations a second of a product in this dtype."""
+        """Return the operations per second of a product in this dtype."""
         return self.bfloat16 if dtype == "bfloat16" else self.float32
 
 
-# Between machines, of which the data sheets say nothing: 400 Gbit/s a device, the usual network of a cluster.
+# Between machines, which data sheets do not cover: 400 Gbit/s per device, the usual network of a cluster.
 NETWORK = 50e9
 
 HARDWARE = {
@@ -49,7 +49,7 @@ HARDWARE = {
     "tpu-v5p": Hardware(459e12, 459e12, 95e9, 2.77e12, 600e9, 4, "tpu"),
 }
 
-# What jax calls them: the beginning of device_kind.
+# jax's names for them: the beginning of device_kind.
 _KINDS = {
     "NVIDIA A100": "a100",
     "NVIDIA H100": "h100",
@@ -63,7 +63,7 @@ _KINDS = {
 
 
 def hardware_of(device_kind: str) -> Hardware | None:
-    """That of a device as jax names it, or None where the table does not have it."""
+    """Return the device that jax gives this name, or None if the table does not have it."""
     for beginning, name in _KINDS.items():
         if device_kind.startswith(beginning):
             return HARDWARE[name]
@@ -71,7 +71,7 @@ def hardware_of(device_kind: str) -> Hardware | None:
 
 
 def measured_peak(dtype: str) -> float:
-    """Operations a second that a large matrix product in this dtype, its sums in float32, reaches here."""
+    """Return the operations per second that a large matrix product in this dtype, summed in float32, reaches here."""
     size = 1024
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32)).lower(x).compile()

@@ -1,9 +1,9 @@
-"""One run over several processes, on one host or many: who they are, how they meet, and how they stay together.
+"""One run over several processes, on one host or many: their places, how they meet, and how they stay together.
 
 Each process is started by the same command and runs the same program. The first writes the run's folder and the screen;
-the others do all that it does in a scratch folder that is thrown away. What only one of them can see (the folder, a
-signal, a mistake) is shared before anybody acts on it. Importing this module imports no jax, and a run of one process
-never does because of it.
+the others do the same work in a scratch folder that is thrown away. What only one of them can see (the folder, a
+signal, a mistake) is shared before any of them acts on it. Importing this module imports no jax, and does not make a
+run of one process import it.
 """
 
 from __future__ import annotations
@@ -28,33 +28,32 @@ from xattn.system.screen import say
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _MANAGERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
-# What a signal's answer waits for: so many steps pass until every process knows of it, and Python runs ahead meanwhile.
+# The steps until every process knows of a signal; Python runs ahead meanwhile.
 _STEPS_TO_AGREE = 2
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which of how many processes this is.
-
-    coordinator: host:port of the first; None leaves it to jax to find. told_by: the variable that says how many.
-    """
+    """The index of this process, and the number of processes."""
 
     index: int
     count: int
     coordinator: str | None
+    """host:port of the first process; None leaves jax to find it"""
     told_by: str = field(default="", compare=False)
+    """the variable that gives the count"""
 
     @property
     def if_alone(self) -> str:
-        """What to do where the variable is left over, as in a shell that a job of SLURM has opened."""
+        """Return what to do if the variable is left over, as in a shell opened by a SLURM job."""
         return f"if this process is alone, {self.told_by} is left over from another job: unset it"
 
 
 def place(environment: Mapping[str, str]) -> Place:
-    """By the environment: our three variables, else SLURM's, else Open MPI's; one process where there are none.
+    """Return the place by the environment: our three variables, else SLURM's, else Open MPI's; else a lone process.
 
-    In a Kubernetes indexed job JOB_COMPLETION_INDEX stands for JAX_PROCESS_ID. SLURM and Open MPI count only where they
-    started more than one task. Raises :class:`BadInput` where the variables do not fit together.
+    In a Kubernetes indexed job JOB_COMPLETION_INDEX replaces JAX_PROCESS_ID. SLURM and Open MPI count only if they
+    started more than one task. Raises :class:`BadInput` if the variables do not fit together.
     """
     coordinator = environment.get(COORDINATOR)
     if COUNT in environment:
@@ -84,7 +83,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 class ToldByFirst(XattnError):
-    """An error of some process, in one that need not tell of it: the first does."""
+    """An error of some process, in one that need not report it: the first does."""
 
     def __init__(self, code: int):
         super().__init__()
@@ -92,10 +91,10 @@ class ToldByFirst(XattnError):
 
 
 class Team:
-    """The processes of a run, as one of them sees them. Alone it agrees with itself, at no cost.
+    """The processes of a run, as one of them sees them. A single process agrees with itself, at no cost.
 
-    What a method exchanges, all processes must come to: where one may fail before, :meth:`in_step` stands around that
-    part and holds no other exchange. ends_together: whether all are known to leave, by the same reason.
+    All processes must reach every exchange that a method makes. If one may fail before it, :meth:`in_step` wraps that
+    part and contains no other exchange. ends_together: whether all are known to leave, for the same reason.
     """
 
     def __init__(self, index: int = 0, count: int = 1, patience: float = 0.0):
@@ -105,7 +104,7 @@ class Team:
         self.ends_together = False
 
     def all_say(self, value: Any) -> list[Any]:
-        """The JSON values of all processes, in their order."""
+        """Return the JSON values of all processes, in their order."""
         if self.count == 1:
             return [value]
         import numpy as np
@@ -119,11 +118,11 @@ class Team:
         return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
     def from_first(self, value: Any) -> Any:
-        """The first's JSON value, in all."""
+        """Return the first process's JSON value, in every process."""
         return self.all_say(value if self.is_first else None)[0]
 
     def the_same(self, values: Mapping[str, Any]) -> None:
-        """Raises :class:`BadInput` where the values are not the same in all, with those that differ."""
+        """Raise :class:`BadInput` with the values that differ, if the processes do not all have the same."""
         first, *others = self.all_say(dict(values))
         for index, there in enumerate(others, start=1):
             if keys := [key for key in first if there.get(key) != first[key]]:
@@ -136,7 +135,7 @@ class Team:
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
-        """What goes wrong here in one process ends all, with one message and one exit code."""
+        """Wrap a part: an error in one process ends all of them, with one message and one exit code."""
         mine: Exception | None = None
         try:
             yield
@@ -163,9 +162,10 @@ class Team:
         raise ToldByFirst(next(iter(wrong.values()))[0])
 
     def agreed(self, asked: Callable[[], bool]) -> Callable[[], bool]:
-        """Whether ``asked`` was true in any process: called at each step, the same answer at the same step in all.
+        """Return a function that says whether ``asked`` was true in any process, alike in all of them at the same step.
 
-        It comes some steps late, so that nobody waits for it, and once for what was asked meanwhile.
+        It is called at each step. The answer lags by a few steps so that no process blocks; requests in between are
+        merged.
         """
         if self.count == 1:
             return asked
@@ -189,13 +189,13 @@ class Team:
         return ask
 
     def outlive(self, error: Exception) -> None:
-        """After an error of the devices: where it was a lost peer's, jax ends this process here (134)."""
+        """Wait after an error of the devices: if a lost peer caused it, jax ends this process meanwhile (134)."""
         if self.count > 1 and ("Gloo" in str(error) or type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")):
             time.sleep(self._patience)
 
     @contextlib.contextmanager
     def folder(self, path: Path) -> Iterator[Path]:
-        """The run's folder for the first; for another a scratch folder, gone at the end."""
+        """Yield the run's folder in the first process; in the others a scratch folder, deleted at the end."""
         if self.is_first:
             yield path
             return
@@ -210,17 +210,17 @@ _team = Team()
 
 
 def team() -> Team:
-    """The processes that this one belongs to: itself alone until :func:`join`."""
+    """Return the processes that this one belongs to: itself alone until :func:`join`."""
     return _team
 
 
 def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = None) -> Team:
-    """Meets the others, where the environment says that there are others; a second call finds them met.
+    """Meet the other processes, if the environment announces any; a second call returns at once.
 
     threads: as in :func:`xattn.system.device.compute_with`.
 
-    Raises :class:`BadInput` where the coordinator's port is in use or jax has no device, :class:`XattnError` where the
-    others don't come.
+    Raises :class:`BadInput` if the coordinator's port is in use or jax has no device, :class:`XattnError` if the others
+    do not come.
     """
     global _team
     here = place(os.environ)
@@ -237,7 +237,7 @@ def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = 
             f"s; {here.if_alone}",
             file=sys.stderr,
         )
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM instead of us
     try:
         jax.distributed.initialize(
             here.coordinator,
@@ -252,12 +252,12 @@ def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = 
         raise _not_met(here, connect_seconds, error) from error
     _team = Team(here.index, here.count, patience=heartbeat_seconds + 10)
     compute_with(threads)
-    first_look()  # each for itself: what they agree by are the devices
+    first_look()  # in each process, since they agree through the devices
     return _team
 
 
 def _not_met(here: Place, connect_seconds: int, error: Exception) -> XattnError:
-    if here.coordinator is None and isinstance(error, ValueError):  # jax asks the manager's variables, and some lack
+    if here.coordinator is None and isinstance(error, ValueError):  # some of the manager's variables are missing
         return BadInput(
             f"{here.told_by} = {here.count}: this is one of {here.count} processes, and jax finds no address of the "
             f"first in the environment; set {COORDINATOR}=host:port in all\n{here.if_alone}"
@@ -284,8 +284,8 @@ def _refuse_port_in_use(coordinator: str) -> None:
 
 
 def part(code: int) -> None:
-    """The end of a process that leaves with that code. Where all leave they wait for each other; one that fails alone
-    goes at once, since the others stand in the middle of a step: they notice (134)."""
+    """End a process that leaves with that code. If all leave, they wait for each other. One that fails alone exits
+    immediately, since the others are in the middle of a step; they notice (134)."""
     global _team
     if _team.count == 1:
         return

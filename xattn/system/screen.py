@@ -1,6 +1,6 @@
 """Text on a terminal: lines that fit it, paths and commands that stay whole, characters that can be printed.
 
-Standard library only, since the first line of a command is printed with it before anything slow is imported.
+Standard library only, since a command's first line is printed with it before anything slow is imported.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import IO
 
 _WORD = re.compile(r"(?:`[^`]*`|\S)+")  # a command in backticks is one word
 _SHELL_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+""")
-_LABEL = re.compile(r" *\S+(?: \S+)? {2,}(?=\S)")  # "run folder  …": what follows is continued below itself
+_LABEL = re.compile(r" *\S+(?: \S+)? {2,}(?=\S)")  # "run folder  …": continuation lines align with what follows it
 _WIDEST_LABEL = 16
-_COLUMNS = 80  # of a terminal that does not say
+_COLUMNS = 80  # of a terminal that does not report it
 
 
 def columns(stream: IO[str]) -> int | None:
-    """The width of the terminal behind the stream. None for a file or a pipe, which has none."""
+    """Return the width of the stream's terminal; None for a file or a pipe, which has none."""
     if not stream.isatty():
         return None
     if (given := os.environ.get("COLUMNS", "")).isdigit() and int(given):
@@ -31,9 +31,9 @@ def columns(stream: IO[str]) -> int | None:
 
 
 def say(text: str, command: str = "", *, file: IO[str] | None = None) -> None:
-    """Prints text, and behind it a command to copy, at the width of the terminal.
+    """Print text, followed by a command to copy, at the width of the terminal.
 
-    The command stands on lines of its own where it does not fit behind the text: see :func:`continued`.
+    A command that does not fit behind the text goes on lines of its own: see :func:`continued`.
     """
     stream = sys.stdout if file is None else file
     width = columns(stream)
@@ -46,11 +46,11 @@ def say(text: str, command: str = "", *, file: IO[str] | None = None) -> None:
 
 
 def fitted(text: str, width: int | None) -> str:
-    """The text with lines of at most ``width`` columns, broken between words.
+    """Return the text in lines of at most ``width`` columns, broken between words.
 
-    A word that is wider stays whole on a line of its own: a path, or a command in backticks, which then loses them and
-    is :func:`continued`. A line goes on below what follows its label, or else two columns further in. None leaves the
-    text as it is.
+    A wider word stays whole on a line of its own: a path, or a command in backticks, which then loses them and is
+    :func:`continued`. Continuation lines align below what follows the label, else two columns further in. None leaves
+    the text unchanged.
     """
     if width is None:
         return text
@@ -77,9 +77,9 @@ def _broken(line: str, width: int) -> str:
 
 
 def continued(command: str, width: int) -> str:
-    """The command as a shell takes it over several lines, each but the last with a backslash at its end.
+    """Return the command over several lines, as a shell takes it: each but the last ends with a backslash.
 
-    It is broken between words alone; one that is wider, such as a path, stays whole.
+    It is broken only between words. A wider word, such as a path, stays whole.
     """
     lines = [""]
     for word in _SHELL_WORD.findall(command):
@@ -93,7 +93,7 @@ def continued(command: str, width: int) -> str:
 
 
 def folded(text: str, width: int | None) -> str:
-    """The text with lines cut at ``width`` columns, between any two characters. None leaves it as it is."""
+    """Return the text with lines cut at ``width`` columns, between any two characters. None leaves it unchanged."""
     if width is None:
         return text
     lines = []
@@ -107,7 +107,7 @@ def folded(text: str, width: int | None) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with a ``·`` for each character that a terminal would obey, or that was no text when it was decoded.
+    """Return the text with ``·`` for each character that would control a terminal or could not be decoded.
 
     Newlines stay, and tabs become spaces.
     """
@@ -116,12 +116,12 @@ def printable(text: str) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """``1 seed``, ``3 seeds``"""
+    """Return ``1 seed``, ``3 seeds``."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def width_of(text: str) -> int:
-    """How many columns the text takes in one line of a terminal."""
+    """Return how many columns the text takes on one line of a terminal."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)

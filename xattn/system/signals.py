@@ -1,4 +1,4 @@
-"""Signals as a request: the first asks a run to save and leave; SIGTERM or SIGINT after it makes it leave at once."""
+"""Signals as a request: the first asks a run to save and leave; a later SIGTERM or SIGINT ends it immediately."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Who sends these wants the process gone.
+# The sender of these wants the process to end.
 DEMANDS = (signal.SIGTERM, signal.SIGINT)
-# And these announce that it will be: a closed terminal or lost connection, what SLURM, SGE and LSF are asked to send
-# ahead of a time limit, a limit on CPU seconds (each second anew). They come more than once for one reason, so a second
-# one asks for nothing more. SIGQUIT keeps its meaning, to leave a core; SIGPWR is for init.
+# These announce its end: a closed terminal or lost connection, what SLURM, SGE and LSF are asked to send ahead of a
+# time limit, a limit on CPU seconds (sent every second). They come more than once for one reason, so a second one asks
+# for nothing more. SIGQUIT keeps its meaning, to dump core; SIGPWR is for init.
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 Handler = Callable[[int, FrameType | None], object]
@@ -26,12 +26,12 @@ class Interruption:
         self.requested = False
         self._breaks = False
         self._listens = False
-        self._standing: dict[int, Handler] = {}  # those of others, by signal
+        self._standing: dict[int, Handler] = {}  # other code's handlers, by signal
         self._received: list[int] = []
 
     @contextmanager
     def breaking(self) -> Iterator[None]:
-        """While it is entered a request raises KeyboardInterrupt: for who waits for others, and cannot be asked."""
+        """Make a request raise KeyboardInterrupt in this context, for code that waits for others and cannot poll."""
         self._breaks = True
         try:
             yield
@@ -40,11 +40,11 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes over the signals that ask for an end, and gives them back at the end.
+        """Take over the signals that ask for an end, and restore them at the end.
 
-        A signal that is ignored (nohup) stays ignored. A handler that stands already is called at the end, when what
-        was asked for has been saved: submitit's queues the job again and leaves. Does nothing where it is entered
-        already, or not in the main thread, which alone may have handlers.
+        A signal that is ignored (nohup) stays ignored. An existing handler is called at the end, when the requested
+        save is done: submitit's requeues the job and leaves. Does nothing if it is already entered, or outside the main
+        thread, which alone may have handlers.
         """
         if self._listens or threading.current_thread() is not threading.main_thread():
             yield
@@ -57,7 +57,7 @@ class Interruption:
             if callable(handler) and handler is not signal.default_int_handler
         }
         self._received.clear()
-        self.requested = False  # what was asked of an earlier run in this process (a notebook's) is done with
+        self.requested = False  # a request to an earlier run in this process (in a notebook) is settled
         self._listens = True
         for number in taken:
             signal.signal(number, self._request)
@@ -75,18 +75,18 @@ class Interruption:
         _let_go_of_the_terminal()
         self._received.append(number)
         if self.requested and number in DEMANDS and number not in self._standing:
-            os._exit(128 + number)  # no cleaning up: what is committed is committed, and the lock goes with the process
+            os._exit(128 + number)  # no cleanup: commits are whole, and the lock ends with the process
         if self.requested:
             return
         self.requested = True
         if self._breaks:
             raise KeyboardInterrupt
-        if number == signal.SIGINT and os.isatty(2):  # a person who pressed Ctrl-C
+        if number == signal.SIGINT and os.isatty(2):  # a user who pressed Ctrl-C
             os.write(2, b"\nsaving, to go on from there later; Ctrl-C again leaves at once\n")
 
 
 def _let_go_of_the_terminal() -> None:
-    """Sends output to nowhere if the terminal is gone: the save must not fail for a line on the screen."""
+    """Redirect output to the null device if the terminal is gone: the save must not fail for a line on the screen."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")
@@ -96,5 +96,5 @@ def _let_go_of_the_terminal() -> None:
             os.close(nowhere)
 
 
-# Signals are the process's, and so is what they ask for.
+# Signals are sent to the process, so it has one such request.
 interruption = Interruption()
