@@ -196,9 +196,9 @@ def composed_jobs(
             with open_dict(composed):
                 composed.hydra.runtime.output_dir = str(folder.absolute())
         except (BadInput, *xattn.config.COMPOSITION_ERRORS) as error:
-            told = xattn.config.explain(error, overrides)
+            reason = xattn.config.explain(error, overrides)
             none_is = f"of {len(job_overrides)} runs none is started: " if len(job_overrides) > 1 else ""
-            raise BadInput(f"{none_is}{told}") from error
+            raise BadInput(f"{none_is}{reason}") from error
         prune = prunes[number - first] if prunes else prunes_nothing
         asked.append((Job(validated, folder, tuple(filter_overrides(overrides)), prune=prune), composed))
     return asked

@@ -148,7 +148,7 @@ def _train() -> int:
         sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
         if sweeps and (here := hosts.place(os.environ)).count > 1:
             raise BadInput(
-                f"-m: a sweep over several processes ({here.told_by} = {here.count}); start one run by them, or sweep "
+                f"-m: a sweep over several processes ({here.set_by} = {here.count}); start one run by them, or sweep "
                 f"by a launcher\n{here.if_alone}"
             )
         xattn.config.check_folders(sys.argv[1:])

@@ -94,7 +94,7 @@ def _carry_out(words: Sequence[str]) -> int:
                 loaded = import_module(module)
             return int(loaded.main(words[length:]))
     group = (
-        {command: told for command, told in _COMMANDS.items() if command.startswith(f"{words[0]} ")} if words else {}
+        {command: what for command, what in _COMMANDS.items() if command.startswith(f"{words[0]} ")} if words else {}
     )
     asks = words[1:] in ([], ["-h"], ["--help"]) if group else words in ([], ["-h"], ["--help"])
     if asks:

@@ -120,7 +120,7 @@ class Outside:
 
     kinds: tuple[type[Exception], ...]
     becomes: type[XattnError]
-    told: str
+    message: str
     """The message, with {error} (its first line), {value} (the variable's), {path}, {system} (its file system)."""
     says: str = ""
     """A regular expression that the error's message must contain."""
@@ -217,7 +217,7 @@ def looking_at(what: str, path: Path | None = None) -> Iterator[None]:
                 value = os.environ[row.variable] if row.variable else None
                 system = _file_system(path) if path else None
                 raise row.becomes(
-                    row.told.format(error=first_line(error), value=value, path=path, system=system)
+                    row.message.format(error=first_line(error), value=value, path=path, system=system)
                 ) from error
         raise
 

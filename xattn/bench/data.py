@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = [sys.executable, "-m", "xattn.bench.data", "--one", tokenizer, str(corpus), *arguments.overrides]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
-            print(json.dumps(found) if arguments.json else told(found), flush=True)
+            print(json.dumps(found) if arguments.json else in_words(found), flush=True)
     return ExitCode.DONE
 
 
@@ -143,7 +143,7 @@ def _train(config: Config, data: Any) -> tuple[float, float]:
     return float(np.median(waits[2:])), float(np.median(steps[2:]))
 
 
-def told(found: dict[str, Any]) -> str:
+def in_words(found: dict[str, Any]) -> str:
     return (
         f"{found['tokenizer']:6} {found['megabytes']:,.0f} MB: {found['megabytes_per_second']:.1f} MB/s"
         f" (BPE's own training {found['bpe_seconds']:.0f} s, without it "

@@ -46,10 +46,10 @@ def _parser() -> Parser:
         prog="xattn bench sweep", description="A sweep against its runs one by one; packs against a run alone."
     )
     parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
-    parser.add_argument("--rates", type=int, default=4, help="so many learning rates, at most 4")
-    parser.add_argument("--seeds", type=int, default=2, help="so many seeds")
+    parser.add_argument("--rates", type=int, default=4, help="number of learning rates, at most 4")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
     parser.add_argument("--every", type=int, default=1, help="only every such run by itself; times it, the sum counts")
-    parser.add_argument("--packs", nargs="+", type=int, metavar="N", help="packs of so many runs, 1 among them")
+    parser.add_argument("--packs", nargs="+", type=int, metavar="N", help="sizes of packs, 1 among them")
     parser.add_argument("--steps", type=int, default=50, help="of a pack, in a block")
     parser.add_argument("--repeats", type=int, default=6, help="blocks of each pack; the median counts")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))

@@ -42,15 +42,15 @@ def _runs(folders: Sequence[Path]) -> list[Path]:
     return runs
 
 
-def told_apart(names: Sequence[str]) -> list[str]:
+def distinct_parts(names: Sequence[str]) -> list[str]:
     """Shorten folder names: drop the words that all share, and the hash too if the rest still differs."""
     words = [name.split("-") for name in names]
     shared = set.intersection(*map(set, words))
     rest = [[word for word in each if word not in shared] for each in words]
     for kept in ([each[:-1] for each in rest], rest, words):
-        told = ["-".join(each) for each in kept]
-        if len({*told}) == len(names) and all(told):
-            return told
+        joined = ["-".join(each) for each in kept]
+        if len({*joined}) == len(names) and all(joined):
+            return joined
     return [*names]
 
 
@@ -58,7 +58,7 @@ def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print the table. On a narrow terminal, shorten the run names, then split it into tables of the runs that fit."""
     screen, begin = Screen(), 1
     if not screen.fits(_on_screen(columns, rows)):
-        columns = [columns[0], *told_apart(columns[1:])]
+        columns = [columns[0], *distinct_parts(columns[1:])]
     while begin < len(columns):
         end = len(columns)
         while end > begin + 1 and not screen.fits(_on_screen(*_part(columns, rows, begin, end))):

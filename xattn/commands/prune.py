@@ -135,8 +135,8 @@ def _told(plan: Plan) -> int:
     for kind, size in sizes.items():
         print(f"  {_bytes(size):>9}  {kind} ({len(plan.doomed[kind])})")
     if plan.left_alone:
-        told = ", ".join(f"{count} {why}" for why, count in plan.left_alone.items())
-        print(f"  left alone: {told}")
+        reasons = ", ".join(f"{count} {why}" for why, count in plan.left_alone.items())
+        print(f"  left alone: {reasons}")
     print(f"{_bytes(free)} can be freed" if free else "there is nothing to free")
     return free
 

@@ -123,8 +123,8 @@ def amend(
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_differ):
             known = key in type(config).model_fields or key in hashed_values(config)
             near = "" if known else nearest_key(key, flag(config_dir))
-            told = "cannot be changed here" if known else f"no such key{near}"
-            raise BadInput(f"{override}: {told}; what can be changed here is {', '.join(may_differ)}")
+            reason = "cannot be changed here" if known else f"no such key{near}"
+            raise BadInput(f"{override}: {reason}; what can be changed here is {', '.join(may_differ)}")
     own = [f"{group}={getattr(config, group).name}" for group in ("data", "optimizer") if group not in keys]
     if (then := config.backend.then) is not None:
         values_of = ", ".join(f"{key}: {'null' if value is None else value}" for key, value in then)

@@ -43,8 +43,8 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         return f"{error.full_key}: a value is needed, for example {error.full_key}=…"
     if isinstance(error, MissingConfigException) and error.options:
         return _no_such_choice(error, error.options, overrides)
-    if (told := _no_choice_at_all(overrides)) is not None:
-        return told
+    if (message := _no_choice_at_all(overrides)) is not None:
+        return message
     if isinstance(error, KeyError):
         return f"hydra.job.env_copy = {error.args[0]}: no such environment variable"
     if unknown := re.search(r"Could not override '([^']+)'|Interpolation key '([^']+)' not found", text):

@@ -230,7 +230,7 @@ def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:
 def _held(lock: Path, say: Callable[[str], None], stop: Callable[[], bool]) -> Iterator[None]:
     """Hold the kernel's lock on this file. It is released when the process ends, however it ends."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    told = False
+    is_warned = False
     try:
         while True:
             try:
@@ -239,9 +239,9 @@ def _held(lock: Path, say: Callable[[str], None], stop: Callable[[], bool]) -> I
             except BlockingIOError:
                 if stop():
                     raise Preempted("stopped while another process tokenised the corpus") from None
-                if not told:
+                if not is_warned:
                     say("another process is tokenising this corpus; waiting for it")
-                told = True
+                is_warned = True
                 time.sleep(0.1)
         yield
     finally:

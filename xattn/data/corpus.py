@@ -298,7 +298,7 @@ def tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
     if config.tokenizer == "bytes":
         return ByteTokenizer(end_of_text=config.documents != "joined")
     path = Path(os.path.expanduser(config.tokenizer))
-    told = f"data.tokenizer = {config.tokenizer!r}"
+    key = f"data.tokenizer = {config.tokenizer!r}"
     try:
         content = path.read_bytes()
         if path.suffix == ".tiktoken":
@@ -311,10 +311,10 @@ def tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
         return _with_border(JsonTokenizer(text, end_of_text=config.end_of_text, name=path.name), config)
     except OSError as error:
         raise BadInput(
-            f"{told}: {error.strerror}; allowed: bytes, bpe, the path of a tokenizer.json or a .tiktoken file"
+            f"{key}: {error.strerror}; allowed: bytes, bpe, the path of a tokenizer.json or a .tiktoken file"
         ) from error
     except ValueError as error:
-        raise BadInput(f"{told}: {error}") from error
+        raise BadInput(f"{key}: {error}") from error
 
 
 def _bpe(config: Tokenised, sources: Sequence[tuple[Source, float]], digests: Sequence[str]) -> TextTokenizer:

@@ -33,7 +33,7 @@ class Found(NamedTuple):
     left_out: list[str]
 
 
-def find(path: str, told: str) -> Found:
+def find(path: str, subject: str) -> Found:
     """Return the files that a path means. Raises :class:`BadInput` if there are none. A link counts as the file it
     leads to; a file with several names is read under the first."""
     where = os.path.expanduser(path)
@@ -62,7 +62,7 @@ def find(path: str, told: str) -> Found:
         left_out.append(f"more names of the same files: {again}")
     if not files:
         kind = "the folder has no files" if is_folder else "no such file or folder, and no file matches it"
-        raise BadInput(f"{told}: {kind}{_COMES_FROM.get(os.path.basename(where), '')}")
+        raise BadInput(f"{subject}: {kind}{_COMES_FROM.get(os.path.basename(where), '')}")
     return Found(files, is_folder, left_out)
 
 

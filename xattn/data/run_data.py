@@ -67,7 +67,7 @@ class RunData:
             return
         file = folder / run_folder.TOKENIZER
         if not file.is_file() or file.read_bytes() != here.encode():
-            raise IntegrityError(f"{file}: is not the tokenizer that this run began with; begin anew with resume=never")
+            raise IntegrityError(f"{file}: is not the tokenizer that this run began with; start over with resume=never")
 
     def scored_bytes(self) -> bytes | None:
         """Return the text behind the scored tokens, window after window; None if they don't decode to it."""

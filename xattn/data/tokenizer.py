@@ -258,7 +258,7 @@ class IdTokenizer:
 
 
 @contextlib.contextmanager
-def _what_the_library_raises(told: str) -> Iterator[None]:
+def _what_the_library_raises(subject: str) -> Iterator[None]:
     """Raise it as ValueError: plain Exceptions, and Rust's panics, which are not Exceptions and can't be imported."""
     try:
         yield
@@ -266,7 +266,7 @@ def _what_the_library_raises(told: str) -> Iterator[None]:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{told}: {reason}") from error
+        raise ValueError(f"{subject}: {reason}") from error
 
 
 def _is_byte_level(loaded: dict[str, Any]) -> bool:

@@ -74,10 +74,10 @@ class Finding:
         """Return the claim, its outcome, and the contrasts that decide it."""
         claim = self.stated.claim.rstrip(".")
         parts = "; ".join(f"{each.contrast.name} {each.words}: {each.says}" for each in self.contrasts)
-        told = f"“{claim}” ({self.stated.source}) is {self.says}: {parts}."
+        sentence = f"“{claim}” ({self.stated.source}) is {self.says}: {parts}."
         if not self.otherwise:
-            return told
-        return f"{told} {counted(self.otherwise, 'run')} of the study stated another claim, or none."
+            return sentence
+        return f"{sentence} {counted(self.otherwise, 'run')} of the study stated another claim, or none."
 
 
 def finding_of(runs: Sequence[Run]) -> Finding | None:

@@ -98,8 +98,8 @@ def main(argv: Sequence[str], publish: Publish | None = None) -> int:
         print(run_folder.to_json(verdict_of(found).model_dump(), indent=2, ascii_only=True), flush=True)
     screen = sys.stderr if asked.json else sys.stdout
     _tell(found, target, screen)
-    if publish is not None and (told := publish(found.study, target, asked=asked.wandb)) is not None:
-        print(told, file=screen)
+    if publish is not None and (uploaded := publish(found.study, target, asked=asked.wandb)) is not None:
+        print(uploaded, file=screen)
     return ExitCode.DONE
 
 

@@ -26,7 +26,7 @@ _TEXT = (
     "differences of pairs: it is that spread, over the root of the number of seeds, that a verdict has to stand out "
     "from. The interval of a standard deviation is that of normal differences (χ²). The windows of text that are "
     "scored are the same in all runs. Other windows would give another difference, and no number of seeds shows that: "
-    "it is measured by drawing the windows anew with replacement (bootstrap, 95 %)."
+    "it is measured by drawing the windows again with replacement (bootstrap, 95 %)."
 )
 
 

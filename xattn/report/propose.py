@@ -29,8 +29,8 @@ def report_command(study: Path, runs: Collection[Path]) -> str:
         if key is None or len(left) == len(others):
             break
         others = left
-        told = ",".join(map(show, in_order(values.pop(key))))
-        words += ["--seeds", told] if key == SEED else ["--where", f"{key}={told}"]
+        typed = ",".join(map(show, in_order(values.pop(key))))
+        words += ["--seeds", typed] if key == SEED else ["--where", f"{key}={typed}"]
     return shlex.join(words)
 
 

@@ -64,7 +64,7 @@ class Pair:
         missing = self.theirs.flops - self.ours.flops
         return missing if abs(missing) > SAME_FLOPS * self.theirs.flops else 0.0
 
-    def told(self) -> str:
+    def in_words(self) -> str:
         """Return ``input: 932,000 parameters against 900,224 (+3.5 %)``; empty if the difference is negligible."""
         parts = []
         if self.is_larger_or_smaller:
@@ -80,8 +80,8 @@ def unfair(comparison: Comparison) -> list[str]:
     said = []
     for i, factor in enumerate(comparison.design.factors):
         pairs = list(_pairs(comparison, i, factor))
-        if told := list(dict.fromkeys(text for pair in pairs if (text := pair.told()))):
-            sentence = f"Different sizes between the arms of {factor.key}: {'; '.join(told)}."
+        if texts := list(dict.fromkeys(text for pair in pairs if (text := pair.in_words()))):
+            sentence = f"Different sizes between the arms of {factor.key}: {'; '.join(texts)}."
             said.append(f"{sentence} {_what_helps(factor, pairs)}".rstrip())
     return said
 

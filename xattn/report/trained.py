@@ -71,13 +71,13 @@ def trained(runs: Sequence[Run], judged: Sequence[Run]) -> Iterator[Block]:
     ended = [run for run in judged if run.status in ("done", "diverged")] or judged
     rows = []
     for name, parts in _FACTS.items():
-        told = []
+        texts = []
         for words, value in parts:
             values = in_order({each for run in ended if (each := value(run)) not in (None, "")})
             if values:
-                told.append(words.format(_each(values)))
-        if told:
-            rows.append([name, ", ".join(told)])
+                texts.append(words.format(_each(values)))
+        if texts:
+            rows.append([name, ", ".join(texts)])
     yield Heading("What was trained")
     yield Table(["what", "value"], rows, words=["what", "value"])
     states = Counter(run.status for run in runs)
@@ -88,5 +88,5 @@ def trained(runs: Sequence[Run], judged: Sequence[Run]) -> Iterator[Block]:
 
 
 def _each(values: Sequence[object]) -> str:
-    told = [f"{each:,}" if isinstance(each, int) else show(each) for each in values]
-    return " / ".join(told) if len(told) <= _VALUES else f"{' / '.join(told[:_VALUES])} / … ({len(told)} values)"
+    texts = [f"{each:,}" if isinstance(each, int) else show(each) for each in values]
+    return " / ".join(texts) if len(texts) <= _VALUES else f"{' / '.join(texts[:_VALUES])} / … ({len(texts)} values)"

@@ -187,12 +187,12 @@ def _reached(effect: Effect) -> str:
     form = precision(effect.metric)
     asked = f"±{number(stage.half_widths[-1], '.3g')}"
     if stage.is_reached:
-        told = f" Known to ±{number(stage.half_width, form)}, where {asked} was asked for"
+        sentence = f" Known to ±{number(stage.half_width, form)}, where {asked} was asked for"
     else:
         more = counted(stage.needed - stage.pairs, "more seed")
-        told = f" Known to ±{number(stage.half_width, form)}; {asked} takes {more}"
+        sentence = f" Known to ±{number(stage.half_width, form)}; {asked} takes {more}"
     at_once = f", for all {stage.comparisons} comparisons at once" if stage.comparisons > 1 else ""
-    return f"{told}{at_once}.{_extended(stage.half_widths)}"
+    return f"{sentence}{at_once}.{_extended(stage.half_widths)}"
 
 
 def _extended(half_widths: Sequence[float]) -> str:

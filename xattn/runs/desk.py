@@ -114,7 +114,7 @@ def _show(run: Run, *, quiet: bool) -> ExitCode:
         if (other := other_library(run.config.data.name, before)) is not None:
             say(other)
         say(f"run folder  {shown(run.folder.path)}")
-        say("resume=never trains it anew, and moves this folder aside")
+        say("resume=never trains it again, and moves this folder aside")
     with (run.folder / run_folder.LOG).open("a", encoding="utf-8") as log:
         log.write("started again: the stored result was shown\n")
     return run.code

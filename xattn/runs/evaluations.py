@@ -81,9 +81,9 @@ def equal_row(rows: Sequence[dict[str, Any]], step: int | None, overrides: Seque
 
 def in_a_line(results: Mapping[str, float | None]) -> str:
     """Return names and values in one line. Attention statistics, several per head, are only counted."""
-    told = [f"{name} {shown_value(value)}" for name, value in results.items() if not name.startswith("attention/")]
-    statistics = len(results) - len(told)
-    return "  ".join([*told, *([f"and {statistics} statistics of attention/…"] if statistics else [])])
+    parts = [f"{name} {shown_value(value)}" for name, value in results.items() if not name.startswith("attention/")]
+    statistics = len(results) - len(parts)
+    return "  ".join([*parts, *([f"and {statistics} statistics of attention/…"] if statistics else [])])
 
 
 def shown_value(value: float | None) -> str:

@@ -254,29 +254,29 @@ class LoadedRun:
         before = run_folder.read_provenance(self.path) or {}
         if (began_with := before.get("data_sha256")) in (None, data.sha256):
             return
-        told = f"{self.path}: the data are not those that this run began with"
+        problem = f"{self.path}: the data are not those that this run began with"
         belongs = belongs_to(own, before, size=data.corpus_size, sha256=data.sha256)
         if belongs is None:
             hashes = f"(sha256 {data.sha256[:12]}…, then {began_with[:12]}…)"
-            raise IntegrityError(f"{told} {hashes}; bring them back, or say by data.… what to evaluate on")
+            raise IntegrityError(f"{problem} {hashes}; bring them back, or say by data.… what to evaluate on")
         why, with_them = belongs
-        raise IntegrityError(f"{told}: {why}\nevaluate it with {with_them}, or say by data.… what to evaluate on")
+        raise IntegrityError(f"{problem}: {why}\nevaluate it with {with_them}, or say by data.… what to evaluate on")
 
 
 def _text(tokenizer: Tokenizer, drawn: Iterable[Any], stop: Sequence[str]) -> Iterator[Piece]:
     ids: list[int] = []
-    shown = told = 0
+    shown = given = 0
     for tokens in drawn:
         ids += tokens.tolist()
         text = tokenizer.decode(ids)
         ends = [place for word in stop if (place := text.find(word, shown)) >= 0]
         if ends:
-            yield Piece(text[shown : min(ends)], len(ids) - told)
+            yield Piece(text[shown : min(ends)], len(ids) - given)
             return
         # An incomplete character decodes to U+FFFD, up to three of them; and a stop text may have begun.
         settled = max(shown, len(text) - _unsettled(text, stop))
-        yield Piece(text[shown:settled], len(ids) - told)
-        shown, told = settled, len(ids)
+        yield Piece(text[shown:settled], len(ids) - given)
+        shown, given = settled, len(ids)
     yield Piece(tokenizer.decode(ids)[shown:], 0)
 
 

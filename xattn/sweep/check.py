@@ -1,4 +1,4 @@
-"""What is wrong with a run of a sweep that its config alone does not show: told before the first run starts.
+"""What is wrong with a run of a sweep that its config alone does not show: reported before the first run starts.
 
 A run that has begun is left to its own start, which tells changed data from bad ones. Importing this module imports no
 jax.

@@ -108,7 +108,7 @@ def pack_size(config: Config) -> int:
         if not all(row.vmaps for row in _attention(config)):
             return 1
     except BadInput:
-        return 1  # it is told of when the run is started, and the others go on
+        return 1  # it is reported when the run is started, and the others go on
     return _paying(config) if config.sweep.pack == "auto" else config.sweep.pack
 
 

@@ -99,7 +99,7 @@ class _Seeds:
         self._plan.grows = not self._grow(pilot, needed, first)
 
     def _grow(self, made: Mapping[int, int], needed: Mapping[int, int], first: int) -> bool:
-        """Makes the seeds of each arm from so many to so many, as far as there is time; whether there was."""
+        """Makes the seeds of each arm up to these numbers, as far as there is time; whether there was."""
         while any(made[arm] < needed[arm] for arm in needed):
             least = min(made[arm] for arm in needed if made[arm] < needed[arm])
             if (more := self._seeds_in_time([arm for arm in needed if made[arm] < needed[arm]])) == 0:
@@ -110,7 +110,7 @@ class _Seeds:
         return True
 
     def _add(self, seeds: Mapping[int, int], first: int) -> None:
-        """Makes what is not there yet of so many seeds of each arm."""
+        """Makes the seeds of each arm that are missing up to these numbers."""
         wanted = [(arm, first + i) for i in range(max(seeds.values())) for arm, count in seeds.items() if i < count]
         new = [key for key in wanted if key not in self._jobs]
         for key, job in zip(new, self._compose(new), strict=True):

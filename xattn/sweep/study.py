@@ -24,7 +24,7 @@ from xattn.sweep.labels import Label, labels, varying_keys
 from xattn.sweep.packing import is_finished, summary_of, take_pack
 from xattn.sweep.planned import Plan
 from xattn.sweep.table import loss_of, print_table
-from xattn.sweep.view import StudyView, so_many
+from xattn.sweep.view import StudyView, runs_to_go
 from xattn.system import entry
 from xattn.system.screen import say
 from xattn.system.signals import interruption
@@ -188,11 +188,11 @@ def make(
     """Runs of one program follow each other, in the order given, or train as one.
 
     One that another process is running is waited for, and taken over if that dies; one that fails, here or there, is
-    told of, and the others go on.
+    reported, and the others continue.
 
     view: of a study that these are a part of. label: what a run is called; None: by the keys that differ here.
-    metric: the loss that is told of each; None: the one that these can be compared by. start_at: how far into the study
-    it starts, from 0 to 1, so that processes that share it do not all compile one program.
+    metric: the loss that is shown of each; None: the one that these can be compared by. start_at: how far into the
+    study it starts, from 0 to 1, so that processes that share it do not all compile one program.
     """
     label = labels(jobs) if label is None else label
     metric = loss_of([job.config for job in jobs]) if metric is None else metric
@@ -252,7 +252,7 @@ def run_study_elsewhere(
     """
     outcomes: Outcomes = {}
     unfinished = [job for job in jobs if not is_finished(job)]
-    print(so_many(len(jobs), len(jobs) - len(unfinished)))
+    print(runs_to_go(len(jobs), len(jobs) - len(unfinished)))
     label, left = labels(jobs), unfinished
     if plan is not None:
         plan.add(jobs)
@@ -283,8 +283,8 @@ def run_study_elsewhere(
             outcomes[job.folder] = codes.get(status, ExitCode.ERROR)
             if outcomes[job.folder] == ExitCode.ERROR:
                 log, theirs = job.folder / run_folder.LOG, job.folder.parent / ".submitit"
-                told = [f"; see {shown(path)}" for path in (log, theirs) if path.exists()][:1]
-                entry.tell(f"{job.folder.name}: {status}{''.join(told)}")
+                where = [f"; see {shown(path)}" for path in (log, theirs) if path.exists()][:1]
+                entry.tell(f"{job.folder.name}: {status}{''.join(where)}")
     return outcomes
 
 
@@ -295,7 +295,7 @@ def _saved_step(job: Job) -> int:
 
 def _outcome(job: Job, code: ExitCode, metric: str) -> str:
     summary = summary_of(job)
-    told = metric if summary.get(metric) is not None else "val_loss"
-    if code in (ExitCode.DONE, ExitCode.DIVERGED) and summary.get(told) is not None:
-        return f"{summary['status']}, {told} {summary[told]:.4f}"
+    shown_metric = metric if summary.get(metric) is not None else "val_loss"
+    if code in (ExitCode.DONE, ExitCode.DIVERGED) and summary.get(shown_metric) is not None:
+        return f"{summary['status']}, {shown_metric} {summary[shown_metric]:.4f}"
     return code.name.lower()

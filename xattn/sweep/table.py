@@ -72,8 +72,8 @@ def print_table(
     screen.print_table(table, folds=not screen.fits(table))
     for note in notes:
         screen.say(note)
-    for told, count in Counter(row.other_library for row in rows if row.other_library is not None).items():
-        screen.say(f"{counted(count, 'run')}: {told}")
+    for sentence, count in Counter(row.other_library for row in rows if row.other_library is not None).items():
+        screen.say(f"{counted(count, 'run')}: {sentence}")
 
 
 def _forms(

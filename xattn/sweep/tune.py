@@ -107,7 +107,7 @@ def tune(
 ) -> None:
     """Draws and makes trials until n_trials of this study have come to an end, and prints the table of them.
 
-    Points that a config cannot have are told of and left out. Raises :class:`BadInput` where no other was drawn.
+    Points that a config cannot have are reported and left out. Raises :class:`BadInput` where no other was drawn.
     ``tuning.objective`` is a number of summary.json here, not ``auto``.
     """
     if base.resume == "never":
@@ -336,13 +336,13 @@ def _params(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
 
 
 def _pruner_of(trial: optuna.Trial, tuning: Tuning) -> Callable[[Row], bool]:
-    told: set[int] = set()
+    reported: set[int] = set()
 
     def prune(row: Row) -> bool:
         value = row.get(_IN_ROWS.get(tuning.objective, tuning.objective))
-        if tuning.pruner == "none" or value is None or not math.isfinite(value) or row["step"] in told:
+        if tuning.pruner == "none" or value is None or not math.isfinite(value) or row["step"] in reported:
             return False
-        told.add(row["step"])
+        reported.add(row["step"])
         trial.report(value, row["step"])
         return trial.should_prune()
 

@@ -42,7 +42,7 @@ class StudyView:
         self._first_row: tuple[int, float] | None = None
         self._study = self._progress.add_task("", total=runs, completed=done, tail="")
         self._run = self._progress.add_task("", total=None, visible=False, tail="")
-        self.say(so_many(runs, done))
+        self.say(runs_to_go(runs, done))
 
     def say(self, text: str) -> None:
         self._console.say(text)
@@ -114,7 +114,7 @@ class StudyView:
 
 
 def shortened(name: str, room: int) -> str:
-    """The name in at most so many columns: without the names of its keys, and then without its end."""
+    """The name in at most that many columns: without the names of its keys, and then without its end."""
     if width_of(name) > room:
         name = re.sub(r"(?<!\S)[\w.]+=", "", name)
     while width_of(name) > room:
@@ -122,7 +122,7 @@ def shortened(name: str, room: int) -> str:
     return name
 
 
-def so_many(runs: int, done: int) -> str:
+def runs_to_go(runs: int, done: int) -> str:
     return f"{counted(runs, 'run')}, {done} done already"
 
 

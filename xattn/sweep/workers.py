@@ -196,7 +196,7 @@ def _train_in_processes(
         with _environment({} if seat.gpu is None else {"CUDA_VISIBLE_DEVICES": seat.gpu}):
             processes.append(context.Process(target=_work, args=(*pickled, results, seat.core, i / len(seats))))
             processes[-1].start()
-    label, pending, told = labels(jobs), list(unfinished), False
+    label, pending, is_asked = labels(jobs), list(unfinished), False
     with StudyView(len(jobs), len(jobs) - len(unfinished)) as view:
         failures = {job.folder: summary_of(job).get("failures") for job in pending}
         while alive := [process for process in processes if process.is_alive()]:
@@ -209,8 +209,8 @@ def _train_in_processes(
                 if failed or is_finished(job):
                     pending.remove(job)
                     view.ended(label(job), found["status"], failed=failed)
-            if interruption.requested and not told:
-                told = True
+            if interruption.requested and not is_asked:
+                is_asked = True
                 for process in alive:
                     if process.pid is not None:
                         os.kill(process.pid, _REQUEST)

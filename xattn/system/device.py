@@ -42,9 +42,9 @@ def first_look() -> None:
 def _check_xla_flags() -> None:
     """Raise RuntimeError if XLA cannot read its flags. This would end the process, so another process tries it."""
     asked = subprocess.run([sys.executable, "-c", _READ_XLA_FLAGS], capture_output=True, text=True, errors="replace")
-    told = [line.partition("] ")[2] for line in asked.stderr.splitlines() if re.match("[EF][0-9]+ .*flag", line)]
-    if asked.returncode and told:  # jax itself reports any other problem
-        raise RuntimeError(told[0])
+    lines = [line.partition("] ")[2] for line in asked.stderr.splitlines() if re.match("[EF][0-9]+ .*flag", line)]
+    if asked.returncode and lines:  # jax itself reports any other problem
+        raise RuntimeError(lines[0])
 
 
 def compute_with(threads: int | None) -> None:

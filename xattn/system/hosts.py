@@ -40,13 +40,13 @@ class Place:
     count: int
     coordinator: str | None
     """host:port of the first process; None leaves jax to find it"""
-    told_by: str = field(default="", compare=False)
+    set_by: str = field(default="", compare=False)
     """the variable that gives the count"""
 
     @property
     def if_alone(self) -> str:
         """Return what to do if the variable is left over, as in a shell opened by a SLURM job."""
-        return f"if this process is alone, {self.told_by} is left over from another job: unset it"
+        return f"if this process is alone, {self.set_by} is left over from another job: unset it"
 
 
 def place(environment: Mapping[str, str]) -> Place:
@@ -129,9 +129,9 @@ class Team:
                 self.ends_together = True
                 if not self.is_first:
                     raise ToldByFirst(ExitCode.BAD_INPUT)
-                told = [f"  {key}: {first[key]!r} in process 0, {there.get(key)!r} in process {index}" for key in keys]
-                more = [f"  and {len(told) - 3} more"] if len(told) > 3 else []
-                raise BadInput("\n".join(["the processes of this run do not have the same", *told[:3], *more]))
+                lines = [f"  {key}: {first[key]!r} in process 0, {there.get(key)!r} in process {index}" for key in keys]
+                more = [f"  and {len(lines) - 3} more"] if len(lines) > 3 else []
+                raise BadInput("\n".join(["the processes of this run do not have the same", *lines[:3], *more]))
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
@@ -146,8 +146,8 @@ class Team:
         if self.count == 1:
             return
         code = mine.exit_code if isinstance(mine, XattnError) else ExitCode.ERROR
-        told = self.all_say(None if mine is None else [int(code), str(mine) or type(mine).__name__])
-        wrong = {index: said for index, said in enumerate(told) if said is not None}
+        replies = self.all_say(None if mine is None else [int(code), str(mine) or type(mine).__name__])
+        wrong = {index: said for index, said in enumerate(replies) if said is not None}
         if not wrong:
             return
         self.ends_together = True
@@ -231,9 +231,9 @@ def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = 
     with looking_at("device"):
         import jax
 
-    if here.index == 0 and here.told_by != COUNT:
+    if here.index == 0 and here.set_by != COUNT:
         say(
-            f"waiting for {here.count - 1} other processes ({here.told_by} = {here.count}), at most {connect_seconds} "
+            f"waiting for {here.count - 1} other processes ({here.set_by} = {here.count}), at most {connect_seconds} "
             f"s; {here.if_alone}",
             file=sys.stderr,
         )
@@ -259,11 +259,11 @@ def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = 
 def _not_met(here: Place, connect_seconds: int, error: Exception) -> XattnError:
     if here.coordinator is None and isinstance(error, ValueError):  # some of the manager's variables are missing
         return BadInput(
-            f"{here.told_by} = {here.count}: this is one of {here.count} processes, and jax finds no address of the "
+            f"{here.set_by} = {here.count}: this is one of {here.count} processes, and jax finds no address of the "
             f"first in the environment; set {COORDINATOR}=host:port in all\n{here.if_alone}"
         )
-    where = here.coordinator or f"the address that jax takes from the environment of {here.told_by}"
-    hint = "" if here.told_by == COUNT else f"\n{here.if_alone}"
+    where = here.coordinator or f"the address that jax takes from the environment of {here.set_by}"
+    hint = "" if here.set_by == COUNT else f"\n{here.if_alone}"
     return XattnError(
         f"process {here.index} of {here.count} has not met the others at {where} within {connect_seconds} s "
         f"(parallel.connect_seconds): {first_line(error)}{hint}"
