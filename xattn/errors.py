@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -107,6 +108,12 @@ def needs_extra(what: str, extra: str, error: ImportError) -> BadInput:
     clone = Path(__file__).resolve().parent.parent
     source = f'-e "{clone}[{extra}]"' if (clone / "pyproject.toml").is_file() else f'"xattn[{extra}]"'
     return BadInput(f"{what} needs the extra {extra}: pip install {source} ({first_line(error)})")
+
+
+def did_you_mean(word: str, options: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return `` (did you mean OPTION?)`` with the option most like the word; empty if none is like it."""
+    found = difflib.get_close_matches(word, [*options], n=1, cutoff=cutoff)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -11,17 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.backend.decode import (
-    Cache,
-    KVCache,
-    StateCache,
-    decode_step,
-    decoding_spec,
-    grow,
-    init_cache,
-    of_tokens,
-    prefill,
-)
+from xattn.backend.cache import Cache, KVCache, StateCache, grow, init_cache
+from xattn.backend.decode import decode_step, decoding_spec, of_tokens, prefill
 from xattn.backend.spec import AttentionSpec
 from xattn.testing import oracle
 from xattn.testing.cases import LENGTH, THETA, Case, Inputs, inputs

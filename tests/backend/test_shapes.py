@@ -18,6 +18,7 @@ from xattn.backend import (
     api,
     arguments,
     blockwise,
+    cache as backend_cache,
     cudnn,
     decay,
     decode,
@@ -34,7 +35,7 @@ from xattn.backend import (
 from xattn.backend.hopper import fused
 
 MODULES = (
-    *(api, arguments, blockwise, cudnn, decay, decode, dispatch, formula, fused, hopper),
+    *(api, arguments, backend_cache, blockwise, cudnn, decay, decode, dispatch, formula, fused, hopper),
     *(linear, module, reference, ring, rope, spec),
 )
 B, S, DHQK, DHV = 2, 8, 10, 3
@@ -157,8 +158,8 @@ def test_decoding(activation: str, window: int | None, fades: bool) -> None:
     for heads, kv_heads in HEADS:
         meaning = decode.decoding_spec(num_heads=(*heads, 1)[0], **choices)
         sizes = {"num_kv_heads": (*kv_heads, 1)[0], "head_dim_qk": DHQK, "head_dim_v": DHV, "capacity": 13}
-        cache = decode.init_cache(meaning, batch=B, **sizes, fades=fades, documents=fades)
-        fields_are_true(decode.grow(stacked(cache), meaning, 20))
+        cache = backend_cache.init_cache(meaning, batch=B, **sizes, fades=fades, documents=fades)
+        fields_are_true(backend_cache.grow(stacked(cache), meaning, 20))
         jax.eval_shape(run, meaning, cache, arrays(heads, kv_heads), arrays(heads, kv_heads, 1))
 
 
@@ -209,7 +210,7 @@ def turned(x: jax.Array) -> jax.Array:
         lambda q, k, v, of: reference.reference(q, turned(k), v, of),
         lambda q, k, v, of: reference.reference(q.astype(int), k, v, of),
         lambda q, k, v, of: api.attention(q, k, v, turned(zeros(S, S + 1, dtype="bool"))),
-        lambda q, k, v, of: decode.attend(q, k, v, decode.KVCache(k, v, zeros(dtype="int32")), of),
+        lambda q, k, v, of: decode.attend(q, k, v, backend_cache.KVCache(k, v, zeros(dtype="int32")), of),
         lambda q, k, v, of: formula.scores(turned(q), k),
         lambda q, k, v, of: rope.rotate(q, zeros(S, DHQK // 2), zeros(S, 3)),
     ],

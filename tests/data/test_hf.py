@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from xattn.data import documents
+from xattn.data import hf
 from xattn.data.corpus import Corpus, load_corpus
 from xattn.errors import BadInput
 
@@ -39,7 +39,7 @@ def whole(corpus: Corpus) -> bytes:
 
 
 def test_a_saved_dataset_streaming_or_not(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE_ROWS", 60)
+    monkeypatch.setattr(hf, "PIECE_ROWS", 60)
     for streaming in (False, True, True):  # the second time from the cache
         assert whole(load_corpus(hf_config(dataset=saved, streaming=streaming), 4)) == TEXT
         some = load_corpus(hf_config(dataset=saved, streaming=streaming, max_documents=101), 4)

@@ -80,10 +80,10 @@ def write_corpus(path: Path, size: int) -> None:
 
 def measure(config: Config) -> dict[str, Any]:
     """Ingest twice and train; return the measurements of this process."""
-    from xattn.data import corpus as corpora
+    from xattn.data import corpus_tokenizer
     from xattn.data.run_data import RunData, load_data
 
-    bpe_seconds, train_bpe = [0.0], corpora.train_bpe
+    bpe_seconds, train_bpe = [0.0], corpus_tokenizer.train_bpe
 
     def timed(*arguments: Any) -> str:
         began = time.perf_counter()
@@ -102,7 +102,7 @@ def measure(config: Config) -> dict[str, Any]:
         )
         return data, time.perf_counter() - began
 
-    corpora.train_bpe = timed  # type: ignore[assignment]
+    corpus_tokenizer.train_bpe = timed  # type: ignore[assignment]
     size = Path(str(getattr(config.data, "path", ""))).stat().st_size
     with _peak_of_anonymous_memory() as peak:
         _, first = load()

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from xattn.config.groups import choices_in, having, search_path
 from xattn.config.schema import composed
-from xattn.errors import BadInput
+from xattn.errors import BadInput, did_you_mean
 from xattn.keys import flatten
 from xattn.model.config import LayerConfig
 from xattn.system import entry
@@ -64,6 +64,7 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     return f"{key_of_value[1]}: {first_line(error)}" if key_of_value else first_line(error)
 
 
+_LOOSE = 0.5  # choices are few, so one that is only half like the word is worth a hint
 _WITH_PRESETS = ("backend", "experiment")  # a published attention is a choice of one of them
 
 
@@ -74,7 +75,7 @@ def _no_such_choice(error: MissingConfigException, options: Sequence[str], argum
     where = "" if asked_by is None or asked_by[1] in ("config", "hydra/config") else f"{asked_by[1]}.yaml: "
     others = [other for other in _WITH_PRESETS if other != group and choice in choices_in(other, arguments)]
     elsewhere = f" (did you mean {others[0]}={choice}?)" if group in _WITH_PRESETS and others else ""
-    near = elsewhere or _nearest(choice, options)
+    near = elsewhere or did_you_mean(choice, options, cutoff=_LOOSE)
     return f"{where}{group} = {choice}: no such choice{near}; allowed: {', '.join(options)}"
 
 
@@ -117,9 +118,14 @@ def explain_validation(
             message = f"a list, [{detail['input']}]" if isinstance(detail["input"], str) else "a list"
         elif kind == "union_tag_invalid":
             key, message = f"{key}.name", str(context["expected_tags"])
-            given[key], nearest[key] = repr(context["tag"]), _nearest(context["tag"], re.findall(r"'(.*?)'", message))
+            given[key], nearest[key] = (
+                repr(context["tag"]),
+                did_you_mean(context["tag"], re.findall(r"'(.*?)'", message), cutoff=_LOOSE),
+            )
         elif kind == "literal_error":
-            nearest[key] = _nearest(str(detail["input"]), re.findall(r"'(.*?)'", context["expected"]))
+            nearest[key] = did_you_mean(
+                str(detail["input"]), re.findall(r"'(.*?)'", context["expected"]), cutoff=_LOOSE
+            )
         expected.setdefault(key, []).append(message)
         if kind != "missing" and not isinstance(detail["input"], Mapping):
             given[key] = _short(detail["input"])
@@ -154,11 +160,6 @@ def _dotted(loc: Sequence[int | str], raw: Mapping[str, Any]) -> str:
             found += f"[{part}]"
             node = node[part]
     return found
-
-
-def _nearest(word: str, options: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def nearest_key(key: str, overrides: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import sysconfig
@@ -15,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from xattn.data.batches import Ids
-from xattn.data.bpe import from_tiktoken, train_bpe
-from xattn.data.cache import Tokens, stored_text, stored_tokens
+from xattn.data.cache import Tokens, stored_tokens
 from xattn.data.config import (
     DataConfig,
     HFConfig,
@@ -26,17 +24,17 @@ from xattn.data.config import (
     TextConfig,
     Tokenised,
 )
-from xattn.data.documents import PIECE_BYTES, Block, Files, HFDataset, Piece, Source
+from xattn.data.corpus_tokenizer import FORMAT, bpe, json_tokenizer, tokenizer_on_disk
+from xattn.data.documents import PIECE_BYTES, Block, Files, Piece, Source
 from xattn.data.finding import find
+from xattn.data.hf import HFDataset
 from xattn.data.memmap import open_memmaps
 from xattn.data.task import Task
-from xattn.data.tokenizer import ByteTokenizer, Encoded, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
+from xattn.data.tokenizer import ByteTokenizer, Encoded, TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 
 IN_MEMORY_BYTES = 64 * 2**20  # reading a smaller corpus of bytes is faster than checking a cache of it
-BPE_BYTES = 100 * 10**6  # BPE is trained on this much of the training text, from its beginning
 _BATCH_BYTES = 4 * 2**20  # tokenised in one call
-_FORMAT = 3  # of the cache's content; raise it when the same bytes give other ids or another record
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -72,7 +70,7 @@ def check(config: DataConfig) -> None:
         return  # it has no files
     if isinstance(config, MemmapConfig):
         open_memmaps(config)
-        _json_tokenizer(config)
+        json_tokenizer(config)
     elif not isinstance(config, HFConfig):
         for source, _ in _file_sources(config):
             source.look()
@@ -134,7 +132,7 @@ def _mapped(config: MemmapConfig) -> Corpus:
     else:
         part = Part(found[0].ids, found[1].ids)
     sha256 = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Corpus((part,), _json_tokenizer(config), sha256, config.end_of_text)
+    return Corpus((part,), json_tokenizer(config), sha256, config.end_of_text)
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -157,7 +155,7 @@ def _tokenised(
             say(f"left out    of {name}: {source.left_out}")
     digests = [source.sha256() for source, _ in sources]
     if tokenizer is None:
-        tokenizer = _bpe(config, to_learn, digests) if config.tokenizer == "bpe" else tokenizer_on_disk(config)
+        tokenizer = bpe(config, to_learn, digests) if config.tokenizer == "bpe" else tokenizer_on_disk(config)
     ids = [
         _ids(source, digest, tokenizer, say=say, stop=stop)
         for (source, _), digest in zip(sources, digests, strict=True)
@@ -219,7 +217,7 @@ def _ids(
     version = importlib.metadata.version("tokenizers")
     files = {file: number for number, file in enumerate(dict.fromkeys(piece.file for piece in pieces))}
     cuts = [[(files[piece.file], piece.start, piece.end) for piece in shard] for shard in shards]  # numbers, not names
-    key = json.dumps([_FORMAT, version, digest, tokenizer.sha256(), tokenizer.end_of_text, cuts])
+    key = json.dumps([FORMAT, version, digest, tokenizer.sha256(), tokenizer.end_of_text, cuts])
     return stored_tokens(
         hashlib.sha256(key.encode()).hexdigest()[:32],
         len(shards),
@@ -291,82 +289,6 @@ def _encode_batch(batch: Sequence[Block], tokenizer: TextTokenizer, left: int) -
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
-
-
-def tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
-    """Return the config's tokenizer, which is not ``bpe``. Raises :class:`BadInput` if its file cannot be used."""
-    if config.tokenizer == "bytes":
-        return ByteTokenizer(end_of_text=config.documents != "joined")
-    path = Path(os.path.expanduser(config.tokenizer))
-    key = f"data.tokenizer = {config.tokenizer!r}"
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".tiktoken":
-            assert config.tiktoken_pattern is not None
-            digest = hashlib.sha256(content).hexdigest()[:24]
-            key = f"tiktoken-{_FORMAT}-{config.tiktoken_pattern}-{digest}"
-            text = stored_text(key, lambda: from_tiktoken(content, str(config.tiktoken_pattern)))
-        else:
-            text = content.decode("utf-8")
-        return _with_border(JsonTokenizer(text, end_of_text=config.end_of_text, name=path.name), config)
-    except OSError as error:
-        raise BadInput(
-            f"{key}: {error.strerror}; allowed: bytes, bpe, the path of a tokenizer.json or a .tiktoken file"
-        ) from error
-    except ValueError as error:
-        raise BadInput(f"{key}: {error}") from error
-
-
-def _bpe(config: Tokenised, sources: Sequence[tuple[Source, float]], digests: Sequence[str]) -> TextTokenizer:
-    all_of_it = isinstance(config, PythonStdlibConfig)  # its held-out part is in other files
-    weights = sum(weight for _, weight in sources)
-
-    def trained_on(source: Source, most: float) -> float:
-        """Return the bytes of the source's text before its held-out part, at most ``most``."""
-        share, counted = 1.0 if all_of_it else 1 - config.validation_fraction, 0
-        for block in itertools.chain.from_iterable(map(source.read, source.pieces())):
-            counted += len(block.text)
-            if counted * share >= most:
-                return most
-        return counted * share
-
-    def texts() -> Iterator[str]:
-        for source, weight in sources:
-            left = trained_on(source, BPE_BYTES * weight / weights)
-            for block in itertools.chain.from_iterable(map(source.read, source.pieces())):
-                if left <= 0:
-                    break
-                yield block.text[: int(left)].decode("utf-8", errors="replace")
-                left -= len(block.text)
-
-    version = importlib.metadata.version("tokenizers")
-    named = [_FORMAT, [*digests], [w for _, w in sources], config.vocab_size, config.validation_fraction, BPE_BYTES]
-    key = hashlib.sha256(json.dumps([*named, version]).encode()).hexdigest()[:32]
-    text = stored_text(f"bpe-{key}", lambda: train_bpe(texts(), config.vocab_size))
-    return _with_border(JsonTokenizer(text, name=f"bpe of {config.vocab_size:,}"), config)
-
-
-def _with_border(tokenizer: JsonTokenizer, config: Tokenised) -> JsonTokenizer:
-    if config.documents == "joined":
-        return tokenizer.without_border()
-    if tokenizer.end_of_text is None:
-        raise BadInput(
-            f"data.documents = {config.documents!r}: {tokenizer.name} has no token of a usual name to stand between "
-            "documents; name one by data.end_of_text, or use data.documents=joined"
-        )
-    return tokenizer
-
-
-def _json_tokenizer(config: MemmapConfig) -> Tokenizer:
-    if config.tokenizer is None:
-        return IdTokenizer(config.vocab_size)
-    path = Path(os.path.expanduser(config.tokenizer))
-    try:
-        return JsonTokenizer(path.read_text("utf-8"), vocab_size=config.vocab_size, name=path.name)
-    except OSError as error:
-        raise BadInput(f"data.tokenizer = {config.tokenizer!r}: {error.strerror}") from error
-    except ValueError as error:
-        raise BadInput(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
 
 
 # ---- files and splits ------------------------------------------------------------------------------------------------

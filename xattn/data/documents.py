@@ -6,16 +6,14 @@ import hashlib
 import importlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, cast
 
-from xattn.data.config import HFConfig
 from xattn.data.finding import Found, sha256_of_files, some
 from xattn.data.formats import UNREADABLE, Format, look, look_before, open_unpacked, unreadable
-from xattn.errors import BadInput, needs_extra
+from xattn.errors import BadInput, first_line, needs_extra
 
 PIECE_BYTES = 32 * 2**20  # approximate size of a piece; after a kill, about this much is tokenised again
 PIECE_ROWS = 20_000
@@ -157,7 +155,7 @@ class Files:
                 if piece.end >= 0 and at >= piece.end:
                     return
                 if line.strip():
-                    yield from _document(self._text_of(line, piece.file, piece.start, number))
+                    yield from document_blocks(self._text_of(line, piece.file, piece.start, number))
                 at += len(line)
 
     def _text_of(self, line: bytes, file: str, start: int, number: int) -> str:
@@ -170,7 +168,7 @@ class Files:
             if not isinstance(loaded, dict):
                 reason = "not a JSON object"
             elif self._field not in loaded:
-                reason = f"no field {self._field!r}; there are {_some(list(loaded))}; data.field names it"
+                reason = f"no field {self._field!r}; there are {some_names(list(loaded))}; data.field names it"
             elif not isinstance(loaded[self._field], str):
                 reason = f"{self._field!r} is not a string"
         if reason:
@@ -179,14 +177,14 @@ class Files:
         return cast(str, loaded[self._field])
 
     def _table(self, file: str) -> Any:
-        parquet = _optional("pyarrow.parquet", f"{self._key}: {file}: .parquet")
+        parquet = optional("pyarrow.parquet", f"{self._key}: {file}: .parquet")
         try:
             table = parquet.ParquetFile(file)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-            raise BadInput(f"{self._key}: {file} is not whole parquet: {_first_line(error)}") from error
+            raise BadInput(f"{self._key}: {file} is not whole parquet: {first_line(error)}") from error
         names = table.schema_arrow.names
         if self._field not in names:
-            raise BadInput(f"{self._key}: {file}: no column {self._field!r}; there are {_some(names)}; data.field")
+            raise BadInput(f"{self._key}: {file}: no column {self._field!r}; there are {some_names(names)}; data.field")
         return table
 
     def _rows(self, piece: Piece) -> Iterator[Block]:
@@ -202,100 +200,10 @@ class Files:
                             f"{self._key}: {file}: row {number} (the first is 0): column {self._field!r} holds what is "
                             f"not a string: {what}"
                         )
-                    yield from _document(value)
+                    yield from document_blocks(value)
                 row += batch.num_rows
         except (OSError, ValueError) as error:
-            raise BadInput(f"{self._key}: {file} is not whole parquet: {_first_line(error)}") from error
-
-
-class HFDataset:
-    """A dataset of Hugging Face's ``datasets``, from the hub or from a local folder."""
-
-    def __init__(self, config: HFConfig):
-        self._config = config
-        self._name = f"data.dataset = {config.dataset!r}"
-        self._dataset = self._open()
-
-    def pieces(self) -> list[Piece]:
-        limit = self._config.max_documents
-        if self._config.streaming:
-            return [Piece("", 0, -1 if limit is None else limit, 0)]
-        rows = len(self._dataset) if limit is None else min(limit, len(self._dataset))
-        return [Piece("", i, min(i + PIECE_ROWS, rows), PIECE_BYTES) for i in range(0, rows, PIECE_ROWS)]
-
-    def read(self, piece: Piece) -> Iterator[Block]:
-        field = self._config.field
-        if self._config.streaming:
-            values = (row[field] for row in self._dataset)
-        else:
-            values = (value for i in range(piece.start, piece.end, 1000) for value in self._some(i, piece.end))
-        for number, value in enumerate(values, piece.start):
-            if number == piece.end:
-                return
-            if not isinstance(value, str):
-                raise BadInput(f"{self._name}: row {number}: {field!r} is not a string")
-            yield from _document(value)
-
-    def sha256(self) -> str:
-        """Hash the dataset's own files and the selection from them. A stream from the hub can't be hashed before it is
-        read, so what names it is hashed instead."""
-        config, folder = self._config, Path(os.path.expanduser(self._config.dataset))
-        named = [config.field, config.max_documents, config.subset, config.split]
-        if config.streaming and not folder.is_dir():
-            named += [config.dataset, config.revision]
-        elif config.streaming:
-            files = sorted(file for file in folder.rglob("*") if file.is_file())
-            named += [self._sha256_of(files)]
-        elif self._dataset.cache_files:
-            files = [Path(f["filename"]) for f in self._dataset.cache_files]
-            named += [len(self._dataset), self._sha256_of(files)]
-        else:
-            named += [self._dataset._fingerprint]
-        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
-
-    @staticmethod
-    def _sha256_of(files: Sequence[Path]) -> str:
-        digests = sha256_of_files([*map(str, files)], "data.dataset")
-        return hashlib.sha256(json.dumps(["text", digests]).encode()).hexdigest()
-
-    def _some(self, start: int, end: int) -> list[Any]:
-        return list(self._dataset[start : min(start + 1000, end)][self._config.field])
-
-    def _open(self) -> Any:
-        datasets, config = _optional("datasets", "data=hf"), self._config
-        datasets.disable_progress_bars()
-        folder = Path(os.path.expanduser(config.dataset))
-        saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-        try:
-            if saved:
-                opened = datasets.load_from_disk(str(folder))
-                if isinstance(opened, datasets.DatasetDict):
-                    if config.split not in opened:
-                        raise BadInput(f"data.split = {config.split!r}: no such split; allowed: {', '.join(opened)}")
-                    opened = opened[config.split]
-                elif config.split != "train":
-                    raise BadInput(f"data.split = {config.split!r}: {folder} has no splits; leave it out")
-                for key in ("subset", "revision"):
-                    if getattr(config, key) is not None:
-                        raise BadInput(f"data.{key}: {folder} was written by save_to_disk and has none; leave it out")
-                if config.streaming:
-                    opened = opened.to_iterable_dataset()
-            else:
-                opened = datasets.load_dataset(
-                    str(folder) if folder.exists() else config.dataset,
-                    config.subset,
-                    split=config.split,
-                    revision=config.revision,
-                    streaming=config.streaming,
-                )
-        except BadInput:
-            raise
-        except Exception as error:  # the library, its builders and the network raise many kinds
-            raise BadInput(f"{self._name}: {type(error).__name__}: {_first_line(error)}") from error
-        names = opened.column_names or list(next(iter(opened), {}))
-        if config.field not in names:
-            raise BadInput(f"{self._name}: no column {config.field!r}; there are {_some(names)}; data.field names it")
-        return opened
+            raise BadInput(f"{self._key}: {file} is not whole parquet: {first_line(error)}") from error
 
 
 def _border(opened: IO[bytes], nominal: int, kind: str) -> int:
@@ -339,7 +247,7 @@ def _cut_in(text: bytes) -> int:
     return next((i for i in last if text[i] & 0xC0 != 0x80), len(text))
 
 
-def _document(text: str) -> Iterator[Block]:
+def document_blocks(text: str) -> Iterator[Block]:
     encoded, start = text.encode("utf-8", errors="replace"), 0
     while len(encoded) - start > BLOCK_BYTES:
         end = start + _cut_in(encoded[start : start + BLOCK_BYTES])
@@ -356,16 +264,12 @@ def _lines_before(file: str, end: int) -> int:
     return count
 
 
-def _optional(module: str, what: str) -> Any:
+def optional(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise needs_extra(what, "hf", error) from error
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

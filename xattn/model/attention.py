@@ -31,7 +31,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from xattn.backend import activations, dispatch
-from xattn.backend.decode import Cache, Entry, StateCache, append, attend, prefill
+from xattn.backend.cache import Cache, Entry, StateCache
+from xattn.backend.decode import append, attend, prefill
 from xattn.backend.spec import Keys, Output, Queries, Values
 from xattn.model.config import BackendConfig, ModelConfig, registered_norms
 from xattn.model.convolution import Recent, convolve, identity, newest, preceded, same_run

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.backend.decode import grow, init_cache
+from xattn.backend.cache import grow, init_cache
 from xattn.backend.spec import AttentionSpec
 from xattn.model.attention import LayerCache
 from xattn.model.config import ModelConfig

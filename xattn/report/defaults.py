@@ -44,5 +44,5 @@ def _leaves(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the leaves, with ``3e-3`` as a number, as in config.yaml; YAML 1.1 wants a dot and reads a string."""
     return {
         key: float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) else value
-        for key, value in flatten(tree)
+        for key, value in flatten(tree).items()
     }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from xattn.errors import BadInput
+from xattn.errors import BadInput, did_you_mean
 from xattn.keys import TUNED, show
 from xattn.report.answer import Answer, Comparison, Question
 from xattn.report.checks import what_is_odd
@@ -124,8 +123,7 @@ def is_typed(value: Any, typed: str) -> bool:
 def check_key(key: str, runs: Sequence[Run], option: str) -> None:
     keys = sorted({known for run in runs for known in run.config})
     if keys and key not in keys:
-        nearest = difflib.get_close_matches(key, keys, n=1)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else "; a key is, for example, backend.theta"
+        hint = did_you_mean(key, keys) or "; a key is, for example, backend.theta"
         raise BadInput(f"{option} {key}: no run's config has it{hint}")
 
 
@@ -134,8 +132,7 @@ def _check_metric(runs: Sequence[Run], metric: str | None) -> None:
     if metric is None or not done or any(metric_for([run], metric).of(run) for run in done):
         return
     known = sorted({key for run in done for key in run.summary if run.number(key) is not None})
-    nearest = difflib.get_close_matches(metric, known, n=1)
-    hint = f" (did you mean {nearest[0]}?)" if nearest else f"; there are {', '.join(known[:12])}"
+    hint = did_you_mean(metric, known) or f"; there are {', '.join(known[:12])}"
     raise BadInput(f"--metric {metric}: no run's summary.json has such a number{hint}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from xattn import keys
 from xattn.errors import BadInput
 from xattn.keys import up_to_date
 from xattn.runs import run_folder
@@ -173,18 +174,14 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each leaf's dotted key and value. A list is one leaf, as JSON, so that all values can be compared."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _leaf(value)
+def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return each leaf by its dotted key. A list is one leaf, as JSON, so that all values can be compared."""
+    return {key: _leaf(value) for key, value in keys.flatten(tree) if key}
 
 
 def _flat(config: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
     try:
-        return dict(flatten(config))
+        return flatten(config)
     except RecursionError:  # YAML can contain cycles
         problems.append(f"{run_folder.CONFIG} is not readable")
         return {}

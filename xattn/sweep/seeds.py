@@ -203,6 +203,6 @@ def _comparisons(arms: Sequence[Job]) -> tuple[int, bool]:
 
 def _not_begun(job: Job) -> Run:
     """The job as the report would read it."""
-    config = dict(flatten(job.config.model_dump(mode="json")))
+    config = flatten(job.config.model_dump(mode="json"))
     empty: dict[str, np.ndarray] = {name: np.empty(0) for name in CURVES}
     return Run(job.folder, config, job.overrides, {}, {}, empty, (), "not begun", ())

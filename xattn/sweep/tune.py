@@ -7,7 +7,6 @@ process died is drawn again as it was, and finds its run where it stopped. Sever
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -22,7 +21,7 @@ from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validat
 
 import xattn.config
 from xattn.config import Config
-from xattn.errors import BadInput, ExitCode, needs_extra
+from xattn.errors import BadInput, ExitCode, did_you_mean, needs_extra
 from xattn.keys import naming, naming_before_matmul_precision
 from xattn.runs import run_folder
 from xattn.section import Section
@@ -68,8 +67,7 @@ class Tuning(Section):
     @classmethod
     def _is_a_number_of_the_summary(cls, value: str) -> str:
         if value not in ("auto", *OBJECTIVES) and not value.startswith(MEASURED):
-            nearest = difflib.get_close_matches(value, OBJECTIVES, n=1)
-            meant = f" (did you mean {nearest[0]}?)" if nearest else ""
+            meant = did_you_mean(value, OBJECTIVES)
             raise ValueError(f"auto, or one of {', '.join(OBJECTIVES)}, {'…, '.join(MEASURED)}…{meant}")
         return value
 

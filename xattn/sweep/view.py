@@ -11,7 +11,7 @@ from typing import Self
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 
-from xattn.system.screen import counted, width_of
+from xattn.system.screen import clock, counted, width_of
 from xattn.tracking.display import Screen
 from xattn.tracking.tracker import Row
 
@@ -101,7 +101,7 @@ class StudyView:
         elif self._first_row is not None and self._at > self._first_row[0]:
             step, since = self._first_row
             seconds = (time.monotonic() - since) / (self._at - step) * self._steps / max(1, under_way)
-        return f"about {_clock(seconds * left)} left" if seconds and left > 0 else ""
+        return f"about {clock(seconds * left)} left" if seconds and left > 0 else ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -124,9 +124,3 @@ def shortened(name: str, room: int) -> str:
 
 def runs_to_go(runs: int, done: int) -> str:
     return f"{counted(runs, 'run')}, {done} done already"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

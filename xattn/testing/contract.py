@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xattn.backend.decode import Cache, decode_step, decoding_spec, init_cache, of_tokens, prefill
+from xattn.backend.cache import Cache, init_cache
+from xattn.backend.decode import decode_step, decoding_spec, of_tokens, prefill
 from xattn.backend.spec import AttentionSpec
 from xattn.testing import oracle
 from xattn.testing.cases import BATCH, DECAYS, THETA, Case, Function, Inputs, f64, inputs, with_terms

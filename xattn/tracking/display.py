@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from xattn.runs.run_folder import loss_text
-from xattn.system.screen import columns, fitted, folded
+from xattn.system.screen import clock, columns, fitted, folded
 from xattn.tracking.tracker import Row
 
 _UNBOUNDED = 1_000_000_000  # columns
@@ -156,7 +156,7 @@ class Display:
             self._first = (step, now)
             return []
         first_step, then = self._first
-        return [f"{_clock((now - then) / (step - first_step) * (self._steps - step))} left"]
+        return [f"{clock((now - then) / (step - first_step) * (self._steps - step))} left"]
 
     def close(self) -> None:
         """Close log.txt until the next line."""
@@ -164,8 +164,3 @@ class Display:
             with contextlib.suppress(OSError):  # a failed write was already reported
                 self._log.close()
             self._log = None
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
