@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import xattn.config
 from xattn.config import Config
@@ -18,6 +18,7 @@ from xattn.model.config import group_of
 from xattn.runs import run_folder
 from xattn.runs.provenance import belongs_to
 from xattn.runs.run_folder import finite_or_none
+from xattn.runs.streaming import Piece, pieces
 from xattn.system.device import first_look, keep_compiled_programs
 from xattn.training import llama
 
@@ -38,14 +39,6 @@ MAY_DIFFER = (
         for key in ("theta", "sigmoid_bias", "logit_scale", "window", "implementation")
     ),
 )
-
-
-class Piece(NamedTuple):
-    """A piece of generated text."""
-
-    text: str
-    """Empty if the tokens so far end in the middle of a character."""
-    num_tokens: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,7 +158,7 @@ class LoadedRun:
             sampling=Sampling(temperature, top_k, top_p),
             key=jax.random.fold_in(jax.random.key(seed), sample),
         )
-        return _text(self.tokenizer, drawn, [stop] if isinstance(stop, str) else stop)
+        return pieces(self.tokenizer, drawn, [stop] if isinstance(stop, str) else stop)
 
     def evaluate(self, overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> dict[str, float | None]:
         """Return val_loss, val_bpb and ``probe/<name>/<measure>`` under the run's config with these overrides.
@@ -214,7 +207,7 @@ class LoadedRun:
             tokenizer=tokenizer,
         )
         if not any(key.startswith("data") for key in given):
-            self._check_data(data)
+            _check_data(self, data)
         # With fewer tokens, the text uses a subset of the model's: the model was trained with end-of-text tokens.
         too_many = data.tokenizer.vocab_size > self.model.vocab_size
         if too_many or (tokenizer is None and data.tokenizer.vocab_size < self.model.vocab_size):
@@ -242,50 +235,27 @@ class LoadedRun:
             found |= statistics_row(attention_study(model)(self.params, hyper, study_windows(data.windows)))
         return {name: None if value is None else finite_or_none(value) for name, value in found.items()}
 
-    def _check_data(self, data: RunData) -> None:
-        if isinstance(own := self.config.data, Task):  # its hash is over the windows that the run itself scores
-            data = load_data(
-                own,
-                context_length=self.config.backend.context_length,
-                batch_size=self.config.trainer.batch_size,
-                windows=self.config.evaluation.windows,
-                seed=self.config.seed,
-            )
-        before = run_folder.read_provenance(self.path) or {}
-        if (began_with := before.get("data_sha256")) in (None, data.sha256):
-            return
-        problem = f"{self.path}: the data are not those that this run began with"
-        belongs = belongs_to(own, before, size=data.corpus_size, sha256=data.sha256)
-        if belongs is None:
-            hashes = f"(sha256 {data.sha256[:12]}…, then {began_with[:12]}…)"
-            raise IntegrityError(f"{problem} {hashes}; bring them back, or say by data.… what to evaluate on")
-        why, with_them = belongs
-        raise IntegrityError(f"{problem}: {why}\nevaluate it with {with_them}, or say by data.… what to evaluate on")
 
-
-def _text(tokenizer: Tokenizer, drawn: Iterable[Any], stop: Sequence[str]) -> Iterator[Piece]:
-    ids: list[int] = []
-    shown = given = 0
-    for tokens in drawn:
-        ids += tokens.tolist()
-        text = tokenizer.decode(ids)
-        ends = [place for word in stop if (place := text.find(word, shown)) >= 0]
-        if ends:
-            yield Piece(text[shown : min(ends)], len(ids) - given)
-            return
-        # An incomplete character decodes to U+FFFD, up to three of them; and a stop text may have begun.
-        settled = max(shown, len(text) - _unsettled(text, stop))
-        yield Piece(text[shown:settled], len(ids) - given)
-        shown, given = settled, len(ids)
-    yield Piece(tokenizer.decode(ids)[shown:], 0)
-
-
-def _unsettled(text: str, stop: Sequence[str]) -> int:
-    """Return how many characters at the end later tokens may change, or may belong to a stop text."""
-    whole = text.rstrip("\ufffd")
-    open_letters = min(3, len(text) - len(whole))
-    begun = (size for word in stop for size in range(1, len(word)) if whole.endswith(word[:size]))
-    return max(begun, default=0) + open_letters
+def _check_data(run: LoadedRun, data: RunData) -> None:
+    """Raise :class:`IntegrityError` if the data are not those that the run began with."""
+    if isinstance(own := run.config.data, Task):  # its hash is over the windows that the run itself scores
+        data = load_data(
+            own,
+            context_length=run.config.backend.context_length,
+            batch_size=run.config.trainer.batch_size,
+            windows=run.config.evaluation.windows,
+            seed=run.config.seed,
+        )
+    before = run_folder.read_provenance(run.path) or {}
+    if (began_with := before.get("data_sha256")) in (None, data.sha256):
+        return
+    problem = f"{run.path}: the data are not those that this run began with"
+    belongs = belongs_to(own, before, size=data.corpus_size, sha256=data.sha256)
+    if belongs is None:
+        hashes = f"(sha256 {data.sha256[:12]}…, then {began_with[:12]}…)"
+        raise IntegrityError(f"{problem} {hashes}; bring them back, or say by data.… what to evaluate on")
+    why, with_them = belongs
+    raise IntegrityError(f"{problem}: {why}\nevaluate it with {with_them}, or say by data.… what to evaluate on")
 
 
 def read(path: Path) -> tuple[Config, dict[str, Any]]:

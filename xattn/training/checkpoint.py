@@ -225,38 +225,39 @@ class Checkpoints:
         for name, digest in manifest["files"].items():
             if name.startswith(f"{part}/") and file_digest(folder / name) != digest:
                 raise IntegrityError(f"{name} is not as it was written")
-        tree = self._restored(folder / part, shapes, new)
+        tree = _restored(self._orbax, folder / part, shapes, new)
         if {name: leaf for name, leaf in _leaf_digests(tree).items() if name not in new} != manifest["leaves"][part]:
             raise IntegrityError(f"{part} restored are not as they were saved")
         return tree, manifest["progress"]
-
-    def _restored(self, folder: Path, shapes: Any, new: set[str]) -> Any:
-        """Return the tree in a folder as NumPy arrays; it lacks the hyperparameters ``new``, which come from shapes."""
-        targets = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-        if not new:
-            return self._orbax.restore(folder, args=ocp.args.StandardRestore(targets))
-
-        def keys(path: tuple[Any, ...]) -> tuple[str, ...]:
-            return tuple(str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key) for key in path)
-
-        numbers = {_NUMBERS: shapes[_NUMBERS]}
-        known = [
-            (keys(path), np.empty(leaf.shape, leaf.dtype))
-            for path, leaf in jax.tree_util.tree_leaves_with_path(numbers)
-            if jax.tree_util.keystr(path) not in new
-        ]
-        targets |= unflatten_dict(dict(known))  # orbax saves a NamedTuple under the names of its fields
-        tree = self._orbax.restore(folder, args=ocp.args.StandardRestore(targets))
-        found = flatten_dict({_NUMBERS: tree[_NUMBERS]})
-        whole = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: found[keys(path)] if keys(path) in found else np.asarray(leaf), numbers
-        )
-        return tree | whole
 
     def _move_aside(self, step: int) -> Path:
         target = self.folder / BAD / f"{step}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
         target.parent.mkdir(exist_ok=True)
         return (self.folder / str(step)).rename(target)
+
+
+def _restored(orbax: ocp.Checkpointer, folder: Path, shapes: Any, new: set[str]) -> Any:
+    """Return the tree in a folder as NumPy arrays; it lacks the hyperparameters ``new``, which come from shapes."""
+    targets = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+    if not new:
+        return orbax.restore(folder, args=ocp.args.StandardRestore(targets))
+
+    def keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+        return tuple(str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key) for key in path)
+
+    numbers = {_NUMBERS: shapes[_NUMBERS]}
+    known = [
+        (keys(path), np.empty(leaf.shape, leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(numbers)
+        if jax.tree_util.keystr(path) not in new
+    ]
+    targets |= unflatten_dict(dict(known))  # orbax saves a NamedTuple under the names of its fields
+    tree = orbax.restore(folder, args=ocp.args.StandardRestore(targets))
+    found = flatten_dict({_NUMBERS: tree[_NUMBERS]})
+    whole = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: found[keys(path)] if keys(path) in found else np.asarray(leaf), numbers
+    )
+    return tree | whole
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
