@@ -9,18 +9,18 @@ Importing this module imports no jax.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
 import xattn.config
 from xattn.config import Config, hashed_values
-from xattn.errors import BadInput, IntegrityError, needs_extra
-from xattn.model.initial import read_json, shards, weights_sha256
+from xattn.errors import BadInput, IntegrityError
+from xattn.model.initial import read_json, weights_sha256
+from xattn.model.weight_files import TensorHead, opened, some_of, tensor_heads
 from xattn.section import Section
 
 Arrays = dict[str, np.ndarray]
@@ -181,7 +181,7 @@ class LlamaFolder:
             raise self._refusal(str(error)) from error
         if problem := self._config.problem():
             raise self._refusal(f"{CONFIG}: {problem}")
-        heads = _heads(folder)
+        heads = tensor_heads(folder)
         self._file_of = {name: head.file for name, head in heads.items()}
         self._judge(heads)
 
@@ -216,7 +216,7 @@ class LlamaFolder:
         width, layers, head_width = theirs.hidden_size, theirs.num_hidden_layers, theirs.head_width
         weights = self._read(theirs.shapes())
         if odd := [name for name, array in weights.items() if not np.isfinite(array).all()]:
-            raise self._refusal(f"not finite: {_some(odd)}")
+            raise self._refusal(f"not finite: {some_of(odd)}")
         found: dict[str, Any] = {
             "token_embedding": {"embedding": weights[EMBEDDING]},
             "final_norm": {"scale": weights[LAST_NORM]},
@@ -236,10 +236,10 @@ class LlamaFolder:
             found["layers"][ours] = {"scale": np.stack(scales)}
         return found
 
-    def _judge(self, heads: Mapping[str, _Head]) -> None:
+    def _judge(self, heads: Mapping[str, TensorHead]) -> None:
         expected = self._config.shapes()
         if missing := expected.keys() - heads.keys():
-            raise self._refusal(f"missing: {_some(missing)}")
+            raise self._refusal(f"missing: {some_of(missing)}")
         for name, head in heads.items():
             if head.dtype not in _DTYPES:
                 raise self._refusal(f"{name} is {head.dtype}; allowed: {', '.join(_DTYPES)}")
@@ -247,7 +247,7 @@ class LlamaFolder:
                 raise self._refusal(f"{name} is of shape {head.shape}; its {CONFIG} says {wanted}")
         others = heads.keys() - expected.keys()
         if unknown := [name for name in others if not self._says_nothing_new(name)]:
-            raise self._refusal(f"our model has no place for {_some(unknown)}")
+            raise self._refusal(f"our model has no place for {some_of(unknown)}")
 
     def _says_nothing_new(self, name: str) -> bool:
         """Return whether an extra tensor is redundant: the tied embedding, or RoPE's frequencies."""
@@ -268,52 +268,12 @@ class LlamaFolder:
         """Return the tensors of these names, as float32."""
         names, found = list(names), Arrays()
         for path in sorted({self._file_of[name] for name in names}):
-            with _opened(path) as file:
+            with opened(path) as file:
                 found |= {n: file.get_tensor(n).astype(np.float32) for n in names if self._file_of[n] == path}
         return found
 
     def _refusal(self, reason: str) -> BadInput:
         return BadInput(f"{self.folder}: not a Llama that xattn computes: {reason}")
-
-
-class _Head(NamedTuple):
-    """What a weight file says about a tensor before its numbers."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def _heads(folder: Path) -> dict[str, _Head]:
-    found: dict[str, _Head] = {}
-    for path, listed in shards(folder).items():
-        with _opened(path) as file:
-            names = set(file.keys())
-            if listed is not None and names != listed:
-                raise BadInput(f"{path}: it and the index beside it do not agree on {_some(names ^ listed)}")
-            slices = {name: file.get_slice(name) for name in names}
-            found |= {name: _Head(path, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
-    return found
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a weight file. safetensors itself checks that it is whole."""
-    try:
-        import ml_dtypes  # noqa: F401 — makes bfloat16 a dtype of NumPy, without which safetensors cannot read it
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise needs_extra("reading safetensors", "hf", error) from error
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file: {error}") from error
-
-
-def _some(names: Iterable[str]) -> str:
-    first, *others = sorted(names)
-    return first if not others else f"{first} and {len(others)} more"
 
 
 # ---- a run that starts from one --------------------------------------------------------------------------------------
