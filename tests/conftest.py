@@ -71,7 +71,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 _FAST = {
     *("data", "tracking", "test_config.py", "test_explain.py", "test_forge.py", "test_image.py", "test_like.py"),
     *("test_metrics.py", "test_screen.py", "test_claim.py", "test_compare.py", "test_finding.py", "test_propose.py"),
-    "test_read.py",
+    *("test_read.py", "test_architecture.py"),
 }
 
 
