@@ -22,7 +22,7 @@ class SweepConfig(Section):
     """
     half_width: PositiveFloat | None
     """Seeds are added until each arm's difference from the baseline is known to within ± this value, in the metric's
-    unit; null trains only the seeds given on the command line.
+    unit; null trains only the seeds that are given.
     """
     budget_minutes: PositiveFloat | None
     """With half_width: after the first seeds, no seed starts if it would end more than this many minutes after the
