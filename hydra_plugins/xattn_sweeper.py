@@ -1,7 +1,5 @@
-"""The sweepers of ``-m`` and ``hydra/sweeper=optuna``.
-
-Hydra finds plugins only in this package; the logic of tuning is in xattn.sweep.tune.
-"""
+"""The sweepers of ``-m``: grids and ``hydra/sweeper=optuna``. Hydra finds plugins only in this package; the logic of
+tuning is in xattn.sweep.tune."""
 
 from __future__ import annotations
 

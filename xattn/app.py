@@ -43,10 +43,8 @@ def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def _resolved_hydra_cfg(src_cfg: DictConfig) -> DictConfig:
-    """Return the config for ``--cfg hydra --resolve``.
-
-    Hydra's own function drops our keys before it resolves values that refer to them, and does not know the run folder.
-    """
+    """Return the config for ``--cfg hydra --resolve``. Hydra's function drops our keys before it resolves values that
+    refer to them, and does not know the run folder."""
     cfg = src_cfg.copy()
     with open_dict(cfg):
         cfg.hydra.runtime.output_dir = str(Path(cfg.hydra.run.dir).absolute())

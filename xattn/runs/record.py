@@ -90,8 +90,7 @@ class Run:
     def begin(self, data: RunData, devices: Mapping[str, Any], pack: list[str] | None) -> dict[str, Any]:
         """Make the folder a run's, or continue the run in it; return provenance.json.
 
-        ``devices`` is what provenance.json records of the devices. ``pack`` names the runs of the pack; it is None if
-        the run trains alone.
+        ``devices`` is recorded there. ``pack`` names the runs of the pack; it is None if the run trains alone.
         """
         if self._supersedes:
             status = (self.folder.summary() or {"status": "not begun"})["status"]

@@ -184,11 +184,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _as_typed(command: Sequence[str]) -> list[str]:
-    """Return the words as the user typed them.
-
-    The interpreter becomes ``python`` if that name stands for it, and is dropped before a program that the shell finds,
-    such as ``xattn``.
-    """
+    """Return the words as typed. The interpreter becomes ``python`` if that name stands for it, and is dropped before a
+    program that the shell finds, such as ``xattn``."""
     interpreter, *words = command
     if words and shutil.which(name := Path(words[0]).name) == words[0]:
         return [name, *words[1:]]

@@ -48,8 +48,7 @@ def exit_code(codes: Iterable[ExitCode]) -> ExitCode:
 def start(jobs: Sequence[Job]) -> list[ExitCode]:
     """Train the runs of one pack. Here an error ends a run, and not the study.
 
-    A refused pack is halved, so that in the end only the runs at fault are refused. A pack too large for memory is
-    halved until it fits.
+    A refused pack is halved, until only the runs at fault are refused, and too large a pack fits in memory.
     """
     try:
         return run_pack(jobs, stop=lambda: interruption.requested, quiet=True)
@@ -69,8 +68,7 @@ def start(jobs: Sequence[Job]) -> list[ExitCode]:
 def run_study(jobs: Sequence[Job], start: Start = start, plan: Plan | None = None) -> Outcomes:
     """Train every run that has no result yet, in this process, and print the table of all at the end.
 
-    ``start`` trains the runs of a pack and returns their exit codes. For ``plan`` see :func:`table_at_the_end`. If the
-    process is asked to stop, SystemExit ends the study.
+    ``start`` trains a pack and returns the exit codes of its runs. SystemExit ends the study on a request to stop.
     """
     outcomes: Outcomes = {}
     with table_at_the_end(jobs, outcomes, plan):
@@ -82,8 +80,7 @@ def run_study(jobs: Sequence[Job], start: Start = start, plan: Plan | None = Non
 def table_at_the_end(jobs: Sequence[Job], outcomes: Outcomes, plan: Plan | None = None) -> Iterator[None]:
     """Print the table of all runs at the end, however the study ends, and how to continue it.
 
-    ``jobs`` is read at the end, so it may grow until then. ``plan`` is the command's; it is updated with the jobs that
-    another run answers for.
+    ``jobs`` may grow until then. ``plan`` is the command's; it is updated with the jobs that another run answers for.
     """
     try:
         yield
@@ -115,9 +112,9 @@ def table_at_the_end(jobs: Sequence[Job], outcomes: Outcomes, plan: Plan | None 
 def train_each_once(jobs: Sequence[Job], outcomes: Outcomes, start: Start = start, *, start_at: float = 0.0) -> None:
     """:func:`make` the runs, without jobs that need no training.
 
-    A job needs none if a finished run was trained bit for bit as the job asks (:mod:`xattn.runs.same_training`). That
-    run may be older or part of this study. What the job wants measured is then measured from it. If several jobs share
-    a training, the first is made, and the next only if that one failed. For ``start_at`` see :func:`make`.
+    A job needs none if a finished run, older or of this study, was trained bit for bit as the job asks
+    (:mod:`xattn.runs.same_training`); what it wants measured is then measured from that run. If several jobs share a
+    training, the first is made, and the next only if that one failed. For ``start_at`` see :func:`make`.
     """
     label, left = labels(jobs), list(jobs)
     with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
@@ -146,8 +143,7 @@ def is_answered(
 ) -> bool:
     """Return whether a finished run of the same training answers for the job, and record that in ``outcomes``.
 
-    It is also True if measuring failed; ``outcomes`` then has the error. Without ``measures`` this process measures
-    nothing, and considers only runs that already have everything the job wants.
+    It is also True if measuring failed. Without ``measures``, only runs that have everything already are considered.
     """
     found = [each for each in trainings.find(job) if measures or not each.overrides]
     lines: list[str] = []

@@ -20,10 +20,8 @@ _BESIDE_NAME = _BAR + len("100%") + len("about 1:23:45 left") + 3  # with a spac
 
 
 class StudyView:
-    """The progress of a study: how many runs are done, running, failed and to go, and how much time is left.
-
-    It is also a tracker of the running ones: their rows show how far they are.
-    """
+    """The progress of a study: runs done, running, failed and to go, and the time left. As a tracker, it shows how
+    far the running ones are."""
 
     def __init__(self, runs: int, done: int):
         self._console = Screen()
@@ -93,10 +91,8 @@ class StudyView:
         self._progress.update(self._run, description=shortened(self._title, room))
 
     def _time_left(self) -> str:
-        """Estimate the time left from the runs that have ended, starts and compilation included.
-
-        Before a run has ended, estimate it from the steps of the running ones since their first row.
-        """
+        """Estimate the time left from the runs that have ended, starts and compilation included. Before there is one,
+        use the steps of the running ones since their first row."""
         under_way = max(0, self._running)
         left = self._runs - self._done - self._failed - under_way * self._at / self._steps
         seconds = 0.0

@@ -149,8 +149,7 @@ def cores() -> list[int]:
 
 def gpus() -> list[str]:
     """Return the GPUs that jax would use here, by their names in CUDA_VISIBLE_DEVICES, without asking jax: it would
-    take them. There are none if jax has no CUDA plugin, or if JAX_PLATFORMS puts another platform first.
-    """
+    take them. There are none if jax has no CUDA plugin, or if JAX_PLATFORMS puts another platform first."""
     first, _, _ = os.environ.get("JAX_PLATFORMS", "").partition(",")
     has_plugin = any("cuda" in plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins"))
     if first not in ("", "cuda", "gpu") or not has_plugin:
