@@ -1,4 +1,4 @@
-"""The launcher of ``python train.py -m``. Hydra finds plugins in this package only; the logic is in xattn.sweep."""
+"""The launcher of ``python train.py -m``. Hydra finds plugins only in this package; the logic is in xattn.sweep."""
 
 from __future__ import annotations
 
@@ -33,16 +33,14 @@ from xattn.tracking.tracker import Row
 
 Load = Callable[[Sequence[str]], DictConfig]
 _PROCESS_EACH = "give each a process of its own: hydra/launcher=slurm_local, with hydra.launcher.runs_per_job=1"
-Asked = tuple[Job, DictConfig]  # a run, and the whole config that it was composed to, Hydra's part included
+Asked = tuple[Job, DictConfig]  # a run, and the whole config composed for it, Hydra's part included
 
 
 class XattnLauncher(Launcher):
-    """Validates every job before the first starts, then makes the runs in this process or in one for each GPU.
-
-    planned: the jobs of a sweep that is launched in several batches.
-    """
+    """Validates every job before the first one starts, then trains in this process, or in one process per GPU."""
 
     planned: Sequence[Job] = ()
+    """All jobs of a sweep that is launched in several batches."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config, self.task = hydra_context, config, task_function
@@ -60,8 +58,8 @@ class XattnLauncher(Launcher):
         return [_returned(job, outcomes) for job in jobs]
 
     def _launch_seeds(self, arms: Sequence[Job], job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
-        """The runs of these arms, with as many seeds as ``sweep.half_width`` takes."""
-        from xattn.sweep import seeds  # what judges runs is not waited for by others
+        """Train these arms with as many seeds as ``sweep.half_width`` needs."""
+        from xattn.sweep import seeds  # slow to import, and only needed here
 
         composed: dict[Path, DictConfig] = {}
         plan = Plan(grows=True)
@@ -84,9 +82,9 @@ class XattnLauncher(Launcher):
 
     @contextlib.contextmanager
     def as_hydra_does(self, asked: Sequence[Asked], outcomes: Outcomes) -> Iterator[None]:
-        """Do around runs that share this process what Hydra does around a job that has a process of its own.
+        """Do around runs that share this process what Hydra does around a job in its own process.
 
-        Environment and log are the process's, so all runs share them. outcomes: read when the runs have ended.
+        The runs share the process's environment and log. ``outcomes`` is read when the runs have ended.
         """
         with environment(asked):
             _configure_log(asked[0][1])
@@ -100,10 +98,10 @@ class XattnLauncher(Launcher):
 
 @contextlib.contextmanager
 def environment(asked: Sequence[Asked]) -> Iterator[None]:
-    """``hydra.job.env_set`` (and env_copy), for this process and those that it starts.
+    """Apply ``hydra.job.env_set`` (and env_copy) to this process and those that it starts.
 
-    jax reads it when it is first imported, so this has to be entered before. Raises :class:`BadInput` where the runs
-    ask for several environments, or for working directories of their own.
+    Enter it before jax is first imported, since jax reads the environment then. Raise :class:`BadInput` if the runs ask
+    for different environments, or for a working directory each.
     """
     if any(composed.hydra.job.chdir for _, composed in asked):
         raise BadInput(
@@ -125,7 +123,7 @@ def environment(asked: Sequence[Asked]) -> Iterator[None]:
 
 
 def _configure_log(composed: DictConfig) -> None:
-    """Hydra's ``hydra.job_logging``, for the whole sweep: a file that it names stands in the study's folder."""
+    """Configure ``hydra.job_logging`` once for the whole sweep: a file that it names is put in the study's folder."""
     if OmegaConf.select(composed, "hydra.job_logging.root") is None:
         return
     folder = Path(composed.hydra.sweep.dir).absolute()
@@ -137,7 +135,7 @@ def _configure_log(composed: DictConfig) -> None:
 
 
 def _save_configs(job: Job, composed: DictConfig) -> None:
-    """Hydra's own YAML files, where ``hydra.output_subdir`` asks for them; ours stand in the run's folder anyway."""
+    """Write Hydra's YAML files if ``hydra.output_subdir`` asks for them; ours are in the run's folder anyway."""
     if (name := composed.hydra.output_subdir) is None:
         return
     folder = job.folder / name
@@ -165,7 +163,7 @@ def plan_of(jobs: Sequence[Job]) -> Plan:
 def jobs_of(
     context: HydraContext, config: DictConfig, job_overrides: Sequence[Sequence[str]], first: int = 0
 ) -> list[Job]:
-    """The runs that these overrides ask for, one for each. Raises :class:`BadInput` where one of them is bad."""
+    """Return a run for each list of overrides. Raise :class:`BadInput` if one of them is invalid."""
     return [job for job, _ in composed_jobs(context, config, job_overrides, first)]
 
 
@@ -178,13 +176,14 @@ def composed_jobs(
     load: Load | None = None,
     prunes: Sequence[Callable[[Row], bool]] | None = None,
 ) -> list[Asked]:
-    """As :func:`jobs_of`, with what each was composed to.
+    """Return each run of :func:`jobs_of` with the config composed for it.
 
-    load: a :func:`loader` that knows some already. prunes: for each run, what may end it early.
+    ``load`` is a :func:`loader` that may have composed some already. ``prunes`` has a function for each run that may
+    end it early.
     """
     asked: list[Asked] = []
     load = load or loader(context, config)
-    typed = list(config.hydra.overrides.task)  # what a job gets of it, Hydra has read and written again
+    typed = list(config.hydra.overrides.task)  # as typed: in a job's own overrides, Hydra has rewritten it
     for number, overrides in enumerate(job_overrides, first):
         try:
             composed = load(overrides)
@@ -205,9 +204,9 @@ def composed_jobs(
 
 
 def loader(context: HydraContext, config: DictConfig) -> Load:
-    """Returns a function that composes overrides.
+    """Return a function that composes overrides.
 
-    Where only the seed is new it copies the earlier config, in 0.02 s instead of 0.13 s. No file is chosen by the seed.
+    If only the seed is new, it copies an earlier config: 0.02 s instead of 0.13 s. No config file depends on the seed.
     """
     known: dict[tuple[str, ...], tuple[str, DictConfig]] = {}
 
@@ -234,7 +233,7 @@ def loader(context: HydraContext, config: DictConfig) -> Load:
 
 
 def each_once(jobs: Sequence[Job]) -> list[Job]:
-    """Without those that are the same run as another. Raises :class:`BadInput` where two runs have one folder."""
+    """Return the jobs without duplicates. Raise :class:`BadInput` if two different runs have one folder."""
     by_folder: dict[Path, Job] = {}
     for job in jobs:
         other = by_folder.setdefault(job.folder, job)
@@ -246,7 +245,7 @@ def each_once(jobs: Sequence[Job]) -> list[Job]:
 
 @contextlib.contextmanager
 def own_faults() -> Iterator[None]:
-    """Around what is not composing: train.py would take these for malformed overrides, and they are faults of ours."""
+    """Print such an error as our own fault, and exit; train.py would take it for a malformed override."""
     try:
         yield
     except (ValueError, TypeError, KeyError):

@@ -1,5 +1,5 @@
-"""The sweeper of ``-m``, and ``hydra/sweeper=optuna``. Hydra finds plugins in this package only; the logic of tuning is
-in xattn.sweep.tune."""
+"""The sweepers of ``-m``: grids and ``hydra/sweeper=optuna``. Hydra finds plugins only in this package; the logic of
+tuning is in xattn.sweep.tune."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from xattn.sweep.view import StudyView
 
 
 def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launcher:
-    """Returns the chosen launcher.
+    """Return the chosen launcher.
 
-    Raises :class:`BadInput` where its library is not installed, or this machine does not submit to its cluster.
+    Raise :class:`BadInput` if its library is not installed, or if this machine cannot submit to its cluster.
     """
     chosen, settings = OmegaConf.select(config, "hydra.runtime.choices")["hydra/launcher"], settings_of(config)
     try:
@@ -67,7 +67,7 @@ def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> 
 
 
 def _parsed(context: HydraContext, arguments: Sequence[str]) -> list[Override]:
-    """Parses the overrides. Raises :class:`BadInput` for a sweep without values."""
+    """Parse the overrides. Raise :class:`BadInput` for a sweep without values."""
     parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides(list(arguments))
     for each in parsed:
         try:
@@ -85,14 +85,13 @@ def _parsed(context: HydraContext, arguments: Sequence[str]) -> list[Override]:
 def _sweeps(
     context: HydraContext, config: DictConfig, arguments: Sequence[str]
 ) -> list[tuple[Mapping[str, str], Sequence[str]]]:
-    """The sweeps that the arguments ask for: the ``hydra.sweeper.params`` of each, and what goes with them.
+    """Return the sweeps that the arguments ask for: for each, its ``hydra.sweeper.params`` and its arguments.
 
-    It is one, but where several choices of a group (``experiment=a,b``) bring params of their own: then it is one for
-    each, and the study is all of them. Raises :class:`BadInput` where they bring a launcher or sweeper of their own.
+    Usually there is one. If several choices of a group (``experiment=a,b``) bring their own params, there is one for
+    each choice, and the study is all of them. Raise :class:`BadInput` if a choice brings its own launcher or sweeper.
     """
-
     name, loader = config.hydra.job.config_name, context.config_loader
-    of_hydra = OmegaConf.to_container(config.hydra.overrides.hydra)  # unresolved: one may name ${hydra.job.num}
+    of_hydra = OmegaConf.to_container(config.hydra.overrides.hydra)  # unresolved: one may refer to ${hydra.job.num}
     assert isinstance(of_hydra, list)
     swept = [
         each
@@ -121,7 +120,7 @@ def _sweeps(
 
 
 def _how_it_sweeps(composed: DictConfig) -> tuple[dict[str, str], object]:
-    """Returns ``hydra.sweeper.params``, and the rest of the sweeper's and the launcher's settings."""
+    """Return ``hydra.sweeper.params``, and the rest of the sweeper's and the launcher's settings."""
     sweeper, launcher = (OmegaConf.to_container(composed.hydra[part]) for part in ("sweeper", "launcher"))
     assert isinstance(sweeper, dict)
     params = sweeper.pop("params", None) and OmegaConf.to_container(composed.hydra.sweeper.params, resolve=True)
@@ -129,13 +128,13 @@ def _how_it_sweeps(composed: DictConfig) -> tuple[dict[str, str], object]:
 
 
 class GridSweeper(Sweeper):
-    """All combinations, by Hydra's own grammar, in the order in which Hydra's own sweeper has them.
+    """Sweeps all combinations, in the grammar and order of Hydra's own sweeper.
 
-    That one validates each batch when the one before it is done, and leaves a multirun.yaml also where nothing runs.
-    ``params`` are read where it sweeps, since each choice of a group may bring its own.
+    Hydra's validates each batch only when the previous one is done, and leaves a multirun.yaml even if nothing runs.
+    ``params`` are read in :meth:`sweep`, since each choice of a group may bring its own.
 
-    one_at_a_time: the first values of all keys are the baseline, and each other value is an arm that differs from it in
-    that key alone. Seeds and learning rates are still combined with every arm.
+    With ``one_at_a_time``, the first values of all keys are the baseline, and each other value is an arm that differs
+    from it in that key alone. Seeds and learning rates are still combined with every arm.
     """
 
     def __init__(
@@ -184,13 +183,13 @@ class GridSweeper(Sweeper):
 
 def _leave_unless_done(context: HydraContext, config: DictConfig, codes: Iterable[ExitCode | None]) -> None:
     """Raise SystemExit with the sweep's exit code unless all is done; Hydra itself drops what its jobs return."""
-    if code := study.exit_code(code for code in codes if code is not None):  # None: it was finished before
-        context.callbacks.on_multirun_end(config=config)  # which Hydra would call
+    if code := study.exit_code(code for code in codes if code is not None):  # None: finished earlier
+        context.callbacks.on_multirun_end(config=config)  # Hydra would call it
         raise SystemExit(code)
 
 
 def _arms(parsed: Sequence[Override]) -> list[list[Override]]:
-    """The grids of a sweep that varies one key at a time: that of the baseline, and one for each arm."""
+    """Return the grids of a sweep that varies one key at a time: the baseline's, and one for each arm."""
     last = {each.key_or_group: each for each in parsed}
     values = {
         key: [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
@@ -206,7 +205,7 @@ def _arms(parsed: Sequence[Override]) -> list[list[Override]]:
 
 
 class OptunaSweeper(Sweeper):
-    """Draws trials from a search space, by what the runs before them came to. params: as :class:`GridSweeper`'s."""
+    """Draws trials from a search space, guided by earlier results. ``params`` are as in :class:`GridSweeper`."""
 
     def __init__(self, params: Mapping[str, Any] | None = None, **options: Any):
         self._options = options
@@ -246,7 +245,7 @@ class OptunaSweeper(Sweeper):
             for choice in choices if "." not in key else choices[:1]:
                 try:
                     jobs_of(self._context, self._config, [[*fixed, self._as_typed(f"{key}={choice}")]])
-                except BadInput as error:  # values that do not fit together are left out later, these are mistyped
+                except BadInput as error:  # mistyped values; those that only clash are left out later
                     if isinstance(error.__cause__, xattn.config.COMPOSITION_ERRORS):
                         raise
         if (half_width := base.config.sweep.half_width) is not None:
@@ -289,7 +288,7 @@ class OptunaSweeper(Sweeper):
         _leave_unless_done(self._context, self._config, outcomes.values())
 
     def _base(self, space: Mapping[str, Dimension], fixed: list[str]) -> Asked:
-        """The config without the keys of the space; with a first value of each, where it is none without them."""
+        """Compose the config without the keys of the space, or with a first value of each if it is invalid without."""
         try:
             return composed_jobs(self._context, self._config, [fixed])[0]
         except BadInput:
@@ -297,9 +296,9 @@ class OptunaSweeper(Sweeper):
             return composed_jobs(self._context, self._config, [[*fixed, *first]])[0]
 
     def _loss(self, space: Mapping[str, Dimension], fixed: list[str]) -> str:
-        """The loss that all points of the space can be compared by.
+        """Return the loss by which all points of the space can be compared.
 
-        Raises :class:`BadInput` where that is bits per byte and a run has none.
+        Raise :class:`BadInput` if that is bits per byte and a run has none.
         """
         values = {key: _values(each) for key, each in space.items()}
         first = {key: choices[0] for key, choices in values.items()}
@@ -307,7 +306,7 @@ class OptunaSweeper(Sweeper):
         points = [first, *(first | {key: choice} for key in others for choice in values[key][1:])]
         configs: list[Config] = []
         for point in points:
-            with contextlib.suppress(BadInput):  # values that do not fit together are left out when they are drawn
+            with contextlib.suppress(BadInput):  # points with values that clash are left out when drawn
                 typed = [self._as_typed(f"{key}={value}") for key, value in point.items()]
                 configs.append(jobs_of(self._context, self._config, [[*fixed, *typed]])[0].config)
         metric = loss_metric(map(xattn.config.hashed_values, configs))
@@ -322,12 +321,12 @@ class OptunaSweeper(Sweeper):
 
 
 def _values(dimension: Dimension) -> list[str]:
-    """Its choices, or its ends."""
+    """Return the dimension's choices, or its ends."""
     return dimension.choices or [str(dimension.low), str(dimension.high)]
 
 
 def _whole(dimension: Dimension) -> Dimension:
-    """Of a key that holds whole numbers: the numbers from low to high, which Hydra's grammar has as floats."""
+    """Return an integer key's dimension with integer ends, if they are whole: Hydra's grammar has them as floats."""
     ends = {"low": int(dimension.low), "high": int(dimension.high)}
     same = ends == {"low": dimension.low, "high": dimension.high}
     return dimension.model_copy(update=ends) if same else dimension

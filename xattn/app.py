@@ -1,8 +1,7 @@
-"""What ``python train.py`` and ``xattn train`` do: parse, compose, run.
+"""The program behind ``python train.py`` and ``xattn train``: parse, compose, run.
 
-A script of your own that registers an activation calls :func:`main`, as ``xattn.main()``, and does the same.
-
-No jax is imported before the config is valid and the run folder is known to need it.
+A user's own script that registers an activation does the same by calling :func:`main` as ``xattn.main()``. No jax is
+imported until the config is valid and the run folder needs it.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from xattn.system.signals import interruption
 
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """In place of argparse's nine lines of usage; Hydra makes its parser where nobody can reach it."""
+    """Print one line instead of argparse's nine lines of usage. Hydra's own parser is out of our reach."""
     parser.exit(ExitCode.BAD_INPUT, f"xattn: {message}; overrides stand together, after any flag. See --help\n")
 
 
 def _resolved_hydra_cfg(src_cfg: DictConfig) -> DictConfig:
-    """In place of Hydra's own, for ``--cfg hydra --resolve``: that drops our keys before it resolves what is made of
-    them, and does not know a run's folder either."""
+    """Return the config for ``--cfg hydra --resolve``. Hydra's function drops our keys before it resolves values that
+    refer to them, and does not know the run folder."""
     cfg = src_cfg.copy()
     with open_dict(cfg):
         cfg.hydra.runtime.output_dir = str(Path(cfg.hydra.run.dir).absolute())
@@ -57,10 +56,10 @@ _sanitized_hydra_cfg = Hydra.get_sanitized_hydra_cfg
 
 
 def hydra_app(codes: list[ExitCode]) -> Callable[[], None]:
-    """Return what Hydra starts; the exit code of a single run is appended to ``codes``.
+    """Return the function that Hydra calls; it appends the exit code of a single run to ``codes``.
 
-    Launchers of Hydra's that carry a sweep elsewhere pickle the inner function, with copies of all that it names: it
-    names nothing but another function and the codes.
+    Hydra's remote launchers pickle the inner function together with copies of everything it refers to. So it refers
+    only to another function and the codes.
     """
 
     @hydra.main(version_base="1.3", config_path=str(xattn.config.CONF), config_name="config")
@@ -72,7 +71,7 @@ def hydra_app(codes: list[ExitCode]) -> Callable[[], None]:
 
 
 def train_one(composed: DictConfig) -> ExitCode:
-    """Carry out the run of a composed config; return its exit code. Signals are handled, unless somebody does so."""
+    """Train the run of a composed config; return its exit code. Handle signals, unless they are handled already."""
     with interruption.listening():
         return _run(composed)
 
@@ -83,7 +82,7 @@ def _run(composed: DictConfig) -> ExitCode:
     try:
         config = xattn.config.from_hydra(composed, typed)
         folder = _folder(config, made)
-        is_trial = hydra_config.runtime.choices["hydra/sweeper"] == "optuna"  # the tuner wants a run for each
+        is_trial = hydra_config.runtime.choices["hydra/sweeper"] == "optuna"  # the tuner needs a run for each trial
         if answered_by(Job(config, folder, answerable=not is_trial), say) is not None:
             return ExitCode.DONE
         return run(config, folder, typed, stop=lambda: interruption.requested)
@@ -93,35 +92,35 @@ def _run(composed: DictConfig) -> ExitCode:
         where = f"\nhydra.job.chdir = true: paths are looked up in {made}" if hydra_config.job.chdir else ""
         entry.tell(f"{error}{where}")
         return error.exit_code
-    except Exception:  # the outermost rim: what run() itself does not catch is a fault of ours
+    except Exception:  # the outermost rim: anything that run() does not catch is our own fault
         traceback.print_exc()
         return ExitCode.ERROR
 
 
 def _folder(config: Config, made: Path) -> Path:
-    """The run's folder, where Hydra has made that of its name of today; this is taken away again if it is another."""
+    """Return the run's folder. Hydra has made ``made``, by the run's current name; remove it if the folder differs."""
     folder = None
     try:
         folder = xattn.config.folder_of(config, made)
     finally:
         if folder != made:
-            with contextlib.suppress(OSError):  # others may be at it
+            with contextlib.suppress(OSError):  # another process may be using it
                 made.rmdir()
     return folder
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Carries out a command line as ``python train.py`` does, and exits with its code.
+    """Run a command line as ``python train.py`` does, and exit with its code.
 
-    What the calling script has registered can be chosen in it.
+    The command line can choose what the calling script has registered.
 
     Args:
-        argv: the words after the program's name. By default they are those of this process; if the first of these is a
-            command of ``xattn`` (``sample RUN``), that command is carried out instead.
+        argv: the words after the program's name. The default is those of this process; if the first of them is an
+            ``xattn`` command (``sample RUN``), that command runs instead.
     """
     entry.open_streams()
     if argv is not None:
-        sys.argv[1:] = argv  # Hydra reads them there
+        sys.argv[1:] = argv  # Hydra reads them from there
     elif len(sys.argv) > 1 and cli.is_command(sys.argv[1]):
         sys.exit(cli.main(sys.argv[1:]))
     _leave(_train())
@@ -130,13 +129,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _train() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a sample of text may not stop a run on an ASCII screen
-    if sys.argv[1:] == ["--version"]:  # Hydra would print its own
+            stream.reconfigure(errors="backslashreplace")  # printing a sample must not stop a run on an ASCII screen
+    if sys.argv[1:] == ["--version"]:  # Hydra would print its own version
         print(f"xattn {version('xattn')}")
         return ExitCode.DONE
     if len(sys.argv) == 3 and sys.argv[1] in ("--help", "-h") and "=" not in sys.argv[2]:
         return cli.main(["explain", sys.argv[2]])
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them, and we explain them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them; we explain them
     argparse.ArgumentParser.error = _one_line  # type: ignore[assignment, method-assign]
     if "--resolve" in sys.argv:
         Hydra.get_sanitized_hydra_cfg = staticmethod(_resolved_hydra_cfg)  # type: ignore[method-assign]
@@ -165,9 +164,9 @@ def _train() -> int:
         return ExitCode.BAD_INPUT
     except SystemExit as left:
         if left.code == 1 and any(argument.startswith(("-p", "--package")) for argument in sys.argv[1:]):
-            return ExitCode.BAD_INPUT  # Hydra has said which package there is none of
+            return ExitCode.BAD_INPUT  # Hydra has printed which package does not exist
         return left.code if isinstance(left.code, int) else ExitCode.ERROR if left.code else ExitCode.DONE
-    except BrokenPipeError:  # who read what we print has read enough: `python train.py --help | head`
+    except BrokenPipeError:  # the reader of our output has left: `python train.py --help | head`
         return ExitCode.DONE
     except OSError as error:  # Hydra makes the run's folder before train() is called
         refusal = storage_error(error, Path("standard output")) or BadInput(f"{error.filename}: {error.strerror}")
@@ -176,7 +175,7 @@ def _train() -> int:
 
 
 def _values(*, _root_: DictConfig) -> str:
-    """The config as ``--help`` shows it: ``${values:}``, in which Hydra then looks for ``$NAME``."""
+    """Return the config for ``${values:}`` in ``--help``. Each $ is doubled, since Hydra looks for ``$NAME`` in it."""
     from xattn.commands.explain import annotated
 
     ours = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
@@ -184,7 +183,7 @@ def _values(*, _root_: DictConfig) -> str:
 
 
 def _refuse(arguments: Sequence[str], *, sweeps: bool) -> None:
-    """Raises :class:`BadInput` for what Hydra would take, and nothing would come of."""
+    """Raise :class:`BadInput` for arguments that Hydra would accept without effect."""
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
         if key in ("hydra/launcher", "hydra/sweeper") and not sweeps:
@@ -198,7 +197,7 @@ def _refuse(arguments: Sequence[str], *, sweeps: bool) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Leaves with the code, also where the screen is a file on a disk that is full by now."""
+    """Exit with the code, even if standard output is a file on a disk that is full by now."""
     try:
         sys.stdout.flush()
     except OSError as error:

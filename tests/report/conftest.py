@@ -18,7 +18,7 @@ def writer(tmp_path: Path) -> Writer:
 
 @pytest.fixture
 def write_study(writer: Writer) -> Callable[..., Writer]:
-    """A study of activations × learning rates × seeds: sigmoid is 0.05 worse, none 0.2, and 1e-3 is the best rate."""
+    """Write activations × learning rates × seeds: sigmoid is 0.05 worse, none 0.2, and 1e-3 is the best rate."""
 
     def write(seeds: int = 3, rows: int = 40, arms: tuple[str, ...] = ("softmax", "sigmoid", "none")) -> Writer:
         rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Simulated run folders: the files of a run, and no run."""
+"""Simulated run folders: a run's files without a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROVENANCE = {
 
 
 def metrics(loss: float, rows: int, seed: int, steps: int) -> str:
-    """A curve that falls from 5.5 to the loss, with noise; every tenth row is an evaluation too."""
+    """Return a noisy curve that falls from 5.5 to the loss; every tenth row has an evaluation too."""
     noise = 0.02 * np.random.default_rng(seed).standard_normal(rows)
     lines = []
     for i in range(rows):
@@ -64,7 +64,7 @@ class Writer:
         summary: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> Path:
-        """A run with these overrides of the default config, that ended at this val_loss."""
+        """Write a run with these overrides of the default config, which ended at this val_loss."""
         config: dict[str, Any] = {group: dict(values) for group, values in DEFAULT.items()}
         config |= {"seed": 0, "study": self.folder.name, "resume": "auto"}
         for key, value in overrides.items():

@@ -1,4 +1,4 @@
-"""A claim that an experiment states: how its contrasts are made of runs, and what is said of it."""
+"""A claim that an experiment states: how runs form its contrasts, and what the verdict on it is."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def found(writer: Writer) -> Finding:
 
 
 def write(writer: Writer, losses: dict[str, list[float]], *contrasts: dict[str, Any], **keys: Any) -> None:
-    """Arm → a loss for each seed."""
+    """Write the runs of each arm, with one loss per seed."""
     for arm, of_seeds in losses.items():
         for seed, loss in enumerate(of_seeds):
             writer.run(
@@ -69,7 +69,7 @@ def write(writer: Writer, losses: dict[str, list[float]], *contrasts: dict[str, 
     ],
 )
 def test_the_whole_interval_decides(writer: Writer, shown: str, contradicted: str, says: str) -> None:
-    """Differences 0.049, 0.05, 0.051: their interval is [0.0475, 0.0525]."""
+    """The differences are 0.049, 0.05 and 0.051, and their interval is [0.0475, 0.0525]."""
     losses = {"softmax": [2.0, 2.1, 2.2], "sigmoid": [2.049, 2.15, 2.251]}
     write(writer, losses, contrast(shown=shown, contradicted=contradicted))
     finding = found(writer)
@@ -99,8 +99,8 @@ def test_one_contradicted_contrast_contradicts_the_claim(writer: Writer) -> None
 
 
 def test_a_key_is_reduced_to_its_range_or_its_best_value(writer: Writer) -> None:
-    """By hand. softmax at three rates, seed by seed: ranges 0.5 and 0.7. Of the means 2.4, 2.05 and 2.6 the second is
-    best, and is taken for both seeds, though the first seed's own best is another."""
+    """Checked by hand: softmax at three rates has ranges 0.5 and 0.7 for the two seeds. Of the means 2.4, 2.05 and 2.6,
+    the second is best. It is taken for both seeds, although the first seed's own best is another."""
     of_rate = {1e-3: [2.3, 2.5], 1e-2: [2.1, 2.0], 1e-1: [2.6, 2.6]}
     kinds = [
         {"name": "range", "of": SOFTMAX, "over": RATE, "reduced": "range", "shown": "> 0", "contradicted": "< 0"},
@@ -129,7 +129,7 @@ def test_of_an_accuracy_the_best_is_the_greatest(writer: Writer) -> None:
 
 
 def test_a_seed_without_all_its_runs_is_left_out(writer: Writer) -> None:
-    """A run that diverged, or is worse than the contrast says, counts as that; else its seed has not all."""
+    """With ``at_most``, a diverged or worse run counts as that loss. Without it, a diverged run's seed is left out."""
     losses = {"softmax": [2.0, 2.1, 2.2, 2.3], "sigmoid": [2.05, 2.15, 2.25]}
     counted = contrast(name="counted", at_most=2.3)
     write(writer, losses, contrast(), counted)
@@ -163,7 +163,7 @@ def test_numbers_of_different_texts_are_not_subtracted(writer: Writer) -> None:
 
 
 def test_the_claim_that_was_stated_first_counts(writer: Writer) -> None:
-    """One that was changed after a look at results is told."""
+    """A claim that was changed after a look at the results is reported."""
     write(writer, {"softmax": [2.0, 2.1], "sigmoid": [2.049, 2.151]})
     later = {**SOFTMAX, "seed": 7, **stated(contrast(shown="> 9"), claim="another")}
     writer.run(later, 2.0, name="later", provenance={"started_at": "2026-02-01T00:00:00+00:00"})

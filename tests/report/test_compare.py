@@ -50,7 +50,7 @@ def test_it_is_printed(runs: list[Path], capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_nothing_is_cut_where_it_is_piped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever reads it, a script or an eye, needs the key to know what the number is."""
+    """Both scripts and people need the full key to know what a number is."""
     writer = Writer(tmp_path / "outputs" / "study")
     names = [f"a-name-of-a-run-that-is-as-long-as-those-we-make-{i}" for i in range(5)]
     key = "optimizer.a_key_that_is_long_enough_to_be_cut_off_somewhere"
@@ -75,7 +75,7 @@ def test_wandb_gets_the_same_table(runs: list[Path], monkeypatch: pytest.MonkeyP
 def test_a_studys_whole_folder_is_compared_in_the_order_typed(
     runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``outputs/x/*`` has the report's folder too, and files; a run that is called report is a run."""
+    """``outputs/x/*`` also matches the report's folder and files, but a run named report is a run."""
     study = runs[0].parent
     (study / "report").mkdir()
     (study / "multirun.yaml").touch()

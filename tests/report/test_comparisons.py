@@ -1,4 +1,4 @@
-"""What is compared with what: pairs and the means beside them, groups of runs, and numbers of the same thing."""
+"""What is compared with what: pairs and their means, groups of runs, and numbers that are comparable."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def files(writer: Writer) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Line:
-    """What a file prints of one arm."""
+    """One arm as a file prints it."""
 
     arm: str
     mean: float
@@ -98,8 +98,8 @@ def lines_of_csv(text: str) -> Iterator[Line]:
 
 
 def check_that_all_agree(writer: Writer) -> None:
-    """In every file mean − baseline's mean is the difference: to one unit of the last digit where they are rounded, to
-    the bit where they are not. And all files say the same."""
+    """Check that all files agree, and that in each the difference is mean − baseline's mean: to one unit of the last
+    digit if the numbers are rounded, and otherwise to the bit."""
     written = files(writer)
     exact = list(lines_of_csv(written["effects.csv"]))
     for line in exact:
@@ -117,7 +117,7 @@ def check_that_all_agree(writer: Writer) -> None:
 
 
 def test_a_longer_run_of_one_setting_contradicts_nothing(writer: Writer) -> None:
-    """It was softmax 2.8486, sigmoid 2.8466 and "difference −0.0528": the longer run was in softmax's mean alone."""
+    """It once printed softmax 2.8486, sigmoid 2.8466, difference −0.0528: only softmax's mean had the longer run."""
     losses = {"softmax": (2.90, 2.91, 2.92), "sigmoid": (2.84, 2.86, 2.8717)}
     for arm, of_seeds in losses.items():
         for seed, loss in enumerate(of_seeds):
@@ -131,7 +131,7 @@ def test_a_longer_run_of_one_setting_contradicts_nothing(writer: Writer) -> None
 
 
 def test_an_arm_with_one_seed_contradicts_nothing(writer: Writer) -> None:
-    """It was none 3.5067, softmax 2.8993 and "difference +0.4006": the one seed of none is a bad one."""
+    """It once printed none 3.5067, softmax 2.8993, difference +0.4006: the one seed of none is a bad one."""
     for seed, loss in enumerate((3.1061, 2.80, 2.7918)):
         writer.run({"backend.activation": "softmax", "seed": seed}, loss)
         writer.run({"backend.activation": "sigmoid", "seed": seed}, loss + 0.01 * (1 + seed))
@@ -145,8 +145,8 @@ def test_an_arm_with_one_seed_contradicts_nothing(writer: Writer) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_what_is_printed_of_any_design_agrees(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Random crossings of up to three factors and a tuned rate, with holes, runs that diverged and runs that were
-    killed."""
+    """Designs are random crossings of up to three factors and a tuned rate, with holes, diverged runs and killed
+    runs."""
     writer = Writer(tmp_path_factory.mktemp("study") / "study")
     choices: dict[str, list[Any]] = {
         "backend.activation": ["softmax", "sigmoid", "none"][: data.draw(st.integers(1, 3))],
@@ -168,8 +168,8 @@ def test_what_is_printed_of_any_design_agrees(data: st.DataObject, tmp_path_fact
 
 
 def test_pairs_are_those_that_every_combination_has(writer: Writer) -> None:
-    """theta 10000 has three seeds on both sides, theta 100 one: three pairs are more than two, so theta 100 is left
-    out, and counted."""
+    """theta 10000 has three seeds on both sides, and theta 100 has one. Three pairs are more than two, so theta 100 is
+    left out, and counted as such."""
     for theta, seeds in ((10000.0, 3), (100.0, 1)):
         for arm, worse in (("softmax", 0.0), ("sigmoid", 0.1)):
             for seed in range(seeds):
@@ -200,7 +200,7 @@ HEAP: Mapping[str, dict[str, Any]] = {
 
 
 def test_runs_that_differ_in_more_than_one_choice_are_not_compared(writer: Writer) -> None:
-    """It was "context_length 32 against 128: +2.2537 (1 seed)"."""
+    """The report once printed "context_length 32 against 128: +2.2537 (1 seed)"."""
     for name, keys in HEAP.items():
         writer.run(keys, 4.4 if name == "debug" else 2.1, name=name)
     findings = found(writer)
@@ -237,7 +237,7 @@ def test_each_question_has_its_own_comparison(writer: Writer) -> None:
 
 
 def test_one_setting_further_is_a_question_of_its_own(writer: Writer) -> None:
-    """Factors need not cross: each is judged where the others are equal."""
+    """Factors need not be crossed: each is judged where the others are equal."""
     keys: list[dict[str, Any]] = [
         {},
         {"backend.activation": "sigmoid"},
@@ -292,7 +292,7 @@ def test_a_typo_in_what_is_chosen_is_told(writer: Writer, options: list[str], me
 
 
 def test_what_is_only_looked_at_is_no_factor(writer: Writer) -> None:
-    """It was "What does trainer.log_every do to val_loss?"."""
+    """The report once asked "What does trainer.log_every do to val_loss?"."""
     for seed in range(2):
         writer.run({"backend.activation": "softmax", "seed": seed}, 2.0, name=f"a{seed}")
         writer.run({"backend.activation": "softmax", "trainer.log_every": 5, "seed": seed}, 2.0, name=f"b{seed}")
@@ -315,14 +315,14 @@ def test_the_best_evaluation_is_a_checkpoint_where_a_run_rolls_back() -> None:
 
 
 def later(path: Path, overrides: list[str], **results: float) -> None:
-    """A row of evaluations.jsonl."""
+    """Append a row to evaluations.jsonl."""
     row = {"step": 200, "overrides": overrides, "results": results}
     with (path / "evaluations.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def test_losses_of_other_tokens_are_compared_by_bits_per_byte(writer: Writer) -> None:
-    """It was "bpe is worse than bytes: val_loss +1.35, p < 0.001"."""
+    """The report once printed "bpe is worse than bytes: val_loss +1.35, p < 0.001"."""
     for tokenizer, loss, bits in (("bytes", 1.5, 2.16), ("bpe", 2.85, 1.64)):
         for seed in range(3):
             path = {"data.tokenizer": tokenizer, "seed": seed}
@@ -364,7 +364,7 @@ def test_the_same_text_under_another_name_is_the_same_text(writer: Writer) -> No
 
 
 def test_pairs_on_other_data_are_left_out(writer: Writer) -> None:
-    """The standard library of another Python is another text: seed 2 of sigmoid was run there."""
+    """Seed 2 of sigmoid ran on another Python, and so on the text of another standard library."""
     for seed in range(3):
         writer.run({"backend.activation": "softmax", "seed": seed}, 2.0)
         sha = {"data_sha256": ("e" if seed == 2 else "d") * 64}
@@ -379,7 +379,7 @@ def test_pairs_on_other_data_are_left_out(writer: Writer) -> None:
 
 
 def test_what_was_evaluated_later_stands_in_for_what_a_summary_lacks(writer: Writer) -> None:
-    """Softmax was trained with 64 windows and evaluated on all later; sigmoid with all from the start."""
+    """Softmax trained with 64 windows and was evaluated on all later; sigmoid had all from the start."""
     for seed in range(2):
         path = writer.run({"backend.activation": "softmax", "evaluation.windows": 64, "seed": seed}, 1.0)
         later(path, ["evaluation.windows=all"], val_loss=2.0 + seed / 10)
@@ -433,7 +433,7 @@ def _difference(writer: Writer) -> Any:
 
 
 def test_the_noise_of_batches_cancels_in_a_paired_difference(writer: Writer) -> None:
-    """The fixtures' noise is of the seed alone, as a batch's is: the difference of two arms has none of it."""
+    """The fixtures' noise depends only on the seed, like a batch's: it cancels in the difference of two arms."""
     for seed in range(3):
         writer.run({"backend.activation": "softmax", "seed": seed}, 2.0)
         writer.run({"backend.activation": "sigmoid", "seed": seed}, 2.5)
@@ -456,7 +456,7 @@ def test_other_batches_are_compared_by_their_evaluations(writer: Writer) -> None
 
 @pytest.mark.parametrize("choices", ["continuous", "discrete"])
 def test_random_trials_over_many_keys_are_judged_in_time(writer: Writer, choices: str) -> None:
-    """200 trials over 12 keys: everything but the drawing, which does not grow. It took exponential time."""
+    """There are 200 trials over 12 keys. Judging once took exponential time; drawing figures does not grow."""
     rng = np.random.default_rng(0)
     keys = [f"{group}.key{i}" for i in range(4) for group in ("backend", "trainer", "optimizer")]
     for trial in range(200):
@@ -472,7 +472,7 @@ def test_random_trials_over_many_keys_are_judged_in_time(writer: Writer, choices
 
 
 def test_of_several_windows_that_all_have_the_whole_text_is_taken(writer: Writer) -> None:
-    """As the page advises where windows of other lengths are other samples of the text."""
+    """The page advises this if windows of different lengths are different samples of the text."""
     for length, whole in ((64, 2.0), (128, 2.3)):
         for seed in range(2):
             keys = {"backend.context_length": length, "evaluation.windows": 64, "seed": seed}
@@ -530,7 +530,7 @@ def test_probes_are_judged_at_the_settings_that_the_loss_chose(writer: Writer) -
 
 
 def test_keys_changed_side_by_side_are_choices_of_their_own(writer: Writer) -> None:
-    """README's third command changes two: it is not called an effect of the activation."""
+    """README's third command changes two keys, which is not reported as an effect of the activation."""
     writer.run({}, 2.0, name="default")
     writer.run({"backend.activation": "none", "backend.qk_pre_activation": "swish"}, 2.2, name="both")
     writer.run({"backend.activation": "sigmoid"}, 2.1, name="sigmoid")
@@ -540,7 +540,7 @@ def test_keys_changed_side_by_side_are_choices_of_their_own(writer: Writer) -> N
 
 
 def test_a_file_that_was_typed_is_one_choice(writer: Writer) -> None:
-    """``model=small`` changes depth and width at once, and is one word."""
+    """``model=small`` is one word that changes depth and width together."""
     for size, layers, width in (("nano", 4, 128), ("small", 6, 256)):
         path = writer.run({"model.num_layers": layers, "model.embedding_dim": width}, 2.0 + layers, name=size)
         (path / "overrides.yaml").write_text(f"- model={size}\n")
@@ -553,7 +553,7 @@ def test_a_file_that_was_typed_is_one_choice(writer: Writer) -> None:
 
 
 def test_the_baseline_may_be_named_by_what_changes_with_it(writer: Writer) -> None:
-    """And an optimizer that has no such key is the default where conf's has none."""
+    """Also, an optimizer without the key is the default baseline if conf's optimizer lacks it."""
     for momentum, name in ((None, "adamw"), (0.9, "muon"), (0.95, "muon")):
         keys: dict[str, Any] = {"optimizer.name": name}
         writer.run(keys if momentum is None else keys | {"optimizer.momentum": momentum}, 2.0, name=f"{name}{momentum}")
@@ -619,7 +619,7 @@ def test_an_interaction_is_the_difference_of_the_two_beside_it(writer: Writer) -
             writer.run(keys, loss + seed / 10 + (arm == "sigmoid") * seed / 100)
     (both,) = only(writer).interactions
     assert both.arm_mean == pytest.approx(0.5 + 0.01)  # sigmoid − softmax under swish
-    assert both.baseline_mean == pytest.approx(0.2 + 0.01)  # and under none
+    assert both.baseline_mean == pytest.approx(0.2 + 0.01)  # sigmoid − softmax under none
     page = files(writer)["report.md"]
     assert "| backend.activation × backend.qk_pre_activation | sigmoid × swish | +0.5100 | +0.2100 | +0.3000 |" in page
     assert "| activation sigmoid, qk_pre_activation swish | 2.5100 | 0.1100 | 3 | 0 |" in page
@@ -647,7 +647,7 @@ def test_figures_of_others_in_the_folder_of_a_report_stay(writer: Writer, tmp_pa
     (tmp_path / "effects.pdf").touch()
     write(found(writer), tmp_path)
     assert (tmp_path / "curves-mine.pdf").exists()
-    assert (tmp_path / "effects.pdf").exists()  # this was no report's folder then
+    assert (tmp_path / "effects.pdf").exists()  # it was not a report's folder then
     write(found(writer), tmp_path)
     assert not (tmp_path / "effects.pdf").exists()
 

@@ -1,4 +1,4 @@
-"""A study as pandas frames: the same numbers as the report's files, whatever is odd in a folder, and no jax."""
+"""A study as pandas frames: the same numbers as in the report's files, for odd folders too, and no jax."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(sorted(loaded), [name for name in names if not name.startswith("_")])
 
 
 def is_cell(value: Any, cell: str) -> bool:
-    """Whether a frame's value is that of the cell of a CSV file."""
+    """Return whether a frame's value equals that of the CSV file's cell."""
     if isinstance(value, bool | np.bool_):
         return cell == str(value).lower()
     if isinstance(value, int | float | np.number):
@@ -59,7 +59,7 @@ def test_the_frames_are_the_reports_files(write_study: Callable[..., Writer]) ->
 
 
 def test_what_is_missing_or_odd_is_empty(writer: Writer) -> None:
-    """A run that has not begun, one whose rows are damaged, and a study with nothing to compare."""
+    """There is a run that has not begun, one with damaged rows, and a study with nothing to compare."""
     good = writer.run({"seed": 0}, rows=3)
     begun = writer.run({"seed": 1}, None, status="diverged", summary={"tokens_per_second": None})
     (begun / "metrics.jsonl").unlink()
@@ -88,7 +88,7 @@ def test_what_is_no_study_is_named(writer: Writer) -> None:
 
 
 def test_no_jax_is_imported_and_the_public_names_are_listed(write_study: Callable[..., Writer]) -> None:
-    """In a process of its own: this one has imported jax long ago."""
+    """This needs a new process, since this one has imported jax already."""
     folder = write_study(seeds=2, rows=4).folder
     done = subprocess.run([sys.executable, "-c", READS, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The noise floor: spreads by hand, and what hangs on the windows."""
+"""The noise floor: spreads checked by hand, and how much depends on the windows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def put_windows(run: Path, losses: np.ndarray) -> None:
 
 
 def write(writer: Writer, *, own: float, with_windows: bool = True) -> None:
-    """own: how much windows differ in what the arm costs them; what they share is large in both arms."""
+    """Write a study. ``own`` is how much the arm's cost differs between windows; their shared part is large."""
     rng = np.random.default_rng(0)
     shared, extra = rng.normal(0, 1, TOKENS.size), rng.normal(0, 1, TOKENS.size)
     shared, extra = (each - np.average(each, weights=TOKENS) for each in (shared, extra))
@@ -58,7 +58,7 @@ def test_spreads_are_those_of_the_seeds(writer: Writer) -> None:
     assert noise.arm == pytest.approx(np.std(arm, ddof=1))
     spread = np.std(DIFFERENCES, ddof=1)
     assert noise.spread == pytest.approx(spread)
-    # χ² with 3 degrees of freedom has its 2.5 % and 97.5 % at 0.2158 and 9.3484.
+    # χ² with 3 degrees of freedom has its 2.5 % and 97.5 % quantiles at 0.2158 and 9.3484.
     assert (noise.low, noise.high) == pytest.approx(
         (spread * (3 / 9.3484) ** 0.5, spread * (3 / 0.2158) ** 0.5), rel=1e-3
     )
@@ -67,7 +67,7 @@ def test_spreads_are_those_of_the_seeds(writer: Writer) -> None:
 
 
 def test_what_hangs_on_the_windows_is_of_the_difference_alone(writer: Writer) -> None:
-    """What makes a window hard in both arms cancels; what the arm costs it does not, and weighs by its tokens."""
+    """What makes a window hard in both arms cancels. The arm's cost does not, and is weighted by tokens."""
     write(writer, own=0.5)
     _, noise = found_in(writer)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The report that a sweep proposes is on its own runs."""
+"""A sweep proposes a report on only its own runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_folder_of_these_runs_alone_needs_no_choice(writer: Writer, tmp_path: 
 
 
 def test_other_runs_of_the_folder_are_left_out(writer: Writer) -> None:
-    """Another length, another seed and another activation share the folder; what it only logs is no difference."""
+    """The folder also has another length, seed and activation. A key that only affects logging does not count."""
     ours = [
         writer.run({"backend.activation": arm, "seed": seed, "trainer.log_every": 5}, name=f"{arm}{seed}")
         for arm in ("softmax", "sigmoid")

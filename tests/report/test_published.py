@@ -1,4 +1,4 @@
-"""What README.md and docs/findings.md say of studies is what the files in docs/findings/ say, and those agree."""
+"""README.md and docs/findings.md report what the files in docs/findings/ contain, and these files agree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_pages_say_what_the_files_say() -> None:
 
 
 def test_the_text_of_the_figures_is_the_one_that_readme_names() -> None:
-    """Figures of another Python are of another text: they come with another sentence."""
+    """Figures from another Python are of another text, and need another sentence."""
     named = re.search(r"are of Python [\d.]+,.*sha256 ([0-9a-f]{12})\)", (ROOT / "README.md").read_text("utf-8"))
     assert named is not None
     for study in ("plain", "sigmoid", "switches"):
@@ -50,7 +50,7 @@ def test_the_picture_is_of_the_verdict_beside_it() -> None:
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_verdict_follows_from_the_results_and_the_thresholds(name: str) -> None:
-    """What is in conf/ now, where git has it from before the first run, judges each run's row as it was judged then."""
+    """The thresholds in conf/, which git has from before the first run, still judge the rows as they did then."""
     with (ROOT / "docs" / "findings" / name / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     config = xattn.config.compose([f"experiment=finding_{name}"])
@@ -65,7 +65,7 @@ def test_a_verdict_follows_from_the_results_and_the_thresholds(name: str) -> Non
 
 
 def _run(row: dict[str, str], stated: dict[str, Any]) -> Run:
-    """The run of a row of results.csv, as far as a claim looks at it. stated: what its experiment has in all runs."""
+    """Return a row of results.csv as a run that a claim can read. ``stated`` is what all its runs have in common."""
     values = {key: yaml.safe_load(value) if value else None for key, value in row.items()}
     config = {key: value for key, value in values.items() if "." in key or key == "seed"}
     return Run(

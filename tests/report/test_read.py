@@ -1,4 +1,4 @@
-"""Reading run folders, whole ones and others."""
+"""Reading run folders, intact and damaged."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
 
 @pytest.mark.slow
 def test_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
-    """A tenth of a second a run: 200 in 20 seconds. What the figures take does not grow with the runs."""
+    """A run takes a tenth of a second, so 200 take 20 seconds. The time for figures does not grow with the runs."""
     from xattn.report.answer import Question
     from xattn.report.command import write
     from xattn.report.judge import judge
@@ -153,7 +153,7 @@ def test_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
                 path = writer.run(keys, 2.0 + theta / 100 + seed / 1e3, rows=1)
                 (path / "metrics.jsonl").unlink()
                 (path / "metrics.jsonl").hardlink_to(first / "metrics.jsonl")
-    start = time.process_time()  # it is one thread's: on a quiet machine the same as the wall's, on a busy one fair
+    start = time.process_time()  # for one thread it equals wall time, and is fair on a busy machine
     study = read_study(writer.folder)
     read = time.process_time() - start
     write(judge(study, Question()), writer.folder / "report")
@@ -164,7 +164,7 @@ def test_runs_of_10000_rows_are_read_in_time(writer: Writer) -> None:
 
 
 def test_rows_that_a_crash_repeated_or_moved_are_read_once_and_in_order(writer: Writer) -> None:
-    """And one byte that is no UTF-8, or NULs, cost one line and not the curves."""
+    """Also, a byte that is not UTF-8, or NULs, cost one line and not the curves."""
     path = writer.run({"seed": 0})
     rows = [
         '{"step": 2, "train_loss": 9.0}',

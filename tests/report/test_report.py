@@ -1,4 +1,4 @@
-"""The report's files: what they say, that they stand alone, and that nothing odd in a study stops them."""
+"""The report's files: what they say, that they are self-contained, and that nothing odd in a study stops them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def judged(writer: Writer, metric: str | None = None, **asked: object) -> Answer
 
 
 def compared(writer: Writer) -> Comparison:
-    """The study's only comparison."""
+    """Return the study's only comparison."""
     (comparison,) = judged(writer).comparisons
     return comparison
 
@@ -55,7 +55,7 @@ def odd(writer: Writer) -> str:
 
 
 def written(writer: Writer) -> dict[str, str]:
-    """The files that are text, without figures, which take longer to draw than all else."""
+    """Return the text files. Figures are left out, since they take longer than all the rest."""
     return texts(judged(writer), {}, {}, writer.folder / "report")
 
 
@@ -177,7 +177,7 @@ def test_nothing_odd_is_found_where_nothing_is(writer: Writer) -> None:
 
 
 def test_seeds_that_nobody_asked_for_are_not_missing(writer: Writer) -> None:
-    """``sweep.half_width`` gives each arm the seeds of its own comparison, and a rate that lost those of the choice."""
+    """``sweep.half_width`` gives an arm the seeds of its comparison, and a losing rate only those of the choice."""
     for arm, seeds in (("softmax", (0, 1, 2, 3)), ("sigmoid", (0, 1)), ("none", (0, 2))):
         for seed in seeds:
             keys = {"backend.activation": arm, "seed": seed, "sweep.half_width": 0.01, "sweep.pilot_seeds": 4}
@@ -369,7 +369,7 @@ def test_an_arm_that_diverged_is_not_called_better(writer: Writer) -> None:
 
 
 def test_stability_is_compared_by_shares_of_the_runs_that_ended(writer: Writer) -> None:
-    """2 of 5 are more than 3 of 10; runs that were killed count on neither side."""
+    """2 of 5 are more than 3 of 10. Killed runs count on neither side."""
     for seed in range(10):
         lost = seed >= 7
         keys = {"backend.activation": "softmax", "seed": seed}
@@ -408,7 +408,7 @@ def test_no_difference_shown_says_what_would_have_been_found(writer: Writer) -> 
 
 
 def test_an_interval_that_the_verdict_seems_to_contradict_is_explained(writer: Writer) -> None:
-    """p = 0.038 alone, 0.076 among two: the interval does not hold zero, and nothing is shown."""
+    """p = 0.038 alone, but 0.076 among two: the interval excludes zero, but nothing is shown."""
     for seed, own in enumerate((0.01, 0.02, 0.02)):
         writer.run({"backend.activation": "softmax", "seed": seed}, 2.0)
         writer.run({"backend.activation": "sigmoid", "seed": seed}, 2.0 + own)
@@ -462,7 +462,7 @@ def test_speeds_of_one_program_that_differ_show_another_load(writer: Writer) -> 
 
 
 def test_a_figure_by_itself_is_read_on_white_and_on_black(writer: Writer) -> None:
-    """WCAG's contrast of every colour of text is at least 4 on both."""
+    """Every text colour has a WCAG contrast of at least 4 on both."""
     folder = write(judged(small(writer)))
     svg = (folder / "effects.svg").read_text()
     assert "#010203" not in svg
@@ -498,7 +498,7 @@ def test_a_curve_of_two_points_is_seen(writer: Writer) -> None:
 
 
 def test_learning_curves_are_of_one_loss(writer: Writer) -> None:
-    """Of the training loss in every panel where an arm was not evaluated on its way, and the page says which."""
+    """Every panel shows the training loss if an arm was not evaluated on its way, and the page names the loss."""
     small(writer)
     assert {curve.key for curve in loss_curves(compared(writer).chosen).values()} == {"val_loss"}
     for path in writer.folder.glob("sigmoid*/metrics.jsonl"):
@@ -541,7 +541,7 @@ def test_loss_spikes_are_counted_and_noise_and_descent_are_not() -> None:
 
 
 def test_attention_statistics_are_shown(writer: Writer) -> None:
-    """Means over heads and seeds, of logits the largest; and a map of the heads beside the page."""
+    """They are means over heads and seeds, but the largest for logits. A map of the heads is beside the page."""
     small(writer)
     assert "## Attention" not in written(writer)["report.md"]
     for seed in range(2):
@@ -574,7 +574,7 @@ def test_in_context_measures_are_judged_too(writer: Writer) -> None:
 
 
 def test_a_pattern_of_layers_leads_what_it_changes(tmp_path: Path) -> None:
-    """Layers of two kinds differ in several keys; the verdict names the pattern, not one kind's activation alone."""
+    """Layers of two kinds differ in several keys. The verdict names the pattern, not just one kind's activation."""
     writer = Writer(tmp_path / "patterns")
     for every, loss in ((None, 3.0), (4, 2.9), (2, 2.8)):
         for seed in range(2):
@@ -594,7 +594,7 @@ def test_a_pattern_of_layers_leads_what_it_changes(tmp_path: Path) -> None:
 
 
 def test_where_every_layer_is_the_other_kind_the_pattern_leads_too(tmp_path: Path) -> None:
-    """every=1 is recorded as the backend that it is: then even the first kind's activation goes with the pattern."""
+    """every=1 is recorded as a plain backend, so even the first kind's activation changes with the pattern."""
     writer = Writer(tmp_path / "patterns")
     for every, first in ((None, "softmax"), (2, "none")):
         for seed in range(2):
@@ -615,7 +615,7 @@ _JSON_FILES = ("provenance.json", "summary.json", "metrics.jsonl", "evaluations.
 
 @pytest.mark.parametrize("content", _OTHER_TYPES)
 def test_json_of_another_type_is_never_a_failure(writer: Writer, content: str) -> None:
-    """In place of a whole file, and of every value in it; and as config.yaml, overrides.yaml and their values."""
+    """It replaces a whole file, each value in it, and config.yaml, overrides.yaml and their values."""
     small(writer)
     for name in _JSON_FILES:
         (writer.run({"seed": 7}, name=f"whole {name}") / name).write_text(content + "\n")
@@ -687,7 +687,7 @@ def test_a_run_called_report_is_judged_and_not_written_over(writer: Writer, tmp_
 
 
 def test_several_reports_at_once_are_all_written(writer: Writer) -> None:
-    """Two start while a third writes: they unlink each other's figures, and no temporary file is another's."""
+    """Two start while a third writes. They unlink each other's figures, but share no temporary file."""
     small(writer)
     command = [sys.executable, "-c", f"from xattn.report import main; raise SystemExit(main([{str(writer.folder)!r}]))"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]
@@ -699,7 +699,7 @@ def test_several_reports_at_once_are_all_written(writer: Writer) -> None:
 
 
 def test_links_become_names_where_the_page_has_travelled(writer: Writer) -> None:
-    """The page knows where it was written; a browser that opens it elsewhere is told to show no links."""
+    """The page knows where it was written. If it is opened elsewhere, its script turns the links into names."""
     small(writer)
     page = written(writer)["report.html"]
     assert '<a href="../softmax0/">softmax0</a>' in page
@@ -714,7 +714,7 @@ def test_nothing_is_said_of_logits_that_are_not_drawn(writer: Writer) -> None:
 
 
 def test_the_sign_flip_note_stands_under_its_own_factor(writer: Writer) -> None:
-    """Three seeds of theta, six of activation: only theta's p cannot be small."""
+    """theta has three seeds and activation six, so only theta's p cannot be small."""
     for seed in range(6):
         for arm in ("softmax", "sigmoid"):
             writer.run({"backend.activation": arm, "seed": seed}, 2.0 + seed / 10 + (arm == "sigmoid") * seed / 50)

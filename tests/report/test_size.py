@@ -1,4 +1,4 @@
-"""What a report says of arms that are larger than their baseline, or compute more, than is fair."""
+"""The report's warnings on arms that are unfairly larger than their baseline, or compute more."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DECAY = "backend.decay"
 def run(
     writer: Writer, overrides: Mapping[str, Any], *, parameters: float = 1.0, flops: float = 1.0, **of: Any
 ) -> None:
-    """A run with so many times the parameters, and the FLOPs a step, of the others."""
+    """Write a run with these multiples of the others' parameters and FLOPs per step."""
     sizes = {"num_params": round(900_000 * parameters), "flops_per_step": round(4_096_000_000 * flops)}
     writer.run(overrides, 2.0 + 0.01 * overrides["seed"], summary=sizes, **of)
 
@@ -66,7 +66,7 @@ def test_arms_of_other_sizes_are_named(writer: Writer, parameters: float, flops:
         assert said[0].startswith(f"Different sizes between the arms of backend.decay: {told}. model.parameters=")
         key = re.search(r"model\.parameters=(\d+)", said[0])
         assert key is not None
-        # The baseline's; or where only the work differs, the size at which the arm computes as much.
+        # It is the baseline's size, or, if only the work differs, the size at which the arm computes as much.
         wanted = 900_000 if abs(parameters - 1) > 0.01 else 900_000 - (flops - 1) * 2_000_000 / 6
         assert int(key[1]) == round(wanted)
 
@@ -116,7 +116,7 @@ def test_the_number_named_is_one_that_every_arm_can_have(writer: Writer) -> None
 
 
 def test_steps_and_batches_are_no_size(writer: Writer) -> None:
-    """They are budgets, and told of as such."""
+    """They are budgets, and reported as such."""
     for seed in range(2):
         run(writer, {"trainer.batch_size": 16, "seed": seed})
         run(writer, {"trainer.batch_size": 32, "seed": seed}, flops=2.0)
@@ -147,7 +147,7 @@ def test_a_summary_without_the_numbers_says_nothing(writer: Writer, missing: Map
 
 
 def of_config(writer: Writer, *typed: str, seed: int) -> None:
-    """What a run of these overrides leaves, in numbers that a report reads."""
+    """Write the numbers that a run of these overrides leaves for a report."""
     config = compose([*typed, f"seed={seed}"])
     values = {f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()}
     values |= {DECAY: config.backend.decay, "seed": seed}
@@ -159,7 +159,7 @@ def of_config(writer: Writer, *typed: str, seed: int) -> None:
 
 
 def test_what_the_warning_names_makes_the_arms_equal_and_their_mlp_dim_is_no_factor(writer: Writer) -> None:
-    """Two factors whose arms all have an mlp_dim of their own: no two runs would differ in one key alone."""
+    """All arms of the two factors have their own mlp_dim, so no two runs would differ in only one key."""
     for seed in range(2):
         for gate in ("none", "channel"):
             for decay in ("none", "input"):
@@ -178,7 +178,7 @@ def test_what_the_warning_names_makes_the_arms_equal_and_their_mlp_dim_is_no_fac
     assert {factor.key for factor in comparison.design.factors} == {DECAY, "model.output_gate"}
     assert unfair(comparison) == []
     assert not judged(fair).alone
-    # With the unfair arms in one study, the number asked for is a factor, and brings no other along.
+    # In one study with the unfair arms, model.parameters is a factor, and adds no other.
     for path in fair.folder.iterdir():
         path.rename(writer.folder / path.name)
     (comparison,) = judged(writer).comparisons

@@ -1,4 +1,4 @@
-"""The statistics against values computed by hand, and on simulated studies whose truth is known."""
+"""The statistics, against values computed by hand and on simulated studies with a known truth."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_three_pairs_by_hand() -> None:
 
 
 def test_signflips_are_counted_by_hand() -> None:
-    """d = −1, 2, 4: of the 8 sums of ±1 ± 2 ± 4 two (5, 7) are at least 5, so p = 2 · 2/8."""
+    """For d = −1, 2, 4, two of the 8 sums ±1 ± 2 ± 4 (5 and 7) are at least 5, so p = 2 · 2/8."""
     assert paired([-1.0, 2.0, 4.0]).p_signflip == 0.5
 
 
@@ -76,12 +76,12 @@ def test_signflips_are_all_looked_at_up_to_13_seeds() -> None:
     assert exact is not None
     assert random is not None
     assert (exact * 2**EXACT_TO) % 1 == 0 != (random * 2**14) % 1
-    assert random * 10_000 == pytest.approx(round(random * 10_000))  # those drawn, and the one that was seen
+    assert random * 10_000 == pytest.approx(round(random * 10_000))  # the drawn ones and the observed one
 
 
 @pytest.mark.parametrize(("seeds", "arms"), [(3, 1), (3, 2), (3, 5), (8, 3)])
 def test_the_detectable_difference_is_found_four_times_in_five_by_holm(seeds: int, arms: int) -> None:
-    """One arm differs by it, the others by nothing; what is found is what the verdict calls found."""
+    """One arm differs by it, and the others do not differ. "Found" means what the verdict calls found."""
     rng = np.random.default_rng(0)
     trials = 0.01 * rng.standard_normal((20_000, arms, seeds))
     trials[:, 0] += detectable(0.01, seeds, arms)
@@ -125,8 +125,8 @@ def test_holm_by_hand() -> None:
 
 
 def test_arms_of_one_baseline_are_one_family_and_factors_of_a_grid_are_not(writer: Writer) -> None:
-    """Holm is over them, their names are what they change, and one panel shows them. Lengths of training have no part
-    in that: they are there for what an arm is worth. One more cell makes it a grid."""
+    """Holm covers the family, each arm is named by what it changes, and one panel shows them. Training lengths are not
+    part of it: they only measure what an arm is worth. One more cell makes the design a grid."""
     base: dict[str, Any] = {"backend.theta": 1e4, "backend.activation": "softmax", "trainer.steps": 250}
     changes = [{}, {"backend.theta": 100.0}, {"backend.activation": "none"}, {"backend.activation": "sigmoid"}]
     noise = np.random.default_rng(0)
@@ -222,7 +222,7 @@ def test_each_arm_is_judged_at_its_own_best_rate(writer: Writer) -> None:
 
 
 def test_heldout_seeds_judge_what_others_chose(writer: Writer) -> None:
-    """Seeds 0 and 1 choose 1e-3, which is the worse for seeds 2, 3 and 4."""
+    """Seeds 0 and 1 choose 1e-3, which is worse for seeds 2, 3 and 4."""
     for seed in range(5):
         writer.run({"backend.activation": "softmax", "optimizer.learning_rate": 1e-3, "seed": seed}, 2.0)
         for rate in (1e-3, 3e-3):
@@ -248,7 +248,7 @@ def test_seeds_are_split_only_where_something_was_chosen(writer: Writer) -> None
 
 
 def test_seeds_of_one_setting_judge_what_those_of_several_have_chosen(writer: Writer) -> None:
-    """As ``sweep.half_width`` makes them: the tuning seeds are of every rate, the others of the best one."""
+    """``sweep.half_width`` makes them so: the tuning seeds have every rate, the others only the best."""
     for seed in range(10):
         for rate in (1e-3, 3e-3) if seed < 4 else (3e-3,):
             for activation in ("softmax", "sigmoid"):
@@ -257,7 +257,7 @@ def test_seeds_of_one_setting_judge_what_those_of_several_have_chosen(writer: Wr
 
 
 def test_a_diverged_run_is_worse_than_any_loss(writer: Writer) -> None:
-    """3e-3 has the least mean, but lost a seed."""
+    """3e-3 has the lowest mean, but one of its seeds diverged."""
     for rate in (1e-3, 3e-3):
         for seed in range(3):
             lost = rate == 3e-3 and seed == 1
@@ -288,7 +288,7 @@ def test_diverged_runs_are_counted(writer: Writer) -> None:
 
 
 def test_a_missing_seed_does_not_change_the_choice(writer: Writer) -> None:
-    """1e-3 is the better for both seeds; its run with the lucky seed 2 is missing."""
+    """1e-3 is better for both seeds, and its run with the lucky seed 2 is missing."""
     luck = (0.0, 0.0, -1.0)
     for arm in ("softmax", "sigmoid"):
         for rate, worse in ((1e-3, 0.0), (3e-3, 0.1)):
@@ -301,7 +301,7 @@ def test_a_missing_seed_does_not_change_the_choice(writer: Writer) -> None:
 
 
 def test_what_tuning_says_is_of_the_seeds_that_settings_were_compared_on(writer: Writer) -> None:
-    """Seed 2 of 3e-3 is missing, and is the lucky one of 1e-3: means and sensitivity are of seeds 0 and 1."""
+    """Seed 2 is missing for 3e-3 and lucky for 1e-3, so means and sensitivity use only seeds 0 and 1."""
     luck = (0.0, 0.0, -1.0)
     for rate, worse in ((1e-3, 0.0), (3e-3, 0.1)):
         for seed in range(3):

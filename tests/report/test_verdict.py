@@ -1,4 +1,4 @@
-"""A study's verdict for programs: verdict.json and its schema, and the exit codes of ``xattn verdict``."""
+"""A study's verdict in machine-readable form: verdict.json, its schema, and the exit codes of ``xattn verdict``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RENEW = "python -m xattn.report.verdict > docs/verdict.schema.json"
 
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer to draw than all else."""
+    """Leave out the figures, which take longer than all the rest."""
     monkeypatch.setattr(command, "_figures", lambda found: iter(()))
 
 
@@ -48,14 +48,14 @@ def judged(writer: Writer, **asked: Any) -> Answer:
 
 
 def as_json(found: Answer) -> dict[str, Any]:
-    """What verdict.json holds, checked against the published schema; NaN and infinity are no JSON."""
+    """Return verdict.json, checked against the published schema. NaN and infinity are not JSON."""
     loaded: dict[str, Any] = json.loads(run_folder.to_json(verdict_of(found).model_dump()), parse_constant=pytest.fail)
     check(loaded)
     return loaded
 
 
 def check(value: object, of: str | None = None) -> None:
-    """Validates a verdict, or one of its parts."""
+    """Validate a verdict, or one of its parts."""
     schema = json.loads(SCHEMA.read_text("utf-8"))
     if of is not None:
         schema = {"$defs": schema["$defs"], "$ref": f"#/$defs/{of}"}
@@ -70,7 +70,7 @@ def gate(
     key: str = "model.output_gate",
     also: Mapping[str, Any] | None = None,
 ) -> Writer:
-    """none against channel, whose loss differs by so much, give or take a thousandth."""
+    """Write runs of none and of channel, whose losses differ by this much, give or take a thousandth."""
     for seed in range(seeds):
         for arm, loss in (("none", 2.0 + seed / 100), ("channel", 2.0 + seed / 100 + difference + seed % 3 / 1000)):
             writer.run({"model.output_gate": arm, "seed": seed, **(also or {})}, loss)
@@ -150,7 +150,7 @@ def test_what_is_not_finite_is_null(writer: Writer) -> None:
 
 
 def test_the_study_of_the_readme(writer: Writer) -> None:
-    """Two factors, tuned rates, three seeds, a probe: the form of experiment=study_activation."""
+    """It has two factors, tuned rates, three seeds and a probe, like experiment=study_activation."""
     rng = np.random.default_rng(0)
     for arm, pre, rate, seed in product(("softmax", "sigmoid", "none"), ("none", "swish"), (1e-3, 3e-3), range(3)):
         loss = 2.0 + 0.1 * (arm == "none") + 0.07 * (pre == "swish") + rate + 0.01 * float(rng.standard_normal())
@@ -230,7 +230,7 @@ def test_an_arm_that_diverged_more_is_not_better(
 
 @pytest.mark.parametrize("losses", [(), (2.0,), (2.0, 2.5)])
 def test_without_an_interval_there_is_nothing(writer: Writer, losses: Sequence[float]) -> None:
-    """No pair, one pair, and pairs that all differ by the same."""
+    """The cases are no pair, one pair, and pairs that all differ by the same amount."""
     writer.run({"model.output_gate": "channel", "seed": 9}, 2.0)
     writer.run({"model.output_gate": "none", "seed": 8}, 2.0)
     for seed, loss in enumerate(losses):
@@ -369,7 +369,7 @@ def test_the_object_stands_alone_on_standard_output(writer: Writer, capsys: pyte
     out, err = capsys.readouterr()
     found = json.loads(out)
     check(found)
-    assert out.isascii()  # a stream of any encoding takes it
+    assert out.isascii()  # works with any stream's encoding
     assert found == json.loads((writer.folder / "report" / "verdict.json").read_text("utf-8"))
     assert found["command"] == f"xattn report {writer.folder} --json"
     assert found["warnings"] == ["Not runs, passed over: foreign."]
@@ -386,7 +386,7 @@ def test_without_json_the_file_is_written_all_the_same(writer: Writer, capsys: p
 
 @pytest.mark.parametrize("closed", [">&-", "| true"])
 def test_an_answer_that_nobody_reads_keeps_its_exit_code(writer: Writer, closed: str) -> None:
-    """A pipe whose reader has gone has to leave with 11, not with the 0 that other commands leave with."""
+    """With a closed pipe it must exit with 11, not with 0 as other commands do."""
     gate(writer, 0.05)
     words = [sys.executable, "-m", "xattn.cli", "verdict", str(writer.folder), "--better", "model.output_gate=channel"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -425,7 +425,7 @@ def test_no_command_for_programs_imports_jax(writer: Writer) -> None:
 
 
 def commands() -> list[list[str]]:
-    """The lines of docs/agents.md that a person types, as words."""
+    """Return the command lines in docs/agents.md, split into words."""
     text = (DOCS / "agents.md").read_text("utf-8").replace("\\\n", "")
     return [shlex.split(line) for line in re.findall(r"^    ((?:xattn|python) .*)$", text, re.M)]
 
@@ -438,7 +438,7 @@ def block(language: str) -> str:
 
 @pytest.fixture
 def gate_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Writer:
-    """outputs/gate below the current folder, with the metrics and keys that docs/agents.md asks for."""
+    """The study outputs/gate in the current folder, with the metrics and keys that docs/agents.md needs."""
     monkeypatch.chdir(tmp_path)
     return gate(Writer(tmp_path / "outputs" / "gate"), -0.05)
 
@@ -475,7 +475,7 @@ def test_the_sweep_of_the_page_is_valid() -> None:
 def test_the_loop_of_the_page_goes_by_exit_codes(
     tmp_path: Path, trained: str, judged: int, code: int, said: str
 ) -> None:
-    """Stand-ins for the two commands leave with the codes given, and write down what they were called with."""
+    """Stand-ins for the two commands exit with the given codes, and record their arguments."""
     (tmp_path / "codes").write_text(trained.replace(" ", "\n") + "\n")
     stubs = {
         "python": 'echo "python $*" >> calls; code=$(head -n 1 codes); sed -i.old 1d codes; exit $code',

@@ -1,4 +1,4 @@
-"""What an arm is worth in the baseline's steps: the law, its interval, and where nothing is said."""
+"""What an arm is worth in the baseline's steps: the law, its interval, and when no worth is given."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def study(
     step_cost: float = 1.0,
     **how: Any,
 ) -> Writer:
-    """Softmax at these lengths, and sigmoid, which is worth so many times its steps; a speed has noise of 1 %."""
+    """Write softmax at these lengths, and sigmoid, whose steps count ``worth`` times. Speeds have 1 % noise."""
     rng = np.random.default_rng(3)
     common = 0.02 * rng.standard_normal(seeds)
     for arm, times, at in (("softmax", 1.0, lengths), ("sigmoid", worth, arm_lengths)):
@@ -93,8 +93,8 @@ def test_a_law_is_found_again_from_its_own_losses(lengths: tuple[int, ...], e: f
 
 
 def test_a_law_by_hand() -> None:
-    """Through 3, 2.5, 2.3 at 1, 2, 4: each doubling leaves 0.2/0.5 of the fall before, so 2^(−b) = 0.4, and the rest of
-    the fall is 0.2 · (0.4 + 0.4² + …) = 0.1333."""
+    """The law goes through 3, 2.5, 2.3 at 1, 2, 4. Each doubling has 0.2/0.5 of the previous fall, so 2^(−b) = 0.4, and
+    the rest of the fall is 0.2 · (0.4 + 0.4² + …) = 0.1333."""
     found = fit([1, 2, 4], np.array([[3, 2.5, 2.3]]))
     assert found.b[0] == pytest.approx(np.log2(2.5), abs=1e-6)
     assert found.e[0] == pytest.approx(2.3 - 0.4 / 3, abs=1e-6)
@@ -135,7 +135,7 @@ def test_a_loss_that_the_law_never_reaches_takes_infinitely_many_steps() -> None
 
 
 def test_of_a_difference_of_means_the_bootstrap_gives_students_interval() -> None:
-    """Also with three seeds, where drawing them with replacement covers 77 %, and of columns with other seeds."""
+    """This holds for three seeds too, where plain resampling covers 77 %, and for columns with other seeds."""
     rng = np.random.default_rng(0)
     for n in (3, 6):
         ours, theirs = rng.standard_normal((2, n))
@@ -233,7 +233,7 @@ def _with(effect: Effect, worth: Worth | None) -> Effect:
 def test_the_page_has_the_sentence_the_law_and_its_figure(writer: Writer) -> None:
     found = judged(study(writer))
     page = texts(found, {"worth": "caption"}, {"worth": "<svg/>"}, writer.folder / "report")
-    assert page["report.md"].count("equal to 1.2") == 2  # at the top, and in the statistics
+    assert page["report.md"].count("equal to 1.2") == 2  # at the top and in the statistics
     assert "## Worth in steps\n" in page["report.md"]
     assert "| activation softmax | 1." in page["report.md"]
     assert "![worth](worth.svg)" in page["report.md"]
@@ -270,7 +270,7 @@ def test_steps_themselves_have_no_worth(writer: Writer) -> None:
 
 
 def test_of_several_lengths_those_between_the_ends_count(writer: Writer) -> None:
-    """At 500 steps a better arm is below all that the baseline was run to."""
+    """At 1000 steps, the longest length, a better arm is below everything that the baseline reached."""
     lengths = (125, 250, 500, 1000)
     comparison = compared(study(writer, lengths=lengths, arm_lengths=lengths))
     (law,) = laws(comparison)
@@ -305,7 +305,7 @@ def test_each_combination_of_the_other_factors_has_its_own_law(writer: Writer) -
 
 
 def test_all_seeds_count_where_the_lengths_have_fewer(writer: Writer) -> None:
-    """Seeds on demand add them at one length: the interval is narrower than that of the first seeds alone."""
+    """Seeds on demand add seeds at one length. The interval is then narrower than with the first seeds alone."""
     study(writer, seeds=12, noise=0.01)
     few = worth_of(writer, seeds=["0", "1", "2", "3"]).steps
     for run in read_study(writer.folder).runs:
@@ -368,7 +368,7 @@ def test_losses_through_which_no_law_goes_are_named(writer: Writer) -> None:
 
 
 def test_a_fit_that_misses_by_more_than_seeds_explain_is_refused() -> None:
-    """A kink of 0.03 in the second of five lengths, with noise of 0.002, and then with noise of 0.05."""
+    """The second of five lengths has a kink of 0.03, with noise of 0.002 and then of 0.05."""
     lengths = (100, 200, 400, 800, 1600)
     truth = LAW.loss(np.array([*lengths, 480])) + np.array([0, 0.03, 0, 0, 0, 0])
     rng = np.random.default_rng(0)
@@ -412,7 +412,7 @@ def test_a_step_has_no_cost_where_speeds_are_not_comparable(writer: Writer) -> N
 
 
 def test_a_step_has_no_cost_where_the_baseline_has_not_the_arms_length(writer: Writer) -> None:
-    """Another arm, none, connects the two: it has both lengths."""
+    """Another arm, none, connects the two, since it has both lengths."""
     study(writer, arm_lengths=(300,))
     for steps in (250, 300):
         for seed in range(3):

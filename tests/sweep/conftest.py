@@ -1,4 +1,4 @@
-"""A tiny run, many of which make a study of seconds."""
+"""A run so small that a study of many takes seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.core.plugins import Plugins
 
-Plugins.instance()  # it executes the modules of hydra_plugins anew: whoever imported one before has other classes
+Plugins.instance()  # executes the modules of hydra_plugins again: earlier imports would have other classes
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Jobs of SLURM and Ray, without either: commands of SLURM's names on PATH, and a stand-in for Ray's module."""
+"""SLURM and Ray jobs without either: fake SLURM commands on PATH, and a stand-in for Ray's module."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SLURM = {"launcher": {"_target_": "of.submitit.SlurmLauncher", "submitit_folder"
 LOCAL = {"launcher": {"_target_": "of.submitit.LocalLauncher"}}
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 
-# One job, 77, whose process has no parent here. $FAKE has its script, its process's id and what scontrol was asked.
+# There is one job, 77, and its process has no parent here. $FAKE has its script, process id and scontrol's arguments.
 COMMANDS = {
     "sbatch": """
         cp "$1" "$FAKE/job.sh"
@@ -58,7 +58,7 @@ COMMANDS = {
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """$FAKE; its commands are found before others of the name."""
+    """The folder $FAKE, which precedes all others in PATH."""
     fake = tmp_path / "slurm"
     fake.mkdir()
     for name, script in COMMANDS.items():
@@ -71,7 +71,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def asked(fake: Path) -> list[str]:
-    """What scontrol was asked."""
+    """Return the arguments of each call of scontrol."""
     file = fake / "asked"
     return file.read_text().splitlines() if file.exists() else []
 
@@ -97,8 +97,8 @@ def descendants(process: int) -> list[int]:
 def test_a_job_that_slurm_stops_is_requeued_and_makes_the_rest_of_its_runs(
     number: signal.Signals, workers: int, begun: int, requests: list[str], tiny: list[str], slurm: Path, tmp_path: Path
 ) -> None:
-    """Every process of the job gets the signal; USR2 is submitit's own. Runs under way are saved, each by the process
-    that makes it, and resumed by the second attempt; others follow."""
+    """Every process of the job gets the signal; USR2 is submitit's own. Each process saves its running run. The second
+    attempt resumes these, and then makes the others."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     typed = ["hydra/launcher=slurm", "hydra.launcher.runs_per_job=2", f"sweep.workers={workers}", *tiny, "seed=0,1"]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *typed, "trainer.steps=800", "trainer.eval_every=800"]
@@ -122,7 +122,7 @@ def test_a_job_that_slurm_stops_is_requeued_and_makes_the_rest_of_its_runs(
 
 @pytest.fixture
 def requeued(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A job that submitit has submitted to SLURM, with what its handler of SIGUSR2 was called for."""
+    """A job submitted to SLURM by submitit; returns the signals that its SIGUSR2 handler was called with."""
     called: list[int] = []
 
     def handler(number: int, frame: object) -> None:
@@ -139,7 +139,7 @@ def requeued(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]
 def test_only_a_job_of_submitit_s_is_queued_again(
     slurm: Path, requeued: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a script's own job, nor that of a shell in which submitit starts processes of this machine."""
+    """A user's own SLURM job is left alone, even if submitit starts local processes in it."""
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     cluster.queue_again()
     monkeypatch.delenv("SUBMITIT_EXECUTOR")
@@ -153,7 +153,7 @@ def test_only_a_job_of_submitit_s_is_queued_again(
 def test_of_an_array_the_task_alone_is_asked_about(
     slurm: Path, requeued: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SLURM_JOB_ID of its last task is also the id of the whole array, which would be queued again with it."""
+    """The SLURM_JOB_ID of the last task is also the id of the whole array: all of it would be requeued."""
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     cluster.queue_again()
@@ -173,7 +173,7 @@ def test_a_job_that_was_cancelled_is_not_queued_again(
 def test_a_job_that_cannot_be_queued_again_says_why(
     slurm: Path, requeued: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cluster may forbid it. The job then ends as one that was stopped and saved."""
+    """A cluster may forbid requeueing. The job then ends like one that was stopped and saved."""
     (slurm / "broken").touch()
     monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(job=SimpleNamespace(num=0)))
     nothing: Any = None
@@ -185,7 +185,7 @@ def test_a_job_that_cannot_be_queued_again_says_why(
 
 
 def test_without_srun_nothing_is_handed_to_slurm(tiny: list[str], tmp_path: Path) -> None:
-    """Exit 2 with the way out, before anything is written; also by the plugin's own name."""
+    """It exits with 2 and names the way out, before anything is written; also under the plugin's own name."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     for choice in ("slurm", "submitit_slurm"):
         done = subprocess.run(
@@ -210,7 +210,7 @@ def test_runs_per_job_is_a_whole_number(given: object) -> None:
 
 
 def test_a_group_of_runs_is_not_given_to_several_tasks() -> None:
-    """Each of them would make every run of it."""
+    """Each task would make every run of the group."""
     settings = {"launcher": SLURM["launcher"] | {"nodes": 2, "tasks_per_node": 8}}
     assert cluster.check_group(1, settings) == 1
     assert cluster.check_group(64, SLURM) == 64
@@ -222,7 +222,7 @@ def test_a_group_of_runs_is_not_given_to_several_tasks() -> None:
 def test_the_script_of_the_documentation_requeues_what_was_stopped(
     code: int, requests: list[str], slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plain job of SLURM, which submitit knows nothing of."""
+    """This is a plain SLURM job, without submitit."""
     page = (ROOT / "docs" / "devices.md").read_text("utf-8")
     (script,) = [block for block in page.split("```")[1::2] if "#SBATCH" in block]
     (slurm / "python").write_text(f"#!/bin/bash\nexit {code}\n")
@@ -234,7 +234,7 @@ def test_the_script_of_the_documentation_requeues_what_was_stopped(
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Ray's module, with two nodes: of 8 cores and a GPU each; and a third that has died."""
+    """A stand-in for Ray's module: two nodes with 8 cores and a GPU each, and a third that has died."""
     small = {"CPU": 8.0, "GPU": 1.0, "memory": 1e10, "accelerator_type:H100": 1.0}
     nodes = [{"Alive": True, "Resources": small}] * 2 + [{"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
     started: list[Any] = []
@@ -264,7 +264,7 @@ def on_ray(**remote: Any) -> dict[str, Any]:
 def test_a_task_that_no_node_of_ray_s_can_take_is_refused(
     remote: dict[str, Any], told: str, ray: SimpleNamespace
 ) -> None:
-    """Two nodes with a GPU each have none with two."""
+    """If two nodes have one GPU each, no node has two."""
     with pytest.raises(BadInput, match=told):
         cluster.check_resources(on_ray(**remote))
 
@@ -290,7 +290,7 @@ def test_nobody_but_ray_s_launcher_starts_ray(ray: SimpleNamespace) -> None:
 
 
 def test_the_local_executor_s_folder_names_no_job() -> None:
-    """It would make a folder of the literal name."""
+    """The executor would create a folder with the literal name."""
     assert cluster.without_ids("outputs/a/.submitit/%j") == "outputs/a/.submitit"
     assert cluster.without_ids("outputs/a/.submitit") == "outputs/a/.submitit"
     assert (cluster.is_local(LOCAL), cluster.is_local(SLURM)) == (True, False)

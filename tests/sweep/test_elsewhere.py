@@ -1,4 +1,4 @@
-"""Sweeps whose runs are made by other launchers' processes: results and exit code come from the run folders."""
+"""Sweeps whose runs train in other processes: results and exit code come from the run folders."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def statuses(cwd: Path) -> list[str]:
 
 
 def test_submitit(tiny: list[str], tmp_path: Path) -> None:
-    """By its local executor, a job of two runs and one of one; again: nothing is started.
+    """The local executor gets one job of two runs and one of a single run. The same command again starts nothing.
 
-    That executor makes a folder for jobs of the very name it is given, so it is not given one with a job's id.
+    That executor creates its folder under the literal name, so the name it gets has no job id.
     """
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     command = ["hydra/launcher=slurm_local", "hydra.launcher.runs_per_job=2", *tiny, "trainer.steps=4", "seed=0,1,2"]
@@ -46,7 +46,7 @@ def test_submitit(tiny: list[str], tmp_path: Path) -> None:
 
 
 def test_ray(tiny: list[str], tmp_path: Path) -> None:
-    """By a cluster of this machine with two workers; a run that diverges is no failure."""
+    """The cluster is this machine with two workers. A run that diverges is not a failure."""
     pytest.importorskip("ray", reason="the extra ray is not installed")
     local = ["hydra.launcher.launcher.ray.remote.num_gpus=0", "+hydra.launcher.launcher.ray.init.num_cpus=2"]
     code, out = sweep(
@@ -57,8 +57,8 @@ def test_ray(tiny: list[str], tmp_path: Path) -> None:
 
 
 def test_several_processes_share_a_sweep(tiny: list[str], tmp_path: Path) -> None:
-    """As they would on a machine with several GPUs, here without one; with the environment that Hydra is to set, before
-    they import jax."""
+    """They share it as on a machine with several GPUs. Each has the environment that Hydra is asked to set, before it
+    imports jax."""
     command = ["sweep.workers=2", *tiny, "trainer.steps=4", "seed=0,1,2", "+hydra.job.env_set.JAX_NUM_CPU_DEVICES=2"]
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
@@ -69,7 +69,7 @@ def test_several_processes_share_a_sweep(tiny: list[str], tmp_path: Path) -> Non
 
 
 def test_several_processes_train_each_training_once(tiny: list[str], tmp_path: Path) -> None:
-    """One trains, the others wait for it, and what is to be measured is measured by one of them."""
+    """One trains while the others wait, and only one of them measures what is left to measure."""
     command = ["sweep.workers=2", *tiny, "trainer.steps=4", "trainer.log_every=2,4", "evaluation.windows=8,4"]
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
@@ -77,4 +77,4 @@ def test_several_processes_train_each_training_once(tiny: list[str], tmp_path: P
     (rows,) = (tmp_path / "outputs" / "default").glob("*/evaluations.jsonl")
     assert len(rows.read_text("utf-8").splitlines()) == 1
     assert out.count("trained already in") == 3
-    assert out.count(rows.parent.name) >= 7  # in the table too
+    assert out.count(rows.parent.name) >= 7  # in the table as well

@@ -1,4 +1,4 @@
-"""Runs that differ in numbers alone compile once: counted in what jax itself says that it compiles."""
+"""Runs that differ only in numbers compile once, by jax's own log of what it compiles."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from xattn.system.device import compiled_once, keep_compiled_programs
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRID = ["backend.activation=softmax,sigmoid,none", "optimizer.learning_rate=1e-3,2e-3,4e-3,8e-3", "seed=0,1"]
 CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-# Initialisation, the training step, evaluation, and of sampling the prompt's and each further token's.
+# Initialisation, the training step, evaluation, and for sampling a program for the prompt and one for each next token.
 PROGRAMS = {"init": 3, "step": 3, "score": 3, "_read": 3, "_decode": 3}
 
 
 @pytest.mark.slow
 def test_24_runs_in_one_command_compile_three_of_each_program(tiny: list[str], tmp_path: Path) -> None:
-    """Three activations, four rates, two seeds. Counted are the programs that jax is asked for, also where its cache on
-    disk has them; small operations outside of them may not grow with the runs."""
+    """There are three activations, four rates and two seeds. The programs that jax is asked for are counted, including
+    those in its disk cache. The number of small operations outside of them must not grow with the runs."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "-m", *tiny, *GRID],
         cwd=tmp_path,
@@ -47,7 +47,7 @@ def test_24_runs_in_one_command_compile_three_of_each_program(tiny: list[str], t
 def test_what_another_compiles_is_waited_for_and_other_programs_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock is a file's, so it holds between processes as it does here between threads."""
+    """The lock is on a file, so it works between processes as it does here between threads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     kept = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}

@@ -1,4 +1,4 @@
-"""Runs that train as one program: each is the run that it would be alone, and keeps its own folder and end."""
+"""Packs: each run gives the same result as if it trained alone, and keeps its own folder and end."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_a_run_in_a_pack_is_the_run_alone(tiny: list[str], tmp_path: Path) -> None:
-    """200 steps in float32: every loss within 1e-4, the same steps and files. One that diverges is masked, and tells
-    of the same update."""
+    """Over 200 steps in float32 every loss agrees within 1e-4, and steps and files are the same. A member that diverges
+    is masked, and reports the same update."""
     long = [*tiny, f"trainer.steps={STEPS}", "trainer.log_every=20", "trainer.eval_every=100"]
     long.append("trainer.attention_stats_every=100")
     numbers = [
@@ -76,12 +76,12 @@ def test_a_run_in_a_pack_is_the_run_alone(tiny: list[str], tmp_path: Path) -> No
         assert recorded is not None
         assert recorded["pack"] == [each.folder.name for each in packed]
     losses = [summary["val_loss"] for each in packed if (summary := run_folder.read_summary(each.folder))]
-    assert len(set(losses)) == 3  # and they are not one run three times
+    assert len(set(losses)) == 3  # the members are three different runs
 
 
 @pytest.mark.slow
 def test_one_that_is_pruned_ends_and_the_others_go_on(tiny: list[str], tmp_path: Path) -> None:
-    """With the programs of the test before: packs of three, and one run alone."""
+    """This uses the programs of the test above: packs of three, and one run alone."""
     asked: list[int] = []
 
     def prune(row: Any) -> bool:
@@ -99,7 +99,7 @@ def test_one_that_is_pruned_ends_and_the_others_go_on(tiny: list[str], tmp_path:
     assert (other["status"], other["step"]) == ("done", STEPS)
     assert asked == [50, 100]
     assert rows(first.folder)[-1]["step"] == 100
-    assert train([first]) == [ExitCode.DONE]  # by itself it goes on, and says that the pack is left
+    assert train([first]) == [ExitCode.DONE]  # it continues alone, and records that it left the pack
     again = run_folder.read_summary(first.folder)
     assert again is not None
     assert (again["status"], again["step"], again["packed_with"]) == ("done", STEPS, 1)
@@ -139,10 +139,10 @@ def test_a_pack_that_was_begun_goes_on_with_the_same_members_in_their_places(tin
     for each in pack:
         begun(each, pack, "diverged" if each is jobs[0] else "running")
     queue = deque([jobs[3], jobs[1], jobs[2]])
-    assert take_pack(queue, jobs) == [jobs[3]]  # it is not one of them
+    assert take_pack(queue, jobs) == [jobs[3]]  # not a member of the pack
     assert take_pack(queue, jobs) == pack
     assert not queue
-    # Alone where it is asked for, where a member is not of this study, or where one has left.
+    # A run trains alone if that is asked for, or if a member is not in this study or has left the pack.
     off = [job(tmp_path, *tiny, "sweep.pack=off", f"seed={seed}") for seed in range(4)]
     assert take_pack(deque([off[1], off[2]]), off) == [off[1]]
     assert take_pack(deque([jobs[1], jobs[2]]), jobs[1:]) == [jobs[1]]
@@ -159,16 +159,16 @@ def test_auto_never_packs_on_a_cpu_and_on_a_gpu_small_models(
     assert pack_size(xattn.config.compose([])) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(packing, "_attention", lambda config: [dispatch.row("reference")])
-    assert pack_size(xattn.config.compose(small)) in (16, 32)  # where the measured throughput levels off
+    assert pack_size(xattn.config.compose(small)) in (16, 32)  # the measured throughput levels off here
     assert pack_size(xattn.config.compose([*small, "backend.context_length=256", "trainer.batch_size=32"])) == 1
     assert pack_size(xattn.config.compose(["model=gpt2"])) == 1
     monkeypatch.undo()
     unavailable = ["model.num_layers=4", "backend.implementation=hopper", "sweep.pack=2"]
-    assert pack_size(xattn.config.compose(unavailable)) == 1  # and its start says why
+    assert pack_size(xattn.config.compose(unavailable)) == 1  # its start reports why
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(packing, "_attention", lambda config: [dispatch.row("reference")])
     assert pack_size(xattn.config.compose([*small, "sweep.pack=off"])) == 1
-    for name, packs in (("hopper", True), ("cudnn", False)):  # its vmap is broken in releases of JAX
+    for name, packs in (("hopper", True), ("cudnn", False)):  # the vmap of cudnn is broken in releases of JAX
         monkeypatch.setattr(
             packing, "_attention", lambda config, name=name: [dispatch.row("reference"), dispatch.row(name)]
         )

@@ -1,4 +1,4 @@
-"""A study over patterns of layers, as a person types it: real processes, and what reads the folders afterwards."""
+"""A study over layer patterns, as a user types it: real processes, and then the commands that read the folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GRID = ["backend=none", "backend.every=1,2", "backend.then={activation: softmax,
 
 
 def ran(*command: str, cwd: Path) -> str:
-    """What was printed by a command that ended well."""
+    """Return the output of a command that must succeed."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path, "COLUMNS": "400"}
     done = subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
@@ -28,7 +28,7 @@ def ran(*command: str, cwd: Path) -> str:
 
 @pytest.mark.slow
 def test_a_grid_over_every_trains_and_is_reported(tiny: list[str], tmp_path: Path) -> None:
-    """every=1 is a model whose layers all are ``then``, and its record that of one; every=2 names both kinds."""
+    """With every=1 all layers are ``then``, and the run is recorded with one kind; with every=2 it has both kinds."""
     sizes = ["model.num_layers=2", "trainer.attention_stats_every=10"]
     ran(str(ROOT / "train.py"), "-m", *tiny, *sizes, *GRID, cwd=tmp_path)
     study = tmp_path / "outputs" / "default"
@@ -58,7 +58,7 @@ def test_a_grid_over_every_trains_and_is_reported(tiny: list[str], tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_number_of_one_kind_is_tuned(tiny: list[str], tmp_path: Path) -> None:
-    """A key that then does not have yet is added with a +, in every trial."""
+    """A key that ``then`` does not have yet is added with a + in every trial."""
     pytest.importorskip("optuna", reason="the extra tune is not installed")
     tuned = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "+backend.then.theta=interval(100,200)"]
     pattern = ["model.num_layers=2", "backend=none", "backend.every=2", "backend.then={activation: softmax}"]

@@ -1,4 +1,4 @@
-"""What a sweep leaves of its plan: what is missing, the command that continues, and ``xattn resume``."""
+"""The plan that a sweep leaves: what is missing, the command that continues it, and ``xattn resume``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(xattn.__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sweep is typed in a folder with a train.py."""
+    """Go to a folder with a train.py, where a sweep is typed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").touch()
     type_(monkeypatch, "seed=range(12)")
@@ -82,7 +82,7 @@ def test_a_sweep_of_which_nothing_has_begun_is_shown_too(capsys: pytest.CaptureF
 
 
 def test_a_run_that_another_one_answers_for_is_not_missing(here: Path) -> None:
-    """It has no folder of its own. The sweep that found it answered says so, and so does its plan ever after."""
+    """It has no folder of its own. The sweep that finds it answered records that in the plan, and it stays there."""
     jobs = jobs_of(range(2))
     keep(jobs)
     finish(jobs[0])
@@ -143,7 +143,7 @@ def test_what_is_to_start_over_is_continued_without_starting_over_again(monkeypa
 
 
 def test_a_plan_that_grows_is_complete_only_when_it_has_grown() -> None:
-    """Seeds on demand: how many there are follows from the first of them."""
+    """This is for seeds on demand: their number follows from the first ones."""
     jobs = jobs_of(range(2))
     keep(jobs, grows=True)
     for job in jobs:
@@ -214,7 +214,7 @@ def test_what_cannot_be_resumed_is_refused(here: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_a_sweep_that_lacks_a_run_makes_it_when_it_is_resumed(tiny: list[str], here: Path) -> None:
-    """By real processes: the plan of ``-m``, of ``xattn runs`` and of ``xattn resume`` is one."""
+    """In real processes, ``-m``, ``xattn runs`` and ``xattn resume`` all use the same plan."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The sweeper and the launchers of ``-m`` as Hydra calls them, with a stand-in for what makes the runs."""
+"""The sweepers and launchers of ``-m`` as Hydra calls them, with a stand-in for the training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RATE = "optimizer.learning_rate"
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Job]:
-    """The runs that were to be made in this process."""
+    """The runs that would be trained in this process."""
     monkeypatch.chdir(tmp_path)
     made: list[Job] = []
 
@@ -52,13 +52,13 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Job]:
 
 
 def finish(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)  # Hydra has made that of a launcher's job
+    folder.mkdir(parents=True, exist_ok=True)  # Hydra has created it for a launcher's job
     run_folder.write_summary(folder, {"status": "done", "val_loss": 1.0, "val_bpb": 1.0})
 
 
 @pytest.fixture
 def start(tiny: list[str]) -> Iterator[Callable[..., None]]:
-    """``python train.py -m TINY OVERRIDES``, but for the command line."""
+    """A function that does what ``python train.py -m TINY OVERRIDES`` does, without the command line."""
 
     def start(sweeper: GridSweeper | OptunaSweeper, launcher: Launcher, *overrides: str) -> None:
         hydra = [each for each in overrides if each.lstrip("+").startswith("hydra")]
@@ -80,7 +80,7 @@ def _task(config: DictConfig) -> None:
 
 
 class OtherMachines(Launcher):
-    """In place of SLURM's or Ray's."""
+    """A stand-in for SLURM's or Ray's launcher."""
 
     def __init__(self) -> None:
         self.launched: list[Sequence[str]] = []
@@ -96,9 +96,9 @@ class OtherMachines(Launcher):
 
 
 class AsSubmitit(Launcher):
-    """In place of submitit's, with jobs that are carried out here, one after the other.
+    """A stand-in for submitit's launcher, which runs the jobs here, one after the other.
 
-    before: called with the number of the job that is next.
+    ``before`` is called before each job, with its number.
     """
 
     def __init__(self, before: Callable[[int], None] = lambda number: None) -> None:
@@ -130,7 +130,7 @@ class AsSubmitit(Launcher):
 
 
 class Noted(Launcher):
-    """Notes what is to be launched, and composes nothing."""
+    """Records what it is asked to launch, and composes nothing."""
 
     def __init__(self) -> None:
         self.jobs: list[list[str]] = []
@@ -144,7 +144,7 @@ class Noted(Launcher):
 
 
 class Heard(Callback):
-    """What Hydra tells a callback of the user's own."""
+    """A user's callback that records the calls of Hydra."""
 
     told: ClassVar[list[tuple[str, Any]]] = []
 
@@ -164,7 +164,7 @@ def optuna_sweeper(**options: Any) -> OptunaSweeper:
 def test_the_arms_of_a_sweep_have_as_many_parameters(
     made: list[Job], start: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each by an mlp_dim of its own, which the table shows and the name of the folder is made from."""
+    """Each arm gets its own mlp_dim, which is shown in the table and used in the folder's name."""
     sweep = ("backend.decay=none,input", "model.output_gate=none,channel", "model.parameters=20000")
     start(GridSweeper(), XattnLauncher(), *sweep)
     sizes = [num_params(job.config.model, job.config.backend, vocab_size=256) for job in made]
@@ -198,7 +198,7 @@ def test_trials_are_made_where_the_launcher_makes_them(made: list[Job], start: C
 
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[Job]]:
-    """The runs that each job of a launcher was to make together."""
+    """The runs that each job of a launcher would train together."""
     monkeypatch.chdir(tmp_path)
     grouped: list[list[Job]] = []
 
@@ -215,7 +215,7 @@ def grouped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[Job]]:
 def test_a_job_carries_runs_of_one_program(
     grouped: list[list[Job]], start: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As many as are asked for; and each is made with its own config, however the sweep orders them."""
+    """A job has as many as asked for, and each run has its own config in whatever order the sweep has them."""
     others = AsSubmitit()
     start(GridSweeper(), ElsewhereLauncher(others, 2), "seed=0,1", "backend.activation=softmax,sigmoid")
     assert len(others.launched) == 2
@@ -229,7 +229,7 @@ def test_a_job_carries_runs_of_one_program(
 def test_runs_of_a_job_are_as_hydra_has_them(
     grouped: list[list[Job]], start: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each with its number in the sweep, by which a folder may be named, and with its callbacks; not the job."""
+    """Each run, and not the job, has a number in the sweep, which may name its folder, and gets the callbacks."""
     monkeypatch.setattr(Heard, "told", [])
     (tmp_path / "outputs" / "default").mkdir(parents=True)
     finish(tmp_path / "outputs" / "default" / "run0")
@@ -263,7 +263,7 @@ def test_runs_that_cannot_share_a_process_are_not_put_into_one_job(
 def test_a_job_that_is_queued_again_starts_nothing_over(
     runs_per_job: int, begun: str, resume: str, grouped: list[list[Job]], start: Callable[..., None], tmp_path: Path
 ) -> None:
-    """``resume=never`` moves the run of an earlier command aside, and not what this command's first attempt began."""
+    """``resume=never`` moves an earlier command's run aside, but not one that this command's first attempt began."""
     study_folder, seen = tmp_path / "outputs" / "default", []
 
     def begin(number: int) -> None:
@@ -301,7 +301,7 @@ def test_runs_that_differ_do_not_share_a_folder(made: list[Job], start: Callable
 
 @pytest.mark.parametrize("values", ["study_sigmoid_bias,study_theta", "choice(study_sigmoid_bias, study_theta)"])
 def test_each_experiment_is_swept_as_its_file_says(values: str, start: Callable[..., None]) -> None:
-    """45 and 50 runs; one more key that is typed multiplies both, and one that both sweep takes the place of theirs."""
+    """They have 45 and 50 runs. A further typed key multiplies both; a typed key that both sweep replaces theirs."""
     noted, typed = Noted(), f"experiment={values}"
     start(GridSweeper(), noted, typed)
     of = [[job for job in noted.jobs if f"experiment={name}" in job] for name in ("study_sigmoid_bias", "study_theta")]
@@ -324,7 +324,7 @@ def test_experiments_that_sweep_nothing_are_one_grid_in_the_order_typed(start: C
 
 
 def test_each_key_varies_by_itself_and_seeds_and_rates_go_with_every_arm(start: Callable[..., None]) -> None:
-    """Also where a key that an experiment sweeps is typed again, with other values or with one."""
+    """This also holds if a swept key is typed again, with other values or with a single one."""
     varied = ["model.conv=null,4", "trainer.steps=2,3", "backend=softmax,none,sigmoid", "seed=0,1"]
     noted = Noted()
     start(
@@ -354,7 +354,7 @@ def test_each_key_varies_by_itself_and_seeds_and_rates_go_with_every_arm(start: 
 
 @pytest.mark.parametrize("seeds", [("3", "12", "3"), ("+3", "x", "1e1", "007")])
 def test_another_seed_is_composed_as_hydra_does(seeds: Sequence[str], start: Callable[..., None]) -> None:
-    """To the letter, what Hydra says of the job itself included."""
+    """The configs are identical, including what Hydra records of the job."""
     hydra = ["hydra.job.config.override_dirname.item_sep=+", "hydra.job.config.override_dirname.kv_sep=."]
     loader = GlobalHydra.instance().config_loader()
     config = loader.load_configuration("config", [*hydra, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
@@ -403,7 +403,7 @@ def test_a_sweep_of_no_runs_says_why(typed: str, told: str, made: list[Job], sta
 def test_the_environment_that_hydra_is_to_set_is_there_for_every_run(
     sweeper: str, start: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Before anything looks at a device, and no longer than the sweep."""
+    """It is set before anything looks at a device, and only until the sweep ends."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XATTN_COPIED", "7")
     seen: list[tuple[str | None, str | None]] = []
@@ -468,7 +468,7 @@ def test_no_run_of_a_sweep_is_called_as_the_folder_of_the_report(made: list[Job]
     [
         (["data.tokenizer=choice(bytes, bpe)"], "val_bpb"),
         (["data.tokenizer=choice(bpe)", "data.vocab_size=interval(300, 400)"], "val_bpb"),
-        (["data.vocab_size=interval(300, 400)"], "val_loss"),  # which bytes have no use for
+        (["data.vocab_size=interval(300, 400)"], "val_loss"),  # bytes do not use it
         (["backend=choice(softmax, none)"], "val_loss"),
     ],
 )
@@ -499,7 +499,7 @@ def test_tokens_that_stand_for_no_bytes_are_not_tuned_against_others(
 def test_an_interval_of_a_key_that_holds_whole_numbers_draws_whole_numbers(
     made: list[Job], start: Callable[..., None]
 ) -> None:
-    """A key that holds any number keeps them all, also where its ends are whole."""
+    """A float key draws from all numbers, even if its ends are whole."""
     start(optuna_sweeper(), XattnLauncher(), "model.mlp_dim=interval(8, 40)", "optimizer.clip_norm=interval(1, 2)")
     assert len(made) == 2
     assert all(8 <= job.config.model.mlp_dim <= 40 for job in made)
@@ -521,7 +521,7 @@ def test_one_bad_run_in_any_batch_and_nothing_begins(
 def test_what_is_bad_for_one_run_alone_starts_none(
     start: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As far as it shows without training: the files of the corpus, the mesh, the attention on these devices."""
+    """This covers all that shows without training: the corpus files, the mesh, the attention on these devices."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "start", lambda jobs: pytest.fail("started"))
     monkeypatch.setattr(study, "make", lambda jobs, start: pytest.fail("started"))
@@ -610,9 +610,9 @@ def test_no_trial_is_drawn_where_the_corpus_is_missing(
 
 
 def test_what_a_launcher_pickles_of_a_run_refers_to_this_package_and_copies_nothing() -> None:
-    """A copy of the object that signals ask would be asked by none: SIGUSR2 to a job of submitit lost its steps."""
+    """Signals would not reach a copy of the interruption object: SIGUSR2 to a submitit job once lost its steps."""
     cloudpickle = pytest.importorskip("cloudpickle", reason="neither the extra slurm nor ray is installed")
-    task = app.hydra_app([]).__wrapped__  # what Hydra hands to its launchers
+    task = app.hydra_app([]).__wrapped__  # Hydra hands this to its launchers
     unpickled = pickle.loads(cloudpickle.dumps(task))
     assert unpickled is not task
     assert [name for name in unpickled.__code__.co_names if name in vars(app)] == ["train_one"]

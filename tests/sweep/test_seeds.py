@@ -1,4 +1,4 @@
-"""Seeds on demand, with results that are made up: how many are asked for, of which arms, and what is said."""
+"""Seeds on demand, with made-up results: how many are asked for, for which arms, and what is printed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def config_of(*overrides: str) -> Config:
 
 
 class Laboratory:
-    """Makes the runs of some arms, each a list of overrides: their folders, with the losses that ``loss`` says."""
+    """Makes run folders for some arms (each a list of overrides), with the losses that ``loss`` returns."""
 
     def __init__(self, outputs: Path, arms: Sequence[Sequence[str]], loss: Loss):
         self.outputs, self.arms, self.loss = outputs, arms, loss
@@ -64,13 +64,13 @@ class Laboratory:
         self.arms = before
 
     def seeds_of(self, key: str) -> dict[object, int]:
-        """The value of a key → how many seeds have been made with it."""
+        """Return the number of seeds that have been made with each value of a key."""
         runs = read_study(self.outputs).runs
         return dict(Counter(run.config[key] for run in runs))
 
 
 def losses(spread: float, effects: dict[object, float], key: str = "backend.activation") -> Loss:
-    """A seed's own noise, shared by all arms, and a run's own, of which differences have this spread."""
+    """Return losses with noise of the seed, shared by all arms, and of the run, whose differences have this spread."""
 
     def loss(config: Config) -> float:
         arm = xattn.config.hashed_values(config)[key]
@@ -89,7 +89,7 @@ TWO = [["backend.activation=softmax"], ["backend.activation=sigmoid"]]
 
 
 def expected(laboratory: Laboratory, half_width: float, pilot: int = 8) -> int:
-    """How many pairs Stein asks for, from the losses of the pilot."""
+    """Return how many pairs Stein's formula asks for, from the losses of the pilot."""
     configs = [job.config for job in laboratory.jobs([(arm, seed) for arm in (0, 1) for seed in range(pilot)])]
     values = np.array([laboratory.loss(config) for config in configs], dtype=float).reshape(2, pilot)
     return pairs_needed(float((values[1] - values[0]).std(ddof=1)), pilot, 1, half_width)
@@ -105,7 +105,7 @@ def test_seeds_are_added_until_the_difference_is_known(tmp_path: Path, capsys: p
     assert f"after 8 seeds: {needed - 8} more seeds, about " in told
     assert "backend.activation: sigmoid is worse than softmax: val_loss +0.0" in told
     assert "where ±0.01 was asked for" in told
-    (effect,) = judge(read_study(laboratory.outputs), Question()).effects  # as xattn report says it later
+    (effect,) = judge(read_study(laboratory.outputs), Question()).effects  # as xattn report finds it later
     assert effect.stage is not None
     assert (effect.stage.pilot, effect.stage.pairs, effect.stage.needed) == (8, needed, needed)
     assert effect.stage.half_width <= 0.01
@@ -150,7 +150,7 @@ def test_a_smaller_half_width_goes_on_and_the_report_says_so(
 
 
 def test_each_arm_has_the_seeds_that_its_own_comparison_takes(tmp_path: Path) -> None:
-    """The baseline those of the arm with the most."""
+    """The baseline has the seeds of the arm with the most."""
     three = [*TWO, ["backend.activation=none"]]
 
     def loss(config: Config) -> float:
@@ -174,7 +174,7 @@ def test_the_budget_ends_it_with_what_there_is(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_rate_is_chosen_by_other_seeds_than_it_is_judged_by(tmp_path: Path) -> None:
-    """Four for all rates, and the pilot and what follows at each arm's best."""
+    """Four seeds train at all rates; the pilot and later seeds train only at each arm's best rate."""
     rates = ("1e-3", "3e-3")
     arms = [[*arm, f"optimizer.learning_rate={rate}"] for arm in TWO for rate in rates]
 
@@ -218,7 +218,7 @@ def test_what_cannot_be_compared_is_refused(arms: list[list[str]], message: str,
 
 
 def test_the_formula_of_two_stages() -> None:
-    """By hand: s₀ of the first four is 1, n₀ − 1 = 3 degrees of freedom."""
+    """Checked by hand: s₀ is the spread of the first four pairs, with n₀ − 1 = 3 degrees of freedom."""
     d = [1.0, -1.0, 0.0, 0.0, 5.0]
     spread = float(np.std(d[:4], ddof=1))
     found = two_stage(d, 4, 2, (0.5,))
@@ -234,7 +234,7 @@ def test_the_formula_of_two_stages() -> None:
 
 
 def test_lengths_of_training_are_no_comparison_beside_an_arm(tmp_path: Path) -> None:
-    """A baseline of more lengths, for what the arm is worth, widens no interval and asks for no seed."""
+    """Training the baseline for more lengths, to value the arm, widens no interval and asks for no seed."""
     laboratory = Laboratory(tmp_path / "study", TWO, losses(0.02, {"sigmoid": 0.03}))
     laboratory.run_study("sweep.half_width=0.01")
     (before,) = judge(read_study(laboratory.outputs), Question()).effects

@@ -1,4 +1,4 @@
-"""A study's order of work, with a stand-in for the run: what is started, what is skipped, what is waited for."""
+"""What a study starts, skips and waits for, and in which order, with a stand-in for the run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_resume_never_starts_what_is_done_again(tmp_path: Path) -> None:
 
 
 def test_jobs_of_one_program_follow_each_other(tmp_path: Path) -> None:
-    """Else a study of more programs than the process keeps compiles them again and again."""
+    """Otherwise a study with more programs than the process keeps would compile them repeatedly."""
     order = [[f"backend={b}", f"seed={s}"] for s in (0, 1) for b in ("softmax", "sigmoid", "none")]
     started, start = recorder(lambda job: ExitCode.DONE)
     run_study(jobs_of(tmp_path, *order), start)
@@ -79,7 +79,7 @@ def test_jobs_of_one_program_follow_each_other(tmp_path: Path) -> None:
 
 
 def test_runs_are_made_in_the_order_typed(tmp_path: Path) -> None:
-    """As far as those of one program can follow each other."""
+    """Runs of one program still follow each other."""
     order = [[f"backend={b}", f"seed={s}"] for b in ("softmax", "none", "sigmoid") for s in (1, 0)]
     started, start = recorder(lambda job: ExitCode.DONE)
     run_study(jobs_of(tmp_path, *order), start)
@@ -104,7 +104,7 @@ def test_one_that_fails_is_told_of_and_the_others_go_on(tmp_path: Path, capsys: 
 def test_one_that_another_process_has_failed_is_not_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Or three processes at a study would use up its three attempts; the same command later tries it again."""
+    """Otherwise three processes would use up its three attempts. A later command tries it again."""
     jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
 
     def fail_the_other(job: Job) -> ExitCode:
@@ -126,7 +126,7 @@ def test_one_that_another_process_has_failed_is_not_tried_again(
 def test_one_that_had_failed_and_another_process_has_made_is_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its old failure is gone from its summary then, and that is no new one."""
+    """Its old failure then disappears from its summary, which is not a new failure."""
     jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
     for job in jobs:
         finish(job, "failed")
@@ -181,7 +181,7 @@ def test_values_of_another_type_hide_no_other_run(
 
 
 def test_what_others_make_can_be_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A signal ends the wait for another launcher's jobs, and a job that failed is told of with its log."""
+    """A signal ends the wait for another launcher's jobs. A failed job is reported with its log."""
     jobs = jobs_of(tmp_path, ["seed=0"], ["seed=1"])
 
     def launch(unfinished: Sequence[Job]) -> None:
@@ -207,7 +207,7 @@ def test_what_others_make_can_be_left(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_one_in_use_is_waited_for_and_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held twice, then free because its process died: it is made here, after everything else."""
+    """It is held twice, and then free because its process died. So it is made here, after everything else."""
     monkeypatch.setattr(study, "_POLL_SECONDS", 0.0)
     held = iter([ExitCode.IN_USE, ExitCode.IN_USE])
     started, start = recorder(lambda job: next(held, ExitCode.DONE) if job.config.seed == 0 else ExitCode.DONE)
@@ -226,7 +226,7 @@ def test_one_in_use_that_its_process_finishes_is_not_started_again(
     def codes(job: Job) -> ExitCode:
         if job.config.seed == 0:
             return ExitCode.IN_USE
-        finish(jobs[0])  # the other process is done meanwhile
+        finish(jobs[0])  # meanwhile the other process finishes
         return ExitCode.DONE
 
     started, start = recorder(codes)
@@ -279,7 +279,7 @@ def test_equals_stand_in_the_order_typed(tmp_path: Path, capsys: pytest.CaptureF
 def test_runs_whose_tokens_differ_are_compared_by_bits_per_byte(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the line of each run, the sweep's table, and the one of ``xattn runs``: bpe has fewer tokens, each dearer."""
+    """This holds for each run's line and both tables (a bpe token costs more loss, but there are fewer tokens)."""
     jobs = jobs_of(tmp_path, ["data.tokenizer=bytes"], ["data.tokenizer=bpe"])
 
     def start(pack: Sequence[Job]) -> list[ExitCode]:
@@ -348,14 +348,14 @@ def test_one_that_is_stopped_has_not_failed(tmp_path: Path, capsys: pytest.Captu
 def test_the_view_tells_how_long_the_rest_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the work of this process alone: of a run that is resumed, what it has not found there."""
+    """The estimate uses only this process's work: for a resumed run, only the steps since it was resumed."""
     now = [100.0]
     monkeypatch.setattr(view.time, "monotonic", lambda: now[0])
     shown = StudyView(4, 1)
     line = shown._progress.tasks[0]
     shown.began(["seed=1"], 20, 10)
     assert line.description == "1 of 4 done, 1 running"
-    now[0] += 30  # of compiling, which says nothing about the rest
+    now[0] += 30  # compiling, which does not count for the rest
     shown.log({"step": 12, "train_loss": 2.0})
     now[0] += 10
     shown.log({"step": 15, "train_loss": 2.0})

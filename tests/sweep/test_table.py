@@ -1,4 +1,4 @@
-"""``xattn runs --json``: what the tables show, for programs."""
+"""``xattn runs --json``: the content of the tables, for programs."""
 
 from __future__ import annotations
 

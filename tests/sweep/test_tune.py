@@ -1,4 +1,4 @@
-"""Tuning: what is drawn, counted, pruned and continued, with a stand-in for the run; and once for real."""
+"""Tuning: what is drawn, counted, pruned and continued, with a stand-in for the run, and once with real runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = {
 
 
 class Runs:
-    """Makes runs at once: the loss is least at a learning rate of 1e-3."""
+    """Makes runs instantly; the loss is lowest at a learning rate of 1e-3."""
 
     def __init__(self, folder: Path):
         self.folder, self.made, self.status = folder, list[tuple[str, ...]](), "done"
@@ -80,7 +80,7 @@ def test_trials_are_counted_and_the_same_command_goes_on_with_the_study(
     assert len(set(runs.made)) == 6
     assert (runs.folder / STORAGE).is_file()
     search(runs, sampler=sampler)
-    assert len(runs.made) == 6  # they are there
+    assert len(runs.made) == 6  # nothing new
     search(runs, sampler=sampler, n_trials=8)
     assert len(set(runs.made)) == 8
     assert "best of 8 trials" in capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_a_grid_is_gone_through_once(runs: Runs) -> None:
     runs.status = "failed"
     search(runs, space | {"seed": Dimension(choices=["3"])}, sampler="grid")
     runs.status = "done"
-    search(runs, space | {"seed": Dimension(choices=["3"])}, sampler="grid")  # failed points are not there
+    search(runs, space | {"seed": Dimension(choices=["3"])}, sampler="grid")  # failed points are drawn again
     assert sorted(runs.made[6:8]) == sorted(runs.made[8:])
     with pytest.raises(BadInput, match=f"{RATE}.*not an interval"):
         search(runs, sampler="grid")
@@ -159,7 +159,7 @@ def test_a_trial_whose_process_died_is_drawn_again_as_it_was(runs: Runs) -> None
 
 
 def test_a_second_terminal_leaves_alone_what_the_first_is_at(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It begins while the first's trial is under way, makes the two others, and then waits."""
+    """It starts during the first one's trial, makes the two others, and then waits."""
     space = {RATE: Dimension(choices=["0.001", "0.01", "0.1"])}
     second = Runs(runs.folder)
 
@@ -183,11 +183,11 @@ def test_a_second_terminal_leaves_alone_what_the_first_is_at(runs: Runs, monkeyp
     tune(Tuning.model_validate(OPTIONS | {"sampler": "grid"}), space, BASE, runs.folder, first)
     assert (len(runs.made), len(second.made)) == (1, 2)
     assert len({*runs.made, *second.made}) == 3
-    assert not list(runs.folder.glob(".tuning-*"))  # nobody is there any more
+    assert not list(runs.folder.glob(".tuning-*"))  # no process is left
 
 
 def test_points_that_no_config_can_have_are_left_out(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a batch too; where all are such, it is bad input."""
+    """This also holds in a batch. If all points are invalid, it is bad input."""
     space = {RATE: Dimension(choices=["0.001", "1", "0.1"])}
 
     def plan(trials: Sequence[list[str]], prunes: Sequence[Any]) -> tuple[list[Path], Callable[[StudyView], None]]:
@@ -204,7 +204,7 @@ def test_points_that_no_config_can_have_are_left_out(runs: Runs, capsys: pytest.
 
 
 def test_another_config_behind_the_same_command_is_another_study(runs: Runs) -> None:
-    """What a run computes counts; how it is made, and the key that is drawn, do not."""
+    """What a run computes matters; how it is made, and the base value of a drawn key, do not."""
     space = {RATE: Dimension(choices=["0.001", "0.01"])}
     for change, made in (("sweep.pack=off", 2), (f"{RATE}=0.5", 2), ("trainer.steps=7", 4)):
         base = xattn.config.compose([change])
@@ -240,7 +240,7 @@ def test_where_none_is_finite_none_is_best(runs: Runs, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 def test_the_same_command_in_another_process_repeats_nothing(tiny: list[str], tmp_path: Path) -> None:
-    """By the command line: an interval and a choice, two trials; again: nothing trains; three asked for: one does."""
+    """Two trials of an interval and a choice train; the same command trains none; with three asked for, one more."""
     root = Path(__file__).resolve().parent.parent.parent
     command = [sys.executable, str(root / "train.py"), "-m", "hydra/sweeper=optuna", *tiny, "trainer.steps=4"]
     command += [f"{RATE}=tag(log, interval(1e-4, 1e-2))", "backend.theta=choice(100, 10000)"]

@@ -1,4 +1,4 @@
-"""The sweep that wandb drives, expanded as its agent does it."""
+"""The sweep for wandb's agent, expanded as the agent does it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SWEEP = Path(__file__).resolve().parent.parent.parent / "conf" / "wandb_sweep.ya
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 def test_the_agents_command_is_one_that_composes(activation: str) -> None:
-    """By the agent's own functions, with values such as it draws; its loop is wandb.wandb_agent.Agent._command_run."""
+    """The agent's own functions expand it, with typical values. Its loop is wandb.wandb_agent.Agent._command_run."""
     sweep = yaml.safe_load(SWEEP.read_text("utf-8"))
     drawn = {"backend.activation": activation, "optimizer.learning_rate": 0.00031622776601683794, "seed": 2}
     assert drawn.keys() == sweep["parameters"].keys()
@@ -35,7 +35,7 @@ def test_the_agents_command_is_one_that_composes(activation: str) -> None:
 
 
 def test_a_pattern_of_layers_is_swept_as_a_string() -> None:
-    """A mapping reaches the command line in Python's syntax, which docs/sweeps.md warns of."""
+    """A mapping would reach the command line in Python's syntax; docs/sweeps.md warns of that."""
     base = ["backend=none", "backend.every=2"]
     for then, composes in (("{activation: softmax}", True), ({"activation": "softmax"}, False)):
         (word,) = create_sweep_command_args({"args": {"backend.then": {"value": then}}})["args_no_hyphens"]

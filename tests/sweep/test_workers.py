@@ -1,4 +1,4 @@
-"""How many processes share a sweep, each with which GPU or core; with stand-ins for the machine."""
+"""How many processes share a sweep, and which GPU or core each has, with stand-ins for the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def jobs_of(outputs: Path, *overrides: str) -> list[Job]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[Seat]]:
-    """The seats of the processes that were to be started, none where the study stays in its own; with two GPUs."""
+    """The seats of the processes of each study; empty if it stays in its own process. The machine has two GPUs."""
     started: list[list[Seat]] = []
     monkeypatch.setattr(workers, "gpus", lambda: ["0", "1"])
     monkeypatch.setattr(workers, "check_devices", lambda jobs: None)
@@ -52,7 +52,7 @@ def test_auto_is_a_process_for_each_gpu_unless_a_run_is_over_several(started: li
 def test_auto_is_a_process_for_each_core_where_a_run_computes_with_one_thread(
     started: list[list[Seat]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And has it to itself. Runs with other threads than these are made after them, by a process of their own."""
+    """Each has its core to itself. Runs with another number of threads train afterwards in their own process."""
     monkeypatch.setattr(workers, "gpus", list)
     monkeypatch.setattr(workers, "cores", lambda: [3, 5, 6])
     monkeypatch.setattr(workers, "compute_with", lambda threads: None)
@@ -61,7 +61,7 @@ def test_auto_is_a_process_for_each_core_where_a_run_computes_with_one_thread(
     for jobs in (one, all_cores, one[:1], jobs_of(tmp_path, "trainer.threads=1", "sweep.workers=2"), [*one, *two]):
         run_study(jobs)
     assert started == [[Seat(core=3), Seat(core=5)], [], [], [Seat(), Seat()], [Seat(core=3), Seat(core=5)], [Seat()]]
-    monkeypatch.setattr(workers, "cores", list)  # where no process is kept to a core
+    monkeypatch.setattr(workers, "cores", list)  # a system that cannot pin processes
     run_study(one)
     assert started[-1] == []
 
@@ -69,7 +69,7 @@ def test_auto_is_a_process_for_each_core_where_a_run_computes_with_one_thread(
 def test_resume_never_is_once_a_command(
     started: list[list[Seat]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else each of the processes would move aside what another has just made."""
+    """Otherwise each process would move aside what another has just made."""
     handed: list[Job] = []
     monkeypatch.setattr(workers, "_train_in_processes", lambda jobs, unfinished, *_: handed.extend(unfinished))
     jobs = jobs_of(tmp_path, "resume=never")
@@ -92,7 +92,7 @@ def test_the_gpus_are_those_that_jax_would_use(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: SimpleNamespace(stdout=listed, returncode=0))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert gpus() == []  # jax for CPUs alone, whatever cards there are
+    assert gpus() == []  # jax is for CPUs only, whatever cards exist
     plugins.append(SimpleNamespace(name="xla_cuda12"))
     assert gpus() == ["0", "1"]
     for platforms, found in (("cpu", []), ("cpu,cuda", []), ("cuda,cpu", ["0", "1"]), ("tpu", [])):
@@ -105,8 +105,8 @@ def test_the_gpus_are_those_that_jax_would_use(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_config_that_a_worker_unpickles_has_all_its_keys() -> None:
-    """A worker composes none before it. Its config.yaml lacked the keys of the optimizer and the data, so that the run
-    could neither be resumed nor loaded."""
+    """A worker composes no config before. Once, its config.yaml lacked the keys of the optimizer and the data, so the
+    run could be neither resumed nor loaded."""
     config = xattn.config.compose(["optimizer=muon", "data=mqar"])
     program = (
         "import pickle, sys; config = pickle.load(sys.stdin.buffer); import xattn.config as c; "

@@ -1,4 +1,4 @@
-"""Programs of a few tokens compile for longer than they run: they are compiled with little optimisation."""
+"""Compile with little optimisation: programs of a few tokens take longer to compile than to run."""
 
 from __future__ import annotations
 

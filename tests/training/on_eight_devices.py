@@ -1,4 +1,4 @@
-"""What holds on eight devices: run by test_sharding.py in a process that has them."""
+"""Tests for eight devices; test_sharding.py runs them in a process that has eight."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def trained(run: Programs, state: TrainState, first: int, last: int) -> tuple[Tr
 
 @cache
 def alone(*overrides: str) -> tuple[list[float], float]:
-    """One device's losses of each step, and of the evaluation at the end."""
+    """Return one device's loss at each step, and that of the evaluation at the end."""
     run = compiled(*overrides)
     state, losses = trained(run, run.init(hyperparameters(config_of(*overrides))), 0, STEPS)
     return losses, score(run, state)
@@ -77,13 +77,13 @@ def test_the_loss_is_one_devices_at_each_step(mesh: tuple[str, ...]) -> None:
     run = compiled("backend=sigmoid", *mesh)
     state, losses = trained(run, run.init(hyperparameters(config_of("backend=sigmoid"))), 0, STEPS)
     np.testing.assert_allclose(losses, one, rtol=1e-5)
-    assert one[-1] < one[0] - 0.5  # it learns: the same loss twice would say little
+    assert one[-1] < one[0] - 0.5  # it learns: two constant losses would agree anyway
     np.testing.assert_allclose(score(run, state), evaluated, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", [MIXED, ("parallel=context", "parallel.data=2")], ids=["mixed", "context"])
 def test_products_of_bfloat16_are_one_devices_but_for_their_sums_order(mesh: tuple[str, ...]) -> None:
-    """The context mesh rounds in another way. Float32's losses are further away."""
+    """The context mesh rounds differently. The losses of float32 are further away."""
     one, evaluated = alone("backend=sigmoid", "model.matmul_precision=bfloat16")
     run = compiled("backend=sigmoid", "model.matmul_precision=bfloat16", *mesh)
     state, losses = trained(run, run.init(hyperparameters(config_of("backend=sigmoid"))), 0, STEPS)
@@ -111,7 +111,7 @@ CONTEXT_AND_HEADS = ("parallel.context=4", "parallel.tensor=2")
 def test_a_split_sequence_computes_the_same_where_nothing_is_gathered(
     meaning: tuple[str, ...], computed: tuple[str, ...]
 ) -> None:
-    """The neighbours' states, or their keys and values in turn; a batch in parts, and heads split too."""
+    """Devices pass on states, or keys and values in turn. A batch in parts and split heads are covered too."""
     one, evaluated = alone(*meaning)
     run = compiled(*meaning, *computed)
     state, losses = trained(run, run.init(hyperparameters(config_of(*meaning))), 0, STEPS)
@@ -124,7 +124,7 @@ def test_a_split_sequence_computes_the_same_where_nothing_is_gathered(
 def test_a_device_has_its_stretch_of_a_split_sequence_and_no_more(
     activation: str, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of loss and gradient, projections and logits included; where these are made in parts, too."""
+    """This holds for loss and gradient, including projections and logits, even if these are made in parts."""
     monkeypatch.setitem(MOST_LOGITS, "float32", 8 * 1024 * 256 * 4 // parts)
     sizes = ("backend.context_length=1024", "model.embedding_dim=32", "parallel.context=4", "parallel.data=2")
     config = config_of(f"backend={activation}", *sizes)
@@ -158,7 +158,7 @@ def test_state_is_made_and_stays_split_as_the_table_says() -> None:
 
 
 def test_initial_parameters_are_one_devices_to_the_bit() -> None:
-    """Random numbers that depended on the mesh would be another run."""
+    """If random numbers depended on the mesh, it would be another run."""
     hyper = hyperparameters(config_of())
     one, spread = compiled("backend=sigmoid").init(hyper), compiled("backend=sigmoid", *MIXED).init(hyper)
     assert state_sha256(one.params, one.opt_state) == state_sha256(spread.params, spread.opt_state)
@@ -181,8 +181,8 @@ def test_a_checkpoint_goes_on_another_mesh(order: tuple[tuple[str, ...], ...], t
 
 
 def test_layers_of_two_kinds_are_one_devices_and_go_on_another_mesh(tmp_path: Path) -> None:
-    """From states and a ring along the sequence, heads split too, to a mesh of every other axis; with a bias that the
-    layers of one kind alone learn, and a layer after the last period."""
+    """The run moves from states and a ring along the sequence, with split heads, to a mesh of every other axis. Only
+    the layers of one kind learn a bias, and one layer follows the last period."""
     meaning = ("backend=sigmoid", "backend.sigmoid_bias=learned", "backend.every=2", "model.num_layers=3")
     kinds = (*meaning, "backend.then={activation: none}")
     split = (
@@ -214,9 +214,9 @@ def test_layers_of_two_kinds_are_one_devices_and_go_on_another_mesh(tmp_path: Pa
 
 
 def test_all_terms_are_one_devices_with_rows_sequence_heads_and_parameters_split() -> None:
-    """Decaying states from device to device, a ring with a sink, convolutions over the stretches' borders, the first
-    layer's values; in layers of two kinds, with one after the last period. No output_norm: what ``exclusive`` leaves
-    can be small, and a norm makes its rounding large."""
+    """Decaying states pass between devices, a ring has a sink, convolutions cross the borders of stretches, and layers
+    use the first layer's values. Layers are of two kinds, with one after the last period. There is no output_norm: what
+    ``exclusive`` leaves can be small, and a norm would magnify its rounding."""
     meaning = (
         *("backend=none", "backend.decay=input", "backend.input_gate=sigmoid", "backend.rotary_fraction=0.5"),
         *("model.num_layers=3", "model.conv=3", "model.value_residual=first", "model.exclusive=true"),
@@ -257,7 +257,7 @@ LAYERS = {"backend=smollm3": 4, "backend=hybrid": 4, "experiment=qwen3_next_like
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_presets_steps_are_one_devices(preset: str) -> None:
-    """With rows, sequence and heads split."""
+    """Rows, sequence and heads are split."""
     own = [preset, f"model.num_layers={LAYERS.get(preset, 2)}"]
     if config_of(*own).backend.window is not None:
         own.append("backend.window=6")

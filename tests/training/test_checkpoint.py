@@ -1,4 +1,4 @@
-"""Checkpoints of older versions: what they lack, and what they must not lack."""
+"""Checkpoints of older versions: what they may and may not lack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xattn.training.programs import Hyperparameters, TrainState
 
 
 class BeforeLogitScale(NamedTuple):
-    """The hyperparameters of a layer as commit 968f896 had them."""
+    """A layer's hyperparameters as of commit 968f896."""
 
     theta: Any
     sigmoid_bias: Any
@@ -45,7 +45,7 @@ def saved_and_restored(folder: Path, saved: TrainState, asked: TrainState) -> An
 
 @pytest.mark.parametrize("kinds", [False, True], ids=["one kind", "two kinds"])
 def test_a_number_that_an_older_checkpoint_lacks_is_the_runs_own(kinds: bool, tmp_path: Path) -> None:
-    """What the checkpoint has stays as it was saved."""
+    """The checkpoint's own numbers stay as saved."""
     old: Any = {"backend": OLD, "then": OLD} if kinds else OLD
     new: Any = {"backend": NEW, "then": NEW._replace(logit_scale=jnp.float32(5.0))} if kinds else NEW
     found = saved_and_restored(tmp_path, state_of(old), state_of(new)).tree

@@ -1,4 +1,4 @@
-"""A batch's gradient in parts is its gradient at once; and a step that does not fit is refused before it is made."""
+"""Gradient accumulation equals the gradient of the whole batch, and a step that does not fit in memory is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = [
     *("model.mlp_dim=8", "trainer.batch_size=6", "optimizer=sgd", "optimizer.momentum=0"),
 ]
 _random = np.random.default_rng(0)
-# Weights that differ between the parts: a mean of the parts' means would be another number.
+# The weights differ between the parts, so that a mean of the parts' means would be wrong.
 WINDOWS = Windows(_random.integers(0, 7, (6, 9), dtype=np.int32), (_random.random((6, 8)) ** 3).astype(np.float32))
 
 
@@ -102,7 +102,7 @@ def test_of_a_containers_memory_only_what_it_has_not_used_is_available(
         return memory._machine_bytes()
 
     monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
-    assert memory._machine_bytes() > 1e6  # no such files
-    assert available("100000", 70_000) == 50_000  # the page cache is given back
+    assert memory._machine_bytes() > 1e6  # there are no such files yet
+    assert available("100000", 70_000) == 50_000  # the page cache counts as available
     assert available("100000", 130_000) == 0
     assert available("max", 70_000) > 1e6

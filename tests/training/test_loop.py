@@ -1,4 +1,4 @@
-"""The loop: which rows it writes, whose figures they are, what it saves, and where it stops."""
+"""The loop: which rows it writes, which update their numbers belong to, what it saves, and where it stops."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WINDOWS = evaluation_windows(TEXT[:300], context_length=8, batch_size=4, windows
 
 
 class Rows(list[Mapping[str, Any]]):
-    """A tracker that remembers."""
+    """A tracker that keeps its rows."""
 
     def log(self, row: Mapping[str, Any]) -> None:
         self.append(dict(row))
@@ -77,7 +77,7 @@ def run(
 
 
 def test_rows_are_written_at_their_steps_with_the_figures_of_that_update(compiled: Programs, tmp_path: Path) -> None:
-    """Compared with stepping by hand: a training row's loss is its own update's, an evaluation is of what came out."""
+    """Compared with stepping by hand: a training row has its update's own loss, an evaluation row that after it."""
     progress = fresh(compiled)
     rows = run(compiled, progress, tmp_path)
     assert [row["step"] for row in rows] == [3, 4, 6, 8, 9, 11]
@@ -124,7 +124,7 @@ def test_an_update_that_is_not_finite_between_two_rows_is_named(compiled: Progra
     rows = run(compiled._replace(step=step), progress, tmp_path)
     assert [row["step"] for row in rows] == [3, 4, 6]
     assert (progress.halted_at, progress.step) == (7, 6)
-    assert len(calls) == 8  # nobody looks before the next row
+    assert len(calls) == 8  # the loop looks only at the next row
     state = fresh(compiled).state
     for number in range(6):
         state, _ = compiled.step(state, BATCHES(number))
@@ -162,7 +162,7 @@ def test_a_run_of_one_step_logs_evaluates_and_saves(compiled: Programs, tmp_path
 
 
 def test_before_a_checkpoint_has_its_name_somebody_may_do_something(compiled: Programs, tmp_path: Path) -> None:
-    """And where that fails there is none."""
+    """If ``before_commit`` fails, there is no checkpoint."""
     state, seen = fresh(compiled).state, []
 
     def look() -> None:
@@ -207,7 +207,7 @@ def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_bits(compiled: Prog
 
 
 def test_probes_are_in_the_rows_and_change_no_bit(compiled: Programs, tmp_path: Path) -> None:
-    """Every evaluation's row has them, and the last values are kept; state and losses are those of a run without."""
+    """Every evaluation row has them, and the last values are kept. State and losses equal those of a run without."""
     plain, probed = fresh(compiled), fresh(compiled)
     rows = run(compiled, plain, tmp_path / "plain")
     data = RunData(BATCHES, WINDOWS, ByteTokenizer(), "", "")
@@ -227,7 +227,7 @@ def test_probes_are_in_the_rows_and_change_no_bit(compiled: Programs, tmp_path: 
 
 
 def test_a_run_restored_from_its_last_step_has_ended(compiled: Programs, tmp_path: Path) -> None:
-    """Killed between its last save and its summary, it has nothing left to train."""
+    """A run killed between its last save and its summary has nothing left to train."""
     done = fresh(compiled)
     run(compiled, done, tmp_path, steps=3)
     assert run(compiled, done, tmp_path, steps=3) == []
@@ -275,7 +275,7 @@ def test_every_file_and_folder_of_a_checkpoint_is_synced_before_it_has_its_name(
 
 
 def test_the_fingerprint_of_a_state() -> None:
-    """By hand, for a tree of two leaves; and any bit, dtype, shape or name changes it."""
+    """It is checked by hand for a tree of two leaves. A change of any bit, dtype, shape or name changes it."""
     import hashlib
 
     leaf = np.arange(3, dtype=np.float32)

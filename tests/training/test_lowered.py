@@ -1,7 +1,7 @@
-"""The program of a training step is a fixed thing: what an edit does to it shows up in review.
+"""The program of a training step is pinned, so that any change to it shows up in review.
 
-The digest is of the lowered step (StableHLO), before any compiler of a platform sees it, so it is the same on every
-machine; another jax may lower the same mathematics otherwise, so each release has digests of its own.
+The digest is of the lowered step (StableHLO), before any platform's compiler, so it is the same on every machine.
+Another jax may lower the same mathematics differently, so each release has its own digests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES = {
 
 
 def lowered(*overrides: str) -> str:
-    """SHA-256 of a tiny model's training step as StableHLO, lowered for a CPU."""
+    """Return the SHA-256 of a tiny model's training step as StableHLO, lowered for a CPU."""
     tiny = ("trainer=debug", "model.embedding_dim=16", "model.num_layers=2", "model.mlp_dim=16", "trainer.batch_size=2")
     config = shaping(compose([*tiny, "backend.context_length=16", *overrides]))
     one = _one_run(config, 11, layout_of(config))
@@ -43,7 +43,7 @@ def lowered(*overrides: str) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_step_is_the_golden_one(case: str) -> None:
-    """To renew or to add a release's digests, from the repository's root:
+    """To update or add a release's digests, run this from the repository's root:
 
     python -m tests.training.test_lowered
     """
@@ -56,7 +56,7 @@ def test_the_step_is_the_golden_one(case: str) -> None:
 
 
 def test_another_program_has_another_digest() -> None:
-    """The test above would see a scale or a mask that changed."""
+    """The test above would notice a changed scale or mask."""
     digests = {lowered(*CASES["softmax, none"], *more) for more in ((), ("backend.window=3",), ("model.qk_norm=none",))}
     assert len(digests) == 3
     assert lowered(*CASES["softmax, none"], "backend.theta=3", "optimizer.learning_rate=1") in digests

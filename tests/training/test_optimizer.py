@@ -1,4 +1,4 @@
-"""Schedules at their ends, and optimizers that go by a parameter's role, never by its number of axes."""
+"""Schedules at their ends, and optimizers that depend on a parameter's role, never on its number of axes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYERS = 3
 
 
 def tree(seed: int) -> dict[str, Any]:
-    """Parameters, or gradients, with every role, stacked over three layers as the model has them."""
+    """Return parameters (or gradients) of every role, stacked over three layers like the model's."""
     random = np.random.default_rng(seed)
 
     def array(*shape: int) -> jax.Array:
@@ -71,7 +71,7 @@ def factors(name: str, steps: int, warmup: float = 0.1, decay: float = 0.2, fina
     ],
 )
 def test_schedules_at_known_places(name: str, known: dict[int, float]) -> None:
-    """A hundred updates, ten of them warm-up, from the first that is 1/11 of the peak."""
+    """Of a hundred updates ten are warm-up; the first has 1/11 of the peak."""
     found = factors(name, 100)
     assert found[:10] == pytest.approx([(k + 1) / 11 for k in range(10)], rel=1e-5)
     for step, factor in known.items():
@@ -83,7 +83,7 @@ def test_schedules_at_known_places(name: str, known: dict[int, float]) -> None:
     "fractions", [(0.05, 0.2, 0.1), (0.0, 1.0, 0.0), (0.5, 0.5, 0.0), (0.8, 0.2, 1.0), (0.0, 0.0, 0.0)]
 )
 def test_any_number_of_steps_has_a_schedule(name: str, fractions: tuple[float, float, float]) -> None:
-    """Each update of a run, also of one update, has a rate above 0 and not above the peak."""
+    """Each update has a rate above 0 and at most the peak, even in a run of one update."""
     config = compose([f"schedule={name}"]).schedule
     fields = dict(zip(("warmup_fraction", "decay_fraction", "final_fraction"), fractions, strict=True))
     for steps in (1, 2, 3, 5, 7, 20):
@@ -98,7 +98,7 @@ def test_any_number_of_steps_has_a_schedule(name: str, fractions: tuple[float, f
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_matrices_and_embeddings_decay(name: str) -> None:
-    """Without a gradient what is left is −rate · decay · parameter, or nothing."""
+    """With a zero gradient, the update is −rate · decay · parameter, or zero."""
     params = tree(0)
     zeros = jax.tree.map(jnp.zeros_like, params)
     (updates,) = updates_of(transformation(name, rate=0.5, decay=0.25), params, [zeros])
@@ -142,9 +142,9 @@ def test_muon_orthogonalises_matrices_and_nothing_else() -> None:
 
 
 def keller_jordans(gradients: list[np.ndarray], *, corrected: bool) -> list[np.ndarray]:
-    """``muon_update`` of github.com/KellerJordan/Muon, for a matrix (out, in), but in float64.
+    """Return the updates of github.com/KellerJordan/Muon's ``muon_update`` for a matrix (out, in), but in float64.
 
-    corrected: momentum and gradient are corrected for Adam's bias, as optax does it.
+    With ``corrected``, momentum and gradient are corrected for Adam's bias, as in optax.
     """
     momentum, found = np.zeros_like(gradients[0]), []
     for t, gradient in enumerate(gradients, start=1):
@@ -161,7 +161,7 @@ def keller_jordans(gradients: list[np.ndarray], *, corrected: bool) -> list[np.n
 
 
 def test_muon_differs_from_keller_jordans_as_its_docstring_says() -> None:
-    """The scale, a correction of the first updates, bfloat16 and eps, and nothing else."""
+    """Only the scale, a correction of the first updates, bfloat16 and eps differ."""
     gradients = [tree(seed) for seed in (1, 2, 3)]
     ours = updates_of(transformation("muon", rate=1.0), tree(0), gradients)
     for part, name in (("attention", "query"), ("mlp", "down")):
@@ -171,7 +171,7 @@ def test_muon_differs_from_keller_jordans_as_its_docstring_says() -> None:
         found = [-np.asarray(u["layers"][part][name]["kernel"][0]).T / scale for u in ours]
         np.testing.assert_allclose(found, keller_jordans(each, corrected=True), atol=1e-4)
         plain = keller_jordans(each, corrected=False)
-        np.testing.assert_allclose(found[0], plain[0], atol=1e-4)  # one gradient: only its length differs
+        np.testing.assert_allclose(found[0], plain[0], atol=1e-4)  # after one gradient, only the length differs
         assert np.abs(found[1] - plain[1]).max() > 1e-3
 
 

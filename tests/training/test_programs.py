@@ -1,4 +1,4 @@
-"""The compiled step: what shares one program, what it computes, and what it does with numbers that are not finite."""
+"""The compiled step: what shares one program, what it computes, and how it treats values that are not finite."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def skipping() -> Programs:
 
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
-    """The names of what XLA compiles while a test runs."""
+    """A list that gets an entry for each XLA compilation during a test."""
     seen: list[str] = []
 
     def listen(event: str, duration: float, **_: Any) -> None:
@@ -68,7 +68,7 @@ def fresh(compiled: Programs, *overrides: str) -> TrainState:
 
 
 def copied(state: TrainState) -> TrainState:
-    """The step uses up the state that it is given."""
+    """Copy the state, since the step uses up the one it gets."""
     return jax.tree.map(jnp.array, state)
 
 
@@ -95,7 +95,7 @@ NUMBERS = [
 
 
 def test_numbers_do_not_compile_again(tiny: Programs, compilations: list[str]) -> None:
-    """Learning rate, decay, clip, theta, bias and seed are read by the one program: and each of them is read."""
+    """One program reads learning rate, decay, clip, theta, bias and seed, and each of them has an effect."""
     windows = evaluation_windows(TEXT, context_length=8, batch_size=4, windows=4)[0]
 
     def after_two_updates(*overrides: str) -> tuple[list[float], float]:
@@ -153,7 +153,7 @@ def mixed_of(theta: float, then_theta: float, *more: str) -> Config:
 
 
 def three_updates(compiled: Programs, configs: list[Config]) -> list[list[tuple[float, float, float]]]:
-    """For each run of a pack its loss, gradient norm and parameter norm at each update."""
+    """Return the loss, gradient norm and parameter norm at each update, for each run of a pack."""
     state = compiled.stack([compiled.init(hyperparameters(config)) for config in configs])
     found: list[list[tuple[float, float, float]]] = [[] for _ in configs]
     for _ in range(3):
@@ -164,7 +164,7 @@ def three_updates(compiled: Programs, configs: list[Config]) -> list[list[tuple[
 
 
 def test_numbers_of_either_kind_do_not_compile_again(compilations: list[str]) -> None:
-    """Runs that differ in a kind's theta or bias share the program; and each kind's is read."""
+    """Runs that differ in a kind's theta or bias share the program, and each kind's number has an effect."""
     base = mixed_of(10000, 10000, "seed=3")
     compiled, _ = programs(base, 256)
     alone = three_updates(compiled, [base])
@@ -184,13 +184,13 @@ def test_numbers_of_either_kind_do_not_compile_again(compilations: list[str]) ->
 
 
 def test_runs_of_a_pack_with_two_kinds_are_those_runs_alone() -> None:
-    """Each with its own theta in each kind."""
+    """Each run has its own theta in each kind."""
     configs = [mixed_of(10000, 500), mixed_of(3, 20, "seed=1")]
     alone, _ = programs(configs[0], 256)
     pack, _ = programs(configs[0], 256, size=2)
     expected = [three_updates(alone, [config])[0] for config in configs]
     np.testing.assert_allclose(three_updates(pack, configs), expected, rtol=1e-5)
-    swapped = [mixed_of(500, 10000), mixed_of(20, 3, "seed=1")]  # the kinds' numbers are not each other's
+    swapped = [mixed_of(500, 10000), mixed_of(20, 3, "seed=1")]  # each kind has its own numbers
     assert np.abs(np.subtract(three_updates(pack, swapped), expected)).max(-1).min() > 1e-4
 
 
@@ -211,7 +211,7 @@ PLACES = np.sort(np.argsort(-WEIGHTS, axis=1)[:, :MOST]).astype(np.int32)
     ids=["next tokens", "segments and answers", "everything optional"],
 )
 def test_a_step_is_the_gradient_of_the_mean_loss(windows: Windows, targets: np.ndarray) -> None:
-    """SGD without momentum or clip: parameters − rate · gradient; metrics are of the update that was made."""
+    """For SGD without momentum or clip it is parameters − rate · gradient. The metrics are those of that update."""
     tiny, _ = programs(config_of(), 256, optional=windows.optional)
     state = fresh(tiny, "optimizer.learning_rate=0.5")
 
@@ -249,9 +249,9 @@ def test_the_loss_falls(tiny: Programs) -> None:
 @pytest.mark.parametrize("narrow", ["model.matmul_precision=bfloat16", "model.dtype=bfloat16"])
 @pytest.mark.parametrize("embeddings", ["tied", "untied"])
 def test_in_bfloat16_a_step_is_that_of_float32_but_for_rounding(narrow: str, embeddings: str) -> None:
-    """With the optimisations, which once made products of it that XLA:CPU has no kernel for. The vocabulary and the
-    MLP are wider than the model, and what is transposed differs there. A CPU takes YNNPACK's kernels for them, and in
-    float32 is told to take none."""
+    """The optimisations are on: they once made products that XLA:CPU has no kernel for. The vocabulary and the MLP are
+    wider than the model, which changes what is transposed. A CPU uses YNNPACK's kernels in bfloat16; in float32 they
+    are turned off."""
     overrides = [f"model.embeddings={embeddings}", "model.mlp_dim=24", "optimizer.learning_rate=0.5"]
     steps = []
     for more in ([], [narrow]):
@@ -273,7 +273,7 @@ def test_in_bfloat16_a_step_is_that_of_float32_but_for_rounding(narrow: str, emb
 
 
 def test_a_nan_stops_the_run_at_its_update_and_changes_nothing(tiny: Programs) -> None:
-    """Also where nobody looks for a while: the state keeps the exact update, and what follows changes nothing."""
+    """This holds even if it is noticed later: the state keeps the exact update, and later steps change nothing."""
     state = fresh(tiny)
     for _ in range(3):
         state, _ = tiny.step(state, BATCH)
@@ -305,7 +305,7 @@ def test_an_overflow_is_caught_at_the_first_update_that_is_not_finite(tiny: Prog
 
 
 def test_skip_leaves_an_update_out_and_goes_on(skipping: Programs) -> None:
-    """And the rate of the next update is that of its own number, as its metrics say."""
+    """The next update's rate is that of its own number, and its metrics say so."""
     state, _ = skipping.step(fresh(skipping, "trainer.nonfinite=skip"), BATCH)
     before = copied(state)
     state, metrics = skipping.step(with_theta(state, float("nan")), BATCH)
@@ -330,7 +330,7 @@ def test_skip_gives_up_after_ten_in_a_row(skipping: Programs) -> None:
     start = copied(state.params)
     for _ in range(9):
         state, _ = skipping.step(with_theta(state, float("nan")), BATCH)
-    state, _ = skipping.step(with_theta(state, 100.0), BATCH)  # one that is finite begins the count anew
+    state, _ = skipping.step(with_theta(state, 100.0), BATCH)  # a finite update resets the count
     assert not same_bits(state.params, start)
     assert int(state.skipped) == 0
     kept = copied(state.params)

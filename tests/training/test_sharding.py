@@ -1,5 +1,5 @@
-"""The mesh: what a person may ask for, that every parameter has a rule, and, in processes with eight and four devices
-each, that it computes what one device computes."""
+"""The mesh: which ones are allowed, that every parameter has a rule, and, in processes with eight and four devices,
+that it computes what one device computes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ TERMS = [
     ],
 )
 def test_every_matrix_and_embedding_has_a_rule(model: list[str]) -> None:
-    """A parameter that nobody has thought of would lie whole on each device."""
+    """A parameter without a rule would be whole on every device."""
     config = compose([*TINY, "backend=sigmoid", "backend.sigmoid_bias=learned", "model.mlp_dim=8", *model])
     model, tokens = LanguageModel(config.model, config.backend, 256), jnp.zeros((1, 8), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, LayerHyperparameters(1e4, 0.0))["params"]
@@ -116,10 +116,10 @@ def test_one_device_has_no_mesh() -> None:
 
 @pytest.mark.slow
 def test_eight_devices_compute_what_one_computes(tmp_path: Path) -> None:
-    """The tests of on_eight_devices.py, in a process that has so many.
+    """Run the tests of on_eight_devices.py in a process with eight devices.
 
-    Without the presets, which take minutes: with XLA_FLAGS=--xla_force_host_platform_device_count=8, ``pytest
-    tests/training/on_eight_devices.py`` runs them too. The test of all terms there has what they have.
+    The presets are left out, since they take minutes. With XLA_FLAGS=--xla_force_host_platform_device_count=8, ``pytest
+    tests/training/on_eight_devices.py`` runs them too. The test of all terms there covers what they have.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/training/on_eight_devices.py"]

@@ -1,7 +1,7 @@
 """The front desk of a run: what its folder holds decides whether it is trained, continued, shown or refused.
 
-Importing this module imports no jax, so that "already done" and "in use" are answered at once. jax begins where
-:mod:`xattn.runs.session` is imported.
+Importing this module imports no jax, so that "already done" and "in use" are answered immediately. jax is loaded
+when :mod:`xattn.runs.session` is imported.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     quiet: bool = False,
 ) -> ExitCode:
-    """Train the config's model in the folder ``path``: start, continue, or show what is there already.
+    """Train the config's model in the folder ``path``: start, continue, or show the result that it has already.
 
     Args:
         overrides: what the user typed, for overrides.yaml.
-        stop: asked at each step; True saves and leaves.
+        stop: called at each step; True saves and leaves.
         quiet: show only what went wrong.
 
-    Of several processes (:mod:`xattn.system.hosts`) all call this; they return the same, or fail. Errors that a user
-    can mend are raised as :class:`XattnError`. Any other leaves its traceback in log.txt, a line on the screen, and
-    ExitCode.ERROR.
+    If a run has several processes (:mod:`xattn.system.hosts`), all call this; they return the same, or fail. Errors
+    that a user can fix are raised as :class:`XattnError`. Any other leaves its traceback in log.txt and a line on the
+    screen, and returns ExitCode.ERROR.
     """
     together = hosts.join(
         heartbeat_seconds=config.parallel.heartbeat_seconds,
@@ -61,7 +61,7 @@ def run(
 
 
 def run_pack(jobs: Sequence[Job], *, stop: Callable[[], bool], quiet: bool) -> list[ExitCode]:
-    """:func:`run` for runs that train as one program; return the exit code of each.
+    """Do :func:`run` for runs that train as one program; return the exit code of each.
 
     Their configs share program, data and pace. An error that is raised concerns at least one of them.
     """
@@ -123,7 +123,7 @@ def _show(run: Run, *, quiet: bool) -> ExitCode:
 def _attempt(runs: Sequence[Run], stop: Callable[[], bool]) -> list[ExitCode]:
     """Train the runs, at least one of which is not finished; return the exit code of each.
 
-    Raises :class:`XattnError` for what a user can mend.
+    Raise :class:`XattnError` for what a user can fix.
     """
     at_work = [run for run in runs if not run.is_finished]
 
@@ -156,15 +156,15 @@ def _attempt(runs: Sequence[Run], stop: Callable[[], bool]) -> list[ExitCode]:
         for run in without_result():
             run.failed(error)
     finally:
-        with ThreadPoolExecutor(len(at_work)) as pool:  # each may take wandb's time
+        with ThreadPoolExecutor(len(at_work)) as pool:  # each may wait for wandb
             list(pool.map(Run.part_from_wandb, at_work))
-        for run in at_work:  # after wandb, which may have taken a checkpoint
+        for run in at_work:  # after wandb, which may upload a checkpoint
             run.drop_checkpoints()
     return [run.code for run in runs]
 
 
 def _prepare_jax(config: Config, note: Callable[[str], None]) -> None:
-    """Set what jax reads only once, when it starts, and refuse what it cannot have."""
+    """Set what jax reads only once, when it starts, and refuse settings that it cannot have."""
     hush_libraries(note)
     if config.trainer.deterministic:
         ask_for_determinism()

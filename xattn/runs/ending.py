@@ -76,7 +76,7 @@ def outcome(progress: Progress, *, steps: int) -> tuple[ExitCode, str]:
 
 
 def show_sample(run: Run, tokenizer: Tokenizer, compiled: Programs, state: TrainState) -> None:
-    """Show a sample and keep it, if tokens are text; those of a task are not."""
+    """Show a sample and keep it, if tokens are text; a task's tokens are not."""
     if isinstance(tokenizer, IdTokenizer):
         return
     sample = _sample(compiled, state, tokenizer, run.config.seed)
@@ -101,7 +101,7 @@ def _sample(compiled: Programs, state: TrainState, tokenizer: Tokenizer, seed: i
 
 
 def show_result(run: Run, data: RunData, results: dict[str, Any]) -> None:
-    """Show the loss, and beside it what needs no model."""
+    """Show the loss, and beside it baselines that need no model."""
     run.display.say(f"result      {result_line(results)}")
     scored = data.scored_bytes()
     if scored is None:
@@ -114,7 +114,7 @@ def show_result(run: Run, data: RunData, results: dict[str, Any]) -> None:
 
 def _keep_window_losses(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:
     """Keep the loss of each window, from which a report computes the error that the choice of windows adds."""
-    if progress.of_windows is None:  # the end alone was missing
+    if progress.of_windows is None:  # only the end of the run was missing
         evaluate(compiled, progress, data.windows, data.bytes_per_token())
     assert progress.of_windows is not None
     file = io.BytesIO()
@@ -129,6 +129,6 @@ def _draw_attention(run: Run, data: RunData, compiled: Programs, progress: Progr
 
 
 def _artifact(run: Run, name: str) -> Path:
-    """Return the path of that file among the run's artifacts, whose folder is there then."""
+    """Return the path of that file in the run's folder of artifacts; create the folder."""
     (run.folder / run_folder.ARTIFACTS).mkdir(exist_ok=True)
     return run.folder / run_folder.ARTIFACTS / name

@@ -1,4 +1,4 @@
-"""How a run of a session begins: its data and probes, its place on the devices, and what is open in its folder."""
+"""How a run of a session begins: read its data and probes, record its devices, and open its files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Desk:
 def read_inputs(run: Run, layout: Layout, stop: Callable[[], bool]) -> Inputs:
     """Read the data, and make the probes from them.
 
-    ``stop`` is asked while the corpus is tokenised; True leaves with :class:`Preempted`.
+    ``stop`` is called while the corpus is tokenised; True raises :class:`Preempted`.
     """
     config = run.config
     with run.as_recorded():
@@ -76,7 +76,7 @@ def read_inputs(run: Run, layout: Layout, stop: Callable[[], bool]) -> Inputs:
 def begin(
     run: Run, data: RunData, layout: Layout, choices: Mapping[str, Choice], pack: list[str] | None
 ) -> dict[str, Any]:
-    """Make the folder a run's, and say what computes it; return provenance.json."""
+    """Make the folder a run's, and show what computes its attention; return provenance.json."""
     devices = {
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
@@ -112,7 +112,7 @@ def _by_kind(values: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def open_desk(run: Run, inputs: Inputs, origin: Mapping[str, Any], layout: Layout) -> Iterator[Desk]:
-    """Show the run's progress until it has ended. At the end the last save is done, or raises what went wrong."""
+    """Yield the run's desk, and show its progress. On exit the last save has finished, or raises what went wrong."""
     checkpoints = Checkpoints(
         run.folder / run_folder.CHECKPOINTS,
         belongs_to={

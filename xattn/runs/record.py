@@ -1,6 +1,6 @@
-"""A run whose folder this process holds, and what is on record of it: provenance.json and summary.json.
+"""A run whose folder this process holds, and its records: provenance.json and summary.json.
 
-Importing this module imports no jax: whatever can be judged without it is judged before it is loaded.
+Importing this module imports no jax: everything that can be checked without it is checked before it is loaded.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Run:
 
     Attributes:
         before: the summary that the previous attempt left; empty at a first start.
-        mirror: wandb's, once it is open.
+        mirror: the run's mirror in wandb, once it is open.
         is_finished: whether a previous attempt has brought the run to its end.
-        is_concluded: whether this attempt has.
-        code: the exit code; an error until the run has come to something better.
+        is_concluded: whether this attempt has concluded the run.
+        code: the exit code; an error until the run has a better one.
     """
 
     def __init__(self, job: Job, folder: RunFolder, before: Mapping[str, Any], *, quiet: bool):
@@ -49,7 +49,7 @@ class Run:
         self.is_concluded = False
         self.code = ExitCode[before["status"].upper()] if self.is_finished else ExitCode.ERROR
         self.summary: dict[str, Any] = {"step": 0, "committed_step": None} | dict(before) | {"status": "running"}
-        self._supersedes = job.config.resume == "never" and folder.is_ours()  # moved aside once nothing is refused
+        self._supersedes = job.config.resume == "never" and folder.is_ours()  # moved aside once the new run is accepted
         self._has_begun = False
         self.mirror: WandbMirror | None = None
         self._start = time.perf_counter()
@@ -57,7 +57,7 @@ class Run:
     # ---- before it begins
 
     def refuse(self) -> None:
-        """Raise what can be judged without jax."""
+        """Raise :class:`XattnError` if the run can be refused without loading jax."""
         failures = self.before.get("failures")
         if failures and failures["count"] >= MAX_FAILURES_IN_A_ROW and not changes(failures, provenance()):
             raise XattnError(
@@ -90,7 +90,7 @@ class Run:
     def begin(self, data: RunData, devices: Mapping[str, Any], pack: list[str] | None) -> dict[str, Any]:
         """Make the folder a run's, or continue the run in it; return provenance.json.
 
-        devices: what provenance.json records of them. pack: names of the runs in its pack; None if it trains alone.
+        ``devices`` is recorded there. ``pack`` names the runs of the pack; it is None if the run trains alone.
         """
         if self._supersedes:
             status = (self.folder.summary() or {"status": "not begun"})["status"]
@@ -115,7 +115,7 @@ class Run:
         return origin
 
     def _first_origin(self, here: dict[str, Any], data: RunData) -> dict[str, Any]:
-        """config.yaml comes first: it makes the folder a run's."""
+        """Write the run's first files. config.yaml comes first: it makes the folder a run's."""
         run_folder.write_atomically(self.folder / run_folder.CONFIG, xattn.config.save(self.config))
         run_folder.write_atomically(self.folder / run_folder.OVERRIDES, xattn.config.save_overrides(self.job.overrides))
         if data.tokenizer_json is not None:
@@ -126,7 +126,7 @@ class Run:
         if before["data_sha256"] != data.sha256:
             raise IntegrityError(_other_data(self.config, before, data))
         data.check_tokenizer(self.folder.path)
-        if self.before.get("committed_step") is None:  # nothing has come of that pack yet
+        if self.before.get("committed_step") is None:  # that pack has saved nothing yet
             before = before | {"pack": here["pack"]}
         if not (changed := changes(before, here)):
             return before
@@ -145,7 +145,7 @@ class Run:
         run_folder.write_summary(self.folder.path, self.summary)
 
     def committed(self, step: int) -> None:
-        """Record that a checkpoint of that step is there for good."""
+        """Record that the checkpoint of that step is committed."""
         self.write_summary(step=step, committed_step=step)
 
     # ---- how it ends
@@ -159,8 +159,8 @@ class Run:
         self.display.say(f"run folder  {shown(self.folder.path)}")
 
     def note(self, text: str) -> None:
-        """Write to log.txt, if that can be done at all."""
-        with contextlib.suppress(OSError):  # the disk may be what is full
+        """Write to log.txt, if that is possible."""
+        with contextlib.suppress(OSError):  # the disk may be full
             self.display.note(text)
 
     def refused(self, error: XattnError) -> None:
@@ -172,19 +172,19 @@ class Run:
         self.code = error.exit_code
 
     def failed(self, error: Exception) -> None:
-        """Count failures of one source without a new step between them: the same place is not tried for ever."""
+        """Record a failure. Count those of the same source with no new step between, so that retries end."""
         before, step, here = self.before.get("failures"), self.summary["step"], provenance()
         again = before and before["step"] >= step and not changes(before, here)
         count = before["count"] + 1 if before and again else 1
         same = {key: here[key] for key in ("source_sha256", "versions", "registered") if key in here}
         self.summary |= {"status": "failed", "failures": {"count": count, "step": step} | same}
-        if self.folder.is_ours() and not self._supersedes:  # before that nothing has begun
+        if self.folder.is_ours() and not self._supersedes:  # else nothing has begun here
             self.write_summary()
         self.display.warn(f"{type(error).__name__}: {error}".splitlines()[0])
         self.display.warn(f"the traceback is in {shown(self.folder / run_folder.LOG)}")
 
     def part_from_wandb(self) -> None:
-        """End the run's mirror, which may take wandb's time."""
+        """End the run's mirror; this may wait for wandb."""
         if self.mirror is not None:
             end_mirror(self.mirror, self.config, self.summary, self.code)
 
@@ -195,7 +195,7 @@ class Run:
         folder, keep = self.folder / run_folder.CHECKPOINTS, self.config.trainer.keep
         try:
             keep_only(folder, keep, why=f"trainer.keep={keep}")
-        except OSError as error:  # the run is done all the same
+        except OSError as error:  # the run is done anyway
             self.display.warn(f"warning: {folder}: not all deleted: {error.strerror}")
 
 

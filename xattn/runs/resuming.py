@@ -1,4 +1,4 @@
-"""Where the members of a pack start from: a checkpoint, or the beginning; and how one goes back to either."""
+"""Where the members of a pack start: at a checkpoint or the beginning. A rollback returns a member to either."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Trainee:
 
 
 def newest_of_all(desks: Sequence[Desk], fresh: Mapping[Run, TrainState]) -> dict[Desk, Start]:
-    """Return where each run starts: all at one step.
+    """Return where each run starts; all start at the same step.
 
-    fresh: the state that each run begins with. Raises :class:`IntegrityError` if a run has no checkpoint that its rows
-    of metrics.jsonl reach to.
+    ``fresh`` is the state that each run begins with. Raise :class:`IntegrityError` if rows of metrics.jsonl are lost
+    and no checkpoint is old enough to make them again.
     """
     at_most: int | None = None
     while True:
@@ -61,7 +61,7 @@ def newest_of_all(desks: Sequence[Desk], fresh: Mapping[Run, TrainState]) -> dic
 
 
 def restore(desk: Desk, shapes: TrainState, at_most: int | None) -> Start:
-    """Return the newest whole checkpoint to which metrics.jsonl has all rows, of no later step than ``at_most``."""
+    """Return the newest intact checkpoint, at most at step ``at_most``, that metrics.jsonl has all rows up to."""
     run, team = desk.run, hosts.team()
     if steps := desk.checkpoints.steps():  # the newest may have been renamed into place just before a kill
         run.write_summary(committed_step=steps[-1])  # before a broken one is moved aside
@@ -79,14 +79,14 @@ def restore(desk: Desk, shapes: TrainState, at_most: int | None) -> Start:
 
 
 def _steps_without_row(run: Run, until: int) -> list[int]:
-    """Return the steps up to that one whose row should be in metrics.jsonl and is not."""
+    """Return the steps up to ``until`` whose row is missing from metrics.jsonl."""
     there = read_rows(run.folder / run_folder.METRICS).lines if until else {}
     leaves_row = run.config.trainer.leaves_row
     return [step for step in range(1, until + 1) if leaves_row(step) and step not in there]
 
 
 def _refuse_to_lose(run: Run, lost: Sequence[int]) -> None:
-    """Raise :class:`IntegrityError` if rows are lost that no checkpoint is old enough to make again."""
+    """Raise :class:`IntegrityError` if rows are lost; no checkpoint is old enough to make them again."""
     if lost:
         raise IntegrityError(
             f"{shown(run.folder / run_folder.METRICS)}: the rows of steps {brief(lost)} are lost or "
@@ -133,10 +133,10 @@ def _with_initial_weights(run: Run, state: TrainState) -> TrainState:
 
 
 def rolls_back(trainee: Trainee, compiled: Programs) -> bool:
-    """Answer an update that is not finite by going back to the last checkpoint, without its batch; whether it does.
+    """Roll back to the last checkpoint if an update is not finite, and leave out its batch; return whether it did so.
 
-    Without a checkpoint it goes back to the beginning. The batches before it are seen as they were, so the result does
-    not depend on which checkpoints there are.
+    Without a checkpoint it goes back to the beginning. The earlier batches are seen as before, so the result does not
+    depend on which checkpoints exist.
     """
     desk, member = trainee.desk, trainee.member
     config, progress = desk.run.config, member.progress

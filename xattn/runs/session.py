@@ -1,8 +1,8 @@
-"""The training of a pack: runs that differ in numbers alone and train as one program, most often a single run.
+"""The training of a pack: runs that differ only in numbers and train as one program. Most often it is a single run.
 
-:func:`train_pack` reads down the page. Each run keeps its own folder, rows, checkpoints and end; the corpus, the
+:func:`train_pack` reads from top to bottom. Each run keeps its own folder, rows, checkpoints and end; the corpus, the
 programs and the pace are shared. A resumed pack has the same members in the same places. Members that have ended keep
-their places, where nothing changes any more: so the program is the same, and so are the bits.
+their places, but no longer change. So the program is the same, and so are the bits.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from xattn.training.sharding import layout_of
 def train_pack(runs: Sequence[Run], stop: Callable[[], bool]) -> None:
     """Train the runs that have not finished as one program, each until its end or until ``stop()``.
 
-    The runs share program, data and pace. ``stop`` is asked at each step. Raises :class:`XattnError` for what a user
-    can mend.
+    The runs share program, data and pace. ``stop`` is called at each step. Raise :class:`XattnError` for what a user
+    can fix.
     """
     team = hosts.team()
     at_work = [run for run in runs if not run.is_finished]

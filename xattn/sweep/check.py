@@ -1,7 +1,7 @@
-"""What is wrong with a run of a sweep that its config alone does not show: reported before the first run starts.
+"""Checks before the first run of a sweep starts, for what a run's config alone does not show.
 
-A run that has begun is left to its own start, which tells changed data from bad ones. Importing this module imports no
-jax.
+A run that has already begun is skipped here: its own start can distinguish changed data from bad data. Importing this
+module imports no jax.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from xattn.training.llama import initial_weights
 
 
 def check_data(jobs: Sequence[Job]) -> None:
-    """Raises :class:`BadInput` where the files of a run are unusable at a glance, or wandb has no key for it.
+    """Raise :class:`BadInput` if the files of a run are unusable at a glance, or if wandb has no key for it.
 
-    :class:`IntegrityError` where the weights it starts from have changed since its config was made.
+    Raise :class:`IntegrityError` if the weights that a run starts from have changed since its config was made.
     """
     configs = _fresh(jobs)
     with _none_is_started(jobs):
@@ -37,7 +37,7 @@ def check_data(jobs: Sequence[Job]) -> None:
 
 
 def check_devices(jobs: Sequence[Job]) -> None:
-    """Raises :class:`BadInput` where this process's devices cannot have the mesh or the attention of a run."""
+    """Raise :class:`BadInput` if this process's devices cannot provide the mesh or the attention of a run."""
     configs = _fresh(jobs)
     if not configs:
         return

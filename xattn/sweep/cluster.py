@@ -1,4 +1,4 @@
-"""Jobs of SLURM and Ray: whether there is a cluster, which runs a job carries, where it writes, how it is requeued.
+"""SLURM and Ray jobs: check for a cluster, group runs into jobs, show where jobs write, and requeue them.
 
 Importing this module imports no jax.
 """
@@ -25,16 +25,16 @@ from xattn.system import entry
 from xattn.system.screen import counted, say
 
 _SLURM, _LOCAL, _RAY = ".SlurmLauncher", ".LocalLauncher", ".RayLauncher"
-_SLURM_COMMANDS = ("sbatch", "srun")  # with which submitit submits a job, and starts its process
+_SLURM_COMMANDS = ("sbatch", "srun")  # submitit submits a job by the first, and starts its process by the second
 _SCONTROL_SECONDS = 60
-_ENDING = ("CANCELLED", "COMPLETING")  # after scancel; the second also where SLURM has begun to requeue it itself
-_IN_A_PATH = re.compile("%[jtAa]")  # what submitit replaces in a path by the job's id
+_ENDING = ("CANCELLED", "COMPLETING")  # after scancel; COMPLETING also if SLURM has begun to requeue the job
+_IN_A_PATH = re.compile("%[jtAa]")  # submitit replaces these in a path by the job's id
 
 
 def check_commands(choice: str, settings: Mapping[str, Any]) -> None:
-    """Raises :class:`BadInput` if the launcher submits to SLURM and this machine has no command for that.
+    """Raise :class:`BadInput` if the launcher submits to SLURM and this machine lacks a command for that.
 
-    choice: that of ``hydra/launcher``. settings: the ``hydra.launcher`` it brings.
+    ``choice`` is the value of ``hydra/launcher``, and ``settings`` the ``hydra.launcher`` section that it brings.
     """
     missing = [command for command in _SLURM_COMMANDS if shutil.which(command) is None]
     if _target(settings).endswith(_SLURM) and missing:
@@ -45,10 +45,10 @@ def check_commands(choice: str, settings: Mapping[str, Any]) -> None:
 
 
 def check_group(runs_per_job: object, settings: Mapping[str, Any]) -> int:
-    """Returns ``hydra.launcher.runs_per_job``.
+    """Return ``hydra.launcher.runs_per_job``.
 
-    Raises :class:`BadInput` if it is not a positive whole number, or if several runs are to share a job of several
-    tasks, which would train each run together.
+    Raise :class:`BadInput` if it is not a positive whole number, or if several runs would share a job of several tasks:
+    such a job trains a single run with all its tasks.
     """
     if not isinstance(runs_per_job, int) or isinstance(runs_per_job, bool) or runs_per_job < 1:
         raise BadInput(f"hydra.launcher.runs_per_job = {runs_per_job}: must be a whole number of at least 1")
@@ -64,9 +64,9 @@ def check_group(runs_per_job: object, settings: Mapping[str, Any]) -> int:
 
 
 def check_resources(settings: Mapping[str, Any]) -> None:
-    """Raises :class:`BadInput` if a task of Ray asks for more than any node of the cluster has: Ray would wait for it.
+    """Raise :class:`BadInput` if a Ray task asks for more than any node of the cluster has: Ray would wait for it.
 
-    Starts Ray as its launcher would, which then finds it started. Does nothing for other launchers.
+    Start Ray as its launcher would; the launcher then finds it running. Do nothing for other launchers.
     """
     if not _target(settings).endswith(_RAY):
         return
@@ -90,22 +90,22 @@ def check_resources(settings: Mapping[str, Any]) -> None:
 
 
 def _asked(remote: Mapping[str, Any]) -> dict[str, float]:
-    """Ray's name of each resource that a task with these options asks for → the amount."""
+    """Return how much of each resource a task with these options asks for, by Ray's name of the resource."""
     asked = {"CPU": remote.get("num_cpus", 1), "GPU": remote.get("num_gpus"), "memory": remote.get("memory")}
     asked |= remote.get("resources") or {}
     if kind := remote.get("accelerator_type"):
-        asked[f"accelerator_type:{kind}"] = 0.001  # a node with such a device has 1 of it, as Ray counts
+        asked[f"accelerator_type:{kind}"] = 0.001  # Ray gives a node with such a device 1 of this resource
     return {name: float(amount) for name, amount in asked.items() if amount}
 
 
 def groups(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """The runs of each job, ``size`` of them except in the last: runs of one program stay together."""
+    """Split the runs into jobs of ``size`` runs; the last may have fewer. Runs of one program are neighbours."""
     ordered = by_program(jobs) if size > 1 else list(jobs)
     return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
 
 def say_where(handed: Sequence[Sequence[Job]], settings: Mapping[str, Any]) -> None:
-    """Prints how many runs are handed over, and where they and the jobs that carry them write."""
+    """Print how many runs are handed over, and where they and the jobs that carry them write."""
     runs = [job for group in handed for job in group]
     on_ray = _target(settings).endswith(_RAY)
     to = "Ray" if on_ray else "SLURM" if _target(settings).endswith(_SLURM) else "processes of this machine"
@@ -121,25 +121,25 @@ def say_where(handed: Sequence[Sequence[Job]], settings: Mapping[str, Any]) -> N
 
 
 def begun_since(moment: str, job: Job) -> bool:
-    """Whether the run in the job's folder was begun after that moment, in ISO 8601 and UTC.
+    """Return whether the run in the job's folder began at or after ``moment`` (ISO 8601, UTC).
 
-    With ``resume=never`` the older run is moved aside once for each command: a job that is queued again resumes.
+    ``resume=never`` moves the older run aside once per command: a requeued job resumes.
     """
     origin = run_folder.read_provenance(job.folder) or {}
     return str(origin.get("started_at", "")) >= moment
 
 
 def resuming(job: Job) -> Job:
-    """The job with ``resume=auto``."""
+    """Return the job with ``resume=auto``."""
     return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}))
 
 
 def queue_again() -> None:
-    """Has submitit queue this job of SLURM again, after a stopped run has been saved; then exits.
+    """Have submitit requeue this SLURM job, after a stopped run has been saved; then exit.
 
-    submitit does so by itself at the signal that it has SLURM send ahead of the time limit. This is for the other
-    signals: SIGTERM, with which SLURM preempts, and USR1. Does nothing outside of a job that submitit has submitted to
-    SLURM, and prints a line where SLURM is ending the job, as after ``scancel``.
+    submitit requeues by itself on the signal that SLURM sends ahead of the time limit. This function is for the other
+    signals: SIGTERM, with which SLURM preempts, and USR1. Outside of a job that submitit has submitted to SLURM it does
+    nothing. If SLURM is ending the job, as after ``scancel``, it only prints a line.
     """
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or (job := _job_id(os.environ)) is None:
         return
@@ -152,13 +152,13 @@ def queue_again() -> None:
 
 
 def _job_id(environment: Mapping[str, str]) -> str | None:
-    """The job's id as scontrol takes it. In an array SLURM_JOB_ID alone may name the whole array."""
+    """Return the job's id as scontrol takes it. In an array, SLURM_JOB_ID alone may name the whole array."""
     array, task = (environment.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
 
 
 def _state(job: str) -> str | None:
-    """What SLURM calls the job's state. None if it does not say."""
+    """Return SLURM's name for the job's state; None if SLURM does not report it."""
     command = ["scontrol", "show", "job", job]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_SECONDS)
@@ -169,24 +169,24 @@ def _state(job: str) -> str | None:
 
 
 def tell_not_queued(error: Exception) -> None:
-    """Prints that this job could not be queued again, and why."""
+    """Print that this job could not be requeued, and why."""
     entry.tell(f"the job is not queued again: {first_line(error)}; the same command resumes what it left")
 
 
 def without_ids(folder: str) -> str:
-    """submitit's folder up to where it names the job's id: its local executor makes a folder of the literal name."""
+    """Cut submitit's folder before the job's id: its local executor would create a folder of the literal name."""
     parts = Path(folder).parts
     named = next((i for i, part in enumerate(parts) if _IN_A_PATH.search(part)), len(parts))
     return str(Path(*parts[:named]))
 
 
 def is_local(settings: Mapping[str, Any]) -> bool:
-    """Whether the jobs are processes of this machine, started by submitit's local executor."""
+    """Return whether the jobs are processes of this machine, started by submitit's local executor."""
     return _target(settings).endswith(_LOCAL)
 
 
 def _inner(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the cluster's own launcher, which ours holds."""
+    """Return the settings of the cluster's own launcher, which our launcher wraps."""
     return settings.get("launcher") or settings
 
 

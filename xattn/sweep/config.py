@@ -1,4 +1,4 @@
-"""What a person chooses about how a sweep runs. Importing this module imports no jax."""
+"""The config section ``sweep``. Importing this module imports no jax."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from xattn.section import Section
 
 
 class SweepConfig(Section):
-    """The group ``sweep``. It changes how fast runs are made and nothing of what they compute."""
+    """The group ``sweep``: it changes how fast runs are made, and nothing that they compute."""
 
     pack: Literal["auto", "off"] | PositiveInt
-    """Number of runs, differing in numbers alone, that train as one program; ``auto`` packs small models on a GPU,
-    never on a CPU.
+    """Number of runs that train together as one program, if they differ only in numbers; ``auto`` packs small models
+    on a GPU, and never packs on a CPU.
     """
     workers: Literal["auto"] | PositiveInt
     """Number of processes that share the runs of ``-m``; ``auto`` is one per GPU. Without GPUs it is one per core,
-    pinned to it, if ``trainer.threads`` is 1, and otherwise a single one.
+    pinned to it, if ``trainer.threads`` is 1, and otherwise one process.
     """
     half_width: PositiveFloat | None
-    """Seeds are added until each arm's difference to the baseline is known to ± this, in the metric's unit; null makes
-    the seeds that were typed.
+    """Seeds are added until each arm's difference from the baseline is known to within ± this value, in the metric's
+    unit; null trains only the seeds that are given.
     """
     budget_minutes: PositiveFloat | None
-    """With half_width: after the first seeds, no seed begins that would end later than this many minutes after the
-    command; null sets no limit.
+    """With half_width: after the first seeds, no seed starts if it would end more than this many minutes after the
+    command started; null sets no limit.
     """
     pilot_seeds: Annotated[int, Field(ge=4)] | None
-    """With half_width: the first seeds, whose spread says how many are needed; null means 8, and more for several arms.
+    """With half_width: the number of first seeds. Their spread decides how many are needed. Null means 8, and more for
+    several arms.
     """
 
     @model_validator(mode="after")
@@ -41,4 +42,4 @@ class SweepConfig(Section):
     @field_validator("pack", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
-        return "off" if value is False else value  # as YAML reads an off without quotes
+        return "off" if value is False else value  # YAML reads an unquoted off as False

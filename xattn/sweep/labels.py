@@ -1,4 +1,4 @@
-"""What the runs of a study are called: by the keys that tell them apart, and no more of them than that takes."""
+"""Short names for the runs of a study: only the keys that distinguish them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ BASELINE = "baseline"
 
 
 def labels(jobs: Sequence[Job], keys: Sequence[str] | None = None) -> Label:
-    """Returns what a run is called: ``activation=softmax seed=0``.
+    """Return a function that names a run, such as ``activation=softmax seed=0``.
 
-    Where the jobs vary one key at a time, each is called by the key that it changes: ``conv=4 seed=0``, and
-    ``baseline seed=0``. keys: those to call each run by; None: those that differ between the jobs. A run without any
-    of them is called by its folder.
+    If the jobs vary one key at a time, each is named by the key that it changes: ``conv=4 seed=0``, and
+    ``baseline seed=0``. ``keys`` are those to name a run by; None means those that differ between the jobs. A run
+    without any of them is named by its folder.
     """
     baseline = None
     if keys is None:
@@ -36,21 +36,21 @@ def labels(jobs: Sequence[Job], keys: Sequence[str] | None = None) -> Label:
 
 
 def varying_keys(configs: Sequence[Config]) -> list[str]:
-    """The keys that differ between the configs, without an mlp_dim that ``model.parameters`` chose."""
+    """Return the keys that differ between the configs, without an mlp_dim that ``model.parameters`` chose."""
     sized = all(config.model.parameters is not None for config in configs)
     return [key for key in xattn.config.varying_keys(configs) if not (sized and key == "model.mlp_dim")]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Key → its name without the group, where no other key has the same."""
+    """Return a name for each key: without its group, unless two keys would then have the same name."""
     times = Counter(map(short, keys))
     return {key: short(key) if times[short(key)] == 1 else key for key in keys}
 
 
 def baseline_of(runs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Mapping[str, Any] | None:
-    """The values that every other run differs from in at most one of the keys, seed and learning rate aside.
+    """Return the values of the run that every other run differs from in at most one key, seed and learning rate aside.
 
-    None where only one key varies, or where a run varies several: then there are no such values, or no need of them.
+    Return None if no run is such a baseline, or if fewer than two keys vary: then none is needed.
     """
     keys = [key for key in keys if key not in _OF_EVERY_ARM]
     arms = list({tuple(repr(run.get(key)) for key in keys): run for run in runs}.values())
@@ -63,7 +63,7 @@ def baseline_of(runs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Mappi
 
 
 def arm(values: Mapping[str, Any], names: Mapping[str, str], baseline: Mapping[str, Any] | None) -> str:
-    """``name=value`` of each key that is named; given a baseline, of seed, rate, and what differs from it."""
+    """Return ``name=value`` for each key in ``names``; with a baseline, only for seed, rate, and what differs."""
     differs = {key for key in names if baseline is None or values.get(key) != baseline.get(key)}
     words = [
         f"{name}={show(values[key])}"

@@ -18,19 +18,19 @@ from xattn.system.device import compute_with, first_look
 if TYPE_CHECKING:
     from xattn.backend.dispatch import Implementation
 
-# What a layer's kernels cost to launch in a training step, and the rate at which a packed step of a small model works:
-# fitted to 4 layers of width 128 on an H100 (S 64, B 12: 0.59 ms a step alone, 1.85 ms for 16 runs, 6.9 ms for 64).
+# The launch cost of one layer's kernels in a training step, and the arithmetic rate of a packed step of a small model.
+# Fitted to 4 layers of width 128 on an H100 (S 64, B 12: 0.59 ms a step alone, 1.85 ms for 16 runs, 6.9 ms for 64).
 _LAUNCH_SECONDS_PER_LAYER = 0.12e-3
 _FLOPS_PER_SECOND = 38e12
 _MOST = 64
-_WORTH_IT = 1.5  # times the throughput, or auto leaves it
+_WORTH_IT = 1.5  # auto packs only for at least this factor of throughput
 
 
 def take_pack(queue: deque[Job], jobs: Sequence[Job]) -> list[Job]:
-    """Takes the next runs to start together out of the queue.
+    """Remove from the queue the next runs to start together, and return them. ``jobs`` are all jobs of the study.
 
-    They are those of a pack that was begun, in their places, the finished ones among them that are in the queue no
-    more; or as many as pay that have not begun. ``jobs`` are all of the study.
+    If the first has trained in a pack that is still whole, they are that pack in its order. Finished members, which are
+    no longer queued, are included. Otherwise they are as many fresh runs as it pays to pack.
     """
     first = queue.popleft()
     pack = _begun_pack(first, jobs) or [first]
@@ -45,7 +45,7 @@ def take_pack(queue: deque[Job], jobs: Sequence[Job]) -> list[Job]:
 
 
 def _begun_pack(job: Job, jobs: Sequence[Job]) -> list[Job]:
-    """The pack that the run has trained in, where all its members are of the study and none has left it since."""
+    """Return the pack that the run trained in; empty if a member is not in the study or has left the pack since."""
     names = _names(job)
     by_folder = {other.folder.absolute(): other for other in jobs}
     folders = [job.folder.absolute().parent / name for name in names]
@@ -56,24 +56,24 @@ def _begun_pack(job: Job, jobs: Sequence[Job]) -> list[Job]:
 
 
 def _names(job: Job) -> list[str]:
-    """Of the folders in the run's pack; none where it has trained alone, if only for a while, or saved nothing yet."""
+    """Return the folder names of the run's pack; empty if it ever trained alone or has no checkpoint."""
     origin = run_folder.read_provenance(job.folder) or {}
     alone_since = any("pack" in change for change in origin.get("resumed_with", []))
     return [] if alone_since or _is_fresh(job) else origin.get("pack") or []
 
 
 def _is_free(job: Job) -> bool:
-    """Whether it may train with others: no step of it is kept, and no process is at it."""
+    """Return whether the run may train with others: it has no checkpoint, and no process is working on it."""
     return _is_fresh(job) and not run_folder.is_held(job.folder)
 
 
 def _is_fresh(job: Job) -> bool:
-    """Whether no step of it is kept."""
+    """Return whether the run has no checkpoint."""
     return summary_of(job).get("committed_step") is None
 
 
 def summary_of(job: Job) -> dict[str, Any]:
-    """Its summary; empty where there is none, or one that its run will be refused for."""
+    """Return the run's summary; empty if it is missing or unreadable (the run will then be refused for it)."""
     try:
         return run_folder.read_summary(job.folder) or {}
     except BadInput:
@@ -81,19 +81,19 @@ def summary_of(job: Job) -> dict[str, Any]:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether its result is there already. ``resume=never`` asks for another."""
+    """Return whether the run has its result already. ``resume=never`` asks for a new one."""
     if job.config.resume == "never":
         return False
     return summary_of(job).get("status") in ("done", "diverged")
 
 
 def pack_size(config: Config) -> int:
-    """How many runs of this config's program to train as one.
+    """Return how many runs of this config's program to train as one.
 
-    ``auto`` models a step of n runs on a GPU as a + n·w, the launches of one program and the arithmetic of n runs. It
-    takes the power of two at which four fifths of the gain are there, n·w ≥ 4a, at most 64, if all of it, 1 + a/w times
-    the throughput, is worth it. What does not fit in memory is halved once the program is there (see
-    :func:`xattn.sweep.study.start`).
+    ``auto`` models a step of n runs on a GPU as a + n·w: the launches of one program, and the arithmetic of n runs. It
+    takes the first power of two with n·w ≥ 4a, which has four fifths of the gain, but at most 64. It packs only if the
+    whole gain, 1 + a/w times the throughput, is worth it. A pack that does not fit in memory is halved once its program
+    is compiled (see :func:`xattn.sweep.study.start`).
     """
     one_device = all(size == 1 for size in config.parallel.axes().values())
     if config.sweep.pack == "off" or config.trainer.nonfinite == "rollback" or not one_device:
@@ -108,12 +108,12 @@ def pack_size(config: Config) -> int:
         if not all(row.vmaps for row in _attention(config)):
             return 1
     except BadInput:
-        return 1  # it is reported when the run is started, and the others go on
+        return 1  # reported when the run starts; the others continue
     return _paying(config) if config.sweep.pack == "auto" else config.sweep.pack
 
 
 def _attention(config: Config) -> list[Implementation]:
-    """What computes the attention of each kind of layer."""
+    """Return the implementation that computes the attention of each kind of layer."""
     from xattn.backend import dispatch
     from xattn.training.attention_choice import choose_attention
 

@@ -1,5 +1,7 @@
-"""What a sweep set out to make: a file for each command in its study's folder, by which ``xattn runs`` says what is
-missing and ``xattn resume`` continues. Importing this module imports no jax.
+"""The plan of a sweep: one file per command in its study's folder.
+
+``xattn runs`` shows from it what is missing, and ``xattn resume`` continues from it. Importing this module imports no
+jax.
 """
 
 from __future__ import annotations
@@ -20,32 +22,32 @@ from xattn.errors import BadInput
 from xattn.runs import run_folder
 from xattn.runs.job import Job
 
-_FILE = ".sweep-{}.json"  # hidden, and no folder: whoever lists a study's runs does not meet it
+_FILE = ".sweep-{}.json"  # a hidden file, so that a listing of the study's runs does not include it
 _OVER = ("done", "diverged", "pruned")
 
 
 class Plan:
     """The runs that this process's command is to make, as far as they are known.
 
-    Two terminals with the same command write the same file, and the same into it.
+    Two terminals with the same command write the same content to the same file.
     """
 
     def __init__(self, *, grows: bool = False):
-        """grows: whether more runs may follow from what these come to, as seeds on demand do."""
+        """``grows``: whether the results of these runs may call for more runs, as with seeds on demand."""
         self._jobs: dict[Path, Job] = {}
         self.grows = grows
         self._answered: set[Path] = set()
 
     def add(self, jobs: Iterable[Job]) -> None:
-        """Plans more runs."""
+        """Add runs to the plan."""
         self._jobs |= {job.folder.absolute(): job for job in jobs}
 
     def answered(self, jobs: Iterable[Path]) -> None:
-        """Notes the folders of runs that need not be made, because another run answers for them."""
+        """Note the folders of runs that need not be made, because another run answers for them."""
         self._answered |= {folder.absolute() for folder in jobs}
 
     def write(self) -> None:
-        """Writes the plan into the folder of each study that it has runs in; nothing where it has none."""
+        """Write the plan into the folder of each study that it has runs in."""
         studies: dict[Path, list[Path]] = {}
         for folder in self._jobs:
             studies.setdefault(folder.parent, []).append(folder)
@@ -61,21 +63,21 @@ def _is_made(study: Path, content: Mapping[str, Any]) -> bool:
 
 
 def write_trials(study: Path, planned: int, ended: int) -> None:
-    """Notes how many trials a tuner has in mind, and how many of them have ended, whoever made them."""
+    """Record how many trials a tuner plans, and how many of them have ended, in any process."""
     _write(study, {"planned": planned, "ended": ended}, starts_over=False)
 
 
 def _write(study: Path, content: Mapping[str, Any], *, starts_over: bool) -> None:
     command = [sys.executable, *sys.orig_argv[1:]]
-    if "ipykernel_launcher" in command:  # a notebook, which no command starts again
+    if "ipykernel_launcher" in command:  # no command starts a notebook again
         command = [sys.executable, "-m", "xattn.cli", "train", *sys.argv[1:]]
-    if starts_over:  # what was begun is continued
+    if starts_over:  # xattn resume continues what has begun
         command = [*(word for word in command if not word.startswith("resume=")), "resume=auto"]
     here = Path.cwd()
     cwd = os.path.relpath(here, study) if study.is_relative_to(here) else str(here)
     path = study / _FILE.format(hashlib.sha256(json.dumps([command[1:], cwd]).encode()).hexdigest()[:10])
     if not path.exists() and _is_made(study, content):
-        return  # whoever only looks at what is done leaves nothing
+        return  # a command that finds everything done leaves no plan
     before = _read(path) or {}
     known = {*content.get("answered", ()), *before.get("answered", ())}
     whole = dict(content) | ({"answered": sorted(known & set(content["runs"]))} if "runs" in content else {})
@@ -87,26 +89,23 @@ def _write(study: Path, content: Mapping[str, Any], *, starts_over: bool) -> Non
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as its study's folder has it.
-
-    Attributes:
-        command: the words that started it, the interpreter first.
-        cwd: the folder that it was started in.
-        planned: how many runs it is to make, as far as is known.
-        done: how many of them are done, diverged, pruned, or answered for by another run.
-        failed: how many of them have failed.
-        is_running: whether a process is at one of them now.
-        grows: whether more runs may follow.
-    """
+    """A sweep, as recorded in its study's folder."""
 
     command: tuple[str, ...]
+    """The words that started it, the interpreter first."""
     cwd: Path
+    """The folder that it was started in."""
     planned: int
+    """Number of runs it is to make, as far as is known."""
     done: int
+    """Number of runs that are done, diverged, pruned, or answered for by another run."""
     failed: int
     is_running: bool
+    """Whether a process is working on one of the runs now."""
     grows: bool
+    """Whether more runs may follow."""
     runs: frozenset[str]
+    """Names of the run folders; empty for the trials of a tuner."""
 
     @property
     def is_complete(self) -> bool:
@@ -114,7 +113,7 @@ class Sweep:
 
     @property
     def says(self) -> str:
-        """How far it is, in words."""
+        """The sweep's progress in words."""
         words = [f"{self.done} of {self.planned} planned"]
         words += ["more seeds follow from these"] if self.grows else []
         words += [f"{self.failed} failed"] if self.failed else []
@@ -122,13 +121,13 @@ class Sweep:
 
     @property
     def typed(self) -> str:
-        """The command as a shell takes it from here."""
+        """The command as typed in a shell in the current folder."""
         words = shlex.join(_as_typed(self.command))
         return words if self.cwd == Path.cwd() else f"cd {shlex.quote(run_folder.shown(self.cwd))} && {words}"
 
 
 def sweeps_of(study: Path) -> list[Sweep]:
-    """The sweeps that were started in a study, the first one first. Files that cannot be read are left out."""
+    """Return the sweeps that were started in a study, the earliest first. Unreadable files are left out."""
     found = []
     for path in study.glob(_FILE.format("*")):
         content = _read(path)
@@ -138,7 +137,7 @@ def sweeps_of(study: Path) -> list[Sweep]:
 
 
 def unfinished(study: Path) -> list[Sweep]:
-    """The sweeps of a study that are not complete, without those whose runs a larger or later one has too."""
+    """Return the incomplete sweeps of a study. A sweep is left out if a larger or later one contains its runs."""
     left = [sweep for sweep in sweeps_of(study) if not sweep.is_complete]
 
     def is_covered(i: int) -> bool:
@@ -172,7 +171,7 @@ def _status(folder: Path) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The content of the file, None where it is missing or is not one of ours."""
+    """Return the content of the file; None if it is missing or not one of ours."""
     try:
         content: Any = json.loads(path.read_text("utf-8"))
         command, cwd, since = content["command"], content["cwd"], content["started_at"]
@@ -185,8 +184,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _as_typed(command: Sequence[str]) -> list[str]:
-    """The words as they were typed: ``python`` for the interpreter that this name stands for, and no interpreter
-    before a program that the shell finds, such as ``xattn``."""
+    """Return the words as typed. The interpreter becomes ``python`` if that name stands for it, and is dropped before a
+    program that the shell finds, such as ``xattn``."""
     interpreter, *words = command
     if words and shutil.which(name := Path(words[0]).name) == words[0]:
         return [name, *words[1:]]
@@ -198,14 +197,14 @@ def _as_typed(command: Sequence[str]) -> list[str]:
 
 
 def _is_same(one: str, other: str) -> bool:
-    try:  # not resolved: an environment's interpreter is a link to one that has other packages
+    try:  # do not resolve links: a venv's interpreter links to one with other packages
         return os.path.samefile(Path(one).parent, Path(other).parent) and os.path.samefile(one, other)
     except OSError:
         return False
 
 
 def program_of(sweep: Sweep) -> Path | None:
-    """The file that was started; None for a module (``python -m``)."""
+    """Return the file that was started; None for a module (``python -m``)."""
     words = iter(sweep.command[1:])
     for word in words:
         if word in ("-m", "-c"):

@@ -1,6 +1,6 @@
-"""Several processes at one study of trials: one at a time draws, and each can tell who is still there.
+"""Locks for several processes that share a tuning study: only one draws at a time, and each can see which are alive.
 
-Both by the kernel's locks (flock), as in :mod:`xattn.runs.run_folder`: they go with their process, however that ends.
+Both use the kernel's locks (flock), as :mod:`xattn.runs.run_folder` does: a lock ends with its process in any case.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DRAWING = ".tuning.lock"
 
 @contextlib.contextmanager
 def drawing(folder: Path) -> Iterator[None]:
-    """While it is entered, every other process of this study waits to enter it."""
+    """Hold the study's lock for drawing; other processes of this study wait for it."""
     with (folder / _DRAWING).open("a") as lock:
         flock(lock.fileno(), fcntl.LOCK_EX, folder)
         yield
@@ -26,7 +26,7 @@ def drawing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def present(folder: Path) -> Iterator[str]:
-    """A name under which :func:`is_present` finds this process, until the end."""
+    """Yield a name under which :func:`is_present` finds this process, until the block ends."""
     name = f".tuning-{secrets.token_hex(4)}"
     with (folder / name).open("x") as lock:
         flock(lock.fileno(), fcntl.LOCK_EX, folder)
@@ -37,7 +37,7 @@ def present(folder: Path) -> Iterator[str]:
 
 
 def is_present(folder: Path, name: str) -> bool:
-    """Whether the process of that name is at the study; of one that died the file is removed."""
+    """Return whether the process of that name is working on the study. The file of a dead process is removed."""
     try:
         with (folder / name).open("r") as lock:
             flock(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, folder)

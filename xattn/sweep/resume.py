@@ -1,4 +1,4 @@
-"""``xattn resume STUDY``: runs the command that an interrupted sweep was started with."""
+"""``xattn resume STUDY``: run the command that started an interrupted sweep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xattn.system.arguments import Parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Takes the place of this process; the exit code is the sweep's. Where nothing is missing it says so."""
+    """Replace this process by the sweep, which gives the exit code. If nothing is missing, print that instead."""
     parser = Parser(
         prog="xattn resume",
         description="Continue a sweep that was interrupted, by the command that started it, in the folder where that "

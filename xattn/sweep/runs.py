@@ -1,4 +1,4 @@
-"""``xattn runs``: what is in outputs/."""
+"""``xattn runs``: list the runs and sweeps in outputs/."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _tell(study: Path, left: Sequence[planned.Sweep]) -> None:
-    """Says what is missing of each sweep, and how to go on with it; a sweep at work needs nobody for that."""
+    """Print what is missing of each sweep and how to continue it. A running sweep continues by itself."""
     for sweep in left:
         if sweep.is_running:
             say(f"{sweep.says}; a second terminal shares the work, by", sweep.typed)
@@ -58,7 +58,7 @@ def _tell(study: Path, left: Sequence[planned.Sweep]) -> None:
 
 
 def _studies(folders: Sequence[Path]) -> dict[Path, list[Path]]:
-    """Study → its runs, of all that is in these folders."""
+    """Return the runs of each study in these folders."""
     studies: dict[Path, dict[Path, None]] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -71,7 +71,7 @@ def _studies(folders: Sequence[Path]) -> dict[Path, list[Path]]:
 
 
 def _swept(folders: Sequence[Path]) -> list[Path]:
-    """The studies among these folders, and in them, that a sweep was started in."""
+    """Return the studies, among these folders or directly in them, in which a sweep was started."""
     return [
         study
         for folder in folders
@@ -85,7 +85,7 @@ def _configs(runs: Sequence[Path]) -> list[Config]:
 
 
 def _as_json(study: Path, runs: Sequence[Path], is_swept: bool) -> dict[str, Any]:
-    """What the table shows, with whole paths and keys."""
+    """Return what the table shows, with full paths and keys."""
     metric, rows = rows_of(runs, xattn.config.varying_keys(_configs(runs)))
     sweeps = planned.sweeps_of(study) if is_swept else []
     return {

@@ -1,9 +1,9 @@
 """Seeds on demand: ``sweep.half_width`` adds paired seeds until each difference is known well enough.
 
-Stein's two stages (:mod:`xattn.report.two_stage`): a pilot of seeds for every arm, then as many more as its spread asks
-for. How many follows from the pilot's results and the half-width alone, so that a study that was killed, or is shared
-by two terminals, ends with the same seeds. Where learning rates are swept too, the arms first get theirs by seeds of
-their own, which judge nothing. Importing this module imports no jax.
+This is Stein's two-stage procedure (:mod:`xattn.report.two_stage`): a pilot of seeds for every arm, then as many more
+as its spread asks for. The number depends only on the pilot's results and the half-width, so a study that was killed,
+or that two terminals share, ends with the same seeds. If learning rates are swept too, they are first chosen for each
+arm on separate seeds, which are not used in the comparison. Importing this module imports no jax.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from xattn.sweep.workers import seats
 from xattn.system.screen import counted, say
 
 TUNING_SEEDS = 4
-_AT_ONCE = 8  # seeds between two looks at the clock
+_AT_ONCE = 8  # seeds added between two looks at the clock
 
 TrainAll = Callable[[Sequence[Job], Outcomes], None]
-Compose = Callable[[Sequence[tuple[int, int]]], Sequence[Job]]  # (number of the arm, seed) → its job
+Compose = Callable[[Sequence[tuple[int, int]]], Sequence[Job]]  # (arm's number, seed) → its job, for each pair
 
 
 def run_study(arms: Sequence[Job], compose: Compose, train_all: TrainAll, plan: Plan | None = None) -> Outcomes:
-    """Train a study whose number of seeds is not given, and print a sentence for each comparison.
+    """Train a study with as many seeds as it needs, and print a sentence for each comparison.
 
     Args:
-        arms: a job of each, all with the first seed.
-        train_all: trains the runs that have no result yet, and notes what they came to.
-        plan: of the command; it grows until the last seeds are known.
+        arms: one job for each arm, all with the first seed.
+        train_all: trains the runs that have no result yet, and records their outcomes.
+        plan: the command's plan; it grows until the last seeds are known.
 
-    Raises :class:`BadInput` if the arms cannot be compared.
+    Raise :class:`BadInput` if the arms cannot be compared.
     """
     seeds = _Seeds(arms, compose, train_all, Plan() if plan is None else plan)
     seeds.run()
@@ -61,7 +61,7 @@ def run_study(arms: Sequence[Job], compose: Compose, train_all: TrainAll, plan: 
 
 
 class _Seeds:
-    """A study under way. jobs: those that were asked for so far, by arm's number and seed."""
+    """A study in progress. ``_jobs`` holds the jobs asked for so far, by arm number and seed."""
 
     def __init__(self, arms: Sequence[Job], compose: Compose, train_all: TrainAll, plan: Plan):
         self._compose, self._train_all, self._plan, self._began = compose, train_all, plan, time.monotonic()
@@ -99,7 +99,7 @@ class _Seeds:
         self._plan.grows = not self._grow(pilot, needed, first)
 
     def _grow(self, made: Mapping[int, int], needed: Mapping[int, int], first: int) -> bool:
-        """Makes the seeds of each arm up to these numbers, as far as there is time; whether there was."""
+        """Train each arm up to ``needed`` seeds, while time is left; return whether it sufficed."""
         while any(made[arm] < needed[arm] for arm in needed):
             least = min(made[arm] for arm in needed if made[arm] < needed[arm])
             if (more := self._seeds_in_time([arm for arm in needed if made[arm] < needed[arm]])) == 0:
@@ -110,7 +110,7 @@ class _Seeds:
         return True
 
     def _add(self, seeds: Mapping[int, int], first: int) -> None:
-        """Makes the seeds of each arm that are missing up to these numbers."""
+        """Train the seeds that each arm still lacks up to these numbers."""
         wanted = [(arm, first + i) for i in range(max(seeds.values())) for arm, count in seeds.items() if i < count]
         new = [key for key in wanted if key not in self._jobs]
         for key, job in zip(new, self._compose(new), strict=True):
@@ -119,7 +119,7 @@ class _Seeds:
         self._train_all([self._jobs[key] for key in new], self.outcomes)
 
     def _found(self, selection: Selection | None = None) -> Answer:
-        """What the runs that were asked for say."""
+        """Return the report's answer on the runs asked for so far."""
         runs = {run.folder: run for run in map(read_run, dict.fromkeys(self._arm_of()))}
         folder = next(iter(self._jobs.values())).folder.absolute().parent
         assert self._sweep.half_width is not None
@@ -127,7 +127,7 @@ class _Seeds:
         return judge(Study(folder, tuple(runs.values())), question)
 
     def _arm_of(self) -> dict[Path, int]:
-        """The folder of each run that is there, own or of the same training, and the number of its arm."""
+        """Return the arm's number for each run folder that exists: the job's own, or that of the same training."""
         answers = study.answers([*self._jobs.values()], self.outcomes)
         found = {}
         for (arm, _), job in self._jobs.items():
@@ -137,13 +137,13 @@ class _Seeds:
         return found
 
     def _chosen(self) -> list[int]:
-        """The arms with the best of what is tuned, one for each combination of the others."""
+        """Return the arms with the best value of what is tuned, one for each combination of the other keys."""
         arm_of = self._arm_of()
         cells = [chosen for each in self._found("same").comparisons for chosen in each.chosen.values()]
         return sorted({arm_of[run.folder] for chosen in cells for run in chosen.runs.values()})
 
     def _needed(self) -> dict[int, int]:
-        """How many seeds each arm takes: as many as the comparison that asks for the most of those it is in."""
+        """Return how many seeds each arm needs: the most that any of its comparisons asks for."""
         arm_of, needed = self._arm_of(), dict.fromkeys(self._judged, self._pilot)
         for each in self._found().comparisons:
             for factor in each.design.factors:
@@ -157,10 +157,10 @@ class _Seeds:
         return needed
 
     def _seconds(self, seeds: Mapping[int, int]) -> float:
-        """Estimates how long that many more seeds of each arm take.
+        """Estimate how many seconds that many more seeds of each arm take.
 
-        An arm's runs count with their median time, or with that of all runs if none has ended yet, and the sum is
-        divided by the number of runs that go on side by side.
+        A run is counted at the median time of its arm, or of all runs if none of the arm has ended yet. The sum is
+        divided by the number of runs that train side by side.
         """
         took: dict[int, list[float]] = {}
         for (arm, _), job in self._jobs.items():
@@ -173,7 +173,7 @@ class _Seeds:
         return total / len(seats([*self._jobs.values()]))
 
     def _seeds_in_time(self, arms: Collection[int]) -> int:
-        """How many more of each may be begun now: a few at a time where there is a budget."""
+        """Return how many more seeds of each arm may start now. With a budget, it is a few at a time."""
         if self._sweep.budget_minutes is None:
             return sys.maxsize
         left = 60 * self._sweep.budget_minutes - (time.monotonic() - self._began)
@@ -192,7 +192,7 @@ def _first_seed(arms: Sequence[Job]) -> int:
 
 
 def _comparisons(arms: Sequence[Job]) -> tuple[int, bool]:
-    """How many differences the arms are compared by, and whether something is tuned for each arm."""
+    """Return the number of differences between the arms, and whether something is tuned for each arm."""
     runs = [_not_begun(job) for job in arms]
     designs = [find_design(group.runs, conf_defaults()) for group in groups_of(runs)]
     comparisons = comparisons_of([factor for design in designs for factor in design.factors])
@@ -202,7 +202,7 @@ def _comparisons(arms: Sequence[Job]) -> tuple[int, bool]:
 
 
 def _not_begun(job: Job) -> Run:
-    """The job as the report would read it."""
+    """Return the job as the report would read it before it begins."""
     config = flatten(job.config.model_dump(mode="json"))
     empty: dict[str, np.ndarray] = {name: np.empty(0) for name in CURVES}
     return Run(job.folder, config, job.overrides, {}, {}, empty, (), "not begun", ())

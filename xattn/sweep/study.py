@@ -1,4 +1,4 @@
-"""A study: runs that answer one question, carried out in this process so that they share compiled programs."""
+"""A study: runs that answer one question, trained in this process so that they share compiled programs."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _POLL_SECONDS = 1.0
 
 Start = Callable[[Sequence[Job]], Sequence[ExitCode]]
 Outcomes = dict[Path, ExitCode]
-"""The folder of a run → what it came to; of several attempts at one, the last. A study fills it in as runs end."""
-_ENDED_WELL = {ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE}  # another process trained a run in use
+"""Run folder → the outcome of its last attempt. A study fills it in as runs end."""
+_ENDED_WELL = {ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE}  # IN_USE: another process trained the run
 
 
 def exit_code(codes: Iterable[ExitCode]) -> ExitCode:
-    """Return the exit code of a sweep: done if every run is done, pruned or diverged."""
+    """Return the exit code of a sweep: done if every run is done, pruned or diverged, or in use by another process."""
     found = set(codes)
     if ExitCode.PREEMPTED in found:
         return ExitCode.PREEMPTED
@@ -46,10 +46,9 @@ def exit_code(codes: Iterable[ExitCode]) -> ExitCode:
 
 
 def start(jobs: Sequence[Job]) -> list[ExitCode]:
-    """Makes the runs of one pack: the border around them, where an error ends a run and not the study.
+    """Train the runs of one pack. Here an error ends a run, and not the study.
 
-    A pack that is refused is halved, so that only those are refused who give reason to, and one that does not fit in
-    memory fits in the end.
+    A refused pack is halved, until only the runs at fault are refused, and too large a pack fits in memory.
     """
     try:
         return run_pack(jobs, stop=lambda: interruption.requested, quiet=True)
@@ -61,7 +60,7 @@ def start(jobs: Sequence[Job]) -> list[ExitCode]:
             return start(jobs[:half]) + start(jobs[half:])
         entry.tell(error)
         return [error.exit_code] * len(jobs)
-    except Exception:  # what run_pack() itself does not catch is a fault of ours
+    except Exception:  # anything that run_pack() does not catch is our own fault
         traceback.print_exc()
         return [ExitCode.ERROR] * len(jobs)
 
@@ -69,8 +68,7 @@ def start(jobs: Sequence[Job]) -> list[ExitCode]:
 def run_study(jobs: Sequence[Job], start: Start = start, plan: Plan | None = None) -> Outcomes:
     """Train every run that has no result yet, in this process, and print the table of all at the end.
 
-    ``start`` trains the runs of a pack and returns their exit codes. SystemExit ends the study if the process is asked
-    to stop. plan: see :func:`table_at_the_end`.
+    ``start`` trains a pack and returns the exit codes of its runs. SystemExit ends the study on a request to stop.
     """
     outcomes: Outcomes = {}
     with table_at_the_end(jobs, outcomes, plan):
@@ -80,9 +78,9 @@ def run_study(jobs: Sequence[Job], start: Start = start, plan: Plan | None = Non
 
 @contextlib.contextmanager
 def table_at_the_end(jobs: Sequence[Job], outcomes: Outcomes, plan: Plan | None = None) -> Iterator[None]:
-    """Print the table of all runs, however the study ends, and how to continue it.
+    """Print the table of all runs at the end, however the study ends, and how to continue it.
 
-    jobs: read at the end, when there may be more of them. plan: of the command; it learns which of them need no run.
+    ``jobs`` may grow until then. ``plan`` is the command's; it is updated with the jobs that another run answers for.
     """
     try:
         yield
@@ -101,7 +99,7 @@ def table_at_the_end(jobs: Sequence[Job], outcomes: Outcomes, plan: Plan | None 
             plan.write()
         print_table(list(asked), varying_keys(list(asked.values())), asked, by_others)
     if jobs:
-        from xattn.report.propose import report_command  # scipy's import is not waited for at the start
+        from xattn.report.propose import report_command  # imported late: scipy would slow the start
 
         studies: dict[Path, list[Path]] = {}
         for folder in asked:
@@ -112,10 +110,11 @@ def table_at_the_end(jobs: Sequence[Job], outcomes: Outcomes, plan: Plan | None 
 
 
 def train_each_once(jobs: Sequence[Job], outcomes: Outcomes, start: Start = start, *, start_at: float = 0.0) -> None:
-    """:func:`make`, without jobs that need no training: a run that is finished before them, or by them, was trained as
-    they ask, to the bit (:mod:`xattn.runs.same_training`). What they want measured of it is measured.
+    """:func:`make` the runs, without jobs that need no training.
 
-    Of jobs that train the same the first is made, and the next only where that one failed. start_at: see :func:`make`.
+    A job needs none if a finished run, older or of this study, was trained bit for bit as the job asks
+    (:mod:`xattn.runs.same_training`); what it wants measured is then measured from that run. If several jobs share a
+    training, the first is made, and the next only if that one failed. For ``start_at`` see :func:`make`.
     """
     label, left = labels(jobs), list(jobs)
     with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
@@ -142,9 +141,9 @@ def is_answered(
     *,
     measures: bool = True,
 ) -> bool:
-    """Whether a finished run of the same training has answered for the job, or failed to; outcomes has which.
+    """Return whether a finished run of the same training answers for the job, and record that in ``outcomes``.
 
-    measures: whether this process may measure what the job wants; if not, only runs that leave nothing to are asked.
+    It is also True if measuring failed. Without ``measures``, only runs that have everything already are considered.
     """
     found = [each for each in trainings.find(job) if measures or not each.overrides]
     lines: list[str] = []
@@ -157,7 +156,7 @@ def is_answered(
     except XattnError as error:
         entry.tell(error)
         code = error.exit_code
-    except Exception:  # a fault of ours ends this job and not the study
+    except Exception:  # our own fault ends this job and not the study
         traceback.print_exc()
         code = ExitCode.ERROR
     finally:
@@ -168,7 +167,7 @@ def is_answered(
 
 
 def answers(jobs: Sequence[Job], outcomes: Outcomes) -> dict[Path, tuple[Path, dict[str, Any]]]:
-    """For each job that a run of the same training has answered for: that run's folder, and its summary for the job."""
+    """Return the folder and summary of the answering run, for each job that a run of the same training answered for."""
     asked = [job for job in jobs if outcomes.get(job.folder) == ExitCode.DONE and not is_finished(job)]
     trainings = Trainings(asked)
     found = {job.folder: answered(trainings.find(job)) for job in asked}
@@ -185,14 +184,16 @@ def make(
     metric: str | None = None,
     start_at: float = 0.0,
 ) -> None:
-    """Runs of one program follow each other, in the order given, or train as one.
+    """Train the jobs. Runs of one program follow each other in the order given, or train as a pack.
 
-    One that another process is running is waited for, and taken over if that dies; one that fails, here or there, is
-    reported, and the others continue.
+    If another process is training a run, wait for it, and take the run over if that process dies. If a run fails, here
+    or there, report it and continue with the others.
 
-    view: of a study that these are a part of. label: what a run is called; None: by the keys that differ here.
-    metric: the loss that is shown of each; None: the one that these can be compared by. start_at: how far into the
-    study it starts, from 0 to 1, so that processes that share it do not all compile one program.
+    Args:
+        view: the view of a study that these jobs are part of.
+        label: names a run; None means by the keys that differ between these jobs.
+        metric: the loss shown for each run; None means the one by which these jobs can be compared.
+        start_at: where in the study to start, from 0 to 1, so that processes sharing it compile different programs.
     """
     label = labels(jobs) if label is None else label
     metric = loss_of([job.config for job in jobs]) if metric is None else metric
@@ -204,7 +205,7 @@ def make(
         queue.rotate(-int(start_at * len(queue)))
         failures = {job.folder: summary_of(job).get("failures") for job in queue}
         while queue:
-            if summary_of(queue[0]).get("failures") not in (None, failures[queue[0].folder]):  # once a sweep is enough
+            if summary_of(queue[0]).get("failures") not in (None, failures[queue[0].folder]):  # try once per sweep
                 outcomes[queue[0].folder] = ExitCode.ERROR
                 view.ended(label(queue.popleft()), "failed in another process", failed=True)
                 continue
@@ -236,7 +237,7 @@ def make(
 
 
 def by_program(jobs: Sequence[Job]) -> list[Job]:
-    """Those of one program behind each other, else in the order given."""
+    """Return the jobs with those of one program together, and otherwise in the order given."""
     programs: dict[str, list[Job]] = {}
     for job in jobs:
         programs.setdefault(xattn.config.program_key(job.config), []).append(job)
@@ -248,7 +249,7 @@ def run_study_elsewhere(
 ) -> Outcomes:
     """Have ``launch`` train every run that has no result yet, on other machines.
 
-    What the runs came to is read from their folders, which all machines see. plan: of the command, if it is to be kept.
+    The outcomes are read from the run folders, which all machines see. ``plan`` is the command's, if it is to be kept.
     """
     outcomes: Outcomes = {}
     unfinished = [job for job in jobs if not is_finished(job)]
@@ -271,7 +272,7 @@ def run_study_elsewhere(
         except KeyboardInterrupt:
             say("what was handed over goes on where it is, and has to be ended there")
             raise SystemExit(ExitCode.PREEMPTED) from None
-        except Exception as error:  # theirs: the folders tell what there is all the same
+        except Exception as error:  # the launcher's own; the folders show the outcomes anyway
             entry.tell(traceback.format_exception_only(error)[-1].strip())
         codes = {"done": ExitCode.DONE, "diverged": ExitCode.DIVERGED, "preempted": ExitCode.PREEMPTED}
         trainings = Trainings(unfinished)

@@ -1,4 +1,4 @@
-"""Run folders as a table on the screen. Reads summaries and configs; imports no jax."""
+"""Print run folders as a table. This module reads summaries and configs; it imports no jax."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ _HASHED = re.compile("[^*?[]*-[0-9a-f]{10}")
 
 @dataclass(frozen=True)
 class Row:
-    """A run as the table shows it: the folder that has its result, and the values of the keys that were asked for."""
+    """A run as the table shows it."""
 
     run: Path
+    """The folder that has its result."""
     values: Mapping[str, Any]
     status: str
     summary: Mapping[str, Any]
     other_library: str | None = None
-    """that its corpus was another Python's library, where it was"""
+    """A sentence saying that its corpus was another Python's library, if it was."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ def print_table(
     asked: Mapping[Path, Config] | None = None,
     answers: Mapping[Path, tuple[Path, dict[str, Any]]] | None = None,
 ) -> None:
-    """One line a run, as :func:`rows_of` has them: the values of ``keys``, status, losses, speed, folder. The loss that
-    all can be compared by is the first of the two.
+    """Print one line for each row of :func:`rows_of`: the values of ``keys``, status, losses, speed, folder.
 
-    On a terminal that is too narrow for that it is the first of :func:`_forms` that fits.
+    Of the two losses, the one by which all runs can be compared comes first. On a terminal that is too narrow, print
+    the first of :func:`_forms` that fits.
     """
     metric, rows = rows_of(folders, keys, asked, answers)
     losses = sorted(("val_loss", "val_bpb"), key=lambda loss: loss != metric)
@@ -79,10 +80,10 @@ def print_table(
 def _forms(
     columns: Sequence[_Column], rows: Sequence[Row], keys: Sequence[str], second_loss: str
 ) -> Iterator[tuple[list[_Column], list[str]]]:
-    """The table, and what is to be said below it, ever narrower.
+    """Yield ever narrower forms of the table, each with the notes to print below it.
 
-    What other columns say goes first: a folder's name but for its hash, then columns with one value, which are said
-    below, then the values of a baseline. What nothing else says goes last: speed and the second loss.
+    What is redundant goes first: a folder's name except its hash, then columns with a single value (which moves into a
+    note), then the values of a baseline. What is shown nowhere else goes last: speed and the second loss.
     """
     now = {column.name: column for column in columns}
     yield [*now.values()], []
@@ -121,11 +122,10 @@ def rows_of(
     asked: Mapping[Path, Config] | None = None,
     answers: Mapping[Path, tuple[Path, dict[str, Any]]] | None = None,
 ) -> tuple[str, list[Row]]:
-    """The loss that all can be compared by (:func:`loss_of`), and a row for each run.
+    """Return the loss by which all runs can be compared (:func:`loss_of`), and a row for each run.
 
-    The best comes first; runs that have no loss, or the same, stand in the order given. asked: the configs of runs that
-    may not have begun. answers: for those that another run answers for, that run's folder and what its summary is for
-    them.
+    The best run comes first; runs with no loss, or equal losses, keep the order given. ``asked`` has configs, also of
+    runs that have not begun. ``answers`` has the folder and summary of the run that answers for another.
     """
     shown = {folder: (folder, _summary(folder)) for folder in folders} | dict(answers or {})
     configs = {folder: asked[folder] if asked is not None else read_config(folder) for folder in folders}
@@ -140,7 +140,7 @@ def rows_of(
 
 
 def _status(folder: Path, summary: dict[str, Any], config: Config | None) -> str:
-    """As in the summary, but a run that was killed cannot say so itself: nobody holds its folder any more."""
+    """Return the status to show. A killed run's summary still has "running", but no process holds its folder."""
     if config is None and (folder / run_folder.CONFIG).is_file():
         own = _provenance(folder).get("registered")
         return f"made with {', '.join(own)}" if isinstance(own, dict) and own else "config of another version"
@@ -168,12 +168,12 @@ def _rank(summary: dict[str, Any], metric: str) -> float:
 
 
 def loss_of(configs: Sequence[Config]) -> str:
-    """The key of summary.json that the runs of these configs are compared by."""
+    """Return the key of summary.json by which runs of these configs are compared."""
     return loss_metric(map(xattn.config.hashed_values, configs))
 
 
 def read_config(folder: Path) -> Config | None:
-    """The config of the run there, None where there is none or this version cannot read it."""
+    """Return the config of the run in the folder; None if it is missing or this version cannot read it."""
     try:
         return xattn.config.load(folder / run_folder.CONFIG)
     except BadInput:

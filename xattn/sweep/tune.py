@@ -1,7 +1,7 @@
-"""Tuning: trials drawn by optuna, each an ordinary run. The extra ``tune`` has optuna.
+"""Tuning: optuna draws trials, and each trial is an ordinary run. optuna comes with the extra ``tune``.
 
-The study is kept in the study's folder, and a trial's truth is its run folder: a trial that was under way when its
-process died is drawn again as it was, and finds its run where it stopped. Several processes may be at one study
+optuna's study is kept in the study's folder, but the run folder is what counts for a trial. A trial whose process died
+is drawn again with the same values, and its run resumes where it stopped. Several processes may share one study
 (:mod:`xattn.sweep.presence`). Importing this module imports no optuna.
 """
 
@@ -39,24 +39,22 @@ if TYPE_CHECKING:
 
 STORAGE = "tuning.journal"
 _POLL_SECONDS = 1.0
-# The numbers of summary.json that are of the run's result, and what those begin with that depend on its config.
+# The result's numbers in summary.json, and the prefixes of those that exist only under some configs.
 OBJECTIVES = (
     *("val_loss", "val_bpb", "best_val_loss", "train_loss"),
     *("tokens_per_second", "wall_seconds", "peak_memory_bytes", "num_params", "flops_per_step"),
 )
 MEASURED = ("probe/", "attention/")
-# What is known at an evaluation of a run that is under way, and in which column of its row.
+# Objectives that are known at each evaluation of a running trial → the column of its row.
 _IN_ROWS = {"val_loss": "val_loss", "best_val_loss": "val_loss", "val_bpb": "val_bpb"}
 
 
 class Tuning(Section):
-    """``hydra/sweeper=optuna``: see conf/hydra/sweeper/optuna.yaml.
-
-    objective: ``auto`` is the loss that all points of the space can be compared by (:mod:`xattn.metrics`).
-    """
+    """The settings of ``hydra/sweeper=optuna``: see conf/hydra/sweeper/optuna.yaml."""
 
     n_trials: PositiveInt
     objective: str
+    """``auto`` is the loss by which all points of the space can be compared (:mod:`xattn.metrics`)."""
     direction: Literal["minimize", "maximize"]
     sampler: Literal["tpe", "random", "grid", "cmaes"]
     pruner: Literal["none", "median", "hyperband"]
@@ -83,7 +81,7 @@ class Tuning(Section):
 
 
 class Dimension(Section):
-    """The values that a key may take: one of ``choices``, or a number from low to high, whole where both are."""
+    """The values that a key may take: one of ``choices``, or a number from low to high (an integer if both are)."""
 
     choices: list[str] | None = None
     low: int | float = 0
@@ -91,8 +89,8 @@ class Dimension(Section):
     log: bool = False
 
 
-# Lists of overrides, each with what may prune its run → the runs' folders, of which two may be one, and what makes
-# them, which shows it on the view. Raises BadInput where one is bad.
+# Takes a list of overrides for each trial, and a function for each that may prune its run. Returns the runs' folders,
+# where two may be the same, and a function that makes the runs and shows them on the view. Raises BadInput.
 Plan = Callable[[list[list[str]], list[Any]], tuple[list[Path], Callable[[StudyView], None]]]
 
 
@@ -103,9 +101,9 @@ def tune(
     folder: Path,
     plan: Plan,
 ) -> None:
-    """Draws and makes trials until n_trials of this study have come to an end, and prints the table of them.
+    """Draw and train trials until ``n_trials`` of this study have ended, and print their table.
 
-    Points that a config cannot have are reported and left out. Raises :class:`BadInput` where no other was drawn.
+    Points that make an invalid config are reported and left out. Raise :class:`BadInput` if no others were drawn.
     ``tuning.objective`` is a number of summary.json here, not ``auto``.
     """
     if base.resume == "never":
@@ -142,12 +140,12 @@ def _draw_and_make(
     me: str,
     view: StudyView,
 ) -> None:
-    """The trials that another process is at are waited for, and taken over if it dies."""
+    """Draw and train trials until enough have ended. Wait for those of other processes; if one dies, take its over."""
     from optuna.trial import TrialState
 
     distributions = {key: _distribution(key, dimension) for key, dimension in space.items()}
-    failed = 0  # in this process: they are not counted, and not drawn for ever
-    refused: list[str] = []  # why; others are drawn in their place, as often as there are trials
+    failed = 0  # in this process: they do not count as ended, but they limit how many are drawn
+    refused: list[str] = []  # reasons; others are drawn in their place, at most as many as there are trials
     with drawing(folder):
         study.sampler = _sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
         _draw_again(study, folder)
@@ -190,7 +188,7 @@ def _make(
     view: StudyView,
     refused: list[str],
 ) -> int:
-    """How many of the trials failed. refused: gets the reasons of those that no config can have, which do not count."""
+    """Train the trials; return how many failed. Trials with an invalid config do not count: ``refused`` gets why."""
     from optuna.trial import TrialState
 
     overrides = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
@@ -215,8 +213,10 @@ def _over(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def _study(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: Path) -> optuna.Study:
-    """The one of this objective and space, and of all else in the config that a result depends on: where that differs
-    there is another in the same folder."""
+    """Return optuna's study for this objective and space, and for everything else in the config that affects a result.
+
+    If any of these differ, it is another study in the same folder.
+    """
     try:
         import optuna
         from optuna.storages import JournalStorage
@@ -233,7 +233,7 @@ def _study(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder:
             for key, value in values.items()
             if not any(key == drawn or key.startswith(f"{drawn}.") for drawn in space)
         }
-        objective = "val_loss" if tuning.objective == "auto" else tuning.objective  # as older versions had it
+        objective = "val_loss" if tuning.objective == "auto" else tuning.objective  # as in older versions
         question = [objective, tuning.direction, others, dimensions]
         return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -243,14 +243,14 @@ def _study(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder:
     storage = JournalStorage(JournalFileBackend(str(folder / STORAGE)))
     known = optuna.get_all_study_names(storage)
     if name not in known and of_before is not None and name_of(of_before) in known:
-        name = name_of(of_before)  # begun by an older version, as a run's folder may be
+        name = name_of(of_before)  # an older version began it, under its own name
     return optuna.create_study(
         storage=storage, study_name=name, direction=tuning.direction, load_if_exists=True, pruner=_pruner(tuning, base)
     )
 
 
 def _mend(folder: Path) -> None:
-    """Cuts off a last line that a full disk or a power cut has left half: optuna would refuse the file for ever."""
+    """Cut off a last line left incomplete by a full disk or a power cut: optuna would always refuse the file."""
     journal = folder / STORAGE
     with drawing(folder):
         if journal.is_file() and not any(is_present(folder, lock.name) for lock in folder.glob(".tuning-*")):
@@ -263,7 +263,7 @@ def _mend(folder: Path) -> None:
 def _sampler(tuning: Tuning, *, drawn: int) -> optuna.samplers.BaseSampler:
     import optuna
 
-    seed = tuning.seed + drawn  # a study that goes on does not draw its first points again
+    seed = tuning.seed + drawn  # so that a resumed study does not draw its first points again
     match tuning.sampler:
         case "tpe":
             return optuna.samplers.TPESampler(seed=seed, constant_liar=tuning.at_once > 1)
@@ -306,7 +306,7 @@ def _wanted(tuning: Tuning, space: Mapping[str, Dimension]) -> int:
 
 
 def _enqueue_grid(study: optuna.Study, space: Mapping[str, Dimension]) -> None:
-    """Every point that is not there yet, or has failed."""
+    """Enqueue every point of the grid that has not been drawn, or has failed."""
     from optuna.trial import TrialState
 
     for key, dimension in space.items():
@@ -319,7 +319,7 @@ def _enqueue_grid(study: optuna.Study, space: Mapping[str, Dimension]) -> None:
 
 
 def _draw_again(study: optuna.Study, folder: Path) -> None:
-    """Trials that were under way when their process died; what a living one is at is left to it."""
+    """Enqueue again the running trials whose process has died. Leave alone those of living processes."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -329,7 +329,7 @@ def _draw_again(study: optuna.Study, folder: Path) -> None:
 
 
 def _params(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-    """Its values, also before it is drawn or while it is, where they were enqueued."""
+    """Return the trial's values. Those of an enqueued trial are known before it is drawn."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
@@ -348,11 +348,11 @@ def _pruner_of(trial: optuna.Trial, tuning: Tuning) -> Callable[[Row], bool]:
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, run: Path, tuning: Tuning) -> bool:
-    """Tells optuna what the run came to; whether it came to an end."""
+    """Report the run's outcome to optuna; return whether the run has ended."""
     from optuna.trial import TrialState
 
     summary = run_folder.read_summary(run) or {}
-    tell = partial(study.tell, trial, skip_if_finished=True)  # where locks do not work, another may have ended it
+    tell = partial(study.tell, trial, skip_if_finished=True)  # without working locks, another process may have ended it
     match summary.get("status"):
         case "done":
             if not isinstance(summary.get(tuning.objective), int | float):

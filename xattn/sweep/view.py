@@ -1,4 +1,4 @@
-"""What a person sees of a study under way: a line for each run that ends, and on a terminal two bars that move."""
+"""The user's view of a study in progress: a line for each run that ends, and two progress bars on a terminal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from xattn.system.screen import clock, counted, width_of
 from xattn.tracking.display import Screen
 from xattn.tracking.tracker import Row
 
-_BAR = 10  # columns that a bar has at least
-_BESIDE_NAME = _BAR + len("100%") + len("about 1:23:45 left") + 3  # with a column between each two
+_BAR = 10  # least width of a bar, in columns
+_BESIDE_NAME = _BAR + len("100%") + len("about 1:23:45 left") + 3  # with a space between each two
 
 
 class StudyView:
-    """The whole study: how many of its runs are done, running, failed and to go, and how long that takes; and, as a
-    tracker, how far those are that run."""
+    """The progress of a study: runs done, running, failed and to go, and the time left. As a tracker, it shows how
+    far the running ones are."""
 
     def __init__(self, runs: int, done: int):
         self._console = Screen()
@@ -35,10 +35,10 @@ class StudyView:
             transient=True,
         )
         self._runs, self._done, self._failed, self._running = runs, done, 0, 0
-        self._title = ""  # of the runs at work
-        # In whole runs, what this process has made of those that ended, and the seconds until the last of them did.
+        self._title = ""  # of the running pack
+        # Runs finished by this process (fractional if resumed), and seconds until the last one finished.
         self._made, self._made_seconds, self._began = 0.0, 0.0, time.monotonic()
-        self._from, self._at, self._steps = 0, 0, 1  # of the runs at work
+        self._from, self._at, self._steps = 0, 0, 1  # of the running pack
         self._first_row: tuple[int, float] | None = None
         self._study = self._progress.add_task("", total=runs, completed=done, tail="")
         self._run = self._progress.add_task("", total=None, visible=False, tail="")
@@ -48,7 +48,7 @@ class StudyView:
         self._console.say(text)
 
     def began(self, labels: Sequence[str], steps: int, at: int = 0, *, title: str | None = None) -> None:
-        """Runs that train as one have started, from that step on. title: what they are called together."""
+        """Show that the runs of a pack have started at step ``at``. ``title`` names them together."""
         self._title = title or (labels[0] if len(labels) == 1 else f"a pack of {len(labels)}")
         self._running, self._steps, self._from, self._at, self._first_row = len(labels), steps, at, at, None
         self._progress.reset(self._run, total=steps, completed=at, visible=True, tail="" if title else "starting")
@@ -63,7 +63,7 @@ class StudyView:
         self._tell()
 
     def ended(self, label: str, outcome: str, *, failed: bool = False) -> None:
-        """A run has ended."""
+        """Count a run that has ended, and print its line."""
         self._running -= 1
         self._made += 1 - self._from / self._steps
         self._made_seconds = time.monotonic() - self._began
@@ -76,7 +76,7 @@ class StudyView:
         self._tell()
 
     def found(self, *, failed: bool = False) -> None:
-        """A run need not be made: another one answers for it, or cannot be measured for it."""
+        """Count a run that need not be made: another answers for it, or (``failed``) could not be measured for it."""
         self._done += not failed
         self._failed += failed
         self._tell()
@@ -91,8 +91,8 @@ class StudyView:
         self._progress.update(self._run, description=shortened(self._title, room))
 
     def _time_left(self) -> str:
-        """By the runs that have ended, their starts and compiling included; before there is one, by the steps of those
-        at work since their first row."""
+        """Estimate the time left from the runs that have ended, starts and compilation included. Before there is one,
+        use the steps of the running ones since their first row."""
         under_way = max(0, self._running)
         left = self._runs - self._done - self._failed - under_way * self._at / self._steps
         seconds = 0.0
@@ -114,7 +114,7 @@ class StudyView:
 
 
 def shortened(name: str, room: int) -> str:
-    """The name in at most that many columns: without the names of its keys, and then without its end."""
+    """Shorten the name to at most that many columns: first drop the names of its keys, then its end."""
     if width_of(name) > room:
         name = re.sub(r"(?<!\S)[\w.]+=", "", name)
     while width_of(name) > room:

@@ -1,7 +1,7 @@
-"""A sweep over several processes of this machine, each with a GPU, or a core of the CPU, of its own.
+"""Run a sweep with several processes on this machine, each with its own GPU or CPU core.
 
-Each carries out the whole study (:mod:`xattn.sweep.study`), and the locks of the run folders share the work among them,
-as among the terminals of a person who types the same command twice. Importing this module imports no jax.
+Every process runs the whole study (:mod:`xattn.sweep.study`), and the locks of the run folders divide the work, just as
+they do if a user types the same command in two terminals. Importing this module imports no jax.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ from xattn.system.screen import say
 from xattn.system.signals import interruption
 
 _POLL_SECONDS = 0.5
-# How the first process asks the others to save and leave. SLURM signals every process of a job, so they may have been
-# asked before: a second SIGTERM would end them at once, unsaved; a repeated USR1 asks for nothing more.
+# The first process asks the others to save and leave by this signal. SLURM signals every process of a job, so they may
+# have been asked before: a second SIGTERM would end them immediately, unsaved, while a repeated USR1 has no effect.
 _REQUEST = signal.SIGUSR1
 
 
 class Seat(NamedTuple):
-    """What one of the processes has to itself: a GPU, as CUDA_VISIBLE_DEVICES names it, or a core; None is neither."""
+    """The GPU or CPU core that one of the processes has to itself, if any."""
 
     gpu: str | None = None
+    """Its name in CUDA_VISIBLE_DEVICES."""
     core: int | None = None
 
 
 def run_study(jobs: Sequence[Job], plan: Plan | None = None, additions: Sequence[Addition] = ()) -> Outcomes:
-    """:func:`xattn.sweep.study.run_study`, by as many processes as ``sweep.workers`` says; see :func:`train_all`."""
+    """Run :func:`xattn.sweep.study.run_study` by as many processes as ``sweep.workers`` says; see :func:`train_all`."""
     outcomes: Outcomes = {}
     train_all(jobs, outcomes, plan, additions, around=study.table_at_the_end(jobs, outcomes, plan))
     return outcomes
@@ -71,12 +72,12 @@ def train_all(
     """Train every run that has no result yet.
 
     Args:
-        plan: of the command; it is kept once no run is refused.
-        additions: what each of the processes registers; needed if the user's script is not the file that this process
-            was started with, since they do not import it.
-        around: entered once nothing is refused.
+        plan: the command's plan; it is written once every run is accepted.
+        additions: what each process registers. They are needed if this process was not started with the user's script,
+            since the others then do not import it.
+        around: entered once every run is accepted.
 
-    Raises :class:`BadInput`, and starts nothing, if one of the runs cannot be made.
+    Raise :class:`BadInput`, and start nothing, if one of the runs cannot be made.
     """
     unfinished = [job for job in jobs if not is_finished(job)]
     check_data(unfinished)
@@ -91,7 +92,7 @@ def train_all(
             study.train_each_once(jobs, outcomes)
         return
     if all(seat.gpu is None for each in places.values() for seat in each):
-        check_devices(unfinished)  # to look at a GPU would be to take it
+        check_devices(unfinished)  # looking at a GPU would take it
     _keep(plan, jobs)
     jobs = [_begun_anew(job) for job in jobs]
     with around:
@@ -107,14 +108,14 @@ def _keep(plan: Plan | None, jobs: Sequence[Job]) -> None:
 
 
 def _to_be_made(jobs: Sequence[Job]) -> list[Job]:
-    """Those that are to be trained or measured: not finished, and no finished run of the same training has it all."""
+    """Return the unfinished jobs that no finished run of the same training answers for completely."""
     unfinished = [job for job in jobs if not is_finished(job)]
     trainings = Trainings(unfinished)
     return [job for job in unfinished if answered(trainings.find(job)) is None]
 
 
 def _by_threads(jobs: Sequence[Job]) -> dict[int | None, list[Job]]:
-    """``trainer.threads`` → the jobs with that: a process computes with one number of threads all its life."""
+    """Group the jobs by ``trainer.threads``: a process cannot change its number of threads."""
     groups: dict[int | None, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.config.trainer.threads, []).append(job)
@@ -122,8 +123,8 @@ def _by_threads(jobs: Sequence[Job]) -> dict[int | None, list[Job]]:
 
 
 def seats(unfinished: Sequence[Job]) -> list[Seat]:
-    """One for each process: as ``sweep.workers`` says, or for ``auto`` a GPU each, or a core each where a run computes
-    with one thread."""
+    """Return one seat per process: as ``sweep.workers`` says, or for ``auto`` one per GPU, or else one per core if runs
+    compute with one thread."""
     trainer, asked = unfinished[0].config.trainer, unfinished[0].config.sweep.workers
     spread = [job.config for job in unfinished if set(job.config.parallel.axes().values()) != {1}]
     if asked == "auto" and (spread or len(unfinished) == 1):
@@ -142,13 +143,13 @@ def seats(unfinished: Sequence[Job]) -> list[Seat]:
 
 
 def cores() -> list[int]:
-    """The cores that this process may use; none where the system keeps no process to a core, as macOS does not."""
+    """Return the cores that this process may use; none if the system cannot pin a process to a core, as on macOS."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def gpus() -> list[str]:
-    """The GPUs that jax would use here, as CUDA_VISIBLE_DEVICES names them; without asking jax, which would take
-    them. None where jax has no plugin for CUDA, or JAX_PLATFORMS puts another platform first."""
+    """Return the GPUs that jax would use here, by their names in CUDA_VISIBLE_DEVICES, without asking jax: it would
+    take them. There are none if jax has no CUDA plugin, or if JAX_PLATFORMS puts another platform first."""
     first, _, _ = os.environ.get("JAX_PLATFORMS", "").partition(",")
     has_plugin = any("cuda" in plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins"))
     if first not in ("", "cuda", "gpu") or not has_plugin:
@@ -160,12 +161,12 @@ def gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    cards = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # not the lines of their MIG parts
+    cards = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # not their MIG parts
     return [str(i) for i in range(len(cards))] if not listed.returncode else []
 
 
 def _begun_anew(job: Job) -> Job:
-    """``resume=never`` moves a folder aside once a command, and not once a process."""
+    """For ``resume=never``: move the earlier run aside, and return a job with ``resume=auto`` for the processes."""
     if job.config.resume != "never":
         return job
     while (job.folder / run_folder.CONFIG).is_file():
@@ -226,21 +227,21 @@ def _train_in_processes(
     if interruption.requested:
         raise SystemExit(ExitCode.PREEMPTED)
     for job in unfinished:
-        if not is_finished(job):  # its processes died
+        if not is_finished(job):  # the processes that trained it died
             outcomes.setdefault(job.folder, ExitCode.ERROR)
 
 
 def _merge(found: Outcomes, outcomes: Outcomes) -> None:
-    """Add what one process found to the outcomes of all: a run that was in use there, another has trained."""
+    """Add one process's outcomes to the others'. If a run was in use for that one, another process has trained it."""
     for folder, code in found.items():
         if code != ExitCode.IN_USE or folder not in outcomes:
             outcomes[folder] = code
 
 
 def _pickled(jobs: Sequence[Job], additions: Sequence[Addition]) -> tuple[bytes, bytes]:
-    """Pickles what the user has registered, and the jobs, which need it where they are unpickled.
+    """Pickle the user's registrations, and the jobs, which need them when they are unpickled.
 
-    With additions both are pickled by value: the file that their code is in is not imported there.
+    With additions both are pickled by value, since the other process does not import the file with their code.
     """
     if not additions:
         return pickle.dumps(()), pickle.dumps(list(jobs))
@@ -249,9 +250,9 @@ def _pickled(jobs: Sequence[Job], additions: Sequence[Addition]) -> tuple[bytes,
 
 
 def _work(registered: bytes, pickled_jobs: bytes, results: Any, core: int | None, start_at: float) -> None:
-    """One of the processes. Signals come from the one that started it, and none from the terminal."""
+    """Run the study in one of the processes. Its signals come from its parent, never from the terminal."""
     os.setsid()
-    signal.signal(_REQUEST, signal.SIG_DFL)  # else it is ignored where the parent ignores it
+    signal.signal(_REQUEST, signal.SIG_DFL)  # otherwise it is ignored if the parent ignores it
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
     if core is not None:
@@ -276,7 +277,7 @@ def _leave_with_the_parent() -> None:
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """For the processes that are started in it."""
+    """Set environment variables for the processes started in the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
