@@ -170,7 +170,9 @@ class Attempt:
         display.say(f"run folder  {shown(self.folder.path)}")
         kinds = config.backend.kinds
         where = {"backend": "", "then": f" every {config.backend.every} layers"}
-        told = (f"{kinds[kind].activation}{where[kind]}, computed by {choices[kind].name}" for kind in kinds)
+        records = {kind: choice.proof.record for kind, choice in choices.items() if choice.proof is not None}
+        by = {kind: f" (record {records[kind]})" if kind in records else "" for kind in kinds}
+        told = (f"{kinds[kind].activation}{where[kind]}, computed by {choices[kind].name}{by[kind]}" for kind in kinds)
         display.say(f"attention   {'; '.join(told)}")
         if layout.mesh is not None:
             display.say(f"devices     {layout}")
@@ -185,6 +187,7 @@ class Attempt:
         self._summary |= {
             "implementation": _by_kind({kind: choice.name for kind, choice in choices.items()}),
             "passed_over": _by_kind({kind: choice.passed_over for kind, choice in choices.items()}),
+            **({"proven_by": _by_kind({kind: records.get(kind) for kind in kinds})} if records else {}),
         }
         self._open_checkpoints(origin)
         self._rows = layout.rows_here(config.trainer.batch_size)

@@ -10,6 +10,7 @@ Importing this module imports no jax.
 from __future__ import annotations
 
 import contextlib
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,9 @@ class Pack:
         keep_compiled_programs()
         with hosts.team().in_step():
             layout = layout_of(config)
-            choices = choose_attention(config, context=layout.sizes["context"])
+            choices = choose_attention(
+                config, context=layout.sizes["context"], devices=math.prod(layout.sizes.values())
+            )
             for attempt in self._attempts:
                 attempt.read_data(layout, self._stop)
         data = self._open[0].data  # of the others only the batches differ
@@ -161,11 +164,13 @@ class Pack:
             at_most = min(steps)
 
 
-def choose_attention(config: Config, *, context: int, hardware: Hardware | None = None) -> dict[str, Choice]:
-    """Kind of layer → what the dispatch table says to its attention of one training batch, the sequence over so many
-    devices.
+def choose_attention(
+    config: Config, *, context: int, devices: int = 1, hardware: Hardware | None = None
+) -> dict[str, Choice]:
+    """Kind of layer → what the dispatch table says to its attention of one training batch.
 
-    hardware: what the devices are; None is what is here. Raises :class:`BadInput`.
+    context: devices that the sequence is split over. devices: all of the mesh. hardware: what they are; None is what is
+    here. Raises :class:`BadInput`.
     """
     from xattn.backend import dispatch
     from xattn.backend.activations import activation
@@ -191,6 +196,7 @@ def choose_attention(config: Config, *, context: int, hardware: Hardware | None 
             has_input_gate=backend.input_gate != "none",
             has_sink=backend.sink != "none",
             context=context,
+            devices=devices,
             **where,
         )
         try:

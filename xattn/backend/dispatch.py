@@ -6,14 +6,16 @@ rows. Importing this module imports no jax, so that a name can be judged without
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from xattn.backend import proven
 from xattn.backend.activations import Activation
 from xattn.backend.hopper.tuning import ACTIVATIONS, WIDTHS
+from xattn.backend.proven import Proof
 
 if TYPE_CHECKING:
     from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
@@ -36,6 +38,13 @@ def compute_capability() -> str:
     import jax
 
     return str(jax.local_devices()[0].compute_capability)
+
+
+def device_kind() -> str:
+    """The first device's, such as NVIDIA H100 80GB HBM3."""
+    import jax
+
+    return str(jax.local_devices()[0].device_kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,8 @@ class Call:
     """Of the CUDA device where it will run, such as 9.0; None asks the first one here, when it matters."""
     context: int = field(default_factory=lambda: import_module("xattn.backend.mesh").context_devices())
     """Devices over which the mesh splits the sequence."""
+    devices: int = field(default_factory=lambda: import_module("xattn.backend.mesh").devices())
+    """All devices of the mesh."""
 
     @classmethod
     def of(cls, q: Queries, k: Keys, v: Values, spec: AttentionSpec) -> Call:
@@ -105,6 +116,8 @@ class Implementation:
     """What of the call, besides the activation, it does not support, or None."""
     unfavourable: Reason = _never
     """Why ``auto`` should pass it over though it could serve, or None."""
+    proof: Callable[[Call], Proof | str | None] = _never
+    """What shows that ``auto`` may take it, or why nothing does; None where it needs no proof."""
     vmaps: bool = True
     """Whether vmap transforms it, forward and backward: only then do runs that take it train as one program."""
     activations: tuple[str, ...] | None = None
@@ -130,6 +143,8 @@ class Choice:
 
     name: str
     passed_over: dict[str, str]
+    proof: Proof | None = None
+    """What shows that ``auto`` may take it, where the implementation needs that."""
 
 
 def _first(*reasons: tuple[bool, str]) -> str | None:
@@ -184,8 +199,18 @@ def _not_ring(call: Call) -> str | None:
     )
 
 
-def _unmeasured(call: Call) -> str:
-    return "not measured yet, nor run on a GPU: name it to take it"
+def _proof_of_hopper(call: Call) -> Proof | str:
+    """No user waits for another's measurements, and nothing unproven is chosen."""
+    if call.devices > 1:
+        return f"a mesh of {call.devices} devices: it was measured on one"
+    return proven.proof(
+        proven.identity(device_kind()),
+        activation=call.activation.name,
+        dtype=call.dtype,
+        width=call.head_dim_qk,
+        length=call.sequence,
+        rival=lambda length: _first_that_serves(replace(call, sequence=length), _after("hopper")).name,
+    )
 
 
 def _short(call: Call, length: int | None = None) -> str | None:
@@ -208,8 +233,12 @@ def _no_blockwise(call: Call) -> str | None:
 TABLE: tuple[Implementation, ...] = (
     # JAX's rule for its backward takes operands that vmap leaves whole for mapped ones (jax issue 38495).
     Implementation("cudnn", _not_cudnn, vmaps=False, activations=("softmax",), why="as cuDNN does"),
-    Implementation("hopper", _not_hopper, _unmeasured, True, ACTIVATIONS, "its kernels know no other"),
-    Implementation("linear", _not_linear, partial(_short, length=256), True, ("none",), "a sum of outer products"),
+    Implementation(
+        "hopper", _not_hopper, proof=_proof_of_hopper, activations=ACTIVATIONS, why="its kernels know no other"
+    ),
+    Implementation(
+        "linear", _not_linear, partial(_short, length=256), activations=("none",), why="a sum of outer products"
+    ),
     # Runs that train as one program have one device; ring is blockwise there.
     Implementation("ring", _not_ring, _no_ring),
     Implementation("blockwise", unfavourable=_no_blockwise),
@@ -240,18 +269,30 @@ def choose(call: Call, implementation: str = AUTO) -> Choice:
         if reason := row(implementation).refusal(call):
             raise ValueError(f"attention implementation {implementation!r} does not support {reason}")
         return Choice(implementation, {})
+    return _first_that_serves(call, TABLE)
+
+
+def _first_that_serves(call: Call, rows: Sequence[Implementation]) -> Choice:
     passed_over: dict[str, str] = {}
-    for candidate in TABLE:
+    for candidate in rows:
         if missing := candidate.refusal(call):
             passed_over[candidate.name] = f"does not support {missing}"
         elif reason := candidate.unfavourable(call):
             passed_over[candidate.name] = reason
+        elif isinstance(found := candidate.proof(call), str):
+            passed_over[candidate.name] = found
         else:
-            return Choice(candidate.name, passed_over)
+            return Choice(candidate.name, passed_over, found)
     raise AssertionError("the last row of the table serves every call")
+
+
+def _after(name: str) -> Sequence[Implementation]:
+    """The rows of the table behind that one."""
+    return TABLE[TABLE.index(row(name)) + 1 :]
 
 
 def compute(q: Queries, k: Keys, v: Values, spec: AttentionSpec, implementation: str = AUTO) -> Output:
     """Attention of checked arrays, in v's dtype, by the implementation that :func:`choose` names."""
     choice = choose(Call.of(q, k, v, spec), implementation)
-    return row(choice.name).function(q, k, v, spec)
+    function: Callable[..., Output] = row(choice.name).function
+    return function(q, k, v, spec) if choice.proof is None else function(q, k, v, spec, choice.proof.tuning)
