@@ -6,7 +6,9 @@ rows. Importing this module imports no jax, so that a name can be judged without
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -23,8 +25,32 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 
+@dataclass(frozen=True)
+class Target:
+    """A device that programs are compiled for and that is not here."""
+
+    platform: str
+    compute_capability: str
+    device_kind: str
+
+
+_target: ContextVar[Target | None] = ContextVar("target", default=None)
+
+
+@contextmanager
+def compiling_for(target: Target) -> Iterator[None]:
+    """What is traced within is for that device, and not for those that are here."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
 def platform() -> str:
     """The default device's platform, as :class:`Call` names it; asking starts jax's backend."""
+    if (target := _target.get()) is not None:
+        return target.platform
     import jax
 
     name = jax.default_backend()
@@ -35,6 +61,8 @@ def platform() -> str:
 
 def compute_capability() -> str:
     """The first CUDA device's, such as 9.0."""
+    if (target := _target.get()) is not None:
+        return target.compute_capability
     import jax
 
     return str(jax.local_devices()[0].compute_capability)
@@ -42,6 +70,8 @@ def compute_capability() -> str:
 
 def device_kind() -> str:
     """The first device's, such as NVIDIA H100 80GB HBM3."""
+    if (target := _target.get()) is not None:
+        return target.device_kind
     import jax
 
     return str(jax.local_devices()[0].device_kind)

@@ -123,7 +123,9 @@ def test_a_run_that_fails_says_why(settings: Settings) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_is_resumed_to_the_same_bits(settings: Settings) -> None:
+def test_a_run_that_is_killed_is_resumed_to_the_same_bits(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
+    monkeypatch.setattr(runs, "_DEBUG", [*runs._DEBUG, *tiny, "backend.context_length=8"])
     found = {each.what: each for each in runs.kill_and_resume(settings)}
     assert all(each.holds for each in found.values()), found
 

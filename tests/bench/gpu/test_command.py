@@ -213,12 +213,12 @@ def test_json_is_all_that_stdout_gets(answers: Any, tmp_path: Path, capsys: pyte
 
 
 def test_only_takes_checks_and_beginnings_and_names_them() -> None:
-    chosen = command._chosen(["run-pack", "times-sigmoid"])
+    chosen = command._chosen(["run-pack", "times-sigmoid"], CHECKS)
     names = [check.name for check in chosen]
     assert names[:2] == ["environment", "run-pack"]
     assert all(name.startswith("times-sigmoid-") for name in names[2:])
     with pytest.raises(BadInput, match=r"--only = rnu: no check's name begins so; they begin with accuracy, "):
-        command._chosen(["run", "rnu"])
+        command._chosen(["run", "rnu"], CHECKS)
 
 
 def test_every_row_names_a_function_that_takes_its_arguments() -> None:

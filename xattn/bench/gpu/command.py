@@ -3,6 +3,7 @@
     xattn bench gpu                                     # all that this machine can, in 9 minutes
     xattn bench gpu --only run accuracy --minutes 4     # the checks whose names begin so
     xattn bench gpu --keep                              # and a record of the kernels that auto may take here
+    xattn bench gpu --compile-only h100                 # programs for an H100 that is not here
 
 Each check (xattn/bench/gpu/checks.py) is a process with a time limit of its own, so that a hang, a crash or an illegal
 instruction costs that check alone. outputs/bench/gpu.json is replaced whenever something was found. Without a GPU the
@@ -27,6 +28,8 @@ from rich.table import Table
 from xattn.arguments import Parser, number
 from xattn.bench.gpu.checks import CHECKS, ENVIRONMENT, Check, Settings
 from xattn.bench.gpu.child import shown
+from xattn.bench.gpu.compiled import DEVICES
+from xattn.bench.gpu.compiled import checks as compiled_checks
 from xattn.bench.gpu.keep import keep
 from xattn.bench.gpu.record import CheckResult, Device, Finding, GpuBench
 from xattn.bench.gpu.supervise import run_check
@@ -39,13 +42,16 @@ from xattn.tracking.display import Screen
 _LEAST_SECONDS = 10.0
 # Kept back for the end of a killed process and the last writes.
 _RESERVE_SECONDS = 3.0
+_MINUTES, _MINUTES_TO_COMPILE = 9.0, 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if nothing that ran came to a bad end, else 1."""
     began = time.monotonic()
     options = _parser().parse_args(argv)
-    chosen = _chosen(options.only)
+    if options.minutes is None:
+        options.minutes = _MINUTES if options.compile_only is None else _MINUTES_TO_COMPILE
+    chosen = _chosen(options.only, CHECKS if options.compile_only is None else compiled_checks())
     session = Session(options, began, chosen)
     with _signals():
         session.carry_out()
@@ -54,9 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="xattn bench gpu", description="What only a GPU can show, each check in a process of its own.")
-    parser.add_argument("--minutes", type=number(0, above=True), default=9.0, metavar="M", help="in all; default 9")
+    limits = f"in all; default {_MINUTES:g}, and {_MINUTES_TO_COMPILE:g} with --compile-only"
+    parser.add_argument("--minutes", type=number(0, above=True), metavar="M", help=limits)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="checks, or what their names begin with")
     parser.add_argument("--keep", action="store_true", help="record the kernels that are proven, for auto to take")
+    parser.add_argument(
+        "--compile-only", choices=DEVICES, help="compile for such a device, which need not be here; runs nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print what gpu.json holds, and no table")
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT, to run beside")
     parser.add_argument("--peer-python", metavar="PYTHON", help="an interpreter with torch")
@@ -64,15 +74,15 @@ def _parser() -> Parser:
     return parser
 
 
-def _chosen(only: Sequence[str] | None) -> list[Check]:
+def _chosen(only: Sequence[str] | None, checks: Sequence[Check]) -> list[Check]:
     """Return the checks to make, the environment always first among them. Raises :class:`BadInput`."""
     if only is None:
-        return list(CHECKS)
+        return list(checks)
     for name in only:
-        if not any(_is_named(check, name) for check in CHECKS):
-            groups = sorted({check.name.partition("-")[0] for check in CHECKS} - {"stand"} | {"stand-in"})
+        if not any(_is_named(check, name) for check in checks):
+            groups = sorted({check.name.partition("-")[0] for check in checks})
             raise BadInput(f"--only = {name}: no check's name begins so; they begin with {', '.join(groups)}")
-    return [check for check in CHECKS if check is ENVIRONMENT or any(_is_named(check, name) for name in only)]
+    return [check for check in checks if check is ENVIRONMENT or any(_is_named(check, name) for name in only)]
 
 
 def _is_named(check: Check, name: str) -> bool:
@@ -148,6 +158,7 @@ class Session:
             started_at=self.started_at,
             seconds=round(time.monotonic() - self.began, 1),
             minutes=self.options.minutes,
+            compiled_for=self.options.compile_only,
             only=tuple(self.options.only or ()),
             cores=os.cpu_count() or 1,
             device=self.device,
@@ -156,7 +167,8 @@ class Session:
             **self._facts,
         )
         self.options.output.mkdir(parents=True, exist_ok=True)
-        path: Path = self.options.output / "gpu.json"
+        target = self.options.compile_only
+        path: Path = self.options.output / ("gpu.json" if target is None else f"gpu-{target}.json")
         write_atomically(path, to_json(record.model_dump(), indent=1) + "\n")
         return path
 

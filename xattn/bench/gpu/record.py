@@ -98,6 +98,8 @@ class GpuBench(_Strict):
     minutes: float
     """The limit that was asked for."""
     only: tuple[str, ...] = ()
+    compiled_for: str | None = None
+    """The device of ``--compile-only``; null where checks run on the one here."""
     git_commit: str | None
     git_dirty: bool | None
     versions: dict[str, str]
