@@ -167,6 +167,29 @@ def test_the_commands_time_cuts_a_check_short_and_begins_no_other(
     assert found.seconds < 6
 
 
+def test_checks_that_share_the_machine_run_at_once(
+    no_device: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an interrupt ends them all."""
+    pair = [replace(stand_in("hangs"), name=name, shares=True) for name in ("one", "other")]
+    monkeypatch.setattr(command, "CHECKS", (no_device, *pair))
+    monkeypatch.setattr(command, "_workers", lambda: 2)
+    seen: list[int] = []
+
+    def save(self: command.Session, status: str) -> Path:
+        found = [each for result in self.results.values() for each in result.findings if each.what == "process"]
+        seen[:] = [int(str(each.value)) for each in found]
+        if len(seen) == 2 and status == "running":
+            raise SystemExit(143)
+        return tmp_path
+
+    monkeypatch.setattr(command.Session, "_save", save)
+    with pytest.raises(SystemExit):
+        command.main(["--output", str(tmp_path)])
+    assert len(seen) == 2
+    assert not any(_runs(process) for process in seen)
+
+
 def test_the_file_has_what_is_found_while_a_check_runs(
     no_device: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,8 @@ class Check:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     needs: Needs = "nothing"
     expected: Outcome = "passed"
+    shares: bool = False
+    """Whether it may run beside others on a machine with enough cores: it measures no times and is small."""
 
     def load(self) -> Callable[..., Iterator[Finding]]:
         """Returns the function: (settings, **arguments) → findings."""
@@ -78,15 +80,18 @@ _RUNS = (
             90,
             "runs.compare_with_cpu",
             {"overrides": [f"backend.activation={name}", f"model.dtype={dtype}"]},
+            shares=True,
         )
         for dtype, name in product(("float32", "bfloat16"), ACTIVATIONS)
     ),
-    Check("run-pack", "a pack of 4 against the same runs alone on a CPU", 120, "runs.pack"),
-    Check("run-kinds", "two kinds of layers", 90, "runs.compare_with_cpu", {"overrides": _KINDS}),
-    Check("run-decay", "input decay", 90, "runs.compare_with_cpu", {"overrides": ["backend.decay=input"]}),
-    Check("run-generation", "text from a run's model, twice the same", 90, "runs.generation"),
-    Check("run-deterministic", "deterministic=true, twice to the same bits", 90, "runs.deterministic"),
-    Check("run-resume", "kill −9 and resume, to the bits of a run left alone", 120, "runs.kill_and_resume"),
+    Check("run-pack", "a pack of 4 against the same runs alone on a CPU", 120, "runs.pack", shares=True),
+    Check("run-kinds", "two kinds of layers", 90, "runs.compare_with_cpu", {"overrides": _KINDS}, shares=True),
+    Check("run-decay", "input decay", 90, "runs.compare_with_cpu", {"overrides": ["backend.decay=input"]}, shares=True),
+    Check("run-generation", "text from a run's model, twice the same", 90, "runs.generation", shares=True),
+    Check("run-deterministic", "deterministic=true, twice to the same bits", 90, "runs.deterministic", shares=True),
+    Check(
+        "run-resume", "kill −9 and resume, to the bits of a run left alone", 120, "runs.kill_and_resume", shares=True
+    ),
 )
 
 _KERNELS = (
@@ -150,7 +155,7 @@ CHECKS: tuple[Check, ...] = (
     *_KERNELS,
     *_TRAINING,
     *(
-        Check(f"stand-in-{name}", about, limit, f"stand_ins.{name}", {}, "no GPU", outcome)
+        Check(f"stand-in-{name}", about, limit, f"stand_ins.{name}", {}, "no GPU", outcome, shares=True)
         for name, about, limit, outcome in _STAND_INS
     ),
 )

@@ -12,11 +12,14 @@ debug runs are made on the CPU, and stand-ins show how checks end. This process 
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,7 +35,7 @@ from xattn.bench.gpu.compiled import DEVICES
 from xattn.bench.gpu.compiled import checks as compiled_checks
 from xattn.bench.gpu.keep import keep
 from xattn.bench.gpu.record import CheckResult, Device, Finding, GpuBench
-from xattn.bench.gpu.supervise import run_check
+from xattn.bench.gpu.supervise import end_all, run_check
 from xattn.errors import BadInput
 from xattn.provenance import git_state, versions
 from xattn.run_folder import to_json, write_atomically
@@ -102,6 +105,7 @@ class Session:
     started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
+        self._lock = threading.Lock()
         self._screen = Screen(stderr=self.options.json)
         self._facts = {"versions": versions(), **dict(zip(("git_commit", "git_dirty"), git_state(), strict=True))}
         self.results = {check.name: _not_yet(check) for check in self.chosen}
@@ -110,8 +114,8 @@ class Session:
         """Make the checks, keep the record where that is asked for, and print what was found."""
         status = "interrupted"
         try:
-            for check in self.chosen:
-                self._make(check)
+            for shares, checks in itertools.groupby(self.chosen, key=lambda check: check.shares):
+                self._make_all(list(checks), at_once=_workers() if shares else 1)
             if self.options.keep:
                 self._keep()
             status = "done"
@@ -122,6 +126,18 @@ class Session:
             return
         self._screen.print_table(_table(self.results.values()))
         self._screen.say(f"written: {path}" + (f"\nrecord: {self.kept}" if self.kept else ""))
+
+    def _make_all(self, checks: Sequence[Check], *, at_once: int) -> None:
+        pool = ThreadPoolExecutor(at_once)
+        try:
+            for made in [pool.submit(self._make, check) for check in checks]:
+                made.result()
+        except BaseException:  # an interrupt too: nothing that was started may outlive the command
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
+            raise
+        finally:
+            pool.shutdown()
 
     def _make(self, check: Check) -> None:
         left = self.options.minutes * 60 - (time.monotonic() - self.began) - _RESERVE_SECONDS
@@ -149,8 +165,9 @@ class Session:
         self.kept = str(keep(self.device.kind, evidence, made_at=self.started_at))
 
     def _note(self, result: CheckResult) -> None:
-        self.results[result.name] = result
-        self._save("running")
+        with self._lock:
+            self.results[result.name] = result
+            self._save("running")
 
     def _save(self, status: Any) -> Path:
         record = GpuBench(
@@ -171,6 +188,11 @@ class Session:
         path: Path = self.options.output / ("gpu.json" if target is None else f"gpu-{target}.json")
         write_atomically(path, to_json(record.model_dump(), indent=1) + "\n")
         return path
+
+
+def _workers() -> int:
+    """Return how many checks may share the machine: a run, and the same on a CPU, are given four cores."""
+    return max(1, (os.cpu_count() or 1) // 4)
 
 
 def _not_yet(check: Check) -> CheckResult:

@@ -58,4 +58,4 @@ def _hopper(name: str) -> list[str]:
 def _row(name: str, kind: str, overrides: list[str], *, size: int = 1, vocab_size: int = 256) -> Check:
     program = "step" if kind == "pack" else kind
     arguments = {"kind": program, "overrides": overrides, "size": size, "vocab_size": vocab_size}
-    return Check(name, "compiled for an H100", _LIMIT, "compile_only.program", arguments)
+    return Check(name, "compiled for an H100", _LIMIT, "compile_only.program", arguments, shares=True)

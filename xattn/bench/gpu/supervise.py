@@ -22,6 +22,9 @@ _POLL_SECONDS = 0.2
 _LAST_LINES = 12
 # For a process that was killed. One that waits for a driver can't end; it is left behind.
 _GRACE_SECONDS = 2.0
+_SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # else the first would take most of the GPU's memory
+
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 def run_check(
@@ -44,7 +47,9 @@ def run_check(
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=os.environ | (_SHARING if check.shares else {}),
             )
+        _running.add(process)
         known = 0
         try:
             while process.poll() is None and time.monotonic() - began < limit:
@@ -57,6 +62,7 @@ def run_check(
             code = process.poll()
         finally:
             _kill(process)
+            _running.discard(process)
         found, end = _read(findings)
         outcome, reason = end or _without_end(code, check.limit, cut=limit < check.limit)
         bad = outcome != "passed"
@@ -69,6 +75,12 @@ def run_check(
                 "output": tuple(_last_lines(output)) if bad else (),
             }
         )
+
+
+def end_all() -> None:
+    """End every check that runs, whichever thread watches it."""
+    for process in tuple(_running):
+        _kill(process)
 
 
 def _read(path: Path) -> tuple[tuple[Finding, ...], tuple[Outcome, str] | None]:
