@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ from xattn.bench.gpu.child import shown
 from xattn.bench.gpu.compiled import DEVICES
 from xattn.bench.gpu.compiled import checks as compiled_checks
 from xattn.bench.gpu.keep import keep
-from xattn.bench.gpu.record import CheckResult, Device, Finding, GpuBench
+from xattn.bench.gpu.record import CheckResult, Device, GpuBench
 from xattn.bench.gpu.supervise import end_all, run_check
 from xattn.errors import BadInput
 from xattn.provenance import git_state, versions
@@ -212,16 +212,24 @@ def _ending(result: CheckResult) -> str:
     return f"{words}: {result.reason}" if result.reason and not as_it_should else words
 
 
-def _table(results: Any) -> Table:
-    """Return every finding with its bar, and of the checks without one the reason."""
+def _table(results: Iterable[CheckResult]) -> Table:
+    """Return every finding with its bar; neighbours that were skipped for one reason are one row."""
     table = Table("check", "found", "value", "bar", "", box=None, pad_edge=False)
-    for result in results:
-        findings: list[Finding] = list(result.findings) if result.expected == "passed" else []
-        table.add_row(result.name, _ending(result), "", "", "" if not result.is_bad else "FAILED")
-        for each in findings:
-            verdict = "" if each.holds is not False else ("MISSED" if each.required else "missed")
-            table.add_row("", f"  {each.what}", f"{shown(each.value)} {each.unit}".strip(), each.bar, verdict)
+    for skipped, alike in itertools.groupby(results, key=lambda each: each.outcome == "skipped" and each.reason):
+        of_row = list(alike)
+        if skipped and len(of_row) > 1:
+            table.add_row(f"{len(of_row)} checks", _ending(of_row[0]), f"{of_row[0].name} to {of_row[-1].name}")
+            continue
+        for result in of_row:
+            _add(table, result)
     return table
+
+
+def _add(table: Table, result: CheckResult) -> None:
+    table.add_row(result.name, _ending(result), "", "", "FAILED" if result.is_bad else "")
+    for each in result.findings if result.expected == "passed" else ():
+        verdict = "" if each.holds is not False else ("MISSED" if each.required else "missed")
+        table.add_row("", f"  {each.what}", f"{shown(each.value)} {each.unit}".strip(), each.bar, verdict)
 
 
 @contextmanager
