@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -130,8 +130,11 @@ class Session:
     def _make_all(self, checks: Sequence[Check], *, at_once: int) -> None:
         pool = ThreadPoolExecutor(at_once)
         try:
-            for made in [pool.submit(self._make, check) for check in checks]:
-                made.result()
+            made = [pool.submit(self._make, check) for check in checks]
+            wait(made, return_when=FIRST_EXCEPTION)
+            for each in made:
+                if each.done():
+                    each.result()
         except BaseException:  # an interrupt too: nothing that was started may outlive the command
             pool.shutdown(wait=False, cancel_futures=True)
             end_all()

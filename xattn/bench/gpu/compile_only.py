@@ -109,6 +109,8 @@ def spills(dump: Path) -> dict[str, int]:
     """Return kernel of XLA's → bytes a thread that the assembler puts into memory, of those that have any."""
     found = {}
     for path in sorted(dump.glob("*.ptx")):
+        if not path.stat().st_size:  # a part of the program without a kernel
+            continue
         command = ["ptxas", "-v", "-arch=sm_90a", str(path), "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if said.returncode != 0:

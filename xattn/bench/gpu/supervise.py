@@ -60,10 +60,13 @@ def run_check(
                     known = len(found)
                     on_finding(result.model_copy(update={"findings": found}))
             code = process.poll()
+            interrupted = process not in _running
         finally:
             _kill(process)
             _running.discard(process)
         found, end = _read(findings)
+        if end is None and interrupted:
+            end = "cut short", "the command was interrupted"
         outcome, reason = end or _without_end(code, check.limit, cut=limit < check.limit)
         bad = outcome != "passed"
         return result.model_copy(
@@ -80,6 +83,7 @@ def run_check(
 def end_all() -> None:
     """End every check that runs, whichever thread watches it."""
     for process in tuple(_running):
+        _running.discard(process)
         _kill(process)
 
 
