@@ -93,11 +93,13 @@ def test_spills_are_the_assemblers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     (tmp_path / "said").write_text(said)
     assembler = tmp_path / "bin" / "ptxas"
-    assembler.write_text(f"#!/bin/sh\ncat {tmp_path / 'said'} >&2\n")
+    assembler.write_text(f"#!/bin/sh\nbasename $3 >> {tmp_path / 'asked'}\ncat {tmp_path / 'said'} >&2\n")
     assembler.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    (tmp_path / "module.ptx").write_text("")
+    (tmp_path / "module.ptx").write_text(".version 8.8")
+    (tmp_path / "without_a_kernel.ptx").write_text("")
     assert compile_only.spills(tmp_path) == {"fusion_1": 12}
+    assert (tmp_path / "asked").read_text().split() == ["module.ptx"]
     assembler.write_text("#!/bin/sh\necho 'ptxas fatal: no' >&2; exit 255\n")
     with pytest.raises(RuntimeError, match="ptxas fatal: no"):
         compile_only.spills(tmp_path)
