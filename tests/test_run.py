@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 
 import xattn.config
+from xattn.backend import dispatch, reference
+from xattn.backend.hopper.tuning import Tuning
+from xattn.backend.proven import Proof
 from xattn.config import compose
 from xattn.errors import BadInput
 from xattn.runs import run_folder
@@ -175,3 +179,17 @@ def test_a_run_of_one_thread_has_the_same_bits_on_any_number_of_cores(text_file:
     assert kept.shape == (8, 2)
     nats, tokens = kept.sum(axis=0)
     assert nats / tokens == pytest.approx((found or {})["val_loss"], rel=1e-6)
+
+
+def test_what_proved_the_kernels_is_named_in_the_log_and_in_the_summary(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU another row of the table stands for theirs."""
+
+    plain = reference.reference
+    monkeypatch.setattr(reference, "reference", lambda q, k, v, spec, *tuning: plain(q, k, v, spec))
+    row = dispatch.Implementation("reference", proof=lambda call: Proof("hopper-h100", Tuning()))
+    monkeypatch.setattr(dispatch, "TABLE", (row,))
+    assert run(compose(command), tmp_path / "run", quiet=True) == 0
+    assert "computed by reference (record hopper-h100)" in (tmp_path / "run" / "log.txt").read_text("utf-8")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))["proven_by"] == "hopper-h100"

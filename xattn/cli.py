@@ -40,6 +40,7 @@ _COMMANDS = {
     "bench checkpoints": ("xattn.bench.checkpoints", "what saving costs a run, and how long it takes"),
     "bench data": ("xattn.bench.data", "a big corpus as bytes and BPE: MB/s and memory"),
     "bench generation": ("xattn.bench.generation", "text through the cache, and by forward passes"),
+    "bench gpu": ("xattn.bench.gpu.command", "all that only a GPU can show, in ten minutes"),
     "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times, tuning"),
     "bench start": ("xattn.bench.start", "from the command to the first step, cold and warm"),
     "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one, and packs"),
@@ -48,6 +49,7 @@ _COMMANDS = {
 _GROUPS = {"bench": "measure speed and memory; `xattn bench` lists its parts"}  # one line in place of their commands
 
 _IMPORT_JAX = ("bench", "plan")  # on being loaded; other commands look at the device only after parsing their arguments
+_NEVER_LOOK = ("bench gpu",)  # the processes that it starts look at the device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +91,7 @@ def _carry_out(words: Sequence[str]) -> int:
         length = len(command.split())
         if " ".join(words[:length]) == command:
             with entry.loading(command, words[length:]):
-                if words[0] in _IMPORT_JAX and not {"-h", "--help"} & set(words):
+                if words[0] in _IMPORT_JAX and command not in _NEVER_LOOK and not {"-h", "--help"} & set(words):
                     first_look()
                 loaded = import_module(module)
             return int(loaded.main(words[length:]))

@@ -42,7 +42,7 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, *, sigmoid:
 
 
 def options(tmp_path: Path, *arguments: str) -> Any:
-    return kernels._parser().parse_args([*arguments, "--output", str(tmp_path)])
+    return kernels.options_parser().parse_args([*arguments, "--output", str(tmp_path)])
 
 
 def test_without_a_hopper_gpu_it_says_what_it_needs() -> None:

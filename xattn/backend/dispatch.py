@@ -6,14 +6,18 @@ suite runs over all rows. Importing this module does not import jax, so a name c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from xattn.backend import proven
 from xattn.backend.activations import Activation
 from xattn.backend.hopper.tuning import ACTIVATIONS, WIDTHS
+from xattn.backend.proven import Proof
 
 if TYPE_CHECKING:
     from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
@@ -21,8 +25,32 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 
+@dataclass(frozen=True)
+class Target:
+    """A device that programs are compiled for and that is not here."""
+
+    platform: str
+    compute_capability: str
+    device_kind: str
+
+
+_target: ContextVar[Target | None] = ContextVar("target", default=None)
+
+
+@contextmanager
+def compiling_for(target: Target) -> Iterator[None]:
+    """What is traced within is for that device, and not for those that are here."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
 def platform() -> str:
     """Return the platform of the default device, as :class:`Call` names it. This starts jax's backend."""
+    if (target := _target.get()) is not None:
+        return target.platform
     import jax
 
     name = jax.default_backend()
@@ -33,9 +61,20 @@ def platform() -> str:
 
 def compute_capability() -> str:
     """Return the compute capability of the first CUDA device, such as 9.0."""
+    if (target := _target.get()) is not None:
+        return target.compute_capability
     import jax
 
     return str(jax.local_devices()[0].compute_capability)
+
+
+def device_kind() -> str:
+    """The first device's, such as NVIDIA H100 80GB HBM3."""
+    if (target := _target.get()) is not None:
+        return target.device_kind
+    import jax
+
+    return str(jax.local_devices()[0].device_kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +101,8 @@ class Call:
     """Compute capability of that CUDA device, such as 9.0; None asks the first local device, if it matters."""
     context: int = field(default_factory=lambda: import_module("xattn.backend.mesh").context_devices())
     """Number of devices over which the mesh splits the sequence."""
+    devices: int = field(default_factory=lambda: import_module("xattn.backend.mesh").devices())
+    """All devices of the mesh."""
 
     @classmethod
     def of(cls, q: Queries, k: Keys, v: Values, spec: AttentionSpec) -> Call:
@@ -105,6 +146,8 @@ class Implementation:
     """Gives what it does not support about the call, besides the activation, or None."""
     unfavourable: Reason = _never
     """Gives why ``auto`` should pass it over although it could serve the call, or None."""
+    proof: Callable[[Call], Proof | str | None] = _never
+    """What shows that ``auto`` may take it, or why nothing does; None where it needs no proof."""
     vmaps: bool = True
     """Whether vmap works on it, forward and backward. If not, runs that use it can't train as one program."""
     activations: tuple[str, ...] | None = None
@@ -131,6 +174,8 @@ class Choice:
     name: str
     passed_over: dict[str, str]
     """Implementations that ``auto`` passed over, each with the reason; empty if one was named."""
+    proof: Proof | None = None
+    """What shows that ``auto`` may take it, where the implementation needs that."""
 
 
 def _first(*reasons: tuple[bool, str]) -> str | None:
@@ -185,8 +230,18 @@ def _not_ring(call: Call) -> str | None:
     )
 
 
-def _unmeasured(call: Call) -> str:
-    return "not measured yet, nor run on a GPU: name it to take it"
+def _proof_of_hopper(call: Call) -> Proof | str:
+    """No user waits for another's measurements, and nothing unproven is chosen."""
+    if call.devices > 1:
+        return f"a mesh of {call.devices} devices: it was measured on one"
+    return proven.proof(
+        proven.identity(device_kind()),
+        activation=call.activation.name,
+        dtype=call.dtype,
+        width=call.head_dim_qk,
+        length=call.sequence,
+        rival=lambda length: _first_that_serves(replace(call, sequence=length), _after("hopper")).name,
+    )
 
 
 def _short(call: Call, length: int | None = None) -> str | None:
@@ -209,9 +264,13 @@ def _no_blockwise(call: Call) -> str | None:
 TABLE: tuple[Implementation, ...] = (
     # JAX's batching rule for the backward treats unmapped operands as mapped (jax issue 38495).
     Implementation("cudnn", _not_cudnn, vmaps=False, activations=("softmax",), why="as cuDNN does"),
-    Implementation("hopper", _not_hopper, _unmeasured, True, ACTIVATIONS, "its kernels know no other"),
-    Implementation("linear", _not_linear, partial(_short, length=256), True, ("none",), "a sum of outer products"),
-    # ring is marked as vmappable because runs that train as one program have one device, where ring is blockwise.
+    Implementation(
+        "hopper", _not_hopper, proof=_proof_of_hopper, activations=ACTIVATIONS, why="its kernels know no other"
+    ),
+    Implementation(
+        "linear", _not_linear, partial(_short, length=256), activations=("none",), why="a sum of outer products"
+    ),
+    # Runs that train as one program have one device; ring is blockwise there.
     Implementation("ring", _not_ring, _no_ring),
     Implementation("blockwise", unfavourable=_no_blockwise),
     Implementation("reference"),
@@ -241,18 +300,30 @@ def choose(call: Call, implementation: str = AUTO) -> Choice:
         if reason := row(implementation).refusal(call):
             raise ValueError(f"attention implementation {implementation!r} does not support {reason}")
         return Choice(implementation, {})
+    return _first_that_serves(call, TABLE)
+
+
+def _first_that_serves(call: Call, rows: Sequence[Implementation]) -> Choice:
     passed_over: dict[str, str] = {}
-    for candidate in TABLE:
+    for candidate in rows:
         if missing := candidate.refusal(call):
             passed_over[candidate.name] = f"does not support {missing}"
         elif reason := candidate.unfavourable(call):
             passed_over[candidate.name] = reason
+        elif isinstance(found := candidate.proof(call), str):
+            passed_over[candidate.name] = found
         else:
-            return Choice(candidate.name, passed_over)
+            return Choice(candidate.name, passed_over, found)
     raise AssertionError("the last row of the table serves every call")
+
+
+def _after(name: str) -> Sequence[Implementation]:
+    """The rows of the table behind that one."""
+    return TABLE[TABLE.index(row(name)) + 1 :]
 
 
 def compute(q: Queries, k: Keys, v: Values, spec: AttentionSpec, implementation: str = AUTO) -> Output:
     """Compute attention of checked arrays, in v's dtype, with the implementation that :func:`choose` picks."""
     choice = choose(Call.of(q, k, v, spec), implementation)
-    return row(choice.name).function(q, k, v, spec)
+    function: Callable[..., Output] = row(choice.name).function
+    return function(q, k, v, spec) if choice.proof is None else function(q, k, v, spec, choice.proof.tuning)

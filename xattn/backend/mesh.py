@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,13 @@ def context_devices() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return mesh.shape[CONTEXT] if types.get(CONTEXT) == AxisType.Auto else 1
+
+
+def devices() -> int:
+    """Devices of the mesh that is set, along the axes that are XLA's to divide; 1 where none is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return math.prod(mesh.shape[name] for name, kind in types if kind == AxisType.Auto)
 
 
 def split_by_sequence(spec: AttentionSpec) -> Any:

@@ -62,9 +62,7 @@ def time_stage(bench: Bench) -> None:
     table = bench.table("times, bfloat16, causal", "D", "S", "pass", "subject", "ms", "TFLOP/s", "×cudnn", "bar")
     found: list[Timing] = []
     for width, length, passes in itertools.product(bench.options.widths, bench.options.lengths, PASSES):
-        arrays = _arrays(bench.options, width, length)
-        of_turns = dict(_compiled(bench, width, length, passes, arrays))
-        found += _timings(bench.options, interleaved(of_turns, arrays, bench.options.repeats), width, length, passes)
+        found += side_by_side(bench, width, length, passes)
     for t in found:
         ratio = "" if t.over_softmax is None else f"{t.over_softmax:.2f}"
         bar = "" if t.bar is None else f"{t.bar:.2f}" + ("" if (t.over_softmax or 0) >= t.bar else " MISSED")
@@ -77,6 +75,13 @@ def time_stage(bench: Bench) -> None:
     bench.record["quickest none"] = _quickest(found)
     for where, name in bench.record["quickest none"].items():
         bench.console.print(f"quickest none, {where}: {name}", highlight=False)
+
+
+def side_by_side(bench: Bench, width: int, length: int, passes: str) -> list[Timing]:
+    """Times of every subject, in turn."""
+    arrays = random_arrays(bench.options, width, length)
+    of_turns = dict(_compiled(bench, width, length, passes, arrays))
+    return _timings(bench.options, interleaved(of_turns, arrays, bench.options.repeats), width, length, passes)
 
 
 def subjects(activations: list[str]) -> dict[Key, Function]:
@@ -105,7 +110,7 @@ def subjects(activations: list[str]) -> dict[Key, Function]:
     return found
 
 
-def _arrays(options: argparse.Namespace, width: int, length: int) -> tuple[jax.Array, ...]:
+def random_arrays(options: argparse.Namespace, width: int, length: int) -> tuple[jax.Array, ...]:
     """Return q, k, v, bias, g; bias is (NH,), the others are (B, NH, S, D)."""
     batch = max(options.tokens // length, 1)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -199,7 +204,7 @@ def sweep_stage(bench: Bench) -> None:
     bench.record["sweep"] = []
     for activation, width, passes in itertools.product(bench.options.activations, bench.options.widths, PASSES):
         what = f"{activation}, D {width}, S {length}, {passes}"
-        arrays = _arrays(bench.options, width, length)
+        arrays = random_arrays(bench.options, width, length)
         runs: dict[Key, Callable[..., Any]] = {}
         for tuning in variants(passes):
             with bench.attempt(f"{what}, {tuning}"):

@@ -32,7 +32,7 @@ STAGES = ("compile", "accuracy", "time", "sweep")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0, or 1 if anything failed or missed its accuracy. A missed speed target is a result, not an error."""
-    parser = _parser()
+    parser = options_parser()
     options = parser.parse_args(argv)
     on_hopper = dispatch.platform() == "cuda" and dispatch.compute_capability() == "9.0"
     if not on_hopper and options.stages != ["compile"]:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if accurate and not bench.record["failures"] else 1
 
 
-def _parser() -> Parser:
+def options_parser() -> Parser:
     parser = Parser(prog="xattn bench kernels", description="The Hopper kernels: right, fast, tuned?")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--activations", nargs="+", choices=("sigmoid", "none"), default=["sigmoid", "none"])

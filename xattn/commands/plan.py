@@ -67,7 +67,7 @@ class Plan:
 
 def plan(config: Config, vocab_size: int, hardware: Hardware, mesh: dict[str, int]) -> Plan:
     """Return the cost of a training step on this mesh. Raises :class:`xattn.errors.BadInput` if it cannot run there."""
-    choices = choose_attention(config, context=mesh["context"], hardware=hardware)
+    choices = choose_attention(config, context=mesh["context"], devices=math.prod(mesh.values()), hardware=hardware)
     layers = layers_of(config.backend, config.model.num_layers)
     attention = [(config.backend.kinds[kind], choices[kind].name) for kind, those in layers.items() for _ in those]
     parameters, optimizer_state = _state_sizes(config, vocab_size)

@@ -87,7 +87,9 @@ def begin(
     display, kinds = run.display, run.config.backend.kinds
     display.say(f"run folder  {shown(run.folder.path)}")
     where = {"backend": "", "then": f" every {run.config.backend.every} layers"}
-    computed = (f"{kinds[kind].activation}{where[kind]}, computed by {choices[kind].name}" for kind in kinds)
+    records = {kind: choice.proof.record for kind, choice in choices.items() if choice.proof is not None}
+    by = {kind: f" (record {records[kind]})" if kind in records else "" for kind in kinds}
+    computed = (f"{kinds[kind].activation}{where[kind]}, computed by {choices[kind].name}{by[kind]}" for kind in kinds)
     display.say(f"attention   {'; '.join(computed)}")
     if layout.mesh is not None:
         display.say(f"devices     {layout}")
@@ -100,6 +102,7 @@ def begin(
     run.summary |= {
         "implementation": _by_kind({kind: choice.name for kind, choice in choices.items()}),
         "passed_over": _by_kind({kind: choice.passed_over for kind, choice in choices.items()}),
+        **({"proven_by": _by_kind({kind: records.get(kind) for kind in kinds})} if records else {}),
     }
     run.open_mirror(origin)
     return origin

@@ -8,6 +8,7 @@ their places, but no longer change. So the program is the same, and so are the b
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 
 from xattn.runs.ending import conclude
@@ -37,7 +38,7 @@ def train_pack(runs: Sequence[Run], stop: Callable[[], bool]) -> None:
     # Everything that can be refused is refused before any folder changes.
     with team.in_step():
         layout = layout_of(config)
-        choices = choose_attention(config, context=layout.sizes["context"])
+        choices = choose_attention(config, context=layout.sizes["context"], devices=math.prod(layout.sizes.values()))
         inputs = {run: read_inputs(run, layout, stop) for run in runs}
     data = inputs[at_work[0]].data  # the members' data differ only in their batches
     team.the_same({"data_sha256": data.sha256})

@@ -7,6 +7,7 @@ module imports no jax.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import xattn.config
@@ -48,7 +49,8 @@ def check_devices(jobs: Sequence[Job]) -> None:
         from xattn.training.sharding import layout_of
 
         for config in {xattn.config.pack_key(config): config for config in configs}.values():
-            choose_attention(config, context=layout_of(config).sizes["context"])
+            sizes = layout_of(config).sizes
+            choose_attention(config, context=sizes["context"], devices=math.prod(sizes.values()))
 
 
 def _fresh(jobs: Sequence[Job]) -> list[Config]:

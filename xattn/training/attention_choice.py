@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from xattn.system.hardware import Hardware
 
 
-def choose_attention(config: Config, *, context: int, hardware: Hardware | None = None) -> dict[str, Choice]:
+def choose_attention(
+    config: Config, *, context: int, devices: int = 1, hardware: Hardware | None = None
+) -> dict[str, Choice]:
     """Return the dispatch table's choice for each kind of layer, with the sequence split over ``context`` devices.
 
-    The call is one training batch. hardware: the devices; None takes those of this machine. Raises :class:`BadInput`.
+    The call is one training batch. devices: all of the mesh. hardware: what they are; None takes those of this machine.
+    Raises :class:`BadInput`.
     """
     from xattn.backend import dispatch
     from xattn.backend.activations import activation
@@ -43,6 +46,7 @@ def choose_attention(config: Config, *, context: int, hardware: Hardware | None 
             has_input_gate=backend.input_gate != "none",
             has_sink=backend.sink != "none",
             context=context,
+            devices=devices,
             **where,
         )
         try:

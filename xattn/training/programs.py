@@ -146,6 +146,26 @@ def programs(
     return compiled, _compile.cache_info().misses > before
 
 
+class Uncompiled(NamedTuple):
+    """What programs are made from, for a compiler that is asked directly. step, state, windows: of the whole pack."""
+
+    model: LanguageModel
+    step: Callable[[TrainState, Windows], tuple[TrainState, StepMetrics]]
+    score: ScoreWindows
+    state: TrainState
+    windows: Windows
+
+
+def uncompiled(
+    config: Config, vocab_size: int, *, optional: tuple[tuple[str, int], ...] = (), size: int = 1
+) -> Uncompiled:
+    """The functions of a config and the shapes of what they take; nothing is compiled."""
+    config = shaping(config)
+    one = _one_run(config, vocab_size, layout_of(config))
+    step, state, windows = _packed(one, config, optional, size)
+    return Uncompiled(one.model, step, one.score, state, windows)
+
+
 class _OneRun(NamedTuple):
     """What packs of every size share: functions of one run."""
 
@@ -218,15 +238,8 @@ def _compile(
 ) -> Programs:
     assert size == 1 or layout.mesh is None, "a pack is on one device"
     one = _one_run(config, vocab_size, layout)
+    step, state, windows = _packed(one, config, optional, size)
     batch_size, context_length = config.trainer.batch_size, config.backend.context_length
-    shape = (batch_size, context_length)
-    tokens: Any = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
-    weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-    others: dict[str, Any] = {name: jax.ShapeDtypeStruct((batch_size, width), jnp.int32) for name, width in optional}
-    windows = Windows(tokens, weights, **others)
-    step, state = one.step, one.shapes
-    if size > 1:
-        step, state, windows = jax.vmap(step), _with_runs(state, size), _with_runs(windows, size)
     start = time.perf_counter()
     with layout.tracing():
         lowered = layout.jit_step(step, state).lower(state, windows)
@@ -255,6 +268,20 @@ def _compile(
         flops_per_step=3 * flops * batch_size * context_length,
         layout=layout,
     )
+
+
+def _packed(
+    one: _OneRun, config: Config, optional: tuple[tuple[str, int], ...], size: int
+) -> tuple[Callable[[TrainState, Windows], tuple[TrainState, StepMetrics]], TrainState, Windows]:
+    """The step of a pack, and the shapes of its state and windows."""
+    batch_size, context_length = config.trainer.batch_size, config.backend.context_length
+    tokens: Any = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
+    weights: Any = jax.ShapeDtypeStruct((batch_size, context_length), jnp.float32)
+    others: dict[str, Any] = {name: jax.ShapeDtypeStruct((batch_size, width), jnp.int32) for name, width in optional}
+    windows = Windows(tokens, weights, **others)
+    if size == 1:
+        return one.step, one.shapes, windows
+    return jax.vmap(one.step), _with_runs(one.shapes, size), _with_runs(windows, size)
 
 
 registry.caches += [_one_run.cache_clear, _compile.cache_clear]

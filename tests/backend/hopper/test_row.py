@@ -58,11 +58,11 @@ def test_another_generation_is_refused(capability: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("name", "other"), [("sigmoid", "blockwise"), ("none", "linear")])
-def test_auto_passes_it_over_until_it_is_measured(name: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_passes_it_over_until_it_is_measured_here(name: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
     choice = choose(replace(CALL, activation=activation(name)))
     assert choice.name == other
-    assert "not measured yet" in choice.passed_over["hopper"]
+    assert "xattn bench gpu --keep" in choice.passed_over["hopper"]
     assert choose(replace(CALL, activation=activation(name)), "hopper").name == "hopper"
 
 

@@ -1,0 +1,1 @@
+"""``xattn bench gpu``: everything that only a GPU can show, in one command and ten minutes."""
