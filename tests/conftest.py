@@ -50,7 +50,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     jax finds a program by its text, its compile options and jax's version. Two processes share the folder, and jax
     locks it only if a size limit is set.
     """
-    if (cache := session.config.cache) is None:
+    if (cache := getattr(session.config, "cache", None)) is None:  # -p no:cacheprovider
         return
     of_runs = Path(os.environ["XDG_CACHE_HOME"], "xattn", "programs")  # for processes started by tests
     of_runs.parent.mkdir(parents=True, exist_ok=True)

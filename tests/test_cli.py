@@ -123,7 +123,7 @@ def test_a_closed_stream_changes_no_exit_code(arguments: list[str], code: int, c
 def test_what_is_printed_to_a_closed_stream_lands_in_no_file(tmp_path: Path) -> None:
     """A file that is opened next would get its number; C++ libraries print to the number."""
     program = (
-        "import os; from xattn import entry; entry.open_streams(); file = open('a file', 'w'); file.write('a'); "
+        "import os; from xattn.system import entry; entry.open_streams(); file = open('a file', 'w'); file.write('a'); "
         "os.write(1, b'lost'); os.write(2, b'lost'); os.read(0, 1); file.close()"
     )
     assert from_a_shell("true", ["-c", program], "<&- >&- 2>&-", tmp_path).returncode == 0

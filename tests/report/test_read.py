@@ -126,6 +126,8 @@ def test_the_report_imports_no_jax_and_nothing_else_of_xattn() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {name for name in loaded if not name.startswith("xattn.report")} == {
         "xattn",
+        "xattn.runs",
+        "xattn.system",
         "xattn.system.arguments",
         "xattn.system.entry",
         "xattn.errors",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xattn.tracking.tracker import MetricsFile, brief, read_rows
+from xattn.tracking.tracker import MetricsFile, brief, read_rows, sync_rows
 
 
 def read(path: Path) -> list[dict[str, float | None]]:
@@ -123,9 +123,7 @@ def test_rows_are_on_the_disk_when_they_are_synced(tmp_path: Path, monkeypatch: 
     """The file's content and its name: a file that was just made is lost with its folder's entry."""
     synced: list[Path] = []
     monkeypatch.setattr("xattn.tracking.tracker.fsync", synced.append)
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", after=0)
-    sync_rows(metrics._path)
-    metrics.close()
+    sync_rows(tmp_path / "metrics.jsonl")
     assert synced == [tmp_path / "metrics.jsonl", tmp_path]
 
 

@@ -32,7 +32,7 @@ def tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
     if config.tokenizer == "bytes":
         return ByteTokenizer(end_of_text=config.documents != "joined")
     path = Path(os.path.expanduser(config.tokenizer))
-    key = f"data.tokenizer = {config.tokenizer!r}"
+    given = f"data.tokenizer = {config.tokenizer!r}"
     try:
         content = path.read_bytes()
         if path.suffix == ".tiktoken":
@@ -45,10 +45,10 @@ def tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
         return _with_border(JsonTokenizer(text, end_of_text=config.end_of_text, name=path.name), config)
     except OSError as error:
         raise BadInput(
-            f"{key}: {error.strerror}; allowed: bytes, bpe, the path of a tokenizer.json or a .tiktoken file"
+            f"{given}: {error.strerror}; allowed: bytes, bpe, the path of a tokenizer.json or a .tiktoken file"
         ) from error
     except ValueError as error:
-        raise BadInput(f"{key}: {error}") from error
+        raise BadInput(f"{given}: {error}") from error
 
 
 def bpe(config: Tokenised, sources: Sequence[tuple[Source, float]], digests: Sequence[str]) -> TextTokenizer:
