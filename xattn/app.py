@@ -204,5 +204,5 @@ def _leave(code: int) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
         if not isinstance(error, BrokenPipeError):
             code = code or ExitCode.STORAGE
-    hosts.part(code)
+    hosts.leave(code)
     sys.exit(code)

@@ -16,7 +16,7 @@ from xattn.data.batches import Windows
 from xattn.data.config import tasks
 from xattn.data.run_data import RunData, load_data
 from xattn.errors import BadInput
-from xattn.evaluation.probes import Probe, Scene, make_probes, places_of, run_probes
+from xattn.evaluation.probes import Probe, Scene, make_probes, run_probes, token_scores_of
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.training.programs import hyperparameters
 
@@ -62,7 +62,7 @@ def test_places_are_the_losses_and_hits_of_every_target(text_file: Any) -> None:
     logits = np.asarray(forward(params), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for windows, targets in ((window, window.tokens[:, 1:]), (answered, answered.answers)):
-        losses, correct = places_of(model)(params, hyper, windows)
+        losses, correct = token_scores_of(model)(params, hyper, windows)
         expected = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
         np.testing.assert_array_equal(correct, logits.argmax(-1) == targets)
@@ -174,7 +174,7 @@ def test_an_untrained_model_knows_nothing(text_file: Any) -> None:
     model = LanguageModel(config.model, config.backend, 256)
     hyper = hyperparameters(config).model
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, S), jnp.int32), hyper)["params"]
-    found = run_probes(places_of(model), params, hyper, probes_of(config, data))
+    found = run_probes(token_scores_of(model), params, hyper, probes_of(config, data))
     assert found["probe/induction/loss"] == pytest.approx(math.log(256), rel=0.02)
     assert found["probe/induction/accuracy"] < 0.1
     assert found["probe/extrapolation/loss_to_128"] == pytest.approx(math.log(256), rel=0.02)
@@ -190,7 +190,7 @@ def test_the_windows_of_a_task_are_scored_wherever_they_ask() -> None:
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, S), jnp.int32), hyper)["params"]
     scored = []
     for probe in probes_of(config, data):
-        asked = [np.asarray(places_of(model)(params, hyper, w)[0])[w.weights > 0] for w in probe.windows]
+        asked = [np.asarray(token_scores_of(model)(params, hyper, w)[0])[w.weights > 0] for w in probe.windows]
         scored.append(len(np.concatenate(asked)))
         np.testing.assert_allclose(np.concatenate(asked), math.log(64), rtol=0.1)
     assert sum(number > 0 for number in scored) >= 3, scored

@@ -251,12 +251,12 @@ def _short(call: Call, length: int | None = None) -> str | None:
     return f"no faster than the reference below S = {length}" if call.sequence < length else None
 
 
-def _no_ring(call: Call) -> str | None:
+def _unfavourable_ring(call: Call) -> str | None:
     """Give a reason against ring: below blockwise's lengths the reference, which gathers K and V, is as fast."""
     return "the mesh has no context axis" if call.context == 1 else _short(call)
 
 
-def _no_blockwise(call: Call) -> str | None:
+def _unfavourable_blockwise(call: Call) -> str | None:
     return "a split sequence: each device would go through all of it" if call.context > 1 else _short(call)
 
 
@@ -271,8 +271,8 @@ TABLE: tuple[Implementation, ...] = (
         "linear", _not_linear, partial(_short, length=256), activations=("none",), why="a sum of outer products"
     ),
     # Runs that train as one program have one device; ring is blockwise there.
-    Implementation("ring", _not_ring, _no_ring),
-    Implementation("blockwise", unfavourable=_no_blockwise),
+    Implementation("ring", _not_ring, _unfavourable_ring),
+    Implementation("blockwise", unfavourable=_unfavourable_blockwise),
     Implementation("reference"),
 )
 

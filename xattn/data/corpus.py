@@ -25,7 +25,7 @@ from xattn.data.config import (
     Tokenised,
 )
 from xattn.data.corpus_tokenizer import FORMAT, bpe, json_tokenizer, tokenizer_on_disk
-from xattn.data.documents import PIECE_BYTES, Block, Files, Piece, Source
+from xattn.data.documents import PIECE_BYTES, Block, Chunk, Files, Source
 from xattn.data.finding import find
 from xattn.data.hf import HFDataset
 from xattn.data.memmap import open_memmaps
@@ -229,9 +229,9 @@ def _ids(
     )
 
 
-def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
+def _grouped(pieces: Sequence[Chunk]) -> list[list[Chunk]]:
     """Group consecutive pieces into shards of about PIECE_BYTES."""
-    groups: list[list[Piece]] = []
+    groups: list[list[Chunk]] = []
     size = 0
     for piece in pieces:
         if not groups or size + piece.size > PIECE_BYTES:
@@ -242,7 +242,7 @@ def _grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return groups
 
 
-def _encode(source: Source, pieces: Sequence[Piece], tokenizer: TextTokenizer) -> Iterator[Encoded]:
+def _encode(source: Source, pieces: Sequence[Chunk], tokenizer: TextTokenizer) -> Iterator[Encoded]:
     batch: list[Block] = []
     size = left = 0
     for piece in pieces:

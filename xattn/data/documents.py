@@ -21,7 +21,7 @@ BLOCK_BYTES = 2**17  # a longer document is tokenised in blocks of this size, cu
 _PACKING_RATIO = 4
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Bytes or rows from start to end of a file or a dataset."""
 
     file: str
@@ -44,9 +44,9 @@ class Block(NamedTuple):
 class Source(Protocol):
     """What a corpus is read from."""
 
-    def pieces(self) -> list[Piece]: ...
+    def pieces(self) -> list[Chunk]: ...
 
-    def read(self, piece: Piece) -> Iterator[Block]:
+    def read(self, piece: Chunk) -> Iterator[Block]:
         """Yield the piece's documents. Raises :class:`BadInput` naming the file and line if they cannot be read."""
         ...
 
@@ -100,10 +100,10 @@ class Files:
         """Bytes of the files that are read, compressed as they are."""
         return sum(kind.size for kind in self.formats.values())
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Chunk]:
         return [piece for name, kind in self.formats.items() for piece in self._cut(name, kind)]
 
-    def read(self, piece: Piece) -> Iterator[Block]:
+    def read(self, piece: Chunk) -> Iterator[Block]:
         kind = self.formats[piece.file]
         try:
             match kind.content:
@@ -128,26 +128,26 @@ class Files:
         """Read each file up to its first document, so that a bad file is reported immediately."""
         for name, kind in self.formats.items():
             if kind.content == "jsonl" or kind.packing:
-                next(self.read(Piece(name, 0, -1, 0)), None)
+                next(self.read(Chunk(name, 0, -1, 0)), None)
             elif kind.content == "parquet":
                 self._table(name)
 
-    def _cut(self, name: str, kind: Format) -> list[Piece]:
+    def _cut(self, name: str, kind: Format) -> list[Chunk]:
         size = kind.size
         if kind.content == "parquet":
             table = self._table(name)
             sizes = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
-            return [Piece(name, i, i + 1, size) for i, size in enumerate(sizes)]
+            return [Chunk(name, i, i + 1, size) for i, size in enumerate(sizes)]
         if kind.packing:
-            return [Piece(name, 0, -1, _PACKING_RATIO * size)]
+            return [Chunk(name, 0, -1, _PACKING_RATIO * size)]
         cuts: list[int] = []
         if size > PIECE_BYTES:
             with open(name, "rb") as opened:
                 cuts = [_border(opened, cut, kind.content) for cut in range(PIECE_BYTES, size, PIECE_BYTES)]
         borders = sorted({0, *cuts, size})
-        return [Piece(name, a, b, b - a) for a, b in itertools.pairwise(borders)]
+        return [Chunk(name, a, b, b - a) for a, b in itertools.pairwise(borders)]
 
-    def _lines(self, piece: Piece, packing: str) -> Iterator[Block]:
+    def _lines(self, piece: Chunk, packing: str) -> Iterator[Block]:
         with open_unpacked(piece.file, packing) as opened:
             opened.seek(piece.start)
             at = piece.start
@@ -187,7 +187,7 @@ class Files:
             raise BadInput(f"{self._key}: {file}: no column {self._field!r}; there are {some_names(names)}; data.field")
         return table
 
-    def _rows(self, piece: Piece) -> Iterator[Block]:
+    def _rows(self, piece: Chunk) -> Iterator[Block]:
         file = piece.file
         table = self._table(file)
         row = sum(table.metadata.row_group(i).num_rows for i in range(piece.start))
@@ -222,7 +222,7 @@ def _character_border(text: bytes, at: int) -> int:
     return next((i for i in range(at, end) if text[i] & 0xC0 != 0x80), end)
 
 
-def _blocks(piece: Piece, packing: str) -> Iterator[Block]:
+def _blocks(piece: Chunk, packing: str) -> Iterator[Block]:
     with open_unpacked(piece.file, packing) as opened:
         opened.seek(piece.start)
         left = piece.end - piece.start if piece.end >= 0 else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn.data.config import HFConfig
-from xattn.data.documents import PIECE_BYTES, PIECE_ROWS, Block, Piece, document_blocks, optional, some_names
+from xattn.data.documents import PIECE_BYTES, PIECE_ROWS, Block, Chunk, document_blocks, optional, some_names
 from xattn.data.finding import sha256_of_files
 from xattn.errors import BadInput, first_line
 
@@ -23,14 +23,14 @@ class HFDataset:
         self._name = f"data.dataset = {config.dataset!r}"
         self._dataset = self._open()
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Chunk]:
         limit = self._config.max_documents
         if self._config.streaming:
-            return [Piece("", 0, -1 if limit is None else limit, 0)]
+            return [Chunk("", 0, -1 if limit is None else limit, 0)]
         rows = len(self._dataset) if limit is None else min(limit, len(self._dataset))
-        return [Piece("", i, min(i + PIECE_ROWS, rows), PIECE_BYTES) for i in range(0, rows, PIECE_ROWS)]
+        return [Chunk("", i, min(i + PIECE_ROWS, rows), PIECE_BYTES) for i in range(0, rows, PIECE_ROWS)]
 
-    def read(self, piece: Piece) -> Iterator[Block]:
+    def read(self, piece: Chunk) -> Iterator[Block]:
         field = self._config.field
         if self._config.streaming:
             values = (row[field] for row in self._dataset)

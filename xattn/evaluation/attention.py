@@ -38,19 +38,19 @@ MAP_SIDE = 64  # at most
 _LOGITS = 2**23
 
 
-class AttentionStudy(NamedTuple):
+class AttentionStatistics(NamedTuple):
     """The study of every layer and head."""
 
     statistics: Mapping[str, jax.Array]
-    """Name → (L, NH); see :func:`attention_study`."""
+    """Name → (L, NH); see :func:`attention_statistics`."""
     maps: jax.Array
     """(L, NH, T, T') with T, T' ≤ 64, for the first window: shares of evenly spaced rows, summed over T' key ranges."""
 
 
-Study = Callable[[Any, ModelHyperparameters, Windows], AttentionStudy]
+AttentionStatisticsOf = Callable[[Any, ModelHyperparameters, Windows], AttentionStatistics]
 
 
-def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
+def attention_statistics(model: LanguageModel, out_shardings: Any = None) -> AttentionStatisticsOf:
     """Return a function (params, hyperparameters, windows) → the study of every layer and head, in float32.
 
     A, P and out are as in :func:`xattn.backend.api.attention`. The shares p are of the weight on keys; a sink has none.
@@ -68,7 +68,7 @@ def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
     ``out_shardings``: sharding of the results if parameters are on several devices; every host must be able to read it.
     """
 
-    def study(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStudy:
+    def study(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStatistics:
         segment_ids: Any = windows.segment_ids
         inputs = attention_inputs(model, params, jnp.asarray(windows.inputs), hyperparameters, segment_ids)
         found = {
@@ -89,7 +89,7 @@ def attention_study(model: LanguageModel, out_shardings: Any = None) -> Study:
     return jax.jit(study, out_shardings=out_shardings)
 
 
-def study_windows(windows: Sequence[Windows]) -> Windows:
+def statistics_windows(windows: Sequence[Windows]) -> Windows:
     """Return the windows for every study of a run: the first four evaluation windows that score, or fewer."""
     found: list[Windows] = []
     for batch in windows:
@@ -100,7 +100,7 @@ def study_windows(windows: Sequence[Windows]) -> Windows:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
 
-def statistics_row(study: AttentionStudy) -> dict[str, float]:
+def statistics_row(study: AttentionStatistics) -> dict[str, float]:
     """Return ``attention/<layer>/<head>/<statistic>`` → value, as in metrics.jsonl."""
     found = {name: np.asarray(values) for name, values in jax.device_get(study.statistics).items()}
     layers, heads = next(iter(found.values())).shape
@@ -114,10 +114,10 @@ def statistics_row(study: AttentionStudy) -> dict[str, float]:
 
 def _of_layer(
     segment_ids: Any, kind: BackendConfig, hyperparameters: LayerHyperparameters, inputs: Inputs
-) -> AttentionStudy:
+) -> AttentionStatistics:
     """Study one layer over all windows, which are the first axis of the per-token arrays."""
 
-    def of_window(of_tokens: Any) -> AttentionStudy:
+    def of_window(of_tokens: Any) -> AttentionStatistics:
         of_tokens, segment_ids = jax.tree.map(lambda x: x[None], of_tokens)
         one = inputs._replace(**of_tokens)
         spec = layer_spec(
@@ -132,10 +132,10 @@ def _of_layer(
 
     each = jax.lax.map(of_window, ({name: getattr(inputs, name) for name in OF_TOKENS}, segment_ids))
     over = {name: jnp.max if name.startswith("max") else jnp.mean for name in each.statistics}
-    return AttentionStudy({name: over[name](x, axis=0) for name, x in each.statistics.items()}, each.maps[0])
+    return AttentionStatistics({name: over[name](x, axis=0) for name, x in each.statistics.items()}, each.maps[0])
 
 
-def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> AttentionStudy:
+def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> AttentionStatistics:
     """Study one window in one layer: q (1, NH, S, DHQK), k and v with their own heads → statistics (NH,)."""
     num_heads, length = q.shape[1:3]
     rows = jnp.asarray(_spread(length, _LOGITS // (num_heads * length)))
@@ -160,7 +160,7 @@ def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) ->
     shown = shares[0][:, _spread(rows.size, MAP_SIDE)]
     side = min(length, MAP_SIDE)
     stretches = jax.nn.one_hot(jnp.arange(length) * side // length, side)
-    return AttentionStudy(statistics, product("hts,sm->htm", shown, stretches))
+    return AttentionStatistics(statistics, product("hts,sm->htm", shown, stretches))
 
 
 def _spread(length: int, most: int) -> np.ndarray:

@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from xattn.evaluation.attention import AttentionStudy
+from xattn.evaluation.attention import AttentionStatistics
 
 _PANEL = 1.1  # inches
 _MOST = 16  # layers, and heads; if there are more, evenly spaced ones are shown
 
 
-def draw(study: AttentionStudy, path: Path, *, step: int) -> None:
+def draw(study: AttentionStatistics, path: Path, *, step: int) -> None:
     """Write the PNG. Dark means a large share of a row's weight. The scale is the square root from 0 to 1 in every run,
     so pictures can be compared."""
     from matplotlib.figure import Figure  # takes half a second, and only runs with pictures need it

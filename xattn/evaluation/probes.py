@@ -36,7 +36,7 @@ LONGEST = 8  # times context_length, for extrapolation
 LONG_SEQUENCES = 8
 
 
-class Places(NamedTuple):
+class TokenScores(NamedTuple):
     """The model's results at every position."""
 
     losses: np.ndarray
@@ -45,8 +45,8 @@ class Places(NamedTuple):
     """Whether the target is the likeliest token, bool (n, S)."""
 
 
-PlacesOf = Callable[[Any, ModelHyperparameters, Windows], Any]
-Measure = Callable[[Places], dict[str, float]]
+TokenScoresOf = Callable[[Any, ModelHyperparameters, Windows], Any]
+Measure = Callable[[TokenScores], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Probe:
 
 
 @lru_cache(maxsize=8)
-def places_of(model: LanguageModel) -> PlacesOf:
-    """Return a function (params, hyperparameters, windows) → :class:`Places` of the windows, on the device."""
+def token_scores_of(model: LanguageModel) -> TokenScoresOf:
+    """Return a function (params, hyperparameters, windows) → :class:`TokenScores` of the windows, on the device."""
 
     def places(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> Any:
         logits: Any = model.apply(
@@ -84,19 +84,19 @@ def places_of(model: LanguageModel) -> PlacesOf:
     return jax.jit(places)
 
 
-registry.caches.append(places_of.cache_clear)
+registry.caches.append(token_scores_of.cache_clear)
 
 
 def run_probes(
-    places_of: PlacesOf, params: Any, hyperparameters: ModelHyperparameters, probes: Sequence[Probe]
+    token_scores_of: TokenScoresOf, params: Any, hyperparameters: ModelHyperparameters, probes: Sequence[Probe]
 ) -> dict[str, float]:
     """Run all probes; return ``probe/<name>/<measure>`` → number."""
     found: dict[str, float] = {}
     for probe in probes:
         hyper = with_sigmoid_bias(hyperparameters, {k: jnp.float32(bias) for k, bias in probe.sigmoid_bias.items()})
-        batches = [places_of(params, hyper, windows) for windows in probe.windows]
+        batches = [token_scores_of(params, hyper, windows) for windows in probe.windows]
         losses, correct = (np.concatenate([_fetched(batch[i]) for batch in batches]) for i in range(2))
-        measured = probe.measure(Places(losses.astype(np.float64), correct))
+        measured = probe.measure(TokenScores(losses.astype(np.float64), correct))
         found |= {f"probe/{probe.name}/{name}": value for name, value in measured.items()}
     return found
 
@@ -155,7 +155,7 @@ def _task_probe(task: Task, scene: Scene, number: int) -> Probe:
     made = evaluation_examples(task, context_length=scene.length, number=number)
     windows = in_batches(made.windows, scene.batch_size)
     distance = made.distance
-    return Probe(task.name, windows, lambda places: measures(distance, places.losses[:number], places.correct[:number]))
+    return Probe(task.name, windows, lambda scores: measures(distance, scores.losses[:number], scores.correct[:number]))
 
 
 def _in_context(windows: Sequence[Windows]) -> Measure:
@@ -167,9 +167,9 @@ def _in_context(windows: Sequence[Windows]) -> Measure:
     weights = np.concatenate([w.weights for w in windows])
     length = weights.shape[1]
 
-    def measure(places: Places) -> dict[str, float]:
-        early = _mean(places.losses, weights, length // 16, max(length // 8, length // 16 + 1))
-        late = _mean(places.losses, weights, length - max(length // 8, 1), length)
+    def measure(scores: TokenScores) -> dict[str, float]:
+        early = _mean(scores.losses, weights, length // 16, max(length // 8, length // 16 + 1))
+        late = _mean(scores.losses, weights, length - max(length // 8, 1), length)
         return {"score": late - early, "early_loss": early, "late_loss": late}
 
     return measure
@@ -200,9 +200,9 @@ def _extrapolation(scene: Scene) -> list[Probe]:
     def measure(window: int, first: int, suffix: str) -> Measure:
         weights = np.concatenate([w.weights[:, :window] for w in windows])
 
-        def measured(places: Places) -> dict[str, float]:
+        def measured(scores: TokenScores) -> dict[str, float]:
             ends = [end for end in (length, 2 * length, 4 * length, 8 * length) if first <= end <= window]
-            return {f"loss_to_{end}{suffix}": _mean(places.losses, weights, end // 2, end) for end in ends}
+            return {f"loss_to_{end}{suffix}": _mean(scores.losses, weights, end // 2, end) for end in ends}
 
         return measured
 

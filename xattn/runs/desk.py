@@ -157,7 +157,7 @@ def _attempt(runs: Sequence[Run], stop: Callable[[], bool]) -> list[ExitCode]:
             run.failed(error)
     finally:
         with ThreadPoolExecutor(len(at_work)) as pool:  # each may wait for wandb
-            list(pool.map(Run.part_from_wandb, at_work))
+            list(pool.map(Run.finish_mirror, at_work))
         for run in at_work:  # after wandb, which may upload a checkpoint
             run.drop_checkpoints()
     return [run.code for run in runs]

@@ -13,7 +13,7 @@ from xattn.data.baselines import MIN_GZIP_BYTES, gzip_bits_per_byte, unigram_bit
 from xattn.data.run_data import RunData
 from xattn.data.tokenizer import IdTokenizer, Tokenizer
 from xattn.errors import ExitCode
-from xattn.evaluation.attention import study_windows
+from xattn.evaluation.attention import statistics_windows
 from xattn.evaluation.attention_maps import draw
 from xattn.model.generation import Sampling, generate
 from xattn.runs import run_folder
@@ -124,7 +124,7 @@ def _keep_window_losses(run: Run, data: RunData, compiled: Programs, progress: P
 
 def _draw_attention(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:
     state = progress.state
-    study = compiled.study(state.params, state.hyperparameters.model, study_windows(data.windows))
+    study = compiled.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(data.windows))
     draw(study, _artifact(run, run_folder.ATTENTION_MAPS), step=progress.step)
 
 

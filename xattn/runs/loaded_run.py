@@ -173,9 +173,9 @@ class LoadedRun:
         Raises :class:`BadInput` for an override that does not fit or a corpus with another vocabulary, and
         :class:`IntegrityError` if no data are given and the run's own have changed.
         """
-        from xattn.evaluation.attention import attention_study, statistics_row, study_windows
+        from xattn.evaluation.attention import attention_statistics, statistics_row, statistics_windows
         from xattn.evaluation.loss import held_out_loss, score_windows
-        from xattn.evaluation.probes import Scene, make_probes, places_of, run_probes
+        from xattn.evaluation.probes import Scene, make_probes, run_probes, token_scores_of
         from xattn.model.hyperparameters import layer_hyperparameters, with_sigmoid_bias
         from xattn.model.transformer import LanguageModel
         from xattn.training.attention_choice import choose_attention
@@ -230,9 +230,9 @@ class LoadedRun:
             score_windows(model), self.params, hyper, data.windows, bytes_per_token=data.bytes_per_token()
         )
         probes = make_probes(config.evaluation.probes, Scene(data_config, data, config.backend, batch_size))
-        found = loss.row() | run_probes(places_of(model), self.params, hyper, probes)
+        found = loss.row() | run_probes(token_scores_of(model), self.params, hyper, probes)
         if "trainer.attention_stats_every" in given and config.trainer.attention_stats_every is not None:
-            found |= statistics_row(attention_study(model)(self.params, hyper, study_windows(data.windows)))
+            found |= statistics_row(attention_statistics(model)(self.params, hyper, statistics_windows(data.windows)))
         return {name: None if value is None else finite_or_none(value) for name, value in found.items()}
 
 

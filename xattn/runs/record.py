@@ -183,7 +183,7 @@ class Run:
         self.display.warn(f"{type(error).__name__}: {error}".splitlines()[0])
         self.display.warn(f"the traceback is in {shown(self.folder / run_folder.LOG)}")
 
-    def part_from_wandb(self) -> None:
+    def finish_mirror(self) -> None:
         """End the run's mirror; this may wait for wandb."""
         if self.mirror is not None:
             end_mirror(self.mirror, self.config, self.summary, self.code)

@@ -283,7 +283,7 @@ def _refuse_port_in_use(coordinator: str) -> None:
             raise BadInput(f"{COORDINATOR} = {coordinator}: the port cannot be had: {error.strerror}") from error
 
 
-def part(code: int) -> None:
+def leave(code: int) -> None:
     """End a process that leaves with that code. If all leave, they wait for each other. One that fails alone exits
     immediately, since the others are in the middle of a step; they notice (134)."""
     global _team

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xattn.data.batches import Batches, Windows
-from xattn.evaluation.attention import statistics_row, study_windows
+from xattn.evaluation.attention import statistics_row, statistics_windows
 from xattn.evaluation.loss import held_out_loss
 from xattn.evaluation.probes import Probe, run_probes
 from xattn.runs.run_folder import finite_or_none
@@ -275,14 +275,14 @@ def evaluate(
 
 def _probe(programs: Programs, progress: Progress, probes: Sequence[Probe]) -> dict[str, float | None]:
     state = progress.state
-    found = run_probes(programs.places, state.params, state.hyperparameters.model, probes)
+    found = run_probes(programs.token_scores, state.params, state.hyperparameters.model, probes)
     progress.measured |= {name: finite_or_none(value) for name, value in found.items()}
     return {name: progress.measured[name] for name in found}
 
 
 def _study(programs: Programs, progress: Progress, windows: Sequence[Windows]) -> dict[str, float | None]:
     state = progress.state
-    study = programs.study(state.params, state.hyperparameters.model, study_windows(windows))
+    study = programs.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(windows))
     found = {name: finite_or_none(value) for name, value in statistics_row(study).items()}
     progress.measured |= found
     return found

@@ -23,9 +23,9 @@ import optax
 from xattn import registry
 from xattn.config import Config, shaping
 from xattn.data.batches import Windows
-from xattn.evaluation.attention import Study, attention_study
+from xattn.evaluation.attention import AttentionStatisticsOf, attention_statistics
 from xattn.evaluation.loss import ScoreWindows, score_windows
-from xattn.evaluation.probes import PlacesOf, places_of
+from xattn.evaluation.probes import TokenScoresOf, token_scores_of
 from xattn.model.config import BackendConfig
 from xattn.model.hyperparameters import LayerHyperparameters, ModelHyperparameters
 from xattn.model.size import matmul_flops_per_token
@@ -106,9 +106,9 @@ class Programs(NamedTuple):
     init: Any
     """Hyperparameters → TrainState of one run, seeded by them."""
     score: ScoreWindows
-    """Evaluation: score, study and places take one run's state, also in a pack."""
-    study: Study
-    places: PlacesOf
+    """Evaluation: score, attention_statistics and token_scores take one run's state, also in a pack."""
+    attention_statistics: AttentionStatisticsOf
+    token_scores: TokenScoresOf
     size: int
     """Number of runs in the pack, n."""
     step: Any
@@ -172,8 +172,8 @@ class _OneRun(NamedTuple):
     model: LanguageModel
     init: Any
     score: ScoreWindows
-    study: Study
-    places: PlacesOf
+    attention_statistics: AttentionStatisticsOf
+    token_scores: TokenScoresOf
     step: Callable[[TrainState, Windows], tuple[TrainState, StepMetrics]]
     """It is not compiled."""
     shapes: TrainState
@@ -227,9 +227,9 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
         return new, StepMetrics(loss, grad_norm, global_norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
-    score, places = layout.score(score_windows(model, layout.results())), layout.score(places_of(model))
-    study = attention_study(model, layout.results())
-    return _OneRun(model, layout.init(init, shapes), score, study, places, step, shapes)
+    score, scores = layout.score(score_windows(model, layout.results())), layout.score(token_scores_of(model))
+    statistics = attention_statistics(model, layout.results())
+    return _OneRun(model, layout.init(init, shapes), score, statistics, scores, step, shapes)
 
 
 @lru_cache(maxsize=8)
@@ -254,8 +254,8 @@ def _compile(
         model=one.model,
         init=one.init,
         score=one.score,
-        study=one.study,
-        places=one.places,
+        attention_statistics=one.attention_statistics,
+        token_scores=one.token_scores,
         size=size,
         step=layout.step(compiled, batch_size),
         stack=_stack if size > 1 else lambda states: states[0],
