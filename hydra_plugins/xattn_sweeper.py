@@ -39,7 +39,8 @@ from xattn.metrics import loss_metric
 from xattn.sweep import cluster, study
 from xattn.sweep.check import check_data
 from xattn.sweep.labels import labels
-from xattn.sweep.tune import Dimension, Tuning, tune
+from xattn.sweep.search import Dimension, Tuning
+from xattn.sweep.tune import tune
 from xattn.sweep.view import StudyView
 
 

@@ -26,7 +26,7 @@ from xattn.errors import BadInput, ExitCode
 from xattn.report.read import flatten, read_run
 from xattn.runs import run_folder
 from xattn.sweep import tune
-from xattn.sweep.tune import Dimension, Tuning
+from xattn.sweep.search import Dimension, Tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"

@@ -16,7 +16,8 @@ import pytest
 import xattn.config
 from xattn.errors import BadInput
 from xattn.runs import run_folder
-from xattn.sweep.tune import OBJECTIVES, STORAGE, Dimension, Tuning, tune
+from xattn.sweep.search import OBJECTIVES, Dimension, Tuning
+from xattn.sweep.tune import STORAGE, tune
 from xattn.sweep.view import StudyView
 
 optuna = pytest.importorskip("optuna", reason="the extra tune is not installed")

@@ -22,8 +22,6 @@ from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, Text
 from xattn.errors import BadInput
 
 BPE_BYTES = 100 * 10**6  # BPE is trained on this much of the training text, from its beginning
-
-
 FORMAT = 3  # of the cache's content; raise it when the same bytes give other ids or another record
 
 

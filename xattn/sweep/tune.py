@@ -15,18 +15,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from typing import TYPE_CHECKING, Any
 
 import xattn.config
 from xattn.config import Config
-from xattn.errors import BadInput, ExitCode, did_you_mean, needs_extra
+from xattn.errors import BadInput, ExitCode, needs_extra
 from xattn.keys import naming, naming_before_matmul_precision
 from xattn.runs import run_folder
-from xattn.section import Section
 from xattn.sweep.planned import write_trials
 from xattn.sweep.presence import drawing, is_present, present
+from xattn.sweep.search import IN_ROWS, Dimension, Tuning, distribution, pruner, sampler
 from xattn.sweep.table import print_table
 from xattn.sweep.view import StudyView
 from xattn.system import entry
@@ -39,54 +37,6 @@ if TYPE_CHECKING:
 
 STORAGE = "tuning.journal"
 _POLL_SECONDS = 1.0
-# The result's numbers in summary.json, and the prefixes of those that exist only under some configs.
-OBJECTIVES = (
-    *("val_loss", "val_bpb", "best_val_loss", "train_loss"),
-    *("tokens_per_second", "wall_seconds", "peak_memory_bytes", "num_params", "flops_per_step"),
-)
-MEASURED = ("probe/", "attention/")
-# Objectives that are known at each evaluation of a running trial → the column of its row.
-_IN_ROWS = {"val_loss": "val_loss", "best_val_loss": "val_loss", "val_bpb": "val_bpb"}
-
-
-class Tuning(Section):
-    """The settings of ``hydra/sweeper=optuna``: see conf/hydra/sweeper/optuna.yaml."""
-
-    n_trials: PositiveInt
-    objective: str
-    """``auto`` is the loss by which all points of the space can be compared (:mod:`xattn.metrics`)."""
-    direction: Literal["minimize", "maximize"]
-    sampler: Literal["tpe", "random", "grid", "cmaes"]
-    pruner: Literal["none", "median", "hyperband"]
-    at_once: PositiveInt
-    seed: NonNegativeInt
-
-    @field_validator("objective")
-    @classmethod
-    def _is_a_number_of_the_summary(cls, value: str) -> str:
-        if value not in ("auto", *OBJECTIVES) and not value.startswith(MEASURED):
-            meant = did_you_mean(value, OBJECTIVES)
-            raise ValueError(f"auto, or one of {', '.join(OBJECTIVES)}, {'…, '.join(MEASURED)}…{meant}")
-        return value
-
-    @model_validator(mode="after")
-    def _prunes_by_what_is_measured(self) -> Tuning:
-        known = ("auto", *_IN_ROWS)
-        if self.pruner != "none" and self.objective not in known and not self.objective.startswith(MEASURED):
-            raise ValueError(
-                f"hydra.sweeper.pruner = {self.pruner}: {self.objective} is not known before the end; allowed: none, "
-                f"or one of {', '.join(_IN_ROWS)}, {'…, '.join(MEASURED)}… as objective"
-            )
-        return self
-
-
-class Dimension(Section):
-    """The values that a key may take: one of ``choices``, or a number from low to high (an integer if both are)."""
-
-    choices: list[str] | None = None
-    low: int | float = 0
-    high: int | float = 0
-    log: bool = False
 
 
 # Takes a list of overrides for each trial, and a function for each that may prune its run. Returns the runs' folders,
@@ -143,11 +93,11 @@ def _draw_and_make(
     """Draw and train trials until enough have ended. Wait for those of other processes; if one dies, take its over."""
     from optuna.trial import TrialState
 
-    distributions = {key: _distribution(key, dimension) for key, dimension in space.items()}
+    distributions = {key: distribution(key, dimension) for key, dimension in space.items()}
     failed = 0  # in this process: they do not count as ended, but they limit how many are drawn
     refused: list[str] = []  # reasons; others are drawn in their place, at most as many as there are trials
     with drawing(folder):
-        study.sampler = _sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
+        study.sampler = sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
         _draw_again(study, folder)
         if tuning.sampler == "grid":
             _enqueue_grid(study, space)
@@ -245,7 +195,7 @@ def _study(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder:
     if name not in known and of_before is not None and name_of(of_before) in known:
         name = name_of(of_before)  # an older version began it, under its own name
     return optuna.create_study(
-        storage=storage, study_name=name, direction=tuning.direction, load_if_exists=True, pruner=_pruner(tuning, base)
+        storage=storage, study_name=name, direction=tuning.direction, load_if_exists=True, pruner=pruner(tuning, base)
     )
 
 
@@ -258,45 +208,6 @@ def _mend(folder: Path) -> None:
             if not content.endswith(b"\n"):
                 with journal.open("r+b") as file:
                     file.truncate(content.rfind(b"\n") + 1)
-
-
-def _sampler(tuning: Tuning, *, drawn: int) -> optuna.samplers.BaseSampler:
-    import optuna
-
-    seed = tuning.seed + drawn  # so that a resumed study does not draw its first points again
-    match tuning.sampler:
-        case "tpe":
-            return optuna.samplers.TPESampler(seed=seed, constant_liar=tuning.at_once > 1)
-        case "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
-        case _:
-            return optuna.samplers.RandomSampler(seed=seed)
-
-
-def _pruner(tuning: Tuning, base: Config) -> optuna.pruners.BasePruner:
-    import optuna
-
-    match tuning.pruner:
-        case "median":
-            return optuna.pruners.MedianPruner()
-        case "hyperband":
-            trainer = base.trainer
-            return optuna.pruners.HyperbandPruner(min_resource=trainer.eval_every, max_resource=trainer.steps)
-        case _:
-            return optuna.pruners.NopPruner()
-
-
-def _distribution(key: str, dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if dimension.choices is not None:
-        return CategoricalDistribution(dimension.choices)
-    try:
-        if isinstance(dimension.low, int) and isinstance(dimension.high, int):
-            return IntDistribution(dimension.low, dimension.high, log=dimension.log)
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    except ValueError as error:
-        raise BadInput(f"{key}: from {dimension.low} to {dimension.high}: {error}") from error
 
 
 def _wanted(tuning: Tuning, space: Mapping[str, Dimension]) -> int:
@@ -337,7 +248,7 @@ def _pruner_of(trial: optuna.Trial, tuning: Tuning) -> Callable[[Row], bool]:
     reported: set[int] = set()
 
     def prune(row: Row) -> bool:
-        value = row.get(_IN_ROWS.get(tuning.objective, tuning.objective))
+        value = row.get(IN_ROWS.get(tuning.objective, tuning.objective))
         if tuning.pruner == "none" or value is None or not math.isfinite(value) or row["step"] in reported:
             return False
         reported.add(row["step"])
