@@ -22,7 +22,7 @@ from xattn.data.tokenizer import ByteTokenizer, JsonTokenizer
 from xattn.errors import BadInput, IntegrityError
 from xattn.model.transformer import LanguageModel, init_params
 from xattn.runs.desk import run
-from xattn.runs.loaded_run import _text
+from xattn.runs.streaming import pieces as as_pieces
 from xattn.training.programs import hyperparameters
 
 
@@ -362,13 +362,13 @@ def test_text_comes_in_pieces_that_no_later_token_changes(size: int, stop: list[
     text = "abcöa€öö🙂 x€"
     if "b" in stop:
         text, end = "abcöa€öö🙂 x€"[2:], 2
-    told = list(_text(ByteTokenizer(), pieces(text, size), stop))
+    told = list(as_pieces(ByteTokenizer(), pieces(text, size), stop))
     assert "".join(piece.text for piece in told) == text[:end]
     assert not any("\ufffd" in piece.text for piece in told)
 
 
 def test_bytes_that_are_no_text_are_shown_in_the_end() -> None:
-    told = list(_text(ByteTokenizer(), iter([np.array([65, 0xE2]), np.array([0x82])]), []))
+    told = list(as_pieces(ByteTokenizer(), iter([np.array([65, 0xE2]), np.array([0x82])]), []))
     assert "".join(piece.text for piece in told) == "A\ufffd"
     assert sum(piece.num_tokens for piece in told) == 3
 
