@@ -13,6 +13,15 @@ from .harness import ROOT, runs, steps, the_run, train
 pytestmark = pytest.mark.faults
 
 
+# Lines that look like it, and why they are none of it.
+KNOWN = {
+    # A worker unpickles what its own parent sent it through multiprocessing's pipe, and nothing from a file.
+    "xattn/sweep/workers.py: import pickle",
+    # Reads which launcher was chosen, to name it in a message. Hydra makes it, from its own group.
+    'xattn/sweep/cluster.py: return str(_inner(settings).get("_target_", ""))',
+}
+
+
 def test_nothing_in_the_tree_loads_a_pickle_or_instantiates_a_name() -> None:
     forbidden = re.compile(
         r"\b(import|from) (pickle|cloudpickle|dill|joblib|shelve|marshal)\b|allow_pickle=True"
@@ -26,7 +35,7 @@ def test_nothing_in_the_tree_loads_a_pickle_or_instantiates_a_name() -> None:
             if file.suffix in (".py", ".yaml") and "conf/hydra/" not in str(file):
                 lines = file.read_text("utf-8").splitlines()
                 found += [f"{file.relative_to(ROOT)}: {line.strip()}" for line in lines if forbidden.search(line)]
-    assert found == []
+    assert sorted(found) == sorted(KNOWN)
 
 
 class Planted:
