@@ -17,7 +17,7 @@ pytestmark = pytest.mark.faults
 KNOWN = {
     # A worker unpickles what its own parent sent it through multiprocessing's pipe, and nothing from a file.
     "xattn/sweep/workers.py: import pickle",
-    # Reads which launcher was chosen, to name it in a message. Hydra makes it, from its own group.
+    # Reads which launcher was chosen. Hydra makes it, from its own group.
     'xattn/sweep/cluster.py: return str(_inner(settings).get("_target_", ""))',
 }
 
