@@ -165,7 +165,9 @@ def _train() -> int:
     except SystemExit as left:
         if left.code == 1 and any(argument.startswith(("-p", "--package")) for argument in sys.argv[1:]):
             return ExitCode.BAD_INPUT  # Hydra has printed which package does not exist
-        return left.code if isinstance(left.code, int) else ExitCode.ERROR if left.code else ExitCode.DONE
+        if isinstance(left.code, str):  # a message, which Python prints on the way out
+            raise
+        return int(left.code or ExitCode.DONE)
     except BrokenPipeError:  # the reader of our output has left: `python train.py --help | head`
         return ExitCode.DONE
     except OSError as error:  # Hydra makes the run's folder before train() is called
