@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,10 +47,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Keep compiled programs in .pytest_cache between sessions: compiling is most of the suite's time.
+    """Keep compiled programs in .pytest_cache between sessions: compiling is most of the time of a first session.
 
-    jax finds a program by its text, its compile options and jax's version. Two processes share the folder, and jax
-    locks it only if a size limit is set.
+    jax finds a program by its text, its compile options and jax's version. It can limit a folder's size, but then
+    reads every entry whenever it adds one, which took longer than compiling. So a month removes an entry here.
     """
     if (cache := getattr(session.config, "cache", None)) is None:  # -p no:cacheprovider
         return
@@ -58,13 +60,27 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if "jax" not in sys.modules:
         return
     import jax
+    from jax._src.lru_cache import LRUCache
     from jax.experimental.compilation_cache import compilation_cache
 
-    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("programs")))
-    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    programs = cache.mkdir("programs")
+    for entry in programs.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process of this session removed it
+            if time.time() - entry.stat().st_mtime > 30 * 24 * 3600:
+                entry.unlink()
+    LRUCache.put = _put
+    jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # something may have been compiled before
+
+
+def _put(cache: Any, key: str, program: bytes) -> None:
+    """Add a program to jax's cache in one step: other processes read while jax's own method writes."""
+    entry = Path(cache.path, f"{key}-cache")
+    part = entry.with_name(f"{entry.name}.{os.getpid()}")
+    part.write_bytes(program)
+    part.replace(entry)
 
 
 # Folders and files whose tests compile no model and draw little: less than 90 seconds in total on two idle cores.

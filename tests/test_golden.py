@@ -8,10 +8,7 @@ one, the fix belongs in xattn/keys.py.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import pytest
 import yaml
 
 import xattn
+from tests import processes
 from xattn import config as xconfig, keys
 from xattn.cli import main
 from xattn.errors import BadInput, ExitCode
@@ -40,8 +38,7 @@ def typed(folder: Path) -> list[str]:
 
 
 def train(*overrides: str) -> tuple[int, str]:
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = processes.train(*overrides, cwd=Path.cwd())
     return done.returncode, done.stdout + done.stderr
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import xattn
+from tests import processes
 from xattn.backend import activations
 from xattn.cli import main
 from xattn.data.run_data import load_data
@@ -28,13 +26,7 @@ pytestmark = pytest.mark.slow
 
 def start(program: Path, *arguments: str, cwd: Path) -> str:
     """What it printed; it has to leave with 0."""
-    done = subprocess.run(
-        [sys.executable, str(program), *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run(str(program), *arguments, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import xattn.config
+from tests import processes
 from xattn.backend import dispatch, reference
 from xattn.backend.hopper.tuning import Tuning
 from xattn.backend.proven import Proof
@@ -156,17 +157,8 @@ def test_a_run_of_one_thread_has_the_same_bits_on_any_number_of_cores(text_file:
     wide += [f"data.path={text_file}", "trainer.steps=2"]
     told = []
     for cores in ("one", "all"):
-        asked = [
-            sys.executable,
-            "-c",
-            ON_ONE_THREAD,
-            cores,
-            str(tmp_path / cores),
-            *TINY,
-            *wide,
-            "evaluation.windows=8",
-        ]
-        done = subprocess.run(asked, capture_output=True, text=True)
+        asked = [cores, str(tmp_path / cores), *TINY, *wide, "evaluation.windows=8"]
+        done = processes.run("-c", ON_ONE_THREAD, *asked, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.splitlines()[-2:])
     assert told[0][0] == told[1][0]

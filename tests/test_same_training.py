@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 import xattn.config
+from tests import processes
 from xattn import keys
 from xattn.cli import main
 from xattn.config import Config, compose
@@ -505,9 +506,12 @@ def test_a_run_that_fails_does_not_stop_the_others(outputs: Path, capsys: pytest
 
 
 def train(*overrides: str, stubs: Path | None = None) -> tuple[int, str]:
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    path = os.pathsep.join([*([str(stubs)] if stubs else []), str(ROOT)])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    if stubs is None:
+        done = processes.train(*overrides, cwd=Path.cwd())
+    else:
+        command = [sys.executable, str(ROOT / "train.py"), *overrides]
+        path = os.pathsep.join([str(stubs), str(ROOT)])
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 import xattn
+from tests import processes
 from xattn import config as xconfig
 from xattn.data.batches import evaluation_windows
 from xattn.data.corpus import load_corpus
@@ -62,7 +63,10 @@ def start(*overrides: str, cwd: Path, stubs: str = "") -> subprocess.Popen[str]:
 
 
 def train(*overrides: str, cwd: Path, stubs: str = "") -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
+    """Return the exit code, standard output and standard error. With stubs the start is a real one."""
+    if not stubs:
+        done = processes.train(*overrides, cwd=cwd)
+        return done.returncode, done.stdout, done.stderr
     with start(*overrides, cwd=cwd, stubs=stubs) as process:
         out, err = process.communicate(timeout=300)
     return process.returncode, out, err
@@ -87,7 +91,9 @@ class Finished:
 
     def __init__(self, cwd: Path, overrides: list[str]):
         self.cwd, self.overrides = cwd, overrides
-        self.code, self.out, self.err = train(*overrides, cwd=cwd)
+        with start(*overrides, cwd=cwd) as process:
+            self.out, self.err = process.communicate(timeout=300)
+        self.code = process.returncode
         self.folder = run_of(cwd)
         self.summary = json.loads((self.folder / "summary.json").read_text("utf-8"))
 

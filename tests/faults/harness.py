@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from tests.processes import ROOT, Process
+
 from . import victim
-from .victim import ROOT
 
 STEPS = 24
 # A run of 24 steps with a row every second, an evaluation every sixth, a checkpoint every fourth.
@@ -38,47 +39,15 @@ DOCUMENTED = {0, 1, 2, 3, 4, 5, 6, 75}
 WALL_CLOCK = "tokens_per_second"
 PATIENCE = 120.0  # seconds until a process that should have ended is a failure
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([victim.__name__, *victim.PRELOADED])
 
-
-class Training:
-    """A training process in a session of its own, by the fork server: a start without the seconds of importing jax."""
+class Training(Process):
+    """``python train.py OVERRIDES…`` with faults planted at the points."""
 
     def __init__(self, *overrides: str, cwd: Path, points: Sequence[str] = (), env: Mapping[str, str] | None = None):
-        self._written = cwd.parent / f"{cwd.name}-{time.monotonic_ns()}"
-        arguments = (points, overrides, str(cwd), str(self._written), os.environ | dict(env or {}))
-        self._process = _server.Process(target=victim.forked, args=arguments)
-        self.launched = time.monotonic()
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    @property
-    def running(self) -> bool:
-        return self._process.is_alive()
-
-    def send(self, number: int) -> None:
-        """A signal; nothing where the process has ended already."""
-        if self.running:
-            os.kill(self.pid, number)
-
-    def wait(self, seconds: float = PATIENCE) -> int:
-        """The exit code, −n where signal n killed it."""
-        self._process.join(seconds)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join()
-            raise AssertionError(f"not ended after {seconds} s; {self.out}{self.err}")
-        return self._process.exitcode
-
-    @property
-    def out(self) -> str:
-        return Path(f"{self._written}.out").read_text("utf-8")
-
-    @property
-    def err(self) -> str:
-        return Path(f"{self._written}.err").read_text("utf-8")
+        environment = os.environ | dict(env or {})
+        super().__init__(
+            str(ROOT / "train.py"), *overrides, cwd=cwd, env=environment, before=partial(victim.plant, tuple(points))
+        )
 
 
 def train(*overrides: str, cwd: Path, points: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Training:

@@ -13,17 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-# What a training process imports: the fork server does it once for all of them.
-PRELOADED = [
-    *("jax", "flax.linen", "optax", "orbax.checkpoint", "hydra", "xattn.runs.desk", "xattn.training.loop"),
-    *("xattn.training.checkpoint", "xattn.training.programs", "xattn.model.generation", "xattn.training.state_hash"),
-]
 
 
 def die() -> None:
@@ -572,29 +566,16 @@ POINTS: dict[str, Callable[..., None]] = {
 }
 
 
-def train(points: Sequence[str], overrides: Sequence[str]) -> None:
-    """Plants the faults and becomes ``python train.py OVERRIDES…``; leaves with its exit code."""
+def plant(points: Sequence[str]) -> None:
+    """Plant the faults in this process."""
     for point in points:
         name, *arguments = point.split(":")
         POINTS[name](*arguments)
-    sys.argv = [str(ROOT / "train.py"), *overrides]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def forked(points: Sequence[str], overrides: Sequence[str], cwd: str, out: str, environment: Mapping[str, str]) -> None:
-    """The same in a child of the fork server, which has imported jax already: :func:`train` in a process of its own."""
-    os.setsid()
-    for descriptor, name in ((1, f"{out}.out"), (2, f"{out}.err")):
-        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(file, descriptor)
-        os.close(file)
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(environment)
-    train(points, overrides)
 
 
 if __name__ == "__main__":
     separator = sys.argv.index("--")
     sys.path.insert(0, str(ROOT))
-    train(sys.argv[1:separator], sys.argv[separator + 1 :])
+    plant(sys.argv[1:separator])
+    sys.argv = [str(ROOT / "train.py"), *sys.argv[separator + 1 :]]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -6,8 +6,6 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests import processes
 from xattn.errors import BadInput, ExitCode
 from xattn.keys import show
 from xattn.report import figures, main
@@ -689,10 +688,9 @@ def test_a_run_called_report_is_judged_and_not_written_over(writer: Writer, tmp_
 def test_several_reports_at_once_are_all_written(writer: Writer) -> None:
     """Two start while a third writes. They unlink each other's figures, but share no temporary file."""
     small(writer)
-    command = [sys.executable, "-c", f"from xattn.report import main; raise SystemExit(main([{str(writer.folder)!r}]))"]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]
-    told = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], told
+    code = "import sys; from xattn.report import main; raise SystemExit(main(sys.argv[1:]))"
+    running = [processes.Process("-c", code, str(writer.folder), cwd=writer.folder) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0], [process.err for process in running]
     names = {path.name for path in (writer.folder / "report").iterdir()}
     assert names >= FILES
     assert not [name for name in names if name.endswith(".tmp")]

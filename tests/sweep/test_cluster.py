@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from hydra_plugins.xattn_remote import Handed
+from tests import processes
 from xattn.errors import BadInput, ExitCode
 from xattn.runs.run_folder import read_summary
 from xattn.sweep import cluster
@@ -101,15 +102,15 @@ def test_a_job_that_slurm_stops_is_requeued_and_makes_the_rest_of_its_runs(
     attempt resumes these, and then makes the others."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     typed = ["hydra/launcher=slurm", "hydra.launcher.runs_per_job=2", f"sweep.workers={workers}", *tiny, "seed=0,1"]
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *typed, "trainer.steps=800", "trainer.eval_every=800"]
-    sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    typed += ["trainer.steps=800", "trainer.eval_every=800"]
+    sweep = processes.Process(str(ROOT / "train.py"), "-m", *typed, cwd=tmp_path)
     study = tmp_path / "outputs" / "default"
     wait_for(lambda: len([*study.glob("*/metrics.jsonl")]) >= begun)
     job = int((slurm / "pid").read_text())
     for process in (*descendants(job), job):
         os.kill(process, number)
-    out, _ = sweep.communicate(timeout=250)
-    assert sweep.returncode == 0, out + (slurm / "out").read_text()
+    assert sweep.wait() == 0, sweep.out + sweep.err + (slurm / "out").read_text()
+    out = sweep.out + sweep.err
     assert asked(slurm) == requests
     logs = [(run / "log.txt").read_text("utf-8") for run in sorted(study.glob("softmax*"))]
     assert ["resumed     from step" in log for log in logs] == [True, workers == 2]
@@ -188,13 +189,8 @@ def test_without_srun_nothing_is_handed_to_slurm(tiny: list[str], tmp_path: Path
     """It exits with 2 and names the way out, before anything is written; also under the plugin's own name."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     for choice in ("slurm", "submitit_slurm"):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), "-m", f"hydra/launcher={choice}", *tiny, "seed=0,1"],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-        )
+        typed = ["-m", f"hydra/launcher={choice}", *tiny, "seed=0,1"]
+        done = processes.train(*typed, cwd=tmp_path, env=os.environ | {"PATH": str(tmp_path)})
         assert done.returncode == 2
         assert f"hydra/launcher={choice}: sbatch and srun not found on PATH" in done.stderr
         assert "hydra/launcher=slurm_local" in done.stderr

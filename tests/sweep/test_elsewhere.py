@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from xattn.runs.run_folder import read_provenance, read_summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -16,8 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def sweep(cwd: Path, *overrides: str) -> tuple[int, str]:
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides]
-    done = subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True)
+    done = processes.train("-m", *overrides, cwd=cwd)
     return done.returncode, done.stdout + done.stderr
 
 

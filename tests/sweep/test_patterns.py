@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import processes
 from xattn.runs import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -18,9 +17,7 @@ GRID = ["backend=none", "backend.every=1,2", "backend.then={activation: softmax,
 
 def ran(*command: str, cwd: Path) -> str:
     """Return the output of a command that must succeed."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path, "COLUMNS": "400"}
-    done = subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    done = processes.run(*command, cwd=cwd, env=os.environ | {"COLUMNS": "400"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done.stdout + done.stderr

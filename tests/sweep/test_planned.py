@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import xattn.config
+from tests import processes
 from xattn.errors import BadInput, ExitCode
 from xattn.runs import run_folder
 from xattn.runs.job import Job
@@ -215,12 +216,7 @@ def test_what_cannot_be_resumed_is_refused(here: Path, monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_a_sweep_that_lacks_a_run_makes_it_when_it_is_resumed(tiny: list[str], here: Path) -> None:
     """In real processes, ``-m``, ``xattn runs`` and ``xattn resume`` all use the same plan."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *words]
-        return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
-
+    run = partial(processes.run, cwd=here)
     (here / "train.py").write_bytes((ROOT / "train.py").read_bytes())
     done = run("train.py", "-m", *tiny, "seed=0,1", "study=s")
     assert done.returncode == 0, done.stderr

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 
 import xattn.config
+from tests import processes
 from xattn.errors import BadInput
 from xattn.runs import run_folder
 from xattn.sweep.search import OBJECTIVES, Dimension, Tuning
@@ -242,14 +240,11 @@ def test_where_none_is_finite_none_is_best(runs: Runs, capsys: pytest.CaptureFix
 @pytest.mark.slow
 def test_the_same_command_in_another_process_repeats_nothing(tiny: list[str], tmp_path: Path) -> None:
     """Two trials of an interval and a choice train; the same command trains none; with three asked for, one more."""
-    root = Path(__file__).resolve().parent.parent.parent
-    command = [sys.executable, str(root / "train.py"), "-m", "hydra/sweeper=optuna", *tiny, "trainer.steps=4"]
+    command = ["-m", "hydra/sweeper=optuna", *tiny, "trainer.steps=4"]
     command += [f"{RATE}=tag(log, interval(1e-4, 1e-2))", "backend.theta=choice(100, 10000)"]
     before: dict[Path, bytes] = {}
     for wanted, expected in ((2, 2), (2, 0), (3, 1)):
-        done = subprocess.run(
-            [*command, f"hydra.sweeper.n_trials={wanted}"], cwd=tmp_path, env=os.environ, capture_output=True, text=True
-        )
+        done = processes.train(*command, f"hydra.sweeper.n_trials={wanted}", cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("done, val_loss") == expected
         assert f"best of {wanted} trials: val_loss" in done.stdout

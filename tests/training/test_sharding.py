@@ -122,8 +122,8 @@ def test_eight_devices_compute_what_one_computes(tmp_path: Path) -> None:
     tests/training/on_eight_devices.py`` runs them too. The test of all terms there covers what they have.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/training/on_eight_devices.py"]
-    command += ["-k", "not presets"]
+    command = [sys.executable, "-m", "pytest", "-o", "cache_dir=.pytest_cache/eight-devices"]
+    command += ["tests/training/on_eight_devices.py", "-k", "not presets"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=1200
     )
