@@ -76,21 +76,21 @@ def long_recurrence() -> tuple[Any, oracle.F64]:
     return (q, k, v, spec), out
 
 
-def errors(tuning: linear.Tuning, length: int = LONG) -> dict[str, float]:
+def errors(chunks: linear.Chunks, length: int = LONG) -> dict[str, float]:
     """By how much of the norm each head is off, over the first tokens."""
     (q, k, v, spec), want = long_recurrence()
     spec = replace(spec, log_decay=spec.log_decay[..., :length])
     arrays = (x[:, :, :length] for x in (q, k, v))
-    got = f64(jax.jit(partial(linear.linear, tuning=tuning))(*arrays, spec))[0]
+    got = f64(jax.jit(partial(linear.linear, chunks=chunks))(*arrays, spec))[0]
     off, norm = (np.linalg.norm(x, axis=(1, 2)) for x in (got - want[:, :length], want[:, :length]))
     return dict(zip(KINDS, (off / norm).tolist(), strict=True))
 
 
 def test_a_long_state_keeps_its_digits() -> None:
-    assert {kind: error for kind, error in errors(linear.Tuning.of_platform()).items() if not error <= 3e-5} == {}
+    assert {kind: error for kind, error in errors(linear.Chunks.of_platform()).items() if not error <= 3e-5} == {}
 
 
 def test_that_notices_where_sums_are_long() -> None:
     """Within a chunk exponents are differences of two sums: of as many tokens as the chunk has."""
-    off = errors(linear.Tuning(chunk=4096), length=4096)
+    off = errors(linear.Chunks(4096), length=4096)
     assert {kind for kind, error in off.items() if error > 3e-5} >= {"resets", "hard"}, off

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from xattn.backend import proven
 from xattn.backend.activations import Activation
-from xattn.backend.hopper.tuning import ACTIVATIONS, WIDTHS
+from xattn.backend.hopper.sizes import ACTIVATIONS, WIDTHS
 from xattn.backend.proven import Proof
 
 if TYPE_CHECKING:
@@ -326,4 +326,4 @@ def compute(q: Queries, k: Keys, v: Values, spec: AttentionSpec, implementation:
     """Compute attention of checked arrays, in v's dtype, with the implementation that :func:`choose` picks."""
     choice = choose(Call.of(q, k, v, spec), implementation)
     function: Callable[..., Output] = row(choice.name).function
-    return function(q, k, v, spec) if choice.proof is None else function(q, k, v, spec, choice.proof.tuning)
+    return function(q, k, v, spec) if choice.proof is None else function(q, k, v, spec, choice.proof.tiles)

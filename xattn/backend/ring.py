@@ -19,11 +19,11 @@ from jaxtyping import Array, Float32
 
 from xattn.backend import formula
 from xattn.backend.blockwise import (
+    TILE,
     Distance,
     Gradients,
     KeySide,
     Passes,
-    Tuning,
     backward_tiles,
     blockwise,
     forward_tiles,
@@ -37,7 +37,7 @@ from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
 _GROUPED = P(None, None, None, CONTEXT)
 
 
-def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
+def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tile: int = TILE) -> Output:
     """Compute :func:`xattn.backend.reference.reference` without a given mask, in O(S/n) memory per device.
 
     S must be a multiple of n, the size of the active mesh's context axis. If n is 1 or there is no such axis, this is
@@ -45,29 +45,26 @@ def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | N
     the backward pass with their gradients in float32. With a window, it sends them only as far as the window reaches.
     """
     assert spec.mask is None
-    tuning = tuning or Tuning()
     if context_devices() == 1:
-        return blockwise(q, k, v, spec, tuning)
+        return blockwise(q, k, v, spec, tile)
     assert q.shape[2] % context_devices() == 0
-    return prepared(q, k, v, spec, Passes(_forward, _backward, tuning))
+    return prepared(q, k, v, spec, Passes(_forward, _backward, tile))
 
 
-def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) -> Results:
+def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tile: int) -> Results:
     """Run on all devices of the context axis."""
     run = on_each(
-        partial(_device_forward, tuning=tuning, devices=context_devices()),
+        partial(_device_forward, tile=tile, devices=context_devices()),
         in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, split_by_sequence(spec), P()),
         out_specs=_GROUPED,
     )
     return run(q, k, v, spec, _decays(spec))
 
 
-def _backward(
-    q: Array, k: Array, v: Array, spec: AttentionSpec, results: Results, g: Array, tuning: Tuning
-) -> Gradients:
+def _backward(q: Array, k: Array, v: Array, spec: AttentionSpec, results: Results, g: Array, tile: int) -> Gradients:
     of_tokens = Gradients(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, P(), SEQUENCE_SPLIT, SEQUENCE_SPLIT)  # type: ignore[arg-type]
     run = on_each(
-        partial(_device_backward, tuning=tuning, devices=context_devices()),
+        partial(_device_backward, tile=tile, devices=context_devices()),
         in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, split_by_sequence(spec), P(), _GROUPED, _GROUPED),
         out_specs=of_tokens,
     )
@@ -89,14 +86,14 @@ def _device_forward(
     spec: AttentionSpec,
     decays: Array | None,
     *,
-    tuning: Tuning,
+    tile: int,
     devices: int,
 ) -> Results:
     """Run on device ``index``. All arrays are its own stretches, except the decays."""
 
     def attend(turn: Any, keys: KeySide, results: Results) -> Results:
         distance = _distance(index, turn, devices, q.shape[-2], decays)
-        return formula.joined(results, forward_tiles(q, keys, spec, distance, tuning, F32))
+        return formula.joined(results, forward_tiles(q, keys, spec, distance, tile, F32))
 
     def step(turn: Any, carry: Any) -> Any:
         keys, results = carry
@@ -120,12 +117,12 @@ def _device_backward(
     results: Results,
     g: Array,
     *,
-    tuning: Tuning,
+    tile: int,
     devices: int,
 ) -> Gradients:
     def attend(turn: Any, keys: KeySide, sums: Gradients) -> Gradients:
         distance = _distance(index, turn, devices, q.shape[-2], decays)
-        found = backward_tiles(q, keys, spec, distance, results, g, tuning, F32)
+        found = backward_tiles(q, keys, spec, distance, results, g, tile, F32)
         return jax.tree.map(jnp.add, sums, found)
 
     def step(turn: Any, carry: Any) -> Any:
