@@ -45,7 +45,7 @@ def test_output_and_gradients_keep_their_digits(name: str, activation: str, deca
 def test_nothing_is_nan_however_much_is_forgotten(name: str, activation: str, mask: str, decay: Decay) -> None:
     """A gradient that is 0 has no scale to judge it by: only the output is compared."""
     x = inputs(Case(activation=activation, length=LENGTH, mask=mask, decay=decay))
-    out, gradients = value_and_gradients(FUNCTIONS[name], x.q, x.k, x.v, x.spec, x.terms, x.g)
+    out, gradients = value_and_gradients(FUNCTIONS[name], (x.q, x.k, x.v, x.terms), x.spec, x.g)
     assert all(np.all(np.isfinite(f64(gradient))) for gradient in jax.tree.leaves(gradients))
     close("out", out, oracle.forward(x.problem), "float32", 3e-4)
 

@@ -219,7 +219,14 @@ MUTATIONS: list[tuple[str, Any, str, Any, Subject, Case]] = [
     ),
     ("bias of one device", jax.lax, "psum", lambda right: lambda x, axis: x, RING, RINGS[1]),
     ("a device's own state twice", linear_module, "_earlier", lambda r: lambda n, *_: jnp.tri(n), LINEAR, STATES[0]),
-    ("positions of one device", linear_module, "chunked", lambda right: lambda *a: right(*a[:7]), LINEAR, STATES[0]),
+    (
+        "positions of one device",
+        linear_module,
+        "chunked",
+        lambda right: lambda q, k, v, spec, stretch, chunks: right(q, k, v, spec, stretch._replace(first=None), chunks),
+        LINEAR,
+        STATES[0],
+    ),
     (
         "decay of the stretches between dropped",
         ring_module,

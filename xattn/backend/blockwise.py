@@ -39,6 +39,18 @@ class KeySide(NamedTuple):
     log_input_gate: Float32[Array, "B NKV S"] | None
 
 
+class QuerySide(NamedTuple):
+    """A stretch of queries, and all that their gradients need besides keys."""
+
+    q: Float[Array, "B NKV G S DHQK"]
+    """Rotated."""
+    g: Float[Array, "B NKV G S DHV"]
+    """Gradient of the output."""
+    out: Float[Array, "B NKV G S DHV"]
+    """The output over *all* keys. ``lse`` belongs to it, as in :data:`xattn.backend.formula.Results`."""
+    lse: Float32[Array, "B NKV G S 1"] | None
+
+
 class Distance(NamedTuple):
     """The distance from a stretch of keys to a stretch of queries."""
 
@@ -70,7 +82,7 @@ class Passes(NamedTuple):
     forward: Callable[..., Results]
     """(q, k, v, spec, tile) → results, the output in v's dtype."""
     backward: Callable[..., Gradients]
-    """(q, k, v, spec, the forward's results, gradient of the output, tile) → gradients."""
+    """(queries, k, v, spec, tile) → gradients."""
     tile: int
 
 
@@ -91,8 +103,8 @@ def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tile: int) -> Re
     return out.astype(v.dtype), lse
 
 
-def _backward(q: Array, k: Array, v: Array, spec: AttentionSpec, results: Results, g: Array, tile: int) -> Gradients:
-    return backward_tiles(q, key_side(k, v, spec), spec, HERE, results, g, tile, q.dtype)
+def _backward(queries: QuerySide, k: Array, v: Array, spec: AttentionSpec, tile: int) -> Gradients:
+    return backward_tiles(queries, key_side(k, v, spec), spec, HERE, tile, queries.q.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -118,7 +130,7 @@ def _prepared_backward(passes: Passes, residuals: tuple[Any, ...], g: Array) -> 
         *(q, k, spec.theta, spec.logit_scale),
     )
     rotated_q, g, out = (formula.grouped(x, k.shape[1]) for x in (rotated_q, g, out))
-    found = passes.backward(rotated_q, rotated_k, v, spec, (out, lse), g, passes.tile)
+    found = passes.backward(QuerySide(rotated_q, g, out, lse), rotated_k, v, spec, passes.tile)
     d_q, d_k, d_theta, d_scale = unprepare((found.q.reshape(q.shape).astype(q.dtype), found.k.astype(k.dtype)))
     d_spec = replace(
         spec,
@@ -183,23 +195,15 @@ def forward_tiles(
 
 
 def backward_tiles(
-    q: Float[Array, "B NKV G S DHQK"],
-    keys: KeySide,
-    spec: AttentionSpec,
-    distance: Distance,
-    results: Results,
-    g: Float[Array, "B NKV G S DHV"],
-    tile: int,
-    dtype: Any,
+    queries: QuerySide, keys: KeySide, spec: AttentionSpec, distance: Distance, tile: int, dtype: Any
 ) -> Gradients:
     """Return the gradients from these queries and these keys; arguments as in :func:`forward_tiles`.
 
-    ``results`` are those of the queries over *all* their keys, ``g`` is the gradient of that output, and ``dtype`` is
-    that of q's gradient.
+    ``dtype`` is that of q's gradient.
     """
-    length = q.shape[-2]
+    length = queries.q.shape[-2]
     tile, padded = _cuts(length, tile)
-    q, g, out, lse = (_pad(x, padded) for x in (q, g, *results))
+    q, g, out, lse = (_pad(x, padded) for x in queries)
     keys, spec = _pad_keys(keys, padded), _pad_spec(spec, padded)
     meet = _meeting(keys, spec, distance, tile, length)
     scale = 1 / math.sqrt(q.shape[-1])

@@ -163,7 +163,8 @@ def _prefill_state(
     known, segment = None, None
     if spec.segment_ids is not None:
         known, segment = linear.documents(spec.segment_ids), spec.segment_ids[:, -1]
-    out, state = linear.chunked(q, k, jnp.where(counts, v, 0), spec, known, cache.state, linear.Chunks.of_platform())
+    stretch = linear.Stretch(known, cache.state)
+    out, state = linear.chunked(q, k, jnp.where(counts, v, 0), spec, stretch, linear.Chunks.of_platform())
     return out, StateCache(state, seen, segment)
 
 

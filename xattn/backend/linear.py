@@ -56,6 +56,17 @@ class Documents(NamedTuple):
     """Index of the preceding token's document. The first token has its own, so a state from before the call counts."""
 
 
+class Stretch(NamedTuple):
+    """The place of some tokens in their sequence."""
+
+    documents: Documents | None
+    """Those of the tokens' segment_ids; None if there are none."""
+    before: State
+    """The state before the first token, unrotated: its keys are R(s) k_s."""
+    first: Array | None = None
+    """Position of the first token; None means 0, which is then static."""
+
+
 def documents(segment_ids: Int[Array, "B S"]) -> Documents:
     """Return the documents, given that no segment id comes back after another."""
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
@@ -98,7 +109,7 @@ def _in_runs(
     devices = context_devices()
     if devices == 1 or q.shape[2] % devices:
         zeros = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
-        return chunked(q, k, v, spec, documents, zeros, chunks)[0]
+        return chunked(q, k, v, spec, Stretch(documents, zeros), chunks)[0]
     places = split_by_sequence(spec)
     of_documents = None if documents is None else Documents(places.segment_ids, places.segment_ids)
     states = on_each(
@@ -110,7 +121,7 @@ def _in_runs(
     before = jnp.einsum(what, earlier, states, precision=jax.lax.Precision.HIGHEST)
     run = on_each(
         lambda index, q, k, v, spec, documents, before: chunked(
-            q, k, v, spec, documents, before[0], chunks, index * q.shape[2]
+            q, k, v, spec, Stretch(documents, before[0], index * q.shape[2]), chunks
         )[0],
         in_specs=(*[SEQUENCE_SPLIT] * 3, places, of_documents, P(CONTEXT)),
         out_specs=SEQUENCE_SPLIT,
@@ -156,7 +167,7 @@ def linear_with_state(
     if initial is None:
         initial = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
     known = None if spec.segment_ids is None else documents(spec.segment_ids)
-    out, state = chunked(q, k, v, spec, known, initial.astype(F32), chunks or Chunks.of_platform())
+    out, state = chunked(q, k, v, spec, Stretch(known, initial.astype(F32)), chunks or Chunks.of_platform())
     sin, cos = spec_tables(jnp.array([-q.shape[2]]), q.shape[-1], spec)
     return out, rotate(state.swapaxes(-1, -2), sin, cos).swapaxes(-1, -2)
 
@@ -224,21 +235,11 @@ def _from_before(of: _PerToken) -> tuple[Array, Array] | None:
 
 # The backward keeps nothing of the forward. Each scan step is checkpointed as well, so the recomputation stores one
 # state per step and no weights.
-@partial(jax.checkpoint, static_argnums=6)
+@partial(jax.checkpoint, static_argnums=5)
 def chunked(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    spec: AttentionSpec,
-    documents: Documents | None,
-    initial: State,
-    chunks: Chunks,
-    first: Array | int = 0,
+    q: Queries, k: Keys, v: Values, spec: AttentionSpec, stretch: Stretch, chunks: Chunks
 ) -> tuple[Output, State]:
-    """Compute :func:`linear_with_state` from position ``first`` on, with an unrotated state: its keys are R(s) k_s.
-
-    ``documents`` are those of the spec's segment_ids; None if it has none.
-    """
+    """Compute :func:`linear_with_state` for a stretch of the sequence; the final state is unrotated as well."""
     length, kv_heads = k.shape[2], k.shape[1]
     chunk = min(chunks.size, length)
     concurrent = min(chunks.concurrent, -(-length // chunk))
@@ -267,9 +268,9 @@ def chunked(
         out += past_out if carried is None else past_out * carried[0][:, :, None, ..., None]
         return after[:, :, -1], out.reshape(q.shape[0], -1, *out.shape[3:]).astype(v.dtype)
 
-    rotated_q, rotated_k = prepare(q, k, spec, first)
-    arrays = (cut(rotated_q), cut(rotated_k), cut(v), _PerToken.of(spec, documents, cut))
-    state, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), initial, arrays)
+    rotated_q, rotated_k = prepare(q, k, spec, 0 if stretch.first is None else stretch.first)
+    arrays = (cut(rotated_q), cut(rotated_k), cut(v), _PerToken.of(spec, stretch.documents, cut))
+    state, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), stretch.before, arrays)
     return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], -1, v.shape[-1])[:, :, :length], state
 
 

@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from xattn.backend.hopper.kernels import Meaning, forward, gradient_of_q, gradients_of_k_and_v
+from xattn.backend.hopper.kernels import Arrays, Meaning, forward, gradient_of_q, gradients_of_k_and_v
 from xattn.backend.hopper.sizes import BLOCK, Tiles
 from xattn.backend.spec import Keys, Output, Queries, Values
-
-Arrays = tuple[Array, Array, Array, Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -26,21 +24,24 @@ def fused(q: Queries, k: Keys, v: Values, bias: Float32[Array, "B NH"], meaning:
 
 
 def _forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tiles: Tiles) -> tuple[Array, Arrays]:
-    padded = (_pad(q), _pad(k), _pad(v))
-    return forward(*padded, bias, meaning, tiles)[:, :, : q.shape[2]], (q, k, v, bias)
+    arrays = Arrays(q, k, v, bias)
+    return forward(_padded(arrays), meaning, tiles)[:, :, : q.shape[2]], arrays
 
 
-def _backward(meaning: Meaning, tiles: Tiles, kept: Arrays, g: Array) -> Arrays:
-    q, k, v, bias = kept
-    length = q.shape[2]
-    arrays = (_pad(q), _pad(k), _pad(v), bias, _pad(g))
-    d_q, sums = gradient_of_q(*arrays, meaning, tiles)
-    d_k, d_v = gradients_of_k_and_v(*arrays, meaning, tiles)
-    d_bias = jnp.sum(sums, axis=-1) if meaning.sigmoid else jnp.zeros_like(bias)
+def _backward(meaning: Meaning, tiles: Tiles, kept: Arrays, g: Array) -> tuple[Array, ...]:
+    length = kept.q.shape[2]
+    arrays, g = _padded(kept), _pad(g)
+    d_q, sums = gradient_of_q(arrays, g, meaning, tiles)
+    d_k, d_v = gradients_of_k_and_v(arrays, g, meaning, tiles)
+    d_bias = jnp.sum(sums, axis=-1) if meaning.sigmoid else jnp.zeros_like(kept.bias)
     return d_q[:, :, :length], d_k[:, :, :length], d_v[:, :, :length], d_bias
 
 
 fused.defvjp(_forward, _backward)
+
+
+def _padded(arrays: Arrays) -> Arrays:
+    return Arrays(_pad(arrays.q), _pad(arrays.k), _pad(arrays.v), arrays.bias)
 
 
 def _pad(x: Array) -> Array:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -36,6 +36,19 @@ from xattn.backend.hopper.sizes import BLOCK, COMPUTE, ROWS, Form, Tiles, refuse
 Pair = tuple[Array, Array]
 
 
+class Arrays(NamedTuple):
+    """What a call attends with. All have one dtype, except the bias."""
+
+    q: Array
+    """(B, NH, S, D), rotated."""
+    k: Array
+    """(B, NKV, S, D), rotated."""
+    v: Array
+    """Like k."""
+    bias: Array
+    """(B, NH), float32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
     """Everything that determines a kernel besides its arrays."""
@@ -46,8 +59,9 @@ class Meaning:
     """Whether a query attends only to keys at or before it, rather than to all."""
 
 
-def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tiles: Tiles) -> Array:
-    """Return out of rotated q (B, NH, S, D) and k (B, NKV, S, D), v like k, all of one dtype; bias (B, NH) float32."""
+def forward(arrays: Arrays, meaning: Meaning, tiles: Tiles) -> Array:
+    """Return the output (B, NH, S, D)."""
+    q, k = arrays.q, arrays.k
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tiles.keys
     refuse_what_does_not_fit(kept=1, tile=keys, stages=tiles.stages, width=width)
@@ -97,11 +111,12 @@ def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tiles: 
         grid=(heads, length // BLOCK, batch),
         out=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch=[block.kept_tiles(q, 1), block.ring_of(k, keys, tiles.stages), plgpu.Barrier(num_arrivals=COMPUTE)],
-    )(q, k, v, bias)
+    )(*arrays)
 
 
-def gradient_of_q(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: Meaning, tiles: Tiles) -> Pair:
+def gradient_of_q(arrays: Arrays, g: Array, meaning: Meaning, tiles: Tiles) -> Pair:
     """Return dQ (B, NH, S, D) and Σ_s dS (B, NH, S) in float32 (0 under ``none``); g is the gradient of the output."""
+    q, k = arrays.q, arrays.k
     batch, heads, length, width = q.shape
     group, keys = heads // k.shape[1], tiles.keys_dq
     refuse_what_does_not_fit(kept=2, tile=keys, stages=tiles.stages, width=width)
@@ -150,11 +165,12 @@ def gradient_of_q(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: 
         grid=(heads, length // BLOCK, batch),
         out=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], F32)],
         scratch=[block.kept_tiles(q, 2), block.ring_of(k, keys, tiles.stages), plgpu.SMEM((COMPUTE, ROWS), F32)],
-    )(q, k, v, bias, g)
+    )(*arrays, g)
 
 
-def gradients_of_k_and_v(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: Meaning, tiles: Tiles) -> Pair:
+def gradients_of_k_and_v(arrays: Arrays, g: Array, meaning: Meaning, tiles: Tiles) -> Pair:
     """Return dK and dV (B, NKV, S, D). The kernel sums over the query heads of a key/value head, in float32."""
+    q, k = arrays.q, arrays.k
     batch, heads, length, width = q.shape
     group, rows = heads // k.shape[1], tiles.queries_dkv
     refuse_what_does_not_fit(kept=2, tile=rows, stages=tiles.stages, width=width)
@@ -209,9 +225,9 @@ def gradients_of_k_and_v(q: Array, k: Array, v: Array, bias: Array, g: Array, me
     return block.launch(
         attention_gradients_of_k_and_v,
         grid=(k.shape[1], length // BLOCK, batch),
-        out=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        out=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype)],
         scratch=[block.kept_tiles(k, 2), block.ring_of(q, rows, tiles.stages)],
-    )(q, k, v, bias, g)
+    )(*arrays, g)
 
 
 def _weigher(meaning: Meaning, form: Form, bias_ref: Any, batch: Any, head: Any, width: int) -> Any:
