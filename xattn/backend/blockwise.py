@@ -160,12 +160,7 @@ def key_side(k: Array, v: Array, spec: AttentionSpec) -> KeySide:
 
 
 def forward_tiles(
-    q: Float[Array, "B NKV G S DHQK"],
-    keys: KeySide,
-    spec: AttentionSpec,
-    distance: Distance,
-    tile: int,
-    dtype: Any,
+    q: Float[Array, "B NKV G S DHQK"], keys: KeySide, spec: AttentionSpec, distance: Distance, tile: int, dtype: Any
 ) -> Results:
     """Attend from a stretch of queries to an equally long stretch of keys, both rotated, without the sink.
 

@@ -53,8 +53,7 @@ def platform() -> str:
         return target.platform
     import jax
 
-    name = jax.default_backend()
-    if name != "gpu":
+    if (name := jax.default_backend()) != "gpu":
         return name
     return "rocm" if "rocm" in jax.local_devices()[0].client.platform_version else "cuda"
 
@@ -234,13 +233,14 @@ def _proof_of_hopper(call: Call) -> Proof | str:
     """No user waits for another's measurements, and nothing unproven is chosen."""
     if call.devices > 1:
         return f"a mesh of {call.devices} devices: it was measured on one"
+    behind = TABLE[TABLE.index(row("hopper")) + 1 :]
     return proven.proof(
         proven.identity(device_kind()),
         activation=call.activation.name,
         dtype=call.dtype,
         width=call.head_dim_qk,
         length=call.sequence,
-        rival=lambda length: _first_that_serves(replace(call, sequence=length), _after("hopper")).name,
+        rival=lambda length: _first_that_serves(replace(call, sequence=length), behind).name,
     )
 
 
@@ -315,11 +315,6 @@ def _first_that_serves(call: Call, rows: Sequence[Implementation]) -> Choice:
         else:
             return Choice(candidate.name, passed_over, found)
     raise AssertionError("the last row of the table serves every call")
-
-
-def _after(name: str) -> Sequence[Implementation]:
-    """The rows of the table behind that one."""
-    return TABLE[TABLE.index(row(name)) + 1 :]
 
 
 def compute(q: Queries, k: Keys, v: Values, spec: AttentionSpec, implementation: str = AUTO) -> Output:

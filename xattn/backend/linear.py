@@ -67,9 +67,11 @@ class Stretch(NamedTuple):
     """Position of the first token; None means 0, which is then static."""
 
 
-def documents(segment_ids: Int[Array, "B S"]) -> Documents:
-    """Return the documents, given that no segment id comes back after another."""
-    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+def documents(spec: AttentionSpec) -> Documents | None:
+    """Return the documents, given that no segment id comes back after another; None without segment ids."""
+    if (ids := spec.segment_ids) is None:
+        return None
+    begins = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
     runs = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
     return Documents(runs, runs - begins.astype(jnp.int32))
 
@@ -84,22 +86,17 @@ def linear(q: Queries, k: Keys, v: Values, spec: AttentionSpec, chunks: Chunks |
     """
     _check(spec)
     chunks = chunks or Chunks.of_platform()
-    if spec.segment_ids is None:
-        return _in_runs(q, k, v, spec, None, chunks)
-    known = documents(spec.segment_ids)
-    if spec.segments_are_runs:
+    known = documents(spec)
+    if spec.segment_ids is None or known is None or spec.segments_are_runs:
         return _in_runs(q, k, v, spec, known, chunks)
+    ordered = jnp.sort(spec.segment_ids, axis=1)
+    segments = 1 + jnp.sum(ordered[:, 1:] != ordered[:, :-1], axis=1, dtype=jnp.int32)
     return jax.lax.cond(
-        jnp.any(_number_of_segments(spec.segment_ids) != known.runs[:, -1] + 1),
+        jnp.any(segments != known.runs[:, -1] + 1),
         lambda q, k, v, spec, known: blockwise(q, k, v, spec),
         lambda q, k, v, spec, known: _in_runs(q, k, v, spec, known, chunks),
         *(q, k, v, spec, known),
     )
-
-
-def _number_of_segments(segment_ids: Int[Array, "B S"]) -> Int[Array, " B"]:
-    ordered = jnp.sort(segment_ids, axis=1)
-    return 1 + jnp.sum(ordered[:, 1:] != ordered[:, :-1], axis=1, dtype=jnp.int32)
 
 
 def _in_runs(
@@ -166,8 +163,8 @@ def linear_with_state(
     _check(spec)
     if initial is None:
         initial = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
-    known = None if spec.segment_ids is None else documents(spec.segment_ids)
-    out, state = chunked(q, k, v, spec, Stretch(known, initial.astype(F32)), chunks or Chunks.of_platform())
+    stretch = Stretch(documents(spec), initial.astype(F32))
+    out, state = chunked(q, k, v, spec, stretch, chunks or Chunks.of_platform())
     sin, cos = spec_tables(jnp.array([-q.shape[2]]), q.shape[-1], spec)
     return out, rotate(state.swapaxes(-1, -2), sin, cos).swapaxes(-1, -2)
 

@@ -58,13 +58,7 @@ def merged(of_kinds: Mapping[str, Any], num_layers: int, backend: BackendConfig)
 
 
 def run(
-    layer: RunLayer,
-    stream: Any,
-    per_layer: PerLayer,
-    num_layers: int,
-    backend: BackendConfig,
-    *,
-    unrolled: bool,
+    layer: RunLayer, stream: Any, per_layer: PerLayer, num_layers: int, backend: BackendConfig, *, unrolled: bool
 ) -> tuple[Any, dict[str, Any]]:
     """Run all layers. Return the stream, and kind → other outputs of its layers, stacked."""
     params, caches, keys = per_layer
