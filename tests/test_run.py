@@ -14,7 +14,7 @@ import pytest
 import xattn.config
 from tests import processes
 from xattn.backend import dispatch, reference
-from xattn.backend.hopper.tuning import Tuning
+from xattn.backend.hopper.sizes import Tiles
 from xattn.backend.proven import Proof
 from xattn.config import compose
 from xattn.errors import BadInput
@@ -179,8 +179,8 @@ def test_what_proved_the_kernels_is_named_in_the_log_and_in_the_summary(
     """Without a GPU another row of the table stands for theirs."""
 
     plain = reference.reference
-    monkeypatch.setattr(reference, "reference", lambda q, k, v, spec, *tuning: plain(q, k, v, spec))
-    row = dispatch.Implementation("reference", proof=lambda call: Proof("hopper-h100", Tuning()))
+    monkeypatch.setattr(reference, "reference", lambda q, k, v, spec, *tiles: plain(q, k, v, spec))
+    row = dispatch.Implementation("reference", proof=lambda call: Proof("hopper-h100", Tiles()))
     monkeypatch.setattr(dispatch, "TABLE", (row,))
     assert run(compose(command), tmp_path / "run", quiet=True) == 0
     assert "computed by reference (record hopper-h100)" in (tmp_path / "run" / "log.txt").read_text("utf-8")

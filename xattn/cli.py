@@ -41,7 +41,7 @@ _COMMANDS = {
     "bench data": ("xattn.bench.data", "a big corpus as bytes and BPE: MB/s and memory"),
     "bench generation": ("xattn.bench.generation", "text through the cache, and by forward passes"),
     "bench gpu": ("xattn.bench.gpu.command", "all that only a GPU can show, in ten minutes"),
-    "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times, tuning"),
+    "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times, tiles"),
     "bench start": ("xattn.bench.start", "from the command to the first step, cold and warm"),
     "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one, and packs"),
     "bench train": ("xattn.bench.train", "training steps: speed, utilisation, memory"),

@@ -120,7 +120,7 @@ def test_the_table_sees_a_call_as_it_is(mask: str) -> None:
 
 @pytest.mark.parametrize("case", [Case(activation=a, length=300) for a in ACTIVATIONS], ids=str)
 @pytest.mark.parametrize("name", ["blockwise", "linear"])
-def test_the_default_tuning_is_the_formula_too(name: str, case: Case) -> None:
+def test_the_default_tiles_and_chunks_are_the_formula_too(name: str, case: Case) -> None:
     if row(name).refusal(case.call()) is None:
         check_values(row(name).function, case)
 

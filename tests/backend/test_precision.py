@@ -45,7 +45,7 @@ def test_output_and_gradients_keep_their_digits(name: str, activation: str, deca
 def test_nothing_is_nan_however_much_is_forgotten(name: str, activation: str, mask: str, decay: Decay) -> None:
     """A gradient that is 0 has no scale to judge it by: only the output is compared."""
     x = inputs(Case(activation=activation, length=LENGTH, mask=mask, decay=decay))
-    out, gradients = value_and_gradients(FUNCTIONS[name], x.q, x.k, x.v, x.spec, x.terms, x.g)
+    out, gradients = value_and_gradients(FUNCTIONS[name], (x.q, x.k, x.v, x.terms), x.spec, x.g)
     assert all(np.all(np.isfinite(f64(gradient))) for gradient in jax.tree.leaves(gradients))
     close("out", out, oracle.forward(x.problem), "float32", 3e-4)
 
@@ -76,21 +76,21 @@ def long_recurrence() -> tuple[Any, oracle.F64]:
     return (q, k, v, spec), out
 
 
-def errors(tuning: linear.Tuning, length: int = LONG) -> dict[str, float]:
+def errors(chunks: linear.Chunks, length: int = LONG) -> dict[str, float]:
     """By how much of the norm each head is off, over the first tokens."""
     (q, k, v, spec), want = long_recurrence()
     spec = replace(spec, log_decay=spec.log_decay[..., :length])
     arrays = (x[:, :, :length] for x in (q, k, v))
-    got = f64(jax.jit(partial(linear.linear, tuning=tuning))(*arrays, spec))[0]
+    got = f64(jax.jit(partial(linear.linear, chunks=chunks))(*arrays, spec))[0]
     off, norm = (np.linalg.norm(x, axis=(1, 2)) for x in (got - want[:, :length], want[:, :length]))
     return dict(zip(KINDS, (off / norm).tolist(), strict=True))
 
 
 def test_a_long_state_keeps_its_digits() -> None:
-    assert {kind: error for kind, error in errors(linear.Tuning.of_platform()).items() if not error <= 3e-5} == {}
+    assert {kind: error for kind, error in errors(linear.Chunks.of_platform()).items() if not error <= 3e-5} == {}
 
 
 def test_that_notices_where_sums_are_long() -> None:
     """Within a chunk exponents are differences of two sums: of as many tokens as the chunk has."""
-    off = errors(linear.Tuning(chunk=4096), length=4096)
+    off = errors(linear.Chunks(4096), length=4096)
     assert {kind for kind, error in off.items() if error > 3e-5} >= {"resets", "hard"}, off

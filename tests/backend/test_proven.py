@@ -15,8 +15,8 @@ import pytest
 from xattn.backend import dispatch, hopper, proven
 from xattn.backend.activations import activation
 from xattn.backend.dispatch import Call, choose
-from xattn.backend.hopper.tuning import Tuning
-from xattn.backend.proven import LENGTHS, PASSES, RESULTS, Accuracy, Evidence, Record, Times, Tuned
+from xattn.backend.hopper.sizes import Tiles
+from xattn.backend.proven import LENGTHS, PASSES, RESULTS, Accuracy, Evidence, Record, TileTimes, Times
 from xattn.bench.gpu.keep import keep
 from xattn.config import compose
 from xattn.training.attention_choice import choose_attention
@@ -33,7 +33,7 @@ CALL = Call(
     head_dim_v=64,
     platform="cuda",
 )
-SPLIT = Tuning(form="split")
+SPLIT = Tiles(form="split")
 OF: dict[str, Any] = {"activation": "sigmoid", "dtype": "bfloat16", "width": 64}
 
 
@@ -47,18 +47,16 @@ def _on_an_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     proven.read.cache_clear()
 
 
-def accuracy(
-    length: int, *, error: float = 1.0, tuning: Tuning | None = None, leave_out: str | None = None
-) -> Accuracy:
+def accuracy(length: int, *, error: float = 1.0, tiles: Tiles | None = None, leave_out: str | None = None) -> Accuracy:
     errors, floors = dict.fromkeys(RESULTS, 2e-3), dict.fromkeys(RESULTS, 2e-3)
     errors["dk"] *= error
     errors = {name: value for name, value in errors.items() if name != leave_out}
-    return Accuracy(**OF, length=length, tuning=tuning or Tuning(), errors=errors, floors=floors)
+    return Accuracy(**OF, length=length, tiles=tiles or Tiles(), errors=errors, floors=floors)
 
 
 def times(length: int, passes: Any, *, seconds: float = 1.0, others: dict[str, float] | None = None) -> Times:
     others = {"blockwise": 2.0, "reference": 3.0} if others is None else others
-    return Times(**OF, length=length, tuning=Tuning(), passes=passes, seconds=seconds, others=others)
+    return Times(**OF, length=length, tiles=Tiles(), passes=passes, seconds=seconds, others=others)
 
 
 def whole() -> list[Evidence]:
@@ -211,31 +209,31 @@ def test_the_source_is_that_of_the_kernels(tmp_path: Path, monkeypatch: pytest.M
     assert proven.source_sha256.__wrapped__() != before
 
 
-def tuned(tuning: Tuning, seconds: float) -> Tuned:
-    return Tuned(**OF, length=4096, tuning=tuning, seconds=seconds, default_seconds=1.0)
+def tile_times(tiles: Tiles, seconds: float) -> TileTimes:
+    return TileTimes(**OF, length=4096, tiles=tiles, seconds=seconds, default_seconds=1.0)
 
 
 @pytest.mark.parametrize(
     ("more", "taken"),
     [
-        ([tuned(SPLIT, 0.8), *(accuracy(length, tuning=SPLIT) for length in LENGTHS)], SPLIT),
-        ([tuned(SPLIT, 1.2), *(accuracy(length, tuning=SPLIT) for length in LENGTHS)], Tuning()),
-        ([tuned(SPLIT, 0.8)], Tuning()),
-        ([tuned(SPLIT, 0.8), *(accuracy(length, tuning=SPLIT, error=1.3) for length in LENGTHS)], Tuning()),
-        ([tuned(SPLIT, 0.8), *(accuracy(length, tuning=SPLIT) for length in LENGTHS[:-1])], Tuning()),
+        ([tile_times(SPLIT, 0.8), *(accuracy(length, tiles=SPLIT) for length in LENGTHS)], SPLIT),
+        ([tile_times(SPLIT, 1.2), *(accuracy(length, tiles=SPLIT) for length in LENGTHS)], Tiles()),
+        ([tile_times(SPLIT, 0.8)], Tiles()),
+        ([tile_times(SPLIT, 0.8), *(accuracy(length, tiles=SPLIT, error=1.3) for length in LENGTHS)], Tiles()),
+        ([tile_times(SPLIT, 0.8), *(accuracy(length, tiles=SPLIT) for length in LENGTHS[:-1])], Tiles()),
     ],
 )
-def test_the_quickest_tuning_that_is_as_accurate_is_taken(
-    more: list[Evidence], taken: Tuning, monkeypatch: pytest.MonkeyPatch
+def test_the_quickest_tiles_that_are_as_accurate_are_taken(
+    more: list[Evidence], taken: Tiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(KIND, [*whole(), *more], made_at="")
     proof = choose(CALL).proof
     assert proof is not None
-    assert proof.tuning == taken
+    assert proof.tiles == taken
     given = []
 
-    def kernels(q: Any, k: Any, v: Any, spec: Any, tuning: Tuning | None = None) -> Any:
-        given.append(tuning)
+    def kernels(q: Any, k: Any, v: Any, spec: Any, tiles: Tiles | None = None) -> Any:
+        given.append(tiles)
         return v
 
     monkeypatch.setattr(hopper, "hopper", kernels)
@@ -245,7 +243,7 @@ def test_the_quickest_tuning_that_is_as_accurate_is_taken(
     q = jnp.zeros((1, 1, 4096, 64), jnp.bfloat16)
     attention(q, q, q, activation_function="sigmoid")
     attention(q, q, q, activation_function="sigmoid", implementation="hopper")
-    assert given == [taken, None], "auto takes the record's tuning, a name the default one"
+    assert given == [taken, None], "auto takes the record's tiles, a name the default one"
 
 
 def test_a_process_sees_one_state_of_the_record() -> None:
@@ -267,7 +265,7 @@ def test_a_run_is_chosen_its_kernels_by_the_same_record() -> None:
 
 
 def test_a_record_survives_being_written_and_read() -> None:
-    keep(KIND, [*whole(), tuned(SPLIT, 0.5)], made_at="now")
+    keep(KIND, [*whole(), tile_times(SPLIT, 0.5)], made_at="now")
     found = proven.read(proven.identity(KIND))
     assert isinstance(found, Record)
-    assert found.evidence == (*whole(), tuned(SPLIT, 0.5))
+    assert found.evidence == (*whole(), tile_times(SPLIT, 0.5))

@@ -16,14 +16,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from xattn.backend import (
-    activations,
-    blockwise as blockwise_module,
-    formula,
-    linear as linear_module,
-    ring as ring_module,
-)
+from xattn.backend import activations, formula, linear as linear_module, ring as ring_module
 from xattn.backend.arguments import checked_spec
+from xattn.backend.blockwise import blockwise
 from xattn.backend.dispatch import Call, choose
 from xattn.backend.linear import linear
 from xattn.backend.mesh import context_devices
@@ -32,9 +27,8 @@ from xattn.testing.cases import Case, Subject
 from xattn.testing.contract import check_theta_gradient, check_values
 
 ACTIVATIONS = activations.names()
-TILES = blockwise_module.Tuning(tile=4)
-RING = Subject("ring", "ring", partial(ring, tuning=TILES))
-LINEAR = Subject("linear", "linear", partial(linear, tuning=linear_module.Tuning(chunk=4)))
+RING = Subject("ring", "ring", partial(ring, tile=4))
+LINEAR = Subject("linear", "linear", partial(linear, chunks=linear_module.Chunks(4)))
 
 # Stretches of 12 and of 6 tokens: one is a multiple of the tile, the other is not; a window of 4 reaches into one
 # neighbour's.
@@ -135,23 +129,22 @@ def gathered(program: Any, collectives: str = "all-gather|all-reduce|all-to-all"
 
 @pytest.mark.parametrize(("activation", "fades"), [*((a, False) for a in ACTIVATIONS), ("softmax", True)])
 def test_keys_and_values_go_round_and_are_never_together(activation: str, fades: bool) -> None:
-    program, keys = compiled(partial(ring, tuning=TILES), activation, 64, fades)
+    program, keys = compiled(partial(ring, tile=4), activation, 64, fades)
     assert "collective-permute(" in program.as_text() or "collective-permute-start(" in program.as_text()
     assert gathered(program) < keys / 4
 
 
 @pytest.mark.parametrize("fades", [False, True])
 def test_only_states_are_gathered(fades: bool) -> None:
-    program, keys = compiled(partial(linear, tuning=linear_module.Tuning(chunk=16)), "none", 2048, fades)
+    program, keys = compiled(partial(linear, chunks=linear_module.Chunks(16)), "none", 2048, fades)
     # A device asks the one before it for a single token's segment.
     assert gathered(program, "collective-permute|collective-permute-start") <= (2 if fades else 0)
     assert 0 < gathered(program) <= 4 * 2 * 16 * 16 < keys / 4
 
 
 def test_the_ring_saves_the_memory_that_gathering_takes() -> None:
-    tuning = blockwise_module.Tuning(tile=32)
-    by_ring, keys = compiled(partial(ring, tuning=tuning), "softmax", 4096)
-    by_gathering, _ = compiled(partial(blockwise_module.blockwise, tuning=tuning), "softmax", 4096)
+    by_ring, keys = compiled(partial(ring, tile=32), "softmax", 4096)
+    by_gathering, _ = compiled(partial(blockwise, tile=32), "softmax", 4096)
     assert gathered(by_gathering) >= keys, "the measure sees nothing"
     ours, theirs = (program.memory_analysis().temp_size_in_bytes for program in (by_ring, by_gathering))
     assert ours < theirs / 2
@@ -226,7 +219,14 @@ MUTATIONS: list[tuple[str, Any, str, Any, Subject, Case]] = [
     ),
     ("bias of one device", jax.lax, "psum", lambda right: lambda x, axis: x, RING, RINGS[1]),
     ("a device's own state twice", linear_module, "_earlier", lambda r: lambda n, *_: jnp.tri(n), LINEAR, STATES[0]),
-    ("positions of one device", linear_module, "chunked", lambda right: lambda *a: right(*a[:7]), LINEAR, STATES[0]),
+    (
+        "positions of one device",
+        linear_module,
+        "chunked",
+        lambda right: lambda q, k, v, spec, stretch, chunks: right(q, k, v, spec, stretch._replace(first=None), chunks),
+        LINEAR,
+        STATES[0],
+    ),
     (
         "decay of the stretches between dropped",
         ring_module,

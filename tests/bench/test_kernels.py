@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from xattn.backend import dispatch
-from xattn.backend.hopper.tuning import refuse_what_does_not_fit
+from xattn.backend.hopper.sizes import refuse_what_does_not_fit
 from xattn.bench import kernel_accuracy, kernel_times, kernels, ptxas
 from xattn.bench.kernel_bench import PASSES, Bench
 from xattn.errors import BadInput
@@ -111,10 +111,10 @@ def test_times_are_ratios_over_softmax_and_what_fails_does_not_stop_the_rest(
     assert "failed: broken, sigmoid" in capsys.readouterr().out
 
 
-def test_the_sweep_has_the_present_tuning_and_no_other_twice() -> None:
+def test_the_sweep_has_the_default_tiles_and_no_others_twice() -> None:
     for passes in PASSES:
         found = kernel_times.variants(passes)
-        assert found[0] == kernel_times.Tuning()
+        assert found[0] == kernel_times.Tiles()
         assert len(set(found)) == len(found) == 32
         for t in found:  # none is refused
             refuse_what_does_not_fit(kept=1, tile=t.keys, stages=t.stages, width=128)

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xattn.backend import xla_cpu
 from xattn.model import loss
 from xattn.model.loss import next_token_losses, projected_losses
 from xattn.model.projection import project, projection
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
+def bfloat16_on_xla_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return xla_cpu.project(x, kernel, "bfloat16")
+
+
+def default_on_xla_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return xla_cpu.project(x, kernel, "default")
+
+
 @pytest.mark.parametrize(
-    ("dtype", "precision"), [("float32", "default"), ("float32", "bfloat16"), ("bfloat16", "default")]
+    ("dtype", "own"),
+    [
+        ("float32", default_on_xla_cpu),
+        ("float32", bfloat16_on_xla_cpu),
+        ("bfloat16", default_on_xla_cpu),
+        ("float32", project),
+    ],
 )
 @pytest.mark.parametrize("out", [3, 7], ids=["narrower", "wider"])
-def test_the_projections_own_gradient_is_the_gradient_of_its_product(
-    dtype: str, precision: str, on_cpu: bool, out: int
-) -> None:
+def test_the_projections_own_gradient_is_the_gradient_of_its_product(dtype: str, own: Any, out: int) -> None:
     x, kernel, cotangent = (
         jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(2, 3, 5), (5, out), (2, 3, out)])
     )
-    ours, vjp = jax.vjp(lambda x, kernel: project(x, kernel, precision, on_cpu), x, kernel)
+    ours, vjp = jax.vjp(own, x, kernel)
     expected, vjp_expected = jax.vjp(jnp.matmul, x, kernel)
-    tolerance = 1e-6 if (dtype, precision) == ("float32", "default") else 2e-2
+    tolerance = 1e-6 if (dtype, own) == ("float32", default_on_xla_cpu) else 2e-2
     for got, wanted in zip([ours, *vjp(cotangent)], [expected, *vjp_expected(cotangent)], strict=True):
         assert got.dtype == wanted.dtype == dtype
         np.testing.assert_allclose(got.astype(np.float32), wanted.astype(np.float32), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_in_bfloat16_the_factors_are_rounded_and_the_sums_are_not(on_cpu: bool) -> None:
+@pytest.mark.parametrize("own", [bfloat16_on_xla_cpu, project])
+def test_in_bfloat16_the_factors_are_rounded_and_the_sums_are_not(own: Any) -> None:
     """1 + 2⁻¹⁰ is 1 in bfloat16, and a sum kept in it would not be 4097."""
     many, one = jnp.full((1, 4097), 1 + 2**-10), jnp.full((1, 1), 1 + 2**-10)
 
     def sums(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> list[float]:
         """The largest number of the product and of each gradient."""
-        out, vjp = jax.vjp(lambda x, kernel: project(x, kernel, "bfloat16", on_cpu), x, kernel)
+        out, vjp = jax.vjp(own, x, kernel)
         return [float(array.max()) for array in (out, *vjp(cotangent))]
 
     assert sums(many, many.T, one) == [4097, 1, 1]

@@ -13,8 +13,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from xattn.backend import xla_cpu
 from xattn.config import compose
-from xattn.model import projection
 from xattn.model.generation import empty_caches
 from xattn.model.loss import next_token_losses
 from xattn.model.transformer import (
@@ -380,13 +380,13 @@ def test_every_projection_has_the_precision_that_the_config_names(
     """q, k, v, output, gate, up and down, each time that the layer is traced, and the logits."""
     seen = []
 
-    def project(x: jax.Array, kernel: jax.Array, precision: str, on_cpu: bool) -> jax.Array:
+    def project(x: jax.Array, kernel: jax.Array, precision: str) -> jax.Array:
         seen.append(precision)
         return x @ kernel
 
     model = model_of(f"model.matmul_precision={precision}")
     params = init(model_of())
-    monkeypatch.setattr(projection, "project", project)
+    monkeypatch.setattr(xla_cpu, "project", project)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     method = "losses" if targets else "logits"
     jax.eval_shape(lambda: model.apply({"params": params}, TOKENS, HYPER, *targets, method=method))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from xattn.backend.activations import Activation, QKPreActivation, activation
 from xattn.backend.decay import LEAST
-from xattn.backend.rope import Theta, checked_theta
+from xattn.backend.rope import Theta, checked_scalar
 from xattn.backend.spec import AttentionSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -103,8 +103,8 @@ def checked_spec(
         raise ValueError(f"rotary_fraction must be a number from 0 to 1, got {rotary_fraction}")
     decay = _checked_log("log_decay", log_decay, (batch, kv_heads, length))
     return AttentionSpec(
-        theta=checked_theta(theta),
-        logit_scale=_checked_scale(logit_scale),
+        theta=checked_scalar("theta", theta),
+        logit_scale=checked_scalar("logit_scale", logit_scale),
         bias=_checked_bias(sigmoid_bias, num_heads, n, chosen),
         sink=_checked_sink(sink, num_heads, chosen),
         log_decay=None if decay is None else jnp.maximum(decay, LEAST),
@@ -133,10 +133,8 @@ def _checked_log(name: str, array: Array | None, shape: tuple[int, int, int]) ->
     if array is None:
         return None
     array = jnp.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.floating) or array.shape not in (
-        shape,
-        *([shape[::2]] if shape[1] == 1 else []),
-    ):
+    allowed = (shape, shape[::2]) if shape[1] == 1 else (shape,)
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.shape not in allowed:
         raise ValueError(
             f"{name} must be floating, of shape (B, NKV, S) = {shape}; got {array.dtype} of shape {array.shape}"
         )
@@ -153,15 +151,6 @@ def _check_values(name: str, array: Array) -> None:
         raise ValueError("log_input_gate must be finite; a gate that is shut is a large negative number")
 
 
-def _checked_scale(logit_scale: float | Float[Array, ""]) -> Float32[Array, ""]:
-    if isinstance(logit_scale, Real) and not (logit_scale > 0 and math.isfinite(logit_scale)):
-        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
-    scale = jnp.asarray(logit_scale, jnp.float32)
-    if scale.ndim:
-        raise ValueError(f"logit_scale must be a scalar, got shape {scale.shape}")
-    return scale
-
-
 def _checked_sink(sink: Sink, num_heads: int, activation: Activation) -> Float32[Array, " NH"] | None:
     if sink is None:
         return None
@@ -169,12 +158,7 @@ def _checked_sink(sink: Sink, num_heads: int, activation: Activation) -> Float32
         raise ValueError(
             f"a sink is a term of softmax's sum, which activation_function {activation.name!r} lacks: omit it"
         )
-    if isinstance(sink, Real) and not math.isfinite(sink):
-        raise ValueError(f"sink must be finite, got {sink}")
-    array = jnp.asarray(sink, jnp.float32)
-    if array.shape not in ((), (num_heads,)):
-        raise ValueError(f"sink must be a scalar or of shape (NH,) = {(num_heads,)}, got shape {array.shape}")
-    return jnp.broadcast_to(array, (num_heads,))
+    return _one_per_head("sink", sink, num_heads)
 
 
 def _checked_bias(sigmoid_bias: Bias, num_heads: int, n: int, activation: Activation) -> Float32[Array, " NH"] | None:
@@ -182,9 +166,13 @@ def _checked_bias(sigmoid_bias: Bias, num_heads: int, n: int, activation: Activa
         if sigmoid_bias is not None:
             raise ValueError(f"sigmoid_bias has no meaning under activation_function {activation.name!r}; omit it")
         return None
-    if isinstance(sigmoid_bias, Real) and not math.isfinite(sigmoid_bias):
-        raise ValueError(f"sigmoid_bias must be finite, got {sigmoid_bias}")
-    bias = jnp.asarray(-math.log(n) if sigmoid_bias is None else sigmoid_bias, jnp.float32)
-    if bias.shape not in ((), (num_heads,)):
-        raise ValueError(f"sigmoid_bias must be a scalar or of shape (NH,) = {(num_heads,)}, got shape {bias.shape}")
-    return jnp.broadcast_to(bias, (num_heads,))
+    return _one_per_head("sigmoid_bias", -math.log(n) if sigmoid_bias is None else sigmoid_bias, num_heads)
+
+
+def _one_per_head(name: str, value: float | Array, num_heads: int) -> Float32[Array, " NH"]:
+    if isinstance(value, Real) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    array = jnp.asarray(value, jnp.float32)
+    if array.shape not in ((), (num_heads,)):
+        raise ValueError(f"{name} must be a scalar or of shape (NH,) = {(num_heads,)}, got shape {array.shape}")
+    return jnp.broadcast_to(array, (num_heads,))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,10 @@ from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values, pre
 
 Index = Array | int
 
+TILE = 384
+"""Most queries, and most keys, in a tile. It affects the result through rounding only. Extra memory is a few times
+B · NH · T² · 4 bytes, independent of S."""
+
 
 class KeySide(NamedTuple):
     """A stretch of keys, and everything that belongs to them."""
@@ -33,6 +37,18 @@ class KeySide(NamedTuple):
     segments: Int[Array, "B S"] | None
     log_decay: decay.LogDecay | None
     log_input_gate: Float32[Array, "B NKV S"] | None
+
+
+class QuerySide(NamedTuple):
+    """A stretch of queries, and all that their gradients need besides keys."""
+
+    q: Float[Array, "B NKV G S DHQK"]
+    """Rotated."""
+    g: Float[Array, "B NKV G S DHV"]
+    """Gradient of the output."""
+    out: Float[Array, "B NKV G S DHV"]
+    """The output over *all* keys. ``lse`` belongs to it, as in :data:`xattn.backend.formula.Results`."""
+    lse: Float32[Array, "B NKV G S 1"] | None
 
 
 class Distance(NamedTuple):
@@ -60,45 +76,35 @@ class Gradients(NamedTuple):
     """Gradient of E_ts summed over t, (B, NKV, S, 1); None without decay and input gate."""
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """How the work is divided. It affects the result through rounding only."""
-
-    tile: int = 384
-    """Most queries, and most keys, in a tile. Extra memory is a few times B · NH · T² · 4 bytes, independent of S."""
-
-
 class Passes(NamedTuple):
     """Attention of rotated, grouped queries to rotated keys. Use module-level functions, so that it can be hashed."""
 
     forward: Callable[..., Results]
-    """(q, k, v, spec, tuning) → results, the output in v's dtype."""
+    """(q, k, v, spec, tile) → results, the output in v's dtype."""
     backward: Callable[..., Gradients]
-    """(q, k, v, spec, the forward's results, gradient of the output, tuning) → gradients."""
-    tuning: Tuning
+    """(queries, k, v, spec, tile) → gradients."""
+    tile: int
 
 
-def blockwise(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning = Tuning()) -> Output:
+def blockwise(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tile: int = TILE) -> Output:
     """Compute :func:`xattn.backend.reference.reference` for any call, in O(S) memory.
 
     A normalised activation accumulates over tiles with a running maximum (arXiv 1805.02867, 2112.05682); a pointwise
     one is a plain sum. The backward pass keeps q, k and v as given, the output, and for a normalised activation the log
     of each row's sum in float32. It recomputes the rest. As a custom_vjp it supports only first-order reverse mode.
     """
-    return prepared(q, k, v, spec, Passes(_forward, _backward, tuning))
+    return prepared(q, k, v, spec, Passes(_forward, _backward, tile))
 
 
-def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) -> Results:
+def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tile: int) -> Results:
     """Run on one device, or as XLA partitions it."""
     dtype = v.dtype if spec.sink is None else F32
-    out, lse = formula.with_sink(forward_tiles(q, key_side(k, v, spec), spec, HERE, tuning, dtype), spec)
+    out, lse = formula.with_sink(forward_tiles(q, key_side(k, v, spec), spec, HERE, tile, dtype), spec)
     return out.astype(v.dtype), lse
 
 
-def _backward(
-    q: Array, k: Array, v: Array, spec: AttentionSpec, results: Results, g: Array, tuning: Tuning
-) -> Gradients:
-    return backward_tiles(q, key_side(k, v, spec), spec, HERE, results, g, tuning, q.dtype)
+def _backward(queries: QuerySide, k: Array, v: Array, spec: AttentionSpec, tile: int) -> Gradients:
+    return backward_tiles(queries, key_side(k, v, spec), spec, HERE, tile, queries.q.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -112,7 +118,7 @@ def _prepared_forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     """Return the output and the residuals of the backward pass."""
     rotated_q, rotated_k = prepare(q, k, spec)
-    out, lse = passes.forward(formula.grouped(rotated_q, k.shape[1]), rotated_k, v, spec, passes.tuning)
+    out, lse = passes.forward(formula.grouped(rotated_q, k.shape[1]), rotated_k, v, spec, passes.tile)
     out = out.reshape(*q.shape[:3], v.shape[-1])
     return out, (q, k, v, spec, out, lse)
 
@@ -124,7 +130,7 @@ def _prepared_backward(passes: Passes, residuals: tuple[Any, ...], g: Array) -> 
         *(q, k, spec.theta, spec.logit_scale),
     )
     rotated_q, g, out = (formula.grouped(x, k.shape[1]) for x in (rotated_q, g, out))
-    found = passes.backward(rotated_q, rotated_k, v, spec, (out, lse), g, passes.tuning)
+    found = passes.backward(QuerySide(rotated_q, g, out, lse), rotated_k, v, spec, passes.tile)
     d_q, d_k, d_theta, d_scale = unprepare((found.q.reshape(q.shape).astype(q.dtype), found.k.astype(k.dtype)))
     d_spec = replace(
         spec,
@@ -154,19 +160,14 @@ def key_side(k: Array, v: Array, spec: AttentionSpec) -> KeySide:
 
 
 def forward_tiles(
-    q: Float[Array, "B NKV G S DHQK"],
-    keys: KeySide,
-    spec: AttentionSpec,
-    distance: Distance,
-    tuning: Tuning,
-    dtype: Any,
+    q: Float[Array, "B NKV G S DHQK"], keys: KeySide, spec: AttentionSpec, distance: Distance, tile: int, dtype: Any
 ) -> Results:
     """Attend from a stretch of queries to an equally long stretch of keys, both rotated, without the sink.
 
     The spec's arrays belong to the queries. ``dtype`` is that of the output. Rows that may attend to no key here are 0.
     """
     length, width = q.shape[-2], keys.v.shape[-1]
-    tile, padded = _cuts(length, tuning)
+    tile, padded = _cuts(length, tile)
     q, keys, spec = _pad(q, padded), _pad_keys(keys, padded), _pad_spec(spec, padded)
     meet = _meeting(keys, spec, distance, tile, length)
 
@@ -189,23 +190,15 @@ def forward_tiles(
 
 
 def backward_tiles(
-    q: Float[Array, "B NKV G S DHQK"],
-    keys: KeySide,
-    spec: AttentionSpec,
-    distance: Distance,
-    results: Results,
-    g: Float[Array, "B NKV G S DHV"],
-    tuning: Tuning,
-    dtype: Any,
+    queries: QuerySide, keys: KeySide, spec: AttentionSpec, distance: Distance, tile: int, dtype: Any
 ) -> Gradients:
     """Return the gradients from these queries and these keys; arguments as in :func:`forward_tiles`.
 
-    ``results`` are those of the queries over *all* their keys, ``g`` is the gradient of that output, and ``dtype`` is
-    that of q's gradient.
+    ``dtype`` is that of q's gradient.
     """
-    length = q.shape[-2]
-    tile, padded = _cuts(length, tuning)
-    q, g, out, lse = (_pad(x, padded) for x in (q, g, *results))
+    length = queries.q.shape[-2]
+    tile, padded = _cuts(length, tile)
+    q, g, out, lse = (_pad(x, padded) for x in queries)
     keys, spec = _pad_keys(keys, padded), _pad_spec(spec, padded)
     meet = _meeting(keys, spec, distance, tile, length)
     scale = 1 / math.sqrt(q.shape[-1])
@@ -255,12 +248,12 @@ def backward_tiles(
     return found._replace(**of_tokens)
 
 
-def _cuts(length: int, tuning: Tuning) -> tuple[int, int]:
+def _cuts(length: int, most: int) -> tuple[int, int]:
     """Return (tile, padded length). Tiles have equal size, so that padding is at most 8 tokens per tile."""
-    count = -(-length // tuning.tile)
+    count = -(-length // most)
     tile = -(-length // count)
     if count > 1:
-        tile = min(-(-tile // 8) * 8, tuning.tile)
+        tile = min(-(-tile // 8) * 8, most)
     return tile, tile * -(-length // tile)
 
 

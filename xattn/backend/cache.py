@@ -107,14 +107,10 @@ def grow(cache: Cache, spec: AttentionSpec, tokens: int = 1) -> Cache:
     while capacity < int(cache.length.max()) + tokens:
         capacity *= 2
 
-    def longer(x: Array | None, axis: int) -> Array | None:
+    def longer(x: Any, axis: int) -> Any:
         if x is None:
             return None
         return jnp.pad(x, [(0, capacity - x.shape[axis] if i == x.ndim + axis else 0) for i in range(x.ndim)])
 
-    k, v, terms, segments = (
-        longer(x, axis) for x, axis in ((cache.k, -2), (cache.v, -2), (cache.terms, -1), (cache.segments, -1))
-    )
-    assert k is not None
-    assert v is not None
-    return KVCache(k, v, cache.length, terms, segments)
+    k, v = longer(cache.k, -2), longer(cache.v, -2)
+    return KVCache(k, v, cache.length, longer(cache.terms, -1), longer(cache.segments, -1))

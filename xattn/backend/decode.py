@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from xattn.backend import dispatch, formula, linear
+from xattn.backend import dispatch, formula, linear, xla_cpu
 from xattn.backend.arguments import checked_arrays, checked_spec
 from xattn.backend.cache import Cache, Entry, KVCache, StateCache
 from xattn.backend.formula import F32, Tokens
@@ -64,17 +64,9 @@ def of_tokens(
         ValueError: as for :func:`xattn.backend.api.attention`.
     """
     batch, kv_heads, length, _ = keys.shape
-    checked = checked_spec(
-        num_heads=kv_heads,
-        num_kv_heads=kv_heads,
-        batch=batch,
-        length=length,
-        log_decay=log_decay,
-        log_input_gate=log_input_gate,
-        segment_ids=segment_ids,
-    )
-    names = ("log_decay", "log_input_gate", "segment_ids")
-    return replace(spec, **{name: getattr(checked, name) for name in names})
+    given: dict[str, Any] = {"log_decay": log_decay, "log_input_gate": log_input_gate, "segment_ids": segment_ids}
+    checked = checked_spec(num_heads=kv_heads, num_kv_heads=kv_heads, batch=batch, length=length, **given)
+    return replace(spec, **{name: getattr(checked, name) for name in given})
 
 
 def prefill(
@@ -133,12 +125,10 @@ def _fitting(cache: Cache, spec: AttentionSpec) -> AttentionSpec:
 
     Raise ValueError if its terms or segment_ids don't match those the cache was made for.
     """
+    has_documents = spec.segment_ids is not None
     of_documents = (cache.segment if isinstance(cache, StateCache) else cache.segments) is not None
     fades = spec.has_terms if isinstance(cache, StateCache) else cache.terms is not None
-    for name, made, given in (
-        ("fades", fades, spec.has_terms),
-        ("documents", of_documents, spec.segment_ids is not None),
-    ):
+    for name, made, given in (("fades", fades, spec.has_terms), ("documents", of_documents, has_documents)):
         if made != given:
             raise ValueError(f"a cache made with {name}={made} gets a call with {name}={given}; see init_cache")
     return spec if spec.segment_ids is None else replace(spec, segment_ids=spec.segment_ids.astype(jnp.int32))
@@ -160,10 +150,9 @@ def _prefill_state(
 ) -> tuple[Array, Cache]:
     counts = (jnp.arange(v.shape[2]) < seen)[None, None, :, None]
     spec = _until(spec, seen)
-    known, segment = None, None
-    if spec.segment_ids is not None:
-        known, segment = linear.documents(spec.segment_ids), spec.segment_ids[:, -1]
-    out, state = linear.chunked(q, k, jnp.where(counts, v, 0), spec, known, cache.state, linear.Tuning.of_platform())
+    stretch = linear.Stretch(linear.documents(spec), cache.state)
+    segment = None if spec.segment_ids is None else spec.segment_ids[:, -1]
+    out, state = linear.chunked(q, k, jnp.where(counts, v, 0), spec, stretch, linear.Chunks.of_platform())
     return out, StateCache(state, seen, segment)
 
 
@@ -202,7 +191,7 @@ def attend(
         raise ValueError(f"decode_step takes one token, got {q.shape[2]}; prefill takes many")
     spec = _fitting(cache, spec)
     q, k = prepare(q, k, spec, cache.length)
-    q = formula.grouped(q, k.shape[1])[..., 0, :]  # (B, NKV, G, DHQK): with two axes of 1, XLA:CPU copies the cache
+    q = xla_cpu.without_token_axis(formula.grouped(q, k.shape[1]))  # (B, NKV, G, DHQK)
     if isinstance(cache, StateCache):
         state = _state_with(k, v, cache, spec)
         out, entry = product("bkgd,bkde->bkge", q.astype(F32), state), Entry(state, None, segment=spec.segment_ids)
@@ -234,13 +223,10 @@ def append(cache: Cache, entry: Entry) -> Cache:
     return KVCache(put(cache.k, entry.key), put(cache.v, entry.value), cache.length + 1, terms, segments)
 
 
-def _own_terms(spec: AttentionSpec, batch: int, kv_heads: int) -> tuple[Array, Array]:
+def _own_terms(spec: AttentionSpec, batch: int, kv_heads: int) -> tuple[Array, ...]:
     """Return (ℓ, log i) of the token, (B, NKV, 1) each; 0 for what the spec lacks."""
     none = jnp.zeros((batch, kv_heads, 1), F32)
-    return (
-        none if spec.log_decay is None else spec.log_decay,
-        none if spec.log_input_gate is None else spec.log_input_gate,
-    )
+    return tuple(none if x is None else x for x in (spec.log_decay, spec.log_input_gate))
 
 
 def _state_with(k: Array, v: Array, cache: StateCache, spec: AttentionSpec) -> Float32[Array, "B NKV DHQK DHV"]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from xattn.backend import proven
 from xattn.backend.activations import Activation
-from xattn.backend.hopper.tuning import ACTIVATIONS, WIDTHS
+from xattn.backend.hopper.sizes import ACTIVATIONS, WIDTHS
 from xattn.backend.proven import Proof
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ def platform() -> str:
         return target.platform
     import jax
 
-    name = jax.default_backend()
-    if name != "gpu":
+    if (name := jax.default_backend()) != "gpu":
         return name
     return "rocm" if "rocm" in jax.local_devices()[0].client.platform_version else "cuda"
 
@@ -234,13 +233,14 @@ def _proof_of_hopper(call: Call) -> Proof | str:
     """No user waits for another's measurements, and nothing unproven is chosen."""
     if call.devices > 1:
         return f"a mesh of {call.devices} devices: it was measured on one"
+    behind = TABLE[TABLE.index(row("hopper")) + 1 :]
     return proven.proof(
         proven.identity(device_kind()),
         activation=call.activation.name,
         dtype=call.dtype,
         width=call.head_dim_qk,
         length=call.sequence,
-        rival=lambda length: _first_that_serves(replace(call, sequence=length), _after("hopper")).name,
+        rival=lambda length: _first_that_serves(replace(call, sequence=length), behind).name,
     )
 
 
@@ -317,13 +317,8 @@ def _first_that_serves(call: Call, rows: Sequence[Implementation]) -> Choice:
     raise AssertionError("the last row of the table serves every call")
 
 
-def _after(name: str) -> Sequence[Implementation]:
-    """The rows of the table behind that one."""
-    return TABLE[TABLE.index(row(name)) + 1 :]
-
-
 def compute(q: Queries, k: Keys, v: Values, spec: AttentionSpec, implementation: str = AUTO) -> Output:
     """Compute attention of checked arrays, in v's dtype, with the implementation that :func:`choose` picks."""
     choice = choose(Call.of(q, k, v, spec), implementation)
     function: Callable[..., Output] = row(choice.name).function
-    return function(q, k, v, spec) if choice.proof is None else function(q, k, v, spec, choice.proof.tuning)
+    return function(q, k, v, spec) if choice.proof is None else function(q, k, v, spec, choice.proof.tiles)

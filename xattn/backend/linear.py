@@ -33,16 +33,16 @@ State = Float[Array, "B NKV DHQK DHV"]
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """How the work is divided. It affects the result through rounding only."""
+class Chunks:
+    """How the sequence is cut. It affects the result through rounding only."""
 
-    chunk: int = 64
+    size: int = 64
     """Tokens per chunk, T."""
     concurrent: int = 1
     """Chunks computed together in one step of the loop over the sequence."""
 
     @classmethod
-    def of_platform(cls) -> Tuning:
+    def of_platform(cls) -> Chunks:
         """Choose one chunk at a time on a CPU, where it fits into the cache, and many to fill an accelerator."""
         return cls(concurrent=1 if jax.default_backend() == "cpu" else 32)
 
@@ -56,49 +56,57 @@ class Documents(NamedTuple):
     """Index of the preceding token's document. The first token has its own, so a state from before the call counts."""
 
 
-def documents(segment_ids: Int[Array, "B S"]) -> Documents:
-    """Return the documents, given that no segment id comes back after another."""
-    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+class Stretch(NamedTuple):
+    """The place of some tokens in their sequence."""
+
+    documents: Documents | None
+    """Those of the tokens' segment_ids; None if there are none."""
+    before: State
+    """The state before the first token, unrotated: its keys are R(s) k_s."""
+    first: Array | None = None
+    """Position of the first token; None means 0, which is then static."""
+
+
+def documents(spec: AttentionSpec) -> Documents | None:
+    """Return the documents, given that no segment id comes back after another; None without segment ids."""
+    if (ids := spec.segment_ids) is None:
+        return None
+    begins = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
     runs = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
     return Documents(runs, runs - begins.astype(jnp.int32))
 
 
-def linear(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
+def linear(q: Queries, k: Keys, v: Values, spec: AttentionSpec, chunks: Chunks | None = None) -> Output:
     """Compute :func:`xattn.backend.reference.reference` for ``none``, without a window or a given mask.
 
     If the active mesh splits the sequence, each device computes its own stretch. The devices exchange states only, no
     keys or values. A state can't handle a segment id that comes back after another, since it has dropped the earlier
     segment. Unless the spec rules that out, the ids are checked at run time, and
-    :func:`xattn.backend.blockwise.blockwise` takes over if one comes back. ``tuning`` None suits the platform.
+    :func:`xattn.backend.blockwise.blockwise` takes over if one comes back. ``chunks`` None suits the platform.
     """
     _check(spec)
-    tuning = tuning or Tuning.of_platform()
-    if spec.segment_ids is None:
-        return _in_runs(q, k, v, spec, None, tuning)
-    known = documents(spec.segment_ids)
-    if spec.segments_are_runs:
-        return _in_runs(q, k, v, spec, known, tuning)
+    chunks = chunks or Chunks.of_platform()
+    known = documents(spec)
+    if spec.segment_ids is None or known is None or spec.segments_are_runs:
+        return _in_runs(q, k, v, spec, known, chunks)
+    ordered = jnp.sort(spec.segment_ids, axis=1)
+    segments = 1 + jnp.sum(ordered[:, 1:] != ordered[:, :-1], axis=1, dtype=jnp.int32)
     return jax.lax.cond(
-        jnp.any(_number_of_segments(spec.segment_ids) != known.runs[:, -1] + 1),
+        jnp.any(segments != known.runs[:, -1] + 1),
         lambda q, k, v, spec, known: blockwise(q, k, v, spec),
-        lambda q, k, v, spec, known: _in_runs(q, k, v, spec, known, tuning),
+        lambda q, k, v, spec, known: _in_runs(q, k, v, spec, known, chunks),
         *(q, k, v, spec, known),
     )
 
 
-def _number_of_segments(segment_ids: Int[Array, "B S"]) -> Int[Array, " B"]:
-    ordered = jnp.sort(segment_ids, axis=1)
-    return 1 + jnp.sum(ordered[:, 1:] != ordered[:, :-1], axis=1, dtype=jnp.int32)
-
-
 def _in_runs(
-    q: Queries, k: Keys, v: Values, spec: AttentionSpec, documents: Documents | None, tuning: Tuning
+    q: Queries, k: Keys, v: Values, spec: AttentionSpec, documents: Documents | None, chunks: Chunks
 ) -> Output:
     """Compute :func:`linear`, given that no segment id comes back after another."""
     devices = context_devices()
     if devices == 1 or q.shape[2] % devices:
         zeros = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
-        return chunked(q, k, v, spec, documents, zeros, tuning)[0]
+        return chunked(q, k, v, spec, Stretch(documents, zeros), chunks)[0]
     places = split_by_sequence(spec)
     of_documents = None if documents is None else Documents(places.segment_ids, places.segment_ids)
     states = on_each(
@@ -110,7 +118,7 @@ def _in_runs(
     before = jnp.einsum(what, earlier, states, precision=jax.lax.Precision.HIGHEST)
     run = on_each(
         lambda index, q, k, v, spec, documents, before: chunked(
-            q, k, v, spec, documents, before[0], tuning, index * q.shape[2]
+            q, k, v, spec, Stretch(documents, before[0], index * q.shape[2]), chunks
         )[0],
         in_specs=(*[SEQUENCE_SPLIT] * 3, places, of_documents, P(CONTEXT)),
         out_specs=SEQUENCE_SPLIT,
@@ -137,13 +145,13 @@ def _earlier(
 def _state_of_device(index: Array, k: Array, v: Array, spec: AttentionSpec, documents: Documents | None) -> Array:
     """Return what the device's stretch, with keys R(s) k_s, adds to the state at its end, (1, B, NKV, DHQK, DHV)."""
     _, rotated_k = prepare(k, k, spec, index * k.shape[2])
-    left = _left_of(_Chunks.of(spec, documents, lambda x, **_: x))
+    left = _left_of(_PerToken.of(spec, documents, lambda x, **_: x))
     rotated_k = rotated_k if left is None else (rotated_k.astype(F32) * left[..., None]).astype(k.dtype)
     return product("bksd,bkse->bkde", rotated_k, v)[None] / math.sqrt(k.shape[-1])
 
 
 def linear_with_state(
-    q: Queries, k: Keys, v: Values, spec: AttentionSpec, initial: State | None, tuning: Tuning | None = None
+    q: Queries, k: Keys, v: Values, spec: AttentionSpec, initial: State | None, chunks: Chunks | None = None
 ) -> tuple[Output, State]:
     """Compute :func:`linear` from an initial state, and also return the final state; ``initial`` None is 0.
 
@@ -155,8 +163,8 @@ def linear_with_state(
     _check(spec)
     if initial is None:
         initial = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
-    known = None if spec.segment_ids is None else documents(spec.segment_ids)
-    out, state = chunked(q, k, v, spec, known, initial.astype(F32), tuning or Tuning.of_platform())
+    stretch = Stretch(documents(spec), initial.astype(F32))
+    out, state = chunked(q, k, v, spec, stretch, chunks or Chunks.of_platform())
     sin, cos = spec_tables(jnp.array([-q.shape[2]]), q.shape[-1], spec)
     return out, rotate(state.swapaxes(-1, -2), sin, cos).swapaxes(-1, -2)
 
@@ -167,7 +175,7 @@ def _check(spec: AttentionSpec) -> None:
     assert spec.window is None
 
 
-class _Chunks(NamedTuple):
+class _PerToken(NamedTuple):
     """Per-token arrays of some chunks, other than q, k and v. The last axis counts the tokens of a chunk."""
 
     log_decay: Float32[Array, "B NKV *n T"] | None
@@ -176,14 +184,14 @@ class _Chunks(NamedTuple):
     previous: Int[Array, "B 1 *n T"] | None
 
     @classmethod
-    def of(cls, spec: AttentionSpec, documents: Documents | None, cut: Callable[..., Array]) -> _Chunks:
+    def of(cls, spec: AttentionSpec, documents: Documents | None, cut: Callable[..., Array]) -> _PerToken:
         """Cut the arrays with ``cut``, (B, NKV or 1, S) → chunks. Padding is 0, or repeats the last document."""
         arrays = (None, None) if documents is None else tuple(x[:, None] for x in documents)
         logs = (None if x is None else cut(x) for x in (spec.log_decay, spec.log_input_gate))
         return cls(*logs, *(None if x is None else cut(x, mode="edge") for x in arrays))
 
 
-def _left_of(of: _Chunks) -> Float32[Array, "B NKV *n T"] | None:
+def _left_of(of: _PerToken) -> Float32[Array, "B NKV *n T"] | None:
     """Return the factor on a token's k vᵀ at the chunk's end: i_s e^{Σ_{r>s} ℓ_r}, or 0 if a document starts later."""
     exponents = [decay.exclusive_to_end(of.log_decay)] if of.log_decay is not None else []
     exponents += [of.log_input_gate] if of.log_input_gate is not None else []
@@ -193,7 +201,7 @@ def _left_of(of: _Chunks) -> Float32[Array, "B NKV *n T"] | None:
     return jnp.where(of.runs == of.runs[..., -1:], jnp.float32(1) if left is None else left, 0)
 
 
-def _weighted(weights: Array, of: _Chunks) -> Float32[Array, "B NKV G n T T"]:
+def _weighted(weights: Array, of: _PerToken) -> Float32[Array, "B NKV G n T T"]:
     """Return A_ts e^{E_ts} within a chunk, for s ≤ t; 0 where a document begins between s and t."""
     if of.log_decay is not None or of.log_input_gate is not None:
         exponent = jnp.float32(0)
@@ -211,7 +219,7 @@ def _weighted(weights: Array, of: _Chunks) -> Float32[Array, "B NKV G n T T"]:
     return weights
 
 
-def _from_before(of: _Chunks) -> tuple[Array, Array] | None:
+def _from_before(of: _PerToken) -> tuple[Array, Array] | None:
     """Return the factor left of the state before a chunk: at each token (B, NKV, n, T) and at its end (B, NKV, n)."""
     if of.log_decay is None and of.runs is None:
         return None
@@ -224,24 +232,14 @@ def _from_before(of: _Chunks) -> tuple[Array, Array] | None:
 
 # The backward keeps nothing of the forward. Each scan step is checkpointed as well, so the recomputation stores one
 # state per step and no weights.
-@partial(jax.checkpoint, static_argnums=6)
+@partial(jax.checkpoint, static_argnums=5)
 def chunked(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    spec: AttentionSpec,
-    documents: Documents | None,
-    initial: State,
-    tuning: Tuning,
-    first: Array | int = 0,
+    q: Queries, k: Keys, v: Values, spec: AttentionSpec, stretch: Stretch, chunks: Chunks
 ) -> tuple[Output, State]:
-    """Compute :func:`linear_with_state` from position ``first`` on, with an unrotated state: its keys are R(s) k_s.
-
-    ``documents`` are those of the spec's segment_ids; None if it has none.
-    """
+    """Compute :func:`linear_with_state` for a stretch of the sequence; the final state is unrotated as well."""
     length, kv_heads = k.shape[2], k.shape[1]
-    chunk = min(tuning.chunk, length)
-    concurrent = min(tuning.concurrent, -(-length // chunk))
+    chunk = min(chunks.size, length)
+    concurrent = min(chunks.concurrent, -(-length // chunk))
     scale = 1 / math.sqrt(q.shape[-1])
     # A state grows with the sequence and may exceed float16's range (65504) where the output does not.
     past = F32 if v.dtype == jnp.float16 else v.dtype
@@ -267,9 +265,9 @@ def chunked(
         out += past_out if carried is None else past_out * carried[0][:, :, None, ..., None]
         return after[:, :, -1], out.reshape(q.shape[0], -1, *out.shape[3:]).astype(v.dtype)
 
-    rotated_q, rotated_k = prepare(q, k, spec, first)
-    arrays = (cut(rotated_q), cut(rotated_k), cut(v), _Chunks.of(spec, documents, cut))
-    state, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), initial, arrays)
+    rotated_q, rotated_k = prepare(q, k, spec, 0 if stretch.first is None else stretch.first)
+    arrays = (cut(rotated_q), cut(rotated_k), cut(v), _PerToken.of(spec, stretch.documents, cut))
+    state, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), stretch.before, arrays)
     return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], -1, v.shape[-1])[:, :, :length], state
 
 

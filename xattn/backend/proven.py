@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from xattn.backend.hopper.tuning import Tuning
+from xattn.backend.hopper.sizes import Tiles
 
 COMMAND = "xattn bench gpu --keep"
 RESULTS = ("out", "dq", "dk", "dv")
@@ -45,7 +45,7 @@ class _OfKernel(_Strict):
     width: int
     """Of a head: DHQK = DHV."""
     length: int
-    tuning: Tuning
+    tiles: Tiles
 
 
 class Accuracy(_OfKernel):
@@ -76,15 +76,15 @@ class Times(_OfKernel):
     """Implementation → seconds."""
 
 
-class Tuned(_OfKernel):
-    """Median seconds of a tuning, forward and backward, beside those of the default one."""
+class TileTimes(_OfKernel):
+    """Median seconds with tiles other than the default ones, forward and backward, and with the default ones."""
 
-    kind: Literal["tuned"] = "tuned"
+    kind: Literal["tile_times"] = "tile_times"
     seconds: float
     default_seconds: float
 
 
-Evidence = Annotated[Accuracy | Times | Tuned, Field(discriminator="kind")]
+Evidence = Annotated[Accuracy | Times | TileTimes, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class Proof:
 
     record: str
     """The name of the record that shows it."""
-    tuning: Tuning
+    tiles: Tiles
     """The quickest that was measured."""
 
 
@@ -206,7 +206,7 @@ def proof(
         return f"not proven on {of.device_kind} with jax {of.jax} ({record}): `{COMMAND}` measures it there"
     key = (activation, dtype, width)
     evidence = [each for each in record.evidence if (each.activation, each.dtype, each.width) == key]
-    by_length = _accurate_lengths(evidence, Tuning())
+    by_length = _accurate_lengths(evidence, Tiles())
     if isinstance(by_length, str):
         return f"{by_length} ({of.name})"
     if not {*LENGTHS} <= by_length or max(by_length) < length:
@@ -220,27 +220,27 @@ def proof(
     for at in sorted(near):
         for passes in PASSES:
             seconds, other = times[at, passes].seconds, times[at, passes].others.get(rival(at), 0.0)
-            if times[at, passes].tuning != Tuning() or not 0 < seconds < other:
+            if times[at, passes].tiles != Tiles() or not 0 < seconds < other:
                 return f"no faster than {rival(at)} at S = {at}, {passes} ({of.name})"
     return Proof(of.name, _quickest(evidence, length))
 
 
-def _accurate_lengths(evidence: Iterable[Evidence], tuning: Tuning) -> set[int] | str:
-    """Return the lengths at which that tuning was accurate, or in words where it was not."""
-    found = [each for each in evidence if isinstance(each, Accuracy) and each.tuning == tuning]
+def _accurate_lengths(evidence: Iterable[Evidence], tiles: Tiles) -> set[int] | str:
+    """Return the lengths at which those tiles were accurate, or in words where they were not."""
+    found = [each for each in evidence if isinstance(each, Accuracy) and each.tiles == tiles]
     for each in found:
         if not each.holds:
             return f"not accurate at S = {each.length}: {each.worst:.2f} times its dtype's error, {ALLOWED} is allowed"
     return {each.length for each in found}
 
 
-def _quickest(evidence: Iterable[Evidence], length: int) -> Tuning:
-    """Return the tuning that was quickest beside the default one, of those that are as accurate up to that length."""
+def _quickest(evidence: Iterable[Evidence], length: int) -> Tiles:
+    """Return the tiles that were quickest beside the default ones, of those that are as accurate up to that length."""
     evidence = list(evidence)
-    best, gain = Tuning(), 1.0
+    best, gain = Tiles(), 1.0
     for each in evidence:
-        if isinstance(each, Tuned) and 0 < each.seconds < gain * each.default_seconds:
-            lengths = _accurate_lengths(evidence, each.tuning)
+        if isinstance(each, TileTimes) and 0 < each.seconds < gain * each.default_seconds:
+            lengths = _accurate_lengths(evidence, each.tiles)
             if not isinstance(lengths, str) and {*LENGTHS} <= lengths and max(lengths) >= length:
-                best, gain = each.tuning, each.seconds / each.default_seconds
+                best, gain = each.tiles, each.seconds / each.default_seconds
     return best

@@ -9,7 +9,7 @@ gradients of keys and values travel with them, and finally return to the device 
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,11 +19,12 @@ from jaxtyping import Array, Float32
 
 from xattn.backend import formula
 from xattn.backend.blockwise import (
+    TILE,
     Distance,
     Gradients,
     KeySide,
     Passes,
-    Tuning,
+    QuerySide,
     backward_tiles,
     blockwise,
     forward_tiles,
@@ -37,7 +38,17 @@ from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
 _GROUPED = P(None, None, None, CONTEXT)
 
 
-def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
+@dataclass(frozen=True)
+class _Place:
+    """A device's place in the ring."""
+
+    index: Array
+    devices: int
+    decays: Float32[Array, "B NKV devices"] | None
+    """Σ ℓ over each device's stretch."""
+
+
+def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tile: int = TILE) -> Output:
     """Compute :func:`xattn.backend.reference.reference` without a given mask, in O(S/n) memory per device.
 
     S must be a multiple of n, the size of the active mesh's context axis. If n is 1 or there is no such axis, this is
@@ -45,87 +56,68 @@ def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | N
     the backward pass with their gradients in float32. With a window, it sends them only as far as the window reaches.
     """
     assert spec.mask is None
-    tuning = tuning or Tuning()
     if context_devices() == 1:
-        return blockwise(q, k, v, spec, tuning)
+        return blockwise(q, k, v, spec, tile)
     assert q.shape[2] % context_devices() == 0
-    return prepared(q, k, v, spec, Passes(_forward, _backward, tuning))
+    return prepared(q, k, v, spec, Passes(_forward, _backward, tile))
 
 
-def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tuning: Tuning) -> Results:
+def _forward(q: Array, k: Array, v: Array, spec: AttentionSpec, tile: int) -> Results:
     """Run on all devices of the context axis."""
+    devices = context_devices()
     run = on_each(
-        partial(_device_forward, tuning=tuning, devices=context_devices()),
+        lambda index, q, k, v, spec, decays: _device_forward(_Place(index, devices, decays), q, k, v, spec, tile),
         in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, split_by_sequence(spec), P()),
         out_specs=_GROUPED,
     )
     return run(q, k, v, spec, _decays(spec))
 
 
-def _backward(
-    q: Array, k: Array, v: Array, spec: AttentionSpec, results: Results, g: Array, tuning: Tuning
-) -> Gradients:
+def _backward(queries: QuerySide, k: Array, v: Array, spec: AttentionSpec, tile: int) -> Gradients:
+    devices = context_devices()
     of_tokens = Gradients(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, P(), SEQUENCE_SPLIT, SEQUENCE_SPLIT)  # type: ignore[arg-type]
     run = on_each(
-        partial(_device_backward, tuning=tuning, devices=context_devices()),
-        in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, split_by_sequence(spec), P(), _GROUPED, _GROUPED),
+        lambda index, queries, k, v, spec, decays: _device_backward(
+            _Place(index, devices, decays), queries, k, v, spec, tile
+        ),
+        in_specs=(_GROUPED, SEQUENCE_SPLIT, SEQUENCE_SPLIT, split_by_sequence(spec), P()),
         out_specs=of_tokens,
     )
-    return run(q, k, v, spec, _decays(spec), results, g)
+    return run(queries, k, v, spec, _decays(spec))
 
 
 def _decays(spec: AttentionSpec) -> Float32[Array, "B NKV devices"] | None:
-    """Return Σ ℓ over each device's stretch."""
     if spec.log_decay is None:
         return None
     return jnp.sum(spec.log_decay.reshape(*spec.log_decay.shape[:2], context_devices(), -1), axis=-1)
 
 
-def _device_forward(
-    index: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    spec: AttentionSpec,
-    decays: Array | None,
-    *,
-    tuning: Tuning,
-    devices: int,
-) -> Results:
-    """Run on device ``index``. All arrays are its own stretches, except the decays."""
+def _device_forward(place: _Place, q: Array, k: Array, v: Array, spec: AttentionSpec, tile: int) -> Results:
+    """Run on the device of that place. The arrays are its own stretches."""
 
     def attend(turn: Any, keys: KeySide, results: Results) -> Results:
-        distance = _distance(index, turn, devices, q.shape[-2], decays)
-        return formula.joined(results, forward_tiles(q, keys, spec, distance, tuning, F32))
+        distance = _distance(place, turn, q.shape[-2])
+        return formula.joined(results, forward_tiles(q, keys, spec, distance, tile, F32))
 
     def step(turn: Any, carry: Any) -> Any:
         keys, results = carry
-        return _pass_on(keys, 1, devices), attend(turn, keys, results)
+        return _pass_on(keys, 1, place.devices), attend(turn, keys, results)
 
     lse = jnp.full((*q.shape[:-1], 1), LOWEST, F32) if spec.activation.is_normalised else None
     start = key_side(k, v, spec), (jnp.zeros((*q.shape[:-1], v.shape[-1]), F32), lse)
-    last = _stretches(devices, q.shape[-2], spec.window) - 1
+    last = _stretches(place.devices, q.shape[-2], spec.window) - 1
     keys, results = jax.lax.fori_loop(0, last, step, start)
     out, lse = formula.with_sink(attend(last, keys, results), spec)
     return out.astype(v.dtype), lse
 
 
 def _device_backward(
-    index: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    spec: AttentionSpec,
-    decays: Array | None,
-    results: Results,
-    g: Array,
-    *,
-    tuning: Tuning,
-    devices: int,
+    place: _Place, queries: QuerySide, k: Array, v: Array, spec: AttentionSpec, tile: int
 ) -> Gradients:
+    q, devices = queries.q, place.devices
+
     def attend(turn: Any, keys: KeySide, sums: Gradients) -> Gradients:
-        distance = _distance(index, turn, devices, q.shape[-2], decays)
-        found = backward_tiles(q, keys, spec, distance, results, g, tuning, F32)
+        found = backward_tiles(queries, keys, spec, _distance(place, turn, q.shape[-2]), tile, F32)
         return jax.tree.map(jnp.add, sums, found)
 
     def step(turn: Any, carry: Any) -> Any:
@@ -149,14 +141,15 @@ def _device_backward(
     return found._replace(bias=jax.lax.psum(found.bias, CONTEXT))
 
 
-def _distance(index: Array, turn: Any, devices: int, length: int, decays: Array | None) -> Distance:
-    """Return the distance from the keys that device ``index`` holds after ``turn`` turns to its queries."""
-    holder = (index - turn) % devices
-    tokens = (index - holder) * length
-    if decays is None:
+def _distance(place: _Place, turn: Any, length: int) -> Distance:
+    """Return the distance from the keys that the device holds after ``turn`` turns to its queries."""
+    holder = (place.index - turn) % place.devices
+    tokens = (place.index - holder) * length
+    if place.decays is None:
         return Distance(tokens, None)
-    device = jnp.arange(devices)
-    return Distance(tokens, jnp.sum(jnp.where((holder < device) & (device < index), decays, 0), axis=-1))
+    device = jnp.arange(place.devices)
+    between = (holder < device) & (device < place.index)
+    return Distance(tokens, jnp.sum(jnp.where(between, place.decays, 0), axis=-1))
 
 
 def _pass_on_with_keys(gradients: Gradients, distance: int, devices: int) -> Gradients:

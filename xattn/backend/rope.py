@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from numbers import Real
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
+
+from xattn.backend import xla_cpu
 
 Theta = float | Float[Array, ""]
 
@@ -83,8 +84,8 @@ def rotary_tables(
     _check_width(feat_dim)
     exponents = jnp.arange(0, feat_dim, 2, dtype=jnp.float32) / feat_dim
     # A power, not exp(−exponent · log theta): rounding that product would increase the error of the angle tenfold.
-    angles = jnp.multiply.outer(positions.astype(jnp.float32), checked_theta(theta) ** -exponents)
-    return _materialised(jnp.sin(angles)), _materialised(jnp.cos(angles))
+    angles = jnp.multiply.outer(positions.astype(jnp.float32), checked_scalar("theta", theta) ** -exponents)
+    return xla_cpu.materialised(jnp.sin(angles)), xla_cpu.materialised(jnp.cos(angles))
 
 
 def rotate(
@@ -107,24 +108,14 @@ def rotate(
     return (whole if scale is None else whole * scale).astype(x.dtype)
 
 
-def checked_theta(theta: Theta) -> Float32[Array, ""]:
-    """Return theta as a float32 scalar. Check a number's value, but only an array's shape, since it may be traced."""
-    if isinstance(theta, Real) and not (theta > 0 and math.isfinite(theta)):
-        raise ValueError(f"theta must be positive and finite, got {theta}")
-    array = jnp.asarray(theta, jnp.float32)
+def checked_scalar(name: str, value: float | Float[Array, ""]) -> Float32[Array, ""]:
+    """Return a float32 scalar. Check a number's value, but only an array's shape, since it may be traced."""
+    if isinstance(value, Real) and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    array = jnp.asarray(value, jnp.float32)
     if array.ndim:
-        raise ValueError(f"theta must be a scalar, got shape {array.shape}")
+        raise ValueError(f"{name} must be a scalar, got shape {array.shape}")
     return array
-
-
-def _materialised(table: Array) -> Array:
-    """Return the same table, bit for bit, but make XLA compute it only once.
-
-    XLA:CPU fuses sine and cosine into the rotation and recomputes them for every batch row and head, at many times the
-    cost of the rotation. It drops an optimization_barrier before fusing but keeps a matrix product, and a product with
-    the identity in full precision is exact.
-    """
-    return jnp.matmul(table, jnp.eye(table.shape[-1], dtype=table.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def _check_width(feat_dim: int) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from xattn.backend import xla_cpu
 from xattn.backend.activations import Activation, QKPreActivation
 from xattn.backend.rope import rotary_tables, rotate
 
@@ -95,11 +96,7 @@ def product(subscripts: str, x: Float[Array, ...], y: Float[Array, ...]) -> Floa
     float32 stays float32 on every device. XLA's default would round it to TF32 on a GPU and to bfloat16 on a TPU; pass
     bfloat16 to get that speed.
     """
-    precision = None
-    if jax.default_backend() == "cpu":
-        # XLA:CPU fails on some bfloat16 products with several batch axes: "Unsupported element type for DotThunk"
-        # (jax 0.10.2 and 0.12.0).
-        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    elif x.dtype == jnp.float32:
-        precision = jax.lax.Precision.HIGHEST
+    if xla_cpu.is_used():
+        return xla_cpu.product(subscripts, x, y)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from xattn.backend.hopper.tuning import Tuning
+from xattn.backend.hopper.sizes import Tiles
 from xattn.tracking.display import Screen
 
 PASSES = ("forward", "forward+backward")
@@ -59,14 +59,14 @@ class Bench:
         return path
 
 
-def kernel(activation: str, tuning: Tuning, *, causal: bool = True) -> Function:
+def kernel(activation: str, tiles: Tiles, *, causal: bool = True) -> Function:
     """Return the kernels alone, which take q and k as already rotated."""
     from xattn.backend.hopper.fused import fused
     from xattn.backend.hopper.kernels import Meaning
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
         meaning = Meaning(sigmoid=activation == "sigmoid", causal=causal)
-        return fused(q, k, v, jnp.broadcast_to(bias, q.shape[:2]), meaning, tuning)
+        return fused(q, k, v, jnp.broadcast_to(bias, q.shape[:2]), meaning, tiles)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Times of the Hopper kernels beside their peers, and of their tunings: two stages of ``xattn bench kernels``."""
+"""Times of the Hopper kernels beside their peers, and with other tiles: two stages of ``xattn bench kernels``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from xattn.backend import attention
-from xattn.backend.hopper.tuning import Form, Tuning
+from xattn.backend.hopper.sizes import Form, Tiles
 from xattn.bench.kernel_bench import PASSES, Bench, Function, kernel, program
 
 Key = tuple[str, str]
@@ -103,7 +103,7 @@ def subjects(activations: list[str]) -> dict[Key, Function]:
     others = {"sigmoid": ("blockwise", "reference"), "none": ("linear", "blockwise", "reference")}
     found: dict[Key, Function] = {SOFTMAX: softmax}
     for activation in activations:
-        found["hopper", activation] = kernel(activation, Tuning())
+        found["hopper", activation] = kernel(activation, Tiles())
         found["hopper+RoPE", activation] = partial(whole, activation=activation, implementation="hopper")
         for name in others[activation]:
             found[name, activation] = partial(whole, activation=activation, implementation=name)
@@ -186,34 +186,34 @@ def _quickest(found: list[Timing]) -> dict[str, str]:
     return {where: t.name for where, t in best.items()}
 
 
-def variants(passes: str) -> list[Tuning]:
-    """Return the present tuning, and every combination of the numbers that the pass's kernels read."""
+def variants(passes: str) -> list[Tiles]:
+    """Return the default tiles, and every combination of the numbers that the pass's kernels read."""
     forms: tuple[Form, ...] = get_args(Form)
     if passes == PASSES[0]:
         of_forward = itertools.product(forms, (64, 128), (2, 3), (True, False))
-        grid = [replace(Tuning(), form=e, keys=k, stages=s, take_turns=t) for e, k, s, t in of_forward]
+        grid = [replace(Tiles(), form=e, keys=k, stages=s, take_turns=t) for e, k, s, t in of_forward]
     else:
         of_backward = itertools.product(forms, (64, 128), (64, 128), (1, 2))
-        grid = [replace(Tuning(), form_backward=e, keys_dq=k, queries_dkv=q, stages=s) for e, k, q, s in of_backward]
-    return list(dict.fromkeys([Tuning(), *grid]))
+        grid = [replace(Tiles(), form_backward=e, keys_dq=k, queries_dkv=q, stages=s) for e, k, q, s in of_backward]
+    return list(dict.fromkeys([Tiles(), *grid]))
 
 
 def sweep_stage(bench: Bench) -> None:
-    """Time the tunings at one length, and list the quickest first. The backward's figures include the forward."""
+    """Time every choice of tiles at one length, the quickest first in the table. The backward includes the forward."""
     length = bench.options.sweep_length
     bench.record["sweep"] = []
     for activation, width, passes in itertools.product(bench.options.activations, bench.options.widths, PASSES):
         what = f"{activation}, D {width}, S {length}, {passes}"
         arrays = random_arrays(bench.options, width, length)
         runs: dict[Key, Callable[..., Any]] = {}
-        for tuning in variants(passes):
-            with bench.attempt(f"{what}, {tuning}"):
-                run = jax.jit(program(kernel(activation, tuning), passes)).lower(*arrays).compile()
+        for tiles in variants(passes):
+            with bench.attempt(f"{what}, {tiles}"):
+                run = jax.jit(program(kernel(activation, tiles), passes)).lower(*arrays).compile()
                 jax.block_until_ready(run(*arrays))
-                runs[str(tuning), activation] = run
+                runs[str(tiles), activation] = run
         seconds = interleaved(runs, arrays, bench.options.repeats)
-        table = bench.table(f"tunings of {what}", "ms", "tuning")
+        table = bench.table(f"tiles of {what}", "ms", "tiles")
         for median, name in sorted((statistics.median(each), name) for (name, _), each in seconds.items()):
-            table.add_row(f"{median * 1e3:.3f}", name.removeprefix("Tuning"))
-            bench.record["sweep"].append({"what": what, "seconds": median, "tuning": name})
+            table.add_row(f"{median * 1e3:.3f}", name.removeprefix("Tiles"))
+            bench.record["sweep"].append({"what": what, "seconds": median, "tiles": name})
         bench.console.print_table(table)

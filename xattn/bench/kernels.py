@@ -1,8 +1,8 @@
-"""``xattn bench kernels``: are the Hopper kernels right, how fast are they, which tuning is best? One command, one GPU.
+"""``xattn bench kernels``: are the Hopper kernels right, how fast are they, which tiles are best? One command, one GPU.
 
 The stages run in this order. Every configuration is compiled, with registers and spills as the assembler reports them.
 Errors are measured against float64 (xattn/bench/kernel_accuracy.py). The kernels are timed beside cuDNN's softmax,
-XLA's S×S form and this package's others, and so are the tunings (xattn/bench/kernel_times.py). A failure is reported
+XLA's S×S form and this package's others, and so are other tiles (xattn/bench/kernel_times.py). A failure is reported
 with its error, and the rest continues. ``kernels.json`` holds all that the tables show.
 
 ``--stages compile`` needs no GPU, only the extra ``cuda`` and NVIDIA's ``ptxas``: it compiles for an absent H100.
@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 
 from xattn.backend import dispatch
-from xattn.backend.hopper.tuning import WIDTHS, Tuning
+from xattn.backend.hopper.sizes import WIDTHS, Tiles
 from xattn.bench import kernel_accuracy, ptxas
 from xattn.bench.kernel_bench import PASSES, Bench, kernel, program
 from xattn.bench.kernel_times import sweep_stage, time_stage
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def options_parser() -> Parser:
-    parser = Parser(prog="xattn bench kernels", description="The Hopper kernels: right, fast, tuned?")
+    parser = Parser(prog="xattn bench kernels", description="The Hopper kernels: right, fast, which tiles?")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--activations", nargs="+", choices=("sigmoid", "none"), default=["sigmoid", "none"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16", "float16"])
@@ -94,7 +94,7 @@ def compile_stage(bench: Bench, on_hopper: bool) -> None:
                 x = jax.ShapeDtypeStruct((1, 4, 512, width), dtype, sharding=sharding)
                 k = jax.ShapeDtypeStruct((1, 2, 512, width), dtype, sharding=sharding)
                 bias = jax.ShapeDtypeStruct((4,), "float32", sharding=sharding)
-                function = program(kernel(activation, Tuning(), causal=causal), PASSES[1])
+                function = program(kernel(activation, Tiles(), causal=causal), PASSES[1])
                 table.add_row(case)
                 for report in ptxas.compile_and_report(function, (x, k, k, bias, x), Path(scratch)):
                     bench.record["compiled"].append(asdict(report) | {"case": case})
@@ -111,7 +111,7 @@ def accuracy_stage(bench: Bench) -> bool:
     for (activation, causal, dtype, width), length in cases:
         case = _named(activation, causal, dtype, width)
         with bench.attempt(f"accuracy of {case}, S {length}"):
-            function = kernel(activation, Tuning(), causal=causal)
+            function = kernel(activation, Tiles(), causal=causal)
             accuracy = kernel_accuracy.measure(function, activation, dtype, width, length, causal=causal)
             found.append(accuracy)
             cells = [f"{accuracy.ratios[name]:.2f}" for name in kernel_accuracy.RESULTS]

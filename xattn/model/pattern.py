@@ -9,7 +9,7 @@ caches, is stacked by kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,17 @@ from xattn.model.config import BackendConfig
 
 Caches = Mapping[str, LayerCache]
 """Kind of layer → its cache. The leading axis counts the layers of that kind."""
+
+
+class PerLayer(NamedTuple):
+    """What each layer has of its own."""
+
+    params: Mapping[str, Any]
+    """The entries of :func:`merged`."""
+    caches: Caches | None
+    keys: jax.Array | None
+    """Dropout keys of all layers; None without dropout."""
+
 
 RunLayer = Callable[[str, Any, Any, LayerCache | None, jax.Array | None], tuple[Any, Any]]
 """Runs a layer: (kind, parameters, stream, cache, dropout key) → (stream, other outputs of the layer).
@@ -47,20 +58,10 @@ def merged(of_kinds: Mapping[str, Any], num_layers: int, backend: BackendConfig)
 
 
 def run(
-    layer: RunLayer,
-    stream: Any,
-    params: Mapping[str, Any],
-    caches: Caches | None,
-    keys: jax.Array | None,
-    num_layers: int,
-    backend: BackendConfig,
-    *,
-    unrolled: bool,
+    layer: RunLayer, stream: Any, per_layer: PerLayer, num_layers: int, backend: BackendConfig, *, unrolled: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """Run all layers. Return the stream, and kind → other outputs of its layers, stacked.
-
-    ``params`` has the entries of :func:`merged`. ``keys`` are those of all layers, or None without dropout.
-    """
+    """Run all layers. Return the stream, and kind → other outputs of its layers, stacked."""
+    params, caches, keys = per_layer
     assert backend.every is not None
     every = backend.every
     periods = num_layers // every

@@ -210,9 +210,8 @@ class LanguageModel(nn.Module):
             (stream, new), seen = out if is_watched else (out, None)
             return stream, (new, seen and seen["intermediates"]["attention"]["inputs"][0])
 
-        stream, found = pattern.run(
-            layer, stream, params, caches, keys, config.num_layers, backend, unrolled=_is_unrolled(config)
-        )
+        per_layer, unrolled = pattern.PerLayer(params, caches, keys), _is_unrolled(config)
+        stream, found = pattern.run(layer, stream, per_layer, config.num_layers, backend, unrolled=unrolled)
         if is_watched:
             self.sow("intermediates", "layers", {kind: inputs for kind, (_, inputs) in found.items()})
         return stream, {kind: new for kind, (new, _) in found.items()}

@@ -127,11 +127,11 @@ class Subject:
 
 SUBJECTS = (
     Subject("reference", "reference", reference.reference),
-    Subject("blockwise", "blockwise", partial(blockwise.blockwise, tuning=blockwise.Tuning(tile=4))),
+    Subject("blockwise", "blockwise", partial(blockwise.blockwise, tile=4)),
     # Without a mesh that splits the sequence it is blockwise.
-    Subject("ring", "ring", partial(ring.ring, tuning=blockwise.Tuning(tile=4))),
-    Subject("linear", "linear", partial(linear.linear, tuning=linear.Tuning(chunk=3))),
-    Subject("linear2x2", "linear", partial(linear.linear, tuning=linear.Tuning(2, concurrent=2))),
+    Subject("ring", "ring", partial(ring.ring, tile=4)),
+    Subject("linear", "linear", partial(linear.linear, chunks=linear.Chunks(3))),
+    Subject("linear2x2", "linear", partial(linear.linear, chunks=linear.Chunks(2, concurrent=2))),
 )
 
 

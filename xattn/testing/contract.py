@@ -51,18 +51,16 @@ def bound_of(case: Case) -> Bound:
 
 
 @partial(jax.jit, static_argnums=0)
-def value_and_gradients(
-    function: Function, q: Any, k: Any, v: Any, spec: AttentionSpec, terms: dict[str, Any], g: Any
-) -> Any:
-    """Return (out, gradients of Σ out · g with respect to q, k, v and the terms)."""
-    out, vjp = jax.vjp(lambda q, k, v, terms: function(q, k, v, with_terms(spec, terms)), q, k, v, terms)
+def value_and_gradients(function: Function, arrays: tuple[Any, ...], spec: AttentionSpec, g: Any) -> Any:
+    """Return (out, gradients of Σ out · g with respect to the arrays, which are q, k, v and the terms)."""
+    out, vjp = jax.vjp(lambda q, k, v, terms: function(q, k, v, with_terms(spec, terms)), *arrays)
     return out, vjp(g.astype(out.dtype))
 
 
 def check_values(function: Function, case: Case) -> None:
     """Check that the output and all gradients equal the oracle's, are finite and keep their dtypes."""
     x = inputs(case)
-    out, (d_q, d_k, d_v, d_terms) = value_and_gradients(function, x.q, x.k, x.v, x.spec, x.terms, x.g)
+    out, (d_q, d_k, d_v, d_terms) = value_and_gradients(function, (x.q, x.k, x.v, x.terms), x.spec, x.g)
     want, bound = oracle.vjp(x.problem, f64(x.g)), bound_of(case)
     close("out", out, oracle.forward(x.problem), case.dtype, bound.output)
     for name, gradient in (("q", d_q), ("k", d_k), ("v", d_v)):
@@ -81,7 +79,7 @@ def check_values(function: Function, case: Case) -> None:
 def check_theta_gradient(function: Function, case: Case) -> None:
     """Check d/dθ against a central difference of the oracle over float64 tables."""
     x = inputs(case)
-    d_theta = value_and_gradients(function, x.q, x.k, x.v, x.spec, x.terms, x.g)[1][3]["theta"]
+    d_theta = value_and_gradients(function, (x.q, x.k, x.v, x.terms), x.spec, x.g)[1][3]["theta"]
     step = 1e-4
 
     def loss(theta: float) -> float:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from xattn.backend import xla_cpu
 from xattn.model.transformer import by_role
 from xattn.training.config import ScheduleConfig
 from xattn.training.optimizers import Optimizer
@@ -65,16 +66,8 @@ def optimizer(config: Optimizer, hyperparameters: OptimizerHyperparameters) -> o
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """Return √ of the sum of the squares of all entries, a float32 scalar. On a CPU each leaf's squares are summed as
-    its product with itself: at 262,144 numbers this takes XLA a third of the time."""
-    if jax.default_backend() != "cpu":
-        return optax.tree.norm(tree)
-
-    def squares(leaf: jax.Array) -> jax.Array:
-        axes = tuple(range(leaf.ndim))
-        return jax.lax.dot_general(leaf, leaf, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST)
-
-    return jnp.sqrt(sum(squares(leaf) for leaf in jax.tree.leaves(tree)))
+    """Return √ of the sum of the squares of all entries, a float32 scalar."""
+    return xla_cpu.norm(tree) if xla_cpu.is_used() else optax.tree.norm(tree)
 
 
 def _clip(clip_norm: jax.Array | float) -> optax.GradientTransformation:

@@ -8,7 +8,6 @@ share one compiled step, within a process through the cache of :func:`programs`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import optax
 
 from xattn import registry
+from xattn.backend import xla_cpu
 from xattn.config import Config, shaping
 from xattn.data.batches import Windows
 from xattn.evaluation.attention import AttentionStatisticsOf, attention_statistics
@@ -34,14 +34,6 @@ from xattn.system.device import compiled_once
 from xattn.training.gradients import loss_and_gradient
 from xattn.training.optimizer import OptimizerHyperparameters, global_norm, learning_rate_factor, optimizer
 from xattn.training.sharding import Layout, layout_of
-
-# What XLA:CPU hands to YNNPACK. In float32, nothing: on two cores under jax 0.10, a step of trainer=default is 1.13
-# times as fast without it. A step of nanoGPT's CPU setting, or one under jax 0.12, is equally fast either way. In
-# bfloat16, the products, because XLA has no kernels of its own for them, but not the sums, which YNNPACK slows down.
-# Float32 products then go there too, although slower, and cannot be excluded: with Muon, which has some, a bfloat16
-# step gains nothing.
-_YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
-_TAKEN_TO_YNNPACK = {"float32": "", "bfloat16": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 # ``trainer.nonfinite=skip`` leaves out at most this many updates in a row, then gives up.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -246,7 +238,7 @@ def _compile(
         seconds = time.perf_counter() - start
         with compiled_once(lowered.as_text()):
             start = time.perf_counter()  # after the wait for another process that compiles the same program
-            compiled = _compiled(lowered, config)
+            compiled = xla_cpu.compiled(lowered, config.model.factor_dtype)
             seconds += time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     flops = matmul_flops_per_token(config.model, config.backend, vocab_size=vocab_size)
@@ -285,13 +277,6 @@ def _packed(
 
 
 registry.caches += [_one_run.cache_clear, _compile.cache_clear]
-
-
-def _compiled(lowered: jax.stages.Lowered, config: Config) -> jax.stages.Compiled:
-    if jax.default_backend() == "cpu":
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another jax may not know the option
-            return lowered.compile(compiler_options={_YNNPACK: _TAKEN_TO_YNNPACK[config.model.factor_dtype]})
-    return lowered.compile()
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from xattn.backend import xla_cpu
 from xattn.config import Config
 from xattn.errors import BadInput
 from xattn.model.transformer import Layer
@@ -123,9 +124,8 @@ class Layout:
         return lambda hyperparameters: program(jax.device_get(hyperparameters))
 
     def jit_step(self, step: Any, shapes: Any) -> Any:
-        """Jit the step. It consumes the state it is given, except on a CPU. To write the new state over the old one,
-        XLA:CPU would first copy all of the optimizer's statistics, and that costs more than memory for both."""
-        donated = () if jax.default_backend() == "cpu" else (0,)
+        """Jit the step. It consumes the state it is given, except on a CPU."""
+        donated = xla_cpu.donated(0)
         if self.mesh is None:
             return jax.jit(step, donate_argnums=donated)
         state = self.state(shapes)

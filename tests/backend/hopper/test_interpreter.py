@@ -18,7 +18,7 @@ import pytest
 from xattn.backend.hopper import kernels
 from xattn.backend.hopper.fused import fused
 from xattn.backend.hopper.kernels import Meaning
-from xattn.backend.hopper.tuning import Tuning
+from xattn.backend.hopper.sizes import Tiles
 from xattn.testing import oracle
 from xattn.testing.contract import TOLERANCE, close
 
@@ -54,17 +54,17 @@ def arrays(dtype: str, width: int, heads: int, kv_heads: int) -> list[jax.Array]
 
 
 @pytest.mark.parametrize(
-    ("sigmoid", "causal", "dtype", "width", "kv_heads", "tuning"),
+    ("sigmoid", "causal", "dtype", "width", "kv_heads", "tiles"),
     [
-        (True, True, "bfloat16", 64, 1, Tuning(form="split", form_backward="polynomial3", keys=64, keys_dq=64)),
-        (False, True, "float16", 128, 2, Tuning(form="polynomial4")),
+        (True, True, "bfloat16", 64, 1, Tiles(form="split", form_backward="polynomial3", keys=64, keys_dq=64)),
+        (False, True, "float16", 128, 2, Tiles(form="polynomial4")),
         pytest.param(
             True,
             False,
             "float16",
             128,
             1,
-            Tuning(queries_dkv=128, stages=1, take_turns=False),
+            Tiles(queries_dkv=128, stages=1, take_turns=False),
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -73,20 +73,18 @@ def arrays(dtype: str, width: int, heads: int, kv_heads: int) -> list[jax.Array]
             "bfloat16",
             128,
             2,
-            Tuning(form="polynomial4", form_backward="split", keys_dq=64, stages=3),
+            Tiles(form="polynomial4", form_backward="split", keys_dq=64, stages=3),
             marks=pytest.mark.slow,
         ),
     ],
     ids=str,
 )
-def test_values_and_gradients(
-    sigmoid: bool, causal: bool, dtype: str, width: int, kv_heads: int, tuning: Tuning
-) -> None:
+def test_values_and_gradients(sigmoid: bool, causal: bool, dtype: str, width: int, kv_heads: int, tiles: Tiles) -> None:
     q, k, v, g = arrays(dtype, width, HEADS, kv_heads)
     bias = jnp.array([[-1.0, -9.0]])
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, g: jax.Array) -> Any:
-        out, vjp = jax.vjp(lambda *x: fused(*x, Meaning(sigmoid=sigmoid, causal=causal), tuning), q, k, v, bias)
+        out, vjp = jax.vjp(lambda *x: fused(*x, Meaning(sigmoid=sigmoid, causal=causal), tiles), q, k, v, bias)
         return out, vjp(g)
 
     out, (d_q, d_k, d_v, d_bias) = interpreted(both, q, k, v, bias, g)

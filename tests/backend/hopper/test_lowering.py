@@ -11,7 +11,7 @@ import pytest
 from xattn.backend import attention, dispatch
 from xattn.backend.hopper.fused import fused
 from xattn.backend.hopper.kernels import Meaning
-from xattn.backend.hopper.tuning import Tuning
+from xattn.backend.hopper.sizes import Tiles
 
 CALL = "stablehlo.custom_call @mosaic_gpu"
 
@@ -29,9 +29,9 @@ def kernels(function: Any, *arrays: Any) -> int:
     return text.count(CALL)
 
 
-# Each value of every choice, not each of their products: activation, causal, dtype, D, heads, S, tuning.
+# Each value of every choice, not each of their products: activation, causal, dtype, D, heads, S, tiles.
 CONFIGURATIONS = [
-    (True, True, "bfloat16", 128, (4, 4), 256, Tuning()),
+    (True, True, "bfloat16", 128, (4, 4), 256, Tiles()),
     (
         True,
         False,
@@ -39,23 +39,23 @@ CONFIGURATIONS = [
         64,
         (4, 2),
         200,
-        Tuning(form="polynomial4", form_backward="polynomial3", keys=64, take_turns=False),
+        Tiles(form="polynomial4", form_backward="polynomial3", keys=64, take_turns=False),
     ),
-    (True, True, "bfloat16", 64, (2, 1), 128, Tuning(form="split", form_backward="split")),
-    (False, True, "float16", 128, (4, 1), 1, Tuning(keys_dq=64, queries_dkv=128, stages=1)),
-    (False, False, "bfloat16", 64, (3, 3), 384, Tuning(form="polynomial3", stages=3)),
+    (True, True, "bfloat16", 64, (2, 1), 128, Tiles(form="split", form_backward="split")),
+    (False, True, "float16", 128, (4, 1), 1, Tiles(keys_dq=64, queries_dkv=128, stages=1)),
+    (False, False, "bfloat16", 64, (3, 3), 384, Tiles(form="polynomial3", stages=3)),
 ]
 
 
-@pytest.mark.parametrize(("sigmoid", "causal", "dtype", "width", "heads", "length", "tuning"), CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize(("sigmoid", "causal", "dtype", "width", "heads", "length", "tiles"), CONFIGURATIONS, ids=str)
 def test_forward_and_backward_are_three_kernels(
-    sigmoid: bool, causal: bool, dtype: str, width: int, heads: tuple[int, int], length: int, tuning: Tuning
+    sigmoid: bool, causal: bool, dtype: str, width: int, heads: tuple[int, int], length: int, tiles: Tiles
 ) -> None:
     q, k = (jax.ShapeDtypeStruct((2, n, length, width), dtype) for n in heads)
     bias = jax.ShapeDtypeStruct((2, heads[0]), "float32")
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> Any:
-        out, vjp = jax.vjp(lambda *x: fused(*x, Meaning(sigmoid=sigmoid, causal=causal), tuning), q, k, v, bias)
+        out, vjp = jax.vjp(lambda *x: fused(*x, Meaning(sigmoid=sigmoid, causal=causal), tiles), q, k, v, bias)
         return out, vjp(out)
 
     assert kernels(both, q, k, k, bias) == 3
@@ -65,26 +65,26 @@ def test_forward_and_backward_are_three_kernels(
 
 
 @pytest.mark.parametrize(
-    "tuning",
-    [Tuning(stages=3), Tuning(keys_dq=64, queries_dkv=128, stages=3), Tuning(stages=4), Tuning(stages=0)],
+    "tiles",
+    [Tiles(stages=3), Tiles(keys_dq=64, queries_dkv=128, stages=3), Tiles(stages=4), Tiles(stages=0)],
     ids=str,
 )
-def test_what_shared_memory_cannot_hold_is_refused(tuning: Tuning) -> None:
+def test_what_shared_memory_cannot_hold_is_refused(tiles: Tiles) -> None:
     """At D 128: q's gradient, those of k and v, the forward; a GPU would only notice at the first call."""
     q = jax.ShapeDtypeStruct((1, 1, 128, 128), "bfloat16")
 
     def loss(q: jax.Array) -> jax.Array:
-        return jnp.sum(fused(q, q, q, jnp.zeros((1, 1)), Meaning(sigmoid=True, causal=True), tuning), dtype="float32")
+        return jnp.sum(fused(q, q, q, jnp.zeros((1, 1)), Meaning(sigmoid=True, causal=True), tiles), dtype="float32")
 
     with pytest.raises(ValueError, match=r"head width 128: a block needs [\d,]+ bytes .* may have 232,448; stages ≥ 1"):
         jax.eval_shape(jax.grad(loss), q)
 
 
-def test_a_tuning_is_refused_by_the_kernel_that_it_does_not_fit_alone() -> None:
+def test_tiles_are_refused_by_the_kernel_that_they_do_not_fit_alone() -> None:
     """The bench sweeps the forward by itself: 224 KiB at D 128 and three stages."""
     q = jax.ShapeDtypeStruct((1, 1, 128, 128), "bfloat16")
     meaning = Meaning(sigmoid=True, causal=True)
-    assert jax.eval_shape(lambda q: fused(q, q, q, jnp.zeros((1, 1)), meaning, Tuning(stages=3)), q).shape == q.shape
+    assert jax.eval_shape(lambda q: fused(q, q, q, jnp.zeros((1, 1)), meaning, Tiles(stages=3)), q).shape == q.shape
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])

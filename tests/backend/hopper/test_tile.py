@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from xattn.backend.hopper import tile
-from xattn.backend.hopper.tuning import BLOCK, Form
+from xattn.backend.hopper.sizes import BLOCK, Form
 
 FORMS = get_args(Form)
 # The largest relative error of 2^y, and so about that of a small weight. ("hardware" is XLA:CPU's exp2 here; the chip's

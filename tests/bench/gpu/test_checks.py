@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import pytest
 
-from xattn.backend.hopper.tuning import WIDTHS, Tuning
-from xattn.backend.proven import LENGTHS, PASSES, Accuracy, Times, Tuned
+from xattn.backend.hopper.sizes import WIDTHS, Tiles
+from xattn.backend.proven import LENGTHS, PASSES, Accuracy, TileTimes, Times
 from xattn.bench import kernel_accuracy, kernel_times, sweep, train
 from xattn.bench.gpu import environment, kernels, runs, training
 from xattn.bench.gpu.checks import CHECKS, Settings
@@ -144,7 +144,7 @@ def test_accuracy_is_evidence_and_fails_where_it_is_off(settings: Settings, monk
     assert (good.value, good.holds, good.required) == (1.0, True, True)
     assert (bad.value, bad.holds) == (None, False)
     assert isinstance(good.evidence, Accuracy)
-    assert (good.evidence.tuning, good.evidence.length) == (Tuning(), 128)
+    assert (good.evidence.tiles, good.evidence.length) == (Tiles(), 128)
     assert isinstance(bad.evidence, Accuracy)
     assert not bad.evidence.holds
     assert {each.arguments["length"] for each in CHECKS if each.function == "kernels.accuracy"} >= {*LENGTHS}
@@ -175,7 +175,9 @@ def test_times_are_beside_rivals_and_softmax(settings: Settings, monkeypatch: py
     assert found["reference, …"].holds is None
 
 
-def test_tunings_keep_what_is_quicker_and_prove_the_best(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_that_are_quicker_stay_and_the_best_are_proven(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interleaved(runs: dict[Any, Any], arrays: Any, repeats: int) -> dict[Any, list[float]]:
         quick = ("form='split'", "keys=64,")
         return {key: [1.0 - 0.1 * sum(word in key[0] for word in quick)] * 3 for key in runs}
@@ -184,26 +186,26 @@ def test_tunings_keep_what_is_quicker_and_prove_the_best(settings: Settings, mon
     monkeypatch.setattr(kernels.jax, "jit", lambda function: lowered)
     monkeypatch.setattr(kernels, "interleaved", interleaved)
     monkeypatch.setattr(kernels, "random_arrays", lambda *given: ())
-    made: list[tuple[int, Tuning]] = []
+    made: list[tuple[int, Tiles]] = []
 
-    def accuracy(activation: str, width: int, length: int, tuning: Tuning, *, required: bool = True) -> Finding:
-        made.append((length, tuning))
+    def accuracy(activation: str, width: int, length: int, tiles: Tiles, *, required: bool = True) -> Finding:
+        made.append((length, tiles))
         assert not required
         return Finding(what="error", value=1.0)
 
     monkeypatch.setattr(kernels, "_accuracy", accuracy)
-    found = list(kernels.tuning(settings, "sigmoid", 64))
-    best = Tuning(form="split", keys=64)
+    found = list(kernels.tiles(settings, "sigmoid", 64))
+    best = Tiles(form="split", keys=64)
     (proof,) = (each.evidence for each in found if each.evidence is not None)
-    assert isinstance(proof, Tuned)
-    assert (proof.tuning, round(proof.seconds, 3), proof.default_seconds) == (best, 0.8, 1.0)
+    assert isinstance(proof, TileTimes)
+    assert (proof.tiles, round(proof.seconds, 3), proof.default_seconds) == (best, 0.8, 1.0)
     assert made == [(length, best) for length in (*LENGTHS, 32768)]
 
 
-def test_every_tuning_that_is_tried_is_one() -> None:
+def test_all_tiles_that_are_tried_are_other_ones() -> None:
     for step in kernels._STEPS:
-        assert Tuning(**step) != Tuning()
-    assert {each.arguments["width"] for each in CHECKS if each.function == "kernels.tuning"} == {*WIDTHS}
+        assert Tiles(**step) != Tiles()
+    assert {each.arguments["width"] for each in CHECKS if each.function == "kernels.tiles"} == {*WIDTHS}
 
 
 # ---- training

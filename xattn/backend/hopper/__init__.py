@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xattn.backend.hopper.tuning import ACTIVATIONS, Tuning
+from xattn.backend.hopper.sizes import ACTIVATIONS, Tiles
 
 if TYPE_CHECKING:
     from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values
 
 
-def hopper(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning | None = None) -> Output:
+def hopper(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tiles: Tiles | None = None) -> Output:
     """Compute :func:`xattn.backend.reference.reference` for causal sigmoid and ``none`` on a Hopper GPU.
 
     The dtype must be bfloat16 or float16, and DHQK = DHV must be 64 or 128. XLA fuses pre-activation and RoPE into one
@@ -31,4 +31,4 @@ def hopper(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tuning: Tuning |
     q, k = prepare(q, k, spec)
     bias = jnp.zeros(q.shape[1], jnp.float32) if spec.bias is None else spec.bias
     meaning = Meaning(sigmoid=spec.activation.takes_bias, causal=True)
-    return fused(q, k, v, jnp.broadcast_to(bias, q.shape[:2]), meaning, tuning or Tuning())
+    return fused(q, k, v, jnp.broadcast_to(bias, q.shape[:2]), meaning, tiles or Tiles())

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS
+from xattn.backend.hopper.sizes import BLOCK, COMPUTE, ROWS
 
 F32 = jnp.float32
 WGMMA = plgpu.Layout.WGMMA

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -31,9 +31,22 @@ from jaxtyping import Array
 
 from xattn.backend.hopper import block, tile
 from xattn.backend.hopper.block import F32, WGMMA, Block, multiply, multiply_add
-from xattn.backend.hopper.tuning import BLOCK, COMPUTE, ROWS, Form, Tuning, refuse_what_does_not_fit
+from xattn.backend.hopper.sizes import BLOCK, COMPUTE, ROWS, Form, Tiles, refuse_what_does_not_fit
 
 Pair = tuple[Array, Array]
+
+
+class Arrays(NamedTuple):
+    """What a call attends with. All have one dtype, except the bias."""
+
+    q: Array
+    """(B, NH, S, D), rotated."""
+    k: Array
+    """(B, NKV, S, D), rotated."""
+    v: Array
+    """Like k."""
+    bias: Array
+    """(B, NH), float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +59,12 @@ class Meaning:
     """Whether a query attends only to keys at or before it, rather than to all."""
 
 
-def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning: Tuning) -> Array:
-    """Return out of rotated q (B, NH, S, D) and k (B, NKV, S, D), v like k, all of one dtype; bias (B, NH) float32."""
+def forward(arrays: Arrays, meaning: Meaning, tiles: Tiles) -> Array:
+    """Return the output (B, NH, S, D)."""
+    q, k = arrays.q, arrays.k
     batch, heads, length, width = q.shape
-    group, keys = heads // k.shape[1], tuning.keys
-    refuse_what_does_not_fit(kept=1, tile=keys, stages=tuning.stages, width=width)
+    group, keys = heads // k.shape[1], tiles.keys
+    refuse_what_does_not_fit(kept=1, tile=keys, stages=tiles.stages, width=width)
 
     def attention_forward(*refs: Any) -> None:
         q_ref, k_ref, v_ref, bias_ref, out_ref, kept, ring, turn = refs
@@ -61,7 +75,7 @@ def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning:
             return [x.at[at.batch, lax.div(at.head, group), pl.ds(step * keys, keys)] for x in (k_ref, v_ref)]
 
         def take_turn() -> None:
-            if tuning.take_turns:
+            if tiles.take_turns:
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
@@ -69,7 +83,7 @@ def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning:
         def _compute() -> None:
             plgpu.set_max_registers(block.COMPUTE_REGISTERS, action="increase")
             (q_tile,) = block.load([q_ref.at[at.my_rows]], kept, at.warpgroup)
-            weigh = _weigher(meaning, tuning.form, bias_ref, at.batch, at.head, width)
+            weigh = _weigher(meaning, tiles.form, bias_ref, at.batch, at.head, width)
 
             def step(masked: bool, n: Any, out: Array) -> Array:
                 (k_tile, v_tile), (k_ready, v_ready), (k_free, v_free) = block.slot(ring, n)
@@ -96,15 +110,16 @@ def forward(q: Array, k: Array, v: Array, bias: Array, meaning: Meaning, tuning:
         attention_forward,
         grid=(heads, length // BLOCK, batch),
         out=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch=[block.kept_tiles(q, 1), block.ring_of(k, keys, tuning.stages), plgpu.Barrier(num_arrivals=COMPUTE)],
-    )(q, k, v, bias)
+        scratch=[block.kept_tiles(q, 1), block.ring_of(k, keys, tiles.stages), plgpu.Barrier(num_arrivals=COMPUTE)],
+    )(*arrays)
 
 
-def gradient_of_q(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: Meaning, tuning: Tuning) -> Pair:
+def gradient_of_q(arrays: Arrays, g: Array, meaning: Meaning, tiles: Tiles) -> Pair:
     """Return dQ (B, NH, S, D) and Σ_s dS (B, NH, S) in float32 (0 under ``none``); g is the gradient of the output."""
+    q, k = arrays.q, arrays.k
     batch, heads, length, width = q.shape
-    group, keys = heads // k.shape[1], tuning.keys_dq
-    refuse_what_does_not_fit(kept=2, tile=keys, stages=tuning.stages, width=width)
+    group, keys = heads // k.shape[1], tiles.keys_dq
+    refuse_what_does_not_fit(kept=2, tile=keys, stages=tiles.stages, width=width)
 
     def attention_gradient_of_q(*refs: Any) -> None:
         q_ref, k_ref, v_ref, bias_ref, g_ref, d_q_ref, sums_ref, kept, ring, sums_room = refs
@@ -118,7 +133,7 @@ def gradient_of_q(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: 
         def _compute() -> None:
             plgpu.set_max_registers(block.COMPUTE_REGISTERS, action="increase")
             q_tile, g_tile = block.load([q_ref.at[at.my_rows], g_ref.at[at.my_rows]], kept, at.warpgroup)
-            weigh = _weigher(meaning, tuning.form_backward, bias_ref, at.batch, at.head, width)
+            weigh = _weigher(meaning, tiles.form_backward, bias_ref, at.batch, at.head, width)
 
             def step(masked: bool, n: Any, carry: Pair) -> Pair:
                 d_q, sums = carry
@@ -149,15 +164,16 @@ def gradient_of_q(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: 
         attention_gradient_of_q,
         grid=(heads, length // BLOCK, batch),
         out=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], F32)],
-        scratch=[block.kept_tiles(q, 2), block.ring_of(k, keys, tuning.stages), plgpu.SMEM((COMPUTE, ROWS), F32)],
-    )(q, k, v, bias, g)
+        scratch=[block.kept_tiles(q, 2), block.ring_of(k, keys, tiles.stages), plgpu.SMEM((COMPUTE, ROWS), F32)],
+    )(*arrays, g)
 
 
-def gradients_of_k_and_v(q: Array, k: Array, v: Array, bias: Array, g: Array, meaning: Meaning, tuning: Tuning) -> Pair:
+def gradients_of_k_and_v(arrays: Arrays, g: Array, meaning: Meaning, tiles: Tiles) -> Pair:
     """Return dK and dV (B, NKV, S, D). The kernel sums over the query heads of a key/value head, in float32."""
+    q, k = arrays.q, arrays.k
     batch, heads, length, width = q.shape
-    group, rows = heads // k.shape[1], tuning.queries_dkv
-    refuse_what_does_not_fit(kept=2, tile=rows, stages=tuning.stages, width=width)
+    group, rows = heads // k.shape[1], tiles.queries_dkv
+    refuse_what_does_not_fit(kept=2, tile=rows, stages=tiles.stages, width=width)
 
     def attention_gradients_of_k_and_v(*refs: Any) -> None:
         q_ref, k_ref, v_ref, bias_ref, g_ref, d_k_ref, d_v_ref, kept, ring = refs
@@ -177,7 +193,7 @@ def gradients_of_k_and_v(q: Array, k: Array, v: Array, bias: Array, g: Array, me
             k_tile, v_tile = block.load([k_ref.at[at.my_rows], v_ref.at[at.my_rows]], kept, at.warpgroup)
 
             def of_head(member: Any, carry: Pair) -> Pair:
-                weigh = _weigher(meaning, tuning.form_backward, bias_ref, at.batch, at.head * group + member, width)
+                weigh = _weigher(meaning, tiles.form_backward, bias_ref, at.batch, at.head * group + member, width)
 
                 # Tiles are (keys, queries) here, because both products sum over queries, which must be the columns.
                 def step(masked: bool, n: Any, carry: Pair) -> Pair:
@@ -209,9 +225,9 @@ def gradients_of_k_and_v(q: Array, k: Array, v: Array, bias: Array, g: Array, me
     return block.launch(
         attention_gradients_of_k_and_v,
         grid=(k.shape[1], length // BLOCK, batch),
-        out=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        scratch=[block.kept_tiles(k, 2), block.ring_of(q, rows, tuning.stages)],
-    )(q, k, v, bias, g)
+        out=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype)],
+        scratch=[block.kept_tiles(k, 2), block.ring_of(q, rows, tiles.stages)],
+    )(*arrays, g)
 
 
 def _weigher(meaning: Meaning, form: Form, bias_ref: Any, batch: Any, head: Any, width: int) -> Any:

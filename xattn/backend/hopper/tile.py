@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from xattn.backend.hopper.tuning import Form
+from xattn.backend.hopper.sizes import Form
 
 Bound = int | Array
 

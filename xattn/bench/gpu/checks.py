@@ -120,10 +120,10 @@ _KERNELS = (
     ),
     *(
         Check(
-            f"tuning-{name}-{width}",
-            "tunings, the most promising first, each against the best so far",
+            f"tiles-{name}-{width}",
+            "other tiles, the most promising first, each against the best so far",
             120,
-            "kernels.tuning",
+            "kernels.tiles",
             {"activation": name, "width": width},
             "hopper",
         )

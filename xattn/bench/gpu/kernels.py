@@ -1,4 +1,4 @@
-"""The hopper kernels: errors against float64, times beside their rivals, and tunings."""
+"""The hopper kernels: errors against float64, times beside their rivals, and the best tiles."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from xattn.backend.hopper.tuning import WIDTHS, Tuning
-from xattn.backend.proven import ALLOWED, LENGTHS, PASSES, Accuracy, Passes, Times, Tuned
+from xattn.backend.hopper.sizes import WIDTHS, Tiles
+from xattn.backend.proven import ALLOWED, LENGTHS, PASSES, Accuracy, Passes, TileTimes, Times
 from xattn.bench import kernel_accuracy
 from xattn.bench.gpu.checks import Settings
 from xattn.bench.gpu.record import Finding
@@ -41,17 +41,17 @@ _OF_SIGMOID = {"form", "form_backward"}
 def accuracy(settings: Settings, activation: str, length: int) -> Iterator[Finding]:
     """Errors of out, dq, dk and dv over those that the dtype alone costs, causal, at both head widths."""
     for width in WIDTHS:
-        yield _accuracy(activation, width, length, Tuning())
+        yield _accuracy(activation, width, length, Tiles())
 
 
-def _accuracy(activation: str, width: int, length: int, tuning: Tuning, *, required: bool = True) -> Finding:
-    measured = kernel_accuracy.measure(kernel(activation, tuning), activation, _DTYPE, width, length, causal=True)
+def _accuracy(activation: str, width: int, length: int, tiles: Tiles, *, required: bool = True) -> Finding:
+    measured = kernel_accuracy.measure(kernel(activation, tiles), activation, _DTYPE, width, length, causal=True)
     evidence = Accuracy(
         activation=activation,
         dtype=_DTYPE,
         width=width,
         length=length,
-        tuning=tuning,
+        tiles=tiles,
         errors=_finite(measured.errors),
         floors=_finite(measured.floors),
     )
@@ -131,7 +131,7 @@ def _evidence(found: list[Timing], activation: str, width: int, length: int, pas
         dtype=_DTYPE,
         width=width,
         length=length,
-        tuning=Tuning(),
+        tiles=Tiles(),
         passes=passes,
         seconds=seconds["hopper+RoPE"],
         others=others,
@@ -142,12 +142,12 @@ def _bench(activation: str) -> Bench:
     return Bench(options_parser().parse_args(["--activations", activation, "--repeats", "9"]))
 
 
-def tuning(settings: Settings, activation: str, width: int) -> Iterator[Finding]:
-    """One field of the tuning at a time, forward and backward: what is quicker by a hundredth stays for the next."""
-    bench, best, default = _bench(activation), Tuning(), Tuning()
+def tiles(settings: Settings, activation: str, width: int) -> Iterator[Finding]:
+    """One field of Tiles at a time, forward and backward: what is quicker by a hundredth stays for the next."""
+    bench, best, default = _bench(activation), Tiles(), Tiles()
     arrays = random_arrays(bench.options, width, _SWEEP_LENGTH)
 
-    def seconds_of(tried: Tuning, other: Tuning) -> tuple[float, float]:
+    def seconds_of(tried: Tiles, other: Tiles) -> tuple[float, float]:
         runs: dict[Key, Callable[..., Any]] = {}
         for each in (tried, other):
             run = jax.jit(program(kernel(activation, each), PASSES[1])).lower(*arrays).compile()
@@ -173,18 +173,18 @@ def tuning(settings: Settings, activation: str, width: int) -> Iterator[Finding]
         yield from _as_evidence(activation, width, best, *seconds_of(best, default))
 
 
-def _as_evidence(activation: str, width: int, best: Tuning, quick: float, slow: float) -> Iterator[Finding]:
-    """The best tuning beside the default one, and whether it is as accurate: its form may round otherwise."""
+def _as_evidence(activation: str, width: int, best: Tiles, quick: float, slow: float) -> Iterator[Finding]:
+    """The best tiles beside the default ones, and whether they are as accurate: their form may round otherwise."""
     yield Finding(
         what=f"best over default: {best}",
         value=slow / quick,
         unit="×",
-        evidence=Tuned(
+        evidence=TileTimes(
             activation=activation,
             dtype=_DTYPE,
             width=width,
             length=_SWEEP_LENGTH,
-            tuning=best,
+            tiles=best,
             seconds=quick,
             default_seconds=slow,
         ),

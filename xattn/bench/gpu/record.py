@@ -91,7 +91,7 @@ class Device(_Strict):
 class GpuBench(_Strict):
     """One call of ``xattn bench gpu``. The file is replaced whenever something was found."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     status: Literal["running", "done", "interrupted"]
     started_at: str
     seconds: float

@@ -1,6 +1,6 @@
-"""How the Hopper kernels divide their work, and how they compute sigmoid. Importing this module does not import jax.
+"""How the Hopper kernels cut their work into tiles, and how they compute a tile. Importing it does not import jax.
 
-None of these numbers has been tuned by measurement yet. They come from a forward prototype (64×128 tiles, two stages)
+None of these numbers has been chosen by measurement yet. They come from a forward prototype (64×128 tiles, two stages)
 and from arithmetic. ``xattn bench kernels`` measures them.
 """
 
@@ -25,8 +25,8 @@ SHARED_MEMORY = 232_448
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """Choices that affect speed and rounding, but not the meaning."""
+class Tiles:
+    """The sizes of tiles, and how a tile is computed. They affect speed and rounding, but not the meaning."""
 
     form: Form = "hardware"
     """How the forward pass computes sigmoid (xattn/backend/hopper/tile.py)."""
