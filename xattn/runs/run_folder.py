@@ -103,6 +103,8 @@ def flock(descriptor: int, operation: int, path: Path) -> None:
     Raises :class:`StorageError` if the file system has no locks, and BlockingIOError if another process has the lock
     and the operation does not wait.
     """
+    # Not by the filelock package: it has no shared flock, which is_held() needs and which takes no right to write. On a
+    # file system without locks it falls back to a marker file, which a killed process leaves behind.
     with looking_at("lock", path):
         fcntl.flock(descriptor, operation)
 
