@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         entry.check_working_directory()
-        code = _carry_out(words)
+        code = _run(words)
         sys.stdout.flush()
     except XattnError as error:
         entry.tell(error)
@@ -83,7 +83,7 @@ def is_command(word: str) -> bool:
     return any(command.split()[0] == word for command in _COMMANDS)
 
 
-def _carry_out(words: Sequence[str]) -> int:
+def _run(words: Sequence[str]) -> int:
     if words == ["--version"]:
         print(f"xattn {version('xattn')}")
         return ExitCode.DONE

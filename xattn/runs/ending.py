@@ -122,8 +122,8 @@ def _keep_window_losses(run: Run, data: RunData, compiled: Programs, progress: P
 
 def _draw_attention(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:
     state = progress.state
-    study = compiled.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(data.windows))
-    draw(study, _artifact(run, run_folder.ATTENTION_MAPS), step=progress.step)
+    found = compiled.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(data.windows))
+    draw(found, _artifact(run, run_folder.ATTENTION_MAPS), step=progress.step)
 
 
 def _artifact(run: Run, name: str) -> Path:
