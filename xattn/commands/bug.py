@@ -83,10 +83,7 @@ def _text(path: Path) -> str | None:
 
 def _names_of_here(run: Path) -> dict[str, str]:
     """Return names of this machine and of the one the run was made on → their replacements."""
-    try:
-        made_on = (run_folder.read_provenance(run) or {}).get("host")
-    except BadInput:
-        made_on = None
+    made_on = run_folder.read_or_empty(run / run_folder.PROVENANCE).get("host")
     hosts = {host for host in (socket.gethostname(), made_on) if isinstance(host, str) and len(host) > 1}
     return {str(Path.home()): "~"} | dict.fromkeys(sorted(hosts, key=len, reverse=True), "HOST")
 

@@ -131,9 +131,8 @@ def _opened(path: Path) -> TextIO:
         while True:
             file = path.open("a+", encoding="utf-8", errors="replace")
             run_folder.flock(file.fileno(), fcntl.LOCK_EX, path)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file
+            if run_folder.is_at(file.fileno(), path):
+                return file
             file.close()  # another process removed it between the open and the lock
     except OSError as error:
         raise storage_error(error, path) or BadInput(f"{path}: cannot be written: {error.strerror}") from error

@@ -109,7 +109,7 @@ class Run:
         before = self.folder.read_json(run_folder.PROVENANCE)
         origin = self._first_origin(here, data) if before is None else self._next_origin(before, here, data)
         if origin != before:
-            write_json(self.folder / run_folder.PROVENANCE, origin)
+            run_folder.write_json(self.folder / run_folder.PROVENANCE, origin)
         self.write_summary()
         self._has_begun = True
         return origin
@@ -197,10 +197,6 @@ class Run:
             keep_only(folder, keep, why=f"trainer.keep={keep}")
         except OSError as error:  # the run is done anyway
             self.display.warn(f"warning: {folder}: not all deleted: {error.strerror}")
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    run_folder.write_atomically(path, run_folder.to_json(values, indent=2) + "\n")
 
 
 def _other_data(config: Config, before: Mapping[str, Any], data: RunData) -> str:

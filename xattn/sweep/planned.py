@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from xattn.errors import BadInput
 from xattn.runs import run_folder
 from xattn.runs.job import Job
 
@@ -164,10 +163,7 @@ def _sweep(study: Path, content: Mapping[str, Any]) -> Sweep:
 
 
 def _status(folder: Path) -> str | None:
-    try:
-        return (run_folder.read_summary(folder) or {}).get("status")
-    except BadInput:
-        return None
+    return run_folder.read_or_empty(folder / run_folder.SUMMARY).get("status")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
