@@ -81,7 +81,7 @@ class Run:
         try:
             yield
         except BadInput as error:
-            if self._supersedes or self.folder.read_json(run_folder.PROVENANCE) is None:
+            if self._supersedes or self.folder.provenance() is None:
                 raise
             raise IntegrityError(f"the training data are not those that this run began with: {error}") from error
 
@@ -106,7 +106,7 @@ class Run:
             "training_identity": keys.training_identity(xattn.config.hashed_values(self.config)),
             "pack": pack,
         }
-        before = self.folder.read_json(run_folder.PROVENANCE)
+        before = self.folder.provenance()
         origin = self._first_origin(here, data) if before is None else self._next_origin(before, here, data)
         if origin != before:
             run_folder.write_json(self.folder / run_folder.PROVENANCE, origin)
@@ -145,7 +145,6 @@ class Run:
         run_folder.write_summary(self.folder.path, self.summary)
 
     def committed(self, step: int) -> None:
-        """Record that the checkpoint of that step is committed."""
         self.write_summary(step=step, committed_step=step)
 
     # ---- how it ends

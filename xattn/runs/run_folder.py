@@ -67,9 +67,9 @@ class RunFolder:
         """Return summary.json, or None if no run has written one yet."""
         return read_summary(self.path)
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """Return the JSON object in that file, or None if the file does not exist."""
-        return read_json(self / name)
+    def provenance(self) -> dict[str, Any] | None:
+        """Return provenance.json, or None if no run has written one yet."""
+        return read_provenance(self.path)
 
     def is_ours(self) -> bool:
         return (self / CONFIG).is_file()

@@ -48,10 +48,6 @@ class Found:
     data_name: str
     """The corpus or task it was trained on."""
 
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
 
 class Trainings:
     """The runs in the studies of some jobs, by training identity.
@@ -73,7 +69,7 @@ class Trainings:
             return []
         runs = self._by_study[job.folder.absolute().parent].get(identity(job.config), [])
         found = [each for run in runs if (each := _found(run, job.config)) is not None]
-        return sorted(found, key=lambda each: (len(each.lacking), len(each.overrides), each.name))
+        return sorted(found, key=lambda each: (len(each.lacking), len(each.overrides), each.folder))
 
 
 def identity(config: Config) -> str:

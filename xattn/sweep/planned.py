@@ -38,7 +38,6 @@ class Plan:
         self._answered: set[Path] = set()
 
     def add(self, jobs: Iterable[Job]) -> None:
-        """Add runs to the plan."""
         self._jobs |= {job.folder.absolute(): job for job in jobs}
 
     def answered(self, jobs: Iterable[Path]) -> None:
