@@ -12,7 +12,7 @@ from typing import Protocol, TextIO
 
 from matplotlib.figure import Figure
 
-from xattn.errors import BadInput, ExitCode, storage_error
+from xattn.errors import BadInput, ExitCode, writing
 from xattn.keys import short, show
 from xattn.report import figures
 from xattn.report.answer import Answer, Comparison
@@ -90,10 +90,8 @@ def main(argv: Sequence[str], publish: Publish | None = None) -> int:
     question = question_of(asked, dict(pairs(asked.baseline, "--baseline")))
     found = judge(read_study(asked.study), question, command=f"xattn report {shlex.join(argv)}")
     target = asked.out or asked.study / REPORT
-    try:
+    with writing(target):
         write(found, target)
-    except OSError as error:
-        raise storage_error(error, target) or BadInput(f"{target}: cannot be written: {error.strerror}") from error
     if asked.json:
         print(run_folder.to_json(verdict_of(found).model_dump(), indent=2, ascii_only=True), flush=True)
     screen = sys.stderr if asked.json else sys.stdout
