@@ -40,6 +40,7 @@ from xattn.sweep import cluster, study
 from xattn.sweep.check import check_data
 from xattn.sweep.labels import labels
 from xattn.sweep.search import Dimension, Tuning
+from xattn.sweep.table import loss_of
 from xattn.sweep.tune import tune
 from xattn.sweep.view import StudyView
 
@@ -264,7 +265,7 @@ class OptunaSweeper(Sweeper):
                     check_data([base])
         if tuning.objective == "auto":
             tuning = tuning.model_copy(update={"objective": self._loss(space, fixed)})
-        metric = tuning.objective if tuning.objective in ("val_loss", "val_bpb") else None
+        known = tuning.objective if tuning.objective in ("val_loss", "val_bpb") else None
 
         outcomes: study.Outcomes = {}
 
@@ -276,7 +277,8 @@ class OptunaSweeper(Sweeper):
             def make(view: StudyView) -> None:
                 if isinstance(self._launcher, XattnLauncher):
                     with self._launcher.as_hydra_does(asked, outcomes):
-                        study.make(jobs, outcomes, view=view, label=labels(jobs, list(space)), metric=metric)
+                        metric = known or loss_of([job.config for job in jobs])
+                        study.make(jobs, outcomes, study.Shown(view, labels(jobs, list(space)), metric))
                 else:
                     distinct = {job.folder: typed for (job, _), typed in zip(asked, overrides, strict=True)}
                     returned = self._launcher.launch(list(distinct.values()), initial_job_idx=0)

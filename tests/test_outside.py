@@ -163,7 +163,7 @@ def test_tuning_is_refused_and_the_cache_of_tokens_is_off(tmp_path: Path, monkey
     with pytest.raises(StorageError, match="has no locks"):
         is_present(tmp_path, "there")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.cache_folder() is None
+    assert cache.tokens_folder() is None
 
 
 def test_the_file_system_is_named_with_its_kind() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from xattn.errors import BadInput, ExitCode, XattnError, storage_error
+from xattn.errors import BadInput, ExitCode, XattnError, did_you_mean, storage_error
 from xattn.system import entry, screen
 from xattn.system.device import first_look
 
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         entry.check_working_directory()
-        code = _carry_out(words)
+        code = _run(words)
         sys.stdout.flush()
     except XattnError as error:
         entry.tell(error)
@@ -83,7 +82,7 @@ def is_command(word: str) -> bool:
     return any(command.split()[0] == word for command in _COMMANDS)
 
 
-def _carry_out(words: Sequence[str]) -> int:
+def _run(words: Sequence[str]) -> int:
     if words == ["--version"]:
         print(f"xattn {version('xattn')}")
         return ExitCode.DONE
@@ -102,7 +101,8 @@ def _carry_out(words: Sequence[str]) -> int:
     if asks:
         print("\n".join(["usage: xattn COMMAND …; each takes --help", *_listed(group)]))
         return ExitCode.DONE if words[-1:] in (["-h"], ["--help"]) else ExitCode.BAD_INPUT
-    raise BadInput(f"{' '.join(words[:2])}: no such command{_nearest(words)}; `xattn --help` shows them all")
+    near = did_you_mean(" ".join(words[:2]), _COMMANDS) or did_you_mean(words[0], _COMMANDS)
+    raise BadInput(f"{' '.join(words[:2])}: no such command{near}; `xattn --help` shows them all")
 
 
 def _listed(group: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -114,16 +114,6 @@ def _listed(group: Mapping[str, tuple[str, str]]) -> list[str]:
     width = max(map(len, purposes))
     columns = screen.columns(sys.stdout)
     return [screen.fitted(f"  xattn {name:{width}}  {purpose}", columns) for name, purpose in purposes.items()]
-
-
-def _nearest(words: Sequence[str]) -> str:
-    """Return a hint at the command that was probably meant, of one word or two."""
-    typed = {" ".join(words[:length]) for length in (1, 2)}
-    matches = [match for text in typed for match in difflib.get_close_matches(text, _COMMANDS, n=1, cutoff=0.6)]
-    likest = max(
-        matches, key=lambda match: max(difflib.SequenceMatcher(None, t, match).ratio() for t in typed), default=""
-    )
-    return f" (did you mean {likest}?)" if likest else ""
 
 
 def _kept() -> str:

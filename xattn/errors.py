@@ -98,6 +98,15 @@ def storage_error(error: BaseException, path: Path) -> StorageError | None:
     return None
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Convert an OSError raised here: ``path`` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) or BadInput(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def _full(path: Path, reason: str | None) -> str:
     there = next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
     return f"{path}: cannot be written: {reason} ({shutil.disk_usage(there).free:,} bytes are free there)"

@@ -42,7 +42,7 @@ def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> LoadedRun:
     config, made = xattn.config.compose_in_folder(typed)
     folder = xattn.config.folder_of(config, made)
     with _as_it_was(), interruption.listening():
-        taken = answered_by(Job(config, folder), _nothing if quiet else print)
+        taken = answered_by(Job(config, folder), (lambda text: None) if quiet else print)
         if taken is not None:
             return load(taken)
         code = run(config, folder, typed, stop=lambda: interruption.requested, quiet=quiet)
@@ -59,10 +59,6 @@ def _raise_for(code: ExitCode, folder: Path) -> None:
     if code == ExitCode.PREEMPTED:
         raise Preempted(f"{where}: stopped at step {step}, and saved; the same call continues from there")
     raise XattnError(f"{where}: failed at step {step}; the traceback is in {shown(folder / LOG)}")
-
-
-def _nothing(text: str) -> None:
-    pass
 
 
 @contextlib.contextmanager

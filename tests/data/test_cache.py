@@ -186,7 +186,7 @@ def test_a_corpus_is_the_same_from_cache_pieces_and_memory(tmp_path: Path, monke
     assert shards.sha256 == in_memory.sha256
     for split in ("train", "validation"):
         assert getattr(shards.parts[0], split)[:].tobytes() == getattr(in_memory.parts[0], split)[:].tobytes()
-    assert len(list(cache.cache_folder().rglob("*.bin"))) > 5  # type: ignore[union-attr]
+    assert len(list(cache.tokens_folder().rglob("*.bin"))) > 5  # type: ignore[union-attr]
 
 
 MEMORY = """

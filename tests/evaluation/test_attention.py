@@ -1,4 +1,4 @@
-"""The attention study: every statistic against its formula in NumPy, and a picture that can be looked at."""
+"""Attention statistics: every statistic against its formula in NumPy, and a picture that can be looked at."""
 
 from __future__ import annotations
 
@@ -89,15 +89,15 @@ def _logit(q: np.ndarray, k: np.ndarray, distance: int) -> float:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_statistic_is_its_formula(activation: str) -> None:
     model, params = model_of(activation)
-    study = attention_statistics(model)(params, HYPER, WINDOWS)
+    found = attention_statistics(model)(params, HYPER, WINDOWS)
     expected = by_formula(activation, params, -1.5, list(range(LENGTH)), LENGTH)
-    assert set(study.statistics) == set(expected)
-    for name, values in study.statistics.items():
+    assert set(found.statistics) == set(expected)
+    for name, values in found.statistics.items():
         assert values.shape == (2, HEADS)
         np.testing.assert_allclose(values[0], expected[name], rtol=2e-4, atol=1e-5, err_msg=name)
         if name != "weight_sum":  # of softmax it is 1 in every layer
             assert np.abs(values[0] - values[1]).max() > 1e-3, name
-    np.testing.assert_allclose(study.maps.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.maps.sum(-1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -107,12 +107,12 @@ def test_the_statistics_know_the_layers_terms_and_documents(activation: str) -> 
     after = ["model.exclusive=true", "model.output_norm=rmsnorm", "model.output_gate=head"]
     model, params = model_of(activation, "backend.decay=input", "backend.input_gate=sigmoid", *sink, *after)
     segments = np.asarray([[0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]], np.int32)
-    study = attention_statistics(model)(params, HYPER, WINDOWS._replace(segment_ids=segments))
+    found = attention_statistics(model)(params, HYPER, WINDOWS._replace(segment_ids=segments))
     expected = by_formula(activation, params, -1.5, list(range(LENGTH)), LENGTH, segments)
-    for name, values in study.statistics.items():
+    for name, values in found.statistics.items():
         np.testing.assert_allclose(values[0], expected[name], rtol=2e-4, atol=1e-5, err_msg=name)
     if sink:
-        assert (study.statistics["weight_sum"] < 0.95).all()
+        assert (found.statistics["weight_sum"] < 0.95).all()
 
 
 def test_of_a_long_sequence_some_rows_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,11 +120,11 @@ def test_of_a_long_sequence_some_rows_are_looked_at(monkeypatch: pytest.MonkeyPa
     model, params = model_of("sigmoid", "backend.sigmoid_bias=learned", "backend.window=3")
     params["layers"]["attention"]["sigmoid_bias"] = jnp.full((2, HEADS), 0.25)
     monkeypatch.setattr(subject, "_LOGITS", 3 * HEADS * LENGTH)
-    study = attention_statistics(model)(params, HYPER, WINDOWS)
+    found = attention_statistics(model)(params, HYPER, WINDOWS)
     expected = by_formula("sigmoid", params, 0.25, [0, 3, 6], 3)
-    for name, values in study.statistics.items():
+    for name, values in found.statistics.items():
         np.testing.assert_allclose(values[0], expected[name], rtol=2e-4, atol=1e-5, err_msg=name)
-    assert study.maps.shape == (2, HEADS, 3, LENGTH)
+    assert found.maps.shape == (2, HEADS, 3, LENGTH)
 
 
 def test_rows_are_named_by_layer_and_head_and_windows_that_only_pad_are_passed_over() -> None:
@@ -132,10 +132,10 @@ def test_rows_are_named_by_layer_and_head_and_windows_that_only_pad_are_passed_o
     windows = evaluation_windows(TOKENS.ravel()[:10], context_length=LENGTH, batch_size=3, windows="all")
     chosen = statistics_windows(windows)
     assert chosen.tokens.shape == (2, LENGTH + 1)
-    study = attention_statistics(model)(params, HYPER, chosen)
-    row = statistics_row(study)
-    assert row["attention/1/2/entropy"] == pytest.approx(float(study.statistics["entropy"][1, 2]))
-    assert len(row) == 2 * HEADS * len(study.statistics)
+    found = attention_statistics(model)(params, HYPER, chosen)
+    row = statistics_row(found)
+    assert row["attention/1/2/entropy"] == pytest.approx(float(found.statistics["entropy"][1, 2]))
+    assert len(row) == 2 * HEADS * len(found.statistics)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
@@ -151,10 +151,10 @@ def test_the_same_windows_are_looked_at_whatever_a_batch_holds(batch_size: int, 
 
 def test_the_maps_are_drawn(tmp_path: Path) -> None:
     model, params = model_of("softmax")
-    study = attention_statistics(model)(params, HYPER, WINDOWS)
-    draw(study, tmp_path / "maps.png", step=3)
+    found = attention_statistics(model)(params, HYPER, WINDOWS)
+    draw(found, tmp_path / "maps.png", step=3)
     first = (tmp_path / "maps.png").read_bytes()
     assert first.startswith(b"\x89PNG")
-    draw(study._replace(maps=study.maps[:, ::-1]), tmp_path / "maps.png", step=3)
+    draw(found._replace(maps=found.maps[:, ::-1]), tmp_path / "maps.png", step=3)
     assert (tmp_path / "maps.png").read_bytes() != first
     assert [path.name for path in tmp_path.iterdir()] == ["maps.png"]

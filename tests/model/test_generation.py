@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.model.generation import CHUNK, Sampling, draw, generate, stream
+from xattn.model.generation import CHUNK, Sampling, TrainedModel, draw, generate, stream
 from xattn.model.transformer import LanguageModel, LayerHyperparameters, init_params
 
 V = 11
@@ -58,7 +58,8 @@ def test_temperature_zero_is_the_likeliest_token_of_the_forward_pass(overrides: 
     """At every step, far past context_length: the cache is doubled again and again, and nothing is forgotten but what a
     window leaves out."""
     model, params = model_and_params(*overrides)
-    pieces = stream(model, params, HYPER, np.asarray(prompt), num_tokens=24, sampling=GREEDY, key=KEY, room=1)
+    trained = TrainedModel(model, params, HYPER)
+    pieces = stream(trained, np.asarray(prompt), num_tokens=24, sampling=GREEDY, key=KEY, room=1)
     tokens = np.concatenate(list(pieces))
     assert tokens.shape == (24,)
     assert tokens.dtype == np.int32
@@ -79,12 +80,12 @@ def test_what_is_forgotten_changes_the_text() -> None:
 
 
 def test_a_key_draws_the_same_tokens_again() -> None:
-    model, params = model_and_params("backend=softmax")
+    trained = TrainedModel(*model_and_params("backend=softmax"), HYPER)
 
     def drawn(seed: int, temperature: float, number: int = 30) -> list[int]:
         sampling = Sampling(temperature)
         prompt, key = np.asarray([3], np.uint8), jax.random.key(seed)
-        return generate(model, params, HYPER, prompt, num_tokens=number, sampling=sampling, key=key).tolist()
+        return generate(trained, prompt, num_tokens=number, sampling=sampling, key=key).tolist()
 
     assert drawn(0, 2.0) == drawn(0, 2.0)
     assert drawn(0, 2.0) != drawn(1, 2.0)
@@ -92,14 +93,14 @@ def test_a_key_draws_the_same_tokens_again() -> None:
     assert drawn(0, 1e-6) == drawn(1, 1e-6) == drawn(5, 0.0)
     assert drawn(0, 2.0, 0) == []
     with pytest.raises(ValueError, match="at least one token"):
-        generate(model, params, HYPER, np.zeros(0, np.int32), num_tokens=1, sampling=GREEDY, key=KEY)
+        generate(trained, np.zeros(0, np.int32), num_tokens=1, sampling=GREEDY, key=KEY)
 
 
 def test_each_place_has_randomness_of_its_own() -> None:
     """Of a model that finds all tokens equally likely, whose text is nothing but what was drawn."""
     model, params = model_and_params("backend=softmax")
-    nothing = jax.tree.map(jnp.zeros_like, params)
-    tokens = generate(model, nothing, HYPER, [3], num_tokens=3 * CHUNK, sampling=Sampling(1.0), key=KEY)
+    nothing = TrainedModel(model, jax.tree.map(jnp.zeros_like, params), HYPER)
+    tokens = generate(nothing, [3], num_tokens=3 * CHUNK, sampling=Sampling(1.0), key=KEY)
     assert len(set(tokens.tolist())) > V // 2
     assert len({chunk.tobytes() for chunk in tokens.reshape(3, CHUNK)}) == 3
 
@@ -121,8 +122,9 @@ def test_tokens_are_drawn_with_their_probabilities(top_k: int | None, top_p: flo
     temperature, draws = 3.0, 4000
     logits = temperature * jnp.asarray(np.log(p), jnp.float32)
     limits = [limit if limit is None else jnp.asarray(limit) for limit in (top_k, top_p)]
+    sampling = Sampling(jnp.float32(temperature), *limits)
     keys = jax.random.split(jax.random.key(0), draws)
-    tokens = jax.vmap(lambda key: draw(key, logits, jnp.float32(temperature), *limits))(keys)
+    tokens = jax.vmap(lambda key: draw(key, logits, sampling))(keys)
     expected = np.where(np.isin(np.arange(5), kept), p, 0)
     expected /= expected.sum()
     frequencies = np.bincount(np.asarray(tokens), minlength=5) / draws
@@ -131,12 +133,11 @@ def test_tokens_are_drawn_with_their_probabilities(top_k: int | None, top_p: flo
 
 def test_sampling_reaches_the_tokens() -> None:
     """top_k = 1 and a tiny top_p leave only the likeliest, at any temperature."""
-    model, params = model_and_params("backend=softmax")
+    trained = TrainedModel(*model_and_params("backend=softmax"), HYPER)
 
     def drawn(sampling: Sampling) -> list[int]:
-        return generate(
-            model, params, HYPER, np.asarray([3]), num_tokens=20, sampling=sampling, key=jax.random.key(1)
-        ).tolist()
+        tokens = generate(trained, np.asarray([3]), num_tokens=20, sampling=sampling, key=jax.random.key(1))
+        return tokens.tolist()
 
     greedy = drawn(GREEDY)
     assert drawn(Sampling(3.0, top_k=1)) == drawn(Sampling(3.0, top_p=1e-6)) == greedy

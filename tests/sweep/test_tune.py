@@ -72,7 +72,7 @@ def search(runs: Runs, space: dict[str, Dimension] | None = None, **options: Any
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])
-def test_trials_are_counted_and_the_same_command_goes_on_with_the_study(
+def test_trials_are_counted_and_the_same_command_goes_on_with_the_search(
     sampler: str, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     search(runs, sampler=sampler)
@@ -202,7 +202,7 @@ def test_points_that_no_config_can_have_are_left_out(runs: Runs, capsys: pytest.
         tune(options, {RATE: Dimension(choices=["1"])}, BASE, runs.folder, plan)
 
 
-def test_another_config_behind_the_same_command_is_another_study(runs: Runs) -> None:
+def test_another_config_behind_the_same_command_is_another_search(runs: Runs) -> None:
     """What a run computes matters; how it is made, and the base value of a drawn key, do not."""
     space = {RATE: Dimension(choices=["0.001", "0.01"])}
     for change, made in (("sweep.pack=off", 2), (f"{RATE}=0.5", 2), ("trainer.steps=7", 4)):

@@ -30,8 +30,8 @@ from xattn.runs import run_folder
 from xattn.runs.mirror import end_mirror, mirror_of, send_rows
 from xattn.tracking import wandb as adapter
 from xattn.tracking.config import WandbConfig
-from xattn.tracking.own_runs import log_table
-from xattn.tracking.wandb import WandbMirror, destination, refuse_without_key, resolve_mode, run_id
+from xattn.tracking.own_runs import Place, log_table
+from xattn.tracking.wandb import MirroredRun, WandbMirror, destination, refuse_without_key, resolve_mode, run_id
 
 
 def config_of(mode: Any = "offline", **more: Any) -> WandbConfig:
@@ -116,16 +116,8 @@ class FakeWandb(types.ModuleType):
 
 
 def mirror(folder: Path, said: list[str], *, config: WandbConfig = CONFIG, **more: Any) -> WandbMirror:
-    return WandbMirror(
-        config,
-        run_id="abcd1234",
-        name="a run",
-        group="a study",
-        values={"seed": 0, "hash": "0123456789"},
-        folder=folder,
-        say=said.append,
-        **more,
-    )
+    run = MirroredRun(folder, id="abcd1234", group="a study", values={"seed": 0, "hash": "0123456789"})
+    return WandbMirror(config, run, say=said.append, **more)
 
 
 ROWS = [
@@ -152,7 +144,7 @@ def test_the_mirror_has_the_same_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "entity": None,
         "mode": "offline",
         "id": "abcd1234",
-        "name": "a run",
+        "name": tmp_path.name,
         "group": "a study",
         "config": {"seed": 0, "hash": "0123456789"},
         "dir": str(tmp_path),
@@ -518,7 +510,7 @@ def test_a_real_offline_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (log,) = (home / "wandb").glob("offline-run-*/run-abcd1234.wandb")
     found = written_by(log)
     (run,) = (record.run for record in found if record.WhichOneof("record_type") == "run")
-    assert (run.run_id, run.run_group, run.display_name, run.project) == ("abcd1234", "a study", "a run", "a project")
+    assert (run.run_id, run.run_group, run.display_name, run.project) == ("abcd1234", "a study", home.name, "a project")
     on_file = json.loads((home / run_folder.SUMMARY).read_text())
     assert on_file["tokens_per_second"] == 4391.0
     assert {key: summary_of(found)[key] for key in on_file} == on_file
@@ -533,7 +525,7 @@ def test_a_real_offline_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_table_is_a_run_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one more of the run whose id a shell still exports."""
     monkeypatch.setenv("WANDB_RUN_ID", "exported")
-    log_table(CONFIG, mode="offline", group="a study", columns=["a"], rows=[["1"]], folder=home, beside=home)
+    log_table(Place(CONFIG, "offline", group="a study", beside=home), columns=["a"], rows=[["1"]], folder=home)
     (log,) = (home / "wandb").glob("offline-run-*/run-*.wandb")
     assert "exported" not in log.name
 

@@ -1,7 +1,7 @@
 """The formula of attention, written once: queries and keys to logits, logits to weights, and the masking rule.
 
 Every function works on some rows (queries) and some columns (keys). The reference passes all of them, ``blockwise`` a
-tile, ``ring`` a stretch, decoding one row against a cache's slots, and the attention study a sample of rows.
+tile, ``ring`` a stretch, decoding one row against a cache's slots, and attention statistics a sample of rows.
 
 In shapes, T is the number of rows and S the number of columns. Query heads have the axes NKV, G. Where keys and values
 are repeated for each query head, they have the single axis NKV.

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xattn.backend.hopper.sizes import Tiles
+from xattn.system.cache import cache_folder
 
 COMMAND = "xattn bench gpu --keep"
 RESULTS = ("out", "dq", "dk", "dv")
@@ -143,16 +144,10 @@ def source_sha256() -> str:
     return digest.hexdigest()
 
 
-def folder() -> Path:
-    """Return where records are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "xattn" / "kernels"
-
-
 def write(record: Record, of: Identity) -> Path:
     """Replace the record of that identity, readable and writable by its owner alone."""
     content = record.model_dump(mode="json")
-    path = folder() / f"{of.name}.json"
+    path = cache_folder("kernels") / f"{of.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     with open(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
@@ -167,7 +162,7 @@ def write(record: Record, of: Identity) -> Path:
 @functools.cache  # a process sees one state of it: what is compiled is what was chosen
 def read(of: Identity) -> Record | str:
     """Return the record of that identity, or in words why there is none that counts."""
-    path = folder() / f"{of.name}.json"
+    path = cache_folder("kernels") / f"{of.name}.json"
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())

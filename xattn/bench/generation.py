@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xattn.config import compose
-from xattn.model.generation import Sampling, generate
+from xattn.model.generation import Sampling, TrainedModel, generate
 from xattn.model.transformer import LanguageModel, init_params
 from xattn.system.arguments import Parser
 from xattn.training.programs import hyperparameters
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, options.prompt_tokens)
     padded = jnp.zeros((1, length), jnp.int32).at[0, : len(prompt)].set(prompt)
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+    trained = TrainedModel(model, params, hyper)
 
     @jax.jit
     def forward(params: Any, tokens: jax.Array, known: jax.Array) -> jax.Array:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def cached() -> int:
         sampling, key = Sampling(temperature=0.0), jax.random.key(0)
-        return len(generate(model, params, hyper, prompt, num_tokens=options.max_tokens, sampling=sampling, key=key))
+        return len(generate(trained, prompt, num_tokens=options.max_tokens, sampling=sampling, key=key))
 
     def without() -> int:
         tokens = padded

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xattn.errors import BadInput, ExitCode, storage_error
+from xattn.errors import BadInput, ExitCode, writing
 from xattn.runs import run_folder
 from xattn.runs.provenance import git_state, source_sha256, versions
 from xattn.system.arguments import Parser
@@ -47,10 +47,8 @@ def main(argv: Sequence[str]) -> int:
     if target.exists():
         raise BadInput(f"{target}: is there already; name another with --out FILE")
     files = contents(run)
-    try:
+    with writing(target):
         run_folder.write_atomically(target, _archive(f"xattn-bug-{run.name}", files), shared=True)
-    except OSError as error:
-        raise storage_error(error, target) or BadInput(f"{target}: cannot be written: {error.strerror}") from error
     print("\n".join(_told(target, files)))
     return ExitCode.DONE
 
@@ -83,10 +81,7 @@ def _text(path: Path) -> str | None:
 
 def _names_of_here(run: Path) -> dict[str, str]:
     """Return names of this machine and of the one the run was made on → their replacements."""
-    try:
-        made_on = (run_folder.read_provenance(run) or {}).get("host")
-    except BadInput:
-        made_on = None
+    made_on = run_folder.read_or_empty(run / run_folder.PROVENANCE).get("host")
     hosts = {host for host in (socket.gethostname(), made_on) if isinstance(host, str) and len(host) > 1}
     return {str(Path.home()): "~"} | dict.fromkeys(sorted(hosts, key=len, reverse=True), "HOST")
 

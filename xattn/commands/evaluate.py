@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from xattn.errors import BadInput, ExitCode, XattnError
 from xattn.runs import run_folder
@@ -62,22 +62,15 @@ def _runs_in(folder: Path) -> list[Path]:
     """Return the folder itself, or a study's runs that are done."""
     if (folder / run_folder.CONFIG).is_file() or not folder.is_dir():
         return [folder]
-    runs = sorted(path.parent for path in folder.glob(f"*/{run_folder.CONFIG}") if not path.parent.name.startswith("."))
+    runs = run_folder.runs_in(folder)
     if not runs:
         return [folder]
-    done = [run for run in runs if _status(run) == "done"]
+    done = [run for run in runs if run_folder.read_or_empty(run / run_folder.SUMMARY).get("status") == "done"]
     if not done:
         raise BadInput(f"{folder}: none of its {len(runs)} runs is done")
     if len(done) < len(runs):
         say(f"{folder}: {len(done)} of {len(runs)} runs are done; the others are left out", file=sys.stderr)
     return done
-
-
-def _status(run: Path) -> Any:
-    try:
-        return (run_folder.read_summary(run) or {}).get("status")
-    except BadInput:
-        return None
 
 
 def _evaluate_all(runs: Sequence[Path], evaluate: Callable[[Path], tuple[Row, bool]], *, as_json: bool) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xattn.config import Config, hashed_values
-from xattn.errors import BadInput, ExitCode, needs_extra, storage_error
+from xattn.errors import BadInput, ExitCode, needs_extra, writing
 from xattn.model.initial import WEIGHTS
 from xattn.runs import run_folder
 from xattn.runs.loaded_run import load
@@ -105,7 +105,7 @@ def to_llama(arrays: Mapping[str, np.ndarray], config: Config) -> Arrays:
 def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder}: is not a new or empty folder")
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / WEIGHTS
         weights.touch()
@@ -113,8 +113,6 @@ def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
         _numpy_safetensors().save_file(arrays, weights, metadata={"format": "pt"})
         weights.chmod(mode)
         run_folder.write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise storage_error(error, folder) or BadInput(f"{folder}: cannot be written: {error.strerror}") from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

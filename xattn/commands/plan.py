@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -279,7 +278,3 @@ def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: i
     console.say(f"time          {seconds} an update, by how much of the communication hides behind the products")
     rate, hours = found.tokens_per_step / most, config.trainer.steps * most / 3600
     console.say(f"              {rate:,.0f} tokens/s, {hours:.2f} h for {config.trainer.steps:,} updates")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

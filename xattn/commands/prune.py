@@ -95,7 +95,7 @@ def _runs_in(folder: Path) -> list[Path]:
     """Return the run in the folder, or the study's runs. Raises :class:`BadInput` if the folder is neither."""
     if (folder / run_folder.CONFIG).is_file():
         return [folder]
-    runs = sorted(file.parent for file in folder.glob(f"*/{run_folder.CONFIG}") if not file.parent.name.startswith("."))
+    runs = run_folder.runs_in(folder)
     if not runs and not (folder / SUPERSEDED).is_dir():
         raise BadInput(f"{folder}: neither a run's folder nor a study's: no {run_folder.CONFIG} in it or below it")
     return runs

@@ -31,7 +31,7 @@ def publish(study: Study, folder: Path, *, asked: bool) -> str | None:
     if not (asked or wanting):
         return None
     import xattn.config
-    from xattn.tracking.own_runs import log_report
+    from xattn.tracking.own_runs import Place, log_report
     from xattn.tracking.wandb import resolve_mode
 
     run = (wanting or study.runs)[0].folder.absolute()
@@ -41,5 +41,6 @@ def publish(study: Study, folder: Path, *, asked: bool) -> str | None:
         if not asked:
             return None
         raise BadInput(f"--wandb: disabled by tracking.wandb.mode of {run}, WANDB_MODE or wandb's settings file")
-    url = log_report(config.tracking.wandb, mode=mode, group=config.study, folder=folder.absolute(), beside=run)
+    place = Place(config.tracking.wandb, mode, group=config.study, beside=run)
+    url = log_report(place, folder.absolute())
     return f"wandb: logged as an artifact ({url or mode})"

@@ -33,7 +33,7 @@ def sync(path: Path) -> None:
     config = xattn.config.load(path / run_folder.CONFIG)
     folder = RunFolder(path)
     try:
-        origin, summary = folder.read_json(run_folder.PROVENANCE), folder.summary()
+        origin, summary = folder.provenance(), folder.summary()
         if origin is None or summary is None:
             raise BadInput(f"{path}: the run there has not begun")
         if resolve_mode(config.tracking.wandb) == "disabled":

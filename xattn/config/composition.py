@@ -15,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from xattn.config.groups import flag, having
-from xattn.config.messages import COMPOSITION_ERRORS, explain, explain_validation, first_line, nearest_key
+from xattn.config.messages import COMPOSITION_ERRORS, explain, explain_validation, nearest_key
 from xattn.config.naming import hashed_values, run_name
 from xattn.config.schema import Config, composed, config_type
-from xattn.errors import BadInput
+from xattn.errors import BadInput, first_line
 from xattn.keys import flatten, up_to_date
 from xattn.model.size import mlp_dim_for
 from xattn.report.config import FindingConfig

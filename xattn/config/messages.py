@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from xattn.config.groups import choices_in, having, search_path
 from xattn.config.schema import composed
-from xattn.errors import BadInput, did_you_mean
+from xattn.errors import BadInput, did_you_mean, first_line
 from xattn.keys import flatten
 from xattn.model.config import LayerConfig
 from xattn.system import entry
@@ -197,10 +197,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _short(value: Any) -> str:

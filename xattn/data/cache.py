@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from xattn.data.tokenizer import Encoded
 from xattn.errors import Preempted, StorageError
 from xattn.runs.run_folder import flock, fsync, write_atomically
+from xattn.system.cache import cache_folder
 from xattn.tracking.display import Screen
 
 Encode = Callable[[int], Iterator[Encoded]]  # shard number → its encoded pieces
@@ -76,9 +77,9 @@ class Tokens:
             yield array[here], None if size is None else size[here]
 
 
-def cache_folder() -> Path | None:
-    """Return ``xattn/tokens`` in the user's cache folder, or None if it can't be written or locked."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "xattn" / "tokens"
+def tokens_folder() -> Path | None:
+    """Return the cache folder of tokens, or None if it can't be written or locked."""
+    folder = cache_folder("tokens")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("a") as lock:
@@ -133,7 +134,7 @@ def stored_tokens(
 @contextlib.contextmanager
 def _folder_for(key: str) -> Iterator[Path]:
     """Yield the content's folder in the cache, or a temporary one if there is no cache."""
-    if (cache := cache_folder()) is not None:
+    if (cache := tokens_folder()) is not None:
         yield cache / key
         return
     with tempfile.TemporaryDirectory(prefix="xattn-tokens-") as folder:  # files that are mapped outlive their names
@@ -142,7 +143,7 @@ def _folder_for(key: str) -> Iterator[Path]:
 
 def stored_text(key: str, make: Callable[[], str]) -> str:
     """Return a text that takes long to make, from the cache if it is there and whole."""
-    cache = cache_folder()
+    cache = tokens_folder()
     if cache is None:
         return make()
     file = cache / f"{key}.json"

@@ -1,6 +1,6 @@
-"""The attention study: what each head attends to, in numbers that are comparable across the three activations.
+"""Attention statistics: what each head attends to, in numbers that are comparable across the three activations.
 
-It is a separate program that reads the parameters. The training program does not depend on whether a study runs.
+It is a separate program that reads the parameters. The training program does not depend on whether it runs.
 
 Under ``softmax`` the weights of a row sum to 1. Under ``sigmoid`` the sum is anything from 0 to the number of keys, and
 under ``none`` it is arbitrary, with weights of both signs. Shares are therefore based on magnitudes:
@@ -34,12 +34,12 @@ from xattn.model.transformer import LanguageModel, attention_inputs
 
 WINDOWS = 4  # the first evaluation windows that score
 MAP_SIDE = 64  # at most
-# Most logits in memory at a time, for one window in one layer. If NH · S² is larger, fewer rows are studied.
+# Most logits in memory at a time, for one window in one layer. If NH · S² is larger, fewer rows are read.
 _LOGITS = 2**23
 
 
 class AttentionStatistics(NamedTuple):
-    """The study of every layer and head."""
+    """What every layer and head attends to."""
 
     statistics: Mapping[str, jax.Array]
     """Name → (L, NH); see :func:`attention_statistics`."""
@@ -51,7 +51,7 @@ AttentionStatisticsOf = Callable[[Any, ModelHyperparameters, Windows], Attention
 
 
 def attention_statistics(model: LanguageModel, out_shardings: Any = None) -> AttentionStatisticsOf:
-    """Return a function (params, hyperparameters, windows) → the study of every layer and head, in float32.
+    """Return a function (params, hyperparameters, windows) → the statistics of every layer and head, in float32.
 
     A, P and out are as in :func:`xattn.backend.api.attention`. The shares p are of the weight on keys; a sink has none.
     Statistics cover evenly spaced rows t of all windows (all rows if NH · S² ≤ 2²³):
@@ -68,7 +68,7 @@ def attention_statistics(model: LanguageModel, out_shardings: Any = None) -> Att
     ``out_shardings``: sharding of the results if parameters are on several devices; every host must be able to read it.
     """
 
-    def study(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStatistics:
+    def of_model(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStatistics:
         segment_ids: Any = windows.segment_ids
         inputs = attention_inputs(model, params, jnp.asarray(windows.inputs), hyperparameters, segment_ids)
         found = {
@@ -86,11 +86,11 @@ def attention_statistics(model: LanguageModel, out_shardings: Any = None) -> Att
         order = np.argsort([layer for kind in found for layer in layers[kind]])  # found is grouped by kind
         return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *found.values())
 
-    return jax.jit(study, out_shardings=out_shardings)
+    return jax.jit(of_model, out_shardings=out_shardings)
 
 
 def statistics_windows(windows: Sequence[Windows]) -> Windows:
-    """Return the windows for every study of a run: the first four evaluation windows that score, or fewer."""
+    """Return the windows for the statistics of a run: the first four evaluation windows that score, or fewer."""
     found: list[Windows] = []
     for batch in windows:
         missing = WINDOWS - sum(len(each.tokens) for each in found)
@@ -100,22 +100,22 @@ def statistics_windows(windows: Sequence[Windows]) -> Windows:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
 
-def statistics_row(study: AttentionStatistics) -> dict[str, float]:
+def statistics_row(found: AttentionStatistics) -> dict[str, float]:
     """Return ``attention/<layer>/<head>/<statistic>`` → value, as in metrics.jsonl."""
-    found = {name: np.asarray(values) for name, values in jax.device_get(study.statistics).items()}
-    layers, heads = next(iter(found.values())).shape
+    statistics = {name: np.asarray(values) for name, values in jax.device_get(found.statistics).items()}
+    layers, heads = next(iter(statistics.values())).shape
     return {
         f"attention/{layer}/{head}/{name}": float(values[layer, head])
         for layer in range(layers)
         for head in range(heads)
-        for name, values in found.items()
+        for name, values in statistics.items()
     }
 
 
 def _of_layer(
     segment_ids: Any, kind: BackendConfig, hyperparameters: LayerHyperparameters, inputs: Inputs
 ) -> AttentionStatistics:
-    """Study one layer over all windows, which are the first axis of the per-token arrays."""
+    """Return the statistics of one layer over all windows, which are the first axis of the per-token arrays."""
 
     def of_window(of_tokens: Any) -> AttentionStatistics:
         of_tokens, segment_ids = jax.tree.map(lambda x: x[None], of_tokens)
@@ -136,7 +136,7 @@ def _of_layer(
 
 
 def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> AttentionStatistics:
-    """Study one window in one layer: q (1, NH, S, DHQK), k and v with their own heads → statistics (NH,)."""
+    """Return one window's statistics (NH,) in one layer, from q (1, NH, S, DHQK), and k and v with their own heads."""
     num_heads, length = q.shape[1:3]
     rows = jnp.asarray(_spread(length, _LOGITS // (num_heads * length)))
     asked = attended(q, k, spec, rows)

@@ -14,12 +14,12 @@ _PANEL = 1.1  # inches
 _MOST = 16  # layers, and heads; if there are more, evenly spaced ones are shown
 
 
-def draw(study: AttentionStatistics, path: Path, *, step: int) -> None:
+def draw(found: AttentionStatistics, path: Path, *, step: int) -> None:
     """Write the PNG. Dark means a large share of a row's weight. The scale is the square root from 0 to 1 in every run,
     so pictures can be compared."""
     from matplotlib.figure import Figure  # takes half a second, and only runs with pictures need it
 
-    maps = np.asarray(jax.device_get(study.maps))
+    maps = np.asarray(jax.device_get(found.maps))
     layers, heads = (np.unique(np.linspace(0, n - 1, min(n, _MOST)).round().astype(int)) for n in maps.shape[:2])
     size = (_PANEL * len(heads) + 0.4, _PANEL * len(layers) + 0.5)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")

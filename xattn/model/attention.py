@@ -56,7 +56,7 @@ class FirstValues(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The arguments of the backend in a layer, recorded for the attention study."""
+    """The arguments of the backend in a layer, recorded for attention statistics."""
 
     q: Queries
     k: Keys

@@ -8,6 +8,7 @@ n remains the context_length of training.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,18 +34,26 @@ ROOM = 1024
 class Sampling(NamedTuple):
     """How a token is drawn from its logits. Tokens exactly as likely as the last one kept are kept too."""
 
-    temperature: float = 0.8
+    temperature: float | jax.Array = 0.8
     """Divides the logits; 0 takes the likeliest token."""
-    top_k: int | None = None
+    top_k: int | jax.Array | None = None
     """Keep only the k likeliest tokens; None keeps all."""
-    top_p: float | None = None
+    top_p: float | jax.Array | None = None
     """Of those, keep the fewest likeliest that sum to p or more (Holtzman et al., arXiv 1904.09751); None keeps all."""
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("params", "hyperparameters"), meta_fields=("model",))
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with the numbers that it computes with."""
+
+    model: LanguageModel
+    params: Any
+    hyperparameters: ModelHyperparameters
+
+
 def generate(
-    model: LanguageModel,
-    params: Any,
-    hyperparameters: ModelHyperparameters,
+    trained: TrainedModel,
     prompt: np.ndarray | Sequence[int],
     *,
     num_tokens: int,
@@ -52,14 +61,12 @@ def generate(
     key: jax.Array,
 ) -> np.ndarray:
     """Continue a prompt, int (P,) with P ≥ 1 → int32 (num_tokens,). See :func:`stream`."""
-    pieces = stream(model, params, hyperparameters, prompt, num_tokens=num_tokens, sampling=sampling, key=key)
+    pieces = stream(trained, prompt, num_tokens=num_tokens, sampling=sampling, key=key)
     return np.concatenate([np.zeros(0, np.int32), *pieces])
 
 
 def stream(
-    model: LanguageModel,
-    params: Any,
-    hyperparameters: ModelHyperparameters,
+    trained: TrainedModel,
     prompt: np.ndarray | Sequence[int],
     *,
     num_tokens: int,
@@ -75,21 +82,21 @@ def stream(
     prompt = np.asarray(prompt, np.int32)
     if not len(prompt):
         raise ValueError("prompt: at least one token is needed")
-    specs = _specs(model, hyperparameters)
+    model, specs = trained.model, _specs(trained.model, trained.hyperparameters)
     capacity = model.backend.context_length
     while capacity < len(prompt) + min(-(-num_tokens // CHUNK) * CHUNK, room):
         capacity *= 2
     # Pad the prompt to a power of two, at most the capacity: few lengths mean few compiled programs.
     padded = np.zeros(min(capacity, 1 << (len(prompt) - 1).bit_length()), np.int32)
     padded[: len(prompt)] = prompt
-    caches = empty_caches(model, hyperparameters, batch=1, capacity=capacity)
-    logits, caches = _read(model, params, hyperparameters, padded[None], jnp.int32(len(prompt)), caches)
+    caches = empty_caches(model, trained.hyperparameters, batch=1, capacity=capacity)
+    logits, caches = _read(trained, padded[None], jnp.int32(len(prompt)), caches)
+    as_arrays = _as_arrays(sampling, model.vocab_size)
     for done in range(0, num_tokens, CHUNK):
         caches = {
             kind: cache._replace(attention=grow(cache.attention, specs[kind], CHUNK)) for kind, cache in caches.items()
         }
-        drawn_by = (key, *_as_arrays(sampling, model.vocab_size))
-        logits, caches, tokens = _decode(model, params, hyperparameters, logits, caches, jnp.int32(done), *drawn_by)
+        logits, caches, tokens = _decode(trained, logits, caches, jnp.int32(done), key, as_arrays)
         yield np.asarray(tokens)[: num_tokens - done]
 
 
@@ -130,10 +137,9 @@ def _nothing_recent(config: ModelConfig, batch: int, documents: bool) -> Recent 
     return Recent(rows, jnp.zeros(shape, jnp.int32) if documents else None)
 
 
-def draw(
-    key: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None
-) -> jax.Array:
-    """Draw one token, int32 (), from float logits (V,); see :class:`Sampling`."""
+def draw(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draw one token, int32 (), from float logits (V,)."""
+    temperature, top_k, top_p = sampling
     logits = logits.astype(jnp.float32)
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
     if top_k is not None and top_p is not None:
@@ -146,51 +152,42 @@ def draw(
     return jnp.where(temperature > 0, jax.random.categorical(key, scaled), logits.argmax()).astype(jnp.int32)
 
 
-def _as_arrays(sampling: Sampling, vocab_size: int) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+def _as_arrays(sampling: Sampling, vocab_size: int) -> Sampling:
     """Return the numbers as arrays, so that changing them does not recompile. Without k and p nothing is sorted."""
     temperature = jnp.float32(sampling.temperature)
     if sampling.top_k is None and sampling.top_p is None:
-        return temperature, None, None
+        return Sampling(temperature)
     top_k = jnp.int32(min(sampling.top_k or vocab_size, vocab_size))
-    return temperature, top_k, jnp.float32(1.0 if sampling.top_p is None else sampling.top_p)
+    return Sampling(temperature, top_k, jnp.float32(1.0 if sampling.top_p is None else sampling.top_p))
 
 
-@partial(jax.jit, static_argnums=0)
-def _read(
-    model: LanguageModel,
-    params: Any,
-    hyperparameters: ModelHyperparameters,
-    tokens: jax.Array,
-    length: jax.Array,
-    caches: Caches,
-) -> tuple[jax.Array, Caches]:
+@jax.jit
+def _read(trained: TrainedModel, tokens: jax.Array, length: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
     """Return the logits (V,) after the first ``length`` tokens of a prompt (1, P), and the caches including them."""
-    after: Any = model.scanned().apply(
-        {"params": params}, tokens, hyperparameters, caches, length=length, method="decode"
+    after: Any = trained.model.scanned().apply(
+        {"params": trained.params}, tokens, trained.hyperparameters, caches, length=length, method="decode"
     )
     logits, caches = after
     return logits[0, 0], caches
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def _decode(
-    model: LanguageModel,
-    params: Any,
-    hyperparameters: ModelHyperparameters,
+    trained: TrainedModel,
     logits: jax.Array,
     caches: Caches,
     first: jax.Array,
     key: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array | None,
-    top_p: jax.Array | None,
+    sampling: Sampling,
 ) -> tuple[jax.Array, Caches, jax.Array]:
     """Draw CHUNK tokens after logits (V,); return (logits after the last one, caches, int32 (CHUNK,))."""
 
     def step(carry: tuple[jax.Array, Caches], place: jax.Array) -> tuple[tuple[jax.Array, Caches], jax.Array]:
         logits, caches = carry
-        token = draw(jax.random.fold_in(key, place), logits, temperature, top_k, top_p)
-        after: Any = model.apply({"params": params}, token[None, None], hyperparameters, caches, method="decode")
+        token = draw(jax.random.fold_in(key, place), logits, sampling)
+        after: Any = trained.model.apply(
+            {"params": trained.params}, token[None, None], trained.hyperparameters, caches, method="decode"
+        )
         logits, caches = after
         return (logits[0, 0], caches), token
 

@@ -12,7 +12,7 @@ from typing import Protocol, TextIO
 
 from matplotlib.figure import Figure
 
-from xattn.errors import BadInput, ExitCode, storage_error
+from xattn.errors import BadInput, ExitCode, writing
 from xattn.keys import short, show
 from xattn.report import figures
 from xattn.report.answer import Answer, Comparison
@@ -27,7 +27,7 @@ from xattn.report.options import add_question, pairs, question_of
 from xattn.report.read import ATTENTION_CURVES, REPORT, Study, read_study
 from xattn.report.render import to_html, to_markdown
 from xattn.report.statistics import Effect, matched
-from xattn.report.tables import effects_csv, results_csv, table_tex
+from xattn.report.tables import effects_table, results_table, table_tex, to_csv
 from xattn.report.verdict import verdict_of
 from xattn.report.words import verdict
 from xattn.report.worth import laws
@@ -90,10 +90,8 @@ def main(argv: Sequence[str], publish: Publish | None = None) -> int:
     question = question_of(asked, dict(pairs(asked.baseline, "--baseline")))
     found = judge(read_study(asked.study), question, command=f"xattn report {shlex.join(argv)}")
     target = asked.out or asked.study / REPORT
-    try:
+    with writing(target):
         write(found, target)
-    except OSError as error:
-        raise storage_error(error, target) or BadInput(f"{target}: cannot be written: {error.strerror}") from error
     if asked.json:
         print(run_folder.to_json(verdict_of(found).model_dump(), indent=2, ascii_only=True), flush=True)
     screen = sys.stderr if asked.json else sys.stdout
@@ -148,8 +146,8 @@ def texts(found: Answer, captions: Mapping[str, str], svgs: Mapping[str, str], f
         _PAGE: to_html(page, svgs, runs=os.path.relpath(study, folder), here=here),
         "report.md": to_markdown(page),
         "table.tex": table_tex(found.comparisons, found.command),
-        "results.csv": results_csv(found.study.runs, found.comparisons),
-        "effects.csv": effects_csv(found.comparisons),
+        "results.csv": to_csv(*results_table(found.study.runs, found.comparisons)),
+        "effects.csv": to_csv(*effects_table(found.comparisons)),
         _VERDICT: run_folder.to_json(verdict_of(found).model_dump(), indent=2) + "\n",
     }
 

@@ -20,8 +20,7 @@ def report_command(study: Path, runs: Collection[Path]) -> str:
     """
     words = ["xattn", "report", run_folder.shown(study.absolute())]
     ours = {run.absolute() for run in runs}
-    folders = (path.parent.absolute() for path in study.glob(f"*/{run_folder.CONFIG}"))
-    others = [read_config(folder) for folder in folders if folder not in ours and not folder.name.startswith(".")]
+    others = [read_config(run) for run in run_folder.runs_in(study) if run.absolute() not in ours]
     values = _values([config for run in ours if (config := read_config(run))]) if others else {}
     while others:
         key = max(values, key=lambda key: sum(_is_other(each, key, values) for each in others), default=None)

@@ -166,7 +166,7 @@ def main_effects(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) 
     effects: list[Effect] = []
     for family in design.families:
         of_family = [
-            _effect(design, _by_arm(design, chosen, factor), factor, arm, metric)
+            _effect(design, chosen, factor, arm, metric)
             for factor in family
             for arm in factor.arms
             if arm != factor.baseline
@@ -181,7 +181,32 @@ def matched(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: 
     If the crossing has holes, combinations of the other factors' arms are added, those with most seeds first, and the
     selection with the most pairs is kept. In it every combination has every seed.
     """
-    return _matched(design, _by_arm(design, chosen, factor), factor, arm, metric)
+    by_arm = _by_arm(design, chosen, factor)
+    theirs = by_arm[factor.baseline]
+    in_question = tuple((ours, theirs[others]) for others, ours in by_arm[arm].items() if others in theirs)
+    shared = [
+        {seed for seed in ours.values if _comparable_seed(seed, (ours, base), metric)} for ours, base in in_question
+    ]
+    order = sorted((i for i, seeds in enumerate(shared) if seeds), key=lambda i: -len(shared[i]))
+    best: tuple[list[int], set[Any]] = ([], set())
+    common: set[Any] = set(design.seeds)
+    # Add cells with ever fewer seeds, and keep the selection with the most pairs.
+    for size, i in enumerate(order, 1):
+        common = common & shared[i]
+        if size * len(common) >= len(best[0]) * len(best[1]) and common:
+            best = (order[:size], common)
+    reasons = [
+        why
+        for ours, base in in_question
+        for seed in ours.values.keys() & base.values.keys()
+        if (why := metric.why_not(ours.units[seed], base.units[seed])) is not None
+    ]
+    return Matched(
+        cells=tuple(in_question[i] for i in sorted(best[0])),
+        seeds=tuple(seed for seed in design.seeds if seed in best[1]),
+        in_question=in_question,
+        why_not=reasons[0] if reasons else "",
+    )
 
 
 def interactions(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) -> list[Effect]:
@@ -229,46 +254,15 @@ def _by_arm(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor) -> di
     return found
 
 
-def _matched(
-    design: Design, by_arm: Mapping[Any, Mapping[Cell, Chosen]], factor: Factor, arm: Any, metric: Metric
-) -> Matched:
-    theirs = by_arm[factor.baseline]
-    in_question = tuple((ours, theirs[others]) for others, ours in by_arm[arm].items() if others in theirs)
-    shared = [
-        {seed for seed in ours.values if _comparable_seed(seed, (ours, base), metric)} for ours, base in in_question
-    ]
-    order = sorted((i for i, seeds in enumerate(shared) if seeds), key=lambda i: -len(shared[i]))
-    best: tuple[list[int], set[Any]] = ([], set())
-    common: set[Any] = set(design.seeds)
-    # Add cells with ever fewer seeds, and keep the selection with the most pairs.
-    for size, i in enumerate(order, 1):
-        common = common & shared[i]
-        if size * len(common) >= len(best[0]) * len(best[1]) and common:
-            best = (order[:size], common)
-    reasons = [
-        why
-        for ours, base in in_question
-        for seed in ours.values.keys() & base.values.keys()
-        if (why := metric.why_not(ours.units[seed], base.units[seed])) is not None
-    ]
-    return Matched(
-        cells=tuple(in_question[i] for i in sorted(best[0])),
-        seeds=tuple(seed for seed in design.seeds if seed in best[1]),
-        in_question=in_question,
-        why_not=reasons[0] if reasons else "",
-    )
-
-
-def _effect(
-    design: Design, by_arm: Mapping[Any, Mapping[Cell, Chosen]], factor: Factor, arm: Any, metric: Metric
-) -> Effect:
+def _effect(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: Any, metric: Metric) -> Effect:
     """Return the effect. d_s is the mean of arm − baseline with seed s over the cells that both arms have."""
-    found = _matched(design, by_arm, factor, arm, metric)
+    found = matched(design, chosen, factor, arm, metric)
     ours, theirs = (
         np.array([np.mean([pair[side].values[seed] for pair in found.cells]) for seed in found.seeds])
         for side in (0, 1)
     )
     pairs = len(found.cells) * len(found.seeds)
+    by_arm = _by_arm(design, chosen, factor)
     with_values = [sum(len(each.values) for each in by_arm[side].values()) for side in (arm, factor.baseline)]
     return replace(
         _between((factor.key, arm, factor.baseline, metric.name), ours, theirs),

@@ -29,11 +29,6 @@ _PROVENANCE = ("device_kind", "device_count", "git_commit", "git_dirty", "source
 Table = tuple[Sequence[str], list[list[Any]]]  # columns, rows
 
 
-def effects_csv(comparisons: Sequence[Comparison]) -> str:
-    """Return effects.csv: :func:`effects_table` with empty cells for None."""
-    return _csv(*effects_table(comparisons))
-
-
 def effects_table(comparisons: Sequence[Comparison]) -> Table:
     """Return a row per comparison of two arms; a cell is None if its value is unknown."""
     rows = []
@@ -49,11 +44,6 @@ def effects_table(comparisons: Sequence[Comparison]) -> Table:
                 ]
             )
     return EFFECT_COLUMNS, rows
-
-
-def results_csv(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
-    """Return results.csv: :func:`results_table` with empty cells for None."""
-    return _csv(*results_table(runs, comparisons))
 
 
 def results_table(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Table:
@@ -124,7 +114,8 @@ def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def to_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return the table as CSV, with empty cells for None."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from xattn.keys import show
-from xattn.report import claim, statistics, two_stage, words, worth
+from xattn.report import claim, statistics, words
 from xattn.report.answer import Answer, Comparison
 from xattn.report.claim import Says
 from xattn.report.selection import Selection
@@ -26,7 +26,7 @@ Number = float | None  # null if unknown or not finite
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, from_attributes=True)
 
 
 class Range(_Part):
@@ -249,39 +249,18 @@ def finding_as(found: claim.Finding) -> Finding:
 
 def effect_of(number: int, comparison: Comparison, effect: statistics.Effect) -> Effect:
     """Return one effect of the comparison with this number as an object for programs."""
-    paired = effect.paired
-    return Effect(
-        comparison=number,
-        where=_where(comparison),
-        factor=effect.factor,
-        arm=show(effect.arm),
-        baseline=show(effect.baseline),
-        metric=effect.metric,
-        seeds=paired.seeds,
-        difference=paired.difference,
-        ci_low=paired.ci_low,
-        ci_high=paired.ci_high,
-        p=paired.p,
-        p_holm=effect.p_holm,
-        verdict=words.outcome(effect),
-        sentence=words.verdict(effect),
-        detectable=effect.detectable,
-        two_stage=None if effect.stage is None else _stage(effect.stage),
-        worth=None if effect.worth is None else _worth(effect.worth),
-        p_signflip=paired.p_signflip,
-        spread=paired.spread,
-        arm_mean=effect.arm_mean,
-        baseline_mean=effect.baseline_mean,
-        left_out=effect.left_out,
-        baseline_left_out=effect.baseline_left_out,
-        diverged=effect.diverged,
-        ended=effect.ended,
-        baseline_diverged=effect.baseline_diverged,
-        baseline_ended=effect.baseline_ended,
-        cells=effect.cells,
-        cells_left_out=effect.cells_left_out,
-        why_not=effect.why_not,
-    )
+    known = vars(effect) | vars(effect.paired)
+    same = {name: known[name] for name in Effect.model_fields if name in known}
+    own = {
+        "comparison": number,
+        "where": _where(comparison),
+        "arm": show(effect.arm),
+        "baseline": show(effect.baseline),
+        "verdict": words.outcome(effect),
+        "sentence": words.verdict(effect),
+        "two_stage": effect.stage,
+    }
+    return Effect.model_validate(same | own)
 
 
 def _factors(number: int, comparison: Comparison) -> list[Factor]:
@@ -301,27 +280,6 @@ def _factors(number: int, comparison: Comparison) -> list[Factor]:
 
 def _where(comparison: Comparison) -> dict[str, str]:
     return {key: show(value) for key, value in comparison.group.where.items()}
-
-
-def _stage(stage: two_stage.TwoStage) -> TwoStage:
-    return TwoStage(
-        pilot=stage.pilot,
-        spread=stage.spread,
-        comparisons=stage.comparisons,
-        pairs=stage.pairs,
-        ci_low=stage.ci_low,
-        ci_high=stage.ci_high,
-        half_widths=list(stage.half_widths),
-        needed=stage.needed,
-    )
-
-
-def _worth(found: worth.Worth) -> Worth:
-    steps, step_cost, net = (
-        None if each is None else Range(value=each.value, low=each.low, high=each.high)
-        for each in (found.steps, found.step_cost, found.net)
-    )
-    return Worth(steps=steps, step_cost=step_cost, net=net, why_not=found.why_not)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any] | None:
 
 def _show(run: Run, *, quiet: bool) -> ExitCode:
     """Show the result of a run that is finished."""
-    before = run.folder.read_json(run_folder.PROVENANCE)
+    before = run.folder.provenance()
     changed = changes(before, provenance())
     since = f" (since then changed: {', '.join(changed)})" if changed else ""
     if not quiet:

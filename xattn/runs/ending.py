@@ -15,7 +15,7 @@ from xattn.data.tokenizer import IdTokenizer, Tokenizer
 from xattn.errors import ExitCode
 from xattn.evaluation.attention import statistics_windows
 from xattn.evaluation.attention_maps import draw
-from xattn.model.generation import Sampling, generate
+from xattn.model.generation import Sampling, TrainedModel, generate
 from xattn.runs import run_folder
 from xattn.runs.record import Run
 from xattn.runs.run_folder import result_line
@@ -89,9 +89,7 @@ def show_sample(run: Run, tokenizer: Tokenizer, compiled: Programs, state: Train
 
 def _sample(compiled: Programs, state: TrainState, tokenizer: Tokenizer, seed: int) -> str:
     tokens = generate(
-        compiled.model,
-        on_one_device(state.params),
-        on_one_device(state.hyperparameters.model),
+        TrainedModel(compiled.model, on_one_device(state.params), on_one_device(state.hyperparameters.model)),
         [tokenizer.start],
         num_tokens=SAMPLE_TOKENS,
         sampling=Sampling(SAMPLE_TEMPERATURE),
@@ -124,8 +122,8 @@ def _keep_window_losses(run: Run, data: RunData, compiled: Programs, progress: P
 
 def _draw_attention(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:
     state = progress.state
-    study = compiled.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(data.windows))
-    draw(study, _artifact(run, run_folder.ATTENTION_MAPS), step=progress.step)
+    found = compiled.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(data.windows))
+    draw(found, _artifact(run, run_folder.ATTENTION_MAPS), step=progress.step)
 
 
 def _artifact(run: Run, name: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import xattn.config
-from xattn.errors import BadInput, IntegrityError, storage_error
+from xattn.errors import IntegrityError, writing
 from xattn.runs import run_folder
 from xattn.runs.loaded_run import MAY_DIFFER, LoadedRun, load, read
 
@@ -127,27 +127,20 @@ def _held(path: Path) -> Iterator[TextIO]:
 
 
 def _opened(path: Path) -> TextIO:
-    try:
+    with writing(path):
         while True:
             file = path.open("a+", encoding="utf-8", errors="replace")
             run_folder.flock(file.fileno(), fcntl.LOCK_EX, path)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file
+            if run_folder.is_at(file.fileno(), path):
+                return file
             file.close()  # another process removed it between the open and the lock
-    except OSError as error:
-        raise storage_error(error, path) or BadInput(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _append(file: TextIO, row: Row) -> None:
     """Append a row in one write, on a line of its own even if the previous line was cut short."""
-    try:
+    with writing(Path(file.name)):
         file.seek(0)
         text = file.read()
         file.write(("" if not text or text.endswith("\n") else "\n") + run_folder.to_json(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    except OSError as error:
-        raise storage_error(error, Path(file.name)) or BadInput(
-            f"{file.name}: cannot be written: {error.strerror}"
-        ) from error

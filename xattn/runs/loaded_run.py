@@ -143,16 +143,14 @@ class LoadedRun:
                 raise BadInput(f"{name} = {value}: must be {rule}")
         import jax
 
-        from xattn.model.generation import Sampling, stream
+        from xattn.model.generation import Sampling, TrainedModel, stream
 
         try:
             tokens: Sequence[int] = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.start]
         except (ValueError, TypeError) as error:  # TypeError: the tokenizers library on invalid characters
             raise BadInput(f"prompt = {prompt!r}: {error}") from error
         drawn = stream(
-            self.model,
-            self.params,
-            self.hyperparameters,
+            TrainedModel(self.model, self.params, self.hyperparameters),
             tokens,
             num_tokens=max_tokens,
             sampling=Sampling(temperature, top_k, top_p),

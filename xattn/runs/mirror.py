@@ -14,7 +14,7 @@ import xattn.config
 from xattn.config import Config
 from xattn.runs import run_folder
 from xattn.tracking.tracker import read_rows
-from xattn.tracking.wandb import WandbMirror
+from xattn.tracking.wandb import MirroredRun, WandbMirror
 from xattn.training.kept import MANIFEST, PARAMS, SEAL, best_evaluated
 
 # The keys of provenance.json that a result depends on; host, command and folders stay private.
@@ -31,16 +31,9 @@ def mirror_of(
 ) -> WandbMirror:
     """Start the mirror of the run in ``folder``; origin is its provenance.json."""
     provenance = {key: origin[key] for key in _PROVENANCE if key in origin}
-    return WandbMirror(
-        config.tracking.wandb,
-        run_id=origin["wandb_id"],
-        name=folder.name,
-        group=config.study,
-        values=xattn.config.tracked_values(config) | {"provenance": provenance},
-        folder=folder,
-        say=say,
-        from_the_start=from_the_start,
-    )
+    values = xattn.config.tracked_values(config) | {"provenance": provenance}
+    run = MirroredRun(folder, id=origin["wandb_id"], group=config.study, values=values)
+    return WandbMirror(config.tracking.wandb, run, say=say, from_the_start=from_the_start)
 
 
 def send_rows(mirror: WandbMirror, config: Config, folder: Path) -> None:

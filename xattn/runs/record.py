@@ -81,7 +81,7 @@ class Run:
         try:
             yield
         except BadInput as error:
-            if self._supersedes or self.folder.read_json(run_folder.PROVENANCE) is None:
+            if self._supersedes or self.folder.provenance() is None:
                 raise
             raise IntegrityError(f"the training data are not those that this run began with: {error}") from error
 
@@ -106,10 +106,10 @@ class Run:
             "training_identity": keys.training_identity(xattn.config.hashed_values(self.config)),
             "pack": pack,
         }
-        before = self.folder.read_json(run_folder.PROVENANCE)
+        before = self.folder.provenance()
         origin = self._first_origin(here, data) if before is None else self._next_origin(before, here, data)
         if origin != before:
-            write_json(self.folder / run_folder.PROVENANCE, origin)
+            run_folder.write_json(self.folder / run_folder.PROVENANCE, origin)
         self.write_summary()
         self._has_begun = True
         return origin
@@ -145,7 +145,6 @@ class Run:
         run_folder.write_summary(self.folder.path, self.summary)
 
     def committed(self, step: int) -> None:
-        """Record that the checkpoint of that step is committed."""
         self.write_summary(step=step, committed_step=step)
 
     # ---- how it ends
@@ -197,10 +196,6 @@ class Run:
             keep_only(folder, keep, why=f"trainer.keep={keep}")
         except OSError as error:  # the run is done anyway
             self.display.warn(f"warning: {folder}: not all deleted: {error.strerror}")
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    run_folder.write_atomically(path, run_folder.to_json(values, indent=2) + "\n")
 
 
 def _other_data(config: Config, before: Mapping[str, Any], data: RunData) -> str:

@@ -67,9 +67,9 @@ class RunFolder:
         """Return summary.json, or None if no run has written one yet."""
         return read_summary(self.path)
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """Return the JSON object in that file, or None if the file does not exist."""
-        return read_json(self / name)
+    def provenance(self) -> dict[str, Any] | None:
+        """Return provenance.json, or None if no run has written one yet."""
+        return read_provenance(self.path)
 
     def is_ours(self) -> bool:
         return (self / CONFIG).is_file()
@@ -103,6 +103,8 @@ def flock(descriptor: int, operation: int, path: Path) -> None:
     Raises :class:`StorageError` if the file system has no locks, and BlockingIOError if another process has the lock
     and the operation does not wait.
     """
+    # Not by the filelock package: it has no shared flock, which is_held() needs and which takes no right to write. On a
+    # file system without locks it falls back to a marker file, which a killed process leaves behind.
     with looking_at("lock", path):
         fcntl.flock(descriptor, operation)
 
@@ -130,9 +132,26 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return loaded
 
 
+def read_or_empty(path: Path) -> dict[str, Any]:
+    """Return the JSON object in the file; an empty one if the file is missing or unreadable."""
+    try:
+        return read_json(path) or {}
+    except BadInput:
+        return {}
+
+
+def runs_in(study: Path) -> list[Path]:
+    """Return the run folders in a study's folder, sorted, without hidden ones."""
+    return sorted(file.parent for file in study.glob(f"*/{CONFIG}") if not file.parent.name.startswith("."))
+
+
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write the summary.json of the run folder ``path``."""
-    write_atomically(path / SUMMARY, to_json(summary, indent=2) + "\n")
+    write_json(path / SUMMARY, summary)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_atomically(path, to_json(values, indent=2) + "\n")
 
 
 def fsync(path: Path) -> None:
@@ -205,7 +224,7 @@ def _acquire(path: Path) -> int:
                 time.sleep(_TRY_SECONDS)
                 continue
             raise FolderInUse(f"{path}: another process is running in this folder") from error
-        if _is_at(descriptor, path / LOCK):
+        if is_at(descriptor, path / LOCK):
             return descriptor
         os.close(descriptor)  # moved aside between open and lock: take the new folder
 
@@ -223,7 +242,8 @@ def is_of_hydra(config: Path) -> bool:
     return config.with_name(_HYDRA).is_file()
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
+    """Return whether the open file is the one at ``path``, which may have been moved or replaced since."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

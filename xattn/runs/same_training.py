@@ -48,10 +48,6 @@ class Found:
     data_name: str
     """The corpus or task it was trained on."""
 
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
 
 class Trainings:
     """The runs in the studies of some jobs, by training identity.
@@ -63,7 +59,7 @@ class Trainings:
         self._by_study: dict[Path, dict[str, list[Path]]] = {}
         for study in dict.fromkeys(job.folder.absolute().parent for job in jobs):
             found = self._by_study[study] = {}
-            for folder in _run_folders(study):
+            for folder in run_folder.runs_in(study):
                 if (trained := _identity_of(folder)) is not None:
                     found.setdefault(trained, []).append(folder)
 
@@ -73,7 +69,7 @@ class Trainings:
             return []
         runs = self._by_study[job.folder.absolute().parent].get(identity(job.config), [])
         found = [each for run in runs if (each := _found(run, job.config)) is not None]
-        return sorted(found, key=lambda each: (len(each.lacking), len(each.overrides), each.name))
+        return sorted(found, key=lambda each: (len(each.lacking), len(each.overrides), each.folder))
 
 
 def identity(config: Config) -> str:
@@ -177,13 +173,6 @@ def _leaves(job: Job, group: Sequence[Job]) -> tuple[int, int]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _run_folders(study: Path) -> list[Path]:
-    if not study.is_dir():
-        return []
-    folders = (entry for entry in study.iterdir() if not entry.name.startswith("."))
-    return sorted(folder for folder in folders if (folder / run_folder.CONFIG).is_file())
-
-
 def _identity_of(folder: Path) -> str | None:
     """Return the folder's training identity; None if its files are unreadable or ask for removed behaviour."""
     if folder in _identities:
@@ -203,19 +192,15 @@ def _identity_of(folder: Path) -> str | None:
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """Return provenance.json, or an empty mapping if it is missing or unreadable: config.yaml can make up for it."""
-    try:
-        recorded: Any = run_folder.read_provenance(folder)
-    except BadInput:
-        return {}
-    return recorded if isinstance(recorded, dict) else {}
+    return run_folder.read_or_empty(folder / run_folder.PROVENANCE)
 
 
 def _found(folder: Path, asked: Config) -> Found | None:
     """Return the run; None if it is not done, or if its config turns out to be another training."""
+    summary = run_folder.read_or_empty(folder / run_folder.SUMMARY)
+    if summary.get("status") != "done":
+        return None
     try:
-        summary: Any = run_folder.read_summary(folder)
-        if not isinstance(summary, dict) or summary.get("status") != "done":
-            return None
         there = xattn.config.load(folder / run_folder.CONFIG)
     except BadInput:
         return None

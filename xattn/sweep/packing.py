@@ -74,10 +74,7 @@ def _is_fresh(job: Job) -> bool:
 
 def summary_of(job: Job) -> dict[str, Any]:
     """Return the run's summary; empty if it is missing or unreadable (the run will then be refused for it)."""
-    try:
-        return run_folder.read_summary(job.folder) or {}
-    except BadInput:
-        return {}
+    return run_folder.read_or_empty(job.folder / run_folder.SUMMARY)
 
 
 def is_finished(job: Job) -> bool:

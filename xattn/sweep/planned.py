@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from xattn.errors import BadInput
 from xattn.runs import run_folder
 from xattn.runs.job import Job
 
@@ -39,7 +38,6 @@ class Plan:
         self._answered: set[Path] = set()
 
     def add(self, jobs: Iterable[Job]) -> None:
-        """Add runs to the plan."""
         self._jobs |= {job.folder.absolute(): job for job in jobs}
 
     def answered(self, jobs: Iterable[Path]) -> None:
@@ -164,10 +162,7 @@ def _sweep(study: Path, content: Mapping[str, Any]) -> Sweep:
 
 
 def _status(folder: Path) -> str | None:
-    try:
-        return (run_folder.read_summary(folder) or {}).get("status")
-    except BadInput:
-        return None
+    return run_folder.read_or_empty(folder / run_folder.SUMMARY).get("status")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

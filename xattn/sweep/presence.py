@@ -1,4 +1,4 @@
-"""Locks for several processes that share a tuning study: only one draws at a time, and each can see which are alive.
+"""Locks for several processes that share a search: only one draws at a time, and each can see which are alive.
 
 Both use the kernel's locks (flock), as :mod:`xattn.runs.run_folder` does: a lock ends with its process in any case.
 """
@@ -18,7 +18,7 @@ _DRAWING = ".tuning.lock"
 
 @contextlib.contextmanager
 def drawing(folder: Path) -> Iterator[None]:
-    """Hold the study's lock for drawing; other processes of this study wait for it."""
+    """Hold the search's lock for drawing; its other processes wait for it."""
     with (folder / _DRAWING).open("a") as lock:
         flock(lock.fileno(), fcntl.LOCK_EX, folder)
         yield
@@ -37,7 +37,7 @@ def present(folder: Path) -> Iterator[str]:
 
 
 def is_present(folder: Path, name: str) -> bool:
-    """Return whether the process of that name is working on the study. The file of a dead process is removed."""
+    """Return whether the process of that name is working on the search. The file of a dead process is removed."""
     try:
         with (folder / name).open("r") as lock:
             flock(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, folder)

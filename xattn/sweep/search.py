@@ -66,7 +66,7 @@ class Dimension(Section):
 def sampler(tuning: Tuning, *, drawn: int) -> optuna.samplers.BaseSampler:
     import optuna
 
-    seed = tuning.seed + drawn  # so that a resumed study does not draw its first points again
+    seed = tuning.seed + drawn  # so that a resumed search does not draw its first points again
     match tuning.sampler:
         case "tpe":
             return optuna.samplers.TPESampler(seed=seed, constant_liar=tuning.at_once > 1)

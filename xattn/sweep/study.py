@@ -11,7 +11,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xattn.config
 from xattn.errors import ExitCode, FolderInUse, Preempted, StorageError, XattnError
@@ -35,6 +35,15 @@ Start = Callable[[Sequence[Job]], Sequence[ExitCode]]
 Outcomes = dict[Path, ExitCode]
 """Run folder → the outcome of its last attempt. A study fills it in as runs end."""
 _ENDED_WELL = {ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE}  # IN_USE: another process trained the run
+
+
+class Shown(NamedTuple):
+    """How runs are shown while they train."""
+
+    view: StudyView
+    label: Label
+    metric: str
+    """The loss shown for each run that ends."""
 
 
 def exit_code(codes: Iterable[ExitCode]) -> ExitCode:
@@ -127,7 +136,7 @@ def train_each_once(jobs: Sequence[Job], outcomes: Outcomes, start: Start = star
                 else:
                     unanswered.append(job)
             now, left = in_turn(unanswered)
-            make(now, outcomes, start, view=view, label=label, start_at=start_at)
+            make(now, outcomes, Shown(view, label, loss_of([job.config for job in now])), start, start_at=start_at)
             if interruption.requested and left:
                 raise SystemExit(ExitCode.PREEMPTED)
 
@@ -174,66 +183,50 @@ def answers(jobs: Sequence[Job], outcomes: Outcomes) -> dict[Path, tuple[Path, d
     return {folder: answer for folder, answer in found.items() if answer is not None}
 
 
-def make(
-    jobs: Sequence[Job],
-    outcomes: Outcomes,
-    start: Start = start,
-    *,
-    view: StudyView | None = None,
-    label: Label | None = None,
-    metric: str | None = None,
-    start_at: float = 0.0,
-) -> None:
+def make(jobs: Sequence[Job], outcomes: Outcomes, how: Shown, start: Start = start, *, start_at: float = 0.0) -> None:
     """Train the jobs. Runs of one program follow each other in the order given, or train as a pack.
 
     If another process is training a run, wait for it, and take the run over if that process dies. If a run fails, here
-    or there, report it and continue with the others.
-
-    Args:
-        view: the view of a study that these jobs are part of.
-        label: names a run; None means by the keys that differ between these jobs.
-        metric: the loss shown for each run; None means the one by which these jobs can be compared.
-        start_at: where in the study to start, from 0 to 1, so that processes sharing it compile different programs.
+    or there, report it and continue with the others. ``start_at`` is where to start, from 0 to 1, so that processes
+    that share a study compile different programs.
     """
-    label = labels(jobs) if label is None else label
-    metric = loss_of([job.config for job in jobs]) if metric is None else metric
+    view, label, metric = how
     waiting_for: set[Path] = set()
-    with StudyView(len(jobs), sum(map(is_finished, jobs))) if view is None else contextlib.nullcontext(view) as view:
-        jobs = [dataclasses.replace(job, watch=(*job.watch, view)) for job in jobs]
-        unfinished = [job for job in jobs if not is_finished(job)]
-        queue = deque(by_program(unfinished))
-        queue.rotate(-int(start_at * len(queue)))
-        failures = {job.folder: summary_of(job).get("failures") for job in queue}
-        while queue:
-            if summary_of(queue[0]).get("failures") not in (None, failures[queue[0].folder]):  # try once per sweep
-                outcomes[queue[0].folder] = ExitCode.ERROR
-                view.ended(label(queue.popleft()), "failed in another process", failed=True)
+    jobs = [dataclasses.replace(job, watch=(*job.watch, view)) for job in jobs]
+    unfinished = [job for job in jobs if not is_finished(job)]
+    queue = deque(by_program(unfinished))
+    queue.rotate(-int(start_at * len(queue)))
+    failures = {job.folder: summary_of(job).get("failures") for job in queue}
+    while queue:
+        if summary_of(queue[0]).get("failures") not in (None, failures[queue[0].folder]):  # try once per sweep
+            outcomes[queue[0].folder] = ExitCode.ERROR
+            view.ended(label(queue.popleft()), "failed in another process", failed=True)
+            continue
+        if queue[0].folder in waiting_for:
+            if is_finished(queue[0]):
+                view.ended(label(queue.popleft()), "done by another process")
                 continue
-            if queue[0].folder in waiting_for:
-                if is_finished(queue[0]):
-                    view.ended(label(queue.popleft()), "done by another process")
-                    continue
-                if all(job.folder in waiting_for for job in queue):
-                    time.sleep(_POLL_SECONDS)  # nothing else is left to do
-            pack = take_pack(queue, jobs)
-            at_work = [job for job in pack if not is_finished(job)]
-            begins_at = max(map(_saved_step, at_work), default=0)
-            view.began([label(job) for job in at_work], pack[0].config.trainer.steps, begins_at)
-            outcomes.update(zip((job.folder for job in pack), start(pack), strict=True))
-            for job in at_work:
-                code = outcomes[job.folder]
-                if code == ExitCode.PREEMPTED:
-                    view.say(f"  {label(job)}: stopped at step {_saved_step(job)}, and saved")
-                    continue
-                if code != ExitCode.IN_USE:
-                    view.ended(label(job), _outcome(job, code, metric), failed=code not in _ENDED_WELL)
-                    continue
-                if job.folder not in waiting_for:
-                    view.say(f"  {label(job)}: another process is at it")
-                waiting_for.add(job.folder)
-                queue.append(job)
-            if interruption.requested and (queue or ExitCode.PREEMPTED in outcomes.values()):
-                raise SystemExit(ExitCode.PREEMPTED)
+            if all(job.folder in waiting_for for job in queue):
+                time.sleep(_POLL_SECONDS)  # nothing else is left to do
+        pack = take_pack(queue, jobs)
+        at_work = [job for job in pack if not is_finished(job)]
+        begins_at = max(map(_saved_step, at_work), default=0)
+        view.began([label(job) for job in at_work], pack[0].config.trainer.steps, begins_at)
+        outcomes.update(zip((job.folder for job in pack), start(pack), strict=True))
+        for job in at_work:
+            code = outcomes[job.folder]
+            if code == ExitCode.PREEMPTED:
+                view.say(f"  {label(job)}: stopped at step {_saved_step(job)}, and saved")
+                continue
+            if code != ExitCode.IN_USE:
+                view.ended(label(job), _outcome(job, code, metric), failed=code not in _ENDED_WELL)
+                continue
+            if job.folder not in waiting_for:
+                view.say(f"  {label(job)}: another process is at it")
+            waiting_for.add(job.folder)
+            queue.append(job)
+        if interruption.requested and (queue or ExitCode.PREEMPTED in outcomes.values()):
+            raise SystemExit(ExitCode.PREEMPTED)
 
 
 def by_program(jobs: Sequence[Job]) -> list[Job]:

@@ -134,7 +134,8 @@ def rows_of(
     for folder in sorted(folders, key=lambda folder: _rank(shown[folder][1], metric)):
         (run, summary), config = shown[folder], configs[folder]
         values = {} if config is None else xattn.config.hashed_values(config)
-        other = None if config is None else other_library(config.data.name, _provenance(run))
+        recorded = run_folder.read_or_empty(run / run_folder.PROVENANCE)
+        other = None if config is None else other_library(config.data.name, recorded)
         rows.append(Row(run, {key: values.get(key) for key in keys}, _status(run, summary, config), summary, other))
     return metric, rows
 
@@ -142,7 +143,7 @@ def rows_of(
 def _status(folder: Path, summary: dict[str, Any], config: Config | None) -> str:
     """Return the status to show. A killed run's summary still has "running", but no process holds its folder."""
     if config is None and (folder / run_folder.CONFIG).is_file():
-        own = _provenance(folder).get("registered")
+        own = run_folder.read_or_empty(folder / run_folder.PROVENANCE).get("registered")
         return f"made with {', '.join(own)}" if isinstance(own, dict) and own else "config of another version"
     status = str(summary.get("status", "not begun"))
     return "killed" if status == "running" and not run_folder.is_held(folder) else status
@@ -153,13 +154,6 @@ def _summary(folder: Path) -> dict[str, Any]:
         return run_folder.read_summary(folder) or {}
     except BadInput:
         return {"status": "summary not readable"}
-
-
-def _provenance(folder: Path) -> dict[str, Any]:
-    try:
-        return run_folder.read_provenance(folder) or {}
-    except BadInput:
-        return {}
 
 
 def _rank(summary: dict[str, Any], metric: str) -> float:

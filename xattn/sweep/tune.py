@@ -1,8 +1,8 @@
 """Tuning: optuna draws trials, and each trial is an ordinary run. optuna comes with the extra ``tune``.
 
-optuna's study is kept in the study's folder, but the run folder is what counts for a trial. A trial whose process died
-is drawn again with the same values, and its run resumes where it stopped. Several processes may share one study
-(:mod:`xattn.sweep.presence`). Importing this module imports no optuna.
+optuna calls a search a study. It is kept in the folder of the runs, but a trial's run folder is what counts. A trial
+whose process died is drawn again with the same values, and its run resumes where it stopped. Several processes may
+share one search (:mod:`xattn.sweep.presence`). Importing this module imports no optuna.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,38 +39,50 @@ if TYPE_CHECKING:
 STORAGE = "tuning.journal"
 _POLL_SECONDS = 1.0
 
-
 # Takes a list of overrides for each trial, and a function for each that may prune its run. Returns the runs' folders,
 # where two may be the same, and a function that makes the runs and shows them on the view. Raises BadInput.
 Plan = Callable[[list[list[str]], list[Any]], tuple[list[Path], Callable[[StudyView], None]]]
 
 
-def tune(
-    tuning: Tuning,
-    space: Mapping[str, Dimension],
-    base: Config,
-    folder: Path,
-    plan: Plan,
-) -> None:
-    """Draw and train trials until ``n_trials`` of this study have ended, and print their table.
+@dataclass(frozen=True)
+class _Tuner:
+    """A search, and what it was begun for."""
+
+    search: optuna.Study
+    tuning: Tuning
+    space: Mapping[str, Dimension]
+    folder: Path
+
+    @property
+    def wanted(self) -> int:
+        """The number of trials after which it ends."""
+        if self.tuning.sampler != "grid":
+            return self.tuning.n_trials
+        points = math.prod(len(dimension.choices or ()) for dimension in self.space.values())
+        return min(self.tuning.n_trials, points)
+
+
+def tune(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: Path, plan: Plan) -> None:
+    """Draw and train trials until ``n_trials`` of this search have ended, and print their table.
 
     Points that make an invalid config are reported and left out. Raise :class:`BadInput` if no others were drawn.
     ``tuning.objective`` is a number of summary.json here, not ``auto``.
     """
     if base.resume == "never":
         raise BadInput("resume = never: tuning goes on with its study; another study=<name> begins one")
-    study = _study(tuning, space, base, folder)
+    search = _search(tuning, space, base, folder)
+    tuner = _Tuner(search, tuning, space, folder)
     try:
-        with present(folder) as me, StudyView(_wanted(tuning, space), len(_over(study))) as view:
-            _draw_and_make(study, tuning, space, folder, plan, me, view)
+        with present(folder) as me, StudyView(tuner.wanted, len(_over(search))) as view:
+            _draw_and_make(tuner, plan, me, view)
     except SystemExit:
         say("stopped; the same command goes on with what is not done")
         raise
     finally:
-        runs = [folder / t.user_attrs["run"] for t in study.get_trials(deepcopy=False) if "run" in t.user_attrs]
+        runs = [folder / t.user_attrs["run"] for t in search.get_trials(deepcopy=False) if "run" in t.user_attrs]
         if runs:
             print_table(list(dict.fromkeys(runs)), list(space))
-    over = _over(study)
+    over = _over(search)
     if finite := [trial for trial in over if trial.value is not None and math.isfinite(trial.value)]:
         complete = [trial for trial in finite if trial.state.name == "COMPLETE"] or finite
         best = (min if tuning.direction == "minimize" else max)(complete, key=lambda trial: trial.value or 0.0)
@@ -81,59 +94,51 @@ def tune(
         say("a report on them:", report_command(folder, runs))
 
 
-def _draw_and_make(
-    study: optuna.Study,
-    tuning: Tuning,
-    space: Mapping[str, Dimension],
-    folder: Path,
-    plan: Plan,
-    me: str,
-    view: StudyView,
-) -> None:
+def _draw_and_make(tuner: _Tuner, plan: Plan, me: str, view: StudyView) -> None:
     """Draw and train trials until enough have ended. Wait for those of other processes; if one dies, take its over."""
     from optuna.trial import TrialState
 
-    distributions = {key: distribution(key, dimension) for key, dimension in space.items()}
+    search, tuning, folder = tuner.search, tuner.tuning, tuner.folder
+    distributions = {key: distribution(key, dimension) for key, dimension in tuner.space.items()}
     failed = 0  # in this process: they do not count as ended, but they limit how many are drawn
     refused: list[str] = []  # reasons; others are drawn in their place, at most as many as there are trials
     with drawing(folder):
-        study.sampler = sampler(tuning, drawn=len(study.get_trials(deepcopy=False)))
-        _draw_again(study, folder)
+        search.sampler = sampler(tuning, drawn=len(search.get_trials(deepcopy=False)))
+        _draw_again(search, folder)
         if tuning.sampler == "grid":
-            _enqueue_grid(study, space)
+            _enqueue_grid(search, tuner.space)
     while True:
         with drawing(folder):
-            _draw_again(study, folder)
-            write_trials(folder, _wanted(tuning, space), len(_over(study)))
-            elsewhere = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-            left = _wanted(tuning, space) - len(_over(study)) - elsewhere - failed
+            _draw_again(search, folder)
+            write_trials(folder, tuner.wanted, len(_over(search)))
+            elsewhere = len(search.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+            left = tuner.wanted - len(_over(search)) - elsewhere - failed
             if tuning.sampler == "grid":
-                left = min(left, len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,))))
-            trials = [study.ask(distributions) for _ in range(min(left, tuning.at_once))]
+                left = min(left, len(search.get_trials(deepcopy=False, states=(TrialState.WAITING,))))
+            trials = [search.ask(distributions) for _ in range(min(left, tuning.at_once))]
             for trial in trials:
                 trial.set_user_attr("by", me)
         if trials:
-            failed += _make(study, trials, tuning, plan, view, refused)
+            failed += _make(tuner, trials, plan, view, refused)
         elif elsewhere:
             time.sleep(_POLL_SECONDS)
         else:
             break
-        if len(refused) > _wanted(tuning, space):
+        if len(refused) > tuner.wanted:
             break
         if interruption.requested:
             with drawing(folder):
-                write_trials(folder, _wanted(tuning, space), len(_over(study)))
+                write_trials(folder, tuner.wanted, len(_over(search)))
             raise SystemExit(ExitCode.PREEMPTED)
-    if refused and not _over(study):
+    if refused and not _over(search):
         raise BadInput(refused[0])
     for reason in dict.fromkeys(refused):
         entry.tell(f"left out: {reason}")
 
 
 def _make(
-    study: optuna.Study,
+    tuner: _Tuner,
     trials: Sequence[optuna.Trial],
-    tuning: Tuning,
     plan: Plan,
     view: StudyView,
     refused: list[str],
@@ -143,29 +148,29 @@ def _make(
 
     overrides = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
     try:
-        folders, make = plan(overrides, [_pruner_of(trial, tuning) for trial in trials])
+        folders, make = plan(overrides, [_pruner_of(trial, tuner.tuning) for trial in trials])
     except BadInput as error:
         if len(trials) > 1:
-            return sum(_make(study, [trial], tuning, plan, view, refused) for trial in trials)
-        study.tell(trials[0], state=TrialState.FAIL)
+            return sum(_make(tuner, [trial], plan, view, refused) for trial in trials)
+        tuner.search.tell(trials[0], state=TrialState.FAIL)
         refused.append(str(error))
         return 0
     for trial, run in zip(trials, folders, strict=True):
         trial.set_user_attr("run", run.name)
     make(view)
-    return sum(not _tell(study, trial, run, tuning) for trial, run in zip(trials, folders, strict=True))
+    return sum(not _tell(tuner, trial, run) for trial, run in zip(trials, folders, strict=True))
 
 
-def _over(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def _over(search: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     from optuna.trial import TrialState
 
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return search.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
-def _study(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: Path) -> optuna.Study:
-    """Return optuna's study for this objective and space, and for everything else in the config that affects a result.
+def _search(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: Path) -> optuna.Study:
+    """Return the search for this objective and space, and for everything else in the config that affects a result.
 
-    If any of these differ, it is another study in the same folder.
+    If any of these differ, it is another search in the same folder.
     """
     try:
         import optuna
@@ -210,33 +215,27 @@ def _mend(folder: Path) -> None:
                     file.truncate(content.rfind(b"\n") + 1)
 
 
-def _wanted(tuning: Tuning, space: Mapping[str, Dimension]) -> int:
-    if tuning.sampler != "grid":
-        return tuning.n_trials
-    return min(tuning.n_trials, math.prod(len(dimension.choices or ()) for dimension in space.values()))
-
-
-def _enqueue_grid(study: optuna.Study, space: Mapping[str, Dimension]) -> None:
+def _enqueue_grid(search: optuna.Study, space: Mapping[str, Dimension]) -> None:
     """Enqueue every point of the grid that has not been drawn, or has failed."""
     from optuna.trial import TrialState
 
     for key, dimension in space.items():
         if dimension.choices is None:
             raise BadInput(f"{key}: hydra.sweeper.sampler=grid takes choice(…) and range(…), not an interval")
-    there = [_params(trial) for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
+    there = [_params(trial) for trial in search.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
     for values in itertools.product(*(dimension.choices or () for dimension in space.values())):
         if (point := dict(zip(space, values, strict=True))) not in there:
-            study.enqueue_trial(point)
+            search.enqueue_trial(point)
 
 
-def _draw_again(study: optuna.Study, folder: Path) -> None:
+def _draw_again(search: optuna.Study, folder: Path) -> None:
     """Enqueue again the running trials whose process has died. Leave alone those of living processes."""
     from optuna.trial import TrialState
 
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    for trial in search.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if (by := trial.user_attrs.get("by")) is None or not is_present(folder, by):
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(_params(trial))
+            search.tell(trial.number, state=TrialState.FAIL)
+            search.enqueue_trial(_params(trial))
 
 
 def _params(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
@@ -258,12 +257,14 @@ def _pruner_of(trial: optuna.Trial, tuning: Tuning) -> Callable[[Row], bool]:
     return prune
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, run: Path, tuning: Tuning) -> bool:
+def _tell(tuner: _Tuner, trial: optuna.Trial, run: Path) -> bool:
     """Report the run's outcome to optuna; return whether the run has ended."""
     from optuna.trial import TrialState
 
-    summary = run_folder.read_summary(run) or {}
-    tell = partial(study.tell, trial, skip_if_finished=True)  # without working locks, another process may have ended it
+    tuning, summary = tuner.tuning, run_folder.read_summary(run) or {}
+    tell = partial(
+        tuner.search.tell, trial, skip_if_finished=True
+    )  # without working locks, another process may have ended it
     match summary.get("status"):
         case "done":
             if not isinstance(summary.get(tuning.objective), int | float):
@@ -280,6 +281,6 @@ def _tell(study: optuna.Study, trial: optuna.Trial, run: Path, tuning: Tuning) -
         case _:
             tell(state=TrialState.FAIL)
             if interruption.requested:
-                study.enqueue_trial(trial.params)
+                tuner.search.enqueue_trial(trial.params)
             return False
     return True

@@ -82,23 +82,23 @@ def train_all(
     unfinished = [job for job in jobs if not is_finished(job)]
     check_data(unfinished)
     unfinished = _to_be_made(unfinished)
-    places = {threads: seats(group) for threads, group in _by_threads(unfinished).items()}
-    if sum(map(len, places.values())) <= 1:
-        for threads in places:
+    seats_for = {threads: seats(group) for threads, group in _by_threads(unfinished).items()}
+    if sum(map(len, seats_for.values())) <= 1:
+        for threads in seats_for:
             compute_with(threads)
         check_devices(unfinished)
         _keep(plan, jobs)
         with around:
             study.train_each_once(jobs, outcomes)
         return
-    if all(seat.gpu is None for each in places.values() for seat in each):
+    if all(seat.gpu is None for each in seats_for.values() for seat in each):
         check_devices(unfinished)  # looking at a GPU would take it
     _keep(plan, jobs)
     jobs = [_begun_anew(job) for job in jobs]
     with around:
         for threads, group in _by_threads(jobs).items():
-            if threads in places:
-                _train_in_processes(group, _to_be_made(group), places[threads], additions, outcomes)
+            if threads in seats_for:
+                _train_in_processes(group, _to_be_made(group), seats_for[threads], additions, outcomes)
 
 
 def _keep(plan: Plan | None, jobs: Sequence[Job]) -> None:

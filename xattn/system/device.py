@@ -14,9 +14,9 @@ import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from xattn.errors import BadInput, looking_at
+from xattn.system.cache import cache_folder
 
 THREADS = "NPROC"  # the variable that sets the number of threads of XLA's CPU device
 _LOCKS = 16  # shared by compilations, so that the cache does not fill with one lock for each
@@ -121,7 +121,7 @@ def compiled_once(program: str) -> Iterator[None]:
     """
     import jax
 
-    cache, kept = _cache_of_programs(), getattr(jax.config, "jax_compilation_cache_dir", None)
+    cache, kept = cache_folder("programs"), getattr(jax.config, "jax_compilation_cache_dir", None)
     if kept != str(cache) or jax.process_count() > 1:  # processes of one run compile together
         yield
         return
@@ -137,16 +137,11 @@ def compiled_once(program: str) -> Iterator[None]:
         yield
 
 
-def _cache_of_programs() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "xattn" / "programs"
-
-
 def keep_compiled_programs() -> None:
     """Share compiled programs between processes through the user's cache folder, if that is writable."""
     import jax
 
-    cache = _cache_of_programs()
+    cache = cache_folder("programs")
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:

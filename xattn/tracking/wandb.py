@@ -13,6 +13,7 @@ import secrets
 import shlex
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -151,6 +152,16 @@ def _line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+@dataclass(frozen=True)
+class MirroredRun:
+    """A run of ours as wandb knows it. Its name there is that of its folder."""
+
+    folder: Path
+    id: str
+    group: str
+    values: Mapping[str, Any]
+
+
 class WandbMirror:
     """A wandb run with the same metrics, sent by a thread that takes rows from a queue.
 
@@ -163,28 +174,19 @@ class WandbMirror:
     """
 
     def __init__(
-        self,
-        config: WandbConfig,
-        *,
-        run_id: str,
-        name: str,
-        group: str,
-        values: Mapping[str, Any],
-        folder: Path,
-        say: Callable[[str], None],
-        from_the_start: bool = False,
+        self, config: WandbConfig, run: MirroredRun, *, say: Callable[[str], None], from_the_start: bool = False
     ):
-        self._config, self.folder, self.say, self._from_the_start = config, folder, say, from_the_start
+        self._config, self.folder, self.say, self._from_the_start = config, run.folder, say, from_the_start
         self.failure: str | None = None
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._init: dict[str, Any] = {
-            "id": run_id,
-            "name": name,
-            "group": group,
-            "config": dict(values),
-            "dir": str(folder),
+            "id": run.id,
+            "name": run.folder.name,
+            "group": run.group,
+            "config": dict(run.values),
+            "dir": str(run.folder),
         }
-        self._own = folder / "wandb"
+        self._own = run.folder / "wandb"
         if from_the_start:
             for mark in (HIGH_WATER_MARK, LOG_MARK):
                 (self._own / mark).unlink(missing_ok=True)

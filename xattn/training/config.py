@@ -81,13 +81,13 @@ class TrainerConfig(Section):
     def evaluates(self, step: int) -> bool:
         return step == self.steps or step % self.eval_every == 0
 
-    def studies(self, step: int) -> bool:
+    def takes_statistics(self, step: int) -> bool:
         every = self.attention_stats_every
         return every is not None and (step == self.steps or step % every == 0)
 
     def leaves_row(self, step: int) -> bool:
         """Return whether metrics.jsonl gets a row at this step."""
-        return self.logs(step) or self.evaluates(step) or self.studies(step)
+        return self.logs(step) or self.evaluates(step) or self.takes_statistics(step)
 
     @model_validator(mode="after")
     def _batch_has_equal_parts(self) -> TrainerConfig:

@@ -111,12 +111,12 @@ class Member:
     """Whether it still trains. A finished member keeps its place in the pack; its state is ignored and not saved."""
 
 
-class _Due(NamedTuple):
+class _Actions(NamedTuple):
     """What a step does besides the update."""
 
     logs: bool
     evaluates: bool
-    studies: bool
+    takes_statistics: bool
     saves: bool
 
 
@@ -128,7 +128,7 @@ class _Pace:
         self._saved_at = time.monotonic()
         self._is_late = team().agreed(self._is_late_here)
 
-    def due(self, step: int, *, stopping: bool) -> _Due:
+    def due(self, step: int, *, stopping: bool) -> _Actions:
         config = self._config
         saves = (
             step == config.steps
@@ -136,7 +136,7 @@ class _Pace:
             or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
             or (config.checkpoint_minutes is not None and self._is_late())
         )
-        return _Due(logs=config.logs(step), evaluates=config.evaluates(step), studies=config.studies(step), saves=saves)
+        return _Actions(config.logs(step), config.evaluates(step), config.takes_statistics(step), saves)
 
     def saved(self) -> None:
         self._saved_at = time.monotonic()
@@ -168,11 +168,11 @@ def train(
     waited_at = active[0].progress.step
     pace = _Pace(config)
 
-    def measure(member: Member, due: _Due) -> dict[str, Any]:
+    def measure(member: Member, due: _Actions) -> dict[str, Any]:
         progress, row = member.progress, {}
         if due.evaluates:
             row = evaluate(programs, progress, windows, bytes_per_token) | _probe(programs, progress, member.probes)
-        return row | (_study(programs, progress, windows) if due.studies else {})
+        return row | (_attention(programs, progress, windows) if due.takes_statistics else {})
 
     state = programs.stack([member.progress.state for member in members])
     for member in active:
@@ -191,7 +191,7 @@ def train(
         tokens = (step - waited_at) * tokens_per_step
         waited_at = step
         rows = [_reach(member, step, reached[members.index(member)], tokens) for member in active]
-        if due.evaluates or due.studies or due.saves or not all(member.active for member in active):
+        if due.evaluates or due.takes_statistics or due.saves or not all(member.active for member in active):
             for member in active:
                 member.progress.state = programs.take(state, members.index(member))
         # Halted members get no row and no save. The others get their row first and then the save.
@@ -228,8 +228,8 @@ def _reach(member: Member, step: int, metrics: StepMetrics, tokens: int) -> dict
 def _log(
     member: Member,
     figures: dict[str, Any],
-    due: _Due,
-    measure: Callable[[Member, _Due], dict[str, Any]],
+    due: _Actions,
+    measure: Callable[[Member, _Actions], dict[str, Any]],
     *,
     tokens: int,
     last: bool,
@@ -239,7 +239,7 @@ def _log(
     progress = member.progress
     row: dict[str, Any] = {"step": progress.step, "tokens": tokens} | (figures if due.logs else {})
     row |= measure(member, due)
-    if due.logs or due.evaluates or due.studies:
+    if due.logs or due.evaluates or due.takes_statistics:
         for tracker in member.trackers:
             tracker.log(row)
     if not due.evaluates:
@@ -280,9 +280,9 @@ def _probe(programs: Programs, progress: Progress, probes: Sequence[Probe]) -> d
     return {name: progress.measured[name] for name in found}
 
 
-def _study(programs: Programs, progress: Progress, windows: Sequence[Windows]) -> dict[str, float | None]:
+def _attention(programs: Programs, progress: Progress, windows: Sequence[Windows]) -> dict[str, float | None]:
     state = progress.state
-    study = programs.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(windows))
-    found = {name: finite_or_none(value) for name, value in statistics_row(study).items()}
+    each = programs.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(windows))
+    found = {name: finite_or_none(value) for name, value in statistics_row(each).items()}
     progress.measured |= found
     return found

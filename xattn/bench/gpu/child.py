@@ -43,11 +43,11 @@ def main(task: str, findings: Path) -> None:
     settings = Settings(Path(given["scratch"]), device, peer, given["peer_python"])
     check = Check(given["name"], "", 0, given["function"], given["arguments"])
     with findings.open("a", encoding="utf-8") as file:
-        outcome, reason = _carry_out(check, settings, file)
+        outcome, reason = _run(check, settings, file)
         _write(file, {"outcome": outcome, "reason": reason})
 
 
-def _carry_out(check: Check, settings: Settings, file: TextIO) -> tuple[str, str]:
+def _run(check: Check, settings: Settings, file: TextIO) -> tuple[str, str]:
     missed = []
     try:
         for finding in check.load()(settings, **check.arguments):

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = _chosen(options.only, CHECKS if options.compile_only is None else compiled_checks())
     session = Session(options, began, chosen)
     with _signals():
-        session.carry_out()
+        session.run()
     return 1 if any(result.is_bad for result in session.results.values()) else 0
 
 
@@ -109,7 +109,7 @@ class Session:
         self._facts = {"versions": versions(), **dict(zip(("git_commit", "git_dirty"), git_state(), strict=True))}
         self.results = {check.name: _not_yet(check) for check in self.chosen}
 
-    def carry_out(self) -> None:
+    def run(self) -> None:
         """Make the checks, keep the record where that is asked for, and print what was found."""
         status = "interrupted"
         try:
