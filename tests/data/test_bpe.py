@@ -256,7 +256,7 @@ def test_a_tokenizer_with_crlf_is_kept_to_the_byte(tmp_path: Path) -> None:
     text = json.dumps(json.loads(train_bpe(iter(TEXTS), 300)), indent=1).replace("\n", "\r\n")
     (tmp_path / "crlf.json").write_bytes(text.encode())
     config = text_config(path=str(tmp_path / "text"), tokenizer=str(tmp_path / "crlf.json"))
-    data = load_data(config, context_length=8, batch_size=2, windows=2, seed=0)
+    data = load_data(config, context_length=8, batch_size=2, sequences=2, seed=0)
     assert data.tokenizer_json is not None
     write_atomically(tmp_path / run_folder.TOKENIZER, data.tokenizer_json)
     assert b"\r\n" in (tmp_path / run_folder.TOKENIZER).read_bytes()

@@ -15,6 +15,7 @@ from pydantic import Field, SerializeAsAny
 from pydantic.fields import FieldInfo
 
 from xattn.config.groups import check_folders, choices_in, search_path
+from xattn.config.renamed import arguments_under_new_names, read_old_names
 from xattn.data.config import DataConfig, data_kinds
 from xattn.evaluation.config import EvaluationConfig
 from xattn.model.config import BackendConfig, ModelConfig
@@ -92,6 +93,8 @@ def composed(arguments: Sequence[str], *, with_hydra: bool = False) -> DictConfi
     """Compose overrides, with any ``--config-dir`` among them. Raises :data:`COMPOSITION_ERRORS`."""
     check_folders(arguments)
     config_type()
+    read_old_names()
+    arguments = arguments_under_new_names(arguments)
     overrides = [argument for argument in arguments if not argument.startswith("--config-dir=")]
     if not any(override.startswith("hydra.searchpath=") for override in overrides):
         overrides += search_path(arguments)

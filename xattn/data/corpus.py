@@ -45,7 +45,7 @@ class Part:
     train: Ids
     validation: Ids
     weight: float = 1.0
-    """The part's share of the windows."""
+    """The part's share of the sequences."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def load_corpus(
 
     tokenizer: replaces the config's own.
 
-    Raises :class:`BadInput` for what is missing, unreadable, or too short for one window of context_length tokens and
+    Raises :class:`BadInput` for what is missing, unreadable, or too short for one sequence of context_length tokens and
     their successors in each split. Raises :class:`Preempted` if ``stop()`` becomes true during tokenisation.
     """
     if isinstance(config, MemmapConfig):

@@ -56,7 +56,7 @@ def read_inputs(run: Run, layout: Layout, stop: Callable[[], bool]) -> Inputs:
             config.data,
             context_length=config.backend.context_length,
             batch_size=config.trainer.batch_size,
-            windows=config.evaluation.windows,
+            sequences=config.evaluation.sequences,
             seed=config.seed,
             say=run.display.say,
             stop=stop,
