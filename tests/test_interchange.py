@@ -20,6 +20,7 @@ import xattn
 from xattn.cli import main
 from xattn.commands.interchange import _flat, _write, from_llama, llama_config, to_llama
 from xattn.config import Config, compose, hashed_values, load, run_name, save
+from xattn.data.batches import Batching
 from xattn.data.bpe import train_bpe
 from xattn.data.run_data import load_data
 from xattn.data.tokenizer import IdTokenizer
@@ -473,7 +474,7 @@ def test_a_published_llama_is_evaluated_and_trained_on(
     """Its loss on held-out text is the formula's, `xattn evaluate FOLDER` and a run that has hardly moved say so; and a
     run that is stopped and resumed ends with the bits of one that was not, without the weights it started from."""
     config = started(of_bytes, text_file, "optimizer.learning_rate=1e-12")
-    data = load_data(config.data, context_length=16, batch_size=4, sequences=8, seed=0)
+    data = load_data(config.data, Batching(context_length=16, batch_size=4, sequences=8, seed=0))
     losses = []
     for batch in data.held_out:
         logits = llama(of_bytes, batch.inputs)

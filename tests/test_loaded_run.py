@@ -163,7 +163,7 @@ def test_a_task_is_evaluated_with_other_sequences(tmp_path: Path) -> None:
     small = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
     small += ["backend.context_length=8", "evaluation.sequences=9"]
     config = compose([*small, "data=copying", "data.vocab_size=16"])
-    data = load_data(config.data, context_length=8, batch_size=config.trainer.batch_size, sequences=9, seed=config.seed)
+    data = load_data(config.data, config.batching)
     model, hyper = LanguageModel(config.model, config.backend, 16), hyperparameters(config).model
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
     opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, data.tokenizer, 0)

@@ -16,6 +16,7 @@ import pytest
 import xattn
 from xattn.backend import activations
 from xattn.cli import main
+from xattn.data.batches import Batching
 from xattn.data.run_data import load_data
 from xattn.errors import BadInput
 from xattn.model.loss import next_token_losses
@@ -74,9 +75,7 @@ def test_at_another_length_n_stays_that_of_training(run: Path, monkeypatch: pyte
     monkeypatch.setattr(activations, "_TABLE", dict(activations._TABLE))
     runpy.run_path(str(EXAMPLE))
     loaded = xattn.load(run)
-    data = load_data(
-        loaded.config.data, context_length=8, batch_size=8, sequences=8, seed=0, tokenizer=None, say=lambda text: None
-    )
+    data = load_data(loaded.config.data, Batching(context_length=8, batch_size=8, sequences=8, seed=0))
     (batch,) = data.held_out
     losses = next_token_losses(loaded.logits(batch.inputs), np.asarray(batch.targets))
     expected = float(np.sum(losses * batch.weights) / batch.weights.sum())

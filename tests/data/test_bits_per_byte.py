@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from xattn.data import corpus as corpora, documents
+from xattn.data.batches import Batching
 from xattn.data.bpe import train_bpe
 from xattn.data.cache import Tokens
 from xattn.data.corpus import load_corpus
@@ -86,7 +87,7 @@ def data_of(folder: Path, content: bytes, tokenizer: str, said: list[str] | None
     (folder / "t.json").write_text(tokenizer)
     config = text_config(path=str(folder / "text.txt"), tokenizer=str(folder / "t.json"), **values)
     say = (said if said is not None else []).append
-    return load_data(config, context_length=8, batch_size=4, sequences="all", seed=0, say=say)
+    return load_data(config, Batching(context_length=8, batch_size=4, sequences="all", seed=0), say=say)
 
 
 def scored_tokens(data: RunData) -> int:
@@ -192,7 +193,7 @@ def test_ids_that_decode_to_nothing_have_no_bits_per_byte(tmp_path: Path) -> Non
     (tmp_path / "t.json").write_text(word_pieces())
     np.zeros(400, "<u2").tofile(tmp_path / "ids.bin")
     config = memmap_config(path=str(tmp_path / "ids.bin"), vocab_size=300, tokenizer=str(tmp_path / "t.json"))
-    data = load_data(config, context_length=8, batch_size=4, sequences="all", seed=0)
+    data = load_data(config, Batching(context_length=8, batch_size=4, sequences="all", seed=0))
     assert data.bytes_per_token() is None
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from xattn.data.batches import ALL_ROWS
+from xattn.data.batches import ALL_ROWS, Batching
 from xattn.data.run_data import RunData, load_data
 from xattn.data.tokenizer import TextTokenizer
 
 from .configs import memmap_config, text_config
 
 DOCUMENTS = [f"{i} times {i} is {i * i}" for i in range(200)]
-SIZES = {"context_length": 32, "batch_size": 3, "seed": 0}
+BATCHING = Batching(context_length=32, batch_size=3, sequences="all", seed=0)
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def jsonl(tmp_path: Path) -> str:
 
 
 def data_of(path: str, **values: object) -> RunData:
-    return load_data(text_config(path=path, **values), sequences="all", **SIZES)  # type: ignore[arg-type]
+    return load_data(text_config(path=path, **values), BATCHING)
 
 
 def scored_text(data: RunData) -> str:
@@ -78,7 +79,7 @@ def test_only_packed_sequences_have_segments_and_they_begin_at_the_border(jsonl:
 def test_packed_memmaps_take_their_border_from_the_config(tmp_path: Path) -> None:
     np.arange(600, dtype="<u2").__mod__(7).tofile(tmp_path / "ids.bin")
     config = memmap_config(path=str(tmp_path / "ids.bin"), vocab_size=7, documents="packed", end_of_text=5)
-    data = load_data(config, sequences=2, **SIZES)  # type: ignore[arg-type]
+    data = load_data(config, replace(BATCHING, sequences=2))
     batch = data.batch(2, ALL_ROWS)
     np.testing.assert_array_equal(batch.segment_ids, np.cumsum(batch.tokens[:, :-1] == 5, axis=1))
     assert data.bytes_per_token() is None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from xattn.config import Config, compose
-from xattn.data.batches import Batch
+from xattn.data.batches import Batch, Batching
 from xattn.data.config import tasks
 from xattn.data.run_data import RunData, load_data
 from xattn.errors import BadInput
@@ -37,7 +37,7 @@ def setting(text_file: Any, *overrides: str) -> tuple[Config, RunData]:
         [] if any(override.startswith("data=") for override in overrides) else ["data=text", f"data.path={text_file}"]
     )
     config = compose([*TINY, f"backend.context_length={S}", "evaluation.sequences=6", *data, *overrides])
-    return config, load_data(config.data, context_length=S, batch_size=4, sequences=6, seed=0)
+    return config, load_data(config.data, Batching(context_length=S, batch_size=4, sequences=6, seed=0))
 
 
 def probes_of(config: Config, data: RunData) -> list[Probe]:
@@ -165,7 +165,7 @@ def test_what_leaves_no_room_is_refused(text_file: Any, tmp_path: Any) -> None:
     with pytest.raises(BadInput, match=r"evaluation\.probes.*nothing"):
         compose(["evaluation.probes=[nothing]"])
     with pytest.raises(BadInput, match=r"evaluation\.sequences = all: data=mqar has no end"):
-        load_data(compose(["data=mqar"]).data, context_length=64, batch_size=4, sequences="all", seed=0)
+        load_data(compose(["data=mqar"]).data, Batching(context_length=64, batch_size=4, sequences="all", seed=0))
 
 
 def test_an_untrained_model_knows_nothing(text_file: Any) -> None:

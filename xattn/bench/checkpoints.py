@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.repeats < 1 or not 1 <= options.every <= options.steps:
         parser.error("--repeats is at least 1, and --every from 1 to --steps")
     config = compose(options.overrides)
-    data = load_data(
-        config.data,
-        context_length=config.backend.context_length,
-        batch_size=config.trainer.batch_size,
-        sequences=1,
-        seed=config.seed,
-    )
+    data = load_data(config.data, replace(config.batching, sequences=1))
     compiled, _ = programs(config, data.tokenizer.vocab_size, optional=data.optional)
     pairs, blocking, in_all = [], list[float](), list[float]()
     with tempfile.TemporaryDirectory() as scratch, Prefetch(data.batch) as batch:

@@ -93,13 +93,7 @@ def measure(config: Config) -> dict[str, Any]:
 
     def load() -> tuple[RunData, float]:
         began = time.perf_counter()
-        data = load_data(
-            config.data,
-            context_length=config.backend.context_length,
-            batch_size=config.trainer.batch_size,
-            sequences=config.evaluation.sequences,
-            seed=config.seed,
-        )
+        data = load_data(config.data, config.batching)
         return data, time.perf_counter() - began
 
     corpus_tokenizer.train_bpe = timed  # type: ignore[assignment]

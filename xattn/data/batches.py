@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 
 ALL_ROWS = slice(None)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """What batches a run takes of its data."""
+
+    context_length: int
+    batch_size: int
+    sequences: int | Literal["all"]
+    """Number of held-out sequences to score."""
+    seed: int
+    """Seed of the order of the training batches."""
 
 
 class Batch(NamedTuple):

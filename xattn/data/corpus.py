@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from xattn.data.batches import Ids
-from xattn.data.cache import Tokens, stored_tokens
+from xattn.data.cache import Content, Tokens, stored_tokens
 from xattn.data.config import (
     DataConfig,
     HFConfig,
@@ -218,15 +218,14 @@ def _ids(
     files = {file: number for number, file in enumerate(dict.fromkeys(piece.file for piece in pieces))}
     cuts = [[(files[piece.file], piece.start, piece.end) for piece in shard] for shard in shards]  # numbers, not names
     key = json.dumps([FORMAT, version, digest, tokenizer.sha256(), tokenizer.end_of_text, cuts])
-    return stored_tokens(
-        hashlib.sha256(key.encode()).hexdigest()[:32],
-        len(shards),
-        lambda number: _encode(source, shards[number], tokenizer),
-        dtype,
-        tokenizer.sizes,
-        say=say,
-        stop=stop,
+    content = Content(
+        key=hashlib.sha256(key.encode()).hexdigest()[:32],
+        shards=len(shards),
+        encode=lambda number: _encode(source, shards[number], tokenizer),
+        dtype=dtype,
+        sizes_of=tokenizer.sizes,
     )
+    return stored_tokens(content, say=say, stop=stop)
 
 
 def _grouped(pieces: Sequence[Chunk]) -> list[list[Chunk]]:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
 from xattn.data.batches import (
     Batch,
     Batches,
+    Batching,
     HeldOutBatches,
     MixtureBatches,
     TrainingBatches,
@@ -84,22 +85,20 @@ class RunData:
 
 def load_data(
     config: DataConfig,
+    batching: Batching,
     *,
-    context_length: int,
-    batch_size: int,
-    sequences: int | Literal["all"],
-    seed: int,
     tokenizer: TextTokenizer | None = None,
     say: Callable[[str], None] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RunData:
     """Read the data, the same way every time.
 
-    sequences: number of held-out sequences to score. tokenizer: replaces the config's own. Raises :class:`BadInput` for
-    what cannot be used, and :class:`Preempted` if ``stop()`` becomes true during tokenisation.
+    tokenizer: replaces the config's own. Raises :class:`BadInput` for what cannot be used, and :class:`Preempted` if
+    ``stop()`` becomes true during tokenisation.
     """
     if isinstance(config, Task):
-        return _task_data(config, context_length, batch_size, sequences, seed)
+        return _task_data(config, batching)
+    context_length, batch_size, seed = batching.context_length, batching.batch_size, batching.seed
     corpus = load_corpus(config, context_length, tokenizer=tokenizer, say=say, stop=stop)
     parts, weights = corpus.parts, [part.weight for part in corpus.parts]
     packed_at = None
@@ -107,7 +106,8 @@ def load_data(
         packed_at = corpus.end_of_text
     sizes: _Sizes = {"context_length": context_length, "batch_size": batch_size, "packed_at": packed_at}
     batches = [TrainingBatches(part.train, seed=seed, **sizes) for part in parts]
-    counts = ["all" for _ in parts] if sequences == "all" else np.maximum(shares(weights, sequences), 1).tolist()
+    number = batching.sequences
+    counts = ["all" for _ in parts] if number == "all" else np.maximum(shares(weights, number), 1).tolist()
     scored = [
         (part.validation, sequence_starts(part.validation, context_length, count))
         for part, count in zip(parts, counts, strict=True)
@@ -182,14 +182,13 @@ def as_documents(tokenizer: TextTokenizer, config: Tokenised) -> TextTokenizer:
     return tokenizer
 
 
-def _task_data(
-    config: Task, context_length: int, batch_size: int, sequences: int | Literal["all"], seed: int
-) -> RunData:
-    if sequences == "all":
+def _task_data(config: Task, batching: Batching) -> RunData:
+    if batching.sequences == "all":
         raise BadInput(f"evaluation.sequences = all: data={config.name} has no end; give a number")
+    context_length, batch_size = batching.context_length, batching.batch_size
     config.check(context_length)
-    batch = TaskBatches(config, context_length, batch_size, seed)
-    scored = evaluation_examples(config, context_length=context_length, number=sequences).batch
+    batch = TaskBatches(config, context_length, batch_size, batching.seed)
+    scored = evaluation_examples(config, context_length=context_length, number=batching.sequences).batch
     # A task reads no files. Hash what the generator makes from this config, which also depends on NumPy's version.
     made = hashlib.sha256()
     for array in (*TaskBatches(config, context_length, 1, seed=0)(0), *scored):

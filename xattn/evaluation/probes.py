@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from xattn import registry
 from xattn.backend.activations import activation
-from xattn.data.batches import Batch, in_batches
+from xattn.data.batches import Batch, Batching, in_batches
 from xattn.data.config import DataConfig, tasks
 from xattn.data.run_data import RunData, load_data
 from xattn.data.task import Task, evaluation_examples, measures
@@ -188,10 +188,7 @@ def _extrapolation(scene: Scene) -> list[Probe]:
         # Deliberately independent of evaluation.sequences: these are a few long ones.
         held_out = load_data(
             scene.data,
-            context_length=longest,
-            batch_size=scene.rows,
-            sequences=LONG_SEQUENCES,
-            seed=0,
+            Batching(context_length=longest, batch_size=scene.rows, sequences=LONG_SEQUENCES, seed=0),
             tokenizer=tokenizer if isinstance(tokenizer, TextTokenizer) else None,
         ).held_out
     except BadInput as error:

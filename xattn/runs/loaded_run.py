@@ -198,14 +198,7 @@ class LoadedRun:
             if isinstance(trained, Tokenised) and "data.documents" not in given:
                 data_config = data_config.model_copy(update={"documents": trained.documents})
             tokenizer = as_documents(self.tokenizer, data_config)
-        data = load_data(
-            data_config,
-            context_length=config.backend.context_length,
-            batch_size=batch_size,
-            sequences=config.evaluation.sequences,
-            seed=config.seed,
-            tokenizer=tokenizer,
-        )
+        data = load_data(data_config, config.batching, tokenizer=tokenizer)
         if not any(key.startswith("data") for key in given):
             _check_data(self, data)
         # With fewer tokens, the text uses a subset of the model's: the model was trained with end-of-text tokens.
@@ -239,13 +232,7 @@ class LoadedRun:
 def _check_data(run: LoadedRun, data: RunData) -> None:
     """Raise :class:`IntegrityError` if the data are not those that the run began with."""
     if isinstance(own := run.config.data, Task):  # its hash is over the sequences that the run itself scores
-        data = load_data(
-            own,
-            context_length=run.config.backend.context_length,
-            batch_size=run.config.trainer.batch_size,
-            sequences=run.config.evaluation.sequences,
-            seed=run.config.seed,
-        )
+        data = load_data(own, run.config.batching)
     before = run_folder.read_provenance(run.path) or {}
     if (began_with := before.get("data_sha256")) in (None, data.sha256):
         return
