@@ -197,7 +197,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copy the study of golden runs, with their text, below the current folder; each has 4 steps and 4 windows."""
+    """Copy the study of golden runs, with their text, below the current folder; each is of 4 steps."""
     golden = Path(__file__).resolve().parent / "golden" / "runs"
     shutil.copy(golden / "text.txt", tmp_path)
     for config in golden.glob("*/config.yaml"):

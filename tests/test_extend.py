@@ -16,7 +16,7 @@ PAGE = (ROOT / "docs" / "extend.md").read_text("utf-8")
 FILES = ["backend/steep.yaml", "experiment/steep_and_gated.yaml", "data/book.yaml"]
 TINY = [
     *("trainer=debug", "trainer.steps=2", "trainer.eval_every=2", "tracking.wandb.mode=disabled"),
-    *("evaluation.windows=4", "backend.context_length=16", "model.embedding_dim=16", "model.num_layers=1"),
+    *("evaluation.sequences=4", "backend.context_length=16", "model.embedding_dim=16", "model.num_layers=1"),
     *("model.num_heads=2", "model.mlp_dim=16"),
 ]
 pytestmark = pytest.mark.slow

@@ -20,6 +20,7 @@ import xattn
 from xattn.cli import main
 from xattn.commands.interchange import _flat, _write, from_llama, llama_config, to_llama
 from xattn.config import Config, compose, hashed_values, load, run_name, save
+from xattn.data.batches import Batching
 from xattn.data.bpe import train_bpe
 from xattn.data.run_data import load_data
 from xattn.data.tokenizer import IdTokenizer
@@ -442,7 +443,7 @@ def started(folder: Path, text_file: Path, *overrides: str) -> Config:
                 "trainer.steps=4",
                 "model.layers=scanned",
                 "trainer.batch_size=4",
-                "evaluation.windows=8",
+                "evaluation.sequences=8",
             ),
             *("optimizer.learning_rate=1e-2", "tracking.wandb.mode=disabled", *overrides),
         ]
@@ -473,14 +474,14 @@ def test_a_published_llama_is_evaluated_and_trained_on(
     """Its loss on held-out text is the formula's, `xattn evaluate FOLDER` and a run that has hardly moved say so; and a
     run that is stopped and resumed ends with the bits of one that was not, without the weights it started from."""
     config = started(of_bytes, text_file, "optimizer.learning_rate=1e-12")
-    data = load_data(config.data, context_length=16, batch_size=4, windows=8, seed=0)
+    data = load_data(config.data, Batching(context_length=16, batch_size=4, sequences=8, seed=0))
     losses = []
-    for windows in data.windows:
-        logits = llama(of_bytes, windows.inputs)
-        of_target = np.take_along_axis(logits, windows.targets[..., None], axis=-1)[..., 0]
-        losses.append((np.log(np.exp(logits).sum(-1)) - of_target)[windows.weights > 0])
+    for batch in data.held_out:
+        logits = llama(of_bytes, batch.inputs)
+        of_target = np.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+        losses.append((np.log(np.exp(logits).sum(-1)) - of_target)[batch.weights > 0])
     loss = float(np.concatenate(losses).mean())
-    overrides = ["data=text", f"data.path={text_file}", "evaluation.windows=8", "backend.context_length=16"]
+    overrides = ["data=text", f"data.path={text_file}", "evaluation.sequences=8", "backend.context_length=16"]
     assert main(["evaluate", str(of_bytes), *overrides, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert run(config, tmp_path / "still", quiet=True) == ExitCode.DONE

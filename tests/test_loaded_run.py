@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
             "tracking.wandb.mode=disabled",
         ),
         *("model.embedding_dim=16", "model.num_heads=2", "model.num_layers=1", "model.mlp_dim=16"),
-        *("evaluation.windows=10", "evaluation.probes=[in_context,mqar]", "optimizer.learning_rate=1e-2"),
+        *("evaluation.sequences=10", "evaluation.probes=[in_context,mqar]", "optimizer.learning_rate=1e-2"),
     ]
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert run(compose(overrides), folder, overrides, quiet=True) == 0
@@ -115,7 +115,7 @@ def test_evaluating_again_gives_the_summarys_figures(trained: Path, capsys: pyte
 def test_a_saved_evaluation_is_a_line_of_its_own(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = trained / "evaluations.jsonl"
     file.write_text('{"step": 1')  # a line that was cut short
-    override = "evaluation.windows=3"
+    override = "evaluation.sequences=3"
     shown = []
     for again in (False, True):
         code, out, err = told(capsys, "evaluate", str(trained), override, "--save", "--json")
@@ -129,7 +129,7 @@ def test_a_saved_evaluation_is_a_line_of_its_own(trained: Path, capsys: pytest.C
     assert (row["step"], row["overrides"]) == (6, [override])
     assert row["results"]["val_loss"] != json.loads((trained / "summary.json").read_text())["val_loss"]
     file.unlink()
-    assert told(capsys, "evaluate", str(trained), "evaluation.windows=0", "--save")[0] == 2
+    assert told(capsys, "evaluate", str(trained), "evaluation.sequences=0", "--save")[0] == 2
     assert not file.exists()
 
 
@@ -158,20 +158,21 @@ def test_attention_statistics_are_those_of_training(trained: Path, capsys: pytes
     assert len(found) == sum(key.startswith("attention/") for key in summary) > 0
 
 
-def test_a_task_is_evaluated_with_other_windows(tmp_path: Path) -> None:
-    """The hash of a task's data is of the windows that the run itself scores: others are not other data."""
+def test_a_task_is_evaluated_with_other_sequences(tmp_path: Path) -> None:
+    """The hash of a task's data is of the sequences that the run itself scores: others are not other data."""
     small = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
-    config = compose([*small, "data=copying", "data.vocab_size=16", "backend.context_length=8", "evaluation.windows=9"])
-    data = load_data(config.data, context_length=8, batch_size=config.trainer.batch_size, windows=9, seed=config.seed)
+    small += ["backend.context_length=8", "evaluation.sequences=9"]
+    config = compose([*small, "data=copying", "data.vocab_size=16"])
+    data = load_data(config.data, config.batching)
     model, hyper = LanguageModel(config.model, config.backend, 16), hyperparameters(config).model
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
     opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, data.tokenizer, 0)
     (tmp_path / "provenance.json").write_text(json.dumps({"data_sha256": data.sha256}))
-    for overrides in ([], ["evaluation.windows=4"], ["backend.context_length=16"]):
+    for overrides in ([], ["evaluation.sequences=4"], ["backend.context_length=16"]):
         assert opened.evaluate(overrides)["val_loss"] is not None
     (tmp_path / "provenance.json").write_text(json.dumps({"data_sha256": "other"}))
     with pytest.raises(IntegrityError, match="the data are not those"):
-        opened.evaluate(["evaluation.windows=4"])
+        opened.evaluate(["evaluation.sequences=4"])
 
 
 def test_another_corpus_and_another_length(loaded: xattn.LoadedRun, tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_another_corpus_and_another_length(loaded: xattn.LoadedRun, tmp_path: Pa
     text = tmp_path / "other.txt"
     text.write_text("to be or not to be, that is the question: " * 30)
     held_out = text.read_bytes()[-500:]
-    data = [f"data.path={text}", f"data.validation_fraction={500 / text.stat().st_size}", "evaluation.windows=all"]
+    data = [f"data.path={text}", f"data.validation_fraction={500 / text.stat().st_size}", "evaluation.sequences=all"]
     overrides = ["evaluation.probes=[]", "backend.context_length=40", *data]
 
     def expected(bias: float) -> float:
@@ -221,7 +222,7 @@ def test_documents_are_the_runs_own_unless_they_are_given(tmp_path: Path) -> Non
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"document {i} of some"}) for i in range(60)))
     small = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
-    config = compose([*small, "data.documents=separated", "backend.context_length=8", "evaluation.windows=9"])
+    config = compose([*small, "data.documents=separated", "backend.context_length=8", "evaluation.sequences=9"])
     model, hyper = LanguageModel(config.model, config.backend, 257), hyperparameters(config).model
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
     opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, ByteTokenizer(end_of_text=True), 0)
@@ -235,7 +236,7 @@ def test_a_kind_of_layers_inherits_a_bias_that_is_given_and_keeps_one_of_its_own
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question\n" * 20)
     small = ["model.num_layers=2", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
-    small += ["backend.context_length=8", "evaluation.windows=4", "data=text", f"data.path={text}", "backend=sigmoid"]
+    small += ["backend.context_length=8", "evaluation.sequences=4", "data=text", f"data.path={text}", "backend=sigmoid"]
 
     def opened(then: str) -> xattn.LoadedRun:
         config = compose([*small, "backend.every=2", f"backend.then={{{then}}}"])
@@ -263,7 +264,7 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
     model, hyper = LanguageModel(config.model, config.backend, 270), hyperparameters(config).model
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
     opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, tokenizer, 0)
-    found = opened.evaluate([f"data.path={text}", "data.validation_fraction=0.5", "evaluation.windows=all"])
+    found = opened.evaluate([f"data.path={text}", "data.validation_fraction=0.5", "evaluation.sequences=all"])
 
     ids = tokenizer.encode(text.read_text())
     held_out = ids[len(ids) - len(ids) // 2 :]
@@ -271,10 +272,10 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
     forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens, hyper))
     nats = 0.0
     for start in range(0, len(held_out) - 1, 8):
-        window = held_out[start : start + 9]
-        logits = np.asarray(forward(np.resize(window[:-1], (1, 8)))[0, : len(window) - 1], np.float64)
+        sequence = held_out[start : start + 9]
+        logits = np.asarray(forward(np.resize(sequence[:-1], (1, 8)))[0, : len(sequence) - 1], np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        nats -= log_p[np.arange(len(window) - 1), window[1:]].sum()
+        nats -= log_p[np.arange(len(sequence) - 1), sequence[1:]].sum()
     assert found["val_loss"] == pytest.approx(nats / (len(held_out) - 1), rel=1e-5)
     size = len(tokenizer.decode(held_out[1:]).encode())
     assert found["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
@@ -287,8 +288,8 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
     [
         (["evaluate", "RUN", "model.num_layers=2"], "model.num_layers=2: cannot be changed here"),
         (["evaluate", "RUN", "modle=nano"], "modle=nano: no such key (did you mean model"),
-        (["evaluate", "RUN", "evaluation.windows=0"], "evaluation.windows = 0"),
-        (["evaluate", "RUN", "evaluation.widows=3"], "did you mean evaluation.windows"),
+        (["evaluate", "RUN", "evaluation.sequences=0"], "evaluation.sequences = 0"),
+        (["evaluate", "RUN", "evaluation.widows=3"], "did you mean evaluation.sequences"),
         (["evaluate", "RUN", "evaluation.probes=[nothing]"], "evaluation.probes"),
         (["evaluate", "RUN", "data.path=/nowhere/at.all"], "data.path = '/nowhere/at.all': no such file"),
         (

@@ -36,7 +36,7 @@ def tiny(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     monkeypatch.chdir(tmp_path)
     return [
         *("trainer=debug", "trainer.steps=4", "trainer.log_every=2", "trainer.eval_every=4"),
-        *("data=text", f"data.path={text_file}", "backend.context_length=16", "evaluation.windows=8"),
+        *("data=text", f"data.path={text_file}", "backend.context_length=16", "evaluation.sequences=8"),
         *("model.embedding_dim=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16"),
         "tracking.wandb.mode=disabled",
     ]
@@ -70,7 +70,7 @@ def test_a_run_is_trained_once_and_opened(tiny: list[str], tmp_path: Path, capsy
     assert "done already, at step 4" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in run.path.glob("*.json*")} == state
 
-    more = xattn.train([*tiny, "evaluation.windows=6"], quiet=True)
+    more = xattn.train([*tiny, "evaluation.sequences=6"], quiet=True)
     assert more.path == run.path, "it is the same training"
     assert [folder.name for folder in run.path.parent.iterdir()] == [run.path.name]
     assert capsys.readouterr() == ("", "")

@@ -23,7 +23,7 @@ from xattn.runs import provenance
 from xattn.runs.desk import run
 
 TINY = [
-    *("trainer=debug", "trainer.steps=3", "trainer.log_every=1", "trainer.eval_every=3", "evaluation.windows=4"),
+    *("trainer=debug", "trainer.steps=3", "trainer.log_every=1", "trainer.eval_every=3", "evaluation.sequences=4"),
     *("backend.context_length=16", "model.embedding_dim=16", "model.num_layers=1", "model.num_heads=2"),
     *("model.mlp_dim=16", "tracking.wandb.mode=disabled"),
 ]

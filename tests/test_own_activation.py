@@ -14,6 +14,7 @@ import xattn
 from tests import processes
 from xattn.backend import activations
 from xattn.cli import main
+from xattn.data.batches import Batching
 from xattn.data.run_data import load_data
 from xattn.errors import BadInput
 from xattn.model.loss import next_token_losses
@@ -35,7 +36,7 @@ def start(program: Path, *arguments: str, cwd: Path) -> str:
 def tiny(text_file: Path) -> list[str]:
     return [
         *("trainer=debug", "trainer.steps=4", "trainer.checkpoint_every=2", "tracking.wandb.mode=disabled"),
-        *("data=text", f"data.path={text_file}", "evaluation.windows=8", "backend.context_length=16"),
+        *("data=text", f"data.path={text_file}", "evaluation.sequences=8", "backend.context_length=16"),
         *("model.embedding_dim=16", "model.num_layers=2", "model.num_heads=2", "model.mlp_dim=16"),
     ]
 
@@ -62,16 +63,14 @@ def test_it_is_computed_sampled_evaluated_and_reported(run: Path) -> None:
 
 
 def test_at_another_length_n_stays_that_of_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """relu divides by n: windows of half the length are scored by the same weights, as sigmoid's bias is kept."""
+    """relu divides by n: sequences of half the length are scored by the same weights, as sigmoid's bias is kept."""
     monkeypatch.setattr(activations, "_TABLE", dict(activations._TABLE))
     runpy.run_path(str(EXAMPLE))
     loaded = xattn.load(run)
-    data = load_data(
-        loaded.config.data, context_length=8, batch_size=8, windows=8, seed=0, tokenizer=None, say=lambda text: None
-    )
-    (windows,) = data.windows
-    losses = next_token_losses(loaded.logits(windows.inputs), np.asarray(windows.targets))
-    expected = float(np.sum(losses * windows.weights) / windows.weights.sum())
+    data = load_data(loaded.config.data, Batching(context_length=8, batch_size=8, sequences=8, seed=0))
+    (batch,) = data.held_out
+    losses = next_token_losses(loaded.logits(batch.inputs), np.asarray(batch.targets))
+    expected = float(np.sum(losses * batch.weights) / batch.weights.sum())
     assert loaded.evaluate(["backend.context_length=8"])["val_loss"] == pytest.approx(expected, rel=1e-4)
 
 

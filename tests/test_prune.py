@@ -30,7 +30,7 @@ from xattn.training.kept import DELETED, MANIFEST, SEAL, keep_only, refuse_what_
 
 TINY = [
     *("trainer=debug", "tracking.wandb.mode=disabled", "model.embedding_dim=16", "model.num_layers=1"),
-    *("model.num_heads=2", "model.mlp_dim=16", "backend.context_length=16", "evaluation.windows=8"),
+    *("model.num_heads=2", "model.mlp_dim=16", "backend.context_length=16", "evaluation.sequences=8"),
     *("trainer.steps=4", "trainer.eval_every=2", "trainer.log_every=2", "trainer.checkpoint_every=2"),
 ]
 
@@ -164,11 +164,11 @@ def test_a_run_without_parameters_answers_for_what_needs_none(golden: Path) -> N
         return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=changes)})
 
     said: list[str] = []
-    job = Job(asked(windows=3), golden.parent / xattn.config.run_name(asked(windows=3)))
+    job = Job(asked(sequences=3), golden.parent / xattn.config.run_name(asked(sequences=3)))
     assert answer(Trainings([job]).find(job), said.append) is None
     assert "trainer.keep=nothing" in said[-1]
     with pytest.raises(NotKept):
-        evaluate_once(golden, ["evaluation.windows=3"])
+        evaluate_once(golden, ["evaluation.sequences=3"])
     assert main(["runs", str(golden.parent)]) == 0
     assert main(["compare", str(golden)]) == 0
     for words in (["sample", str(golden)], ["evaluate", str(golden)], ["export", str(golden), "exported"]):

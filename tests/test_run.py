@@ -34,7 +34,7 @@ TINY = [
 
 @pytest.fixture
 def command(text_file: Path) -> list[str]:
-    return [*TINY, "data=text", f"data.path={text_file}", "evaluation.windows=8"]
+    return [*TINY, "data=text", f"data.path={text_file}", "evaluation.sequences=8"]
 
 
 def put_run(folder: Path, command: list[str], summary: dict[str, object]) -> None:
@@ -157,13 +157,13 @@ def test_a_run_of_one_thread_has_the_same_bits_on_any_number_of_cores(text_file:
     wide += [f"data.path={text_file}", "trainer.steps=2"]
     told = []
     for cores in ("one", "all"):
-        asked = [cores, str(tmp_path / cores), *TINY, *wide, "evaluation.windows=8"]
+        asked = [cores, str(tmp_path / cores), *TINY, *wide, "evaluation.sequences=8"]
         done = processes.run("-c", ON_ONE_THREAD, *asked, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.splitlines()[-2:])
     assert told[0][0] == told[1][0]
     assert told[0][1] == "trainer.threads = 2: this process has its threads already (1); start the run by itself"
-    # A finished run keeps the losses of its windows: nats and scored tokens, of which val_loss is the ratio.
+    # A finished run keeps the losses of its held-out sequences: nats and scored tokens, of which val_loss is the ratio.
     kept, found = (
         np.load(tmp_path / "all" / "artifacts" / "window_losses.npy"),
         run_folder.read_summary(tmp_path / "all"),

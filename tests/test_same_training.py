@@ -40,7 +40,7 @@ MEASURING = [
     "trainer.log_every=7",
     "trainer.eval_every=7",
     "trainer.attention_stats_every=7",
-    "evaluation.windows=7",
+    "evaluation.sequences=7",
     "evaluation.probes=[in_context]",
 ]
 
@@ -52,7 +52,7 @@ def _reads_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def typed(folder: Path, *overrides: str) -> list[str]:
     given = {override.partition("=")[0] for override in overrides}
-    before: list[str] = yaml.safe_load((folder / run_folder.OVERRIDES).read_text())
+    before = [keys.renamed(override) for override in yaml.safe_load((folder / run_folder.OVERRIDES).read_text())]
     return [*(override for override in before if override.partition("=")[0] not in given), *overrides]
 
 
@@ -102,7 +102,7 @@ def test_a_run_that_rolls_back_is_another_with_other_evaluations() -> None:
     """Its best evaluation is a checkpoint, which it may go back to."""
     rolls = ["trainer=debug", "trainer.nonfinite=rollback"]
     assert identity(compose([*rolls, "trainer.eval_every=7"])) != identity(compose(rolls))
-    assert identity(compose([*rolls, "trainer.log_every=7", "evaluation.windows=7"])) == identity(compose(rolls))
+    assert identity(compose([*rolls, "trainer.log_every=7", "evaluation.sequences=7"])) == identity(compose(rolls))
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
@@ -156,11 +156,11 @@ def test_a_finished_run_of_the_same_training_is_found(tmp_path: Path) -> None:
         (["trainer.log_every=100"], [], []),
         (["trainer.log_every=3"], [], ["trainer.log_every=3"]),
         (["trainer.eval_every=5"], [], ["trainer.eval_every=5"]),
-        (["evaluation.windows=7"], ["evaluation.windows=7"], ["evaluation.windows=7"]),
-        (["evaluation.windows=7", "trainer.eval_every=20"], ["evaluation.windows=7"], []),
+        (["evaluation.sequences=7"], ["evaluation.sequences=7"], ["evaluation.sequences=7"]),
+        (["evaluation.sequences=7", "trainer.eval_every=20"], ["evaluation.sequences=7"], []),
         (["evaluation.probes=[]"], [], []),
-        (["evaluation.probes=[]", "evaluation.windows=7", "trainer.eval_every=20"],
-         ["evaluation.windows=7", "evaluation.probes=[]"], []),
+        (["evaluation.probes=[]", "evaluation.sequences=7", "trainer.eval_every=20"],
+         ["evaluation.sequences=7", "evaluation.probes=[]"], []),
         (["evaluation.probes=[in_context,copying]", "trainer.eval_every=20"],
          ["evaluation.probes=[copying,in_context]"], []),
         (["trainer.attention_stats_every=20"], ["trainer.attention_stats_every=20"], []),
@@ -181,11 +181,11 @@ def test_what_a_config_wants_beyond_a_run(
 
 def test_the_run_that_leaves_least_to_be_made_comes_first(tmp_path: Path) -> None:
     base = ["trainer=debug", "trainer.steps=20"]
-    for every, windows in ((3, 9), (5, 8), (5, 9)):
-        put(tmp_path, compose([*base, f"trainer.log_every={every}", f"evaluation.windows={windows}"]))
-    asked = compose([*base, "trainer.log_every=10", "evaluation.windows=9", "trainer.eval_every=20"])
+    for every, sequences in ((3, 9), (5, 8), (5, 9)):
+        put(tmp_path, compose([*base, f"trainer.log_every={every}", f"evaluation.sequences={sequences}"]))
+    asked = compose([*base, "trainer.log_every=10", "evaluation.sequences=9", "trainer.eval_every=20"])
     left = [(found.lacking, found.overrides) for found in find(tmp_path, asked)]
-    wants = ("evaluation.windows=9",)
+    wants = ("evaluation.sequences=9",)
     assert left == [((), ()), ((), wants), (("trainer.log_every=10",), ())]
 
 
@@ -264,7 +264,7 @@ def test_the_first_of_a_training_is_the_one_that_serves_the_others(tmp_path: Pat
 
 
 def test_what_is_wanted_is_measured_once_and_kept(outputs: Path) -> None:
-    config = compose(typed(RUNS[0], "evaluation.windows=3", "trainer.eval_every=3"))
+    config = compose(typed(RUNS[0], "evaluation.sequences=3", "trainer.eval_every=3"))
     said: list[str] = []
     for _ in range(2):
         found = find(outputs, config)
@@ -272,12 +272,12 @@ def test_what_is_wanted_is_measured_once_and_kept(outputs: Path) -> None:
     first, again = said[:3], said[3:]
     assert first[0].startswith(f"trained already in outputs/golden/{RUNS[0].name}: val_loss")
     assert "(since then changed: " in first[0]
-    assert first[1].startswith("measured now, with evaluation.windows=3: val_loss ")
-    assert first[2].startswith("rows before the last step need training (evaluation.windows=3, trainer.eval_every=3)")
+    assert first[1].startswith("measured now, with evaluation.sequences=3: val_loss ")
+    assert first[2].startswith("rows before the last step need training (evaluation.sequences=3, trainer.eval_every=3)")
     assert "resume=never" in first[2]
     assert again == [first[0], first[1].replace("now", "before"), first[2]]
     (row,) = stored_rows(outputs / RUNS[0].name)
-    assert (row["step"], row["overrides"]) == (4, ["evaluation.windows=3"])
+    assert (row["step"], row["overrides"]) == (4, ["evaluation.sequences=3"])
     folder, summary = answered(find(outputs, config)) or (None, {})
     assert folder == outputs / RUNS[0].name
     assert (
@@ -289,7 +289,7 @@ def test_what_is_wanted_is_measured_once_and_kept(outputs: Path) -> None:
 
 def test_data_or_checkpoints_that_are_not_what_they_were_are_no_answer(outputs: Path) -> None:
     """Then the config is trained, as it would be without that run; nothing is left in the run's folder."""
-    config = compose(typed(RUNS[0], "evaluation.windows=3"))
+    config = compose(typed(RUNS[0], "evaluation.sequences=3"))
     before = names(outputs / RUNS[0].name)
     text = Path("text.txt").read_text()
     Path("text.txt").write_text(text + " and more")
@@ -317,7 +317,7 @@ def test_a_request_to_stop_ends_a_measurement(outputs: Path, monkeypatch: pytest
     monkeypatch.setattr(same_training, "evaluate_once", interrupted)
     try:
         with pytest.raises(Preempted, match="the same command"):
-            answer(find(outputs, compose(typed(RUNS[0], "evaluation.windows=3"))), print)
+            answer(find(outputs, compose(typed(RUNS[0], "evaluation.sequences=3"))), print)
     finally:
         interruption.requested = False
 
@@ -402,35 +402,36 @@ def test_what_cannot_be_measured_ends_its_job_alone(
     """And a run whose data have changed since is no answer: the job is trained."""
 
     def refused(run: Path, overrides: Sequence[str], **options: Any) -> None:
-        raise IntegrityError("other data") if overrides == ("evaluation.windows=7",) else BadInput("does not fit")
+        raise IntegrityError("other data") if overrides == ("evaluation.sequences=7",) else BadInput("does not fit")
 
     monkeypatch.setattr(same_training, "evaluate_once", refused)
-    jobs = jobs_of(tmp_path, ["seed=0"], ["evaluation.windows=7"], ["evaluation.probes=[copying]"])
+    jobs = jobs_of(tmp_path, ["seed=0"], ["evaluation.sequences=7"], ["evaluation.probes=[copying]"])
     trained, start = trainer(tmp_path)
     outcomes = study.run_study(jobs, start)
-    assert trained == ["seed=0", "evaluation.windows=7"]
+    assert trained == ["seed=0", "evaluation.sequences=7"]
     assert [outcomes[job.folder] for job in jobs] == [ExitCode.DONE, ExitCode.DONE, ExitCode.BAD_INPUT]
     printed = capsys.readouterr()
     assert "xattn: does not fit" in printed.err
-    assert "windows=7: not taken from the same training: other data" in printed.out
+    assert "sequences=7: not taken from the same training: other data" in printed.out
 
 
 def test_other_machines_get_each_training_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is to be measured is measured there: this machine may have no device for it. A tuner's trials all go."""
-    jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10"], ["evaluation.windows=7"])
+    jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10"], ["evaluation.sequences=7"])
     launched: list[list[str]] = []
 
     def launch(now: Sequence[Job]) -> None:
         launched.append([job.overrides[0] for job in now])
         for job in now:
-            if job.overrides[0] == "evaluation.windows=7":  # the job has measured it
-                row = {"step": 20, "overrides": ["evaluation.windows=7"], "results": {"val_loss": 2.0, "val_bpb": 3.0}}
+            if job.overrides[0] == "evaluation.sequences=7":  # the job has measured it
+                results = {"val_loss": 2.0, "val_bpb": 3.0}
+                row = {"step": 20, "overrides": ["evaluation.sequences=7"], "results": results}
                 (jobs[0].folder / run_folder.EVALUATIONS).write_text(json.dumps(row) + "\n")
             else:
                 put(tmp_path, job.config)
 
     outcomes = study.run_study_elsewhere(jobs, launch)
-    assert launched == [["trainer.log_every=5"], ["evaluation.windows=7"]]
+    assert launched == [["trainer.log_every=5"], ["evaluation.sequences=7"]]
     assert outcomes == {job.folder: ExitCode.DONE for job in jobs}
     others = jobs_of(tmp_path / "tuned", ["trainer.log_every=5"], ["trainer.log_every=10"])
     handed: list[int] = []
@@ -469,7 +470,7 @@ def test_a_whole_study_is_evaluated(outputs: Path, capsys: pytest.CaptureFixture
     """A line a run; what a run's evaluations.jsonl has is not measured again; those that are not done are left out."""
     shutil.copytree(outputs / RUNS[0].name, outputs / "half")
     run_folder.write_summary(outputs / "half", {"status": "preempted", "step": 2})
-    words = ["evaluate", str(outputs), "evaluation.windows=3", "--save"]
+    words = ["evaluate", str(outputs), "evaluation.sequences=3", "--save"]
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert [Path(line.split()[0]).name for line in out.splitlines()] == [run.name for run in RUNS]
@@ -499,7 +500,7 @@ def test_a_run_that_fails_does_not_stop_the_others(outputs: Path, capsys: pytest
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 2
-    assert "did you mean evaluation.windows" in err
+    assert "did you mean evaluation.sequences" in err
     assert "2 more" in err
     for run in RUNS:
         run_folder.write_summary(outputs / run.name, {"status": "running", "step": 2})
@@ -530,15 +531,16 @@ def test_the_command_is_answered_from_the_study(outputs: Path, tmp_path: Path) -
     code, out = train(*typed(RUNS[0], "trainer.log_every=3"), stubs=tmp_path / "stubs")
     assert code == ExitCode.DONE, out
     assert f"trained already in outputs/golden/{RUNS[0].name}" in out
-    code, out = train(*typed(RUNS[0], "evaluation.windows=3"))
+    code, out = train(*typed(RUNS[0], "evaluation.sequences=3"))
     assert code == ExitCode.DONE, out
-    assert "measured now, with evaluation.windows=3" in out
-    code, out = train("-m", *typed(RUNS[0], "evaluation.windows=3", "trainer.log_every=2,4"), stubs=tmp_path / "stubs")
+    assert "measured now, with evaluation.sequences=3" in out
+    words = typed(RUNS[0], "evaluation.sequences=3", "trainer.log_every=2,4")
+    code, out = train("-m", *words, stubs=tmp_path / "stubs")
     assert code == ExitCode.DONE, out
-    assert out.count("measured before, with evaluation.windows=3") == 2
+    assert out.count("measured before, with evaluation.sequences=3") == 2
     assert names(outputs) == before
     Path("text.txt").unlink()
-    code, out = train(*typed(RUNS[0], "evaluation.windows=2"))
+    code, out = train(*typed(RUNS[0], "evaluation.sequences=2"))
     assert code == ExitCode.BAD_INPUT, out
     assert names(outputs) == before
 
@@ -546,7 +548,7 @@ def test_the_command_is_answered_from_the_study(outputs: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_other_data_are_trained_on(outputs: Path) -> None:
     Path("text.txt").write_text(Path("text.txt").read_text() + " and more")
-    code, out = train(*typed(RUNS[0], "evaluation.windows=3"))
+    code, out = train(*typed(RUNS[0], "evaluation.sequences=3"))
     assert code == ExitCode.DONE, out
     assert "not taken from the same training" in out
     (new,) = set(names(outputs)) - {run.name for run in RUNS}
@@ -564,7 +566,8 @@ def test_keys_that_measure_change_no_bit_of_training(text_file: Path, tmp_path: 
     small = [
         *("data=text", f"data.path={text_file}", "data.tokenizer=bpe", "data.vocab_size=300"),
         "tracking.wandb.mode=disabled",
-        *("trainer=debug", "trainer.steps=6", "model.dropout=0.1", "backend.context_length=16", "evaluation.windows=8"),
+        *("trainer=debug", "trainer.steps=6", "model.dropout=0.1"),
+        *("backend.context_length=16", "evaluation.sequences=8"),
         *("model.embedding_dim=16", "model.num_heads=2", "model.num_layers=1", "model.mlp_dim=16"),
     ]
     hashes, stored = set(), set()

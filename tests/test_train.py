@@ -23,7 +23,7 @@ import yaml
 import xattn
 from tests import processes
 from xattn import config as xconfig
-from xattn.data.batches import evaluation_windows
+from xattn.data.batches import held_out_batches
 from xattn.data.corpus import load_corpus
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ TINY = [
     "model.num_layers=1",
     "model.mlp_dim=32",
     "backend.context_length=16",
-    "evaluation.windows=8",
+    "evaluation.sequences=8",
 ]
 WALL_CLOCK = {"tokens_per_second", "compile_seconds", "wall_seconds"}
 
@@ -529,7 +529,7 @@ def test_several_values_are_several_runs(tmp_path: Path, text_file: Path) -> Non
 def test_a_diverged_run_ends_with_three_and_says_where(tmp_path: Path, text_file: Path, without_jax: str) -> None:
     """In a folder with a difficult name, chosen by hand."""
     wild = [*TINY, "data=text", f"data.path={text_file}", "optimizer=sgd", "optimizer.learning_rate=1e30"]
-    wild += ["optimizer.clip_norm=null", 'hydra.run.dir="ein ü, Ordner"', "evaluation.windows=1"]
+    wild += ["optimizer.clip_norm=null", 'hydra.run.dir="ein ü, Ordner"', "evaluation.sequences=1"]
     code, out, err = train(*wild, cwd=tmp_path)
     assert code == 3, err
     assert "diverged" in out
@@ -584,13 +584,13 @@ def test_a_loaded_run_reproduces_the_loss_of_its_summary(finished: Finished, loa
     assert loaded.summary == finished.summary
     corpus = load_corpus(loaded.config.data, 16)
     nats = count = 0.0
-    for windows in evaluation_windows(corpus.parts[0].validation, context_length=16, batch_size=8, windows=8):
-        logits = loaded.model.apply({"params": loaded.params}, windows.tokens[:, :-1], loaded.hyperparameters)
+    for batch in held_out_batches(corpus.parts[0].validation, context_length=16, batch_size=8, sequences=8):
+        logits = loaded.model.apply({"params": loaded.params}, batch.tokens[:, :-1], loaded.hyperparameters)
         assert logits.shape == (8, 16, 256)
         log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
-        chosen = np.take_along_axis(log_p, windows.tokens[:, 1:, None], axis=-1)[..., 0]
-        nats -= float((chosen * windows.weights).sum())
-        count += float(windows.weights.sum())
+        chosen = np.take_along_axis(log_p, batch.tokens[:, 1:, None], axis=-1)[..., 0]
+        nats -= float((chosen * batch.weights).sum())
+        count += float(batch.weights.sum())
     assert nats / count == pytest.approx(finished.summary["val_loss"], rel=1e-5)
 
 

@@ -143,7 +143,7 @@ def _train() -> int:
     OmegaConf.register_new_resolver("values", _values, replace=True)
     try:
         entry.check_working_directory()
-        sys.argv[1:] = expanded(sys.argv[1:])
+        sys.argv[1:] = expanded(xattn.config.arguments_under_new_names(sys.argv[1:]))
         sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
         if sweeps and (here := hosts.place(os.environ)).count > 1:
             raise BadInput(

@@ -54,8 +54,8 @@ ABSENT: dict[str, Any] = {
 _OF_ONE_CHOICE = {"data.filler": "mqar"}  # the only choice of the group that has the key
 _NAMED_AT_EVERY_VALUE = "model.matmul_precision"
 
-# Old key → the key that replaces it. A run's name still uses the old one.
-RENAMED: dict[str, str] = {}
+# Old key → the key that replaces it. A run's name still uses the old one, and users may still write it.
+RENAMED: dict[str, str] = {"evaluation.windows": "evaluation.sequences"}
 
 # Removed key → the only value still supported. A run with another value cannot be read. Run names still use the key.
 REMOVED: dict[str, Any] = {}
@@ -109,14 +109,17 @@ def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
     """Convert the content of a config.yaml of any version to the keys of this one.
 
     Raises:
-        BadInput: a removed key has a value that no code is left for.
+        BadInput: a removed key has a value that no code is left for, or a renamed key is there under both names.
     """
     tree = copy.deepcopy(dict(config))
     for old, new in RENAMED.items():
-        if (found := _take(tree, old)) is not None:
-            _group(tree, new)[new.rpartition(".")[2]] = found[0]
+        if (found := take(tree, old)) is not None:
+            group, leaf = _group(tree, new), new.rpartition(".")[2]
+            if leaf in group:
+                raise given_twice(old)
+            group[leaf] = found[0]
     for key, left in REMOVED.items():
-        if (found := _take(tree, key)) is not None and found[0] != left:
+        if (found := take(tree, key)) is not None and found[0] != left:
             raise BadInput(f"{key} = {found[0]}: only {left} is supported since this key was removed")
     for key, meaning in ABSENT.items():
         group = _group(tree, key)
@@ -125,11 +128,37 @@ def up_to_date(config: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def renamed(override: str) -> str:
+    """Return an override (or only its key, or any other word) with a renamed key under its new name."""
+    key = override.lstrip("+~").partition("=")[0]
+    return override.replace(key, RENAMED[key], 1) if key in RENAMED else override
+
+
+def under_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted keys and their values, each renamed key under its new name.
+
+    Raises:
+        BadInput: a key is there under both names.
+    """
+    if (old := next((old for old, new in RENAMED.items() if old in values and new in values), None)) is not None:
+        raise given_twice(old)
+    return {RENAMED.get(key, key): value for key, value in values.items()}
+
+
+def given_twice(old: str) -> BadInput:
+    """Return the error for a renamed key that is given under both names."""
+    return BadInput(f"{old}: is now {RENAMED[old]}, and both are given; leave out {old}")
+
+
+def stored_name(key: str) -> str:
+    """Return the key's name in commit 968f896, which run names and tuning studies still use."""
+    return next((old for old, new in RENAMED.items() if new == key), key)
+
+
 def naming(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dotted keys and values that a run's name is made from, spelled as in commit 968f896."""
-    old_names = {new: old for old, new in RENAMED.items()}
     named = {
-        old_names.get(key, key): value
+        stored_name(key): value
         for key, value in values.items()
         if key not in ABSENT or value != ABSENT[key] or key == _NAMED_AT_EVERY_VALUE
     }
@@ -186,7 +215,7 @@ def _is_none_of(names: tuple[str, ...], key: str) -> bool:
     return not any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _take(tree: dict[str, Any], key: str) -> tuple[Any] | None:
+def take(tree: dict[str, Any], key: str) -> tuple[Any] | None:
     """Remove a dotted key and return its value in a tuple; None if it is missing."""
     group, leaf = _group(tree, key), key.rpartition(".")[2]
     return (group.pop(leaf),) if leaf in group else None

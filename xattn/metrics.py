@@ -1,4 +1,4 @@
-"""What a metric measures: tokens, text, windows. Only numbers of the same thing are compared.
+"""What a metric measures: tokens, text, sequences. Only numbers of the same thing are compared.
 
 A loss is per token, so losses under two tokenizers cannot be compared; bits per byte of the same text can.
 Standard library only, since the report, the sweep's table and the tuner all use it.

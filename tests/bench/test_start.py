@@ -12,7 +12,7 @@ from xattn.errors import XattnError
 
 TINY = [
     *("model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"),
-    *("backend.context_length=8", "trainer.batch_size=2", "evaluation.windows=2"),
+    *("backend.context_length=8", "trainer.batch_size=2", "evaluation.sequences=2"),
 ]
 
 

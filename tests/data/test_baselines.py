@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xattn.data.baselines import gzip_bits_per_byte, unigram_bits_per_byte
-from xattn.data.batches import TrainingBatches, evaluation_windows
+from xattn.data.batches import TrainingBatches, held_out_batches
 from xattn.data.run_data import RunData
 from xattn.data.tokenizer import ByteTokenizer
 
@@ -39,8 +39,8 @@ def test_the_baselines_see_the_very_bytes_that_are_scored() -> None:
     text = bytes(range(100))
     tokens = np.frombuffer(text, np.uint8)
 
-    def scored(windows: int | Literal["all"]) -> bytes | None:
-        chosen = evaluation_windows(tokens, context_length=7, batch_size=4, windows=windows)
+    def scored(sequences: int | Literal["all"]) -> bytes | None:
+        chosen = held_out_batches(tokens, context_length=7, batch_size=4, sequences=sequences)
         batch = TrainingBatches(tokens, context_length=7, batch_size=4, seed=0)
         return RunData(batch, chosen, ByteTokenizer(), "", "").scored_bytes()
 

@@ -1,4 +1,4 @@
-"""Which windows a training step sees, and which ones an evaluation scores."""
+"""Which sequences a training step sees, and which ones an evaluation scores."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from xattn.data.batches import TrainingBatches, evaluation_windows
+from xattn.data.batches import TrainingBatches, held_out_batches
 
-# The token at position i says i, so that a window says where it stands.
+# The token at position i says i, so that a sequence says where it stands.
 TOKENS = np.arange(251)
 
 
@@ -34,7 +34,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone() -> None:
 
 @pytest.mark.parametrize("step", [0, 11, 300])
 def test_a_host_reads_its_rows_of_the_batch(step: int) -> None:
-    """Also where an epoch ends within the batch: 34 windows are 11 batches and a third."""
+    """Also where an epoch ends within the batch: 34 sequences are 11 batches and a third."""
     whole = batches()(step)
     for rows in (slice(0, 1), slice(1, 3), slice(2, 3), slice(0, 3)):
         part = batches()(step, rows)
@@ -42,15 +42,15 @@ def test_a_host_reads_its_rows_of_the_batch(step: int) -> None:
         np.testing.assert_array_equal(part.weights, whole.weights[rows])
 
 
-def test_a_window_is_a_piece_of_the_text_and_its_successor() -> None:
+def test_a_sequence_is_a_piece_of_the_text_and_its_successor() -> None:
     """Targets are the inputs one token on: the model never sees what it has to say."""
     seen = np.concatenate([batches()(step).tokens for step in range(60)])
     np.testing.assert_array_equal(seen[:, 1:], seen[:, :-1] + 1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 34, 50])
-def test_every_window_is_used_once_an_epoch(batch_size: int) -> None:
-    """251 tokens are 35 windows of 7; one is left out so that the cut may be anywhere."""
+def test_every_sequence_is_used_once_an_epoch(batch_size: int) -> None:
+    """251 tokens are 35 sequences of 7; one is left out so that the cut may be anywhere."""
     draw = batches(batch_size=batch_size)
     starts = np.concatenate([draw(step).tokens[:, 0] for step in range(-(-3 * 34 // batch_size))])
     orders = []
@@ -88,9 +88,9 @@ def test_tiny_texts_fill_batches(length: int) -> None:
 @pytest.mark.parametrize("length", [8, 9, 14, 15, 16, 22, 100, 251])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_all_scores_every_token_but_the_first_once(length: int, batch_size: int) -> None:
-    windows = evaluation_windows(np.arange(length), context_length=7, batch_size=batch_size, windows="all")
+    held_out = held_out_batches(np.arange(length), context_length=7, batch_size=batch_size, sequences="all")
     scored: Counter[int] = Counter()
-    for batch in windows:
+    for batch in held_out:
         tokens, weights = batch.tokens, batch.weights
         assert batch.optional == ()
         assert tokens.shape == (batch_size, 8)
@@ -105,10 +105,10 @@ def test_all_scores_every_token_but_the_first_once(length: int, batch_size: int)
 
 
 @pytest.mark.parametrize(("asked", "got"), [(1, 1), (2, 2), (10, 10), (34, 34), (35, 35), (36, 35), (10_000, 35)])
-def test_a_number_of_full_windows_is_spread_over_the_text(asked: int, got: int) -> None:
-    windows = evaluation_windows(TOKENS, context_length=7, batch_size=4, windows=asked)
-    starts = np.concatenate([w.tokens[w.weights.all(axis=1), 0] for w in windows])
-    assert sum(int(w.weights.sum()) for w in windows) == 7 * got
+def test_a_number_of_full_sequences_is_spread_over_the_text(asked: int, got: int) -> None:
+    held_out = held_out_batches(TOKENS, context_length=7, batch_size=4, sequences=asked)
+    starts = np.concatenate([each.tokens[each.weights.all(axis=1), 0] for each in held_out])
+    assert sum(int(each.weights.sum()) for each in held_out) == 7 * got
     assert len(set(starts.tolist())) == got
     assert not (starts % 7).any()
     if got > 1:
@@ -120,7 +120,7 @@ def test_a_number_of_full_windows_is_spread_over_the_text(asked: int, got: int) 
 
 def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     def scored(batch_size: int) -> list[list[int]]:
-        windows = evaluation_windows(TOKENS, context_length=7, batch_size=batch_size, windows=11)
-        return [row.tolist() for w in windows for row in w.tokens[w.weights.any(axis=1)]]
+        held_out = held_out_batches(TOKENS, context_length=7, batch_size=batch_size, sequences=11)
+        return [row.tolist() for each in held_out for row in each.tokens[each.weights.any(axis=1)]]
 
     assert scored(1) == scored(4) == scored(64)

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from xattn.data import corpus as corpora, documents
+from xattn.data.batches import Batching
 from xattn.data.bpe import train_bpe
 from xattn.data.cache import Tokens
 from xattn.data.corpus import load_corpus
@@ -86,11 +87,11 @@ def data_of(folder: Path, content: bytes, tokenizer: str, said: list[str] | None
     (folder / "t.json").write_text(tokenizer)
     config = text_config(path=str(folder / "text.txt"), tokenizer=str(folder / "t.json"), **values)
     say = (said if said is not None else []).append
-    return load_data(config, context_length=8, batch_size=4, windows="all", seed=0, say=say)
+    return load_data(config, Batching(context_length=8, batch_size=4, sequences="all", seed=0), say=say)
 
 
 def scored_tokens(data: RunData) -> int:
-    return sum(int(w.weights.sum()) for w in data.windows)
+    return sum(int(each.weights.sum()) for each in data.held_out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,7 +125,7 @@ def test_latin_1_under_bpe_has_a_byte_for_each_letter(tmp_path: Path) -> None:
     text = ("Übergänge für größere Städte, ohne Säumnis " * 40).encode("latin-1")
     said = list[str]()
     data = data_of(tmp_path, text, BPE, said, validation_fraction=0.21)
-    targets = np.concatenate([w.targets[w.weights > 0] for w in data.windows])
+    targets = np.concatenate([each.targets[each.weights > 0] for each in data.held_out])
     decoded = data.tokenizer.decode(targets)
     assert decoded.count("\ufffd") > 10
     assert data.scored_size == len(decoded.lstrip("\ufffd"))  # it begins within a letter, which counts before
@@ -155,7 +156,7 @@ def test_what_was_right_is_the_same_number(kind: str, documents: str, tmp_path: 
     """UTF-8 in byte-level tokens: each stands for its bytes, an end of text for none, and no sizes are stored."""
     data = data_of(tmp_path, (LINES + "äöü 字 🎲 " * 99).encode(), KINDS[kind](), documents=documents)
     assert isinstance(data.tokenizer, JsonTokenizer)
-    decoded = sum(len(data.tokenizer.to_bytes(w.targets[w.weights > 0])) for w in data.windows)
+    decoded = sum(len(data.tokenizer.to_bytes(each.targets[each.weights > 0])) for each in data.held_out)
     assert data.bytes_per_token() == decoded / scored_tokens(data)
     assert list(cache_home.rglob("*.bin"))
     assert not list(cache_home.rglob("*.sizes"))
@@ -192,7 +193,7 @@ def test_ids_that_decode_to_nothing_have_no_bits_per_byte(tmp_path: Path) -> Non
     (tmp_path / "t.json").write_text(word_pieces())
     np.zeros(400, "<u2").tofile(tmp_path / "ids.bin")
     config = memmap_config(path=str(tmp_path / "ids.bin"), vocab_size=300, tokenizer=str(tmp_path / "t.json"))
-    data = load_data(config, context_length=8, batch_size=4, windows="all", seed=0)
+    data = load_data(config, Batching(context_length=8, batch_size=4, sequences="all", seed=0))
     assert data.bytes_per_token() is None
 
 

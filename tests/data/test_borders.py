@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from xattn.data.batches import ALL_ROWS
+from xattn.data.batches import ALL_ROWS, Batching
 from xattn.data.run_data import RunData, load_data
 from xattn.data.tokenizer import TextTokenizer
 
 from .configs import memmap_config, text_config
 
 DOCUMENTS = [f"{i} times {i} is {i * i}" for i in range(200)]
-SIZES = {"context_length": 32, "batch_size": 3, "seed": 0}
+BATCHING = Batching(context_length=32, batch_size=3, sequences="all", seed=0)
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def jsonl(tmp_path: Path) -> str:
 
 
 def data_of(path: str, **values: object) -> RunData:
-    return load_data(text_config(path=path, **values), windows="all", **SIZES)  # type: ignore[arg-type]
+    return load_data(text_config(path=path, **values), BATCHING)
 
 
 def scored_text(data: RunData) -> str:
@@ -41,8 +42,10 @@ def test_every_byte_is_scored_and_bits_per_byte_are_over_them(documents: str, to
     joined = "".join(DOCUMENTS)
     assert joined.endswith(scored_text(data))
     assert len(scored_text(data)) > 0.2 * len(joined)
-    targets = sum(int(w.weights.sum()) for w in data.windows)
-    ends = sum(int((w.tokens[:, 1:][w.weights > 0] == data.tokenizer.end_of_text).sum()) for w in data.windows)
+    targets = sum(int(each.weights.sum()) for each in data.held_out)
+    ends = sum(
+        int((each.tokens[:, 1:][each.weights > 0] == data.tokenizer.end_of_text).sum()) for each in data.held_out
+    )
     assert (ends > 0) == (documents != "joined")
     assert data.bytes_per_token() == pytest.approx(len(scored_text(data)) / targets)
     if tokenizer == "bytes":
@@ -52,19 +55,19 @@ def test_every_byte_is_scored_and_bits_per_byte_are_over_them(documents: str, to
         assert data.bytes_per_token() > 1.2
 
 
-def test_only_packed_windows_have_segments_and_they_begin_at_the_border(jsonl: str) -> None:
+def test_only_packed_sequences_have_segments_and_they_begin_at_the_border(jsonl: str) -> None:
     for documents in ("joined", "separated"):
         data = data_of(jsonl, documents=documents)
         assert data.optional == ()
         assert data.batch(3).segment_ids is None
     data = data_of(jsonl, documents="packed")
-    assert data.optional == (("segment_ids", data.windows[0].weights.shape[1]),)
+    assert data.optional == (("segment_ids", data.held_out[0].weights.shape[1]),)
     assert isinstance(data.tokenizer, TextTokenizer)
-    for windows in (data.batch(0), data.batch(7), *data.windows):
-        assert windows.segment_ids is not None
-        assert windows.segment_ids.dtype == np.int32
-        assert windows.segment_ids.shape == windows.weights.shape
-        for tokens, segments in zip(windows.tokens, windows.segment_ids, strict=True):
+    for batch in (data.batch(0), data.batch(7), *data.held_out):
+        assert batch.segment_ids is not None
+        assert batch.segment_ids.dtype == np.int32
+        assert batch.segment_ids.shape == batch.weights.shape
+        for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
             for segment in set(segments.tolist()):
                 inputs = tokens[:-1][segments == segment]
                 assert (inputs[1:] != 256).all()
@@ -76,9 +79,9 @@ def test_only_packed_windows_have_segments_and_they_begin_at_the_border(jsonl: s
 def test_packed_memmaps_take_their_border_from_the_config(tmp_path: Path) -> None:
     np.arange(600, dtype="<u2").__mod__(7).tofile(tmp_path / "ids.bin")
     config = memmap_config(path=str(tmp_path / "ids.bin"), vocab_size=7, documents="packed", end_of_text=5)
-    data = load_data(config, windows=2, **SIZES)  # type: ignore[arg-type]
-    windows = data.batch(2, ALL_ROWS)
-    np.testing.assert_array_equal(windows.segment_ids, np.cumsum(windows.tokens[:, :-1] == 5, axis=1))
+    data = load_data(config, replace(BATCHING, sequences=2))
+    batch = data.batch(2, ALL_ROWS)
+    np.testing.assert_array_equal(batch.segment_ids, np.cumsum(batch.tokens[:, :-1] == 5, axis=1))
     assert data.bytes_per_token() is None
     assert data.scored_bytes() is None
     assert data.tokenizer.vocab_size == 7

@@ -16,6 +16,7 @@ import pytest
 import tiktoken
 from tiktoken_ext import openai_public
 
+from xattn.data.batches import Batching
 from xattn.data.bpe import END_OF_TEXT, SPECIAL_TOKENS, from_tiktoken, train_bpe
 from xattn.data.corpus import load_corpus
 from xattn.data.run_data import load_data, load_tokenizer
@@ -256,7 +257,7 @@ def test_a_tokenizer_with_crlf_is_kept_to_the_byte(tmp_path: Path) -> None:
     text = json.dumps(json.loads(train_bpe(iter(TEXTS), 300)), indent=1).replace("\n", "\r\n")
     (tmp_path / "crlf.json").write_bytes(text.encode())
     config = text_config(path=str(tmp_path / "text"), tokenizer=str(tmp_path / "crlf.json"))
-    data = load_data(config, context_length=8, batch_size=2, windows=2, seed=0)
+    data = load_data(config, Batching(context_length=8, batch_size=2, sequences=2, seed=0))
     assert data.tokenizer_json is not None
     write_atomically(tmp_path / run_folder.TOKENIZER, data.tokenizer_json)
     assert b"\r\n" in (tmp_path / run_folder.TOKENIZER).read_bytes()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from xattn.data import cache, corpus, documents
-from xattn.data.cache import Tokens, stored_text, stored_tokens
+from xattn.data.cache import Content, Tokens, stored_text, stored_tokens
 from xattn.data.corpus import load_corpus
 from xattn.data.tokenizer import Encoded
 from xattn.errors import Preempted
@@ -45,9 +45,13 @@ class Made:
         yield Encoded(ARRAYS[number][4:], None, True)
 
 
+def content(make: Made, key: str = "key") -> Content:
+    return Content(key, 5, make, np.dtype("<u2"), np.ones_like)
+
+
 def stored(make: Made, said: list[str] | None = None, key: str = "key") -> Tokens:
     say = (said if said is not None else []).append
-    return stored_tokens(key, 5, make, np.dtype("<u2"), np.ones_like, say=say, stop=lambda: False)
+    return stored_tokens(content(make, key), say=say, stop=lambda: False)
 
 
 def test_tokens_of_several_arrays_are_one() -> None:
@@ -142,7 +146,7 @@ def test_two_at_once_share_the_work() -> None:
         said.append(text)
         go_on.set()
 
-    found.append(stored_tokens("key", 5, other, np.dtype("<u2"), np.ones_like, say=say, stop=lambda: False))
+    found.append(stored_tokens(content(other), say=say, stop=lambda: False))
     first.join(60)
     assert len(said) == 1
     assert "another process is tokenising" in said[0]
@@ -154,7 +158,7 @@ def test_two_at_once_share_the_work() -> None:
 def test_a_request_to_stop_is_heard_between_shards() -> None:
     make = Made()
     with pytest.raises(Preempted, match="same command"):
-        stored_tokens("key", 5, make, np.dtype("<u2"), np.ones_like, say=print, stop=lambda: len(make.numbers) == 2)
+        stored_tokens(content(make), say=print, stop=lambda: len(make.numbers) == 2)
     assert make.numbers == [0, 1]
 
 

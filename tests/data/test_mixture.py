@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.data.batches import MixtureBatches, TrainingBatches, shares
+from xattn.data.batches import Batching, MixtureBatches, TrainingBatches, shares
 from xattn.data.run_data import load_data
 from xattn.errors import BadInput
 
 from .configs import mixture_config
 
+BATCHING = Batching(context_length=8, batch_size=4, sequences=12, seed=0)
 # The token says whose it is, and where.
 SOURCES = [np.arange(71), 1000 + np.arange(701), 2000 + np.arange(36)]
 
@@ -31,7 +33,7 @@ def test_shares_are_whole_and_nearest() -> None:
     assert shares([1e-9, 1], 1000).tolist() == [0, 1000]
 
 
-def test_each_source_has_its_share_of_a_thousand_and_windows_stay_within_a_source() -> None:
+def test_each_source_has_its_share_of_a_thousand_and_sequences_stay_within_a_source() -> None:
     draw = mixture([5, 3, 2])
     for thousand in range(3):
         tokens = np.concatenate([draw(step).tokens for step in range(125 * thousand, 125 * (thousand + 1))])
@@ -40,7 +42,7 @@ def test_each_source_has_its_share_of_a_thousand_and_windows_stay_within_a_sourc
 
 
 def test_each_source_is_gone_through_in_its_own_epochs() -> None:
-    """701 tokens are 99 windows an epoch: none comes twice before all came once, whatever the others do."""
+    """701 tokens are 99 sequences an epoch: none comes twice before all came once, whatever the others do."""
     draw = mixture([1, 1, 1], batch_size=10)
     starts = [start for step in range(200) for start in draw(step).tokens[:, 0].tolist() if start // 1000 == 1]
     assert len(starts) > 500
@@ -73,25 +75,25 @@ def test_every_source_is_evaluated_by_its_weight(tmp_path: Path) -> None:
             {"path": str(tmp_path / "b.jsonl"), "weight": 1.0, "field": "body"},
         ]
     )
-    data = load_data(config, context_length=8, batch_size=4, windows=12, seed=0)
+    data = load_data(config, BATCHING)
     assert data.scored_bytes() == b"a" * 72 + b"b" * 24
-    every = load_data(config, context_length=8, batch_size=4, windows="all", seed=0)
+    every = load_data(config, replace(BATCHING, sequences="all"))
     assert every.scored_bytes() == b"a" * 199 + b"b" * 299
     drawn = np.concatenate([data.batch(step).tokens for step in range(250)])
     assert Counter(drawn[:, 0].tolist()) == {ord("a"): 750, ord("b"): 250}
     bpe = config.model_copy(update={"tokenizer": "bpe", "vocab_size": 257})  # too few for a merge
-    assert load_data(bpe, context_length=8, batch_size=4, windows=12, seed=0).scored_bytes() == data.scored_bytes()
+    assert load_data(bpe, BATCHING).scored_bytes() == data.scored_bytes()
 
 
 def test_a_bad_source_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"a" * 2000)
     sources = [{"path": str(tmp_path / "a.txt"), "weight": 3.0}, {"path": "nowhere", "weight": 1.0}]
     with pytest.raises(BadInput, match=r"data\.sources\[1\]\.path = 'nowhere': no such file"):
-        load_data(mixture_config(sources=sources), context_length=8, batch_size=4, windows=12, seed=0)
+        load_data(mixture_config(sources=sources), BATCHING)
     (tmp_path / "short.txt").write_bytes(b"a" * 50)
     sources[1]["path"] = str(tmp_path / "short.txt")
     with pytest.raises(BadInput, match=r"data\.sources\[1\]\.path = .*short.txt': its validation part has 5 bytes"):
-        load_data(mixture_config(sources=sources), context_length=8, batch_size=4, windows=12, seed=0)
+        load_data(mixture_config(sources=sources), BATCHING)
 
 
 def test_a_weight_of_none_is_told_in_one_line() -> None:

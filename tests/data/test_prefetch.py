@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from xattn.data.batches import ALL_ROWS, TrainingBatches, Windows
+from xattn.data.batches import ALL_ROWS, Batch, TrainingBatches
 from xattn.data.prefetch import Prefetch
 
 BATCHES = TrainingBatches(np.arange(251), context_length=7, batch_size=3, seed=0)
@@ -24,7 +24,7 @@ def test_each_step_gets_its_own_batch(steps: list[int]) -> None:
 def test_the_next_batch_is_made_before_anyone_asks() -> None:
     made, called = threading.Event(), list[int]()
 
-    def batch(step: int, rows: slice = ALL_ROWS) -> Windows:
+    def batch(step: int, rows: slice = ALL_ROWS) -> Batch:
         called.append(step)
         if step == 6:
             made.set()
@@ -39,7 +39,7 @@ def test_the_next_batch_is_made_before_anyone_asks() -> None:
 
 
 def test_an_error_is_raised_by_the_step_that_it_is_of() -> None:
-    def batch(step: int, rows: slice = ALL_ROWS) -> Windows:
+    def batch(step: int, rows: slice = ALL_ROWS) -> Batch:
         if step == 2:
             raise OSError("disk")
         return BATCHES(step, rows)

@@ -40,16 +40,16 @@ def test_an_answer_stands_at_its_distance_before(config: Task, length: int) -> N
     rows, places = np.nonzero(distance)
     sources = places + 1 - distance[rows, places]
     assert (sources >= 0).all()
-    windows = examples.windows
-    assert windows.targets.shape == windows.weights.shape == (NUMBER, length)
-    assert windows.targets.dtype == np.int32
-    np.testing.assert_array_equal(windows.targets[rows, places], tokens[rows, sources])
-    np.testing.assert_array_equal(windows.weights, distance > 0)
-    assert windows.places is not None
-    assert windows.places.shape == (NUMBER, examples.most)
-    assert (np.diff(windows.places) > 0).all()
-    at_places = np.take_along_axis(windows.weights, windows.places, axis=1)
-    assert (at_places.sum(axis=1) == windows.weights.sum(axis=1)).all()  # no answer is elsewhere
+    batch = examples.batch
+    assert batch.targets.shape == batch.weights.shape == (NUMBER, length)
+    assert batch.targets.dtype == np.int32
+    np.testing.assert_array_equal(batch.targets[rows, places], tokens[rows, sources])
+    np.testing.assert_array_equal(batch.weights, distance > 0)
+    assert batch.places is not None
+    assert batch.places.shape == (NUMBER, examples.most)
+    assert (np.diff(batch.places) > 0).all()
+    at_places = np.take_along_axis(batch.weights, batch.places, axis=1)
+    assert (at_places.sum(axis=1) == batch.weights.sum(axis=1)).all()  # no answer is elsewhere
     assert at_places.all(axis=1).any()  # and no fewer places would do
     assert len({row.tobytes() for row in tokens}) == NUMBER
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.data.batches import Windows, evaluation_windows
+from xattn.data.batches import Batch, held_out_batches
 from xattn.evaluation import attention as subject
-from xattn.evaluation.attention import attention_statistics, statistics_row, statistics_windows
+from xattn.evaluation.attention import attention_statistics, statistics_batch, statistics_row
 from xattn.evaluation.attention_maps import draw
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 
 HYPER = LayerHyperparameters(jnp.float32(50.0), jnp.float32(-1.5))
 WIDTH, LENGTH, HEADS = 6, 7, 3  # of a head; S; query heads, which share one key/value head
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, LENGTH))
-WINDOWS = Windows(np.pad(TOKENS, ((0, 0), (0, 1))), np.ones((2, LENGTH), np.float32))
+BATCH = Batch(np.pad(TOKENS, ((0, 0), (0, 1))), np.ones((2, LENGTH), np.float32))
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 
 
@@ -89,7 +89,7 @@ def _logit(q: np.ndarray, k: np.ndarray, distance: int) -> float:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_statistic_is_its_formula(activation: str) -> None:
     model, params = model_of(activation)
-    found = attention_statistics(model)(params, HYPER, WINDOWS)
+    found = attention_statistics(model)(params, HYPER, BATCH)
     expected = by_formula(activation, params, -1.5, list(range(LENGTH)), LENGTH)
     assert set(found.statistics) == set(expected)
     for name, values in found.statistics.items():
@@ -107,7 +107,7 @@ def test_the_statistics_know_the_layers_terms_and_documents(activation: str) -> 
     after = ["model.exclusive=true", "model.output_norm=rmsnorm", "model.output_gate=head"]
     model, params = model_of(activation, "backend.decay=input", "backend.input_gate=sigmoid", *sink, *after)
     segments = np.asarray([[0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]], np.int32)
-    found = attention_statistics(model)(params, HYPER, WINDOWS._replace(segment_ids=segments))
+    found = attention_statistics(model)(params, HYPER, BATCH._replace(segment_ids=segments))
     expected = by_formula(activation, params, -1.5, list(range(LENGTH)), LENGTH, segments)
     for name, values in found.statistics.items():
         np.testing.assert_allclose(values[0], expected[name], rtol=2e-4, atol=1e-5, err_msg=name)
@@ -120,17 +120,17 @@ def test_of_a_long_sequence_some_rows_are_looked_at(monkeypatch: pytest.MonkeyPa
     model, params = model_of("sigmoid", "backend.sigmoid_bias=learned", "backend.window=3")
     params["layers"]["attention"]["sigmoid_bias"] = jnp.full((2, HEADS), 0.25)
     monkeypatch.setattr(subject, "_LOGITS", 3 * HEADS * LENGTH)
-    found = attention_statistics(model)(params, HYPER, WINDOWS)
+    found = attention_statistics(model)(params, HYPER, BATCH)
     expected = by_formula("sigmoid", params, 0.25, [0, 3, 6], 3)
     for name, values in found.statistics.items():
         np.testing.assert_allclose(values[0], expected[name], rtol=2e-4, atol=1e-5, err_msg=name)
     assert found.maps.shape == (2, HEADS, 3, LENGTH)
 
 
-def test_rows_are_named_by_layer_and_head_and_windows_that_only_pad_are_passed_over() -> None:
+def test_rows_are_named_by_layer_and_head_and_sequences_that_only_pad_are_passed_over() -> None:
     model, params = model_of("none")
-    windows = evaluation_windows(TOKENS.ravel()[:10], context_length=LENGTH, batch_size=3, windows="all")
-    chosen = statistics_windows(windows)
+    held_out = held_out_batches(TOKENS.ravel()[:10], context_length=LENGTH, batch_size=3, sequences="all")
+    chosen = statistics_batch(held_out)
     assert chosen.tokens.shape == (2, LENGTH + 1)
     found = attention_statistics(model)(params, HYPER, chosen)
     row = statistics_row(found)
@@ -140,18 +140,18 @@ def test_rows_are_named_by_layer_and_head_and_windows_that_only_pad_are_passed_o
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("packed_at", [None, 5])
-def test_the_same_windows_are_looked_at_whatever_a_batch_holds(batch_size: int, packed_at: int | None) -> None:
+def test_the_same_sequences_are_looked_at_whatever_a_batch_holds(batch_size: int, packed_at: int | None) -> None:
     ids = np.random.default_rng(2).integers(0, 11, 6 * LENGTH + 1)
-    starts = {"context_length": LENGTH, "windows": "all", "packed_at": packed_at}
-    (whole,) = evaluation_windows(ids, batch_size=6, **starts)
-    chosen = statistics_windows(evaluation_windows(ids, batch_size=batch_size, **starts))
+    starts = {"context_length": LENGTH, "sequences": "all", "packed_at": packed_at}
+    (whole,) = held_out_batches(ids, batch_size=6, **starts)
+    chosen = statistics_batch(held_out_batches(ids, batch_size=batch_size, **starts))
     assert (chosen.segment_ids is None) == (packed_at is None)
     jax.tree.map(np.testing.assert_array_equal, chosen, whole.rows(slice(4)))
 
 
 def test_the_maps_are_drawn(tmp_path: Path) -> None:
     model, params = model_of("softmax")
-    found = attention_statistics(model)(params, HYPER, WINDOWS)
+    found = attention_statistics(model)(params, HYPER, BATCH)
     draw(found, tmp_path / "maps.png", step=3)
     first = (tmp_path / "maps.png").read_bytes()
     assert first.startswith(b"\x89PNG")

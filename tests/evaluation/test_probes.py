@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from xattn.config import Config, compose
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch, Batching
 from xattn.data.config import tasks
 from xattn.data.run_data import RunData, load_data
 from xattn.errors import BadInput
@@ -36,17 +36,17 @@ def setting(text_file: Any, *overrides: str) -> tuple[Config, RunData]:
     data = (
         [] if any(override.startswith("data=") for override in overrides) else ["data=text", f"data.path={text_file}"]
     )
-    config = compose([*TINY, f"backend.context_length={S}", "evaluation.windows=6", *data, *overrides])
-    return config, load_data(config.data, context_length=S, batch_size=4, windows=6, seed=0)
+    config = compose([*TINY, f"backend.context_length={S}", "evaluation.sequences=6", *data, *overrides])
+    return config, load_data(config.data, Batching(context_length=S, batch_size=4, sequences=6, seed=0))
 
 
 def probes_of(config: Config, data: RunData) -> list[Probe]:
     return make_probes(config.evaluation.probes, Scene(config.data, data, config.backend, 4))
 
 
-def oracle(params: Any, hyperparameters: LayerHyperparameters, windows: Windows) -> Any:
+def oracle(params: Any, hyperparameters: LayerHyperparameters, batch: Batch) -> Any:
     """A model that looks one token back: it expects a token to come again, and knows what it expects."""
-    hit = windows.targets == windows.inputs
+    hit = batch.targets == batch.inputs
     return np.where(hit, 0.25, 4.0).astype(np.float32), hit
 
 
@@ -54,26 +54,26 @@ def test_places_are_the_losses_and_hits_of_every_target(text_file: Any) -> None:
     config, data = setting(text_file)
     model = LanguageModel(config.model, config.backend, 256)
     hyper = hyperparameters(config).model
-    window = data.windows[0]
-    answered = window._replace(answers=np.random.default_rng(0).integers(0, 256, window.weights.shape, np.int32))
-    params = jax.jit(model.init)(jax.random.key(0), window.tokens[:, :-1], hyper)["params"]
+    first = data.held_out[0]
+    answered = first._replace(answers=np.random.default_rng(0).integers(0, 256, first.weights.shape, np.int32))
+    params = jax.jit(model.init)(jax.random.key(0), first.tokens[:, :-1], hyper)["params"]
     params = jax.tree.map(lambda leaf: leaf * 3, params)
-    forward = jax.jit(lambda params: model.apply({"params": params}, window.tokens[:, :-1], hyper))
+    forward = jax.jit(lambda params: model.apply({"params": params}, first.tokens[:, :-1], hyper))
     logits = np.asarray(forward(params), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    for windows, targets in ((window, window.tokens[:, 1:]), (answered, answered.answers)):
-        losses, correct = token_scores_of(model)(params, hyper, windows)
+    for batch, targets in ((first, first.tokens[:, 1:]), (answered, answered.answers)):
+        losses, correct = token_scores_of(model)(params, hyper, batch)
         expected = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
         np.testing.assert_array_equal(correct, logits.argmax(-1) == targets)
 
 
 def test_in_context_is_late_minus_early(text_file: Any) -> None:
-    """A model that loses 1/(t + 1) at place t, in windows of 16: early is place 1 alone, late are 14 and 15."""
+    """A model that loses 1/(t + 1) at place t, in sequences of 16: early is place 1 alone, late are 14 and 15."""
     config, data = setting(text_file, "evaluation.probes=[in_context]")
 
-    def places(params: Any, hyperparameters: Any, windows: Windows) -> Any:
-        return np.broadcast_to(1 / np.arange(1, S + 1), windows.weights.shape), np.zeros(windows.weights.shape, bool)
+    def places(params: Any, hyperparameters: Any, batch: Batch) -> Any:
+        return np.broadcast_to(1 / np.arange(1, S + 1), batch.weights.shape), np.zeros(batch.weights.shape, bool)
 
     found = run_probes(places, None, hyperparameters(config).model, probes_of(config, data))
     late = (1 / 15 + 1 / 16) / 2
@@ -90,7 +90,7 @@ def test_tasks_are_probes_in_the_runs_vocabulary(text_file: Any) -> None:
     probes = probes_of(config, data)
     assert [probe.name for probe in probes] == names
     for probe in probes:
-        tokens = np.concatenate([w.tokens for w in probe.windows])
+        tokens = np.concatenate([each.tokens for each in probe.batches])
         assert tokens.shape == (64, S + 1)
         assert 100 < tokens.max() < 256
     found = run_probes(oracle, None, hyperparameters(config).model, probes)
@@ -107,20 +107,20 @@ def test_every_task_is_a_probe_of_its_own() -> None:
 
 
 def test_a_run_on_a_task_measures_that_task(text_file: Any) -> None:
-    """On its own evaluation windows, once; rows that only fill up a batch count as little as they do in the loss."""
+    """On its own held-out sequences, once; rows that only fill up a batch count as little as they do in the loss."""
     config, data = setting(text_file, "data=mqar", "data.num_pairs=2", "evaluation.probes=[mqar,induction]")
     own, other = probes_of(config, data)
     assert (own.name, other.name) == ("mqar", "induction")
-    for probe_windows, windows in zip(own.windows, data.windows, strict=True):
-        assert probe_windows.optional == windows.optional == (("answers", S), ("places", 2))
-        for one, same in zip(probe_windows, windows, strict=True):
+    for probed, scored in zip(own.batches, data.held_out, strict=True):
+        assert probed.optional == scored.optional == (("answers", S), ("places", 2))
+        for one, same in zip(probed, scored, strict=True):
             np.testing.assert_array_equal(one, same)
-    weights = np.concatenate([w.weights for w in own.windows])
+    weights = np.concatenate([each.weights for each in own.batches])
     assert weights.shape == (8, S)
     assert (weights.sum(axis=1) == [2] * 6 + [0] * 2).all()
 
-    def knows_all(params: Any, hyperparameters: Any, windows: Windows) -> Any:
-        return np.zeros(windows.weights.shape), windows.weights > 0  # of rows of padding it knows nothing
+    def knows_all(params: Any, hyperparameters: Any, batch: Batch) -> Any:
+        return np.zeros(batch.weights.shape), batch.weights > 0  # of rows of padding it knows nothing
 
     found = run_probes(knows_all, None, hyperparameters(config).model, [own])
     assert found["probe/mqar/accuracy"] == found["probe/mqar/exact"] == 1
@@ -131,8 +131,8 @@ def test_extrapolation_with_n_fixed_and_with_n_as_long(text_file: Any) -> None:
     config, data = setting(text_file, "backend=sigmoid", "evaluation.probes=[extrapolation]")
     seen = set()
 
-    def places(params: Any, hyperparameters: Any, windows: Windows) -> Any:
-        shape = windows.weights.shape
+    def places(params: Any, hyperparameters: Any, batch: Batch) -> Any:
+        shape = batch.weights.shape
         seen.add(shape)
         losses = np.broadcast_to(np.arange(shape[1]), shape) + 1000 * float(hyperparameters.sigmoid_bias)
         return losses, np.zeros(shape, bool)
@@ -156,7 +156,7 @@ def test_what_leaves_no_room_is_refused(text_file: Any, tmp_path: Any) -> None:
     short = tmp_path / "short.txt"
     short.write_text("to be or not to be, that is the question " * 10)
     config, data = setting(short, "evaluation.probes=[extrapolation]")
-    with pytest.raises(BadInput, match=r"evaluation\.probes: extrapolation scores windows of 128 tokens"):
+    with pytest.raises(BadInput, match=r"evaluation\.probes: extrapolation scores sequences of 128 tokens"):
         probes_of(config, data)
     config, _ = setting(text_file, "evaluation.probes=[mqar]")
     backend = config.backend.model_copy(update={"context_length": 3})
@@ -164,8 +164,8 @@ def test_what_leaves_no_room_is_refused(text_file: Any, tmp_path: Any) -> None:
         make_probes(("mqar",), Scene(config.data, data, backend, 4))
     with pytest.raises(BadInput, match=r"evaluation\.probes.*nothing"):
         compose(["evaluation.probes=[nothing]"])
-    with pytest.raises(BadInput, match=r"evaluation\.windows = all: data=mqar has no end"):
-        load_data(compose(["data=mqar"]).data, context_length=64, batch_size=4, windows="all", seed=0)
+    with pytest.raises(BadInput, match=r"evaluation\.sequences = all: data=mqar has no end"):
+        load_data(compose(["data=mqar"]).data, Batching(context_length=64, batch_size=4, sequences="all", seed=0))
 
 
 def test_an_untrained_model_knows_nothing(text_file: Any) -> None:
@@ -180,7 +180,7 @@ def test_an_untrained_model_knows_nothing(text_file: Any) -> None:
     assert found["probe/extrapolation/loss_to_128"] == pytest.approx(math.log(256), rel=0.02)
 
 
-def test_the_windows_of_a_task_are_scored_wherever_they_ask() -> None:
+def test_the_sequences_of_a_task_are_scored_wherever_they_ask() -> None:
     """Whole and cut ones: a place without a score would have the loss 0, and ln 64 is what an untrained model has."""
     config, data = setting(
         None, "data=induction", "data.vocab_size=64", "backend=sigmoid", "evaluation.probes=[extrapolation]"
@@ -190,7 +190,7 @@ def test_the_windows_of_a_task_are_scored_wherever_they_ask() -> None:
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, S), jnp.int32), hyper)["params"]
     scored = []
     for probe in probes_of(config, data):
-        asked = [np.asarray(token_scores_of(model)(params, hyper, w)[0])[w.weights > 0] for w in probe.windows]
+        asked = [np.asarray(token_scores_of(model)(params, hyper, each)[0])[each.weights > 0] for each in probe.batches]
         scored.append(len(np.concatenate(asked)))
         np.testing.assert_allclose(np.concatenate(asked), math.log(64), rtol=0.1)
     assert sum(number > 0 for number in scored) >= 3, scored

@@ -33,7 +33,7 @@ TINY = [
     "model.mlp_dim=32",
     "model.dropout=0.1",
     "backend.context_length=16",
-    "evaluation.windows=8",
+    "evaluation.sequences=8",
 ]
 DOCUMENTED = {0, 1, 2, 3, 4, 5, 6, 75}
 WALL_CLOCK = "tokens_per_second"

@@ -137,7 +137,7 @@ KEYS = [
     *("backend.activation", "backend.theta", "backend.context_length", "backend.window", "backend.sigmoid_bias"),
     *("backend.implementation", "model.num_heads", "model.num_kv_heads", "model.embedding_dim", "model.dropout"),
     *("optimizer.learning_rate", "optimizer.clip_norm", "optimizer", "schedule", "schedule.warmup_fraction"),
-    *("trainer.steps", "trainer.nonfinite", "trainer.checkpoint_minutes", "evaluation.windows", "seed", "study"),
+    *("trainer.steps", "trainer.nonfinite", "trainer.checkpoint_minutes", "evaluation.sequences", "seed", "study"),
     *("resume", "data.validation_fraction", "data.path", "tracking.wandb.mode", "nothing", "model.nothing"),
 ]
 VALUES = [

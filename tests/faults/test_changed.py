@@ -39,7 +39,7 @@ OTHER = {
     "trainer.eval_every": "3",
     "trainer.attention_stats_every": "5",
     "trainer.nonfinite": "skip",
-    "evaluation.windows": "16",
+    "evaluation.sequences": "16",
     "seed": "1",
 }
 

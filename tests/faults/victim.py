@@ -338,13 +338,13 @@ def bad_batch(*updates: str) -> None:
     read = TrainingBatches.__call__
 
     def marked(self: Any, step: int, *rows: slice) -> Any:
-        windows = read(self, step, *rows)
+        batch = read(self, step, *rows)
         if str(step + 1) in updates:
-            windows.tokens[0, 0] = 255  # no byte of UTF-8
-        return windows
+            batch.tokens[0, 0] = 255  # no byte of UTF-8
+        return batch
 
     TrainingBatches.__call__ = marked  # type: ignore[method-assign]
-    _poison_step(lambda hyper, windows, key: jnp.any(windows.tokens == 255), "loss", "nan")
+    _poison_step(lambda hyper, batch, key: jnp.any(batch.tokens == 255), "loss", "nan")
 
 
 def nonfinite(what: str, value: str, *updates: str) -> None:
@@ -352,7 +352,7 @@ def nonfinite(what: str, value: str, *updates: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    def is_one_of_them(hyper: Any, windows: Any, key: Any) -> Any:
+    def is_one_of_them(hyper: Any, batch: Any, key: Any) -> Any:
         base = jax.random.fold_in(jax.random.key(hyper.seed), 1)  # the step is told by its dropout key
         keys = [jax.random.key_data(jax.random.fold_in(base, int(update) - 1)) for update in updates]
         return jnp.any(jnp.stack([jnp.all(each == jax.random.key_data(key)) for each in keys]))
@@ -361,7 +361,7 @@ def nonfinite(what: str, value: str, *updates: str) -> None:
 
 
 def _poison_step(when: Callable[[Any, Any, Any], Any], what: str, value: str) -> None:
-    """``when`` is asked inside the compiled step: of its hyperparameters, windows and dropout key."""
+    """``when`` is asked inside the compiled step: of its hyperparameters, batch and dropout key."""
     import jax
     import jax.numpy as jnp
 
@@ -369,10 +369,10 @@ def _poison_step(when: Callable[[Any, Any, Any], Any], what: str, value: str) ->
 
     original = programs.loss_and_gradient
 
-    def poisoned(summed_loss: Any, params: Any, windows: Any, key: Any, *, parts: int) -> Any:
-        loss, gradient = original(summed_loss, params, windows, key, parts=parts)
+    def poisoned(summed_loss: Any, params: Any, batch: Any, key: Any, *, parts: int) -> Any:
+        loss, gradient = original(summed_loss, params, batch, key, parts=parts)
         (hyper,) = summed_loss.args
-        now = when(hyper, windows, key)
+        now = when(hyper, batch, key)
         if what == "loss":
             return jnp.where(now, jnp.float32(float(value)), loss), gradient
         leaves, structure = jax.tree.flatten(gradient)

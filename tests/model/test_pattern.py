@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 from xattn.evaluation import attention as statistics
 from xattn.model.functions import rms_norm
 from xattn.model.generation import empty_caches
@@ -365,8 +365,8 @@ def test_the_statistics_of_a_layer_are_those_of_its_kind(monkeypatch: pytest.Mon
     depth = "model.num_layers=5"
     model = model_of(*NONE_SOFTMAX, depth)
     params = random_params(model)
-    windows = Windows(np.pad(np.asarray(TOKENS), ((0, 0), (0, 1))), np.ones((3, 7), np.float32))
-    found = statistics.attention_statistics(model)(params, HYPER, windows)
+    batch = Batch(np.pad(np.asarray(TOKENS), ((0, 0), (0, 1))), np.ones((3, 7), np.float32))
+    found = statistics.attention_statistics(model)(params, HYPER, batch)
     sums = np.asarray(found.statistics["weight_sum"])
     assert sums.shape == (5, 2)
     is_softmax = (np.abs(sums - 1) < 1e-5).all(1)
@@ -376,6 +376,6 @@ def test_the_statistics_of_a_layer_are_those_of_its_kind(monkeypatch: pytest.Mon
     inputs = inputs_of(model, params, HYPER)
     for kind, activation, rows in (("then", "softmax", is_softmax), ("backend", "none", ~is_softmax)):
         monkeypatch.setattr(statistics, "attention_inputs", lambda *_, kind=kind: {"backend": inputs[kind]})
-        alone = statistics.attention_statistics(model_of(f"backend={activation}", depth))(params, HYPER[kind], windows)
+        alone = statistics.attention_statistics(model_of(f"backend={activation}", depth))(params, HYPER[kind], batch)
         assert_close(alone, jax.tree.map(lambda leaf, rows=rows: leaf[rows], found), rtol=1e-4, atol=1e-5)
         assert np.abs(alone.statistics["entropy"][0] - alone.statistics["entropy"][1]).max() > 1e-3

@@ -13,7 +13,7 @@ import pytest
 
 import xattn.config
 from xattn.config import Config, compose
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 from xattn.model.generation import empty_caches
 from xattn.model.pattern import layers_of
 from xattn.model.transformer import LanguageModel, init_params
@@ -94,7 +94,7 @@ def trained(name: str) -> list[tuple[float, Any]]:
         TrainState(jnp.int32(0), params, rule.init(params), hyper, jnp.int32(0), jnp.int32(-1))
         for params in float32(one.params)
     ]
-    batch = Windows(TRAINED.astype(np.int32), np.ones((2, 7), np.float32))
+    batch = Batch(TRAINED.astype(np.int32), np.ones((2, 7), np.float32))
     pack = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *states)
     pack, metrics = compiled.step(pack, compiled.stack_batches([batch, batch]))
     after = jax.device_get(pack.params)

@@ -308,7 +308,7 @@ def test_what_is_only_looked_at_is_no_factor(writer: Writer) -> None:
 def test_the_best_evaluation_is_a_checkpoint_where_a_run_rolls_back() -> None:
     assert not changes_training("trainer.eval_every", {"trainer.nonfinite": "stop"})
     assert changes_training("trainer.eval_every", {"trainer.nonfinite": "rollback"})
-    assert not changes_training("evaluation.windows", {})
+    assert not changes_training("evaluation.sequences", {})
 
 
 # ---- numbers of the same thing ---------------------------------------------------------------------------------------
@@ -379,27 +379,24 @@ def test_pairs_on_other_data_are_left_out(writer: Writer) -> None:
 
 
 def test_what_was_evaluated_later_stands_in_for_what_a_summary_lacks(writer: Writer) -> None:
-    """Softmax trained with 64 windows and was evaluated on all later; sigmoid had all from the start."""
+    """Softmax trained on 64 sequences and was evaluated on all later; sigmoid had all from the start."""
     for seed in range(2):
-        path = writer.run({"backend.activation": "softmax", "evaluation.windows": 64, "seed": seed}, 1.0)
-        later(path, ["evaluation.windows=all"], val_loss=2.0 + seed / 10)
-        writer.run({"backend.activation": "sigmoid", "evaluation.windows": "all", "seed": seed}, 2.1 + seed / 9)
+        path = writer.run({"backend.activation": "softmax", "evaluation.sequences": 64, "seed": seed}, 1.0)
+        later(path, ["evaluation.sequences=all"], val_loss=2.0 + seed / 10)
+        writer.run({"backend.activation": "sigmoid", "evaluation.sequences": "all", "seed": seed}, 2.1 + seed / 9)
     (effect,) = found(writer).effects
     assert (effect.arm_mean, effect.baseline_mean) == (pytest.approx(2.1 + 1 / 18), pytest.approx(2.05))
 
 
-def test_losses_over_other_windows_are_not_compared(writer: Writer) -> None:
+def test_losses_over_other_sequences_are_not_compared(writer: Writer) -> None:
     for seed in range(2):
-        writer.run({"backend.activation": "softmax", "evaluation.windows": 64, "seed": seed}, 1.0)
+        writer.run({"backend.activation": "softmax", "evaluation.sequences": 64, "seed": seed}, 1.0)
         for arm in ("sigmoid", "none"):
-            writer.run({"backend.activation": arm, "evaluation.windows": 256, "seed": seed}, 2.1 + seed / 9)
+            writer.run({"backend.activation": arm, "evaluation.sequences": 256, "seed": seed}, 2.1 + seed / 9)
     findings = found(writer)
     assert all(effect.paired.seeds == 0 for effect in findings.effects)
-    assert any(
-        "Evaluated on other windows than evaluation.windows=256, and not judged: activationsoftmax-windows64-seed0"
-        in each
-        for each in findings.odd
-    )
+    judged = "Evaluated on other sequences than evaluation.sequences=256, and not judged: "
+    assert any(f"{judged}activationsoftmax-sequences64-seed0" in each for each in findings.odd)
 
 
 def test_probes_that_were_run_later_are_judged(writer: Writer) -> None:
@@ -471,13 +468,13 @@ def test_random_trials_over_many_keys_are_judged_in_time(writer: Writer, choices
 # ---- evaluations, choices, sentences, figures ------------------------------------------------------------------------
 
 
-def test_of_several_windows_that_all_have_the_whole_text_is_taken(writer: Writer) -> None:
-    """The page advises this if windows of different lengths are different samples of the text."""
+def test_of_several_sequences_that_all_have_the_whole_text_is_taken(writer: Writer) -> None:
+    """The page advises this if sequences of different lengths are different samples of the text."""
     for length, whole in ((64, 2.0), (128, 2.3)):
         for seed in range(2):
-            keys = {"backend.context_length": length, "evaluation.windows": 64, "seed": seed}
+            keys = {"backend.context_length": length, "evaluation.sequences": 64, "seed": seed}
             path = writer.run(keys, 1.0 + length / 1000)
-            later(path, ["evaluation.windows=all"], val_loss=whole + seed / 10 * whole)
+            later(path, ["evaluation.sequences=all"], val_loss=whole + seed / 10 * whole)
     (effect,) = found(writer).effects
     assert effect.paired.difference == pytest.approx(-0.3 * 1.05)
     assert not any("xattn evaluate" in each for each in found(writer).odd)
@@ -485,9 +482,9 @@ def test_of_several_windows_that_all_have_the_whole_text_is_taken(writer: Writer
 
 def test_runs_of_one_training_pool_what_was_measured_of_them(writer: Writer) -> None:
     for seed in range(2):
-        writer.run({"backend.activation": "softmax", "evaluation.windows": 64, "seed": seed}, 1.0, name=f"a{seed}")
-        writer.run({"backend.activation": "softmax", "evaluation.windows": "all", "seed": seed}, 2.0, name=f"b{seed}")
-        keys = {"backend.activation": "sigmoid", "evaluation.windows": "all", "seed": seed}
+        writer.run({"backend.activation": "softmax", "evaluation.sequences": 64, "seed": seed}, 1.0, name=f"a{seed}")
+        writer.run({"backend.activation": "softmax", "evaluation.sequences": "all", "seed": seed}, 2.0, name=f"b{seed}")
+        keys = {"backend.activation": "sigmoid", "evaluation.sequences": "all", "seed": seed}
         writer.run(keys, 2.1 + seed / 9, name=f"c{seed}")
     (effect,) = found(writer).effects
     assert (effect.paired.seeds, effect.baseline_mean) == (2, 2.0)
@@ -496,10 +493,10 @@ def test_runs_of_one_training_pool_what_was_measured_of_them(writer: Writer) -> 
 def test_an_evaluation_on_another_text_stands_in_for_nothing(writer: Writer) -> None:
     for arm in ("softmax", "sigmoid"):
         for seed in range(2):
-            path = writer.run({"backend.activation": arm, "evaluation.windows": 64, "seed": seed}, None)
-            later(path, ["evaluation.windows=all", "data=text", "data.path=x"], val_loss=9.0 + seed)
-            later(path, ["evaluation.windows=all"], val_loss=2.0 + (arm == "sigmoid") + seed / 10)
-            later(path, ["evaluation.windows=all", "backend.window=3"], val_loss=7.0)
+            path = writer.run({"backend.activation": arm, "evaluation.sequences": 64, "seed": seed}, None)
+            later(path, ["evaluation.sequences=all", "data=text", "data.path=x"], val_loss=9.0 + seed)
+            later(path, ["evaluation.sequences=all"], val_loss=2.0 + (arm == "sigmoid") + seed / 10)
+            later(path, ["evaluation.sequences=all", "backend.window=3"], val_loss=7.0)
     (effect,) = found(writer).effects
     assert (effect.arm_mean, effect.baseline_mean) == (pytest.approx(3.05), pytest.approx(2.05))
 
@@ -508,21 +505,21 @@ def test_an_evaluation_of_an_earlier_step_is_not_the_runs_result(writer: Writer)
     for arm in ("softmax", "sigmoid"):
         path = writer.run({"backend.activation": arm, "seed": 0}, 2.0)
         (path / "evaluations.jsonl").write_text(
-            '{"step": 7, "overrides": ["evaluation.windows=all"], "results": {"val_loss": 1}}\n'
+            '{"step": 7, "overrides": ["evaluation.sequences=all"], "results": {"val_loss": 1}}\n'
         )
-    assert only(writer).metric.windows is None
+    assert only(writer).metric.sequences is None
 
 
 def test_probes_are_judged_at_the_settings_that_the_loss_chose(writer: Writer) -> None:
     for arm in ("softmax", "none"):
         for rate, loss in ((1e-3, 2.0), (3e-3, 2.5)):
-            keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "evaluation.windows": 64, "seed": 0}
+            keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "evaluation.sequences": 64, "seed": 0}
             path = writer.run(keys, loss)
             measured = {"val_loss": 5.0 - loss, "probe/mqar/accuracy": rate * (2 if arm == "none" else 1)}
-            later(path, ["evaluation.windows=all", "evaluation.probes=[mqar]"], **measured)
+            later(path, ["evaluation.sequences=all", "evaluation.probes=[mqar]"], **measured)
             if arm == "softmax":
-                later(path, ["evaluation.windows=9"], val_loss=1.0)
-    comparison = only(writer, where={"evaluation.windows": ["64"]})
+                later(path, ["evaluation.sequences=9"], val_loss=1.0)
+    comparison = only(writer, where={"evaluation.sequences": ["64"]})
     chosen = {cell[0]: each.setting for cell, each in comparison.chosen.items()}
     (probe,) = comparison.probes["probe/mqar/accuracy"]
     rates = {"softmax": chosen["softmax"][0], "none": 2 * chosen["none"][0]}

@@ -1,4 +1,4 @@
-"""The noise floor: spreads checked by hand, and how much depends on the windows."""
+"""The noise floor: spreads checked by hand, and how much depends on the sequences."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from .folders import Writer
 
 BASELINE = [2.0, 2.1, 2.3, 2.2]
 DIFFERENCES = [0.1, 0.12, 0.08, 0.14]
-TOKENS = np.array([64.0] * 99 + [16.0])  # the last window is short
+TOKENS = np.array([64.0] * 99 + [16.0])  # the last sequence is short
 
 
-def put_windows(run: Path, losses: np.ndarray) -> None:
+def put_losses(run: Path, losses: np.ndarray) -> None:
     (run / run_folder.ARTIFACTS).mkdir()
     np.save(
-        run / run_folder.ARTIFACTS / run_folder.WINDOW_LOSSES, np.stack([losses * TOKENS, TOKENS], 1).astype(np.float32)
+        run / run_folder.ARTIFACTS / run_folder.SEQUENCE_LOSSES,
+        np.stack([losses * TOKENS, TOKENS], 1).astype(np.float32),
     )
 
 
-def write(writer: Writer, *, own: float, with_windows: bool = True) -> None:
-    """Write a study. ``own`` is how much the arm's cost differs between windows; their shared part is large."""
+def write(writer: Writer, *, own: float, with_losses: bool = True) -> None:
+    """Write a study. ``own`` is how much the arm's cost differs between sequences; their shared part is large."""
     rng = np.random.default_rng(0)
     shared, extra = rng.normal(0, 1, TOKENS.size), rng.normal(0, 1, TOKENS.size)
     shared, extra = (each - np.average(each, weights=TOKENS) for each in (shared, extra))
     for seed, (loss, difference) in enumerate(zip(BASELINE, DIFFERENCES, strict=True)):
         for arm, value in (("softmax", loss), ("sigmoid", loss + difference)):
             run = writer.run({"backend.activation": arm, "seed": seed}, value)
-            if with_windows:
-                put_windows(run, value + shared + own * extra * (arm == "sigmoid"))
+            if with_losses:
+                put_losses(run, value + shared + own * extra * (arm == "sigmoid"))
 
 
 def found_in(writer: Writer, metric: str | None = None) -> tuple[Answer, Noise]:
@@ -66,8 +67,8 @@ def test_spreads_are_those_of_the_seeds(writer: Writer) -> None:
     assert noise.seeds_half == pytest.approx(3.1824 * spread / 2, rel=1e-4)  # t(0.975, 3)
 
 
-def test_what_hangs_on_the_windows_is_of_the_difference_alone(writer: Writer) -> None:
-    """What makes a window hard in both arms cancels. The arm's cost does not, and is weighted by tokens."""
+def test_what_hangs_on_the_sequences_is_of_the_difference_alone(writer: Writer) -> None:
+    """What makes a sequence hard in both arms cancels. The arm's cost does not, and is weighted by tokens."""
     write(writer, own=0.5)
     _, noise = found_in(writer)
     rng = np.random.default_rng(0)
@@ -75,23 +76,23 @@ def test_what_hangs_on_the_windows_is_of_the_difference_alone(writer: Writer) ->
     extra = rng.normal(0, 1, TOKENS.size)
     extra = 0.5 * (extra - np.average(extra, weights=TOKENS))
     expected = 1.96 * np.sqrt(np.sum((extra * TOKENS) ** 2)) / TOKENS.sum()
-    assert noise.windows == 100
-    assert noise.windows_half == pytest.approx(expected, rel=0.08)
+    assert noise.sequences == 100
+    assert noise.sequences_half == pytest.approx(expected, rel=0.08)
     _, in_bits = found_in(writer, "val_bpb")
-    assert in_bits.windows_half == pytest.approx(1.44 * expected, rel=0.08)
+    assert in_bits.sequences_half == pytest.approx(1.44 * expected, rel=0.08)
 
 
-def test_windows_that_cost_the_same_everywhere_add_nothing(writer: Writer) -> None:
+def test_sequences_that_cost_the_same_everywhere_add_nothing(writer: Writer) -> None:
     write(writer, own=0.0)
     found, noise = found_in(writer)
-    assert noise.windows_half == pytest.approx(0, abs=1e-5)
+    assert noise.sequences_half == pytest.approx(0, abs=1e-5)
     assert "Noise floor" in to_markdown(page_of(found, {}))
 
 
 @pytest.mark.parametrize("damage", ["missing", "no array", "another shape", "other losses", "NaN"])
-def test_windows_that_cannot_be_used_are_passed_over(damage: str, writer: Writer) -> None:
+def test_losses_that_cannot_be_used_are_passed_over(damage: str, writer: Writer) -> None:
     write(writer, own=0.5)
-    file = next(writer.folder.glob("*/artifacts")) / run_folder.WINDOW_LOSSES
+    file = next(writer.folder.glob("*/artifacts")) / run_folder.SEQUENCE_LOSSES
     kept = np.load(file)
     if damage == "missing":
         file.unlink()
@@ -100,4 +101,4 @@ def test_windows_that_cannot_be_used_are_passed_over(damage: str, writer: Writer
     else:
         np.save(file, {"another shape": kept[:, 0], "other losses": kept * [2, 1], "NaN": np.nan * kept}[damage])
     _, noise = found_in(writer)
-    assert (noise.windows, noise.windows_half) == (0, None)
+    assert (noise.sequences, noise.sequences_half) == (0, None)

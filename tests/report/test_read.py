@@ -107,7 +107,7 @@ def test_no_study_is_bad_input(tmp_path: Path, writer: Writer) -> None:
 
 def test_evaluations_are_read(writer: Writer) -> None:
     path = writer.run({"seed": 0})
-    row = {"step": 200, "overrides": ["evaluation.windows=all"], "results": {"val_loss": 1.5}}
+    row = {"step": 200, "overrides": ["evaluation.sequences=all"], "results": {"val_loss": 1.5}}
     (path / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
     assert read_run(path).evaluations == (row,)
 

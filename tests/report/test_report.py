@@ -524,10 +524,10 @@ def test_every_number_leads_back(writer: Writer) -> None:
 
 def test_what_was_evaluated_later_is_shown(writer: Writer) -> None:
     small(writer)
-    row = {"step": 200, "overrides": ["evaluation.windows=all"], "results": {"val_loss": 1.5}}
+    row = {"step": 200, "overrides": ["evaluation.sequences=all"], "results": {"val_loss": 1.5}}
     (writer.folder / "softmax0" / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
     page = written(writer)["report.md"]
-    assert '| softmax0 | 200 | `["evaluation.windows=all"]` | `{"val_loss": 1.5}` |' in page
+    assert '| softmax0 | 200 | `["evaluation.sequences=all"]` | `{"val_loss": 1.5}` |' in page
 
 
 def test_loss_spikes_are_counted_and_noise_and_descent_are_not() -> None:

@@ -15,5 +15,5 @@ def tiny(text_file: Path) -> list[str]:
     return [
         *("trainer=debug", "tracking.wandb.mode=disabled", "data=text", f"data.path={text_file}"),
         *("model.embedding_dim=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_dim=16"),
-        *("backend.context_length=16", "evaluation.windows=8"),
+        *("backend.context_length=16", "evaluation.sequences=8"),
     ]

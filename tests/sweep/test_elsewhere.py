@@ -67,7 +67,7 @@ def test_several_processes_share_a_sweep(tiny: list[str], tmp_path: Path) -> Non
 
 def test_several_processes_train_each_training_once(tiny: list[str], tmp_path: Path) -> None:
     """One trains while the others wait, and only one of them measures what is left to measure."""
-    command = ["sweep.workers=2", *tiny, "trainer.steps=4", "trainer.log_every=2,4", "evaluation.windows=8,4"]
+    command = ["sweep.workers=2", *tiny, "trainer.steps=4", "trainer.log_every=2,4", "evaluation.sequences=8,4"]
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
     assert statuses(tmp_path) == ["done"]

@@ -123,7 +123,7 @@ def test_runs_of_one_program_data_and_pace_are_packed_as_many_as_asked_for(tiny:
     same = [job(tmp_path, *asked, f"seed={seed}", f"optimizer.learning_rate={seed + 1}e-3") for seed in range(3)]
     others = [
         job(tmp_path, *asked, override)
-        for override in ("backend=none", "trainer.log_every=3", "evaluation.windows=4", "trainer.nonfinite=rollback")
+        for override in ("backend=none", "trainer.log_every=3", "evaluation.sequences=4", "trainer.nonfinite=rollback")
     ]
     jobs = [same[0], *others, *same[1:]]
     queue = deque(jobs)

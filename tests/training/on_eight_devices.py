@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from xattn.config import CONF, Config, compose
-from xattn.data.batches import TrainingBatches, evaluation_windows
+from xattn.data.batches import TrainingBatches, held_out_batches
 from xattn.model.loss import MOST_LOGITS
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.training.checkpoint import Checkpoints
@@ -34,7 +34,7 @@ TINY = [
 ]
 TEXT = np.frombuffer(b"to be or not to be, that is the question: " * 40, np.uint8)
 BATCHES = TrainingBatches(TEXT, context_length=16, batch_size=8, seed=0)
-WINDOWS = evaluation_windows(TEXT[:200], context_length=16, batch_size=8, windows="all")
+HELD_OUT = held_out_batches(TEXT[:200], context_length=16, batch_size=8, sequences="all")
 MIXED = ("parallel.data=2", "parallel.fsdp=2", "parallel.tensor=2")
 
 
@@ -63,7 +63,7 @@ def alone(*overrides: str) -> tuple[list[float], float]:
 
 
 def score(run: Programs, state: TrainState) -> float:
-    return sum(float(run.score(state.params, state.hyperparameters.model, windows)[0]) for windows in WINDOWS)
+    return sum(float(run.score(state.params, state.hyperparameters.model, batch)[0]) for batch in HELD_OUT)
 
 
 def shards(leaf: Any) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 from xattn.errors import BadInput
 from xattn.training import memory
 from xattn.training.gradients import loss_and_gradient
@@ -24,21 +24,21 @@ TINY = [
 ]
 _random = np.random.default_rng(0)
 # The weights differ between the parts, so that a mean of the parts' means would be wrong.
-WINDOWS = Windows(_random.integers(0, 7, (6, 9), dtype=np.int32), (_random.random((6, 8)) ** 3).astype(np.float32))
+BATCH = Batch(_random.integers(0, 7, (6, 9), dtype=np.int32), (_random.random((6, 8)) ** 3).astype(np.float32))
 
 
 def test_in_parts_it_is_the_gradient_at_once() -> None:
     params = {"table": jnp.asarray(_random.standard_normal((7, 7)), jnp.float32)}
 
-    def summed_loss(params: Any, windows: Windows, key: jax.Array) -> jax.Array:
-        logits = params["table"][windows.tokens[:, :-1]]
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), windows.tokens[:, 1:, None], axis=-1)[..., 0]
-        return -jnp.sum(chosen * windows.weights)
+    def summed_loss(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
+        logits = params["table"][batch.tokens[:, :-1]]
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.tokens[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(chosen * batch.weights)
 
     key = jax.random.key(0)
-    loss, gradient = loss_and_gradient(summed_loss, params, WINDOWS, key, parts=1)
+    loss, gradient = loss_and_gradient(summed_loss, params, BATCH, key, parts=1)
     for parts in (2, 3, 6):
-        again, in_parts = loss_and_gradient(summed_loss, params, WINDOWS, key, parts=parts)
+        again, in_parts = loss_and_gradient(summed_loss, params, BATCH, key, parts=parts)
         np.testing.assert_allclose(again, loss, rtol=1e-6)
         np.testing.assert_allclose(in_parts["table"], gradient["table"], rtol=1e-5, atol=1e-7)
 
@@ -50,7 +50,7 @@ def test_a_run_in_parts_makes_the_updates_of_one_at_once() -> None:
         compiled, _ = programs(config, 7)
         state = compiled.init(hyperparameters(config))
         for _ in range(3):
-            state, metrics = compiled.step(state, WINDOWS)
+            state, metrics = compiled.step(state, BATCH)
         losses.append((float(metrics.train_loss), float(metrics.grad_norm), float(metrics.param_norm)))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.data.batches import TrainingBatches, evaluation_windows
+from xattn.data.batches import TrainingBatches, held_out_batches
 from xattn.data.run_data import RunData
 from xattn.data.tokenizer import ByteTokenizer
 from xattn.errors import StorageError
@@ -40,7 +40,7 @@ CONFIG = compose(
 )
 TEXT = np.frombuffer(b"to be or not to be, that is the question: " * 40, np.uint8)
 BATCHES = TrainingBatches(TEXT, context_length=8, batch_size=4, seed=0)
-WINDOWS = evaluation_windows(TEXT[:300], context_length=8, batch_size=4, windows="all")
+HELD_OUT = held_out_batches(TEXT[:300], context_length=8, batch_size=4, sequences="all")
 
 
 class Rows(list[Mapping[str, Any]]):
@@ -71,7 +71,7 @@ def run(
     config = CONFIG.trainer.model_copy(update=trainer)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         member = Member(progress, BATCHES, checkpoints, [rows], probes=probes)
-        train(compiled, [member], WINDOWS, config, bytes_per_token=1.0, stop=stop)
+        train(compiled, [member], HELD_OUT, config, bytes_per_token=1.0, stop=stop)
         assert not member.active
     return rows
 
@@ -98,7 +98,7 @@ def test_rows_are_written_at_their_steps_with_the_figures_of_that_update(compile
                 assert by_step[step][key] == getattr(metrics, key).item(), (step, key)
         if step in (4, 8, 11):
             hyper = state.hyperparameters.model
-            expected = held_out_loss(compiled.score, state.params, hyper, WINDOWS, bytes_per_token=1.0)
+            expected = held_out_loss(compiled.score, state.params, hyper, HELD_OUT, bytes_per_token=1.0)
             assert {key: by_step[step][key] for key in evaluation} == expected.row()
             assert expected.val_bpb == pytest.approx(expected.val_loss / np.log(2))
             evaluations.append(expected.val_loss)
@@ -210,7 +210,7 @@ def test_probes_are_in_the_rows_and_change_no_bit(compiled: Programs, tmp_path: 
     """Every evaluation row has them, and the last values are kept. State and losses equal those of a run without."""
     plain, probed = fresh(compiled), fresh(compiled)
     rows = run(compiled, plain, tmp_path / "plain")
-    data = RunData(BATCHES, WINDOWS, ByteTokenizer(), "", "")
+    data = RunData(BATCHES, HELD_OUT, ByteTokenizer(), "", "")
     names = ("in_context", "induction")
     probes = make_probes(names, Scene(CONFIG.data, data, CONFIG.backend, 4))
     probed_rows = run(compiled, probed, tmp_path / "probed", probes=probes)

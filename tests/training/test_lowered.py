@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from xattn.config import compose, shaping
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 from xattn.training.programs import _one_run
 from xattn.training.sharding import layout_of
 
@@ -37,7 +37,7 @@ def lowered(*overrides: str) -> str:
     config = shaping(compose([*tiny, "backend.context_length=16", *overrides]))
     one = _one_run(config, 11, layout_of(config))
     tokens, weights = jnp.zeros((2, 17), jnp.int32), jnp.zeros((2, 16))
-    text = jax.jit(one.step).lower(one.shapes, Windows(tokens, weights)).as_text()
+    text = jax.jit(one.step).lower(one.shapes, Batch(tokens, weights)).as_text()
     return hashlib.sha256(text.encode()).hexdigest()
 
 

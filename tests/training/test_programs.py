@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from xattn.config import Config, compose, pack_key, program_key
-from xattn.data.batches import Windows, evaluation_windows
+from xattn.data.batches import Batch, held_out_batches
 from xattn.model.loss import next_token_losses
 from xattn.training.optimizer import learning_rate_factor
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs
@@ -32,7 +32,7 @@ TINY = [
 ]
 TEXT = np.frombuffer(b"to be or not to be, that is the question: " * 20, np.uint8)
 TOKENS = np.stack([TEXT[i : i + 9] for i in (0, 5, 11, 17)]).astype(np.int32)
-BATCH = Windows(TOKENS, np.ones((4, 8), np.float32))
+BATCH = Batch(TOKENS, np.ones((4, 8), np.float32))
 
 
 def config_of(*overrides: str) -> Config:
@@ -96,7 +96,7 @@ NUMBERS = [
 
 def test_numbers_do_not_compile_again(tiny: Programs, compilations: list[str]) -> None:
     """One program reads learning rate, decay, clip, theta, bias and seed, and each of them has an effect."""
-    windows = evaluation_windows(TEXT, context_length=8, batch_size=4, windows=4)[0]
+    batch = held_out_batches(TEXT, context_length=8, batch_size=4, sequences=4)[0]
 
     def after_two_updates(*overrides: str) -> tuple[list[float], float]:
         compiled, compiled_now = programs(config_of(*overrides), 256)
@@ -105,7 +105,7 @@ def test_numbers_do_not_compile_again(tiny: Programs, compilations: list[str]) -
         state = compiled.init(hyperparameters(config_of(*overrides)))
         state, first = compiled.step(state, BATCH)
         state, second = compiled.step(state, BATCH)
-        score, _ = compiled.score(state.params, state.hyperparameters.model, windows)
+        score, _ = compiled.score(state.params, state.hyperparameters.model, batch)
         return [first.train_loss.item(), second.train_loss.item(), second.param_norm.item()], score.item()
 
     base = after_two_updates()
@@ -114,7 +114,7 @@ def test_numbers_do_not_compile_again(tiny: Programs, compilations: list[str]) -
     for override in NUMBERS:
         assert after_two_updates(override)[0] != base[0], override
     assert compilations == []
-    keys = ["trainer.log_every=3", "trainer.eval_every=3", "evaluation.windows=3", "data.validation_fraction=0.5"]
+    keys = ["trainer.log_every=3", "trainer.eval_every=3", "evaluation.sequences=3", "data.validation_fraction=0.5"]
     for override in [*keys, "study=another", "tracking.wandb.mode=disabled", "resume=never"]:
         assert programs(config_of(override), 256) == (tiny, False)
 
@@ -200,29 +200,29 @@ def test_runs_of_a_pack_with_two_kinds_are_those_runs_alone() -> None:
 WEIGHTS = np.random.default_rng(2).integers(0, 3, (4, 8)).astype(np.float32)
 SEGMENTS = np.arange(8, dtype=np.int32) // 3 + np.zeros((4, 1), np.int32)
 ANSWERS = np.random.default_rng(3).integers(0, 256, (4, 8), dtype=np.int32)
-OTHER = Windows(TOKENS, WEIGHTS, SEGMENTS, ANSWERS)
+OTHER = Batch(TOKENS, WEIGHTS, SEGMENTS, ANSWERS)
 MOST = (WEIGHTS > 0).sum(axis=1).max()
 PLACES = np.sort(np.argsort(-WEIGHTS, axis=1)[:, :MOST]).astype(np.int32)
 
 
 @pytest.mark.parametrize(
-    ("windows", "targets"),
+    ("batch", "targets"),
     [(BATCH, TOKENS[:, 1:]), (OTHER, ANSWERS), (OTHER._replace(places=PLACES), ANSWERS)],
     ids=["next tokens", "segments and answers", "everything optional"],
 )
-def test_a_step_is_the_gradient_of_the_mean_loss(windows: Windows, targets: np.ndarray) -> None:
+def test_a_step_is_the_gradient_of_the_mean_loss(batch: Batch, targets: np.ndarray) -> None:
     """For SGD without momentum or clip it is parameters − rate · gradient. The metrics are those of that update."""
-    tiny, _ = programs(config_of(), 256, optional=windows.optional)
+    tiny, _ = programs(config_of(), 256, optional=batch.optional)
     state = fresh(tiny, "optimizer.learning_rate=0.5")
 
     def loss(params: Any) -> jax.Array:
         logits = tiny.model.apply(
-            {"params": params}, TOKENS[:, :-1], state.hyperparameters.model, segment_ids=windows.segment_ids
+            {"params": params}, TOKENS[:, :-1], state.hyperparameters.model, segment_ids=batch.segment_ids
         )
-        return jnp.average(next_token_losses(logits, targets), weights=windows.weights)
+        return jnp.average(next_token_losses(logits, targets), weights=batch.weights)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
-    new, metrics = tiny.step(copied(state), windows)
+    new, metrics = tiny.step(copied(state), batch)
     rate = 0.5 * float(learning_rate_factor(config_of().schedule, 40)(0))
     assert rate == pytest.approx(0.5 / 3)
     assert metrics.learning_rate.item() == pytest.approx(rate, rel=1e-6)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import jax
 
 from xattn.bench.record import write_record
 from xattn.config import Config, compose
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 from xattn.data.prefetch import Prefetch
 from xattn.data.run_data import load_data
 from xattn.system.arguments import Parser
@@ -67,13 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.repeats < 1 or not 1 <= options.every <= options.steps:
         parser.error("--repeats is at least 1, and --every from 1 to --steps")
     config = compose(options.overrides)
-    data = load_data(
-        config.data,
-        context_length=config.backend.context_length,
-        batch_size=config.trainer.batch_size,
-        windows=1,
-        seed=config.seed,
-    )
+    data = load_data(config.data, replace(config.batching, sequences=1))
     compiled, _ = programs(config, data.tokenizer.vocab_size, optional=data.optional)
     pairs, blocking, in_all = [], list[float](), list[float]()
     with tempfile.TemporaryDirectory() as scratch, Prefetch(data.batch) as batch:
@@ -81,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds = dict[bool, float]()
             for saving in (True, False) if pair % 2 else (False, True):
                 checkpoints = TimedCheckpoints(Path(scratch) / f"{pair}") if saving else None
-                seconds[saving] = _stretch(config, compiled, batch, data.windows, checkpoints, options)
+                seconds[saving] = _stretch(config, compiled, batch, data.held_out, checkpoints, options)
                 if checkpoints is not None and pair:
                     blocking += checkpoints.blocking
                     in_all += checkpoints.in_all
@@ -112,7 +107,7 @@ def _stretch(
     config: Config,
     compiled: Programs,
     batch: Prefetch,
-    windows: Sequence[Windows],
+    held_out: Sequence[Batch],
     checkpoints: TimedCheckpoints | None,
     options: argparse.Namespace,
 ) -> float:
@@ -128,7 +123,7 @@ def _stretch(
     member = Member(progress, batch, checkpoints)
     trainer = config.trainer.model_copy(update=pace)
     with checkpoints or contextlib.nullcontext():
-        train(compiled, [member], windows, trainer, bytes_per_token=None)
+        train(compiled, [member], held_out, trainer, bytes_per_token=None)
         stood_still = sum(checkpoints.blocking) + checkpoints.waited if checkpoints else 0.0
     return progress.clock.seconds + stood_still
 

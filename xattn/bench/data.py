@@ -93,13 +93,7 @@ def measure(config: Config) -> dict[str, Any]:
 
     def load() -> tuple[RunData, float]:
         began = time.perf_counter()
-        data = load_data(
-            config.data,
-            context_length=config.backend.context_length,
-            batch_size=config.trainer.batch_size,
-            windows=config.evaluation.windows,
-            seed=config.seed,
-        )
+        data = load_data(config.data, config.batching)
         return data, time.perf_counter() - began
 
     corpus_tokenizer.train_bpe = timed  # type: ignore[assignment]
@@ -136,9 +130,9 @@ def _train(config: Config, data: Any) -> tuple[float, float]:
     with Prefetch(data.batch) as batch:
         for step in range(STEPS):
             began = time.perf_counter()
-            windows = batch(step)
+            rows = batch(step)
             waits.append(time.perf_counter() - began)
-            state, _ = jax.block_until_ready(compiled.step(state, windows))
+            state, _ = jax.block_until_ready(compiled.step(state, rows))
             steps.append(time.perf_counter() - began)
     return float(np.median(waits[2:])), float(np.median(steps[2:]))
 

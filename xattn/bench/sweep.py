@@ -140,7 +140,7 @@ class _Packed:
     def __init__(self, config: Any, size: int):
         import numpy as np
 
-        from xattn.data.batches import Windows
+        from xattn.data.batches import Batch
         from xattn.training.programs import hyperparameters, programs
 
         rows, length, vocab_size = config.trainer.batch_size, config.backend.context_length, 256
@@ -153,7 +153,7 @@ class _Packed:
             states.append(self.programs.init(hyperparameters(own)))
         draw = np.random.default_rng(0)
         tokens = [draw.integers(vocab_size, size=(rows, length + 1), dtype=np.int32) for _ in range(size)]
-        self._batches = [Windows(each, np.ones((rows, length), np.float32)) for each in tokens]
+        self._batches = [Batch(each, np.ones((rows, length), np.float32)) for each in tokens]
         self._state = self.programs.stack(states)
         self.seconds: list[float] = []
 

@@ -27,7 +27,7 @@ from xattn.backend import activations
 from xattn.bench.peer import Peer
 from xattn.bench.record import write_record
 from xattn.config import Config, compose, sized
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 from xattn.errors import BadInput
 from xattn.system.arguments import Parser
 from xattn.system.device import keep_compiled_programs
@@ -131,7 +131,7 @@ def _prepare(model: str, activation: str, options: argparse.Namespace) -> Subjec
     compiled, _ = programs(config, options.vocab_size)
     rows, length = config.trainer.batch_size, config.backend.context_length
     tokens = np.random.default_rng(0).integers(options.vocab_size, size=(rows, length + 1), dtype=np.int32)
-    batch = Windows(tokens, np.ones((rows, length), np.float32))
+    batch = Batch(tokens, np.ones((rows, length), np.float32))
     state = compiled.init(hyperparameters(config))
     return Subject(model, activation, config, compiled, state, batch)
 

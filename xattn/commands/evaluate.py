@@ -19,11 +19,11 @@ from xattn.system import entry
 from xattn.system.arguments import Parser
 from xattn.system.screen import say
 
-EPILOG = """A word with = is an override as train.py takes it: data=text data.path=FILE, evaluation.windows=all,
+EPILOG = """A word with = is an override as train.py takes it: data=text data.path=FILE, evaluation.sequences=all,
 backend.context_length=512, 'evaluation.probes=[in_context,extrapolation]', backend.theta, backend.window,
 trainer.batch_size, trainer.attention_stats_every=1 (for the attention statistics). Any other word is one more run.
-Another context_length is another length of the windows: sigmoid's n stays that of training, unless backend.sigmoid_bias
-is given too (auto: the n of the new length)."""
+Another context_length is another length of the sequences: sigmoid's n stays that of training, unless
+backend.sigmoid_bias is given too (auto: the n of the new length)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

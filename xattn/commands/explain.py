@@ -21,7 +21,7 @@ from typing import Any
 import xattn.config
 from xattn.config import config_type
 from xattn.errors import BadInput, ExitCode
-from xattn.keys import show
+from xattn.keys import renamed, show
 from xattn.report.defaults import choice_values, conf_defaults
 from xattn.section import CONF
 from xattn.system.arguments import Parser
@@ -142,6 +142,7 @@ def _values(part: Mapping[str, Any], named: Mapping[str, Any]) -> str:
 
 def explain(key: str) -> str:
     """Return the text for a key, or for a group with all its keys. Raises :class:`BadInput` if it is neither."""
+    key = renamed(key)
     if found := [entry for entry in entries() if entry.key == key]:
         return "\n".join(map(_in_full, found))
     inside = [entry for entry in entries() if entry.key.startswith(f"{key}.")]

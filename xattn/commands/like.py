@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from xattn.errors import BadInput
+from xattn.keys import renamed
 from xattn.runs import run_folder
 
 _FLAG = "--like"
@@ -36,7 +37,7 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     if len(folders) > 1:
         raise BadInput(f"{_FLAG}: {' and '.join(map(str, folders))}; start from one run")
     typed = {_key(word) for word in rest if not word.startswith("-")}
-    own = [word for word in _overrides(folders[0]) if not _is_replaced(_key(word), typed)]
+    own = [word for word in map(renamed, _overrides(folders[0])) if not _is_replaced(_key(word), typed)]
     sweeps = {"-m", "--multirun"} & set(rest)
     if not sweeps and "sweep.half_width" not in typed and _adds_seeds(folders[0]):
         own = [word for word in own if _key(word) != "sweep.half_width"] + ["sweep.half_width=null"]

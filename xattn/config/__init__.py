@@ -31,5 +31,6 @@ from xattn.config.naming import (
     untracked as untracked,
     varying_keys as varying_keys,
 )
+from xattn.config.renamed import arguments_under_new_names as arguments_under_new_names
 from xattn.config.schema import Config as Config, config_type as config_type, registered_choices as registered_choices
 from xattn.section import CONF as CONF

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from xattn.config.groups import flag, having
 from xattn.config.messages import COMPOSITION_ERRORS, explain, explain_validation, nearest_key
 from xattn.config.naming import hashed_values, run_name
+from xattn.config.renamed import arguments_under_new_names, read_old_names
 from xattn.config.schema import Config, composed, config_type
 from xattn.errors import BadInput, first_line
 from xattn.keys import flatten, up_to_date
@@ -116,6 +117,7 @@ def amend(
     A group (``data=text``) replaces its whole section, a key (``data.path=x``) its value. config_dir: see
     :func:`compose`. Raises :class:`BadInput`.
     """
+    overrides = arguments_under_new_names(overrides)
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for override, key in zip(overrides, keys, strict=True):
         if key.startswith("backend.then.") and config.backend.then is None:
@@ -172,6 +174,7 @@ def save_overrides(overrides: Sequence[str]) -> str:
 def register_resolvers() -> None:
     """Define ``${run_name:}``, the name of the composed run's folder, and ``${program:}``, the command that trains.
 
+    Hydra also learns to read the old names of renamed keys.
     ``${run_name:}`` raises :class:`BadInput` for a bad config, and for one that needs a sweep.
     """
 
@@ -182,6 +185,7 @@ def register_resolvers() -> None:
         return run_name(config)
 
     config_type()
+    read_old_names()
     OmegaConf.register_new_resolver("run_name", name, replace=True)
     OmegaConf.register_new_resolver("program", entry.program, replace=True)
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from xattn.config.groups import choices_in, having, search_path
 from xattn.config.schema import composed
 from xattn.errors import BadInput, did_you_mean, first_line
-from xattn.keys import flatten
+from xattn.keys import RENAMED, flatten, renamed
 from xattn.model.config import LayerConfig
 from xattn.system import entry
 
@@ -57,6 +57,8 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
             return f"{key}: not there to be changed; write +{key}={value}, or 'backend.then={{{leaf}: {value}}}'"
         shown = "hydra" if key.startswith("hydra.") else "job"
         near = "" if shown == "hydra" else nearest_key(key, overrides)
+        if key in RENAMED:
+            near = f"; it is now {RENAMED[key]}"
         if key.startswith("hydra.sweeper.params."):
             near = f" yet; ++{key}=… adds it"
         return f"{key}: no such key{near}; `{entry.program()} --cfg {shown}` shows them all"
@@ -176,7 +178,7 @@ def nearest_key(key: str, overrides: Sequence[str]) -> str:
 
 
 def nearest_of(key: str, keys: Sequence[str]) -> str:
-    """Return `` (did you mean KEY?)`` with the most similar key; empty if none is similar."""
+    """Return `` (did you mean KEY?)`` with the most similar key, by either name of a renamed one; empty without one."""
 
     def likeness(candidate: str) -> float:
         """Compare mostly the last word: users forget or mistake the group more often than the key."""
@@ -185,8 +187,8 @@ def nearest_of(key: str, keys: Sequence[str]) -> str:
         leaf = 0.9 if typed == initials and len(typed) > 1 else _similar(typed, known)
         return 0.8 * leaf + 0.2 * _similar(key, candidate) if leaf >= 0.6 else 0.0
 
-    best = max(keys, key=likeness)
-    return f" (did you mean {best}?)" if likeness(best) else ""
+    best = max([*keys, *(old for old, new in RENAMED.items() if new in keys)], key=likeness)
+    return f" (did you mean {renamed(best)}?)" if likeness(best) else ""
 
 
 def _similar(a: str, b: str) -> float:

@@ -15,6 +15,8 @@ from pydantic import Field, SerializeAsAny
 from pydantic.fields import FieldInfo
 
 from xattn.config.groups import check_folders, choices_in, search_path
+from xattn.config.renamed import arguments_under_new_names, read_old_names
+from xattn.data.batches import Batching
 from xattn.data.config import DataConfig, data_kinds
 from xattn.evaluation.config import EvaluationConfig
 from xattn.model.config import BackendConfig, ModelConfig
@@ -51,6 +53,16 @@ class Config(Section):
     """``auto`` shows the result of a finished run and continues any other; ``never`` moves an earlier run aside and
     starts over.
     """
+
+    @property
+    def batching(self) -> Batching:
+        """The numbers that :func:`xattn.data.run_data.load_data` needs beside the group ``data``."""
+        return Batching(
+            context_length=self.backend.context_length,
+            batch_size=self.trainer.batch_size,
+            sequences=self.evaluation.sequences,
+            seed=self.seed,
+        )
 
 
 def config_type() -> type[Config]:
@@ -92,6 +104,8 @@ def composed(arguments: Sequence[str], *, with_hydra: bool = False) -> DictConfi
     """Compose overrides, with any ``--config-dir`` among them. Raises :data:`COMPOSITION_ERRORS`."""
     check_folders(arguments)
     config_type()
+    read_old_names()
+    arguments = arguments_under_new_names(arguments)
     overrides = [argument for argument in arguments if not argument.startswith("--config-dir=")]
     if not any(override.startswith("hydra.searchpath=") for override in overrides):
         overrides += search_path(arguments)

@@ -1,8 +1,9 @@
-"""Windows of tokens: which ones a training step sees, and which ones an evaluation scores."""
+"""Sequences of tokens: which ones a training step sees, and which ones an evaluation scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol, overload
 
@@ -11,15 +12,27 @@ import numpy as np
 ALL_ROWS = slice(None)
 
 
-class Windows(NamedTuple):
-    """A batch for training or evaluation: the loss is Σ weights · loss / Σ weights."""
+@dataclass(frozen=True)
+class Batching:
+    """What batches a run takes of its data."""
+
+    context_length: int
+    batch_size: int
+    sequences: int | Literal["all"]
+    """Number of held-out sequences to score."""
+    seed: int
+    """Seed of the order of the training batches."""
+
+
+class Batch(NamedTuple):
+    """Sequences for training or evaluation: the loss is Σ weights · loss / Σ weights."""
 
     tokens: np.ndarray
-    """int32 (B, S + 1): a window's inputs and the token after them."""
+    """int32 (B, S + 1): a sequence's inputs and the token after them."""
     weights: np.ndarray
     """float32 (B, S): 1 where the target counts, 0 where it is padding or nothing is asked for."""
     segment_ids: np.ndarray | None = None
-    """int32 (B, S), of the inputs: different segments don't attend to each other. None: each window is one segment."""
+    """int32 (B, S), of the inputs: different segments don't attend to each other. None: a sequence is one segment."""
     answers: np.ndarray | None = None
     """int32 (B, S): what is asked for at each input, if not the next token. None: the next token."""
     places: np.ndarray | None = None
@@ -41,9 +54,9 @@ class Windows(NamedTuple):
         arrays = {name: getattr(self, name) for name in ("segment_ids", "answers", "places")}
         return tuple((name, array.shape[1]) for name, array in arrays.items() if array is not None)
 
-    def rows(self, rows: slice | np.ndarray) -> Windows:
+    def rows(self, rows: slice | np.ndarray) -> Batch:
         """Return a batch of only these rows."""
-        return Windows(*(None if array is None else array[rows] for array in self))  # type: ignore[arg-type]
+        return Batch(*(None if array is None else array[rows] for array in self))  # type: ignore[arg-type]
 
 
 class Ids(Protocol):
@@ -55,17 +68,17 @@ class Ids(Protocol):
 
 
 class Batches(Protocol):
-    """``batch(step)`` returns the windows of update ``step``, counted from 0. It is pure: no call depends on earlier
+    """``batch(step)`` returns the batch of update ``step``, counted from 0. It is pure: no call depends on earlier
     ones. ``rows`` selects some of the rows, for one host of several."""
 
-    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows: ...
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch: ...
 
 
 class TrainingBatches:
     """``batch(step)`` for one text: a function of (seed, step, tokens) alone, with no memory between steps.
 
-    Training runs through the text in epochs. Each epoch draws an offset and cuts the text from there into windows of
-    context_length tokens. It uses every window once, in an order drawn for that epoch.
+    Training runs through the text in epochs. Each epoch draws an offset and cuts the text from there into sequences of
+    context_length tokens. It uses every sequence once, in an order drawn for that epoch.
 
     packed_at: the id that begins a document, if documents don't attend to each other.
     """
@@ -76,32 +89,32 @@ class TrainingBatches:
         self._batch_size = batch_size
         self._seed = seed
         self._packed_at = packed_at
-        # One window fewer than fits, so that the number is the same for every offset below context_length; at least 1.
-        self._windows_per_epoch = max(1, (len(tokens) - 1) // context_length - 1)
+        # One fewer than fits, so that the number is the same for every offset below context_length; at least 1.
+        self._per_epoch = max(1, (len(tokens) - 1) // context_length - 1)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
-    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows:
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch:
         position = step * self._batch_size + np.arange(self._batch_size, dtype=np.int64)[rows]
-        tokens = np.stack([self.window(int(p)) for p in position]).astype(np.int32)
-        return Windows(tokens, np.ones(tokens[:, 1:].shape, np.float32), segments_of(tokens, self._packed_at))
+        tokens = np.stack([self.sequence(int(p)) for p in position]).astype(np.int32)
+        return Batch(tokens, np.ones(tokens[:, 1:].shape, np.float32), segments_of(tokens, self._packed_at))
 
-    def window(self, position: int) -> np.ndarray:
-        """Return the window at this position in the order of all epochs: (context_length + 1,)."""
-        start = self._epoch(position // self._windows_per_epoch)[position % self._windows_per_epoch]
+    def sequence(self, position: int) -> np.ndarray:
+        """Return the sequence at this position in the order of all epochs: (context_length + 1,)."""
+        start = self._epoch(position // self._per_epoch)[position % self._per_epoch]
         return self._tokens[start : start + self._context_length + 1]
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
         generator = np.random.default_rng([self._seed, epoch])
-        slack = len(self._tokens) - 1 - self._windows_per_epoch * self._context_length
+        slack = len(self._tokens) - 1 - self._per_epoch * self._context_length
         offset = generator.integers(min(slack, self._context_length - 1) + 1)
-        return offset + self._context_length * generator.permutation(self._windows_per_epoch)
+        return offset + self._context_length * generator.permutation(self._per_epoch)
 
 
 class MixtureBatches:
-    """Windows of several sources, each with its own epochs. Also a function of (seed, step, tokens) alone.
+    """Sequences of several sources, each with its own epochs. Also a function of (seed, step, tokens) alone.
 
-    Positions are divided into periods of 1000. In each period every source has its rounded share of the windows, in an
-    order drawn for that period. A source whose share rounds to zero gets one window, and the period is one longer.
+    Positions are divided into periods of 1000. In each period every source has its rounded share of the sequences, in
+    an order drawn for that period. A source whose share rounds to zero gets one sequence, and the period is one longer.
     """
 
     PERIOD = 1000
@@ -111,16 +124,16 @@ class MixtureBatches:
         self._counts = np.maximum(shares(weights, self.PERIOD), 1)
         self._turns = lru_cache(maxsize=2)(self._draw_turns)
 
-    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows:
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch:
         positions = step * self._batch_size + np.arange(self._batch_size, dtype=np.int64)[rows]
-        tokens = np.stack([self._window(int(p)) for p in positions]).astype(np.int32)
+        tokens = np.stack([self._sequence(int(p)) for p in positions]).astype(np.int32)
         segment_ids = segments_of(tokens, self._sources[0]._packed_at)
-        return Windows(tokens, np.ones(tokens[:, 1:].shape, np.float32), segment_ids)
+        return Batch(tokens, np.ones(tokens[:, 1:].shape, np.float32), segment_ids)
 
-    def _window(self, position: int) -> np.ndarray:
+    def _sequence(self, position: int) -> np.ndarray:
         period, place = divmod(position, int(self._counts.sum()))
         source, turn = self._turns(period)
-        return self._sources[source[place]].window(int(period * self._counts[source[place]] + turn[place]))
+        return self._sources[source[place]].sequence(int(period * self._counts[source[place]] + turn[place]))
 
     def _draw_turns(self, period: int) -> tuple[np.ndarray, np.ndarray]:
         """Return, for each position of the period: the source it draws from, and its index within that source."""
@@ -146,8 +159,8 @@ def segments_of(tokens: np.ndarray, packed_at: int | None) -> np.ndarray | None:
     return None if packed_at is None else np.cumsum(tokens[:, :-1] == packed_at, axis=1, dtype=np.int32)
 
 
-class EvaluationWindows(Sequence[Windows]):
-    """Batches of windows, created on request from ids and window starts, source after source."""
+class HeldOutBatches(Sequence[Batch]):
+    """Batches of held-out sequences, created on request from ids and their starts, source after source."""
 
     def __init__(
         self,
@@ -165,16 +178,16 @@ class EvaluationWindows(Sequence[Windows]):
         return -(-int(self._ends[-1]) // self._batch_size)
 
     def targets(self) -> Iterator[tuple[Ids, slice]]:
-        """Yield, for each window, the ids it is cut from and the slice of its targets in them."""
+        """Yield, for each sequence, the ids it is cut from and the slice of its targets in them."""
         for ids, starts in self._sources:
             for start in starts.tolist():
                 yield ids, slice(start + 1, min(start + self._context_length + 1, len(ids)))
 
     @overload
-    def __getitem__(self, number: int) -> Windows: ...
+    def __getitem__(self, number: int) -> Batch: ...
     @overload
-    def __getitem__(self, number: slice) -> list[Windows]: ...
-    def __getitem__(self, number: int | slice) -> Windows | list[Windows]:
+    def __getitem__(self, number: slice) -> list[Batch]: ...
+    def __getitem__(self, number: int | slice) -> Batch | list[Batch]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         if not 0 <= number < len(self):
@@ -186,36 +199,37 @@ class EvaluationWindows(Sequence[Windows]):
             source = int(np.searchsorted(self._ends, first + row, side="right"))
             ids, starts = self._sources[source]
             start = starts[first + row - self._ends[source]]  # a negative index, from the end of its starts
-            window = ids[start : start + self._context_length + 1]
-            tokens[row, : len(window)] = window
-            weights[row, : len(window) - 1] = 1
-        return Windows(tokens, weights, segments_of(tokens, self._packed_at))
+            sequence = ids[start : start + self._context_length + 1]
+            tokens[row, : len(sequence)] = sequence
+            weights[row, : len(sequence) - 1] = 1
+        return Batch(tokens, weights, segments_of(tokens, self._packed_at))
 
 
-def evaluation_windows(
-    tokens: Ids, *, context_length: int, batch_size: int, windows: int | Literal["all"], packed_at: int | None = None
-) -> EvaluationWindows:
-    """Return the windows that every evaluation of every run scores, in batches of one shape (:func:`window_starts`)."""
-    sources = [(tokens, window_starts(tokens, context_length, windows))]
-    return EvaluationWindows(sources, context_length=context_length, batch_size=batch_size, packed_at=packed_at)
+def held_out_batches(
+    tokens: Ids, *, context_length: int, batch_size: int, sequences: int | Literal["all"], packed_at: int | None = None
+) -> HeldOutBatches:
+    """Return the sequences that every evaluation of every run scores, in batches of one shape: see
+    :func:`sequence_starts`."""
+    sources = [(tokens, sequence_starts(tokens, context_length, sequences))]
+    return HeldOutBatches(sources, context_length=context_length, batch_size=batch_size, packed_at=packed_at)
 
 
-def window_starts(tokens: Ids, context_length: int, windows: int | Literal["all"]) -> np.ndarray:
-    """Return the start of each scored window.
+def sequence_starts(tokens: Ids, context_length: int, sequences: int | Literal["all"]) -> np.ndarray:
+    """Return the start of each scored sequence.
 
-    ``all`` cuts the text into windows of context_length targets and pads the last one, so every token but the first is
-    scored once. A number takes that many full windows, or all of them if there are fewer, spread evenly.
+    ``all`` cuts the text into sequences of context_length targets and pads the last one, so every token but the first
+    is scored once. A number takes that many full sequences, or all of them if there are fewer, spread evenly.
     """
     scored = len(tokens) - 1
-    if windows == "all":
+    if sequences == "all":
         return np.arange(0, scored, context_length)
     full = scored // context_length
-    return context_length * np.unique(np.linspace(0, full - 1, min(windows, full)).round().astype(np.int64))
+    return context_length * np.unique(np.linspace(0, full - 1, min(sequences, full)).round().astype(np.int64))
 
 
-def in_batches(windows: Windows, batch_size: int) -> list[Windows]:
-    """Return the same windows in batches of one shape. Rows of zeros, which don't count, fill the last batch."""
-    number = len(windows.tokens)
+def in_batches(sequences: Batch, batch_size: int) -> list[Batch]:
+    """Return the same sequences in batches of one shape. Rows of zeros, which don't count, fill the last batch."""
+    number = len(sequences.tokens)
     fill = ((0, -number % batch_size), (0, 0))
-    filled = Windows(*(None if array is None else np.pad(array, fill) for array in windows))  # type: ignore[arg-type]
+    filled = Batch(*(None if array is None else np.pad(array, fill) for array in sequences))  # type: ignore[arg-type]
     return [filled.rows(slice(first, first + batch_size)) for first in range(0, number, batch_size)]

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,26 +90,32 @@ def tokens_folder() -> Path | None:
     return folder
 
 
-def stored_tokens(
-    key: str,
-    shards: int,
-    encode: Encode,
-    dtype: np.dtype,
-    sizes_of: SizesOf,
-    *,
-    say: Callable[[str], None],
-    stop: Callable[[], bool],
-) -> Tokens:
-    """Return the ids of all shards. Whole shards come from the cache; others are made by ``encode`` and stored there.
+@dataclass(frozen=True)
+class Content:
+    """Ids to store, and how they are made."""
 
-    key: names the content. Without a cache, the ids live in a temporary folder until this process ends. A second
-    process waits for the first one. Raises :class:`Preempted` if ``stop()``, which is called between shards, is true.
+    key: str
+    """Names the content."""
+    shards: int
+    """Number of shards."""
+    encode: Encode
+    dtype: np.dtype
+    """Of the stored ids."""
+    sizes_of: SizesOf
+
+
+def stored_tokens(content: Content, *, say: Callable[[str], None], stop: Callable[[], bool]) -> Tokens:
+    """Return the ids of all shards. Whole shards come from the cache; others are encoded and stored there.
+
+    Without a cache, the ids live in a temporary folder until this process ends. A second process waits for the first
+    one. Raises :class:`Preempted` if ``stop()``, which is called between shards, is true.
     """
-    with _folder_for(key) as folder:
+    shards, dtype = range(content.shards), content.dtype
+    with _folder_for(content.key) as folder:
         folder.mkdir(parents=True, exist_ok=True)
         with _held(folder / ".lock", say, stop):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                found = list(pool.map(lambda number: _whole(folder, number, dtype), range(shards)))
+                found = list(pool.map(lambda number: _whole(folder, number, dtype), shards))
             damaged = [number for number, state in enumerate(found) if state == "damaged"]
             if damaged:
                 say(f"warning: {len(damaged)} damaged shards of tokens in {folder} are made again")
@@ -117,9 +124,9 @@ def stored_tokens(
                 for number in todo:
                     if stop():
                         raise Preempted("stopped while the corpus was tokenised; the same command goes on from there")
-                    _write(folder, number, encode(number), dtype, sizes_of)
+                    _write(folder, number, content)
                     advance()
-            files = [folder / f"{number:05d}.bin" for number in range(shards)]
+            files = [folder / f"{number:05d}.bin" for number in shards]
             records = [_record(file) or {} for file in files]
             return Tokens(
                 [_mapped(file, dtype) for file in files],
@@ -186,23 +193,23 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _write(folder: Path, number: int, blocks: Iterator[Encoded], dtype: np.dtype, sizes_of: SizesOf) -> None:
+def _write(folder: Path, number: int, content: Content) -> None:
     file = folder / f"{number:05d}.bin"
     file.with_suffix(".json").unlink(missing_ok=True)
     counts, sizes, gives_back = list[int](), list[np.ndarray | None](), True
 
     def ids() -> Iterator[np.ndarray]:
         nonlocal gives_back
-        for block in blocks:
+        for block in content.encode(number):
             counts.append(len(block.ids))
             sizes.append(block.sizes)
             gives_back &= block.gives_back
-            yield block.ids.astype(dtype)
+            yield block.ids.astype(content.dtype)
 
     digest, digest_of_sizes = _write_arrays(file, ids()), None
     if any(size is not None for size in sizes):
-        parts = np.split(_mapped(file, dtype), np.cumsum(counts)[:-1])
-        filled = (sizes_of(part) if size is None else size for part, size in zip(parts, sizes, strict=True))
+        parts = np.split(_mapped(file, content.dtype), np.cumsum(counts)[:-1])
+        filled = (content.sizes_of(part) if size is None else size for part, size in zip(parts, sizes, strict=True))
         digest_of_sizes = _write_arrays(file.with_suffix(".sizes"), (size.astype(_SIZES) for size in filled))
     record = {"ids": sum(counts), "sha256": digest, "sizes": digest_of_sizes, "gives_back": gives_back}
     write_atomically(file.with_suffix(".json"), json.dumps(record))

@@ -73,7 +73,7 @@ class MixtureSource(Section):
     path: str = Field(min_length=1)
     """Like data.path of ``data=text``."""
     weight: PositiveFloat
-    """The source's share of the windows is weight / Σ weights."""
+    """The source's share of the sequences is weight / Σ weights."""
     field: str = Field(default="text", min_length=1)
     """Like data.field of ``data=text``."""
 
@@ -174,5 +174,5 @@ def made_by(config: DataConfig) -> tuple[str, ...]:
 
 
 def has_segments(config: DataConfig) -> bool:
-    """Return whether the windows of this data have segment_ids."""
+    """Return whether the sequences of this data have segment_ids."""
     return isinstance(config, Tokenised | MemmapConfig) and config.documents == "packed"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from xattn.data.batches import Ids
-from xattn.data.cache import Tokens, stored_tokens
+from xattn.data.cache import Content, Tokens, stored_tokens
 from xattn.data.config import (
     DataConfig,
     HFConfig,
@@ -45,7 +45,7 @@ class Part:
     train: Ids
     validation: Ids
     weight: float = 1.0
-    """The part's share of the windows."""
+    """The part's share of the sequences."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def load_corpus(
 
     tokenizer: replaces the config's own.
 
-    Raises :class:`BadInput` for what is missing, unreadable, or too short for one window of context_length tokens and
+    Raises :class:`BadInput` for what is missing, unreadable, or too short for one sequence of context_length tokens and
     their successors in each split. Raises :class:`Preempted` if ``stop()`` becomes true during tokenisation.
     """
     if isinstance(config, MemmapConfig):
@@ -218,15 +218,14 @@ def _ids(
     files = {file: number for number, file in enumerate(dict.fromkeys(piece.file for piece in pieces))}
     cuts = [[(files[piece.file], piece.start, piece.end) for piece in shard] for shard in shards]  # numbers, not names
     key = json.dumps([FORMAT, version, digest, tokenizer.sha256(), tokenizer.end_of_text, cuts])
-    return stored_tokens(
-        hashlib.sha256(key.encode()).hexdigest()[:32],
-        len(shards),
-        lambda number: _encode(source, shards[number], tokenizer),
-        dtype,
-        tokenizer.sizes,
-        say=say,
-        stop=stop,
+    content = Content(
+        key=hashlib.sha256(key.encode()).hexdigest()[:32],
+        shards=len(shards),
+        encode=lambda number: _encode(source, shards[number], tokenizer),
+        dtype=dtype,
+        sizes_of=tokenizer.sizes,
     )
+    return stored_tokens(content, say=say, stop=stop)
 
 
 def _grouped(pieces: Sequence[Chunk]) -> list[list[Chunk]]:

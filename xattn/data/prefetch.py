@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
-from xattn.data.batches import ALL_ROWS, Batches, Windows
+from xattn.data.batches import ALL_ROWS, Batch, Batches
 
 AHEAD = 2
 
@@ -20,9 +20,9 @@ class Prefetch:
     def __init__(self, batch: Batches):
         self._batch = batch
         self._pool = ThreadPoolExecutor(1, "batches")
-        self._ready: dict[tuple[int, int | None, int | None], Future[Windows]] = {}
+        self._ready: dict[tuple[int, int | None, int | None], Future[Batch]] = {}
 
-    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows:
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch:
         keys = [(number, rows.start, rows.stop) for number in range(step, step + AHEAD + 1)]
         before, self._ready = self._ready, {}
         for key in keys:

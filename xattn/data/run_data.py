@@ -1,4 +1,4 @@
-"""A run's data: from the ``data`` group to training windows, evaluation windows, and a tokenizer."""
+"""A run's data: from the ``data`` group to training batches, held-out sequences, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
 from xattn.data.batches import (
+    Batch,
     Batches,
-    EvaluationWindows,
+    Batching,
+    HeldOutBatches,
     MixtureBatches,
     TrainingBatches,
-    Windows,
     in_batches,
+    sequence_starts,
     shares,
-    window_starts,
 )
 from xattn.data.cache import Tokens
 from xattn.data.config import DataConfig, MemmapConfig, Tokenised, has_segments
@@ -35,9 +36,9 @@ class RunData:
     """What a run needs of its data."""
 
     batch: Batches
-    """The training windows of each update."""
-    windows: Sequence[Windows]
-    """The windows that every evaluation scores, in batches of one shape."""
+    """The training batch of each update."""
+    held_out: Sequence[Batch]
+    """The sequences that every evaluation scores, in batches of one shape."""
     tokenizer: Tokenizer
     """A :class:`TextTokenizer` if the tokens stand for text."""
     sha256: str
@@ -53,8 +54,8 @@ class RunData:
 
     @cached_property
     def optional(self) -> tuple[tuple[str, int], ...]:
-        """Names and widths of the optional arrays that all windows have, in training and evaluation."""
-        return self.windows[0].optional
+        """Names and widths of the optional arrays that all batches have, in training and evaluation."""
+        return self.held_out[0].optional
 
     @property
     def tokenizer_json(self) -> str | None:
@@ -70,36 +71,34 @@ class RunData:
             raise IntegrityError(f"{file}: is not the tokenizer that this run began with; start over with resume=never")
 
     def scored_bytes(self) -> bytes | None:
-        """Return the text behind the scored tokens, window after window; None if they don't decode to it."""
+        """Return the text behind the scored tokens, sequence after sequence; None if they don't decode to it."""
         if not isinstance(self.tokenizer, TextTokenizer) or not (self.gives_back or self.tokenizer.is_byte_level):
             return None
-        found = b"".join(self.tokenizer.to_bytes(w.targets[w.weights > 0]) for w in self.windows)
+        found = b"".join(self.tokenizer.to_bytes(each.targets[each.weights > 0]) for each in self.held_out)
         return found if self.scored_size in (None, len(found)) else None
 
     def bytes_per_token(self) -> float | None:
         """Return the bytes of text per scored token; None if the tokens stand for no bytes."""
         size = len(self.scored_bytes() or b"") if self.scored_size is None else self.scored_size
-        return size / sum(int((windows.weights > 0).sum()) for windows in self.windows) or None
+        return size / sum(int((each.weights > 0).sum()) for each in self.held_out) or None
 
 
 def load_data(
     config: DataConfig,
+    batching: Batching,
     *,
-    context_length: int,
-    batch_size: int,
-    windows: int | Literal["all"],
-    seed: int,
     tokenizer: TextTokenizer | None = None,
     say: Callable[[str], None] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RunData:
     """Read the data, the same way every time.
 
-    windows: number of windows to score. tokenizer: replaces the config's own. Raises :class:`BadInput` for what cannot
-    be used, and :class:`Preempted` if ``stop()`` becomes true during tokenisation.
+    tokenizer: replaces the config's own. Raises :class:`BadInput` for what cannot be used, and :class:`Preempted` if
+    ``stop()`` becomes true during tokenisation.
     """
     if isinstance(config, Task):
-        return _task_data(config, context_length, batch_size, windows, seed)
+        return _task_data(config, batching)
+    context_length, batch_size, seed = batching.context_length, batching.batch_size, batching.seed
     corpus = load_corpus(config, context_length, tokenizer=tokenizer, say=say, stop=stop)
     parts, weights = corpus.parts, [part.weight for part in corpus.parts]
     packed_at = None
@@ -107,9 +106,10 @@ def load_data(
         packed_at = corpus.end_of_text
     sizes: _Sizes = {"context_length": context_length, "batch_size": batch_size, "packed_at": packed_at}
     batches = [TrainingBatches(part.train, seed=seed, **sizes) for part in parts]
-    counts = ["all" for _ in parts] if windows == "all" else np.maximum(shares(weights, windows), 1).tolist()
+    number = batching.sequences
+    counts = ["all" for _ in parts] if number == "all" else np.maximum(shares(weights, number), 1).tolist()
     scored = [
-        (part.validation, window_starts(part.validation, context_length, count))
+        (part.validation, sequence_starts(part.validation, context_length, count))
         for part, count in zip(parts, counts, strict=True)
     ]
     size = sum(len(part.train) for part in parts)
@@ -117,10 +117,10 @@ def load_data(
         description = f"{size:,} bytes of training text"
     else:
         description = f"{size:,} tokens to train on, of {corpus.tokenizer.vocab_size:,} kinds"
-    held_out = EvaluationWindows(scored, **sizes)
+    held_out = HeldOutBatches(scored, **sizes)
     return RunData(
         batch=batches[0] if len(parts) == 1 else MixtureBatches(batches, weights, batch_size=batch_size, seed=seed),
-        windows=held_out,
+        held_out=held_out,
         tokenizer=corpus.tokenizer,
         sha256=corpus.sha256,
         description=description,
@@ -130,11 +130,11 @@ def load_data(
     )
 
 
-def _scored_size(windows: EvaluationWindows, corpus: Corpus) -> int:
-    """Return the number of bytes of text behind the targets of the windows."""
+def _scored_size(held_out: HeldOutBatches, corpus: Corpus) -> int:
+    """Return the number of bytes of text behind the held-out targets."""
     size, tokenizer = 0, corpus.tokenizer
     assert isinstance(tokenizer, TextTokenizer)
-    for ids, part in windows.targets():
+    for ids, part in held_out.targets():
         sizes = ids.sizes(part, tokenizer.sizes) if isinstance(ids, Tokens) else tokenizer.sizes(ids[part])
         size += int(sizes.sum())
     return size
@@ -182,19 +182,20 @@ def as_documents(tokenizer: TextTokenizer, config: Tokenised) -> TextTokenizer:
     return tokenizer
 
 
-def _task_data(config: Task, context_length: int, batch_size: int, windows: int | Literal["all"], seed: int) -> RunData:
-    if windows == "all":
-        raise BadInput(f"evaluation.windows = all: data={config.name} has no end; give a number")
+def _task_data(config: Task, batching: Batching) -> RunData:
+    if batching.sequences == "all":
+        raise BadInput(f"evaluation.sequences = all: data={config.name} has no end; give a number")
+    context_length, batch_size = batching.context_length, batching.batch_size
     config.check(context_length)
-    batch = TaskBatches(config, context_length, batch_size, seed)
-    scored = evaluation_examples(config, context_length=context_length, number=windows).windows
+    batch = TaskBatches(config, context_length, batch_size, batching.seed)
+    scored = evaluation_examples(config, context_length=context_length, number=batching.sequences).batch
     # A task reads no files. Hash what the generator makes from this config, which also depends on NumPy's version.
     made = hashlib.sha256()
     for array in (*TaskBatches(config, context_length, 1, seed=0)(0), *scored):
         made.update(b"" if array is None else array.tobytes())
     return RunData(
         batch=batch,
-        windows=in_batches(scored, batch_size),
+        held_out=in_batches(scored, batch_size),
         tokenizer=IdTokenizer(config.vocab_size),
         sha256=made.hexdigest(),
         description=f"sequences of {config.name}, made as they are needed",

@@ -15,7 +15,7 @@ from typing import Annotated, NamedTuple, Self
 import numpy as np
 from pydantic import Field
 
-from xattn.data.batches import ALL_ROWS, Windows
+from xattn.data.batches import ALL_ROWS, Batch
 from xattn.errors import BadInput
 from xattn.section import Section, kind_name
 
@@ -35,13 +35,13 @@ class Examples(NamedTuple):
     most: int
     """Number of answers per sequence, or an upper bound; the same for all sequences of a run."""
     answers: np.ndarray | None = None
-    """int32 (n, S), as in :class:`Windows`."""
+    """int32 (n, S), as in :class:`Batch`."""
 
     @property
-    def windows(self) -> Windows:
+    def batch(self) -> Batch:
         asked = self.distance > 0
         places = np.sort(np.argsort(~asked, axis=1, kind="stable")[:, : self.most], axis=1).astype(np.int32)
-        return Windows(self.tokens, asked.astype(np.float32), answers=self.answers, places=places)
+        return Batch(self.tokens, asked.astype(np.float32), answers=self.answers, places=places)
 
 
 class Task(Section):
@@ -75,16 +75,16 @@ class Task(Section):
 
 @dataclass(frozen=True)
 class TaskBatches:
-    """The training windows of a task: ``batch(step)`` depends on (task, context_length, batch_size, seed, step)."""
+    """The training batches of a task: ``batch(step)`` depends on (task, context_length, batch_size, seed, step)."""
 
     task: Task
     context_length: int
     batch_size: int
     seed: int
 
-    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Windows:
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch:
         generator = np.random.default_rng([self.seed, TRAINING, step])
-        return self.task.examples(generator, self.batch_size, self.context_length).windows.rows(rows)
+        return self.task.examples(generator, self.batch_size, self.context_length).batch.rows(rows)
 
 
 def evaluation_examples(task: Task, *, context_length: int, number: int) -> Examples:

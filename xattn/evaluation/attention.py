@@ -20,7 +20,7 @@ import numpy as np
 
 from xattn.backend.reference import attended
 from xattn.backend.spec import AttentionSpec, product
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 from xattn.model.attention import OF_TOKENS, Inputs, of_terms
 from xattn.model.config import BackendConfig
 from xattn.model.hyperparameters import (
@@ -32,9 +32,9 @@ from xattn.model.hyperparameters import (
 from xattn.model.pattern import layers_of
 from xattn.model.transformer import LanguageModel, attention_inputs
 
-WINDOWS = 4  # the first evaluation windows that score
+SEQUENCES = 4  # the first held-out sequences that score
 MAP_SIDE = 64  # at most
-# Most logits in memory at a time, for one window in one layer. If NH · S² is larger, fewer rows are read.
+# Most logits in memory at a time, for one sequence in one layer. If NH · S² is larger, fewer rows are read.
 _LOGITS = 2**23
 
 
@@ -44,33 +44,33 @@ class AttentionStatistics(NamedTuple):
     statistics: Mapping[str, jax.Array]
     """Name → (L, NH); see :func:`attention_statistics`."""
     maps: jax.Array
-    """(L, NH, T, T') with T, T' ≤ 64, for the first window: shares of evenly spaced rows, summed over T' key ranges."""
+    """(L, NH, T, T'), T, T' ≤ 64, of the first sequence: shares of evenly spaced rows, summed over T' key ranges."""
 
 
-AttentionStatisticsOf = Callable[[Any, ModelHyperparameters, Windows], AttentionStatistics]
+AttentionStatisticsOf = Callable[[Any, ModelHyperparameters, Batch], AttentionStatistics]
 
 
 def attention_statistics(model: LanguageModel, out_shardings: Any = None) -> AttentionStatisticsOf:
-    """Return a function (params, hyperparameters, windows) → the statistics of every layer and head, in float32.
+    """Return a function (params, hyperparameters, batch) → the statistics of every layer and head, in float32.
 
     A, P and out are as in :func:`xattn.backend.api.attention`. The shares p are of the weight on keys; a sink has none.
-    Statistics cover evenly spaced rows t of all windows (all rows if NH · S² ≤ 2²³):
+    Statistics cover evenly spaced rows t of all sequences (all rows if NH · S² ≤ 2²³):
 
     - ``entropy``: mean over t of −Σ_s p_ts ln p_ts, in nats. ``effective_keys``: mean of its exponential, which is the
       number of keys, 1 to t + 1, with the same entropy if a row were spread evenly over them.
     - ``max_logit``: the largest score A_ts that may be attended to, with the logit scale, before bias, decay and input
       gate. Under ``none`` without a decay or an input gate it is the largest weight.
     - ``weight_sum``: mean of Σ_s |P_ts|. Under softmax it is 1, or with a sink 1 minus the sink's weight.
-    - ``first_token``: mean of p_t0, the share of the window's first token.
+    - ``first_token``: mean of p_t0, the share of the sequence's first token.
     - ``distance_<d>``: mean of Σ p_ts over d ≤ t − s < d', for d = 0, 1, 4, 16, …; d' is the next of these.
     - ``output_norm``: mean of ‖out_t‖₂, before the terms on a head's output and the output projection.
 
     ``out_shardings``: sharding of the results if parameters are on several devices; every host must be able to read it.
     """
 
-    def of_model(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> AttentionStatistics:
-        segment_ids: Any = windows.segment_ids
-        inputs = attention_inputs(model, params, jnp.asarray(windows.inputs), hyperparameters, segment_ids)
+    def of_model(params: Any, hyperparameters: ModelHyperparameters, batch: Batch) -> AttentionStatistics:
+        segment_ids: Any = batch.segment_ids
+        inputs = attention_inputs(model, params, jnp.asarray(batch.inputs), hyperparameters, segment_ids)
         found = {
             kind: jax.lax.map(
                 partial(
@@ -89,11 +89,11 @@ def attention_statistics(model: LanguageModel, out_shardings: Any = None) -> Att
     return jax.jit(of_model, out_shardings=out_shardings)
 
 
-def statistics_windows(windows: Sequence[Windows]) -> Windows:
-    """Return the windows for the statistics of a run: the first four evaluation windows that score, or fewer."""
-    found: list[Windows] = []
-    for batch in windows:
-        missing = WINDOWS - sum(len(each.tokens) for each in found)
+def statistics_batch(held_out: Sequence[Batch]) -> Batch:
+    """Return the batch for the statistics of a run: the first four held-out sequences that score, or fewer."""
+    found: list[Batch] = []
+    for batch in held_out:
+        missing = SEQUENCES - sum(len(each.tokens) for each in found)
         if not missing:
             break
         found.append(batch.rows(np.flatnonzero(batch.weights.any(-1))[:missing]))
@@ -115,9 +115,9 @@ def statistics_row(found: AttentionStatistics) -> dict[str, float]:
 def _of_layer(
     segment_ids: Any, kind: BackendConfig, hyperparameters: LayerHyperparameters, inputs: Inputs
 ) -> AttentionStatistics:
-    """Return the statistics of one layer over all windows, which are the first axis of the per-token arrays."""
+    """Return the statistics of one layer over all sequences, which are the first axis of the per-token arrays."""
 
-    def of_window(of_tokens: Any) -> AttentionStatistics:
+    def of_sequence(of_tokens: Any) -> AttentionStatistics:
         of_tokens, segment_ids = jax.tree.map(lambda x: x[None], of_tokens)
         one = inputs._replace(**of_tokens)
         spec = layer_spec(
@@ -128,15 +128,15 @@ def _of_layer(
             segment_ids=segment_ids,
             **(hyperparameters._asdict() | of_terms(one)),
         )
-        return _of_window(one.q, one.k, one.v, spec)
+        return _of_sequence(one.q, one.k, one.v, spec)
 
-    each = jax.lax.map(of_window, ({name: getattr(inputs, name) for name in OF_TOKENS}, segment_ids))
+    each = jax.lax.map(of_sequence, ({name: getattr(inputs, name) for name in OF_TOKENS}, segment_ids))
     over = {name: jnp.max if name.startswith("max") else jnp.mean for name in each.statistics}
     return AttentionStatistics({name: over[name](x, axis=0) for name, x in each.statistics.items()}, each.maps[0])
 
 
-def _of_window(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> AttentionStatistics:
-    """Return one window's statistics (NH,) in one layer, from q (1, NH, S, DHQK), and k and v with their own heads."""
+def _of_sequence(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> AttentionStatistics:
+    """Return one sequence's statistics (NH,) in one layer, from q (1, NH, S, DHQK) and k, v with their own heads."""
     num_heads, length = q.shape[1:3]
     rows = jnp.asarray(_spread(length, _LOGITS // (num_heads * length)))
     asked = attended(q, k, spec, rows)

@@ -45,12 +45,12 @@ def _add_probe(name: str, make: Callable[..., Any]) -> None:
 class EvaluationConfig(Section):
     """The group ``evaluation``."""
 
-    windows: PositiveInt | Literal["all"]
-    """Number of validation windows of context_length tokens to score. They are spread evenly over the text, and are the
+    sequences: PositiveInt | Literal["all"]
+    """Number of held-out sequences of context_length tokens to score. They are spread evenly over the text, and are the
     same in every evaluation of every run. ``all`` scores every token except the first.
     """
     probes: tuple[Annotated[str, OneOf(probe_names)], ...] = Field(strict=False)
-    """What to measure besides the loss. ``in_context``: loss late in a window minus loss early in it.
+    """What to measure besides the loss. ``in_context``: loss late in a sequence minus loss early in it.
     ``extrapolation``: loss up to 8 · context_length. The others are synthetic tasks of that name, in the run's own
     vocabulary. A run on a task (``data=mqar``) always measures that task.
     """

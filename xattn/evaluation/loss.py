@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from xattn import registry
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 from xattn.model.hyperparameters import ModelHyperparameters
 from xattn.model.transformer import LanguageModel
 
-ScoreWindows = Callable[[Any, ModelHyperparameters, Windows], tuple[jax.Array, jax.Array]]
+ScoreBatch = Callable[[Any, ModelHyperparameters, Batch], tuple[jax.Array, jax.Array]]
 
 
 class HeldOutLoss(NamedTuple):
@@ -26,8 +26,8 @@ class HeldOutLoss(NamedTuple):
     """Nats per token."""
     val_bpb: float | None
     """Bits per byte; None if tokens don't stand for bytes."""
-    of_windows: np.ndarray
-    """Float32 (windows, 2): each window's Σ weights · loss in nats, and Σ weights, which counts its scored tokens."""
+    of_sequences: np.ndarray
+    """Float32 (sequences, 2): Σ weights · loss of each in nats, and Σ weights, which counts its scored tokens."""
 
     def row(self) -> dict[str, float | None]:
         """Return the values for metrics.jsonl."""
@@ -35,50 +35,50 @@ class HeldOutLoss(NamedTuple):
 
 
 @lru_cache(maxsize=8)  # otherwise each call would recompile
-def score_windows(model: LanguageModel, out_shardings: Any = None) -> ScoreWindows:
-    """Return a function from (params, hyperparameters, windows (B, S)) to Σ weights · loss in nats: total and (B,).
+def score_batch(model: LanguageModel, out_shardings: Any = None) -> ScoreBatch:
+    """Return a function from (params, hyperparameters, batch (B, S)) to Σ weights · loss in nats: total and (B,).
 
     ``out_shardings``: sharding of the results if parameters are on several devices; every host must be able to read it.
     """
 
-    def score(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> tuple[jax.Array, jax.Array]:
+    def score(params: Any, hyperparameters: ModelHyperparameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         losses: Any = model.apply(
             {"params": params},
-            *(windows.inputs, hyperparameters, jnp.asarray(windows.targets)),
-            segment_ids=windows.segment_ids,
-            places=windows.places,
+            *(batch.inputs, hyperparameters, jnp.asarray(batch.targets)),
+            segment_ids=batch.segment_ids,
+            places=batch.places,
             method="losses",
         )
-        weighted = losses * windows.weights
+        weighted = losses * batch.weights
         return jnp.sum(weighted), jnp.sum(weighted, axis=1)
 
     return jax.jit(score, out_shardings=out_shardings)
 
 
-registry.caches.append(score_windows.cache_clear)
+registry.caches.append(score_batch.cache_clear)
 
 
 def held_out_loss(
-    score: ScoreWindows,
+    score: ScoreBatch,
     params: Any,
     hyperparameters: ModelHyperparameters,
-    windows: Sequence[Windows],
+    held_out: Sequence[Batch],
     *,
     bytes_per_token: float | None,
 ) -> HeldOutLoss:
     """Return the mean over all scored tokens, waiting for the device only once. ``bytes_per_token`` is theirs."""
     found, tokens = [], []
-    for each in windows:
-        found.append(score(params, hyperparameters, each))
-        tokens.append(each.weights.sum(axis=1))
-    batches = jax.device_get(found)
+    for batch in held_out:
+        found.append(score(params, hyperparameters, batch))
+        tokens.append(batch.weights.sum(axis=1))
+    scores = jax.device_get(found)
     weights = sum(float(of_batch.sum()) for of_batch in tokens)
-    nats = sum(float(total) for total, _ in batches)  # in float64, batch by batch
+    nats = sum(float(total) for total, _ in scores)  # in float64, batch by batch
     per_token = nats / weights
-    of_windows = np.stack([np.concatenate([each for _, each in batches]), np.concatenate(tokens)], axis=1)
-    is_padding = of_windows[:, 1] == 0
+    of_sequences = np.stack([np.concatenate([each for _, each in scores]), np.concatenate(tokens)], axis=1)
+    is_padding = of_sequences[:, 1] == 0
     per_byte = None if bytes_per_token is None else bits_per_byte(per_token, bytes_per_token)
-    return HeldOutLoss(per_token, per_byte, of_windows[~is_padding])
+    return HeldOutLoss(per_token, per_byte, of_sequences[~is_padding])
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

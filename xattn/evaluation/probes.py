@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from xattn import registry
 from xattn.backend.activations import activation
-from xattn.data.batches import Windows, in_batches
+from xattn.data.batches import Batch, Batching, in_batches
 from xattn.data.config import DataConfig, tasks
 from xattn.data.run_data import RunData, load_data
 from xattn.data.task import Task, evaluation_examples, measures
@@ -45,7 +45,7 @@ class TokenScores(NamedTuple):
     """Whether the target is the likeliest token, bool (n, S)."""
 
 
-TokenScoresOf = Callable[[Any, ModelHyperparameters, Windows], Any]
+TokenScoresOf = Callable[[Any, ModelHyperparameters, Batch], Any]
 Measure = Callable[[TokenScores], dict[str, float]]
 
 
@@ -54,7 +54,7 @@ class Probe:
     """A set of sequences and the numbers to compute from a model's results on them."""
 
     name: str
-    windows: Sequence[Windows]
+    batches: Sequence[Batch]
     """Batches of one shape."""
     measure: Measure
     """The places of all rows, including padding rows → named numbers."""
@@ -64,22 +64,22 @@ class Probe:
 
 @lru_cache(maxsize=8)
 def token_scores_of(model: LanguageModel) -> TokenScoresOf:
-    """Return a function (params, hyperparameters, windows) → :class:`TokenScores` of the windows, on the device."""
+    """Return a function (params, hyperparameters, batch) → :class:`TokenScores` of the batch, on the device."""
 
-    def places(params: Any, hyperparameters: ModelHyperparameters, windows: Windows) -> Any:
+    def places(params: Any, hyperparameters: ModelHyperparameters, batch: Batch) -> Any:
         logits: Any = model.apply(
             {"params": params},
-            *(windows.inputs, hyperparameters),
-            segment_ids=windows.segment_ids,
-            places=windows.places,
+            *(batch.inputs, hyperparameters),
+            segment_ids=batch.segment_ids,
+            places=batch.places,
             method="logits",
         )
-        targets = jnp.asarray(windows.targets)
-        if windows.places is None:
+        targets = jnp.asarray(batch.targets)
+        if batch.places is None:
             return next_token_losses(logits, targets), logits.argmax(-1) == targets
-        asked = targets[at(windows.places)]
+        asked = targets[at(batch.places)]
         found = next_token_losses(logits, asked), logits.argmax(-1) == asked
-        return tuple(spread(each, windows.places, targets.shape[1]) for each in found)
+        return tuple(spread(each, batch.places, targets.shape[1]) for each in found)
 
     return jax.jit(places)
 
@@ -94,8 +94,8 @@ def run_probes(
     found: dict[str, float] = {}
     for probe in probes:
         hyper = with_sigmoid_bias(hyperparameters, {k: jnp.float32(bias) for k, bias in probe.sigmoid_bias.items()})
-        batches = [token_scores_of(params, hyper, windows) for windows in probe.windows]
-        losses, correct = (np.concatenate([_fetched(batch[i]) for batch in batches]) for i in range(2))
+        found_by = [token_scores_of(params, hyper, batch) for batch in probe.batches]
+        losses, correct = (np.concatenate([_fetched(scores[i]) for scores in found_by]) for i in range(2))
         measured = probe.measure(TokenScores(losses.astype(np.float64), correct))
         found |= {f"probe/{probe.name}/{name}": value for name, value in measured.items()}
     return found
@@ -103,7 +103,7 @@ def run_probes(
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a probe is built from: the data, its windows, and the attention of the run."""
+    """Everything a probe is built from: the data, the held-out sequences, and the attention of the run."""
 
     data: DataConfig
     run_data: RunData
@@ -125,7 +125,7 @@ def make_probes(names: Sequence[str], scene: Scene) -> list[Probe]:
     own = scene.data if isinstance(scene.data, Task) else None
     probes: list[Probe] = []
     if own is not None:
-        scored = sum(int((windows.weights.sum(1) > 0).sum()) for windows in scene.run_data.windows)
+        scored = sum(int((batch.weights.sum(1) > 0).sum()) for batch in scene.run_data.held_out)
         probes.append(_task_probe(own, scene, scored))
     for name in names:
         if own is None or name != own.name:
@@ -135,7 +135,7 @@ def make_probes(names: Sequence[str], scene: Scene) -> list[Probe]:
 
 def _made(name: str, scene: Scene) -> Sequence[Probe]:
     if name == "in_context":
-        return [Probe(name, scene.run_data.windows, _in_context(scene.run_data.windows))]
+        return [Probe(name, scene.run_data.held_out, _in_context(scene.run_data.held_out))]
     if name == "extrapolation":
         return _extrapolation(scene)
     if name in registered_probes:
@@ -153,18 +153,18 @@ def _made(name: str, scene: Scene) -> Sequence[Probe]:
 
 def _task_probe(task: Task, scene: Scene, number: int) -> Probe:
     made = evaluation_examples(task, context_length=scene.length, number=number)
-    windows = in_batches(made.windows, scene.batch_size)
+    batches = in_batches(made.batch, scene.batch_size)
     distance = made.distance
-    return Probe(task.name, windows, lambda scores: measures(distance, scores.losses[:number], scores.correct[:number]))
+    return Probe(task.name, batches, lambda scores: measures(distance, scores.losses[:number], scores.correct[:number]))
 
 
-def _in_context(windows: Sequence[Windows]) -> Measure:
-    """Measure loss late in a window minus loss early in it (Olsson et al., arXiv 2209.11895: tokens 500 and 50 of 512).
+def _in_context(batches: Sequence[Batch]) -> Measure:
+    """Measure loss late in a sequence minus loss early in it (Olsson et al., arXiv 2209.11895: tokens 500, 50 of 512).
 
     early is the mean over positions S/16 to S/8, and late the mean over the last S/8. score = late − early: the more
     negative, the more the model learns from the context.
     """
-    weights = np.concatenate([w.weights for w in windows])
+    weights = np.concatenate([batch.weights for batch in batches])
     length = weights.shape[1]
 
     def measure(scores: TokenScores) -> dict[str, float]:
@@ -176,54 +176,51 @@ def _in_context(windows: Sequence[Windows]) -> Measure:
 
 
 def _extrapolation(scene: Scene) -> list[Probe]:
-    """Measure the loss beyond the training length, up to 8 · context_length, on held-out windows of that length.
+    """Measure the loss beyond the training length, up to 8 · context_length, on held-out sequences of that length.
 
     loss_to_<x> is the mean over positions x/2 to x, for x = 1, 2, 4, 8 times context_length, with sigmoid's n still
     context_length. If a kind of layer has ``sigmoid_bias=auto``, the positions are scored again for x > context_length,
-    in windows of x tokens with n = x, so bias −log x: loss_to_<x>_n_<x>.
+    in sequences of x tokens with n = x, so bias −log x: loss_to_<x>_n_<x>.
     """
     length, tokenizer = scene.length, scene.run_data.tokenizer
     longest = LONGEST * length
     try:
-        # Deliberately independent of evaluation.windows: these are a few long windows.
-        windows = load_data(
+        # Deliberately independent of evaluation.sequences: these are a few long ones.
+        held_out = load_data(
             scene.data,
-            context_length=longest,
-            batch_size=scene.rows,
-            windows=LONG_SEQUENCES,
-            seed=0,
+            Batching(context_length=longest, batch_size=scene.rows, sequences=LONG_SEQUENCES, seed=0),
             tokenizer=tokenizer if isinstance(tokenizer, TextTokenizer) else None,
-        ).windows
+        ).held_out
     except BadInput as error:
-        raise BadInput(f"evaluation.probes: extrapolation scores windows of {longest} tokens: {error}") from error
+        raise BadInput(f"evaluation.probes: extrapolation scores sequences of {longest} tokens: {error}") from error
 
-    def measure(window: int, first: int, suffix: str) -> Measure:
-        weights = np.concatenate([w.weights[:, :window] for w in windows])
+    def measure(size: int, first: int, suffix: str) -> Measure:
+        weights = np.concatenate([batch.weights[:, :size] for batch in held_out])
 
         def measured(scores: TokenScores) -> dict[str, float]:
-            ends = [end for end in (length, 2 * length, 4 * length, 8 * length) if first <= end <= window]
+            ends = [end for end in (length, 2 * length, 4 * length, 8 * length) if first <= end <= size]
             return {f"loss_to_{end}{suffix}": _mean(scores.losses, weights, end // 2, end) for end in ends}
 
         return measured
 
-    probes = [Probe("extrapolation", windows, measure(longest, 0, ""))]
+    probes = [Probe("extrapolation", held_out, measure(longest, 0, ""))]
     if biased := [
         kind
         for kind, layers in scene.backend.kinds.items()
         if activation(layers.activation).takes_bias and layers.sigmoid_bias == "auto"
     ]:
-        for window in (2 * length, 4 * length, 8 * length):
-            cut = [_cut(w, window) for w in windows]
-            bias = dict.fromkeys(biased, -math.log(window))
-            probes.append(Probe("extrapolation", cut, measure(window, window, f"_n_{window}"), bias))
+        for size in (2 * length, 4 * length, 8 * length):
+            cut = [_cut(batch, size) for batch in held_out]
+            bias = dict.fromkeys(biased, -math.log(size))
+            probes.append(Probe("extrapolation", cut, measure(size, size, f"_n_{size}"), bias))
     return probes
 
 
-def _cut(windows: Windows, length: int) -> Windows:
-    """Return the first ``length`` inputs of each window, with logits at all positions."""
-    tokens, *others = windows._replace(places=None)
+def _cut(batch: Batch, length: int) -> Batch:
+    """Return the first ``length`` inputs of each sequence, with logits at all positions."""
+    tokens, *others = batch._replace(places=None)
     cut: list[Any] = [None if array is None else array[:, :length] for array in others]
-    return Windows(tokens[:, : length + 1], *cut)
+    return Batch(tokens[:, : length + 1], *cut)
 
 
 def _mean(losses: np.ndarray, weights: np.ndarray, start: int, end: int) -> float:

@@ -60,7 +60,7 @@ def layer_spec(
     """Return the attention spec of layers of one kind.
 
     theta, sigmoid_bias and logit_scale come from the train state, not the config. The bias is ignored if the activation
-    takes none. length and batch are S and B of segment_ids. No id may come back after another: ids of windows count up,
+    takes none. length and batch are S and B of segment_ids. No id may come back after another: ids of a batch count up,
     and callers check those of users. of_tokens are num_kv_heads, log_decay, log_input_gate and sink, as for
     :func:`xattn.backend.arguments.checked_spec`.
     """

@@ -38,7 +38,7 @@ def mlp_dim_for(parameters: int, model: ModelConfig, backend: BackendConfig, *, 
 
 
 def matmul_flops_per_token(model: ModelConfig, backend: BackendConfig, *, vocab_size: int) -> int:
-    """Count the floating-point operations of the forward pass's products, for one token of a full window.
+    """Count the floating-point operations of the forward pass's products, for one token of a full sequence.
 
     Each weight that multiplies the token counts 2: in projections, gates, convolutions and the output embedding, but
     not in the embedding look-up. In causal attention a token attends to S/2 positions on average. The two products,

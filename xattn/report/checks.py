@@ -78,8 +78,9 @@ def _metric(comparison: Comparison) -> list[str]:
     elsewhere = [run.name for run in without if run.number(metric.name) is not None]
     if elsewhere:
         said.append(
-            f"Evaluated on other windows than evaluation.windows={metric.windows}, and not judged: {_list(elsewhere)}. "
-            f"xattn evaluate RUN evaluation.windows={metric.windows} --save adds what is missing."
+            f"Evaluated on other sequences than evaluation.sequences={metric.sequences}, and not judged: "
+            f"{_list(elsewhere)}. xattn evaluate RUN evaluation.sequences={metric.sequences} --save adds what is "
+            "missing."
         )
     if bare := [run.name for run in without if run.name not in elsewhere]:
         said.append(f"Done, without a finite {metric.name}, and not judged: {_list(bare)}.")

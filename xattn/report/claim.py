@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import ValidationError
 from scipy import special
 
+from xattn.errors import BadInput
 from xattn.keys import changes_training, show
 from xattn.report.config import Contrast, FindingConfig, threshold
 from xattn.report.metric import Metric, metric_for
@@ -100,7 +101,7 @@ def _stated(run: Run) -> FindingConfig | None:
     values = {key.partition(".")[2]: value for key, value in run.config.items() if key.startswith("finding.")}
     try:
         return FindingConfig.model_validate(values | {"contrasts": json.loads(values["contrasts"])})
-    except (KeyError, TypeError, ValueError, ValidationError):
+    except (BadInput, KeyError, TypeError, ValueError, ValidationError):
         return None
 
 

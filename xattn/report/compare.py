@@ -30,7 +30,7 @@ def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Return (columns, rows), a column per run: the differing keys that affect the computation, then what was measured.
 
     The difference to the first run is in val_loss, or in val_bpb if the runs' tokens differ. It needs the same text and
-    windows on both sides.
+    sequences on both sides.
     """
     rows = [[key, *map(show, values)] for key, values in _differing(runs).items()]
     rows.append(["status", *(run.status for run in runs)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from xattn.keys import renamed, under_new_names
 from xattn.section import Section
 
 _THRESHOLD = re.compile(r"(>|<|within|beyond) *([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)")
@@ -63,6 +65,16 @@ class Contrast(Section):
     """Where the whole interval must lie to show the claim: ``> x``, ``< x``, ``within x`` (−x to x) or ``beyond x``."""
     contradicted: ThresholdText
     """Where the whole interval must lie to contradict the claim, in the same words."""
+
+    @field_validator("of", "minus", mode="before")
+    @classmethod
+    def _under_new_names(cls, runs: Any) -> Any:
+        return under_new_names(runs) if isinstance(runs, Mapping) else runs
+
+    @field_validator("over", mode="before")
+    @classmethod
+    def _under_new_name(cls, key: Any) -> Any:
+        return renamed(key) if isinstance(key, str) else key
 
     @property
     def keys(self) -> set[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from xattn.report.read import Run
 from xattn.report.selection import Chosen
 
-WINDOW = 20  # preceding logged rows that a spike is judged by
+BEFORE = 20  # preceding logged rows that a spike is judged by
 SPIKE = 6.0  # robust standard deviations
 SAME_LOAD = 1.25  # highest ratio of the fastest to the slowest run of one program
 
@@ -57,12 +57,12 @@ def loss_spikes(losses: np.ndarray) -> int:
     is 1.4826 × the median absolute deviation of those 20 from their median, and at least a thousandth of the median.
     """
     known = losses[~np.isnan(losses)]
-    if known.size <= WINDOW:
+    if known.size <= BEFORE:
         return 0
-    before = np.lib.stride_tricks.sliding_window_view(known, WINDOW)[:-1]
+    before = np.lib.stride_tricks.sliding_window_view(known, BEFORE)[:-1]
     median = np.median(before, axis=1)
     spread = 1.4826 * np.median(np.abs(before - median[:, None]), axis=1)
-    high = known[WINDOW:] > median + SPIKE * np.maximum(spread, 1e-3 * np.abs(median))
+    high = known[BEFORE:] > median + SPIKE * np.maximum(spread, 1e-3 * np.abs(median))
     return int(high[:1].sum() + (high[1:] & ~high[:-1]).sum())
 
 

@@ -214,8 +214,8 @@ def _pooled(run: Run, repeated: Run) -> Run:
     same_data = run.provenance.get("data_sha256") == repeated.provenance.get("data_sha256")
     if repeated.status != "done" or run.status != "done" or not same_data:
         return run
-    windows = repeated.config.get("evaluation.windows")
-    overrides = [] if windows is None else [f"evaluation.windows={windows}"]
+    sequences = repeated.config.get("evaluation.sequences")
+    overrides = [] if sequences is None else [f"evaluation.sequences={sequences}"]
     own = {"step": repeated.summary.get("step"), "overrides": overrides, "results": dict(repeated.summary)}
     return replace(run, evaluations=(*repeated.evaluations, own, *run.evaluations))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from xattn.keys import renamed
 from xattn.metrics import BITS, LOSS, is_per_token, loss_metric, text_of, tokens_of
 from xattn.report.read import Run, finite
 
@@ -19,21 +20,21 @@ class Unit(NamedTuple):
     tokens: tuple[Any, ...]
     text: tuple[Any, ...]
     data_sha256: str | None
-    windows: str | None
+    sequences: str | None
     given: tuple[str, ...] = ()
     """further overrides of ``xattn evaluate``, such as backend.theta or data.path"""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a run, over given windows of the held-out text.
+    """A number of a run, over given sequences of the held-out text.
 
-    windows, given: as in :class:`Unit`. A run that training did not evaluate in this way has the number from its
+    sequences, given: as in :class:`Unit`. A run that training did not evaluate in this way has the number from its
     evaluations.jsonl, if it is there.
     """
 
     name: str
-    windows: str | None = None
+    sequences: str | None = None
     given: tuple[str, ...] = ()
 
     def of(self, run: Run) -> tuple[float, Unit | None] | None:
@@ -45,7 +46,7 @@ class Metric:
             value = run.result(self.name)
             return None if value is None else (value, None)
         for unit, value in _measured(run, self.name):
-            if (unit.windows, unit.given) == (self.windows, self.given):
+            if (unit.sequences, unit.given) == (self.sequences, self.given):
                 return value, unit
         return None
 
@@ -61,8 +62,8 @@ class Metric:
         """
         if ours is None or theirs is None:
             return None
-        if (ours.windows, ours.given) != (theirs.windows, theirs.given) and self.name != "train_loss":
-            return "they are over different windows"
+        if (ours.sequences, ours.given) != (theirs.sequences, theirs.given) and self.name != "train_loss":
+            return "they are over different sequences"
         known = None not in (ours.data_sha256, theirs.data_sha256)
         same_data = known and ours.data_sha256 == theirs.data_sha256
         if ours.text != theirs.text and not same_data:
@@ -79,8 +80,8 @@ def is_of_text(metric: str) -> bool:
 
 
 def metric_for(runs: Sequence[Run], metric: str | None) -> Metric:
-    """Return the requested metric; else val_loss, or val_bpb if the runs' tokens differ. Its windows are those that
-    most runs were evaluated on; in a tie, the whole text."""
+    """Return the requested metric; else val_loss, or val_bpb if the runs' tokens differ. Its sequences are those
+    that most runs were evaluated on; in a tie, the whole text."""
     done = [run for run in runs if run.status == "done"]
     if metric is None:
         metric = loss_metric(run.config for run in done)
@@ -88,9 +89,9 @@ def metric_for(runs: Sequence[Run], metric: str | None) -> Metric:
             metric = LOSS
     counts: Counter[tuple[str | None, tuple[str, ...]]] = Counter()
     for run in done:
-        counts.update(list(dict.fromkeys((unit.windows, unit.given) for unit, _ in _measured(run, metric))))
-    windows, given = max(counts, key=lambda how: (counts[how], not how[1], how[0] == "all"), default=(None, ()))
-    return Metric(metric, windows, given)
+        counts.update(list(dict.fromkeys((unit.sequences, unit.given) for unit, _ in _measured(run, metric))))
+    sequences, given = max(counts, key=lambda how: (counts[how], not how[1], how[0] == "all"), default=(None, ()))
+    return Metric(metric, sequences, given)
 
 
 def are_comparable(runs: Sequence[Run], metric: str) -> bool:
@@ -120,29 +121,29 @@ def _measured(run: Run, metric: str) -> list[tuple[Unit, float]]:
 
 def unit_of(run: Run, overrides: Sequence[str] = ()) -> Unit:
     """Return what an evaluation of the run measures: its own, or a later one with these overrides."""
-    values = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
-    windows = values.pop("evaluation.windows", run.config.get("evaluation.windows"))
+    values = dict(renamed(override).lstrip("+~").partition("=")[::2] for override in overrides)
+    sequences = values.pop("evaluation.sequences", run.config.get("evaluation.sequences"))
     given = tuple(sorted(f"{key}={value}" for key, value in values.items() if key.startswith(("backend", "data"))))
     is_other_text = any(each.startswith("data") for each in given)  # read in the run's own tokens
     return Unit(
         tokens=tokens_of(run.config),
         text=() if is_other_text else text_of(run.config),
         data_sha256=None if is_other_text else run.provenance.get("data_sha256"),
-        windows=None if windows is None else str(windows),
+        sequences=None if sequences is None else str(sequences),
         given=given,
     )
 
 
 def spans(runs: Sequence[Run], metric: Metric) -> str | None:
-    """Return a sentence if the runs' windows are equal in number but do not cover the same text."""
-    if metric.windows in ("all", None) or not is_of_text(metric.name):
+    """Return a sentence if the runs' sequences are equal in number but do not cover the same text."""
+    if metric.sequences in ("all", None) or not is_of_text(metric.name):
         return None
     lengths = {run.config.get("backend.context_length") for run in runs}
     tokens = {tokens_of(run.config) for run in runs}
     if len(lengths) < 2 and len(tokens) < 2:
         return None
     return (
-        f"{metric.windows} windows are not the same text for all runs, since their length or their tokens differ: each "
-        "is its own sample of the held-out text. evaluation.windows=all scores the same text for all; xattn evaluate "
-        "STUDY evaluation.windows=all --save does so for runs that are done."
+        f"{metric.sequences} sequences are not the same text for all runs, since their length or their tokens differ: "
+        "each is its own sample of the held-out text. evaluation.sequences=all scores the same text for all; xattn "
+        "evaluate STUDY evaluation.sequences=all --save does so for runs that are done."
     )

@@ -1,5 +1,5 @@
 """The noise floor: how far runs of one config differ by seed, how much of that remains in pairs, and how much depends
-on which windows of text were scored."""
+on which sequences of text were scored."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from xattn.runs import run_folder
 _TEXT = (
     "How far runs of one config differ by their seed alone (standard deviations), and what is left of that in the "
     "differences of pairs: it is that spread, over the root of the number of seeds, that a verdict has to stand out "
-    "from. The interval of a standard deviation is that of normal differences (χ²). The windows of text that are "
-    "scored are the same in all runs. Other windows would give another difference, and no number of seeds shows that: "
-    "it is measured by drawing the windows again with replacement (bootstrap, 95 %)."
+    "from. The interval of a standard deviation is that of normal differences (χ²). The sequences of text that are "
+    "scored are the same in all runs. Other sequences would give another difference, and no number of seeds shows "
+    "that: it is measured by drawing the sequences again with replacement (bootstrap, 95 %)."
 )
 
 
@@ -45,9 +45,9 @@ class Noise:
     """between the two sides; None if one has no spread"""
     seeds_half: float
     """half the width of the mean difference's t interval"""
-    windows: int
-    windows_half: float | None
-    """half the width of its 95 % interval over other windows of the same text; None without comparable window losses"""
+    sequences: int
+    sequences_half: float | None
+    """half the width of its 95 % interval over other sequences of the same text; None without comparable losses"""
 
 
 def noise_of(each: Comparison, factor: Factor, effect: Effect) -> Noise | None:
@@ -63,7 +63,7 @@ def noise_of(each: Comparison, factor: Factor, effect: Effect) -> Noise | None:
     tail = (1 - LEVEL) / 2
     low, high = (found.spread * ((n - 1) / float(special.chdtri(n - 1, p))) ** 0.5 for p in (tail, 1 - tail))
     varies = ours.std() > 0 and theirs.std() > 0
-    windows, windows_half = _of_windows(each, pairs)
+    sequences, sequences_half = _of_sequences(each, pairs)
     return Noise(
         arm=float(ours.std(ddof=1)),
         baseline=float(theirs.std(ddof=1)),
@@ -72,19 +72,19 @@ def noise_of(each: Comparison, factor: Factor, effect: Effect) -> Noise | None:
         high=high,
         correlation=float(np.corrcoef(ours, theirs)[0, 1]) if varies else None,
         seeds_half=(found.ci_high - found.ci_low) / 2,
-        windows=windows,
-        windows_half=windows_half,
+        sequences=sequences,
+        sequences_half=sequences_half,
     )
 
 
-def _of_windows(each: Comparison, pairs: Matched) -> tuple[int, float | None]:
-    """Return how many windows were scored, and how much the mean difference depends on which they are."""
+def _of_sequences(each: Comparison, pairs: Matched) -> tuple[int, float | None]:
+    """Return how many sequences were scored, and how much the mean difference depends on which they are."""
     differences, tokens = [], None
     if each.metric.name not in LOSSES or each.metric.given:
         return 0, None
     for seed in pairs.seeds:
         for sides in pairs.cells:
-            ours, theirs = (_window_sums(each, side, seed) for side in sides)
+            ours, theirs = (_sums(each, side, seed) for side in sides)
             if ours is None or theirs is None or not np.array_equal(ours[:, 1], theirs[:, 1]):
                 return 0, None
             if tokens is not None and not np.array_equal(tokens, ours[:, 1]):
@@ -99,11 +99,11 @@ def _of_windows(each: Comparison, pairs: Matched) -> tuple[int, float | None]:
     return count, float(high - low) / 2
 
 
-def _window_sums(each: Comparison, side: Chosen, seed: object) -> np.ndarray | None:
-    """Return (windows, 2): the metric summed over each window, and its tokens. None if the judged value was not
-    measured over these windows."""
+def _sums(each: Comparison, side: Chosen, seed: object) -> np.ndarray | None:
+    """Return (sequences, 2): the metric summed over each sequence, and its tokens. None if the judged value was not
+    measured over these sequences."""
     run = side.runs[seed]
-    found = window_losses(run)
+    found = sequence_losses(run)
     if found is None:
         return None
     per_token, value = found[:, 0].sum() / found[:, 1].sum(), side.values[seed]
@@ -113,10 +113,10 @@ def _window_sums(each: Comparison, side: Chosen, seed: object) -> np.ndarray | N
     return np.stack([found[:, 0] * value / per_token, found[:, 1]], axis=1)
 
 
-def window_losses(run: Run) -> np.ndarray | None:
-    """Return (windows, 2), float64: nats and scored tokens of each window at the run's end; None if it keeps none."""
+def sequence_losses(run: Run) -> np.ndarray | None:
+    """Return (sequences, 2), float64: nats and scored tokens of each, at the run's end; None if it keeps none."""
     try:
-        found = np.load(run.folder / run_folder.ARTIFACTS / run_folder.WINDOW_LOSSES, allow_pickle=False)
+        found = np.load(run.folder / run_folder.ARTIFACTS / run_folder.SEQUENCE_LOSSES, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     is_table = found.ndim == 2 and found.shape[1] == 2 and found.dtype.kind == "f"
@@ -138,8 +138,8 @@ def noise_blocks(each: Comparison, where: str) -> Iterator[Block]:
                     number(found.correlation, ".2f"),
                     str(effect.paired.seeds),
                     f"±{number(found.seeds_half, form)}",
-                    "–" if found.windows_half is None else f"±{number(found.windows_half, form)}",
-                    str(found.windows or "–"),
+                    "–" if found.sequences_half is None else f"±{number(found.sequences_half, form)}",
+                    str(found.sequences or "–"),
                 ]
             )
     if not rows:
@@ -147,4 +147,4 @@ def noise_blocks(each: Comparison, where: str) -> Iterator[Block]:
     columns = ["arm", "sd baseline", "sd arm", "sd of the difference", "95 % interval", "correlation", "seeds"]
     yield Heading(f"Noise floor{where}")
     yield Paragraph(_TEXT)
-    yield Table([*columns, "by seeds", "by windows", "windows"], rows, words=["arm"])
+    yield Table([*columns, "by seeds", "by sequences", "sequences"], rows, words=["arm"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xattn.errors import BadInput
-from xattn.keys import TUNED
+from xattn.keys import TUNED, renamed
 from xattn.report.answer import Question
 
 
@@ -44,7 +44,7 @@ def question_of(asked: argparse.Namespace, baselines: Mapping[str, str]) -> Ques
     return Question(
         metric=asked.metric,
         selection=asked.selection,
-        tuned=asked.tuned,
+        tuned=[renamed(key) for key in asked.tuned],
         where={key: value.split(",") for key, value in pairs(asked.where, "--where")},
         seeds=None if asked.seeds is None else asked.seeds.split(","),
         baselines=baselines,
@@ -52,9 +52,9 @@ def question_of(asked: argparse.Namespace, baselines: Mapping[str, str]) -> Ques
 
 
 def pairs(options: Sequence[str], name: str) -> Iterator[tuple[str, str]]:
-    """Yield the key and value of each ``KEY=VALUE``."""
+    """Yield the key and value of each ``KEY=VALUE``; the key may be an old name."""
     for option in options:
-        key, is_pair, value = option.partition("=")
+        key, is_pair, value = renamed(option).partition("=")
         if not (key and is_pair and value):
             raise BadInput(f"{name} {option}: must be KEY=VALUE, for example backend.activation=softmax")
         yield key, value

@@ -13,7 +13,7 @@ from xattn.data.baselines import MIN_GZIP_BYTES, gzip_bits_per_byte, unigram_bit
 from xattn.data.run_data import RunData
 from xattn.data.tokenizer import IdTokenizer, Tokenizer
 from xattn.errors import ExitCode
-from xattn.evaluation.attention import statistics_windows
+from xattn.evaluation.attention import statistics_batch
 from xattn.evaluation.attention_maps import draw
 from xattn.model.generation import Sampling, TrainedModel, generate
 from xattn.runs import run_folder
@@ -48,7 +48,7 @@ def conclude(run: Run, data: RunData, compiled: Programs, progress: Progress) ->
         _draw_attention(run, data, compiled, progress)
     match status:
         case "done":
-            _keep_window_losses(run, data, compiled, progress)
+            _keep_sequence_losses(run, data, compiled, progress)
             show_sample(run, data.tokenizer, compiled, progress.state)
             show_result(run, data, results)
         case "preempted":
@@ -110,19 +110,19 @@ def show_result(run: Run, data: RunData, results: dict[str, Any]) -> None:
     run.display.say(f"baselines   {', '.join(others)} bits/byte, of the same {len(scored):,} bytes")
 
 
-def _keep_window_losses(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:
-    """Keep the loss of each window, from which a report computes the error that the choice of windows adds."""
-    if progress.of_windows is None:  # only the end of the run was missing
-        evaluate(compiled, progress, data.windows, data.bytes_per_token())
-    assert progress.of_windows is not None
+def _keep_sequence_losses(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:
+    """Keep each held-out sequence's loss, from which a report computes the error that the choice of sequences adds."""
+    if progress.of_sequences is None:  # only the end of the run was missing
+        evaluate(compiled, progress, data.held_out, data.bytes_per_token())
+    assert progress.of_sequences is not None
     file = io.BytesIO()
-    np.save(file, progress.of_windows)
-    run_folder.write_atomically(_artifact(run, run_folder.WINDOW_LOSSES), file.getvalue())
+    np.save(file, progress.of_sequences)
+    run_folder.write_atomically(_artifact(run, run_folder.SEQUENCE_LOSSES), file.getvalue())
 
 
 def _draw_attention(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:
     state = progress.state
-    found = compiled.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(data.windows))
+    found = compiled.attention_statistics(state.params, state.hyperparameters.model, statistics_batch(data.held_out))
     draw(found, _artifact(run, run_folder.ATTENTION_MAPS), step=progress.step)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TextIO
 
 import xattn.config
 from xattn.errors import IntegrityError, writing
+from xattn.keys import renamed
 from xattn.runs import run_folder
 from xattn.runs.loaded_run import MAY_DIFFER, LoadedRun, load, read
 
@@ -39,7 +40,7 @@ def evaluate_once(
     Raises :class:`IntegrityError` if the run has no whole checkpoint of that step, and whatever :func:`xattn.load` and
     :meth:`LoadedRun.evaluate` raise.
     """
-    run = run.absolute()
+    run, overrides = run.absolute(), xattn.config.arguments_under_new_names(overrides)
     summary = check(run, overrides, config_dir)
     known = summary.get("step") if checkpoint == "last" and summary.get("status") == "done" else None
     may_change = any(override.lstrip("+~").startswith("data") for override in overrides)
@@ -103,7 +104,7 @@ def check(run: Path, overrides: Sequence[str], config_dir: Path | None) -> dict[
 
 
 def _by_key(overrides: Sequence[Any]) -> dict[str, str]:
-    return dict(str(override).partition("=")[::2] for override in overrides)
+    return dict(renamed(str(override)).partition("=")[::2] for override in overrides)
 
 
 def _rows(file: TextIO) -> list[dict[str, Any]]:

@@ -164,15 +164,15 @@ class LoadedRun:
         Without overrides, the numbers are those of the run's last evaluation if the checkpoint is of the same step. A
         number for ``trainer.attention_stats_every`` adds ``attention/<layer>/<head>/<statistic>``. Another text is read
         in the model's own tokens, and with the run's data.documents unless that is given.
-        backend.context_length changes the length of the windows; sigmoid's n stays that of training unless
+        backend.context_length changes the length of the sequences; sigmoid's n stays that of training unless
         backend.sigmoid_bias is given. Numbers that are not finite become None. config_dir: a folder of your own YAML
         files, which the overrides may choose from.
 
         Raises :class:`BadInput` for an override that does not fit or a corpus with another vocabulary, and
         :class:`IntegrityError` if no data are given and the run's own have changed.
         """
-        from xattn.evaluation.attention import attention_statistics, statistics_row, statistics_windows
-        from xattn.evaluation.loss import held_out_loss, score_windows
+        from xattn.evaluation.attention import attention_statistics, statistics_batch, statistics_row
+        from xattn.evaluation.loss import held_out_loss, score_batch
         from xattn.evaluation.probes import Scene, make_probes, run_probes, token_scores_of
         from xattn.model.hyperparameters import layer_hyperparameters, with_sigmoid_bias
         from xattn.model.transformer import LanguageModel
@@ -196,14 +196,7 @@ class LoadedRun:
             if isinstance(trained, Tokenised) and "data.documents" not in given:
                 data_config = data_config.model_copy(update={"documents": trained.documents})
             tokenizer = as_documents(self.tokenizer, data_config)
-        data = load_data(
-            data_config,
-            context_length=config.backend.context_length,
-            batch_size=batch_size,
-            windows=config.evaluation.windows,
-            seed=config.seed,
-            tokenizer=tokenizer,
-        )
+        data = load_data(data_config, config.batching, tokenizer=tokenizer)
         if not any(key.startswith("data") for key in given):
             _check_data(self, data)
         # With fewer tokens, the text uses a subset of the model's: the model was trained with end-of-text tokens.
@@ -213,7 +206,7 @@ class LoadedRun:
                 f"data = {config.data.name}: has a vocabulary of {data.tokenizer.vocab_size} tokens; the model's is of "
                 f"{self.model.vocab_size}"
             )
-        # Only the windows take the new context_length; sigmoid's n stays that of training.
+        # Only the sequences take the new context_length; sigmoid's n stays that of training.
         trained_for = {"context_length": self.config.backend.context_length}
         model = LanguageModel(config.model, config.backend.model_copy(update=trained_for), self.model.vocab_size)
         # Keep the trained sigmoid biases, unless an override replaces them.
@@ -225,25 +218,19 @@ class LoadedRun:
         }
         hyper = with_sigmoid_bias(hyperparameters(config).model, kept)
         loss = held_out_loss(
-            score_windows(model), self.params, hyper, data.windows, bytes_per_token=data.bytes_per_token()
+            score_batch(model), self.params, hyper, data.held_out, bytes_per_token=data.bytes_per_token()
         )
         probes = make_probes(config.evaluation.probes, Scene(data_config, data, config.backend, batch_size))
         found = loss.row() | run_probes(token_scores_of(model), self.params, hyper, probes)
         if "trainer.attention_stats_every" in given and config.trainer.attention_stats_every is not None:
-            found |= statistics_row(attention_statistics(model)(self.params, hyper, statistics_windows(data.windows)))
+            found |= statistics_row(attention_statistics(model)(self.params, hyper, statistics_batch(data.held_out)))
         return {name: None if value is None else finite_or_none(value) for name, value in found.items()}
 
 
 def _check_data(run: LoadedRun, data: RunData) -> None:
     """Raise :class:`IntegrityError` if the data are not those that the run began with."""
-    if isinstance(own := run.config.data, Task):  # its hash is over the windows that the run itself scores
-        data = load_data(
-            own,
-            context_length=run.config.backend.context_length,
-            batch_size=run.config.trainer.batch_size,
-            windows=run.config.evaluation.windows,
-            seed=run.config.seed,
-        )
+    if isinstance(own := run.config.data, Task):  # its hash is over the sequences that the run itself scores
+        data = load_data(own, run.config.batching)
     before = run_folder.read_provenance(run.path) or {}
     if (began_with := before.get("data_sha256")) in (None, data.sha256):
         return

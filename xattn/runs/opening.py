@@ -52,15 +52,7 @@ def read_inputs(run: Run, layout: Layout, stop: Callable[[], bool]) -> Inputs:
     """
     config = run.config
     with run.as_recorded():
-        data = load_data(
-            config.data,
-            context_length=config.backend.context_length,
-            batch_size=config.trainer.batch_size,
-            windows=config.evaluation.windows,
-            seed=config.seed,
-            say=run.display.say,
-            stop=stop,
-        )
+        data = load_data(config.data, config.batching, say=run.display.say, stop=stop)
         rows = layout.sizes["data"] * layout.sizes["fsdp"]
         scene = Scene(config.data, data, config.backend, config.trainer.batch_size, rows)
         probes = make_probes(config.evaluation.probes, scene)

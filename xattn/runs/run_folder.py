@@ -22,7 +22,8 @@ CONFIG, OVERRIDES, PROVENANCE = "config.yaml", "overrides.yaml", "provenance.jso
 METRICS, SUMMARY, LOG = "metrics.jsonl", "summary.json", "log.txt"
 EVALUATIONS = "evaluations.jsonl"
 CHECKPOINTS, ARTIFACTS = "checkpoints", "artifacts"
-WINDOW_LOSSES, SAMPLE, ATTENTION_MAPS = "window_losses.npy", "sample.txt", "attention_maps.png"  # among the artifacts
+# Among the artifacts. Losses keep the file name of versions that called a held-out sequence a window.
+SEQUENCE_LOSSES, SAMPLE, ATTENTION_MAPS = "window_losses.npy", "sample.txt", "attention_maps.png"
 FOLDERS = (CHECKPOINTS, ARTIFACTS, "wandb")
 TOKENIZER = "tokenizer.json"
 LOCK = ".lock"

@@ -214,19 +214,19 @@ def _beyond(there: Config, asked: Config) -> tuple[list[str], list[str]]:
     """Return what the config ``asked`` wants and a run of ``there`` lacks: overrides to measure, rows to train."""
     overrides, lacking = [], []
     had, wants = there.evaluation, asked.evaluation
-    other_windows = had.windows != wants.windows
-    if other_windows:
-        overrides.append(f"evaluation.windows={wants.windows}")
-    if had.probes != wants.probes if other_windows else set(wants.probes) - set(had.probes):
+    other_sequences = had.sequences != wants.sequences
+    if other_sequences:
+        overrides.append(f"evaluation.sequences={wants.sequences}")
+    if had.probes != wants.probes if other_sequences else set(wants.probes) - set(had.probes):
         overrides.append(f"evaluation.probes=[{','.join(wants.probes)}]")
     if overrides and asked.trainer.eval_every < asked.trainer.steps:
         lacking += overrides
     stats = asked.trainer.attention_stats_every
-    if stats is not None and (other_windows or there.trainer.attention_stats_every is None):
+    if stats is not None and (other_sequences or there.trainer.attention_stats_every is None):
         overrides.append(f"trainer.attention_stats_every={stats}")
     for key in ("log_every", "eval_every", "attention_stats_every"):
         old, new = getattr(there.trainer, key), getattr(asked.trainer, key)
-        moved = key == "attention_stats_every" and other_windows  # the statistics are of the first windows
+        moved = key == "attention_stats_every" and other_sequences  # the statistics are of the first sequences
         if new is not None and new < asked.trainer.steps and (old is None or new % old or moved):
             lacking.append(f"trainer.{key}={new}")
     return overrides, lacking

@@ -66,7 +66,7 @@ def train_pack(runs: Sequence[Run], stop: Callable[[], bool]) -> None:
         bytes_per_token, stops = data.bytes_per_token(), team.agreed(stop)
         while any(member.active for member in members):
             training = [trainee for trainee in trainees.values() if trainee.member.active]
-            train(compiled, members, data.windows, config.trainer, bytes_per_token=bytes_per_token, stop=stops)
+            train(compiled, members, data.held_out, config.trainer, bytes_per_token=bytes_per_token, stop=stops)
             for trainee in training:
                 if not trainee.member.active and not rolls_back(trainee, compiled):
                     trainee.desk.checkpoints.wait()

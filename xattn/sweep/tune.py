@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import xattn.config
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, needs_extra
-from xattn.keys import naming, naming_before_matmul_precision
+from xattn.keys import naming, naming_before_matmul_precision, renamed, stored_name
 from xattn.runs import run_folder
 from xattn.sweep.planned import write_trials
 from xattn.sweep.presence import drawing, is_present, present
@@ -70,6 +70,7 @@ def tune(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: P
     """
     if base.resume == "never":
         raise BadInput("resume = never: tuning goes on with its study; another study=<name> begins one")
+    space = {stored_name(key): dimension for key, dimension in space.items()}  # as in the journal
     search = _search(tuning, space, base, folder)
     tuner = _Tuner(search, tuning, space, folder)
     try:
@@ -81,12 +82,12 @@ def tune(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: P
     finally:
         runs = [folder / t.user_attrs["run"] for t in search.get_trials(deepcopy=False) if "run" in t.user_attrs]
         if runs:
-            print_table(list(dict.fromkeys(runs)), list(space))
+            print_table(list(dict.fromkeys(runs)), [renamed(key) for key in space])
     over = _over(search)
     if finite := [trial for trial in over if trial.value is not None and math.isfinite(trial.value)]:
         complete = [trial for trial in finite if trial.state.name == "COMPLETE"] or finite
         best = (min if tuning.direction == "minimize" else max)(complete, key=lambda trial: trial.value or 0.0)
-        values = " ".join(f"{key}={value}" for key, value in best.params.items())
+        values = " ".join(f"{renamed(key)}={value}" for key, value in best.params.items())
         say(f"best of {len(over)} trials: {tuning.objective} {best.value:.4f} with {values}")
     if runs:
         from xattn.report.propose import report_command
@@ -146,7 +147,7 @@ def _make(
     """Train the trials; return how many failed. Trials with an invalid config do not count: ``refused`` gets why."""
     from optuna.trial import TrialState
 
-    overrides = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
+    overrides = [[f"{renamed(key)}={value}" for key, value in trial.params.items()] for trial in trials]
     try:
         folders, make = plan(overrides, [_pruner_of(trial, tuner.tuning) for trial in trials])
     except BadInput as error:

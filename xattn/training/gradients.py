@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 
-SummedLoss = Callable[[Any, Windows, jax.Array], jax.Array]
-"""(parameters, windows, key of the dropout) → Σ weights · loss, a float32 scalar."""
+SummedLoss = Callable[[Any, Batch, jax.Array], jax.Array]
+"""(parameters, batch, key of the dropout) → Σ weights · loss, a float32 scalar."""
 
 
 def loss_and_gradient(
-    summed_loss: SummedLoss, params: Any, windows: Windows, key: jax.Array, *, parts: int
+    summed_loss: SummedLoss, params: Any, batch: Batch, key: jax.Array, *, parts: int
 ) -> tuple[jax.Array, Any]:
     """Return the loss Σ weights · loss / Σ weights, and its gradient with respect to the parameters.
 
@@ -27,15 +27,15 @@ def loss_and_gradient(
     before the gradient, it would block a device, and its thread on a CPU, until the others reach it.
     """
     if parts == 1:
-        total, sums = jnp.sum(windows.weights), jax.value_and_grad(summed_loss)(params, windows, key)
+        total, sums = jnp.sum(batch.weights), jax.value_and_grad(summed_loss)(params, batch, key)
         return jax.tree.map(lambda leaf: leaf / total, sums)
 
-    def add(sums: Any, part: tuple[jax.Array, Windows]) -> tuple[Any, None]:
+    def add(sums: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         number, rows = part
         found = jax.value_and_grad(summed_loss)(params, rows, jax.random.fold_in(key, number))
         return jax.tree.map(jnp.add, sums, (jnp.sum(rows.weights), found)), None
 
-    rows = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), windows)
+    rows = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch)
     nothing = (jnp.float32(0), (jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
     (total, sums), _ = jax.lax.scan(add, nothing, (jnp.arange(parts), rows))
     return jax.tree.map(lambda leaf: leaf / total, sums)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xattn.data.batches import Batches, Windows
-from xattn.evaluation.attention import statistics_row, statistics_windows
+from xattn.data.batches import Batch, Batches
+from xattn.evaluation.attention import statistics_batch, statistics_row
 from xattn.evaluation.loss import held_out_loss
 from xattn.evaluation.probes import Probe, run_probes
 from xattn.runs.run_folder import finite_or_none
@@ -74,7 +74,7 @@ class Progress:
     pruned: bool = False
     """Whether a tuner has ended the run."""
     clock: TrainingClock = field(default_factory=TrainingClock)
-    of_windows: np.ndarray | None = None
+    of_sequences: np.ndarray | None = None
     """See :class:`~xattn.evaluation.loss.HeldOutLoss`; None where another process has it."""
 
     def batch_of(self, step: int) -> int:
@@ -149,7 +149,7 @@ class _Pace:
 def train(
     programs: Programs,
     members: Sequence[Member],
-    windows: Sequence[Windows],
+    held_out: Sequence[Batch],
     config: TrainerConfig,
     *,
     bytes_per_token: float | None,
@@ -171,8 +171,8 @@ def train(
     def measure(member: Member, due: _Actions) -> dict[str, Any]:
         progress, row = member.progress, {}
         if due.evaluates:
-            row = evaluate(programs, progress, windows, bytes_per_token) | _probe(programs, progress, member.probes)
-        return row | (_attention(programs, progress, windows) if due.takes_statistics else {})
+            row = evaluate(programs, progress, held_out, bytes_per_token) | _probe(programs, progress, member.probes)
+        return row | (_attention(programs, progress, held_out) if due.takes_statistics else {})
 
     state = programs.stack([member.progress.state for member in members])
     for member in active:
@@ -260,16 +260,16 @@ def _save(members: Sequence[Member], *, evaluated: bool) -> None:
 
 
 def evaluate(
-    programs: Programs, progress: Progress, windows: Sequence[Windows], bytes_per_token: float | None
+    programs: Programs, progress: Progress, held_out: Sequence[Batch], bytes_per_token: float | None
 ) -> dict[str, Any]:
     state = progress.state
     loss = held_out_loss(
-        programs.score, state.params, state.hyperparameters.model, windows, bytes_per_token=bytes_per_token
+        programs.score, state.params, state.hyperparameters.model, held_out, bytes_per_token=bytes_per_token
     )
     progress.val_loss, progress.val_bpb = finite_or_none(loss.val_loss), finite_or_none(loss.val_bpb)
     finite = [x for x in (progress.val_loss, progress.best_val_loss) if x is not None]
     progress.best_val_loss = min(finite, default=None)
-    progress.of_windows = loss.of_windows
+    progress.of_sequences = loss.of_sequences
     return loss.row()
 
 
@@ -280,9 +280,9 @@ def _probe(programs: Programs, progress: Progress, probes: Sequence[Probe]) -> d
     return {name: progress.measured[name] for name in found}
 
 
-def _attention(programs: Programs, progress: Progress, windows: Sequence[Windows]) -> dict[str, float | None]:
+def _attention(programs: Programs, progress: Progress, held_out: Sequence[Batch]) -> dict[str, float | None]:
     state = progress.state
-    each = programs.attention_statistics(state.params, state.hyperparameters.model, statistics_windows(windows))
+    each = programs.attention_statistics(state.params, state.hyperparameters.model, statistics_batch(held_out))
     found = {name: finite_or_none(value) for name, value in statistics_row(each).items()}
     progress.measured |= found
     return found

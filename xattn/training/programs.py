@@ -22,9 +22,9 @@ import optax
 from xattn import registry
 from xattn.backend import xla_cpu
 from xattn.config import Config, shaping
-from xattn.data.batches import Windows
+from xattn.data.batches import Batch
 from xattn.evaluation.attention import AttentionStatisticsOf, attention_statistics
-from xattn.evaluation.loss import ScoreWindows, score_windows
+from xattn.evaluation.loss import ScoreBatch, score_batch
 from xattn.evaluation.probes import TokenScoresOf, token_scores_of
 from xattn.model.config import BackendConfig
 from xattn.model.hyperparameters import LayerHyperparameters, ModelHyperparameters
@@ -97,14 +97,14 @@ class Programs(NamedTuple):
     model: LanguageModel
     init: Any
     """Hyperparameters → TrainState of one run, seeded by them."""
-    score: ScoreWindows
+    score: ScoreBatch
     """Evaluation: score, attention_statistics and token_scores take one run's state, also in a pack."""
     attention_statistics: AttentionStatisticsOf
     token_scores: TokenScoresOf
     size: int
     """Number of runs in the pack, n."""
     step: Any
-    """(TrainState, Windows) → (TrainState, StepMetrics), with a leading axis n if n > 1; may consume its state."""
+    """(TrainState, Batch) → (TrainState, StepMetrics), with a leading axis n if n > 1; may consume its state."""
     stack: Callable[[Sequence[TrainState]], TrainState]
     """n TrainStates → the step's."""
     take: Callable[[TrainState, int], TrainState]
@@ -118,8 +118,8 @@ class Programs(NamedTuple):
     layout: Layout
     """How state and batches lie on the devices."""
 
-    def stack_batches(self, batches: Sequence[Windows]) -> Windows:
-        """Return the windows for a step of all runs."""
+    def stack_batches(self, batches: Sequence[Batch]) -> Batch:
+        """Return the batch for a step of all runs."""
         return batches[0] if self.size == 1 else jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
     def split_metrics(self, metrics: StepMetrics) -> list[StepMetrics]:
@@ -132,20 +132,20 @@ def programs(
     config: Config, vocab_size: int, *, optional: tuple[tuple[str, int], ...] = (), size: int = 1
 ) -> tuple[Programs, bool]:
     """Return the programs of a config, and whether this call had to compile them. ``optional`` gives names and widths
-    of the windows' optional arrays, ``size`` the number of runs in the pack, which is on one device."""
+    of the batch's optional arrays, ``size`` the number of runs in the pack, which is on one device."""
     before = _compile.cache_info().misses
     compiled = _compile(shaping(config), vocab_size, optional, layout_of(config), size)
     return compiled, _compile.cache_info().misses > before
 
 
 class Uncompiled(NamedTuple):
-    """What programs are made from, for a compiler that is asked directly. step, state, windows: of the whole pack."""
+    """What programs are made from, for a compiler that is asked directly. step, state, batch: of the whole pack."""
 
     model: LanguageModel
-    step: Callable[[TrainState, Windows], tuple[TrainState, StepMetrics]]
-    score: ScoreWindows
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    score: ScoreBatch
     state: TrainState
-    windows: Windows
+    batch: Batch
 
 
 def uncompiled(
@@ -154,8 +154,8 @@ def uncompiled(
     """The functions of a config and the shapes of what they take; nothing is compiled."""
     config = shaping(config)
     one = _one_run(config, vocab_size, layout_of(config))
-    step, state, windows = _packed(one, config, optional, size)
-    return Uncompiled(one.model, step, one.score, state, windows)
+    step, state, batch = _packed(one, config, optional, size)
+    return Uncompiled(one.model, step, one.score, state, batch)
 
 
 class _OneRun(NamedTuple):
@@ -163,10 +163,10 @@ class _OneRun(NamedTuple):
 
     model: LanguageModel
     init: Any
-    score: ScoreWindows
+    score: ScoreBatch
     attention_statistics: AttentionStatisticsOf
     token_scores: TokenScoresOf
-    step: Callable[[TrainState, Windows], tuple[TrainState, StepMetrics]]
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     """It is not compiled."""
     shapes: TrainState
     """Shapes of the state."""
@@ -183,23 +183,23 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
         opt_state = optimizer(config.optimizer, hyper.optimizer).init(params)
         return TrainState(jnp.int32(0), params, opt_state, hyper, jnp.int32(0), jnp.int32(-1))
 
-    def summed_loss(hyper: Hyperparameters, params: Any, windows: Windows, dropout: jax.Array) -> jax.Array:
+    def summed_loss(hyper: Hyperparameters, params: Any, batch: Batch, dropout: jax.Array) -> jax.Array:
         losses: Any = model.apply(
             {"params": params},
-            *(windows.inputs, hyper.model, windows.targets),
-            segment_ids=windows.segment_ids,
-            places=windows.places,
+            *(batch.inputs, hyper.model, batch.targets),
+            segment_ids=batch.segment_ids,
+            places=batch.places,
             train=True,
             rngs={"dropout": dropout},
             method="losses",
         )
-        return jnp.sum(losses * windows.weights)
+        return jnp.sum(losses * batch.weights)
 
-    def step(state: TrainState, windows: Windows) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         hyper = state.hyperparameters
         dropout = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), 1), state.step)
         loss, gradient = loss_and_gradient(
-            partial(summed_loss, hyper), state.params, windows, dropout, parts=config.trainer.gradient_accumulation
+            partial(summed_loss, hyper), state.params, batch, dropout, parts=config.trainer.gradient_accumulation
         )
         grad_norm = global_norm(gradient)
         learning_rate = jnp.asarray(hyper.optimizer.learning_rate * schedule(state.step))
@@ -219,7 +219,7 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
         return new, StepMetrics(loss, grad_norm, global_norm(new.params), learning_rate, new.halted_at)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
-    score, scores = layout.score(score_windows(model, layout.results())), layout.score(token_scores_of(model))
+    score, scores = layout.score(score_batch(model, layout.results())), layout.score(token_scores_of(model))
     statistics = attention_statistics(model, layout.results())
     return _OneRun(model, layout.init(init, shapes), score, statistics, scores, step, shapes)
 
@@ -230,11 +230,11 @@ def _compile(
 ) -> Programs:
     assert size == 1 or layout.mesh is None, "a pack is on one device"
     one = _one_run(config, vocab_size, layout)
-    step, state, windows = _packed(one, config, optional, size)
+    step, state, batch = _packed(one, config, optional, size)
     batch_size, context_length = config.trainer.batch_size, config.backend.context_length
     start = time.perf_counter()
     with layout.tracing():
-        lowered = layout.jit_step(step, state).lower(state, windows)
+        lowered = layout.jit_step(step, state).lower(state, batch)
         seconds = time.perf_counter() - start
         with compiled_once(lowered.as_text()):
             start = time.perf_counter()  # after the wait for another process that compiles the same program
@@ -264,16 +264,16 @@ def _compile(
 
 def _packed(
     one: _OneRun, config: Config, optional: tuple[tuple[str, int], ...], size: int
-) -> tuple[Callable[[TrainState, Windows], tuple[TrainState, StepMetrics]], TrainState, Windows]:
-    """The step of a pack, and the shapes of its state and windows."""
+) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]], TrainState, Batch]:
+    """The step of a pack, and the shapes of its state and batch."""
     batch_size, context_length = config.trainer.batch_size, config.backend.context_length
     tokens: Any = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)
     weights: Any = jax.ShapeDtypeStruct((batch_size, context_length), jnp.float32)
     others: dict[str, Any] = {name: jax.ShapeDtypeStruct((batch_size, width), jnp.int32) for name, width in optional}
-    windows = Windows(tokens, weights, **others)
+    batch = Batch(tokens, weights, **others)
     if size == 1:
-        return one.step, one.shapes, windows
-    return jax.vmap(one.step), _with_runs(one.shapes, size), _with_runs(windows, size)
+        return one.step, one.shapes, batch
+    return jax.vmap(one.step), _with_runs(one.shapes, size), _with_runs(batch, size)
 
 
 registry.caches += [_one_run.cache_clear, _compile.cache_clear]

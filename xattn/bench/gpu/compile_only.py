@@ -63,10 +63,10 @@ def _lowered(kind: str, overrides: Sequence[str], vocab_size: int, size: int, th
     params, numbers = there(parts.state.params), there(parts.state.hyperparameters.model)
     match kind:
         case "step":
-            return jax.jit(parts.step, donate_argnums=0).lower(there(parts.state), there(parts.windows))
+            return jax.jit(parts.step, donate_argnums=0).lower(there(parts.state), there(parts.batch))
         case "evaluation":
             score: Any = parts.score
-            return score.lower(params, numbers, there(parts.windows))
+            return score.lower(params, numbers, there(parts.batch))
         case "decode":
             room = config.backend.context_length
             caches = jax.eval_shape(lambda: empty_caches(parts.model, _zeros(numbers), batch=1, capacity=room))

@@ -20,7 +20,7 @@ from xattn.bench.gpu.record import Finding
 from xattn.errors import XattnError
 
 _XATTN = [sys.executable, "-m", "xattn.cli"]
-_DEBUG = ["trainer=debug", "trainer.log_every=1", "evaluation.windows=16", "tracking.wandb.mode=disabled"]
+_DEBUG = ["trainer=debug", "trainer.log_every=1", "evaluation.sequences=16", "tracking.wandb.mode=disabled"]
 
 # How far a loss of 20 steps may be from the CPU's, in nats a token. On a CPU the float32 curves of softmax, sigmoid and
 # none move by 0.0009, 0.0012 and 0.0205 where the factors of every projection are rounded to bfloat16; TF32, in which a
