@@ -148,7 +148,7 @@ def test_implementations_serve_it_or_say_why_not() -> None:
         assert choose(call).name == ("reference" if length == 8 else "blockwise")
         refused = {row.name: row.refusal(call) for row in TABLE}
         assert {name for name, reason in refused.items() if reason is None} == {"ring", "blockwise", "reference"}
-        assert all(str(refused[name]).startswith("mine: it serves") for name in ("cudnn", "hopper", "linear"))
+        assert all(str(refused[name]).startswith("mine: it supports") for name in ("cudnn", "hopper", "linear"))
 
 
 def test_decoding_wants_the_n_that_the_weights_depend_on() -> None:
