@@ -80,8 +80,8 @@ def test_overrides_that_cannot_be_used_are_named(tiny: list[str], tmp_path: Path
     for overrides, message in (
         ("seed=1", r"must be a list of strings, \['seed=1'\]"),
         (["backend.activation=relu"], "'relu': must be 'softmax', 'sigmoid' or 'none'"),
-        (["-m"], "a flag of the command line"),
-        (["seed=0,1"], "several values are a sweep"),
+        (["-m"], "is a command-line flag"),
+        (["seed=0,1"], "several values make a sweep"),
         (["hydra/launcher=xattn"], r"from Python hydra\.run\.dir and hydra\.searchpath are taken"),
         (["sweep.half_width=0.1"], "adds seeds to a sweep"),
         (["data=text", "data.path=missing.txt"], "missing.txt"),

@@ -170,7 +170,10 @@ def test_a_run_of_one_thread_has_the_same_bits_on_any_number_of_cores(text_file:
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.splitlines()[-2:])
     assert told[0][0] == told[1][0]
-    assert told[0][1] == "trainer.threads = 2: this process has its threads already (1); start the run by itself"
+    assert (
+        told[0][1]
+        == "trainer.threads = 2: this process already has its threads (1); start the run in a process of its own"
+    )
     # A finished run keeps the losses of its windows: nats and scored tokens, of which val_loss is the ratio.
     kept, found = (
         np.load(tmp_path / "all" / "artifacts" / "window_losses.npy"),

@@ -360,7 +360,7 @@ BAD = [
     (["backend=sigmod"], ["backend", "sigmod", "sigmoid"]),
     (["trainer.steps=0", "optimizer.learning_rate=-1"], ["trainer.steps", "optimizer.learning_rate", "greater than 0"]),
     (["seed=0,1"], ["seed", "-m"]),
-    (["data=text"], ["data.path", "a value is needed"]),
+    (["data=text"], ["data.path", "required, for example"]),
     (["data=text", "data.path=/tmp/ü/x"], ["/tmp/ü/x", "quotes"]),
     (["study=../outside"], ["study", "../outside"]),
     (["nonsense"], ["nonsense", "key=value"]),
@@ -442,7 +442,7 @@ def test_choices_in_a_folder_of_ones_own_are_not_blamed(tmp_path: Path, without_
 def test_what_hydra_reads_without_our_keys_is_named(tmp_path: Path, without_jax: str) -> None:
     code, _, err = train("+hydra.job.env_set.X='${seed}'", cwd=tmp_path, stubs=without_jax)
     assert code == 2
-    assert "xattn: hydra.job.env_set.X: refers to seed, which Hydra does not know" in err
+    assert "xattn: hydra.job.env_set.X: refers to seed, which is not defined where Hydra" in err
 
 
 def test_what_hydra_writes_into_a_runs_folder_does_not_block_it(tmp_path: Path, text_file: Path) -> None:

@@ -166,5 +166,5 @@ def test_a_port_in_use_is_told_before_the_first_step(command: list[str], cwd: Pa
         port = taken.getsockname()[1]
         (first,) = start(command, cwd=cwd, count=2, port=port)[:1]
         assert first.wait() == 2, said([first])
-        assert f"JAX_COORDINATOR_ADDRESS = localhost:{port}: the port cannot be had" in first.err
+        assert f"JAX_COORDINATOR_ADDRESS = localhost:{port}: this port cannot be used" in first.err
         assert "Traceback" not in first.err
