@@ -600,7 +600,7 @@ BAD = [
     ),
     (
         ["data=text", "data.path=x", "data.end_of_text=xyz"],
-        ["data.end_of_text is a name in a tokenizer.json; bytes has an end of its own"],
+        ["data.end_of_text names a token of a tokenizer.json; bytes has its own end of text"],
     ),
     (
         ["data=mixture", "data.sources=[{path: a, weight: 1}, {path: b, weight: 0}]"],

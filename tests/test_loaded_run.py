@@ -80,7 +80,7 @@ def test_logits_in_one_call(loaded: xattn.LoadedRun) -> None:
     convolved = dataclasses.replace(
         loaded, model=loaded.model.clone(config=loaded.model.config.model_copy(update={"conv": 2}))
     )
-    with pytest.raises(BadInput, match="segment_ids: an id comes back"):
+    with pytest.raises(BadInput, match="segment_ids: an id recurs"):
         convolved.logits(tokens[0], segment_ids=back)
     for bad, message in (
         (tokens - 1, "0 to 255, got -1"),
@@ -211,7 +211,7 @@ def test_without_data_given_the_text_has_to_be_what_it_was(
     text.write_bytes(b"another text than the one it was trained on " * 300)
     data = loaded.config.data.model_copy(update={"path": str(text)})
     moved = dataclasses.replace(loaded, config=loaded.config.model_copy(update={"data": data}))
-    with pytest.raises(IntegrityError, match=r"the data are not those that this run began with .*then "):
+    with pytest.raises(IntegrityError, match=r"the data are not the ones that this run began with .*was "):
         moved.evaluate(["evaluation.probes=[]"])
     assert moved.evaluate(["evaluation.probes=[]", f"data.path={text}"])["val_loss"] is not None
 
@@ -248,7 +248,7 @@ def test_a_kind_of_layers_inherits_a_bias_that_is_given_and_keeps_one_of_its_own
     assert inherits.evaluate([first]) == inherits.evaluate([first, both]) != inherits.evaluate()
     assert own.evaluate([first]) != own.evaluate([first, both])
     for override in ("backend.sigmoid_bias=learned", "backend.then.sigmoid_bias=learned"):
-        with pytest.raises(BadInput, match="learned: this run has learned none"):
+        with pytest.raises(BadInput, match="learned: this run has no learned value"):
             own.evaluate([override])
 
 
@@ -278,7 +278,7 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
     assert found["val_loss"] == pytest.approx(nats / (len(held_out) - 1), rel=1e-5)
     size = len(tokenizer.decode(held_out[1:]).encode())
     assert found["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    with pytest.raises(BadInput, match="a vocabulary of 64 tokens; the model's is of 270"):
+    with pytest.raises(BadInput, match="a vocabulary of 64 tokens; the model's has 270"):
         opened.evaluate(["data=mqar", "data.vocab_size=64", "data.num_pairs=2"])
 
 
@@ -293,9 +293,9 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
         (["evaluate", "RUN", "data.path=/nowhere/at.all"], "data.path = '/nowhere/at.all': no such file"),
         (
             ["evaluate", "RUN", "data=mqar", "evaluation.probes=[]", "data.num_pairs=2"],
-            "a vocabulary of 8192 tokens; the model's is of 256",
+            "a vocabulary of 8192 tokens; the model's has 256",
         ),
-        (["evaluate", "RUN", "backend.sigmoid_bias=learned"], "this run has learned none"),
+        (["evaluate", "RUN", "backend.sigmoid_bias=learned"], "this run has no learned value"),
         (["evaluate", "RUN", "--chekpoint", "best"], "--chekpoint"),
         (["evaluate", "/nowhere"], "/nowhere: not a run folder"),
         (["evaluate"], "run"),
@@ -379,7 +379,7 @@ def test_a_prompt_that_the_vocabulary_lacks() -> None:
 
     nothing: Any = None
     opened = LoadedRun(Path(), nothing, {}, nothing, nothing, nothing, IdTokenizer(8), 0)
-    with pytest.raises(BadInput, match=r"prompt = '9': 9: not an id; they are 0 to 7"):
+    with pytest.raises(BadInput, match=r"prompt = '9': 9: not an id; ids are 0 to 7"):
         opened.stream("9")
 
 

@@ -72,7 +72,7 @@ def test_resume_never_moves_aside_what_a_new_run_takes_the_place_of(
     folder = tmp_path / "run"
     put_run(folder, command, {"status": "done", "step": 2})
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    with pytest.raises(BadInput, match="GB are available"):
+    with pytest.raises(BadInput, match="GB is available"):
         run(compose([*command, "resume=never"]), folder, quiet=True)
     (aside,) = (tmp_path / run_folder.SUPERSEDED).iterdir()
     assert run_folder.read_summary(aside) == {"status": "done", "step": 2}

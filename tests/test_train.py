@@ -621,7 +621,7 @@ def test_the_run_of_a_notebook_is_the_commands(
     assert there["device_count"] == 1
     assert {key for key in here if here[key] != there[key]} <= of_its_own
     code, out, _ = train(*finished.overrides, cwd=tmp_path)
-    assert (code, "done already, at step 20" in out) == (0, True)
+    assert (code, "already done at step 20" in out) == (0, True)
 
 
 def test_what_is_no_run_cannot_be_loaded(finished: Finished, tmp_path: Path) -> None:

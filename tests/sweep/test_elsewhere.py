@@ -76,5 +76,5 @@ def test_several_processes_train_each_training_once(tiny: list[str], tmp_path: P
     assert statuses(tmp_path) == ["done"]
     (rows,) = (tmp_path / "outputs" / "default").glob("*/evaluations.jsonl")
     assert len(rows.read_text("utf-8").splitlines()) == 1
-    assert out.count("trained already in") == 3
+    assert out.count("already trained in") == 3
     assert out.count(rows.parent.name) >= 7  # in the table as well

@@ -105,7 +105,7 @@ def test_a_sweep_says_at_its_end_which_runs_are_answered_for(capsys: pytest.Capt
         return [ExitCode.DONE] * len(pack)
 
     study.run_study(jobs, start, plan)
-    assert "trained already in" in capsys.readouterr().out
+    assert "already trained in" in capsys.readouterr().out
     assert unfinished(STUDY) == []
 
 

@@ -116,7 +116,7 @@ def load_data(
     if isinstance(corpus.tokenizer, ByteTokenizer):
         description = f"{size:,} bytes of training text"
     else:
-        description = f"{size:,} tokens to train on, of {corpus.tokenizer.vocab_size:,} kinds"
+        description = f"{size:,} training tokens, vocabulary of {corpus.tokenizer.vocab_size:,}"
     held_out = EvaluationWindows(scored, **sizes)
     return RunData(
         batch=batches[0] if len(parts) == 1 else MixtureBatches(batches, weights, batch_size=batch_size, seed=seed),
@@ -184,7 +184,7 @@ def as_documents(tokenizer: TextTokenizer, config: Tokenised) -> TextTokenizer:
 
 def _task_data(config: Task, context_length: int, batch_size: int, windows: int | Literal["all"], seed: int) -> RunData:
     if windows == "all":
-        raise BadInput(f"evaluation.windows = all: data={config.name} has no end; give a number")
+        raise BadInput(f"evaluation.windows = all: data={config.name} is endless; give a number")
     config.check(context_length)
     batch = TaskBatches(config, context_length, batch_size, seed)
     scored = evaluation_examples(config, context_length=context_length, number=windows).windows
@@ -197,5 +197,5 @@ def _task_data(config: Task, context_length: int, batch_size: int, windows: int 
         windows=in_batches(scored, batch_size),
         tokenizer=IdTokenizer(config.vocab_size),
         sha256=made.hexdigest(),
-        description=f"sequences of {config.name}, made as they are needed",
+        description=f"sequences of {config.name}, generated as needed",
     )

@@ -222,7 +222,7 @@ def _train_in_processes(
         answers = study.answers(pending, outcomes)
         for job in pending:
             if job.folder in answers:
-                view.say(f"  {label(job)}: trained already in {run_folder.shown(answers[job.folder][0])}")
+                view.say(f"  {label(job)}: already trained in {run_folder.shown(answers[job.folder][0])}")
                 view.found()
     if interruption.requested:
         raise SystemExit(ExitCode.PREEMPTED)
