@@ -44,7 +44,7 @@ def test_a_sample_is_shown_where_tokens_are_text(
         ending.show_sample(run, tokenizer, NOTHING, NOTHING)
     out, is_text = capsys.readouterr().out, isinstance(tokenizer, ByteTokenizer)
     assert out == (
-        "\na sample at temperature 0.8 (· stands for bytes or characters that cannot be printed):\ntext·[2J··\n\n\n"
+        "\na sample at temperature 0.8 (· stands for a byte or character that is not printable):\ntext·[2J··\n\n\n"
         if is_text
         else ""
     )

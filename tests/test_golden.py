@@ -114,7 +114,7 @@ def test_the_same_command_finds_it_done(name: str, outputs: Path) -> None:
     assert sorted(path.name for path in outputs.iterdir()) == before
     code, out = train("-m", *typed(outputs / name))
     assert code == ExitCode.DONE, out
-    assert "1 done already" in out
+    assert "1 already done" in out
     assert sorted(path.name for path in outputs.iterdir()) == before
 
 

@@ -139,15 +139,17 @@ def test_transformers_computes_our_logits(tmp_path: Path) -> None:
 
 
 def test_layers_of_two_kinds_are_no_llama() -> None:
-    with pytest.raises(BadInput, match=r"no Llama computes this model: backend.every = 2"):
+    with pytest.raises(BadInput, match=r"a Llama cannot express this model: backend.every = 2"):
         llama_config(compose([*LLAMA, "backend.every=2", "backend.then={window: 3}"]), V)
 
 
 def test_what_is_no_llama_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"no Llama computes this model: backend\.activation = sigmoid, model\.qk_norm"):
+    with pytest.raises(
+        BadInput, match=r"a Llama cannot express this model: backend\.activation = sigmoid, model\.qk_norm"
+    ):
         llama_config(compose([*LLAMA, "backend=sigmoid", "model.qk_norm=rmsnorm"]), V)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BadInput, match="is not a new or empty folder"):
+    with pytest.raises(BadInput, match="must be a new or empty folder"):
         _write(tmp_path, {}, {})
     with pytest.raises(BadInput, match=r"config\.json: cannot be read: No such file"):
         from_llama(tmp_path)

@@ -460,7 +460,7 @@ def test_what_hydra_writes_into_a_runs_folder_does_not_block_it(tmp_path: Path, 
     assert json.loads((run_of(tmp_path) / "summary.json").read_text())["status"] == "done"
     code, out, err = train(*plain, *asked, cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert "done already" in out
+    assert "already done" in out
 
 
 def test_somebody_elses_folder_is_left_alone(tmp_path: Path, without_jax: str) -> None:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from typing import NoReturn
 
 import hydra
 from hydra._internal.hydra import Hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -141,6 +143,7 @@ def _train() -> int:
         Hydra.get_sanitized_hydra_cfg = staticmethod(_resolved_hydra_cfg)  # type: ignore[method-assign]
     xattn.config.register_resolvers()
     OmegaConf.register_new_resolver("values", _values, replace=True)
+    OmegaConf.register_new_resolver("choices", _choices, replace=True)
     try:
         entry.check_working_directory()
         sys.argv[1:] = expanded(sys.argv[1:])
@@ -182,6 +185,14 @@ def _values(*, _root_: DictConfig) -> str:
 
     ours = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
     return annotated(OmegaConf.to_yaml(ours)).replace("$", "$$")
+
+
+def _choices() -> str:
+    """Return the choices of each group for ``${choices:}`` in ``--help``, in lines of at most 80 columns."""
+    hydra_itself = GlobalHydra.instance().hydra
+    assert hydra_itself is not None
+    lines = hydra_itself.format_config_groups(lambda group: group.partition("/")[0] != "hydra").splitlines()
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def _refuse(arguments: Sequence[str], *, sweeps: bool) -> None:

@@ -225,7 +225,14 @@ MUTATIONS: list[tuple[str, Any, str, Any, Subject, Case]] = [
         RINGS[8],
     ),
     ("bias of one device", jax.lax, "psum", lambda right: lambda x, axis: x, RING, RINGS[1]),
-    ("a device's own state twice", linear_module, "_earlier", lambda r: lambda n, *_: jnp.tri(n), LINEAR, STATES[0]),
+    (
+        "a device's own state twice",
+        linear_module,
+        "_earlier",
+        lambda r: lambda n, *_: jnp.tri(n),
+        LINEAR,
+        STATES[0],
+    ),
     ("positions of one device", linear_module, "chunked", lambda right: lambda *a: right(*a[:7]), LINEAR, STATES[0]),
     (
         "decay of the stretches between dropped",

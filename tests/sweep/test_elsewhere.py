@@ -42,7 +42,7 @@ def test_submitit(tiny: list[str], tmp_path: Path) -> None:
     assert not any(path.is_dir() for path in jobs.iterdir())
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
-    assert "3 runs, 3 done already" in out
+    assert "3 runs, 3 already done" in out
 
 
 def test_ray(tiny: list[str], tmp_path: Path) -> None:

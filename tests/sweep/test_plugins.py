@@ -221,7 +221,7 @@ def test_a_job_carries_runs_of_one_program(
     assert len(others.launched) == 2
     made = [[(job.config.backend.activation, job.config.seed) for job in group] for group in grouped]
     assert made == [[("softmax", 0), ("softmax", 1)], [("sigmoid", 0), ("sigmoid", 1)]]
-    assert "handed over 4 runs" in capsys.readouterr().out
+    assert "submitted 4 runs" in capsys.readouterr().out
     start(GridSweeper(), ElsewhereLauncher(others, 2), "seed=0,1", "backend.activation=softmax,sigmoid")
     assert len(others.launched) == 2
 

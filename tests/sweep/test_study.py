@@ -203,7 +203,7 @@ def test_what_others_make_can_be_left(tmp_path: Path, capsys: pytest.CaptureFixt
     asked, interruption.requested = interruption.requested, False
     assert asked
     assert left.value.code == ExitCode.PREEMPTED
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
 
 
 def test_one_in_use_is_waited_for_and_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_one_that_is_stopped_has_not_failed(tmp_path: Path, capsys: pytest.Captu
     out = capsys.readouterr().out
     assert "seed=0: stopped at step" in out
     assert "failed" not in out
-    assert "the same command goes on" in out
+    assert "the same command continues" in out
 
 
 def test_the_view_tells_how_long_the_rest_takes(

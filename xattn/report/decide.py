@@ -32,7 +32,8 @@ _EPILOG = """exit codes:
 
 examples:
   xattn verdict outputs/gate --better model.output_gate=channel
-  xattn verdict outputs/first --better backend.activation=softmax --than sigmoid --where backend.theta=10000"""
+  xattn verdict outputs/first --better backend.activation=softmax \\
+    --than sigmoid --where backend.theta=10000"""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -62,4 +62,4 @@ def _none_is_started(jobs: Sequence[Job]) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        raise BadInput(f"of {len(jobs)} runs none is started: {error}") from error
+        raise BadInput(f"none of the {len(jobs)} runs was started: {error}") from error

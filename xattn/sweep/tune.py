@@ -57,13 +57,13 @@ def tune(
     ``tuning.objective`` is a number of summary.json here, not ``auto``.
     """
     if base.resume == "never":
-        raise BadInput("resume = never: tuning goes on with its study; another study=<name> begins one")
+        raise BadInput("resume = never: tuning always continues its study; for a new one, give another study=<name>")
     study = _study(tuning, space, base, folder)
     try:
         with present(folder) as me, StudyView(_wanted(tuning, space), len(_over(study))) as view:
             _draw_and_make(study, tuning, space, folder, plan, me, view)
     except SystemExit:
-        say("stopped; the same command goes on with what is not done")
+        say("stopped; the same command continues with the unfinished trials")
         raise
     finally:
         runs = [folder / t.user_attrs["run"] for t in study.get_trials(deepcopy=False) if "run" in t.user_attrs]
@@ -78,7 +78,7 @@ def tune(
     if runs:
         from xattn.report.propose import report_command
 
-        say("a report on them:", report_command(folder, runs))
+        say("for a report on them:", report_command(folder, runs))
 
 
 def _draw_and_make(
@@ -269,7 +269,7 @@ def _tell(study: optuna.Study, trial: optuna.Trial, run: Path, tuning: Tuning) -
             if not isinstance(summary.get(tuning.objective), int | float):
                 numbers = [key for key, value in summary.items() if isinstance(value, int | float)]
                 raise BadInput(
-                    f"hydra.sweeper.objective = {tuning.objective!r}: no number in summary.json; there: "
+                    f"hydra.sweeper.objective = {tuning.objective!r}: not a number in summary.json; allowed: "
                     f"{', '.join(numbers)}"
                 )
             tell(summary[tuning.objective])
