@@ -165,8 +165,8 @@ def _finding(found: Finding | None) -> Iterator[Block]:
         [each.contrast.name, each.words, str(each.seeds), each.contrast.shown, each.contrast.contradicted, each.says]
         for each in found.contrasts
     ]
-    columns = ["contrast", "mean [interval]", "seeds", "shown if", "contradicted if", "it is"]
-    yield Table(columns, rows, words=["contrast", "shown if", "contradicted if", "it is"], note=_FINDING_NOTE)
+    columns = ["contrast", "mean [interval]", "seeds", "shown if", "contradicted if", "verdict"]
+    yield Table(columns, rows, words=["contrast", "shown if", "contradicted if", "verdict"], note=_FINDING_NOTE)
     yield Paragraph(found.sentence)
 
 
