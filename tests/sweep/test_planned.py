@@ -64,7 +64,7 @@ def test_what_is_missing_and_the_command_that_continues_are_shown(capsys: pytest
     assert runs.main([]) == 0
     out = capsys.readouterr().out
     assert "5 of 12 planned runs done, 1 failed; continue with python train.py -m 'seed=range(12)'\n" in out
-    assert "or by xattn resume outputs/s\n" in out
+    assert "or with xattn resume outputs/s\n" in out
     assert runs.main(["--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["studies"]
     command = "python train.py -m 'seed=range(12)'"
