@@ -529,7 +529,7 @@ def test_a_run_that_cannot_start_from_its_weights_is_refused(of_bytes: Path, tex
     told = r"another model; give backend\.window=null model\.norm_eps=1e-05 backend\.theta=500\.0$"
     with pytest.raises(BadInput, match=told):
         run(other, tmp_path / "run", quiet=True)
-    with pytest.raises(BadInput, match=f"of 1 runs none is started: .*{told}"):
+    with pytest.raises(BadInput, match=rf"nothing was started \(1 run\): .*{told}"):
         check_data([Job(other, tmp_path / "run")])
     with pytest.raises(BadInput, match="its vocabulary has 256 tokens, but the data's has 257"):
         run(started(of_bytes, text_file, "data.documents=separated"), tmp_path / "run", quiet=True)

@@ -368,7 +368,7 @@ BAD = [
     (["backend.implementation=blockwize"], ["backend.implementation", "blockwize", "did you mean blockwise"]),
     (["backend.every=2", "backend.then={activation: softmx}"], ["backend.then.activation", "did you mean softmax"]),
     (["-m", "backend.activation=softmax,sigmod"], ["backend.activation", "sigmod", "sigmoid"]),
-    (["-m", "data=text", "data.path=missing.txt", "seed=0,1"], ["of 2 runs none is started", "missing.txt"]),
+    (["-m", "data=text", "data.path=missing.txt", "seed=0,1"], ["nothing was started (2 runs)", "missing.txt"]),
     (["--unknown"], ["--unknown"]),
     (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "needs -m"]),
     (["sweep.half_width=0.01"], ["sweep.half_width = 0.01", "needs -m"]),

@@ -30,7 +30,7 @@ from xattn.system.screen import counted
 
 _ROWS = 40  # at most, of the settings that are not compared and of commands
 _FINDING_NOTE = (
-    "Means over seeds with t intervals that hold at once with probability 0.95 (Bonferroni). A contrast is shown, or "
+    "Means over seeds with t intervals that hold together with probability 0.95 (Bonferroni). A contrast is shown, or "
     "contradicted, where its whole interval lies beyond the threshold that the experiment stated before its first run."
 )
 

@@ -191,7 +191,7 @@ def _reached(effect: Effect) -> str:
     else:
         more = counted(stage.needed - stage.pairs, "more seed")
         sentence = f" Known to ±{number(stage.half_width, form)}; {asked} takes {more}"
-    at_once = f", for all {stage.comparisons} comparisons at once" if stage.comparisons > 1 else ""
+    at_once = f", for all {stage.comparisons} comparisons together" if stage.comparisons > 1 else ""
     return f"{sentence}{at_once}.{_extended(stage.half_widths)}"
 
 
