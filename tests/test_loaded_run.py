@@ -23,6 +23,7 @@ from xattn.errors import BadInput, IntegrityError
 from xattn.model.transformer import LanguageModel, init_params
 from xattn.runs.desk import run
 from xattn.runs.streaming import pieces as as_pieces
+from xattn.system.screen import UNPRINTABLE
 from xattn.training.programs import hyperparameters
 
 
@@ -337,13 +338,15 @@ def test_a_sample_is_all_that_stdout_gets(
     assert "40 tokens" in err
     assert "tokens/s" in err
     choices: dict[str, Any] = {"max_tokens": 40, "temperature": 1.5}
-    assert out == loaded.generate("line 7", **choices) + "\n"
+    raw = loaded.generate("line 7", **choices)
+    assert out == raw.replace("\ufffd", "·") + "\n"
+    assert err.count(UNPRINTABLE) == ("\ufffd" in raw)
     assert told(capsys, *words, "--seed", "1")[1] != out
     two = told(capsys, *words, "--num-samples", "2")[1]
-    assert two == out + loaded.generate("line 7", sample=1, **choices) + "\n"
+    assert two == out + loaded.generate("line 7", sample=1, **choices).replace("\ufffd", "·") + "\n"
     assert two != out + out
     assert told(capsys, *words, "--top-k", "1")[1] == told(capsys, *words, "--temperature", "0")[1]
-    letter = out[20]
+    letter = next(letter for letter in out[20:] if letter != "·")
     assert told(capsys, *words, "--stop", letter)[1] == out[: out.index(letter)] + "\n"
     assert loaded.generate("", max_tokens=3, temperature=0.0) == loaded.generate("\n", max_tokens=3, temperature=0.0)
 

@@ -173,7 +173,7 @@ def _of_loss(effect: Effect) -> str:
         return f"No difference between {arm} and {baseline} is shown: {facts}.{_reached(effect)}{tail}"
     alone = ""
     if low > 0 or high < 0:
-        alone = f" The interval is for this arm alone; Holm corrects p for all {effect.comparisons} arms."
+        alone = f" The interval is for this arm alone; Holm corrects p for {effect.comparisons} arms."
     return (
         f"No difference between {arm} and {baseline} is shown: {facts}.{alone} If seeds vary as much as these did, "
         f"such a study detects a difference of {number(effect.detectable, '.2g')} four times in five.{tail}"
