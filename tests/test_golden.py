@@ -159,7 +159,7 @@ def test_starting_over_moves_the_old_folder_aside_and_takes_the_name_of_today(ou
     config = xconfig.load(outputs / old / run_folder.CONFIG)
     code, out = train(*typed(outputs / old), "resume=never")
     assert code == ExitCode.DONE, out
-    assert "moved the earlier run of an older version to" in out
+    assert "moved the run made by an older version to" in out
     assert not (outputs / old).exists()
     assert any(path.name.startswith(old) for path in (outputs / run_folder.SUPERSEDED).iterdir())
     assert (run_folder.read_summary(outputs / xconfig.run_name(config)) or {})["status"] == "done"

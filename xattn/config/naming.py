@@ -38,7 +38,7 @@ def folder_of(config: Config, folder: Path) -> Path:
     if older is None or config.resume == "never":
         return folder
     if (folder / run_folder.CONFIG).is_file():
-        say(f"{older.name}: holds the same run, made by an older version; {folder.name} is used", file=sys.stderr)
+        say(f"{older.name}: holds the same run, made by an older version; using {folder.name}", file=sys.stderr)
         return folder
     return older
 

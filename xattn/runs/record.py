@@ -220,6 +220,6 @@ def move_older_aside(config: Config, folder: Path, say: Callable[[str], None]) -
     """For ``resume=never``: move aside the same run as an older version made and named it."""
     if (older := xattn.config.older_folder(config, folder)) is not None:
         held = RunFolder(older)
-        say(f"moved the earlier run of an older version to {shown(held.move_aside())}")
+        say(f"moved the run made by an older version to {shown(held.move_aside())}")
         held.withdraw()
         held.release()

@@ -131,7 +131,7 @@ class Team:
                     raise ToldByFirst(ExitCode.BAD_INPUT)
                 lines = [f"  {key}: {first[key]!r} in process 0, {there.get(key)!r} in process {index}" for key in keys]
                 more = [f"  and {len(lines) - 3} more"] if len(lines) > 3 else []
-                raise BadInput("\n".join(["the processes of this run differ in", *lines[:3], *more]))
+                raise BadInput("\n".join(["the processes of this run differ in:", *lines[:3], *more]))
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
