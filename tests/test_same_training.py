@@ -295,7 +295,7 @@ def test_data_or_checkpoints_that_are_not_what_they_were_are_no_answer(outputs: 
     Path("text.txt").write_text(text)
     shutil.rmtree(outputs / RUNS[0].name / run_folder.CHECKPOINTS / "4")
     assert answer(find(outputs, config), said.append) is None
-    assert "has no whole checkpoint of step 4" in said[-1]
+    assert "has no intact checkpoint of step 4" in said[-1]
     shutil.rmtree(outputs / RUNS[0].name / run_folder.CHECKPOINTS)
     assert answer(find(outputs, config), said.append) is None
     assert "holds no intact checkpoint" in said[-1]
