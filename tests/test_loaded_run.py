@@ -171,7 +171,7 @@ def test_a_task_is_evaluated_with_other_windows(tmp_path: Path) -> None:
     for overrides in ([], ["evaluation.windows=4"], ["backend.context_length=16"]):
         assert opened.evaluate(overrides)["val_loss"] is not None
     (tmp_path / "provenance.json").write_text(json.dumps({"data_sha256": "other"}))
-    with pytest.raises(IntegrityError, match="the data are not those"):
+    with pytest.raises(IntegrityError, match="the data are not the ones"):
         opened.evaluate(["evaluation.windows=4"])
 
 
@@ -300,7 +300,7 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
         (["evaluate", "RUN", "--chekpoint", "best"], "--chekpoint"),
         (["evaluate", "/nowhere"], "/nowhere: not a run folder"),
         (["evaluate"], "run"),
-        (["evaluate", "RUN", "data.tokenizer=bpe"], "data.tokenizer: text is read in the model's own tokens"),
+        (["evaluate", "RUN", "data.tokenizer=bpe"], "data.tokenizer: text is read with the model's own tokenizer"),
         (["evaluate", "RUN", "backend.implementation=cudnn"], "backend.implementation: "),
         (["sample", "/nowhere"], "/nowhere: not a run folder"),
         (["sample", "RUN", "--temperature", "-1"], "--temperature: -1: must be at least 0"),
