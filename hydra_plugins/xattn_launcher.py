@@ -32,7 +32,7 @@ from xattn.sweep.study import Outcomes
 from xattn.tracking.tracker import Row
 
 Load = Callable[[Sequence[str]], DictConfig]
-_PROCESS_EACH = "give each a process of its own: hydra/launcher=slurm_local, with hydra.launcher.runs_per_job=1"
+_PROCESS_EACH = "give each its own process: hydra/launcher=slurm_local with hydra.launcher.runs_per_job=1"
 Asked = tuple[Job, DictConfig]  # a run, and the whole config composed for it, Hydra's part included
 
 
@@ -115,8 +115,8 @@ def environment(asked: Sequence[Asked]) -> Iterator[None]:
         if not names:
             continue
         raise BadInput(
-            f"hydra.job.env_set: {', '.join(names)}: differs between runs that share a process; sweep them by a "
-            f"command each, or {_PROCESS_EACH}"
+            f"hydra.job.env_set: {', '.join(names)}: differs between runs that share a process; use one command per "
+            f"value, or {_PROCESS_EACH}"
         )
     with env_override(first):
         yield
@@ -196,7 +196,7 @@ def composed_jobs(
                 composed.hydra.runtime.output_dir = str(folder.absolute())
         except (BadInput, *xattn.config.COMPOSITION_ERRORS) as error:
             reason = xattn.config.explain(error, overrides)
-            none_is = f"of {len(job_overrides)} runs none is started: " if len(job_overrides) > 1 else ""
+            none_is = f"nothing was started ({len(job_overrides)} runs): " if len(job_overrides) > 1 else ""
             raise BadInput(f"{none_is}{reason}") from error
         prune = prunes[number - first] if prunes else prunes_nothing
         asked.append((Job(validated, folder, tuple(filter_overrides(overrides)), prune=prune), composed))
@@ -239,7 +239,7 @@ def each_once(jobs: Sequence[Job]) -> list[Job]:
         other = by_folder.setdefault(job.folder, job)
         if xattn.config.run_hash(other.config) != xattn.config.run_hash(job.config):
             keys = ", ".join(xattn.config.varying_keys([other.config, job.config]))
-            raise BadInput(f"{job.folder}: is the folder of runs that differ in {keys}; hydra.sweep.subdir must differ")
+            raise BadInput(f"{job.folder}: is shared by runs that differ in {keys}; hydra.sweep.subdir must differ")
     return list(by_folder.values())
 
 

@@ -160,8 +160,8 @@ class ElsewhereLauncher(Launcher):
         jobs = each_once([job for job, _ in asked])
         if (half_width := jobs[0].config.sweep.half_width) is not None:
             raise BadInput(
-                f"sweep.half_width = {half_width:g}: seeds are added by the machine that makes the runs; leave "
-                "hydra/launcher out, or give seeds instead"
+                f"sweep.half_width = {half_width:g}: only the machine that trains the runs can add seeds; omit "
+                "hydra/launcher, or give seeds instead"
             )
         if not all(map(is_finished, jobs)):
             cluster.check_resources(self._settings)

@@ -78,7 +78,7 @@ def _parsed(context: HydraContext, arguments: Sequence[str]) -> list[Override]:
             raise BadInput(f"{each.input_line}: {error}") from error
         if not has_values:
             choices = context.config_loader.get_group_options(each.key_or_group)
-            there = f"; there is {', '.join(choices)}" if choices else ""
+            there = f"; allowed: {', '.join(choices)}" if choices else ""
             matched = "matches no choice" if isinstance(each.value(), Glob) else "has no value"
             raise BadInput(f"{each.input_line}: {matched}, so there is nothing to run{there}")
     return parsed
@@ -114,8 +114,8 @@ def _sweeps(
             raise BadInput(xattn.config.explain(error, typed)) from error
         if own_how != how:
             raise BadInput(
-                f"{' '.join(chosen.values())}: has a launcher or sweeper of its own, and a sweep has one; sweep it "
-                "by a command of its own"
+                f"{' '.join(chosen.values())}: has its own launcher or sweeper, but a sweep can have only one; sweep "
+                "it with a separate command"
             )
         found.append((own, typed))
     return found if any(own != params for own, _ in found) else [(params, arguments)]
@@ -156,15 +156,15 @@ class GridSweeper(Sweeper):
         if size is not None and (not isinstance(size, int) or size < 1):
             raise BadInput(f"hydra.sweeper.max_batch_size = {self._max_batch_size}: must be at least 1, or null")
         if not isinstance(self._one_at_a_time, bool):
-            raise BadInput(f"hydra.sweeper.one_at_a_time = {self._one_at_a_time}: true or false")
+            raise BadInput(f"hydra.sweeper.one_at_a_time = {self._one_at_a_time}: must be true or false")
         jobs: list[list[str]] = []
         for params, typed in _sweeps(self._context, self._config, arguments):
             parsed = _parsed(self._context, [*(f"{key}={value}" for key, value in params.items()), *typed])
             for each in parsed:
                 if each.is_sweep_override() and not each.is_discrete_sweep():
                     raise BadInput(
-                        f"{each.input_line}: a grid takes choice(…) and range(…); hydra/sweeper=optuna draws from an "
-                        "interval"
+                        f"{each.input_line}: a grid takes choice(…) and range(…); for an interval, use "
+                        "hydra/sweeper=optuna"
                     )
             for grid in _arms(parsed) if self._one_at_a_time else [parsed]:
                 jobs += BasicSweeper.split_arguments(grid, None)[0]
@@ -221,8 +221,8 @@ class OptunaSweeper(Sweeper):
         sweeps = _sweeps(self._context, self._config, arguments)
         if len(sweeps) > 1:
             raise BadInput(
-                f"{' '.join(arguments)}: several choices bring a search space each (hydra.sweeper.params); tune each "
-                "by a command of its own"
+                f"{' '.join(arguments)}: several choices have their own search space (hydra.sweeper.params); tune each "
+                "with a separate command"
             )
         typed = {key: f"{key}={value}" for key, value in sweeps[0][0].items()}
         typed |= {argument.partition("=")[0]: argument for argument in sweeps[0][1]}
@@ -251,13 +251,11 @@ class OptunaSweeper(Sweeper):
                     if isinstance(error.__cause__, xattn.config.COMPOSITION_ERRORS):
                         raise
         if (half_width := base.config.sweep.half_width) is not None:
-            raise BadInput(
-                f"sweep.half_width = {half_width:g}: adds seeds to arms that are named, and a tuner draws them"
-            )
+            raise BadInput(f"sweep.half_width = {half_width:g}: adds seeds to given arms, but a tuner draws its arms")
         if (workers := base.config.sweep.workers) not in ("auto", 1):
             raise BadInput(
-                f"sweep.workers = {workers}: a process tunes alone; the same command in {workers} terminals shares the "
-                "trials, CUDA_VISIBLE_DEVICES=… a GPU for each"
+                f"sweep.workers = {workers}: tuning uses one process; to share the trials, run the same command in "
+                f"{workers} terminals, each with its own CUDA_VISIBLE_DEVICES=…"
             )
         if isinstance(self._launcher, XattnLauncher):
             with environment([(base, composed)]):
@@ -318,7 +316,7 @@ class OptunaSweeper(Sweeper):
         if metric == "val_bpb" and without:
             raise BadInput(
                 f"hydra.sweeper.objective = auto: tokens differ within the space, and data={without[0]} has no bits "
-                "per byte to compare them by; tune each by a command of its own, or name an objective"
+                "per byte to compare them by; tune each with a separate command, or name an objective"
             )
         return metric
 

@@ -60,7 +60,7 @@ def test_an_archive_holds_what_a_bug_needs_and_nothing_private(run: Path, capsys
     assert "result      val_loss 2.0000" in files["log.txt"]
     assert "data.path=~/text.txt" in files["provenance.json"]
     assert socket.gethostname() not in files["log.txt"]
-    for shown in (str(archive), "not sent anywhere", "metrics.jsonl", "/srv/texts/mine.txt", "https://REMOVED@host"):
+    for shown in (str(archive), "nothing was sent", "metrics.jsonl", "/srv/texts/mine.txt", "https://REMOVED@host"):
         assert shown in out
     assert archive.stat().st_size < 20_000
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
@@ -85,7 +85,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "not a run folder: it has no config.yaml" in capsys.readouterr().err
     (tmp_path / "mine").write_text("kept")
     assert main(["bug", str(run), "--out", "mine"]) == 2
-    assert "mine: is there already" in capsys.readouterr().err
+    assert "mine: already exists" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "kept"
     assert main(["bug", str(run), "--out", "missing/a.tar.gz"]) == 2
     assert "missing/a.tar.gz: cannot be written" in capsys.readouterr().err

@@ -510,8 +510,8 @@ BAD = [
     (["+foo=1"], ["foo", "no such key"]),
     (["+backend.foo=1"], ["backend.foo", "no such key"]),
     (["data.path=x"], ["data.path", "no such key", "data=text"]),
-    (["~backend.theta"], ["backend.theta", "a value is needed"]),
-    (["~seed"], ["seed", "a value is needed"]),
+    (["~backend.theta"], ["backend.theta", "required, for example"]),
+    (["~seed"], ["seed", "required, for example"]),
     # a choice
     (["backend=sigmod"], ["backend", "sigmod", "did you mean sigmoid?", "allowed: alibi, fox, gla"]),
     (["backend=gpt-oss"], ["backend = gpt-oss: no such choice (did you mean gpt_oss?)"]),
@@ -600,16 +600,16 @@ BAD = [
     ),
     (
         ["data=text", "data.path=x", "data.end_of_text=xyz"],
-        ["data.end_of_text is a name in a tokenizer.json; bytes has an end of its own"],
+        ["data.end_of_text names a token of a tokenizer.json; bytes has its own end of text"],
     ),
     (
         ["data=mixture", "data.sources=[{path: a, weight: 1}, {path: b, weight: 0}]"],
         ["data.sources[1].weight = 0: must be greater than 0"],
     ),
-    (["data=mixture", "data.sources=[{path: a}]"], ["data.sources[0].weight: a value is needed"]),
+    (["data=mixture", "data.sources=[{path: a}]"], ["data.sources[0].weight: required"]),
     # missing values and interpolations
-    (["data=text"], ["data.path", "a value is needed", "data.path="]),
-    (["trainer.steps=???"], ["trainer.steps", "a value is needed"]),
+    (["data=text"], ["data.path", "required, for example", "data.path="]),
+    (["trainer.steps=???"], ["trainer.steps", "required, for example"]),
     (["trainer.steps=${sed}"], ["sed", "did you mean seed?"]),
     (["trainer.steps=${oc.env:XATTN_NOT_SET}"], ["trainer.steps", "XATTN_NOT_SET"]),
     (["trainer.steps=${trainer.steps}"], ["trainer.steps"]),

@@ -43,7 +43,11 @@ def test_a_sample_is_shown_where_tokens_are_text(
     with ended(tmp_path) as run:
         ending.show_sample(run, tokenizer, NOTHING, NOTHING)
     out, is_text = capsys.readouterr().out, isinstance(tokenizer, ByteTokenizer)
-    assert out == ("\na sample at temperature 0.8, · for what is not printable:\ntext·[2J··\n\n\n" if is_text else "")
+    assert out == (
+        "\na sample at temperature 0.8 (· stands for a byte or character that is not printable):\ntext·[2J··\n\n\n"
+        if is_text
+        else ""
+    )
     assert (tmp_path / "artifacts" / "sample.txt").exists() == is_text
     assert not is_text or (tmp_path / "artifacts" / "sample.txt").read_text() == drawn
 
@@ -57,6 +61,6 @@ def test_gzip_is_no_baseline_of_little_text(
     with ended(tmp_path) as run:
         ending.show_result(run, data, {"val_loss": 1.0, "val_bpb": 1.5})
     out = capsys.readouterr().out
-    assert f"bits/byte, of the same {size:,} bytes" in out
+    assert f"bits/byte on the same {size:,} bytes" in out
     assert "unigrams 1.0" in out
     assert ("gzip" in out) == has_gzip

@@ -71,7 +71,7 @@ def test_worker_processes_of_a_sweep_know_them(mine: Path) -> None:
     for run in (mine / "outputs" / "two").glob("softmax*"):
         assert (run_folder.read_summary(run) or {})["status"] == "done"
         assert "momentum: 0.9" in (run / "config.yaml").read_text("utf-8")
-    assert "2 done already" in start(mine, "mine.py", "-m", *TINY, *words)
+    assert "2 already done" in start(mine, "mine.py", "-m", *TINY, *words)
 
 
 def test_they_are_explained_like_the_packages_own(mine: Path) -> None:

@@ -107,11 +107,11 @@ def test_the_same_command_finds_it_done(name: str, outputs: Path) -> None:
     before = sorted(path.name for path in outputs.iterdir())
     code, out = train(*typed(outputs / name))
     assert code == ExitCode.DONE, out
-    assert "done already, at step 4" in out
+    assert "already done at step 4" in out
     assert sorted(path.name for path in outputs.iterdir()) == before
     code, out = train("-m", *typed(outputs / name))
     assert code == ExitCode.DONE, out
-    assert "1 done already" in out
+    assert "1 already done" in out
     assert sorted(path.name for path in outputs.iterdir()) == before
 
 
@@ -156,7 +156,7 @@ def test_starting_over_moves_the_old_folder_aside_and_takes_the_name_of_today(ou
     config = xconfig.load(outputs / old / run_folder.CONFIG)
     code, out = train(*typed(outputs / old), "resume=never")
     assert code == ExitCode.DONE, out
-    assert "the earlier run of an older version is moved to" in out
+    assert "moved the run made by an older version to" in out
     assert not (outputs / old).exists()
     assert any(path.name.startswith(old) for path in (outputs / run_folder.SUPERSEDED).iterdir())
     assert (run_folder.read_summary(outputs / xconfig.run_name(config)) or {})["status"] == "done"

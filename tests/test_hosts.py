@@ -91,6 +91,6 @@ def test_a_port_in_use_is_noticed_also_where_the_kernel_has_no_ipv6(
         other.listen()
         coordinator = f"localhost:{other.getsockname()[1]}"
         monkeypatch.setattr(hosts.socket, "socket", Socket)
-        with pytest.raises(BadInput, match="the port cannot be had"):
+        with pytest.raises(BadInput, match="this port cannot be used"):
             hosts._refuse_port_in_use(coordinator)
     hosts._refuse_port_in_use(coordinator)

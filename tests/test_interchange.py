@@ -140,15 +140,17 @@ def test_transformers_computes_our_logits(tmp_path: Path) -> None:
 
 
 def test_layers_of_two_kinds_are_no_llama() -> None:
-    with pytest.raises(BadInput, match=r"no Llama computes this model: backend.every = 2"):
+    with pytest.raises(BadInput, match=r"a Llama cannot express this model: backend.every = 2"):
         llama_config(compose([*LLAMA, "backend.every=2", "backend.then={window: 3}"]), V)
 
 
 def test_what_is_no_llama_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"no Llama computes this model: backend\.activation = sigmoid, model\.qk_norm"):
+    with pytest.raises(
+        BadInput, match=r"a Llama cannot express this model: backend\.activation = sigmoid, model\.qk_norm"
+    ):
         llama_config(compose([*LLAMA, "backend=sigmoid", "model.qk_norm=rmsnorm"]), V)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BadInput, match="is not a new or empty folder"):
+    with pytest.raises(BadInput, match="must be a new or empty folder"):
         _write(tmp_path, {}, {})
     with pytest.raises(BadInput, match=r"config\.json: cannot be read: No such file"):
         from_llama(tmp_path)
@@ -258,20 +260,20 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500.0}
             "rope_scaling = .*llama3",
         ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": PLAIN_ROPE}, "rope_parameters = "),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling = .*: a RoPE that is scaled"),
-        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling = .*: a RoPE that is scaled"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling = .*; scaled or partial RoPE"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling = .*; scaled or partial RoPE"),
         ({"rope_parameters": PLAIN_ROPE | {"partial_rotary_factor": 0.5}}, "scaled or partial"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5; ours is 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5; must be 1"),
         ({"rope_parameters": PLAIN_ROPE | {"rope_theta": 1e6}}, "rope_theta is 500.0 and 1000000.0; one"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': must be 'silu'"),
-        ({"head_dim": 2}, "head_dim = 2; ours is hidden_size"),
-        ({"num_attention_heads": 5}, "ours is hidden_size / num_attention_heads"),
+        ({"head_dim": 2}, "head_dim = 2; must be hidden_size"),
+        ({"num_attention_heads": 5}, "must be hidden_size / num_attention_heads"),
         ({"num_attention_heads": 8}, "= 3 is odd"),
         ({"num_key_value_heads": 3}, "is not a multiple of num_key_value_heads = 3"),
-        ({"num_key_value_heads": None}, r"k_proj.weight is of shape \(12, 24\); its config.json says \(24, 24\)"),
-        ({"vocab_size": 999}, r"weight is of shape .*; its config\.json says \(999"),
+        ({"num_key_value_heads": None}, r"k_proj.weight has shape \(12, 24\); by config.json it must be \(24, 24\)"),
+        ({"vocab_size": 999}, r"weight has shape .*; by config\.json it must be \(999"),
         ({"num_hidden_layers": 9}, r"missing: model\.layers\.2\..* and \d+ more"),
-        ({"num_hidden_layers": 1}, r"our model has no place for model\.layers\.1\..* and 8 more"),
+        ({"num_hidden_layers": 1}, r"unknown tensors: model\.layers\.1\..* and 8 more"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: must be less"),
         ({"attention_bias": True}, "attention_bias = True: must be False"),
         ({"mlp_bias": True}, "mlp_bias = True: must be False"),
@@ -350,14 +352,14 @@ ONES = np.ones((24, 24), np.float32)
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"model.layers.2.mlp.up_proj.weight": ONES}, r"no place for model\.layers\.2\.mlp\.up_proj\.weight"),
-        ({"model.layers.0.pre_feedforward_layernorm.weight": ONES[0]}, "no place for .*pre_feedforward_layernorm"),
-        ({"model.layers.0.self_attn.q_norm.weight": ONES[0]}, "no place for .*q_norm"),
-        ({"model.layers.0.self_attn.q_proj.bias": ONES[0]}, "no place for .*q_proj.bias"),
-        ({"model.layers.0.self_attn.rotary_emb.inv_freq": ONES[0, :3]}, "no place for .*inv_freq"),
+        ({"model.layers.2.mlp.up_proj.weight": ONES}, r"unknown tensors: model\.layers\.2\.mlp\.up_proj\.weight"),
+        ({"model.layers.0.pre_feedforward_layernorm.weight": ONES[0]}, "unknown tensors: .*pre_feedforward_layernorm"),
+        ({"model.layers.0.self_attn.q_norm.weight": ONES[0]}, "unknown tensors: .*q_norm"),
+        ({"model.layers.0.self_attn.q_proj.bias": ONES[0]}, "unknown tensors: .*q_proj.bias"),
+        ({"model.layers.0.self_attn.rotary_emb.inv_freq": ONES[0, :3]}, "unknown tensors: .*inv_freq"),
         ({"model.norm.weight": None}, "missing: model.norm.weight"),
         ({"lm_head.weight": None}, "missing: lm_head.weight"),
-        ({"model.norm.weight": ONES}, r"model.norm.weight is of shape \(24, 24\); its config.json says \(24,\)"),
+        ({"model.norm.weight": ONES}, r"model.norm.weight has shape \(24, 24\); by config.json it must be \(24,\)"),
         ({"model.norm.weight": ONES[0].astype(np.int8)}, "model.norm.weight is I8; allowed: F32, F16, BF16"),
         ({"model.norm.weight": ONES[0].astype(ml_dtypes.float8_e4m3fn)}, "model.norm.weight is F8_E4M3; allowed"),
         ({"model.norm.weight": ONES[0] * np.nan}, "not finite: model.norm.weight"),
@@ -387,22 +389,22 @@ def test_shards_that_are_not_what_the_index_says_are_named(folder: Path, tmp_pat
     name = next(iter(whole["weight_map"]))
     for file in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..", "", "weights.bin", 3, None):
         index.write_text(json.dumps({"weight_map": whole["weight_map"] | {name: file}}))
-        with pytest.raises(BadInput, match=r"allowed is the name of a \.safetensors beside it"):
+        with pytest.raises(BadInput, match=r"which must be a \.safetensors file beside the index"):
             from_llama(folder)
     for damaged in ({}, {"weight_map": None}, {"weight_map": {}}, {"weight_map": [1]}):
         index.write_text(json.dumps(damaged))
         with pytest.raises(BadInput, match="has no weight_map"):
             from_llama(folder)
     index.write_text(json.dumps({"weight_map": whole["weight_map"] | {"model.extra": first.name}}))
-    with pytest.raises(BadInput, match=r"do not agree on model\.extra"):
+    with pytest.raises(BadInput, match=r"disagree on model\.extra"):
         from_llama(folder)
     index.write_text(json.dumps(whole))
     content = second.read_bytes()
     second.write_bytes(content[:-1])
-    with pytest.raises(BadInput, match=f"{second.name}: not a whole safetensors file"):
+    with pytest.raises(BadInput, match=f"{second.name}: not a complete safetensors file"):
         from_llama(folder)
     second.unlink()
-    with pytest.raises(BadInput, match=f"names {second.name}, which is not there"):
+    with pytest.raises(BadInput, match=f"lists {second.name}, which does not exist"):
         from_llama(folder)
     index.unlink()
     with pytest.raises(BadInput, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
@@ -528,13 +530,13 @@ def test_a_run_that_cannot_start_from_its_weights_is_refused(of_bytes: Path, tex
     told = r"another model; give backend\.window=null model\.norm_eps=1e-05 backend\.theta=500\.0$"
     with pytest.raises(BadInput, match=told):
         run(other, tmp_path / "run", quiet=True)
-    with pytest.raises(BadInput, match=f"of 1 runs none is started: .*{told}"):
+    with pytest.raises(BadInput, match=rf"nothing was started \(1 run\): .*{told}"):
         check_data([Job(other, tmp_path / "run")])
-    with pytest.raises(BadInput, match="its vocabulary has 256 tokens, that of the data 257"):
+    with pytest.raises(BadInput, match="its vocabulary has 256 tokens, but the data's has 257"):
         run(started(of_bytes, text_file, "data.documents=separated"), tmp_path / "run", quiet=True)
     config = started(of_bytes, text_file)
     weights = weights_of(of_bytes)
     put_shards(of_bytes, weights | {"model.norm.weight": weights["model.norm.weight"] * 2})
-    with pytest.raises(IntegrityError, match="are not those this run is named by"):
+    with pytest.raises(IntegrityError, match="have changed since this run was named"):
         initial_weights(config)
     assert not (tmp_path / "run" / run_folder.CONFIG).exists()

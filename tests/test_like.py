@@ -56,13 +56,13 @@ def test_the_same_run_is_composed_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overrides", [None, "{", "a: 1", "- 1"])
 def test_a_folder_that_is_no_run_is_refused(overrides: str | None, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"not a run's folder, it holds no config\.yaml"):
+    with pytest.raises(BadInput, match=r"not a run folder: it has no config\.yaml"):
         expanded(["--like", str(tmp_path)])
     run = run_of(tmp_path)
     (tmp_path / run_folder.OVERRIDES).unlink()
     if overrides is not None:
         (tmp_path / run_folder.OVERRIDES).write_text(overrides)
-    with pytest.raises(BadInput, match=r"its overrides\.yaml is "):
+    with pytest.raises(BadInput, match=r"its overrides\.yaml (is not a list|cannot be read)"):
         expanded(["--like", run])
     for bad in (["--like"], ["--like", run, f"--like={run}"]):
         with pytest.raises(BadInput, match="--like"):

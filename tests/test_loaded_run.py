@@ -23,6 +23,7 @@ from xattn.errors import BadInput, IntegrityError
 from xattn.model.transformer import LanguageModel, init_params
 from xattn.runs.desk import run
 from xattn.runs.streaming import pieces as as_pieces
+from xattn.system.screen import UNPRINTABLE
 from xattn.training.programs import hyperparameters
 
 
@@ -80,7 +81,7 @@ def test_logits_in_one_call(loaded: xattn.LoadedRun) -> None:
     convolved = dataclasses.replace(
         loaded, model=loaded.model.clone(config=loaded.model.config.model_copy(update={"conv": 2}))
     )
-    with pytest.raises(BadInput, match="segment_ids: an id comes back"):
+    with pytest.raises(BadInput, match="segment_ids: an id recurs"):
         convolved.logits(tokens[0], segment_ids=back)
     for bad, message in (
         (tokens - 1, "0 to 255, got -1"),
@@ -171,7 +172,7 @@ def test_a_task_is_evaluated_with_other_sequences(tmp_path: Path) -> None:
     for overrides in ([], ["evaluation.sequences=4"], ["backend.context_length=16"]):
         assert opened.evaluate(overrides)["val_loss"] is not None
     (tmp_path / "provenance.json").write_text(json.dumps({"data_sha256": "other"}))
-    with pytest.raises(IntegrityError, match="the data are not those"):
+    with pytest.raises(IntegrityError, match="the data are not the ones"):
         opened.evaluate(["evaluation.sequences=4"])
 
 
@@ -212,7 +213,7 @@ def test_without_data_given_the_text_has_to_be_what_it_was(
     text.write_bytes(b"another text than the one it was trained on " * 300)
     data = loaded.config.data.model_copy(update={"path": str(text)})
     moved = dataclasses.replace(loaded, config=loaded.config.model_copy(update={"data": data}))
-    with pytest.raises(IntegrityError, match=r"the data are not those that this run began with .*then "):
+    with pytest.raises(IntegrityError, match=r"the data are not the ones that this run began with .*was "):
         moved.evaluate(["evaluation.probes=[]"])
     assert moved.evaluate(["evaluation.probes=[]", f"data.path={text}"])["val_loss"] is not None
 
@@ -249,7 +250,7 @@ def test_a_kind_of_layers_inherits_a_bias_that_is_given_and_keeps_one_of_its_own
     assert inherits.evaluate([first]) == inherits.evaluate([first, both]) != inherits.evaluate()
     assert own.evaluate([first]) != own.evaluate([first, both])
     for override in ("backend.sigmoid_bias=learned", "backend.then.sigmoid_bias=learned"):
-        with pytest.raises(BadInput, match="learned: this run has learned none"):
+        with pytest.raises(BadInput, match="learned: this run has no learned value"):
             own.evaluate([override])
 
 
@@ -279,7 +280,7 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
     assert found["val_loss"] == pytest.approx(nats / (len(held_out) - 1), rel=1e-5)
     size = len(tokenizer.decode(held_out[1:]).encode())
     assert found["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    with pytest.raises(BadInput, match="a vocabulary of 64 tokens; the model's is of 270"):
+    with pytest.raises(BadInput, match="a vocabulary of 64 tokens; the model's has 270"):
         opened.evaluate(["data=mqar", "data.vocab_size=64", "data.num_pairs=2"])
 
 
@@ -294,13 +295,13 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
         (["evaluate", "RUN", "data.path=/nowhere/at.all"], "data.path = '/nowhere/at.all': no such file"),
         (
             ["evaluate", "RUN", "data=mqar", "evaluation.probes=[]", "data.num_pairs=2"],
-            "a vocabulary of 8192 tokens; the model's is of 256",
+            "a vocabulary of 8192 tokens; the model's has 256",
         ),
-        (["evaluate", "RUN", "backend.sigmoid_bias=learned"], "this run has learned none"),
+        (["evaluate", "RUN", "backend.sigmoid_bias=learned"], "this run has no learned value"),
         (["evaluate", "RUN", "--chekpoint", "best"], "--chekpoint"),
         (["evaluate", "/nowhere"], "/nowhere: not a run folder"),
         (["evaluate"], "run"),
-        (["evaluate", "RUN", "data.tokenizer=bpe"], "data.tokenizer: text is read in the model's own tokens"),
+        (["evaluate", "RUN", "data.tokenizer=bpe"], "data.tokenizer: text is read with the model's own tokenizer"),
         (["evaluate", "RUN", "backend.implementation=cudnn"], "backend.implementation: "),
         (["sample", "/nowhere"], "/nowhere: not a run folder"),
         (["sample", "RUN", "--temperature", "-1"], "--temperature: -1: must be at least 0"),
@@ -338,13 +339,15 @@ def test_a_sample_is_all_that_stdout_gets(
     assert "40 tokens" in err
     assert "tokens/s" in err
     choices: dict[str, Any] = {"max_tokens": 40, "temperature": 1.5}
-    assert out == loaded.generate("line 7", **choices) + "\n"
+    raw = loaded.generate("line 7", **choices)
+    assert out == raw.replace("\ufffd", "·") + "\n"
+    assert err.count(UNPRINTABLE) == ("\ufffd" in raw)
     assert told(capsys, *words, "--seed", "1")[1] != out
     two = told(capsys, *words, "--num-samples", "2")[1]
-    assert two == out + loaded.generate("line 7", sample=1, **choices) + "\n"
+    assert two == out + loaded.generate("line 7", sample=1, **choices).replace("\ufffd", "·") + "\n"
     assert two != out + out
     assert told(capsys, *words, "--top-k", "1")[1] == told(capsys, *words, "--temperature", "0")[1]
-    letter = out[20]
+    letter = next(letter for letter in out[20:] if letter != "·")
     assert told(capsys, *words, "--stop", letter)[1] == out[: out.index(letter)] + "\n"
     assert loaded.generate("", max_tokens=3, temperature=0.0) == loaded.generate("\n", max_tokens=3, temperature=0.0)
 
@@ -380,7 +383,7 @@ def test_a_prompt_that_the_vocabulary_lacks() -> None:
 
     nothing: Any = None
     opened = LoadedRun(Path(), nothing, {}, nothing, nothing, nothing, IdTokenizer(8), 0)
-    with pytest.raises(BadInput, match=r"prompt = '9': 9: not an id; they are 0 to 7"):
+    with pytest.raises(BadInput, match=r"prompt = '9': 9: not an id; ids are 0 to 7"):
         opened.stream("9")
 
 

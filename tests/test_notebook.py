@@ -67,7 +67,7 @@ def test_a_run_is_trained_once_and_opened(tiny: list[str], tmp_path: Path, capsy
 
     state = {file: file.read_bytes() for file in run.path.glob("*.json*")}
     assert xattn.train(tiny).path == run.path
-    assert "done already, at step 4" in capsys.readouterr().out
+    assert "already done at step 4" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in run.path.glob("*.json*")} == state
 
     more = xattn.train([*tiny, "evaluation.sequences=6"], quiet=True)
@@ -80,8 +80,8 @@ def test_overrides_that_cannot_be_used_are_named(tiny: list[str], tmp_path: Path
     for overrides, message in (
         ("seed=1", r"must be a list of strings, \['seed=1'\]"),
         (["backend.activation=relu"], "'relu': must be 'softmax', 'sigmoid' or 'none'"),
-        (["-m"], "a flag of the command line"),
-        (["seed=0,1"], "several values are a sweep"),
+        (["-m"], "is a command-line flag"),
+        (["seed=0,1"], "several values make a sweep"),
         (["hydra/launcher=xattn"], r"from Python hydra\.run\.dir and hydra\.searchpath are taken"),
         (["sweep.half_width=0.1"], "adds seeds to a sweep"),
         (["data=text", "data.path=missing.txt"], "missing.txt"),
@@ -113,7 +113,7 @@ def test_an_interrupt_saves_and_the_same_call_continues(tiny: list[str], monkeyp
 
     before = standing()
     monkeypatch.setattr(notebook, "run", interrupted)
-    with pytest.raises(Preempted, match=r"outputs/default/.*: stopped at step \d, and saved; the same call continues"):
+    with pytest.raises(Preempted, match=r"outputs/default/.*: stopped at step \d and saved; the same call continues"):
         xattn.train([*tiny, "seed=1"])
     assert standing() == before
     monkeypatch.setattr(notebook, "run", run)

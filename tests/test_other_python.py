@@ -86,17 +86,17 @@ def test_a_run_that_meets_another_library_says_whose_it_is(library: Library) -> 
         made()
     first, second = str(raised.value).splitlines()
     sha = json.loads(before)["data_sha256"][:12]
-    assert f"belongs to Python 3.98.1 (corpus of {sizes['3.98.1']:,} bytes, sha256 {sha}" in first
+    assert f"began with Python 3.98.1 (corpus of {sizes['3.98.1']:,} bytes, sha256 {sha}" in first
     assert f"this is Python 3.99.0 ({sizes['3.99.0']:,} bytes, sha256 " in first
     assert second == (
-        "start it with Python 3.98.1, or start over with resume=never, or give a text that is the same everywhere: "
+        "start it with Python 3.98.1, or start over with resume=never, or use a text that is the same everywhere: "
         "data=text data.path=…"
     )
     assert (folder / "provenance.json").read_text() == before
     recorded = json.loads(before)
     del recorded["corpus"]  # as older versions wrote it
     (folder / "provenance.json").write_text(json.dumps(recorded))
-    with pytest.raises(IntegrityError, match=r"belongs to Python 3\.98\.1 \(corpus of sha256 "):
+    with pytest.raises(IntegrityError, match=r"began with Python 3\.98\.1 \(corpus of sha256 "):
         made()
     library("3.98.1", 30)
     assert made()[0] == ExitCode.DONE
@@ -119,7 +119,7 @@ def test_a_finished_run_of_another_python_is_shown_as_such(
     assert main(["runs"]) == ExitCode.DONE
     assert f"1 run: {other}" in capsys.readouterr().out
     with pytest.raises(
-        IntegrityError, match=r"belongs to Python 3\.98\.1 .*\nevaluate it with Python 3\.98\.1, or say by data"
+        IntegrityError, match=r"began with Python 3\.98\.1 .*\nevaluate it with Python 3\.98\.1, or choose other data"
     ):
         xattn.load(folder).evaluate()
 
@@ -134,16 +134,14 @@ def test_other_data_that_a_package_makes_name_its_version(library: Library, monk
     recorded["data_sha256"], recorded["versions"]["numpy"] = "0" * 64, "1.0"
     (folder / "provenance.json").write_text(json.dumps(recorded))
     with pytest.raises(
-        IntegrityError, match=r"belongs to numpy 1\.0 .*\nstart it with numpy 1\.0, or start over with resume=never$"
+        IntegrityError, match=r"began with numpy 1\.0 .*\nstart it with numpy 1\.0, or start over with resume=never$"
     ):
         made(*task)
     Path("own.txt").write_text("a text of one's own\n" * 200)
     _, folder = made("data=text", "data.path=own.txt", steps=1)
     Path("own.txt").write_text("another text\n" * 400)
     library("3.99.0", 40)
-    with pytest.raises(
-        IntegrityError, match=r"\(sha256 .*, then .*\); bring them back, or start over with resume=never$"
-    ):
+    with pytest.raises(IntegrityError, match=r"\(sha256 .*, was .*\); restore them, or start over with resume=never$"):
         made("data=text", "data.path=own.txt")
 
 

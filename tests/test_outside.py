@@ -55,7 +55,12 @@ RAISED = [
         RuntimeError("Unable to initialize backend 'cuda': FAILED_PRECONDITION: No visible GPU devices."),
         "jax finds no device: Unable",
     ),
-    ("device", {}, ValueError('Invalid value "x" for JAX flag jax_num_cpu_devices'), "a variable of the environment"),
+    (
+        "device",
+        {},
+        ValueError('Invalid value "x" for JAX flag jax_num_cpu_devices'),
+        "jax rejects an environment variable",
+    ),
     ("device", {}, ValueError("invalid truth value 'x' for environment 'JAX_ENABLE_X64'"), "'JAX_ENABLE_X64'"),
     ("device", {}, ValueError("jax.default_device must be passed either a Device"), "jax.default_device"),
     ("lock", {}, OSError(errno.ENOSYS, "Function not implemented"), "has no locks"),
@@ -65,7 +70,7 @@ RAISED = [
         "working directory",
         {},
         FileNotFoundError(errno.ENOENT, "No such file or directory"),
-        "the working directory cannot be looked up",
+        "the working directory cannot be read",
     ),
 ]
 

@@ -98,7 +98,7 @@ def test_an_edited_file_is_a_recorded_change_on_resume(run: Path, tiny: list[str
     assert after["resumed_with"][0]["registered"] != before["registered"]
     assert (run_folder.read_summary(folder) or {})["state_sha256"] == summary["state_sha256"]
     own.write_text(own.read_text("utf-8") + "# again\n")
-    assert "since then changed: registered" in start(own, *typed, cwd=tmp_path)
+    assert "changed since then: registered" in start(own, *typed, cwd=tmp_path)
 
 
 def test_worker_processes_of_a_sweep_know_it(tiny: list[str], tmp_path: Path) -> None:

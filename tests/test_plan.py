@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from xattn.cli import main
-from xattn.commands.plan import Plan, plan
+from xattn.commands.plan import Plan, _in_units, plan
 from xattn.config import Config, compose
 from xattn.errors import BadInput
 from xattn.system.hardware import HARDWARE, hardware_of
@@ -280,6 +280,21 @@ def test_the_vocabulary_of_a_tokenizers_file_is_planned_with(
     file.write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}), "utf-8")
     assert main(typed) == 0
     assert json.loads(capsys.readouterr().out)["vocab_size"] == 61
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.0123, "0.0123 s"),
+        (5.31, "5.31 s"),
+        (119.0, "119 s"),
+        (120.0, "2.00 min"),
+        (7199, "120 min"),
+        (9000, "2.50 h"),
+    ],
+)
+def test_a_time_is_shown_in_the_unit_that_suits_it(seconds: float, shown: str) -> None:
+    assert _in_units(seconds) == shown
 
 
 def test_devices_are_known_by_what_jax_calls_them() -> None:

@@ -55,6 +55,11 @@ def test_the_help_lists_each_activation_and_preset() -> None:
     assert set(listed(groups)) == PRESETS.keys() | ACTIVATIONS
 
 
+def test_the_help_fits_eighty_columns() -> None:
+    text = yaml.safe_load((CONF / "hydra" / "help" / "xattn.yaml").read_text("utf-8"))["template"]
+    assert max(map(len, text.replace("${program:}", "python train.py").splitlines())) <= 80
+
+
 def test_the_page_lists_each_preset_once_and_runs_all_of_them() -> None:
     text = (ROOT / "docs" / "attention.md").read_text("utf-8")
     described, results = (

@@ -212,7 +212,7 @@ def test_a_run_keeps_what_it_resumes_from_until_it_is_finished(
     for other in ("best_and_last", "nothing"):
         again = [*command, f"trainer.keep={other}"]
         assert run(compose(again), folder, again) == ExitCode.DONE
-        assert "done already, at step 4" in capsys.readouterr().out
+        assert "already done at step 4" in capsys.readouterr().out
     assert (run_folder.read_summary(folder), tree(checkpoints)) == (summary, left)
     code = main(["evaluate", str(folder), "--save"])
     assert code == (ExitCode.DONE if keep == "parameters" else ExitCode.BAD_INPUT)

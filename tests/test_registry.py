@@ -37,19 +37,19 @@ def named(base: Any, name: str, **members: Any) -> Any:
 @pytest.mark.parametrize("name", ["mqar", "text", "hf", "in_context", "Mqar", "null", "two words"])
 def test_a_task_takes_no_name_that_means_something_else(name: str) -> None:
     """A task called text would stand for files of text, and one called in_context would never be measured."""
-    with pytest.raises(ValueError, match=f"task '{name}': (xattn has one|a name has)"):
+    with pytest.raises(ValueError, match=f"task '{name}': (xattn already has|a name must)"):
         xattn.register_task(named(Copying, name))
     assert registry.additions() == ()
 
 
 @pytest.mark.parametrize("name", ["mqar", "extrapolation"])
 def test_a_probe_takes_no_name_of_a_task(name: str) -> None:
-    with pytest.raises(ValueError, match="xattn has one of that name"):
+    with pytest.raises(ValueError, match="xattn already has this name"):
         xattn.register_probe(name)(lambda scene: scene)
 
 
 def test_an_optimizer_takes_no_name_of_another() -> None:
-    with pytest.raises(ValueError, match="optimizer 'sgd': xattn has one of that name"):
+    with pytest.raises(ValueError, match="optimizer 'sgd': xattn already has this name"):
         xattn.register_optimizer(named(SGD, "sgd"))
 
 

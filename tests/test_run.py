@@ -73,7 +73,7 @@ def test_resume_never_moves_aside_what_a_new_run_takes_the_place_of(
     folder = tmp_path / "run"
     put_run(folder, command, {"status": "done", "step": 2})
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    with pytest.raises(BadInput, match="GB are available"):
+    with pytest.raises(BadInput, match="GB is available"):
         run(compose([*command, "resume=never"]), folder, quiet=True)
     (aside,) = (tmp_path / run_folder.SUPERSEDED).iterdir()
     assert run_folder.read_summary(aside) == {"status": "done", "step": 2}
@@ -162,7 +162,10 @@ def test_a_run_of_one_thread_has_the_same_bits_on_any_number_of_cores(text_file:
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.splitlines()[-2:])
     assert told[0][0] == told[1][0]
-    assert told[0][1] == "trainer.threads = 2: this process has its threads already (1); start the run by itself"
+    assert (
+        told[0][1]
+        == "trainer.threads = 2: this process already has its threads (1); start the run in a process of its own"
+    )
     # A finished run keeps the losses of its held-out sequences: nats and scored tokens, of which val_loss is the ratio.
     kept, found = (
         np.load(tmp_path / "all" / "artifacts" / "window_losses.npy"),

@@ -270,10 +270,12 @@ def test_what_is_wanted_is_measured_once_and_kept(outputs: Path) -> None:
         found = find(outputs, config)
         assert answer(found, said.append) is found[0]
     first, again = said[:3], said[3:]
-    assert first[0].startswith(f"trained already in outputs/golden/{RUNS[0].name}: val_loss")
-    assert "(since then changed: " in first[0]
+    assert first[0].startswith(f"already trained in outputs/golden/{RUNS[0].name}: val_loss")
+    assert "(changed since then: " in first[0]
     assert first[1].startswith("measured now, with evaluation.sequences=3: val_loss ")
-    assert first[2].startswith("rows before the last step need training (evaluation.sequences=3, trainer.eval_every=3)")
+    assert first[2].startswith(
+        "measuring before the last step needs training (evaluation.sequences=3, trainer.eval_every=3)"
+    )
     assert "resume=never" in first[2]
     assert again == [first[0], first[1].replace("now", "before"), first[2]]
     (row,) = stored_rows(outputs / RUNS[0].name)
@@ -295,14 +297,14 @@ def test_data_or_checkpoints_that_are_not_what_they_were_are_no_answer(outputs: 
     Path("text.txt").write_text(text + " and more")
     said: list[str] = []
     assert answer(find(outputs, config), said.append) is None
-    assert "the data are not those that this run began with" in said[-1]
+    assert "the data are not the ones that this run began with" in said[-1]
     Path("text.txt").write_text(text)
     shutil.rmtree(outputs / RUNS[0].name / run_folder.CHECKPOINTS / "4")
     assert answer(find(outputs, config), said.append) is None
-    assert "has no whole checkpoint of step 4" in said[-1]
+    assert "has no intact checkpoint of step 4" in said[-1]
     shutil.rmtree(outputs / RUNS[0].name / run_folder.CHECKPOINTS)
     assert answer(find(outputs, config), said.append) is None
-    assert "holds no whole checkpoint" in said[-1]
+    assert "holds no intact checkpoint" in said[-1]
     assert len(said) == 3
     assert names(outputs / RUNS[0].name) == [name for name in before if name != run_folder.CHECKPOINTS]
     assert answered(find(outputs, config)) is None
@@ -382,7 +384,7 @@ def test_jobs_of_one_training_are_trained_once(tmp_path: Path, capsys: pytest.Ca
     assert outcomes == {job.folder: ExitCode.DONE for job in jobs}
     assert study.exit_code(outcomes.values()) == ExitCode.DONE
     out = capsys.readouterr().out
-    assert f"log_every=10 seed=0: trained already in {jobs[0].folder}" in out
+    assert f"log_every=10 seed=0: already trained in {jobs[0].folder}" in out
     (row,) = (line.split() for line in out.splitlines() if line.split()[:2] == ["10", "0"])
     assert (row[2], row[3], row[-1]) == ("done", "1.5000", jobs[0].folder.name)
 
@@ -412,7 +414,7 @@ def test_what_cannot_be_measured_ends_its_job_alone(
     assert [outcomes[job.folder] for job in jobs] == [ExitCode.DONE, ExitCode.DONE, ExitCode.BAD_INPUT]
     printed = capsys.readouterr()
     assert "xattn: does not fit" in printed.err
-    assert "sequences=7: not taken from the same training: other data" in printed.out
+    assert "sequences=7: a run of the same training cannot be used: other data" in printed.out
 
 
 def test_other_machines_get_each_training_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,7 +494,7 @@ def test_a_run_that_fails_does_not_stop_the_others(outputs: Path, capsys: pytest
     assert main(["evaluate", str(outputs), "--save"]) == ExitCode.INTEGRITY
     out, err = capsys.readouterr()
     assert [Path(line.split()[0]).name for line in out.splitlines()] == [run.name for run in RUNS[1:]]
-    assert "holds no whole checkpoint" in err
+    assert "holds no intact checkpoint" in err
     last = [str(outputs / run.name) for run in RUNS]
     assert main(["evaluate", *last, "nowhere"]) == ExitCode.ERROR
     assert "nowhere: not a run folder" in capsys.readouterr().err
@@ -530,7 +532,7 @@ def test_the_command_is_answered_from_the_study(outputs: Path, tmp_path: Path) -
     before = names(outputs)
     code, out = train(*typed(RUNS[0], "trainer.log_every=3"), stubs=tmp_path / "stubs")
     assert code == ExitCode.DONE, out
-    assert f"trained already in outputs/golden/{RUNS[0].name}" in out
+    assert f"already trained in outputs/golden/{RUNS[0].name}" in out
     code, out = train(*typed(RUNS[0], "evaluation.sequences=3"))
     assert code == ExitCode.DONE, out
     assert "measured now, with evaluation.sequences=3" in out
@@ -550,7 +552,7 @@ def test_other_data_are_trained_on(outputs: Path) -> None:
     Path("text.txt").write_text(Path("text.txt").read_text() + " and more")
     code, out = train(*typed(RUNS[0], "evaluation.sequences=3"))
     assert code == ExitCode.DONE, out
-    assert "not taken from the same training" in out
+    assert "a run of the same training cannot be used" in out
     (new,) = set(names(outputs)) - {run.name for run in RUNS}
     recorded: Any = run_folder.read_provenance(outputs / new)
     assert recorded["training_identity"] == keys.training_identity_of(

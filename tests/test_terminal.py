@@ -167,11 +167,11 @@ def test_runs_fit_by_what_their_columns_say_already(
     lines = screen()
     check(lines, width, "xattn resume outputs/a_study")
     text = "\n".join(lines)
-    assert f"{len(jobs) - 1} of {len(jobs)} planned; continued by" in text
+    assert f"{len(jobs) - 1} of {len(jobs)} planned runs done; continue with" in text
     assert "python train.py -m study=a_study" in text
     for job in jobs[:-1]:
         assert len([line for line in lines if line.rstrip().endswith(job.folder.name[-10:])]) >= 1
-    (glob,) = re.findall(r"a run's folder: (\S+)", text) or [f"outputs/a_study/{jobs[0].folder.name}"]
+    (glob,) = re.findall(r"a run's folder is (\S+)", text) or [f"outputs/a_study/{jobs[0].folder.name}"]
     assert len([*tmp_path.glob(glob)]) == 1, "what is shown of a name finds its folder"
 
 
@@ -237,7 +237,7 @@ def test_a_table_that_cannot_fit_says_what_it_leaves_out(width: int, on_terminal
     (jobs[0].folder / run_folder.SUMMARY).write_text(json.dumps({"status": "preempted", "step": 3}))
     assert runs.main([str(tmp_path / "s")]) == 0
     check(screen(), width)
-    assert "`xattn runs --json` and a wider terminal have tokens/s" in " ".join(screen())
+    assert "`xattn runs --json` or a wider terminal also shows tokens/s" in " ".join(screen())
 
 
 def test_the_first_line_of_a_real_terminal_is_what_was_asked_for(tmp_path: Path) -> None:

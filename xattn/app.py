@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from typing import NoReturn
 
 import hydra
 from hydra._internal.hydra import Hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -39,7 +41,7 @@ from xattn.system.signals import interruption
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Print one line instead of argparse's nine lines of usage. Hydra's own parser is out of our reach."""
-    parser.exit(ExitCode.BAD_INPUT, f"xattn: {message}; overrides stand together, after any flag. See --help\n")
+    parser.exit(ExitCode.BAD_INPUT, f"xattn: {message}; put all overrides together, after the flags; see --help\n")
 
 
 def _resolved_hydra_cfg(src_cfg: DictConfig) -> DictConfig:
@@ -89,7 +91,7 @@ def _run(composed: DictConfig) -> ExitCode:
     except ToldByFirst as error:
         return error.exit_code
     except XattnError as error:
-        where = f"\nhydra.job.chdir = true: paths are looked up in {made}" if hydra_config.job.chdir else ""
+        where = f"\nhydra.job.chdir = true: paths are relative to {made}" if hydra_config.job.chdir else ""
         entry.tell(f"{error}{where}")
         return error.exit_code
     except Exception:  # the outermost rim: anything that run() does not catch is our own fault
@@ -141,14 +143,15 @@ def _train() -> int:
         Hydra.get_sanitized_hydra_cfg = staticmethod(_resolved_hydra_cfg)  # type: ignore[method-assign]
     xattn.config.register_resolvers()
     OmegaConf.register_new_resolver("values", _values, replace=True)
+    OmegaConf.register_new_resolver("choices", _choices, replace=True)
     try:
         entry.check_working_directory()
         sys.argv[1:] = expanded(xattn.config.arguments_under_new_names(sys.argv[1:]))
         sweeps = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
         if sweeps and (here := hosts.place(os.environ)).count > 1:
             raise BadInput(
-                f"-m: a sweep over several processes ({here.set_by} = {here.count}); start one run by them, or sweep "
-                f"by a launcher\n{here.if_alone}"
+                f"-m: several processes ({here.set_by} = {here.count}) cannot share a sweep; start a single run with "
+                f"them, or sweep with a launcher\n{here.if_alone}"
             )
         xattn.config.check_folders(sys.argv[1:])
         _refuse(sys.argv[1:], sweeps=sweeps)
@@ -184,18 +187,26 @@ def _values(*, _root_: DictConfig) -> str:
     return annotated(OmegaConf.to_yaml(ours)).replace("$", "$$")
 
 
+def _choices() -> str:
+    """Return the choices of each group for ``${choices:}`` in ``--help``, in lines of at most 80 columns."""
+    hydra_itself = GlobalHydra.instance().hydra
+    assert hydra_itself is not None
+    lines = hydra_itself.format_config_groups(lambda group: group.partition("/")[0] != "hydra").splitlines()
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+
+
 def _refuse(arguments: Sequence[str], *, sweeps: bool) -> None:
     """Raise :class:`BadInput` for arguments that Hydra would accept without effect."""
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
         if key in ("hydra/launcher", "hydra/sweeper") and not sweeps:
-            raise BadInput(f"{argument}: is for a sweep, and needs -m")
+            raise BadInput(f"{argument}: applies only to a sweep and needs -m")
         if key == "hydra.output_subdir" and Path(value.strip("'\"")).parts[:1] in ((), *((name,) for name in FOLDERS)):
             raise BadInput(
-                f"{argument}: the run's own files are there; allowed is another name, such as .hydra, or null"
+                f"{argument}: is where the run keeps its own files; use another name, such as .hydra, or null"
             )
         if "=" in argument and "--hydra-help" in arguments:
-            raise BadInput(f"{argument}: --hydra-help shows Hydra's own flags, and takes no overrides; see --help")
+            raise BadInput(f"{argument}: --hydra-help shows Hydra's own flags and takes no overrides; see --help")
 
 
 def _leave(code: int) -> NoReturn:

@@ -18,32 +18,32 @@ from xattn.system.device import first_look
 
 # Command → the module whose main(argv) executes it, and its purpose; in the order of a study, benchmarks last.
 _COMMANDS = {
-    "train": ("xattn.app", "train a model, or a sweep; as python train.py in a clone"),
+    "train": ("xattn.app", "train a model or a sweep; the same as python train.py in a clone"),
     "report": ("xattn.commands.publish", "judge a study and write its report"),
-    "runs": ("xattn.sweep.runs", "list runs, the best of each study first, and what is missing"),
-    "sample": ("xattn.commands.sample", "text from a run's model"),
-    "resume": ("xattn.sweep.resume", "continue a sweep that was interrupted"),
-    "compare": ("xattn.commands.compare", "set runs side by side"),
-    "evaluate": ("xattn.commands.evaluate", "a run's model on any text, length and probes"),
-    "findings": ("xattn.commands.findings", "the claims that studies state, and what became of them"),
+    "runs": ("xattn.sweep.runs", "list runs, the best of each study first, and unfinished sweeps"),
+    "sample": ("xattn.commands.sample", "generate text with a run's model"),
+    "resume": ("xattn.sweep.resume", "continue an interrupted sweep"),
+    "compare": ("xattn.commands.compare", "compare runs side by side"),
+    "evaluate": ("xattn.commands.evaluate", "evaluate a run's model on any text, length or probe"),
+    "findings": ("xattn.commands.findings", "list the claims that studies state, and their verdicts"),
     "verdict": ("xattn.report.decide", "is an arm better? exit 0 yes, 10 undecided, 11 worse"),
-    "explain": ("xattn.commands.explain", "what a key means, may be, and is by default"),
-    "plan": ("xattn.commands.plan", "what a run will cost in memory and time, on any device"),
-    "launch": ("xattn.commands.launch", "one run over several processes of this machine"),
-    "export": ("xattn.commands.interchange", "a run as safetensors, or as a Llama for transformers"),
-    "wandb": ("xattn.tracking.command", "the commands to look at a run's wandb files, and to send them"),
-    "bug": ("xattn.commands.bug", "pack what a report of a bug needs: no text, no keys"),
-    "sync": ("xattn.commands.sync", "rebuild runs of wandb from their metrics.jsonl"),
-    "prune": ("xattn.commands.prune", "free disk space of finished runs: says what, and asks"),
-    "bench attention": ("xattn.bench.attention", "implementations × activations × sizes of attention"),
-    "bench checkpoints": ("xattn.bench.checkpoints", "what saving costs a run, and how long it takes"),
-    "bench data": ("xattn.bench.data", "a big corpus as bytes and BPE: MB/s and memory"),
-    "bench generation": ("xattn.bench.generation", "text through the cache, and by forward passes"),
-    "bench gpu": ("xattn.bench.gpu.command", "all that only a GPU can show, in ten minutes"),
-    "bench kernels": ("xattn.bench.kernels", "the Hopper kernels: accuracy, times, tiles"),
-    "bench start": ("xattn.bench.start", "from the command to the first step, cold and warm"),
-    "bench sweep": ("xattn.bench.sweep", "a sweep against its runs one by one, and packs"),
-    "bench train": ("xattn.bench.train", "training steps: speed, utilisation, memory"),
+    "explain": ("xattn.commands.explain", "explain a key: its meaning, allowed values and default"),
+    "plan": ("xattn.commands.plan", "estimate a run's memory and time, on any device"),
+    "launch": ("xattn.commands.launch", "start one run as several processes on this machine"),
+    "export": ("xattn.commands.interchange", "export a run as safetensors, or as a Llama for transformers"),
+    "wandb": ("xattn.tracking.command", "print the commands that show a run's wandb files and send them"),
+    "bug": ("xattn.commands.bug", "pack the files for a bug report: no text, no keys"),
+    "sync": ("xattn.commands.sync", "rebuild wandb's runs from their metrics.jsonl"),
+    "prune": ("xattn.commands.prune", "free disk space of finished runs, after asking"),
+    "bench attention": ("xattn.bench.attention", "compare attention implementations, activations and sizes"),
+    "bench checkpoints": ("xattn.bench.checkpoints", "measure what saving costs a run, and how long it takes"),
+    "bench data": ("xattn.bench.data", "read a big corpus as bytes and BPE: MB/s and memory"),
+    "bench generation": ("xattn.bench.generation", "compare generation with the cache and by forward passes"),
+    "bench gpu": ("xattn.bench.gpu.command", "check what only a GPU can show, in ten minutes"),
+    "bench kernels": ("xattn.bench.kernels", "measure the Hopper kernels: accuracy, times, tiles"),
+    "bench start": ("xattn.bench.start", "time from the command to the first step, cold and warm"),
+    "bench sweep": ("xattn.bench.sweep", "compare a sweep with its runs one by one, and packs"),
+    "bench train": ("xattn.bench.train", "measure training steps: speed, utilisation, memory"),
 }
 _GROUPS = {"bench": "measure speed and memory; `xattn bench` lists its parts"}  # one line in place of their commands
 
@@ -102,7 +102,7 @@ def _run(words: Sequence[str]) -> int:
         print("\n".join(["usage: xattn COMMAND …; each takes --help", *_listed(group)]))
         return ExitCode.DONE if words[-1:] in (["-h"], ["--help"]) else ExitCode.BAD_INPUT
     near = did_you_mean(" ".join(words[:2]), _COMMANDS) or did_you_mean(words[0], _COMMANDS)
-    raise BadInput(f"{' '.join(words[:2])}: no such command{near}; `xattn --help` shows them all")
+    raise BadInput(f"{' '.join(words[:2])}: no such command{near}; `xattn --help` lists them all")
 
 
 def _listed(group: Mapping[str, tuple[str, str]]) -> list[str]:

@@ -174,7 +174,7 @@ OUTSIDE: dict[str, tuple[Outside, ...]] = {
         Outside(
             (RuntimeError,),
             BadInput,
-            "XLA_FLAGS = {value!r}: leaves jax no device; xla_force_host_platform_device_count must be at least 1",
+            "XLA_FLAGS = {value!r}: leaves jax without a device; xla_force_host_platform_device_count must be ≥ 1",
             says="process_index",
             variable="XLA_FLAGS",
         ),
@@ -182,14 +182,14 @@ OUTSIDE: dict[str, tuple[Outside, ...]] = {
             (AssertionError, RuntimeError),
             BadInput,
             "JAX_PLATFORMS = {value!r}: jax finds no such device here, or has no plugin for it ({error}); unset it, or "
-            "JAX_PLATFORMS=cpu",
+            "set JAX_PLATFORMS=cpu",
             says="^$|nable to initialize backend|nknown backend",
             variable="JAX_PLATFORMS",
         ),
         Outside(
             (RuntimeError,),
             BadInput,
-            "JAX_PLATFORM_NAME = {value!r}: {error}; unset it, or JAX_PLATFORM_NAME=cpu",
+            "JAX_PLATFORM_NAME = {value!r}: {error}; unset it, or set JAX_PLATFORM_NAME=cpu",
             says="nknown backend",
             variable="JAX_PLATFORM_NAME",
         ),
@@ -199,7 +199,7 @@ OUTSIDE: dict[str, tuple[Outside, ...]] = {
         Outside(
             (ValueError,),
             BadInput,
-            "a variable of the environment is not what jax takes: {error}",
+            "jax rejects an environment variable: {error}",
             says="for JAX flag jax_|for environment '|^jax\\.default_device",
         ),
     ),
@@ -207,15 +207,15 @@ OUTSIDE: dict[str, tuple[Outside, ...]] = {
         Outside(  # Lustre without -o flock, NFS without its lock service, some FUSE
             (OSError,),
             StorageError,
-            "{path}: the file system there ({system}) has no locks ({error}), and without one two processes could "
-            "write in one folder\nmount it with locks (Lustre: -o flock), or put runs on another: hydra.run.dir=…, "
+            "{path}: the file system there ({system}) has no locks ({error}), so two processes could write to one "
+            "folder\nmount it with locks (Lustre: -o flock), or put runs on another file system: hydra.run.dir=…, "
             "hydra.sweep.dir=…",
             errnos=(errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK),
         ),
     ),
     "working directory": (
         Outside(  # it was deleted, or a folder above it cannot be read
-            (OSError,), BadInput, "the working directory cannot be looked up ({error}); start from a folder that exists"
+            (OSError,), BadInput, "the working directory cannot be read ({error}); start from a folder that exists"
         ),
     ),
 }

@@ -57,7 +57,7 @@ def _raise_for(code: ExitCode, folder: Path) -> None:
     if code == ExitCode.DIVERGED:
         raise Diverged(f"{where}: diverged at step {step}; its metrics.jsonl and log.txt show how")
     if code == ExitCode.PREEMPTED:
-        raise Preempted(f"{where}: stopped at step {step}, and saved; the same call continues from there")
+        raise Preempted(f"{where}: stopped at step {step} and saved; the same call continues from there")
     raise XattnError(f"{where}: failed at step {step}; the traceback is in {shown(folder / LOG)}")
 
 

@@ -73,12 +73,12 @@ def check_name(kind: str, name: str, is_taken: bool) -> None:
     """Raise :class:`ValueError` for a name that cannot be typed as a value, or that the package itself uses."""
     is_name = name.isascii() and name.isidentifier() and name == name.lower() and name[0].isalpha()
     if not is_name or name in ("null", "true", "false", "nan", "inf"):  # these mean something else in a config
-        raise ValueError(f"{kind} {name!r}: a name has lower-case letters, digits and underscores")
+        raise ValueError(f"{kind} {name!r}: a name must consist of lower-case letters, digits and underscores")
     if is_taken:
-        raise ValueError(f"{kind} {name!r}: xattn has one of that name; choose another")
+        raise ValueError(f"{kind} {name!r}: xattn already has this name; choose another")
 
 
 def check_function(kind: str, name: str, function: Any, arguments: str) -> None:
     """Raise :class:`ValueError` unless this is a plain function: the file of anything else would be unknown."""
     if getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None) is None:
-        raise ValueError(f"{kind} {name!r}: a plain function ({arguments}) is needed, got {function!r}")
+        raise ValueError(f"{kind} {name!r}: must be a plain function ({arguments}), got {function!r}")

@@ -37,7 +37,7 @@ CALL = Call(
         ({"dtype": "float32"}, "float32"),
         ({"head_dim_qk": 20, "head_dim_v": 20}, "20 and 20"),
         ({"head_dim_v": 32}, "64 and 32"),
-        ({"head_dim_qk": 264, "head_dim_v": 264}, "264 and 264: equal, a multiple of 8, at most 256"),
+        ({"head_dim_qk": 264, "head_dim_v": 264}, "264 and 264: must be equal, a multiple of 8, at most 256"),
         ({"head_dim_qk": 136, "head_dim_v": 136, "compute_capability": "8.9"}, "at most 128"),
         ({"compute_capability": "7.5"}, "compute capability 7.5: it needs 8.0"),
         ({"has_mask": True}, "S×S"),

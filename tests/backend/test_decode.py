@@ -187,18 +187,18 @@ def test_errors() -> None:
     y, of_none, state = start(Case(activation="none", context_length=CONTEXT))
     arrays = (y.q, y.k, y.v, state, of_none)
     np.testing.assert_array_equal(prefill(*arrays, implementation="linear")[0], prefill(*arrays)[0])
-    with pytest.raises(ValueError, match="'blockwise' does not keep the state"):
+    with pytest.raises(ValueError, match="'blockwise' cannot use the state"):
         prefill(*arrays, implementation="blockwise")
     with pytest.raises(ValueError, match="unknown attention implementation 'quick'"):
         prefill(*arrays, implementation="quick")
-    with pytest.raises(ValueError, match=r"fades=False gets a call with fades=True"):
+    with pytest.raises(ValueError, match=r"fades=False, and this call has fades=True"):
         prefill(*arrays[:3], cache, of_tokens(spec, y.k, log_decay=jnp.zeros(y.k.shape[:3])))
-    with pytest.raises(ValueError, match=r"documents=False gets a call with documents=True"):
+    with pytest.raises(ValueError, match=r"documents=False, and this call has documents=True"):
         prefill(*arrays[:3], cache, of_tokens(spec, y.k, segment_ids=jnp.zeros((2, LENGTH), int)))
     fading = init_cache(spec, **SIZES, fades=True)
-    with pytest.raises(ValueError, match=r"fades=True gets a call with fades=False"):
+    with pytest.raises(ValueError, match=r"fades=True, and this call has fades=False"):
         decode_step(*next(tokens(x, 0)), fading, spec)
-    with pytest.raises(ValueError, match="log_decay must not be positive"):
+    with pytest.raises(ValueError, match="log_decay must be at most 0"):
         of_tokens(spec, y.k, log_decay=jnp.ones(y.k.shape[:3]))
     with pytest.raises(ValueError, match="one token, got 13"):
         decode_step(x.q, x.k, x.v, cache, spec)

@@ -118,9 +118,9 @@ def without(found: list[Evidence], *indices: int) -> list[Evidence]:
         (whole()[5:], "its accuracy"),
         (without(whole(), 1), "its accuracy"),
         (without(whole(), 8), "its time at S = 4096 was not measured"),
-        ([*whole(), accuracy(2048, error=1.3)], "not accurate at S = 2048: 1.30 times its dtype's error"),
-        ([*whole(), accuracy(2048, leave_out="dk")], "not accurate at S = 2048"),
-        ([*whole(), accuracy(2048, error=-1.0)], "not accurate at S = 2048"),
+        ([*whole(), accuracy(2048, error=1.3)], "inaccurate at S = 2048: 1.30 times its dtype's error"),
+        ([*whole(), accuracy(2048, leave_out="dk")], "inaccurate at S = 2048"),
+        ([*whole(), accuracy(2048, error=-1.0)], "inaccurate at S = 2048"),
         ([*whole(), times(4096, "forward", seconds=2.1)], "no faster than blockwise at S = 4096, forward"),
         ([*whole(), times(4096, "forward", seconds=0.0)], "no faster than blockwise"),
         ([*whole(), times(4096, "forward", others={"reference": 9.0})], "no faster than blockwise"),
@@ -185,7 +185,7 @@ def test_a_record_of_another_user_chooses_nothing() -> None:
     path = keep(KIND, whole(), made_at="")
     os.chown(path, 12345, -1)
     proven.read.cache_clear()
-    assert "others than its owner" in choose(CALL).passed_over["hopper"]
+    assert "users other than its owner" in choose(CALL).passed_over["hopper"]
 
 
 def test_records_of_other_versions_and_devices_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,10 +161,10 @@ def test_auto_takes_the_ring_for_a_long_split_sequence_and_says_why_not_before()
     assert chosen("softmax", 1024, has_decay=True, has_sink=True).name == "ring"
     assert chosen("softmax", 64).passed_over["ring"] == "no faster than the reference below S = 256"
     assert chosen("softmax", 1024, context=1).passed_over["ring"] == "the mesh has no context axis"
-    assert "go through all of it" in chosen("softmax", 1024, has_mask=True).passed_over["blockwise"]
+    assert "process all of it" in chosen("softmax", 1024, has_mask=True).passed_over["blockwise"]
     with pytest.raises(ValueError, match="S = 10 on 4 devices"):
         choose(Call(**{**vars(Case(activation="none", length=10).call()), "context": 4}), "ring")
-    with pytest.raises(ValueError, match="a given mask"):
+    with pytest.raises(ValueError, match="a mask"):
         choose(replace(Case(activation="none", mask="arbitrary").call(), context=1), "ring")
 
 

@@ -28,7 +28,7 @@ def test_everything_is_measured_or_named_with_a_reason(tmp_path: Path, capsys: p
     assert measured | skipped.keys() == {(n, a, 24) for n in names for a in ("softmax", "none")}
     assert not measured & skipped.keys()
     assert "a sum of outer products" in skipped["linear", "softmax", 24]
-    assert skipped["jax.nn", "none", 24] == "it has softmax only"
+    assert skipped["jax.nn", "none", 24] == "it supports softmax only"
     for result in record["results"]:
         assert 0 < result["lowest_seconds"] <= result["median_seconds"] <= result["highest_seconds"]
         assert result["memory_bytes"] > 0
@@ -54,7 +54,7 @@ def test_a_decay_is_measured_beside_none(tmp_path: Path) -> None:
     options = ["--lengths", "32", "--activations", "none", "--implementations", "linear", "jax.nn"]
     record = run(tmp_path, *options, "--decay", "none", "input")
     assert {r["name"] for r in record["results"]} == {"linear", "linear+decay"}
-    assert {s["name"]: s["reason"] for s in record["skipped"]}["jax.nn+decay"] == "it has no decay"
+    assert {s["name"]: s["reason"] for s in record["skipped"]}["jax.nn+decay"] == "it does not support decay"
 
 
 def test_a_wrong_name_is_named() -> None:

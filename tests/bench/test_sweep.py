@@ -62,5 +62,5 @@ def test_one_command_is_compared_with_processes_of_their_own(tmp_path: Path, mon
 
 
 def test_a_process_that_fails_is_told_of(tmp_path: Path) -> None:
-    with pytest.raises(XattnError, match=r"left with 2.* model\.num_layers = 0"):
+    with pytest.raises(XattnError, match=r"exited with 2.* model\.num_layers = 0"):
         main(["model.num_layers=0", "--output", str(tmp_path)])

@@ -131,7 +131,7 @@ def test_latin_1_under_bpe_has_a_byte_for_each_letter(tmp_path: Path) -> None:
     assert data.scored_size == len(decoded.lstrip("\ufffd"))  # it begins within a letter, which counts before
     assert data.scored_bytes() is None, "what was scored is not there any more for gzip to pack"
     assert len(said) == 1
-    assert "t.json does not give back all that it reads" in said[0]
+    assert "t.json does not reproduce the text exactly" in said[0]
 
 
 def test_text_that_a_vocabulary_lacks_has_its_bytes(tmp_path: Path) -> None:

@@ -164,12 +164,12 @@ BYTES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
         ([*BYTES[:7], b"%%% 7", *BYTES[8:]], "line 8 is not base64 and a rank: b'%%% 7'"),
         ([*BYTES[:7], b"", b"BQ== seven", *BYTES[8:]], "line 9 is not base64 and a rank"),
         ([*BYTES, b"YWI="], "line 257 is not base64 and a rank"),
-        ([*BYTES, b"YWI= 12"], "line 257 has a token or a rank that is not its own"),
-        ([*BYTES, b"YQ== 256"], "line 257 has a token or a rank that is not its own"),
-        ([*BYTES, b"YWI= 99999999999"], "line 257 has a token or a rank that is not its own"),
+        ([*BYTES, b"YWI= 12"], "line 257 repeats a token or rank, or has an invalid one"),
+        ([*BYTES, b"YQ== 256"], "line 257 repeats a token or rank, or has an invalid one"),
+        ([*BYTES, b"YWI= 99999999999"], "line 257 repeats a token or rank, or has an invalid one"),
         ([*BYTES, b"YWJj 256"], "line 257: no two tokens of lower ranks join to b'abc'"),
-        ([*BYTES, b"YWI= 260"], "no line has the rank 256"),
-        (BYTES[:-3], "of the 256 bytes 3 have no line, the first of them 0xfd"),
+        ([*BYTES, b"YWI= 260"], "no line has rank 256"),
+        (BYTES[:-3], "3 of the 256 bytes have no line; the first is 0xfd"),
     ],
 )
 def test_a_bad_line_of_ranks_is_named(lines: list[bytes], told: str) -> None:

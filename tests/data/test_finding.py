@@ -63,13 +63,13 @@ def test_a_file_counts_once_whatever_leads_to_it(tree: Path) -> None:
         found = find(f"{tree}/{pattern}", "data.path")
         assert names(f"{tree}/{pattern}", tree) == expected
         again = {"*.txt": 1, "**/*.txt": 2, "**": 2}[pattern]
-        assert found.left_out == [f"more names of the same files: {again}"]
+        assert found.left_out == [f"duplicate names of the same files: {again}"]
     folder = find(str(tree), "data.path")
     assert names(tree, tree) == plain["**"]
     assert folder.left_out == [
         "hidden: 2 (.h, .y.txt)",
-        "links to folders or to nothing: 4 (0first, loop, top, …)",
-        "more names of the same files: 2",
+        "links to folders or broken links: 4 (0first, loop, top, …)",
+        "duplicate names of the same files: 2",
     ]
 
 

@@ -73,7 +73,9 @@ def test_packed_files_are_unpacked_also_under_another_name(
     file = tmp_path / f"{name}.{packer}"
     for broken in (packed[: len(packed) // 2], b"this was never packed", b"\0" * 40):
         file.write_bytes(broken)
-        with pytest.raises(BadInput, match=f"a.*{packer} is not whole {'zstd' if packer == 'zst' else packer[:2]}"):
+        with pytest.raises(
+            BadInput, match=f"a.*{packer} is not a complete {'zstd' if packer == 'zst' else packer[:2]}"
+        ):
             read(file)
 
 
@@ -127,14 +129,14 @@ REFUSED: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "zip": (zip_of, "a zip archive"),
     "tar": (tar_of, "a tar archive"),
     "tar.gz": (lambda folder: gzip.compress(tar_of(folder)), "a tar archive"),
-    "twice": (lambda _: gzip.compress(zstd.compress(TEXT)), "packed twice"),
-    "lz4": (lambda _: b"\x04\x22\x4d\x18" + TEXT, "packed by lz4"),
+    "twice": (lambda _: gzip.compress(zstd.compress(TEXT)), "compressed twice"),
+    "lz4": (lambda _: b"\x04\x22\x4d\x18" + TEXT, "compressed with lz4"),
     "parquet": (parquet, "Parquet; name it .parquet"),
     "png": (lambda _: PICTURE, "a PNG image"),
     "jpeg": (lambda _: b"\xff\xd8\xff\xe0" + NOISE.bytes(999), "a JPEG image"),
     "pdf": (lambda _: b"%PDF-1.7\n" + TEXT, "a PDF"),
     "program": (lambda _: b"\x7fELF\2\1" + TEXT, "a program"),
-    "lfs": (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
+    "lfs": (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
     "utf-16": (lambda _: TEXT.decode().encode("utf-16"), "UTF-16; convert it to UTF-8"),
     "utf-16 big": (lambda _: b"\xfe\xff" + "字和字 ".encode("utf-16-be") * 40, "UTF-16; convert it to UTF-8"),
     "utf-16 bare": (lambda _: TEXT.decode().encode("utf-16-le"), "UTF-16; convert it to UTF-8"),
@@ -197,10 +199,10 @@ def test_a_folder_is_read_without_what_is_no_text_and_says_so(tmp_path: Path) ->
     (line,) = said
     for told in (
         "hidden: 1 (.hidden)",
-        "more names of the same files: 1",
-        "without text to read: 2 (",
+        "duplicate names of the same files: 1",
+        "files without readable text: 2 (",
         "b.zip is a zip archive",
-        "to nothing: 1 (nowhere.txt)",
+        "broken links: 1 (nowhere.txt)",
     ):
         assert told in line, line
     sources = [{"path": str(tmp_path), "weight": 1.0}, {"path": str(tmp_path / "a.txt"), "weight": 1.0}]
@@ -212,7 +214,7 @@ def test_a_folder_is_read_without_what_is_no_text_and_says_so(tmp_path: Path) ->
     assert read(tmp_path / "a.txt", said) == TEXT
     assert said == []
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(BadInput, match="no text to read"):
+    with pytest.raises(BadInput, match="no readable text"):
         read(tmp_path)
 
 

@@ -102,7 +102,7 @@ def test_what_a_saved_dataset_does_not_have_is_refused(tmp_path: Path) -> None:
     ("values", "told"),
     [
         ({"split": "test"}, r"data\.split = 'test': no such split; allowed: train, few"),
-        ({"field": "body"}, r"no column 'body'; there are 'id', 'text'; data\.field names it"),
+        ({"field": "body"}, r"no column 'body'; choose one of 'id', 'text' with data\.field"),
         ({"field": "id"}, r"row 0: 'id' is not a string"),
     ],
 )

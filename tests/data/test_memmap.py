@@ -62,9 +62,9 @@ def test_what_is_no_array_of_ids_is_bad_input(tmp_path: Path) -> None:
         return str(error.value)
 
     assert "no such file" in told(tmp_path / "nowhere")
-    assert "one of train.bin and train.npy is needed; it has neither" in told(tmp_path)
+    assert "needs either train.bin or train.npy, but has neither" in told(tmp_path)
     (tmp_path / "odd.bin").write_bytes(b"abc")
-    assert "3 bytes are no whole number of uint16" in told(tmp_path / "odd.bin")
+    assert "3 bytes are not a whole number of uint16" in told(tmp_path / "odd.bin")
     (tmp_path / "text.npy").write_text("text")
     assert "is not an array of ids" in told(tmp_path / "text.npy")
     (tmp_path / "empty.npy").write_text("")
@@ -87,7 +87,7 @@ def test_ids_of_another_width_are_refused_by_the_look(wide: str, dtype: str, voc
     ids = np.minimum(np.random.default_rng(0).zipf(1.2, 4000) - 1, vocabulary - 1)
     ids.astype(np.dtype(wide).newbyteorder("<")).tofile(tmp_path / "ids.bin")
     path = str(tmp_path / "ids.bin")
-    with pytest.raises(BadInput, match=rf"ids\.bin read as data\.dtype = {dtype}: every .* data\.dtype={wide}\?"):
+    with pytest.raises(BadInput, match=rf"ids\.bin read as data\.dtype = {dtype}: every .* try data\.dtype={wide}"):
         check(memmap_config(path=path, dtype=dtype, vocab_size=vocabulary))
     right = memmap_config(path=path, dtype=wide, vocab_size=vocabulary)
     check(right)

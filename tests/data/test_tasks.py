@@ -191,10 +191,10 @@ def test_measures() -> None:
 @pytest.mark.parametrize(
     ("config", "length", "told"),
     [
-        (MQAR, 18, "data.num_pairs = 5: at most a quarter of backend.context_length = 18"),
-        (MQAR, 25, "an even one"),
+        (MQAR, 18, "data.num_pairs = 5: must be at most a quarter of backend.context_length = 18"),
+        (MQAR, 25, "which must be even"),
         (MQAR.model_copy(update={"vocab_size": 10}), 26, "at most data.vocab_size / 2 − 1 = 4"),
-        (SELECTIVE, 11, "data.num_tokens = 6: at most half"),
+        (SELECTIVE, 11, "data.num_tokens = 6: must be at most half"),
         (PASSKEY, 7, "data.key_length = 3"),
         (COPYING, 3, "needs at least 4"),
     ],

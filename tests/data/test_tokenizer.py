@@ -35,7 +35,7 @@ def test_ids_are_written_in_decimal() -> None:
     tokenizer = IdTokenizer(12)
     assert tokenizer.decode(np.array([3, 0, 11])) == "3 0 11"
     assert tokenizer.encode("3 0\n 11").tolist() == [3, 0, 11]
-    with pytest.raises(ValueError, match="12: not an id; they are 0 to 11"):
+    with pytest.raises(ValueError, match="12: not an id; ids are 0 to 11"):
         tokenizer.encode("3 12")
     with pytest.raises(ValueError, match="word"):
         tokenizer.encode("word")

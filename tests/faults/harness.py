@@ -135,7 +135,7 @@ def unsound(checkpoint: Path) -> str | None:
             return "manifest.json is not what its seal says"
         manifest = json.loads(text)
         if manifest["step"] != int(checkpoint.name):
-            return f"is of step {manifest['step']}"
+            return f"is for step {manifest['step']}"
         for name, digest in manifest["files"].items():
             if sha256((checkpoint / name).read_bytes()).hexdigest() != digest:
                 return f"{name} is not what the manifest says"

@@ -58,8 +58,8 @@ IDS = (np.arange(400) % 50).astype("<u2").tobytes()
 BAD_FORMATS: dict[str, tuple[str, bytes, list[str], list[str]]] = {
     "a bad JSON line": ("a.jsonl", JSONL + b'{"text": "half\n' + JSONL, [], ["a.jsonl, line 100: not JSON"]),
     "a line without the field": ("a.jsonl", JSONL, ["data.field=body"], ["line 1", "'body'", "'text'", "data.field"]),
-    "half a packed jsonl": ("a.jsonl.gz", gzip.compress(JSONL)[:99], [], ["a.jsonl.gz is not whole gzip"]),
-    "no parquet": ("a.parquet", JSONL, [], ["a.parquet is not whole parquet"]),
+    "half a packed jsonl": ("a.jsonl.gz", gzip.compress(JSONL)[:99], [], ["a.jsonl.gz is not a complete gzip file"]),
+    "no parquet": ("a.parquet", JSONL, [], ["a.parquet is not a complete parquet file"]),
     "no tokenizer": ("a.txt", TEXT, ["data.tokenizer=nowhere.json"], ["data.tokenizer = 'nowhere.json'", "bpe"]),
     "no such tokenizer": ("a.txt", TEXT, ["data.tokenizer=a.txt"], ["data.tokenizer = 'a.txt'"]),
     "ranks without a pattern": ("a.txt", TEXT, ["data.tokenizer=a.tiktoken"], ["data.tiktoken_pattern"]),

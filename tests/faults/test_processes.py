@@ -156,7 +156,7 @@ def test_what_only_the_first_can_see_ends_all(command: list[str], cwd: Path, tex
     assert "xattn:" not in again[1].err
     third = start(named, cwd=cwd)
     assert end(third) == [0, 0], said(third)
-    assert "done already" in third[0].out
+    assert "already done" in third[0].out
 
 
 def test_a_port_in_use_is_told_before_the_first_step(command: list[str], cwd: Path) -> None:
@@ -166,5 +166,5 @@ def test_a_port_in_use_is_told_before_the_first_step(command: list[str], cwd: Pa
         port = taken.getsockname()[1]
         (first,) = start(command, cwd=cwd, count=2, port=port)[:1]
         assert first.wait() == 2, said([first])
-        assert f"JAX_COORDINATOR_ADDRESS = localhost:{port}: the port cannot be had" in first.err
+        assert f"JAX_COORDINATOR_ADDRESS = localhost:{port}: this port cannot be used" in first.err
         assert "Traceback" not in first.err

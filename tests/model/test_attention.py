@@ -394,5 +394,5 @@ def test_decoding_is_the_parallel_form_at_every_position(
 def test_caches_know_whether_documents_come() -> None:
     model = model_of(*CASES["softmax"])
     caches = empty_caches(model, HYPER, batch=B, capacity=S)
-    with pytest.raises(ValueError, match="documents=False gets a call with documents=True"):
+    with pytest.raises(ValueError, match="documents=False, and this call has documents=True"):
         decoded(model, random_params(model), TOKENS, caches, DOCUMENTS)

@@ -218,8 +218,8 @@ def test_where_no_study_states_a_claim_the_table_says_so(writer: Writer, capsys:
     [
         ({"shown": ">> 1"}, "finding.contrasts[0].shown = '>> 1': must be > x, < x, within x or beyond x, x a number"),
         ({"contradicted": "between 1"}, "contradicted = 'between 1': must be > x"),
-        ({"over": RATE}, "over and reduced belong together"),
-        ({"reduced": "range"}, "over and reduced belong together"),
+        ({"over": RATE}, "over and reduced go together"),
+        ({"reduced": "range"}, "over and reduced go together"),
         ({"mins": {}}, "mins"),
         (
             {"minus": {"model.qknorm": "none"}},

@@ -82,7 +82,7 @@ def test_a_studys_whole_folder_is_compared_in_the_order_typed(
     typed = [str(study / name) for name in ("softmax", "report", "none", "multirun.yaml")]
     assert compare.main(typed) == ExitCode.DONE
     assert capsys.readouterr().out.split()[:2] == ["softmax", "none"]
-    with pytest.raises(BadInput, match="no run among these"):
+    with pytest.raises(BadInput, match="no run found"):
         compare.main([str(study / "report")])
     runs[1].rename(study / "report2")
     (study / "report").rmdir()

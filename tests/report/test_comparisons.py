@@ -272,11 +272,14 @@ def test_runs_can_be_chosen(writer: Writer, capsys: pytest.CaptureFixture[str], 
     ("options", "message"),
     [
         (["--where", "backend.thta=1"], r"--where backend\.thta: no run's config has it \(did you mean backend\.theta"),
-        (["--where", "backend.theta=7"], "--where backend.theta=7: no run has it; there are 10000"),
+        (["--where", "backend.theta=7"], "--where backend.theta=7: no run has it; the values are 10000"),
         (["--where", "backend.theta"], "--where backend.theta: must be KEY=VALUE"),
-        (["--baseline", "backend.activation=none"], "backend.activation=none: no run has it; there are sigmoid, soft"),
-        (["--baseline", "backend.theta=10000"], "^backend.theta: is no factor here; there are backend.act"),
-        (["--seeds", "0,7"], "--seeds 7: no run has it; there are 0, 1"),
+        (
+            ["--baseline", "backend.activation=none"],
+            "backend.activation=none: no run has it; the values are sigmoid, soft",
+        ),
+        (["--baseline", "backend.theta=10000"], "^backend.theta: is not a factor here; the factors are backend.act"),
+        (["--seeds", "0,7"], "--seeds 7: no run has it; the seeds are 0, 1"),
         (["--metric", "val_lss"], r"--metric val_lss: .* \(did you mean val_loss\?\)"),
     ],
 )
@@ -301,7 +304,7 @@ def test_what_is_only_looked_at_is_no_factor(writer: Writer) -> None:
         )
     findings = found(writer)
     assert [effect.factor for effect in findings.effects] == ["backend.activation"]
-    assert "The same training as another run, which counts once; passed over: b0, b1." in findings.odd
+    assert "Skipped, since another run had the same training: b0, b1." in findings.odd
     assert findings.effects[0].baseline_left_out == 0
 
 
@@ -348,8 +351,7 @@ def test_losses_on_other_texts_are_not_compared_but_arms_on_each_are(writer: Wri
                 writer.run(keys, 3.0 - easy + worse + seed / 10 * (1 + worse), provenance=sha)
     by_factor = {effect.factor: effect for effect in found(writer).effects}
     assert verdict(by_factor["data.path"]) == (
-        "Nothing can be said of b.txt against a.txt: the values of val_loss are not comparable: they are of different "
-        "texts."
+        "b.txt cannot be compared with a.txt: the values of val_loss are not comparable: they are of different texts."
     )
     assert by_factor["backend.activation"].paired.difference == pytest.approx(0.11)
     assert by_factor["backend.activation"].cells == 2

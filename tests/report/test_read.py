@@ -60,7 +60,7 @@ def test_damaged_files_are_said_and_the_rest_is_read(writer: Writer) -> None:
     assert run.problems == (
         "overrides.yaml is not readable",
         "provenance.json is not readable",
-        "metrics.jsonl has 1 line that is no JSON",
+        "metrics.jsonl has 1 line that is not JSON",
     )
 
 
@@ -179,4 +179,4 @@ def test_rows_that_a_crash_repeated_or_moved_are_read_once_and_in_order(writer: 
     run = read_run(path)
     assert run.curves["step"].tolist() == [1, 2, 3]
     assert run.curves["train_loss"].tolist()[:2] == [3.0, 2.0]
-    assert run.problems == ("metrics.jsonl has 2 lines that are no JSON",)
+    assert run.problems == ("metrics.jsonl has 2 lines that are not JSON",)

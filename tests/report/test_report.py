@@ -93,7 +93,7 @@ def test_a_study_is_reported(write_study: Callable[..., Writer], capsys: pytest.
     page = (folder / "report" / "report.md").read_text()
     for words in (
         "with 3 seeds no p below 0.25 can be reached",
-        "Against softmax, each line in its own pairs.",
+        "Against softmax; each row uses its own pairs.",
         "27 runs (27 done)",
         "over the same runs that it is judged by",
         "`backend.activation=none optimizer.learning_rate=0.001 seed=2`",
@@ -196,7 +196,7 @@ def test_a_missing_a_diverged_a_running_and_a_foreign_folder_are_said(writer: Wr
     (writer.folder / "none2" / "metrics.jsonl").unlink()
     found = judged(writer)
     said = "\n".join(found.odd)
-    assert "Not runs, passed over: sigmoid2." in said
+    assert "Skipped, since these are not runs: sigmoid2." in said
     assert "1 run killed or left without an end, and not judged: none1." in said
     assert "1 run failed, and not judged: none2." in said
     assert "Missing seeds: sigmoid has no run with seed 2." in said
@@ -204,7 +204,7 @@ def test_a_missing_a_diverged_a_running_and_a_foreign_folder_are_said(writer: Wr
     write(found)
     none = next(effect for effect in found.effects if effect.arm == "none")
     assert verdict(none) == (
-        "Nothing can be said of none against softmax: no seed finished in both arms. "
+        "none cannot be compared with softmax: no seed finished in both arms. "
         "Of the runs that ended, 1 of 1 of none diverged, and 0 of 3 of softmax."
     )
 
@@ -221,7 +221,7 @@ def test_a_study_in_which_nothing_has_ended_is_reported(writer: Writer) -> None:
     for arm in ("softmax", "sigmoid"):
         writer.run({"backend.activation": arm, "seed": 0}, status="preempted", rows=1)
     write(judged(writer))
-    assert "Nothing can be said of sigmoid against softmax" in written(writer)["report.md"]
+    assert "sigmoid cannot be compared with softmax" in written(writer)["report.md"]
     assert rows_of(written(writer)["effects.csv"])[0]["difference"] == ""
 
 
@@ -266,7 +266,7 @@ def test_the_best_rate_at_the_edge_of_the_grid_is_said(writer: Writer) -> None:
             keys = {"backend.activation": arm, "optimizer.learning_rate": rate, "seed": 0}
             writer.run(keys, 2.0 + abs(np.log(rate / best)))
     said = odd(writer)
-    assert "the best optimizer.learning_rate of sigmoid is 0.003, the last that was tried" in said
+    assert "the best optimizer.learning_rate of sigmoid is 0.003, the last one tried" in said
     assert "of softmax" not in said
 
 
@@ -279,7 +279,7 @@ def test_the_best_rate_at_the_edge_of_the_grid_is_said(writer: Writer) -> None:
         ("versions", {"jax": "0.12.0", "python": "3.11.7"}, "Different versions of jax: 0.10.2, 0.12.0."),
         ("device_kind", "NVIDIA H100", "Different device kinds: cpu (4 runs), NVIDIA H100 (1 run)"),
         ("device_count", 2, "Different numbers of devices"),
-        ("git_dirty", True, "Source with changes that no commit holds (git_dirty): 1 run."),
+        ("git_dirty", True, "Source with uncommitted changes (git_dirty): 1 run."),
     ],
 )
 def test_runs_made_elsewhere_or_from_other_things_are_said(writer: Writer, key: str, value: object, words: str) -> None:
@@ -301,14 +301,14 @@ def test_different_numbers_of_settings_are_said(writer: Writer) -> None:
     for arm, rates in (("softmax", (1e-3,)), ("sigmoid", (3e-4, 1e-3, 3e-3))):
         for rate in rates:
             writer.run({"backend.activation": arm, "optimizer.learning_rate": rate, "seed": 0}, 2.0)
-    assert "in settings tried of what was tuned: softmax: 1; sigmoid: 3" in odd(writer)
+    assert "in tuning settings tried: softmax: 1; sigmoid: 3" in odd(writer)
 
 
 def test_a_config_that_was_run_twice_is_said(writer: Writer) -> None:
     small(writer)
     writer.run({"backend.activation": "softmax", "seed": 0}, 9.0, name="z")
     found = judged(writer)
-    assert "passed over: z." in "\n".join(found.odd)
+    assert "had the same training: z." in "\n".join(found.odd)
     assert found.effects[0].paired.seeds == 2
 
 
@@ -328,7 +328,7 @@ def test_too_few_seeds_for_an_interval_are_said(writer: Writer) -> None:
 def test_a_crossing_with_holes_is_said(writer: Writer) -> None:
     small(writer)
     writer.run({"backend.activation": "softmax", "backend.theta": 10.0, "seed": 0})
-    assert "3 of 4 combinations were run, not activation sigmoid, theta 10." in odd(writer)
+    assert "3 of 4 combinations were run; missing: activation sigmoid, theta 10." in odd(writer)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_an_arm_that_diverged_is_not_called_better(writer: Writer) -> None:
     (effect,) = judged(writer).effects
     assert verdict(effect).startswith("none is lower where it did not diverge, but less stable, than softmax: ")
     assert verdict(effect).endswith(
-        "Of the runs that ended, 1 of 6 of none diverged, and 0 of 6 of softmax; the difference is of the others."
+        "Of the runs that ended, 1 of 6 of none diverged, and 0 of 6 of softmax; the difference is over the others."
     )
 
 
@@ -401,7 +401,7 @@ def test_no_difference_shown_says_what_would_have_been_found(writer: Writer) -> 
     (effect,) = judged(writer).effects
     assert verdict(effect).startswith("No difference between sigmoid and softmax is shown: val_loss +0.0067")
     assert verdict(effect).endswith(
-        "If seeds differ as much as these did, such a study finds a difference of 0.05 four times in five."
+        "If seeds vary as much as these did, such a study detects a difference of 0.05 four times in five."
     )
     assert "alone" not in verdict(effect)
 
@@ -416,7 +416,8 @@ def test_an_interval_that_the_verdict_seems_to_contradict_is_explained(writer: W
     assert sigmoid.paired.ci_low is not None
     assert sigmoid.paired.ci_low > 0
     assert verdict(sigmoid).startswith("No difference between sigmoid and softmax is shown")
-    assert "The interval is of this arm alone; p is corrected for the 2 arms that were looked at." in verdict(sigmoid)
+    assert "The interval is for this arm alone; Holm corrects p for 2 arms." in verdict(sigmoid)
+    assert re.search(r"p 0\.07\d after Holm over 2 arms, 0\.03\d before\.", verdict(sigmoid))
 
 
 def test_speeds_stand_side_by_side_only_under_equal_circumstances(writer: Writer) -> None:
@@ -426,7 +427,7 @@ def test_speeds_stand_side_by_side_only_under_equal_circumstances(writer: Writer
     writer.run({"backend.activation": "none", "seed": 0}, 2.0, summary={"packed_with": 4})
     page = written(writer)["report.md"]
     assert "| tokens/s |" not in page
-    assert "Speeds are not set side by side: the runs differ in packed_with. They" in page
+    assert "Speeds are not compared: the runs differ in packed_with. They" in page
     assert not (write(judged(writer)) / "curves-seconds.svg").exists()
 
 
@@ -457,7 +458,7 @@ def test_speeds_of_one_program_that_differ_show_another_load(writer: Writer) -> 
     small(writer)
     assert "| tokens/s |" in written(writer)["report.md"]
     writer.run({"backend.activation": "sigmoid", "seed": 2}, 2.0, summary={"tokens_per_second": 30_000.0})
-    assert "so that the load was not equal" in written(writer)["report.md"]
+    assert "so the machine's load was not equal" in written(writer)["report.md"]
 
 
 def test_a_figure_by_itself_is_read_on_white_and_on_black(writer: Writer) -> None:
@@ -678,7 +679,7 @@ def test_a_run_called_report_is_judged_and_not_written_over(writer: Writer, tmp_
     writer.run({"backend.activation": "softmax", "seed": 0}, 2.0, name="report")
     writer.run({"backend.activation": "sigmoid", "seed": 0}, 2.1)
     assert judged(writer).effects[0].paired.seeds == 1
-    with pytest.raises(BadInput, match="report: is a run's folder; say where the report is to be written with --out"):
+    with pytest.raises(BadInput, match="report: is a run's folder; choose where to write the report with --out"):
         main([str(writer.folder)])
     assert sorted(path.name for path in (writer.folder / "report").iterdir()) == [
         *("config.yaml", "metrics.jsonl", "overrides.yaml", "provenance.json", "summary.json"),
@@ -723,7 +724,7 @@ def test_the_sign_flip_note_stands_under_its_own_factor(writer: Writer) -> None:
     assert page.count("Sign-flip test: with") == 1
 
 
-@pytest.mark.parametrize(("count", "words"), [(1, "1 thing is missing or odd; the page names it"), (2, "2 things are")])
+@pytest.mark.parametrize(("count", "words"), [(1, "1 thing is missing or odd; the page lists it"), (2, "2 things are")])
 def test_one_thing_is_no_things(
     writer: Writer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, words: str
 ) -> None:

@@ -47,12 +47,12 @@ def warnings(writer: Writer) -> list[str]:
         (1 / 1.01, 1 / 1.02, ""),
         (1.0101, 1.0, "input: 909,090 parameters against 900,000 (+1.0 %)"),
         (0.9899, 1.0, "input: 890,910 parameters against 900,000 (−1.0 %)"),
-        (1.0, 1.03, "input: 2,060,000 FLOPs a token against 2,000,000 (+3.0 %)"),
-        (1.0, 0.97, "input: 1,940,000 FLOPs a token against 2,000,000 (−3.0 %)"),
+        (1.0, 1.03, "input: 2,060,000 FLOPs per token against 2,000,000 (+3.0 %)"),
+        (1.0, 0.97, "input: 1,940,000 FLOPs per token against 2,000,000 (−3.0 %)"),
         (
             *(1.1, 1.08),
             "input: 990,000 parameters against 900,000 (+10.0 %) and "
-            "2,160,000 FLOPs a token against 2,000,000 (+8.0 %)",
+            "2,160,000 FLOPs per token against 2,000,000 (+8.0 %)",
         ),
     ],
 )

@@ -288,7 +288,7 @@ def test_one_of_several_comparisons_is_chosen_by_where(writer: Writer, capsys: p
     for steps, context, difference in ((100, 64, 0.05), (200, 128, -0.05)):
         gate(writer, difference, seeds=3, also={"backend.context_length": context, "trainer.steps": steps})
     assert verdict(writer) == 2
-    assert "is in 2 comparisons; choose one by --where: context_length" in capsys.readouterr().err
+    assert "is in 2 comparisons; choose one with --where: context_length" in capsys.readouterr().err
     assert verdict(writer, "--where", "trainer.steps=100") == 11
     assert verdict(writer, "--where", "trainer.steps=200") == 0
 
@@ -298,18 +298,26 @@ def test_one_of_several_comparisons_is_chosen_by_where(writer: Writer, capsys: p
     [
         ("model.output_gate", (), "--better model.output_gate: must be KEY=VALUE"),
         ("model.output_gat=channel", (), "--better model.output_gat: no run's config has it (did you mean model.out"),
-        ("model.output_gate=head", (), "model.output_gate=head: no run has it; there are channel, none"),
-        ("model.output_gate=none", (), "others are compared with; name another one with --than: none, channel"),
-        ("model.output_gate=channel", ("--than", "head"), "model.output_gate=head: no run has it; there are channel"),
-        ("model.output_gate=channel", ("--than", "channel"), "=channel: is the arm that others are compared with"),
-        ("backend.activation=softmax", (), "--better backend.activation: is no factor here; there are model.output_g"),
+        ("model.output_gate=head", (), "model.output_gate=head: no run has it; the values are channel, none"),
+        ("model.output_gate=none", (), "is the baseline; name another arm with --than: none, channel"),
+        (
+            "model.output_gate=channel",
+            ("--than", "head"),
+            "model.output_gate=head: no run has it; the values are channel",
+        ),
+        ("model.output_gate=channel", ("--than", "channel"), "=channel: is the baseline"),
+        (
+            "backend.activation=softmax",
+            (),
+            "--better backend.activation: is not a factor here; the factors are model.output_g",
+        ),
         (
             "backend.activation=softmax",
             ("--than", "softmax"),
-            "backend.activation: is no factor here; there are model",
+            "backend.activation: is not a factor here; the factors are model",
         ),
         ("model.output_gate=channel", ("--metric", "num_params"), "--metric num_params: neither more nor less of it"),
-        ("model.output_gate=channel", ("--seeds", "7"), "--seeds 7: no run has it; there are 0, 1"),
+        ("model.output_gate=channel", ("--seeds", "7"), "--seeds 7: no run has it; the seeds are 0, 1"),
     ],
 )
 def test_a_question_that_cannot_be_asked_is_bad_input(
@@ -325,14 +333,14 @@ def test_a_question_that_cannot_be_asked_is_bad_input(
 
 def test_metrics_with_a_direction_are_named(writer: Writer, capsys: pytest.CaptureFixture[str]) -> None:
     assert verdict(gate(writer, -0.05, seeds=2), "--metric", "step") == 2
-    assert "with a direction there are val_bpb, val_loss" in capsys.readouterr().err
+    assert "choose one of val_bpb, val_loss" in capsys.readouterr().err
 
 
 def test_a_key_that_changes_with_another_is_asked_by_that(writer: Writer, capsys: pytest.CaptureFixture[str]) -> None:
     for seed, (name, momentum) in product(range(2), (("adamw", None), ("muon", 0.9))):
         writer.run({"optimizer.name": name, "optimizer.momentum": momentum, "seed": seed}, 2.0 + seed)
     assert verdict(writer, better="optimizer.momentum=0.9") == 2
-    assert "changes with optimizer.name; ask by that key: adamw, muon" in capsys.readouterr().err
+    assert "changes together with optimizer.name; use that key: adamw, muon" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_study_is_bad_input(tmp_path: Path) -> None:
@@ -372,7 +380,7 @@ def test_the_object_stands_alone_on_standard_output(writer: Writer, capsys: pyte
     assert out.isascii()  # works with any stream's encoding
     assert found == json.loads((writer.folder / "report" / "verdict.json").read_text("utf-8"))
     assert found["command"] == f"xattn report {writer.folder} --json"
-    assert found["warnings"] == ["Not runs, passed over: foreign."]
+    assert found["warnings"] == ["Skipped, since these are not runs: foreign."]
     assert "channel is better than none" in err
     assert "1 thing is missing or odd" in err
 
@@ -509,4 +517,4 @@ def test_the_program_of_the_page_reads_the_object(
     exec(block("python"), {})
     first, second = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"model\.output_gate channel better -0\.04\d+ 0 more seeds", first)
-    assert second == "Not runs, passed over: foreign."
+    assert second == "Skipped, since these are not runs: foreign."

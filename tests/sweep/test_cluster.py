@@ -115,7 +115,7 @@ def test_a_job_that_slurm_stops_is_requeued_and_makes_the_rest_of_its_runs(
     logs = [(run / "log.txt").read_text("utf-8") for run in sorted(study.glob("softmax*"))]
     assert ["resumed     from step" in log for log in logs] == [True, workers == 2]
     assert [(read_summary(run) or {})["status"] for run in study.glob("softmax*")] == ["done", "done"]
-    assert "handed over 2 runs to SLURM, as 1 job" in out
+    assert "submitted 2 runs to SLURM as 1 job" in out
     assert "run folders outputs/default/" in out
     assert "job logs    outputs/default/.submitit/JOB/JOB_0_log.out" in out
     assert [path for path in study.rglob("*") if "%" in path.name] == []
@@ -168,7 +168,7 @@ def test_a_job_that_was_cancelled_is_not_queued_again(
     (slurm / "state").write_text(state)
     cluster.queue_again()
     assert requeued == []
-    assert f"SLURM is ending job 77 ({state}), which is not queued again" in capsys.readouterr().out
+    assert f"SLURM is ending job 77 ({state}) and does not requeue it" in capsys.readouterr().out
 
 
 def test_a_job_that_cannot_be_queued_again_says_why(
@@ -182,7 +182,7 @@ def test_a_job_that_cannot_be_queued_again_says_why(
     handed.groups = {0: [(0, [])]}
     assert handed(OmegaConf.create({"resume": "auto"})) == ExitCode.PREEMPTED
     assert requeued == [signal.SIGUSR2]
-    assert re.search("the job is not queued again: .*scontrol.*requeue", capsys.readouterr().err)
+    assert re.search("the job was not requeued: .*scontrol.*requeue", capsys.readouterr().err)
 
 
 def test_without_srun_nothing_is_handed_to_slurm(tiny: list[str], tmp_path: Path) -> None:

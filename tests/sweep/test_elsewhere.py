@@ -39,7 +39,7 @@ def test_submitit(tiny: list[str], tmp_path: Path) -> None:
     assert not any(path.is_dir() for path in jobs.iterdir())
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
-    assert "3 runs, 3 done already" in out
+    assert "3 runs, 3 already done" in out
 
 
 def test_ray(tiny: list[str], tmp_path: Path) -> None:
@@ -73,5 +73,5 @@ def test_several_processes_train_each_training_once(tiny: list[str], tmp_path: P
     assert statuses(tmp_path) == ["done"]
     (rows,) = (tmp_path / "outputs" / "default").glob("*/evaluations.jsonl")
     assert len(rows.read_text("utf-8").splitlines()) == 1
-    assert out.count("trained already in") == 3
+    assert out.count("already trained in") == 3
     assert out.count(rows.parent.name) >= 7  # in the table as well

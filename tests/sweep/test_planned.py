@@ -64,8 +64,8 @@ def test_what_is_missing_and_the_command_that_continues_are_shown(capsys: pytest
         finish(job, status)
     assert runs.main([]) == 0
     out = capsys.readouterr().out
-    assert "5 of 12 planned, 1 failed; continued by python train.py -m 'seed=range(12)'\n" in out
-    assert "or by xattn resume outputs/s\n" in out
+    assert "5 of 12 planned runs done, 1 failed; continue with python train.py -m 'seed=range(12)'\n" in out
+    assert "or with xattn resume outputs/s\n" in out
     assert runs.main(["--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["studies"]
     command = "python train.py -m 'seed=range(12)'"
@@ -79,7 +79,7 @@ def test_what_is_missing_and_the_command_that_continues_are_shown(capsys: pytest
 def test_a_sweep_of_which_nothing_has_begun_is_shown_too(capsys: pytest.CaptureFixture[str]) -> None:
     keep(jobs_of(range(3)))
     assert runs.main([]) == 0
-    assert "0 of 3 planned" in capsys.readouterr().out
+    assert "0 of 3 planned runs done" in capsys.readouterr().out
 
 
 def test_a_run_that_another_one_answers_for_is_not_missing(here: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_sweep_says_at_its_end_which_runs_are_answered_for(capsys: pytest.Capt
     plan = Plan()
     plan.add(jobs)
     plan.write()
-    assert [sweep.says for sweep in unfinished(STUDY)] == ["0 of 2 planned"]
+    assert [sweep.says for sweep in unfinished(STUDY)] == ["0 of 2 planned runs done"]
 
     def start(pack: Sequence[Job]) -> list[ExitCode]:
         for job in pack:
@@ -106,7 +106,7 @@ def test_a_sweep_says_at_its_end_which_runs_are_answered_for(capsys: pytest.Capt
         return [ExitCode.DONE] * len(pack)
 
     study.run_study(jobs, start, plan)
-    assert "trained already in" in capsys.readouterr().out
+    assert "already trained in" in capsys.readouterr().out
     assert unfinished(STUDY) == []
 
 
@@ -117,7 +117,7 @@ def test_a_command_that_finds_everything_done_leaves_no_plan() -> None:
     keep(jobs)
     assert not list(STUDY.glob(".sweep-*"))
     keep([*jobs, *jobs_of([7])])
-    assert [sweep.says for sweep in unfinished(STUDY)] == ["2 of 3 planned"]
+    assert [sweep.says for sweep in unfinished(STUDY)] == ["2 of 3 planned runs done"]
 
 
 def test_two_terminals_with_one_command_keep_one_plan() -> None:
@@ -149,14 +149,14 @@ def test_a_plan_that_grows_is_complete_only_when_it_has_grown() -> None:
     keep(jobs, grows=True)
     for job in jobs:
         finish(job)
-    assert [sweep.says for sweep in unfinished(STUDY)] == ["2 of 2 planned, more seeds follow from these"]
+    assert [sweep.says for sweep in unfinished(STUDY)] == ["2 of 2 planned runs done, more seeds may follow"]
     keep(jobs)
     assert unfinished(STUDY) == []
 
 
 def test_a_tuner_counts_its_trials() -> None:
     planned.write_trials(STUDY.absolute(), 20, 7)
-    assert [sweep.says for sweep in unfinished(STUDY)] == ["7 of 20 planned"]
+    assert [sweep.says for sweep in unfinished(STUDY)] == ["7 of 20 planned runs done"]
     planned.write_trials(STUDY.absolute(), 20, 20)
     assert unfinished(STUDY) == []
 
@@ -202,14 +202,14 @@ def test_what_cannot_be_resumed_is_refused(here: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started"))
     for folder, told in (
         ("nowhere", "nowhere: no such folder"),
-        (str(job.folder), "is a run, and a study"),
-        ("outputs/s", "no sweep has left its plan here"),
+        (str(job.folder), "is a run, but this command continues a study"),
+        ("outputs/s", "holds no plan of a sweep"),
     ):
         with pytest.raises(BadInput, match=told):
             resume.main([folder])
     keep(jobs_of(range(2)))
     (here / "train.py").unlink()
-    with pytest.raises(BadInput, match=r"train\.py: no such file; it started this sweep"):
+    with pytest.raises(BadInput, match=r"train\.py: no such file, but it started this sweep"):
         resume.main([str(STUDY)])
 
 
@@ -223,7 +223,7 @@ def test_a_sweep_that_lacks_a_run_makes_it_when_it_is_resumed(tiny: list[str], h
     assert "planned" not in run("-m", "xattn.cli", "runs").stdout
     lost = sorted(STUDY.glob("*-seed1-*"))[0]
     lost.rename(here / "elsewhere")
-    assert "1 of 2 planned; continued by " in run("-m", "xattn.cli", "runs").stdout
+    assert "1 of 2 planned runs done; continue with " in run("-m", "xattn.cli", "runs").stdout
     resumed = run("-m", "xattn.cli", "resume", "outputs/s")
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((lost / "summary.json").read_text())["status"] == "done"

@@ -221,7 +221,7 @@ def test_a_job_carries_runs_of_one_program(
     assert len(others.launched) == 2
     made = [[(job.config.backend.activation, job.config.seed) for job in group] for group in grouped]
     assert made == [[("softmax", 0), ("softmax", 1)], [("sigmoid", 0), ("sigmoid", 1)]]
-    assert "handed over 4 runs" in capsys.readouterr().out
+    assert "submitted 4 runs" in capsys.readouterr().out
     start(GridSweeper(), ElsewhereLauncher(others, 2), "seed=0,1", "backend.activation=softmax,sigmoid")
     assert len(others.launched) == 2
 
@@ -348,7 +348,7 @@ def test_each_key_varies_by_itself_and_seeds_and_rates_go_with_every_arm(start: 
     start(GridSweeper(one_at_a_time=True), noted, *varied, "++seed=0,1,2", "++model.conv=2")
     assert len(noted.jobs) == 4 * 3
     assert not any(word.startswith("model.conv=") for job in noted.jobs for word in job)
-    with pytest.raises(BadInput, match=r"hydra\.sweeper\.one_at_a_time = perhaps: true or false"):
+    with pytest.raises(BadInput, match=r"hydra\.sweeper\.one_at_a_time = perhaps: must be true or false"):
         start(GridSweeper(one_at_a_time="perhaps"), noted, "seed=0,1")  # type: ignore[arg-type]
 
 
@@ -369,13 +369,13 @@ def test_an_experiment_with_a_sweeper_of_its_own_is_swept_by_itself(start: Calla
     text = "# @package _global_\nhydra: {sweeper: {max_batch_size: 3}}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
     noted = Noted()
-    with pytest.raises(BadInput, match=r"experiment=mine: has a launcher or sweeper of its own"):
+    with pytest.raises(BadInput, match=r"experiment=mine: has its own launcher or sweeper"):
         start(GridSweeper(), noted, f"hydra.searchpath=[file://{tmp_path}]", "experiment=study_theta,mine")
     assert noted.jobs == []
 
 
 def test_several_search_spaces_are_not_tuned_at_once(start: Callable[..., None]) -> None:
-    with pytest.raises(BadInput, match=r"experiment=study_activation,study_theta.*by a command of its own"):
+    with pytest.raises(BadInput, match=r"experiment=study_activation,study_theta.*with a separate command"):
         start(optuna_sweeper(), XattnLauncher(), "experiment=study_activation,study_theta")
 
 
@@ -510,7 +510,7 @@ def test_an_interval_of_a_key_that_holds_whole_numbers_draws_whole_numbers(
 def test_one_bad_run_in_any_batch_and_nothing_begins(
     batch: int | None, made: list[Job], start: Callable[..., None], tmp_path: Path
 ) -> None:
-    with pytest.raises(BadInput, match=r"none is started: optimizer\.learning_rate = -1"):
+    with pytest.raises(BadInput, match=r"nothing was started \(2 runs\): optimizer\.learning_rate = -1"):
         start(GridSweeper(batch), XattnLauncher(), f"{RATE}=1e-3,-1")
     assert made == []
     assert list(tmp_path.iterdir()) == []
@@ -530,7 +530,7 @@ def test_what_is_bad_for_one_run_alone_starts_none(
         (["parallel.data=2048", "seed=0,1"], r"parallel\.data = 2048"),
         (["backend.implementation=reference,hopper", "sweep.pack=2"], r"backend\.implementation: .*hopper"),
     ):
-        with pytest.raises(BadInput, match=f"of 2 runs none is started: {told}"):
+        with pytest.raises(BadInput, match=rf"nothing was started \(2 runs\): {told}"):
             start(GridSweeper(), XattnLauncher(), *typed, "sweep.workers=1")
     assert list(tmp_path.iterdir()) == []
 
@@ -561,8 +561,8 @@ def test_options_of_tuning_that_are_bad_are_told_by_key_value_and_choices(
             r"optimizer\.lerning_rate: no such key \(did you mean optimizer\.learn",
         ),
         (["optimizer=choice(adamw,mun)"], r"optimizer = mun: no such choice \(did you mean muon\?\)"),
-        ([f"{RATE}=choice(1,2)", "sweep.workers=2"], r"sweep\.workers = 2: a process tunes alone"),
-        ([f"{RATE}=choice(1,2)", "sweep.half_width=0.1"], r"sweep\.half_width = 0\.1: adds seeds to arms that are"),
+        ([f"{RATE}=choice(1,2)", "sweep.workers=2"], r"sweep\.workers = 2: tuning uses one process"),
+        ([f"{RATE}=choice(1,2)", "sweep.half_width=0.1"], r"sweep\.half_width = 0\.1: adds seeds to given arms"),
     ],
     ids=["key", "choice", "workers", "half_width"],
 )

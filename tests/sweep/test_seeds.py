@@ -169,7 +169,7 @@ def test_the_budget_ends_it_with_what_there_is(tmp_path: Path, capsys: pytest.Ca
     laboratory.run_study("sweep.half_width=0.01", "sweep.budget_minutes=0.01")
     assert laboratory.seeds_of("backend.activation") == {"softmax": 8, "sigmoid": 8}
     told = capsys.readouterr().out
-    assert "sweep.budget_minutes = 0.01: stopped with the seeds that there are" in told
+    assert "sweep.budget_minutes = 0.01: time is up; stopped with the seeds so far" in told
     assert "±0.01 takes " in told.splitlines()[-1]
 
 

@@ -95,7 +95,7 @@ def test_the_objective_is_any_number_of_the_summary(runs: Runs, capsys: pytest.C
     space = {RATE: Dimension(choices=["0.001", "0.1"])}
     search(runs, space, sampler="grid", objective="tokens_per_second", direction="maximize")
     assert f"with {RATE}=0.001" in capsys.readouterr().out
-    with pytest.raises(BadInput, match=r"'probe/x/y': no number in summary.json; there: val_loss"):
+    with pytest.raises(BadInput, match=r"'probe/x/y': not a number in summary.json; allowed: val_loss"):
         search(runs, space, sampler="grid", objective="probe/x/y")
 
 

@@ -42,5 +42,5 @@ def test_a_pattern_of_layers_is_swept_as_a_string() -> None:
         if composes:
             assert xattn.config.compose([*base, word]).backend.kinds["then"].activation == "softmax"
         else:
-            with pytest.raises(BadInput, match="not an override that Hydra's grammar takes"):
+            with pytest.raises(BadInput, match="not a valid Hydra override"):
                 xattn.config.compose([*base, word])

@@ -44,7 +44,7 @@ def test_auto_is_a_process_for_each_gpu_unless_a_run_is_over_several(started: li
     run_study(jobs_of(tmp_path, "sweep.workers=2"))
     both = [Seat(gpu="0"), Seat(gpu="1")]
     assert started == [both, [], [], [], both]
-    with pytest.raises(BadInput, match=r"sweep\.workers = 2: each has one GPU.*parallel\.data = 2"):
+    with pytest.raises(BadInput, match=r"sweep\.workers = 2: each worker has one GPU.*parallel\.data = 2"):
         run_study(jobs_of(tmp_path, "parallel.data=2", "sweep.workers=2"))
     assert len(started) == 5
 

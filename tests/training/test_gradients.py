@@ -89,7 +89,7 @@ def test_a_step_that_does_not_fit_is_refused_with_both_numbers_and_what_helps(mo
     assert "gradient_accumulation=" not in str(refusal.value)
     assert "remat" not in str(refusal.value)
     dropping = compose([*TINY, "model.dropout=0.1"])
-    assert "gradient_accumulation=2 (same result but for dropout's draws)" in memory.what_helps(dropping, "cpu")
+    assert "gradient_accumulation=2 (same result except for dropout's draws)" in memory.what_helps(dropping, "cpu")
 
 
 def test_of_a_containers_memory_only_what_it_has_not_used_is_available(

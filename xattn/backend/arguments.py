@@ -47,17 +47,17 @@ def checked_arrays(
         raise ValueError(f"queries, keys and values must all have the axes (B, NH, S, D) or all (B, S, D), got {given}")
     if qkv_dtype is None and not queries.dtype == keys.dtype == values.dtype:
         dtypes = f"{queries.dtype}, {keys.dtype} and {values.dtype}"
-        raise ValueError(f"queries, keys and values have the dtypes {dtypes}; make them one, or give qkv_dtype")
+        raise ValueError(f"queries, keys and values must share one dtype, got {dtypes}; cast them, or give qkv_dtype")
     dtype = jnp.dtype(queries.dtype if qkv_dtype is None else qkv_dtype)
     if dtype.name not in DTYPES:
-        raise ValueError(f"attention is computed in {', '.join(DTYPES)}, not in {dtype.name}")
+        raise ValueError(f"attention supports the dtypes {', '.join(DTYPES)}, got {dtype.name}")
     q, k, v = (x.astype(dtype) if x.ndim == 4 else x.astype(dtype)[:, None] for x in (queries, keys, values))
     if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2] == k.shape[2] == v.shape[2]):
         raise ValueError(f"queries, keys and values must agree in batch and sequence, got {given}")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"queries and keys must have the same head width DHQK, got {given}")
     if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"keys and values must have the same heads, a divisor of the queries', got {given}")
+        raise ValueError(f"keys and values must have the same number of heads, which divides the queries', got {given}")
     if q.shape[2] == 0:
         raise ValueError(f"the sequence must not be empty, got {given}")
     if q.shape[3] < 2 or q.shape[3] % 2:
@@ -146,9 +146,9 @@ def _checked_log(name: str, array: Array | None, shape: tuple[int, int, int]) ->
 
 def _check_values(name: str, array: Array) -> None:
     if name == "log_decay" and not jnp.all(array <= 0):
-        raise ValueError(f"log_decay must not be positive, nor NaN: a decay can't amplify; got {jnp.max(array)}")
+        raise ValueError(f"log_decay must be at most 0 and not NaN, since a decay cannot amplify; got {jnp.max(array)}")
     if name == "log_input_gate" and not jnp.all(jnp.isfinite(array)):
-        raise ValueError("log_input_gate must be finite; a gate that is shut is a large negative number")
+        raise ValueError("log_input_gate must be finite; use a large negative number for a closed gate")
 
 
 def _checked_sink(sink: Sink, num_heads: int, activation: Activation) -> Float32[Array, " NH"] | None:
@@ -156,7 +156,7 @@ def _checked_sink(sink: Sink, num_heads: int, activation: Activation) -> Float32
         return None
     if not activation.is_normalised:
         raise ValueError(
-            f"a sink is a term of softmax's sum, which activation_function {activation.name!r} lacks: omit it"
+            f"sink is a term of softmax's sum and has no meaning under activation_function {activation.name!r}; omit it"
         )
     return _one_per_head("sink", sink, num_heads)
 

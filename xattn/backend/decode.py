@@ -99,7 +99,7 @@ def prefill(
     seen = jnp.asarray(q.shape[2] if length is None else length, jnp.int32)
     if isinstance(cache, StateCache):
         if implementation != dispatch.AUTO and dispatch.row(implementation).name != "linear":
-            raise ValueError(f"attention implementation {implementation!r} does not keep the state that this cache is")
+            raise ValueError(f"attention implementation {implementation!r} cannot use the state in this cache")
         out, after = _prefill_state(q, k, v, cache, spec, seen)
     else:
         capacity = cache.k.shape[2]
@@ -130,7 +130,7 @@ def _fitting(cache: Cache, spec: AttentionSpec) -> AttentionSpec:
     fades = spec.has_terms if isinstance(cache, StateCache) else cache.terms is not None
     for name, made, given in (("fades", fades, spec.has_terms), ("documents", of_documents, has_documents)):
         if made != given:
-            raise ValueError(f"a cache made with {name}={made} gets a call with {name}={given}; see init_cache")
+            raise ValueError(f"the cache was made with {name}={made}, and this call has {name}={given}; see init_cache")
     return spec if spec.segment_ids is None else replace(spec, segment_ids=spec.segment_ids.astype(jnp.int32))
 
 
@@ -188,7 +188,7 @@ def attend(
     """
     q, k, v = checked_arrays(queries, keys, values)
     if q.shape[2] != 1:
-        raise ValueError(f"decode_step takes one token, got {q.shape[2]}; prefill takes many")
+        raise ValueError(f"decode_step takes one token, got {q.shape[2]}; use prefill for several")
     spec = _fitting(cache, spec)
     q, k = prepare(q, k, spec, cache.length)
     q = xla_cpu.without_token_axis(formula.grouped(q, k.shape[1]))  # (B, NKV, G, DHQK)

@@ -162,7 +162,7 @@ class Implementation:
     def refusal(self, call: Call) -> str | None:
         """Return what it does not support about the call, or None."""
         if self.activations is not None and call.activation.name not in self.activations:
-            return f"{call.activation.name}: it serves {' and '.join(self.activations)} only, {self.why}"
+            return f"{call.activation.name}: it supports {' and '.join(self.activations)} only, {self.why}"
         return self.unsupported(call)
 
 
@@ -186,10 +186,10 @@ def _not_on_cuda(call: Call) -> str | None:
     return _first(
         (call.platform != "cuda", f"the platform {call.platform}: it needs a CUDA device"),
         (call.dtype not in ("bfloat16", "float16"), f"{call.dtype}: its kernels take bfloat16 and float16"),
-        (call.has_mask or call.has_segment_ids, "a given mask or segment_ids (S×S): its kernels are causal only"),
+        (call.has_mask or call.has_segment_ids, "a mask or segment_ids (S×S): its kernels are causal only"),
         (call.has_decay or call.has_input_gate, "a decay or an input gate: its kernels add no array to the logits"),
-        (call.has_sink, "a sink: its kernels know no logit without a key"),
-        (call.context > 1, "a split sequence: its kernels see one device"),
+        (call.has_sink, "a sink: its kernels have no logit without a key"),
+        (call.context > 1, "a split sequence: its kernels run on one device"),
     )
 
 
@@ -200,7 +200,7 @@ def _not_cudnn(call: Call) -> str | None:
     fits = width == call.head_dim_v and width % 8 == 0 and width <= widest
     return _first(
         (float(call.capability) < 8, f"compute capability {call.capability}: it needs 8.0"),
-        (not fits, f"the head widths {width} and {call.head_dim_v}: equal, a multiple of 8, at most {widest}"),
+        (not fits, f"the head widths {width} and {call.head_dim_v}: must be equal, a multiple of 8, at most {widest}"),
     )
 
 
@@ -210,29 +210,29 @@ def _not_hopper(call: Call) -> str | None:
     width, widths = call.head_dim_qk, " or ".join(map(str, WIDTHS))
     fits = width == call.head_dim_v and width in WIDTHS
     return _first(
-        (not fits, f"the head widths {width} and {call.head_dim_v}: equal, {widths}"),
+        (not fits, f"the head widths {width} and {call.head_dim_v}: must be equal, and {widths}"),
         (call.window is not None, "a window: its kernels are causal only"),
     ) or _first((call.capability != "9.0", f"compute capability {call.capability}: its instructions need exactly 9.0"))
 
 
 def _not_linear(call: Call) -> str | None:
     return _first(
-        (call.has_mask, "a given mask: its state is a sum over all earlier tokens"),
-        (call.window is not None, "a window: a sum does not forget token by token"),
+        (call.has_mask, "a mask: its state is a sum over all earlier tokens"),
+        (call.window is not None, "a window: its state cannot drop single tokens"),
     )
 
 
 def _not_ring(call: Call) -> str | None:
     return _first(
-        (call.has_mask, "a given mask: no device has more than a stretch of the sequence"),
-        (call.sequence % call.context != 0, f"S = {call.sequence} on {call.context} devices: it must be a multiple"),
+        (call.has_mask, "a mask: each device holds only a part of the sequence"),
+        (call.sequence % call.context != 0, f"S = {call.sequence} on {call.context} devices: S must be a multiple"),
     )
 
 
 def _proof_of_hopper(call: Call) -> Proof | str:
     """No user waits for another's measurements, and nothing unproven is chosen."""
     if call.devices > 1:
-        return f"a mesh of {call.devices} devices: it was measured on one"
+        return f"a mesh of {call.devices} devices: it was measured on one only"
     behind = TABLE[TABLE.index(row("hopper")) + 1 :]
     return proven.proof(
         proven.identity(device_kind()),
@@ -257,18 +257,16 @@ def _unfavourable_ring(call: Call) -> str | None:
 
 
 def _unfavourable_blockwise(call: Call) -> str | None:
-    return "a split sequence: each device would go through all of it" if call.context > 1 else _short(call)
+    return "a split sequence: each device would process all of it" if call.context > 1 else _short(call)
 
 
 # ``auto`` tries them in this order. The last one serves every call.
 TABLE: tuple[Implementation, ...] = (
     # JAX's batching rule for the backward treats unmapped operands as mapped (jax issue 38495).
     Implementation("cudnn", _not_cudnn, vmaps=False, activations=("softmax",), why="as cuDNN does"),
+    Implementation("hopper", _not_hopper, proof=_proof_of_hopper, activations=ACTIVATIONS, why="as its kernels do"),
     Implementation(
-        "hopper", _not_hopper, proof=_proof_of_hopper, activations=ACTIVATIONS, why="its kernels know no other"
-    ),
-    Implementation(
-        "linear", _not_linear, partial(_short, length=256), activations=("none",), why="a sum of outer products"
+        "linear", _not_linear, partial(_short, length=256), activations=("none",), why="by a sum of outer products"
     ),
     # Runs that train as one program have one device; ring is blockwise there.
     Implementation("ring", _not_ring, _unfavourable_ring),

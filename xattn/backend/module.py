@@ -92,7 +92,7 @@ class mLSTMBackendAttention(nn.Module):
         """
         for name, state in (("n_initial", n_initial), ("m_initial", m_initial)):
             if state is not None:
-                raise ValueError(f"attention has no such state: {name} must be None, got shape {state.shape}")
+                raise ValueError(f"attention has no state {name}: it must be None, got shape {state.shape}")
         config = self.config
         one_head = q.ndim == 3
         q, k, v = checked_arrays(q, k, v)

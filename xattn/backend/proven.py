@@ -167,11 +167,11 @@ def read(of: Identity) -> Record | str:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-                return f"others than its owner can write {path}"
+                return f"users other than its owner can write to {path}"
             loaded: Any = json.load(file)
         content, digest = loaded["record"], loaded["sha256"]
         if digest != _digest(content):
-            return f"{path} is not as it was written"
+            return f"{path} was changed after it was written"
         record = Record.model_validate_json(json.dumps(content))
     except FileNotFoundError:
         return "no record"
@@ -180,7 +180,7 @@ def read(of: Identity) -> Record | str:
     stated = Identity(
         device_kind=record.device_kind, jax=record.jax, jaxlib=record.jaxlib, source_sha256=record.source_sha256
     )
-    return record if stated == of else f"{path} is of another device or version"
+    return record if stated == of else f"{path} is for another device or version"
 
 
 def _digest(content: Any) -> str:
@@ -205,13 +205,13 @@ def proof(
     if isinstance(by_length, str):
         return f"{by_length} ({of.name})"
     if not {*LENGTHS} <= by_length or max(by_length) < length:
-        return f"its accuracy at S = {length} was not measured in {of.name}: `{COMMAND}` makes a whole record"
+        return f"its accuracy at S = {length} was not measured in {of.name}: `{COMMAND}` makes a complete record"
     times = {(each.length, each.passes): each for each in evidence if isinstance(each, Times)}
     measured = sorted({at for at, _ in times})
     below, above = [at for at in measured if at <= length], [at for at in measured if at >= length]
     near = {max(below, default=0), min(above, default=0)}
     if 0 in near or any((at, passes) not in times for at in near for passes in PASSES):
-        return f"its time at S = {length} was not measured in {of.name}: `{COMMAND}` makes a whole record"
+        return f"its time at S = {length} was not measured in {of.name}: `{COMMAND}` makes a complete record"
     for at in sorted(near):
         for passes in PASSES:
             seconds, other = times[at, passes].seconds, times[at, passes].others.get(rival(at), 0.0)
@@ -225,7 +225,7 @@ def _accurate_lengths(evidence: Iterable[Evidence], tiles: Tiles) -> set[int] | 
     found = [each for each in evidence if isinstance(each, Accuracy) and each.tiles == tiles]
     for each in found:
         if not each.holds:
-            return f"not accurate at S = {each.length}: {each.worst:.2f} times its dtype's error, {ALLOWED} is allowed"
+            return f"inaccurate at S = {each.length}: {each.worst:.2f} times its dtype's error; allowed: {ALLOWED}"
     return {each.length for each in found}
 
 

@@ -117,16 +117,14 @@ def _parser() -> Parser:
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048], metavar="S")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, help="default: as many as --heads")
+    parser.add_argument("--kv-heads", type=int, help="default: the same as --heads")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--window", type=int)
     parser.add_argument("--decay", nargs="+", choices=("none", "input"), default=["none"])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--passes", choices=("forward", "forward+backward"), default="forward+backward")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each implementation")
-    parser.add_argument(
-        "--memory-limit", type=float, default=4.0, metavar="GB", help="programs that need more are skipped"
-    )
+    parser.add_argument("--repeats", type=int, default=5, help="number of timings per implementation")
+    parser.add_argument("--memory-limit", type=float, default=4.0, metavar="GB", help="skip programs that need more")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     return parser
 
@@ -187,7 +185,13 @@ def _refusal(
 ) -> str | None:
     """Return why the named implementation cannot serve, or None."""
     if name == PEER:
-        return "it has no decay" if has_decay else None if activation == "softmax" else "it has softmax only"
+        return (
+            "it does not support decay"
+            if has_decay
+            else None
+            if activation == "softmax"
+            else "it supports softmax only"
+        )
     if name == dispatch.AUTO:
         return None
     q, k, v, *_ = arrays

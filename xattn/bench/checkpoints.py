@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_intermixed_args(argv)
     if options.repeats < 1 or not 1 <= options.every <= options.steps:
-        parser.error("--repeats is at least 1, and --every from 1 to --steps")
+        parser.error("--repeats must be at least 1, and --every from 1 to --steps")
     config = compose(options.overrides)
     data = load_data(config.data, replace(config.batching, sequences=1))
     compiled, _ = programs(config, data.tokenizer.vocab_size, optional=data.optional)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{options.steps} steps with a save every {options.every} / without: {statistics.median(ratios):.3f}")
     print(f"  in pairs: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
     print(
-        f"a save: {statistics.median(blocking) * 1e3:.1f} ms blocking, {statistics.median(in_all) * 1e3:.0f} ms in all"
+        f"a save: {statistics.median(blocking) * 1e3:.1f} ms blocking, {statistics.median(in_all) * 1e3:.0f} ms total"
     )
     found = {"pairs": pairs, "ratio": statistics.median(ratios), "blocking_seconds": blocking, "seconds": in_all}
     write_record(options, "checkpoints", found)
@@ -94,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="xattn bench checkpoints", description="What saving costs a run.")
-    parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
+    parser = Parser(prog="xattn bench checkpoints", description="Measure what saving costs a run.")
+    parser.add_argument("overrides", nargs="*", help="overrides of the config, as for train.py")
     parser.add_argument("--every", type=int, default=50, help="steps between two saves")
-    parser.add_argument("--steps", type=int, default=200, help="in a stretch")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of stretches; the median counts")
+    parser.add_argument("--steps", type=int, default=200, help="steps in a stretch")
+    parser.add_argument("--repeats", type=int, default=5, help="number of pairs of stretches; their median is reported")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     return parser
 

@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="xattn bench data", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=2000, help="size of the corpus")
     parser.add_argument("--tokenizers", nargs="+", default=["bytes", "bpe"], help="values of data.tokenizer")
-    parser.add_argument("--folder", type=Path, help="where corpus and cache are put; default: a temporary folder")
-    parser.add_argument("--json", action="store_true", help="one JSON object a tokenizer, and nothing else")
+    parser.add_argument("--folder", type=Path, help="folder for corpus and cache; default: a temporary one")
+    parser.add_argument("--json", action="store_true", help="print only one JSON object per tokenizer")
     parser.add_argument("--one", nargs=2, metavar=("TOKENIZER", "PATH"), help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", help="of the config of the training, as for train.py")
+    parser.add_argument("overrides", nargs="*", help="overrides of the training's config, as for train.py")
     arguments = parser.parse_args(argv)
     if not Path("/proc/self/status").exists():
-        raise BadInput("xattn bench data: RssAnon is Linux's, and this machine has no /proc/self/status")
+        raise BadInput("xattn bench data: needs Linux, since it reads RssAnon in /proc/self/status")
     if arguments.one:
         tokenizer, path = arguments.one
         print(json.dumps(measure(_config(tokenizer, path, arguments.overrides))))

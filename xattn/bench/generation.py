@@ -31,15 +31,17 @@ FORWARDS = 20
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print one JSON object. Return an exit code."""
     parser = Parser(prog="xattn bench generation", description=main.__doc__)
-    parser.add_argument("overrides", nargs="*", help="of the config, backend.context_length=1024 before them")
+    parser.add_argument("overrides", nargs="*", help="overrides of the config, after backend.context_length=1024")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timings of each")
     options = parser.parse_args(argv)
     config = compose(["backend.context_length=1024", *options.overrides])
     length = config.backend.context_length
     if options.prompt_tokens < 1 or options.max_tokens < 1 or options.prompt_tokens + options.max_tokens > length:
-        parser.error(f"prompt and continuation are at least a token each and together at most context_length {length}")
+        parser.error(
+            f"prompt and continuation must have at least one token each and at most context_length {length} together"
+        )
     model = LanguageModel(config.model, config.backend, VOCAB_SIZE)
     hyper = hyperparameters(config).model
     prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, options.prompt_tokens)

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def options_parser() -> Parser:
-    parser = Parser(prog="xattn bench kernels", description="The Hopper kernels: right, fast, which tiles?")
+    parser = Parser(prog="xattn bench kernels", description="Measure the Hopper kernels' accuracy, times and tiles.")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--activations", nargs="+", choices=("sigmoid", "none"), default=["sigmoid", "none"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16", "float16"])
@@ -67,8 +67,8 @@ def options_parser() -> Parser:
     parser.add_argument("--sweep-length", type=int, metavar="S", default=4096)
     parser.add_argument("--tokens", type=int, default=32768, help="B · S of what is timed")
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=15, help="timed turns of each subject")
-    parser.add_argument("--memory-limit", type=float, default=40.0, metavar="GB", help="larger programs are not timed")
+    parser.add_argument("--repeats", type=int, default=15, help="number of timings per subject")
+    parser.add_argument("--memory-limit", type=float, default=40.0, metavar="GB", help="do not time larger programs")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     return parser
 

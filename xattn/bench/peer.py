@@ -85,7 +85,7 @@ class Peer:
             pass  # it has ended, as the missing answer shows
         answer = self._process.stdout.readline()
         if not answer:
-            raise BadInput(f"--peer-python {self._python}: nanoGPT's step does not run there; what it said is above")
+            raise BadInput(f"--peer-python {self._python}: nanoGPT's step does not run there; its output is above")
         self.facts = json.loads(answer)
         seconds: list[float] = self.facts.pop("seconds")
         return seconds

@@ -25,9 +25,9 @@ _PATIENCE = 600
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="xattn bench start", description="Seconds to the first step, cold and warm.")
-    parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
-    parser.add_argument("--repeats", type=int, default=3, help="warm starts; the quickest counts")
+    parser = Parser(prog="xattn bench start", description="Measure the seconds to the first step, cold and warm.")
+    parser.add_argument("overrides", nargs="*", help="overrides of the config, as for train.py")
+    parser.add_argument("--repeats", type=int, default=3, help="number of warm starts; the quickest is reported")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     options = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -43,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="xattn bench sweep", description="A sweep against its runs one by one; packs against a run alone."
+        prog="xattn bench sweep", description="Compare a sweep with its runs one by one, and packs with a single run."
     )
-    parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
+    parser.add_argument("overrides", nargs="*", help="overrides of the config, as for train.py")
     parser.add_argument("--rates", type=int, default=4, help="number of learning rates, at most 4")
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
-    parser.add_argument("--every", type=int, default=1, help="only every such run by itself; times it, the sum counts")
+    parser.add_argument("--every", type=int, default=1, help="train only every Nth run by itself, and scale the sum")
     parser.add_argument("--packs", nargs="+", type=int, metavar="N", help="sizes of packs, 1 among them")
     parser.add_argument("--steps", type=int, default=50, help="of a pack, in a block")
-    parser.add_argument("--repeats", type=int, default=6, help="blocks of each pack; the median counts")
+    parser.add_argument("--repeats", type=int, default=6, help="blocks of each pack; their median is reported")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     return parser
 
@@ -98,7 +98,7 @@ def _seconds(overrides: Sequence[str], cwd: Path, environment: Mapping[str, str]
     done = subprocess.run(command, cwd=cwd, env=os.environ | dict(environment), capture_output=True, text=True)
     seconds = time.perf_counter() - began
     if done.returncode != 0:
-        raise XattnError(f"xattn train {' '.join(overrides)} left with {done.returncode}: {done.stderr[-500:]}")
+        raise XattnError(f"xattn train {' '.join(overrides)} exited with {done.returncode}: {done.stderr[-500:]}")
     return seconds
 
 
@@ -107,7 +107,9 @@ def _seconds(overrides: Sequence[str], cwd: Path, environment: Mapping[str, str]
 
 def _packs(options: argparse.Namespace) -> dict[str, Any]:
     if 1 not in options.packs or min(options.packs) < 1:
-        raise BadInput(f"--packs = {options.packs}: numbers of runs, 1 among them, which the others are compared with")
+        raise BadInput(
+            f"--packs = {options.packs}: must be numbers of runs and contain 1, the one that others are compared with"
+        )
     import jax
 
     from xattn.config import compose

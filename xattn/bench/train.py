@@ -108,17 +108,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="xattn bench train", description="Speed, utilisation and memory of training steps, side by side."
+        prog="xattn bench train", description="Compare the speed, utilisation and memory of training steps."
     )
-    parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
+    parser.add_argument("overrides", nargs="*", help="overrides of the config, as for train.py")
     parser.add_argument("--models", nargs="+", metavar="NAME", default=["nano"], help="choices of conf/model")
     parser.add_argument("--activations", nargs="+", choices=activations.names(), default=list(activations.names()))
-    parser.add_argument("--vocab-size", type=int, default=256, help="default: of bytes")
+    parser.add_argument("--vocab-size", type=int, default=256, help="default: that of bytes")
     parser.add_argument("--steps", type=int, default=5, help="in a block")
-    parser.add_argument("--repeats", type=int, default=6, help="blocks of each")
+    parser.add_argument("--repeats", type=int, default=6, help="number of blocks of each")
     parser.add_argument("--cache", action="store_true", help="compiled programs may come from the cache on disk")
-    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT, to run beside")
-    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON", help="an interpreter with torch")
+    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT, to compare with")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, metavar="PYTHON", help="a Python interpreter with torch"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     return parser
 
@@ -138,7 +140,7 @@ def _prepare(model: str, activation: str, options: argparse.Namespace) -> Subjec
 
 def _peer_settings(subjects: list[Subject], options: argparse.Namespace) -> dict[str, int]:
     if len({subject.model for subject in subjects}) > 1:
-        raise BadInput(f"--models = {options.models}: one model at a time is compared with a peer")
+        raise BadInput(f"--models = {options.models}: --peer compares one model at a time")
     config = subjects[0].config
     return {
         "num_layers": config.model.num_layers,

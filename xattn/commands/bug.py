@@ -38,14 +38,16 @@ def main(argv: Sequence[str]) -> int:
         "the corpus, no samples, no checkpoints, no keys.",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the archive (default: xattn-bug-NAME.tar.gz, here)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the archive (default: xattn-bug-NAME.tar.gz in this folder)"
+    )
     asked = parser.parse_args(argv)
     run = asked.run.absolute()
     if not (run / run_folder.CONFIG).is_file():
         raise BadInput(f"{asked.run}: not a run folder: it has no {run_folder.CONFIG}")
     target = asked.out or Path(f"xattn-bug-{run.name}.tar.gz")
     if target.exists():
-        raise BadInput(f"{target}: is there already; name another with --out FILE")
+        raise BadInput(f"{target}: already exists; name another file with --out FILE")
     files = contents(run)
     with writing(target):
         run_folder.write_atomically(target, _archive(f"xattn-bug-{run.name}", files), shared=True)
@@ -111,8 +113,8 @@ def _archive(folder: str, files: Mapping[str, str]) -> bytes:
 
 def _told(target: Path, files: Mapping[str, str]) -> list[str]:
     """Return what the user should look at before passing the archive on."""
-    lines = [f"{target}: {target.stat().st_size:,} bytes, not sent anywhere. In it:"]
+    lines = [f"{target}: {target.stat().st_size:,} bytes; nothing was sent. It contains:"]
     lines += [f"  {name:18}{len(text.encode()):>9,} bytes" for name, text in files.items()]
     if places := sorted({place for text in files.values() for place in _PLACE.findall(text)}):
-        lines += ["places that it names (your home folder is ~):", *(f"  {place}" for place in places)]
-    return [*lines, "look through it, and attach it to your issue"]
+        lines += ["paths that it mentions (~ is your home folder):", *(f"  {place}" for place in places)]
+    return [*lines, "check it, then attach it to your issue"]

@@ -16,11 +16,11 @@ from xattn.tracking.display import Screen
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="xattn compare", description="Set runs side by side.")
+    parser = Parser(prog="xattn compare", description="Compare runs side by side.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     goes_to = parser.add_mutually_exclusive_group()
     goes_to.add_argument("--wandb", action="store_true", help="log the same table to the first run's wandb project")
-    goes_to.add_argument("--json", action="store_true", help="print the table as an object (docs/agents.md)")
+    goes_to.add_argument("--json", action="store_true", help="print the table as JSON (docs/agents.md)")
     asked = parser.parse_args(argv)
     runs = [read_run(folder) for folder in _runs(asked.runs)]
     if asked.json:
@@ -38,7 +38,7 @@ def _runs(folders: Sequence[Path]) -> list[Path]:
     others = {folder for folder in folders if folder.is_file() or folder.absolute().name == REPORT}
     runs = [folder for folder in folders if folder not in others or (folder / run_folder.CONFIG).is_file()]
     if not runs:
-        raise BadInput(f"{' '.join(map(str, folders))}: no run among these")
+        raise BadInput(f"{' '.join(map(str, folders))}: no run found")
     return runs
 
 

@@ -19,24 +19,24 @@ from xattn.system import entry
 from xattn.system.arguments import Parser
 from xattn.system.screen import say
 
-EPILOG = """A word with = is an override as train.py takes it: data=text data.path=FILE, evaluation.sequences=all,
+EPILOG = """A word with = is an override, as for train.py: data=text data.path=FILE, evaluation.sequences=all,
 backend.context_length=512, 'evaluation.probes=[in_context,extrapolation]', backend.theta, backend.window,
-trainer.batch_size, trainer.attention_stats_every=1 (for the attention statistics). Any other word is one more run.
-Another context_length is another length of the sequences: sigmoid's n stays that of training, unless
+trainer.batch_size, trainer.attention_stats_every=1 (for the attention statistics). Any other word is another run.
+A new context_length changes the length of the sequences; sigmoid's n stays that of training, unless
 backend.sigmoid_bias is given too (auto: the n of the new length)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate the models of runs as their own evaluations did, or under the given overrides."""
     parser = Parser(prog="xattn evaluate", description=main.__doc__, epilog=EPILOG)
-    parser.add_argument("run", type=Path, help="a run's folder, or a study's for all its runs that are done")
+    parser.add_argument("run", type=Path, help="a run's folder, or a study's, for all its runs that are done")
     parser.add_argument("words", nargs="*", metavar="RUN_OR_OVERRIDE")
-    parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="with YAML files of your own, as conf/ is")
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     parser.add_argument(
-        "--save", action="store_true", help="append each result to its run's evaluations.jsonl, unless it is there"
+        "--config-dir", type=Path, metavar="FOLDER", help="a folder of your own YAML files, laid out like conf/"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a run")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument("--save", action="store_true", help="append each new result to its run's evaluations.jsonl")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per run")
     asked = parser.parse_intermixed_args(argv)
     overrides = [word for word in asked.words if "=" in word and not Path(word).is_dir()]
     folders = [asked.run, *(Path(word) for word in asked.words if word not in overrides)]
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _evaluate_all(runs, evaluation, as_json=asked.json)
     row, was_there = evaluation(asked.run)
     if was_there:
-        say(f"not measured again: its {run_folder.EVALUATIONS} has it", file=sys.stderr)
+        say(f"not measured again: {run_folder.EVALUATIONS} already has it", file=sys.stderr)
     if asked.json:
         print(_json_line(asked.run, row))
     else:
@@ -95,7 +95,7 @@ def _evaluate_all(runs: Sequence[Path], evaluate: Callable[[Path], tuple[Row, bo
         )
     for first, *others in failures.values():
         if others:
-            entry.tell(f"as {first}: {len(others)} more")
+            entry.tell(f"the same as {first}: {len(others)} more")
     return ExitCode(codes.pop()) if len(codes) == 1 else ExitCode.ERROR if codes else ExitCode.DONE
 
 

@@ -28,7 +28,7 @@ from xattn.system.arguments import Parser
 
 _OTHER_GROUPS = {
     "experiment": "A prepared experiment; it may set any key.",
-    "hydra/launcher": "Where the runs of a sweep are made.",
+    "hydra/launcher": "Where the runs of a sweep are trained.",
     "hydra/sweeper": "Which runs a sweep makes.",
 }
 
@@ -150,7 +150,7 @@ def explain(key: str) -> str:
     if not inside and not choices:
         groups = dict.fromkeys(entry.group for entry in entries() if entry.group)
         near = xattn.config.nearest_of(key, [*(entry.key for entry in entries()), *groups, *_OTHER_GROUPS])
-        raise BadInput(f"{key}: no such key{near}; `xattn explain` lists them all")
+        raise BadInput(f"{key}: no such key{near}; `xattn explain` lists all keys")
     width = max(map(len, choices), default=0)
     lines = [f"  {key}={choice:{width}}  {headline(key, choice)}".rstrip() for choice in choices]
     return "\n".join([key, *lines, *_in_lines(inside)])
@@ -196,7 +196,9 @@ def annotated(text: str) -> str:
                 chosen[path[0]] = (found[3] or "").strip()
             known = [entry for entry in entries() if entry.key == ".".join(path)]
             values = [each.values for each in known if not each.choices or chosen.get(path[0]) in each.choices]
-            line = f"{line:32}  # {values[0]}" if values else line
+            if values:
+                start, *more = textwrap.wrap(values[0], max(20, 76 - max(32, len(line))), subsequent_indent="  ")
+                line = "\n".join([f"{line:32}  # {start}", *(f"{'':32}  # {rest}" for rest in more)])
         lines.append(line)
     return "\n".join(lines)
 
@@ -223,8 +225,8 @@ def markdown() -> str:
 
 _HEAD = """# Configuration
 
-Every key that can be typed, from the config's classes in `xattn/` and the values in `conf/`. `xattn explain KEY` prints
-one of them, `python train.py --help` all with the values they have. This page is made by `xattn explain --markdown`.
+Every key that can be set, from the config's classes in `xattn/` and the values in `conf/`. `xattn explain KEY` explains
+one key; `python train.py --help` lists all with their values. `xattn explain --markdown` generates this page.
 
 For completion and checks in an editor with a YAML language server, put this at the head of an experiment of your own,
 with the path to `docs/config.schema.json` (also printed by `xattn explain --schema`):
@@ -259,7 +261,9 @@ def schema() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="xattn explain", description="What a key of the config means, may be, and is by default.")
+    parser = Parser(
+        prog="xattn explain", description="Explain a key of the config: its meaning, allowed values and default."
+    )
     parser.add_argument("key", nargs="*", metavar="KEY", help="such as model.qk_norm, or a group; default: all keys")
     parser.add_argument("--markdown", action="store_true", help="print docs/configuration.md")
     parser.add_argument("--schema", action="store_true", help="print a JSON schema of experiment files, for editors")

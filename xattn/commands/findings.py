@@ -17,9 +17,11 @@ from xattn.tracking.display import Screen
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="xattn findings", description="List the claims that studies state, and what became of them.")
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs")], help="outputs/, or studies")
-    parser.add_argument("--json", action="store_true", help="print the table as one object (docs/agents.md)")
+    parser = Parser(prog="xattn findings", description="List the claims that studies state, and their verdicts.")
+    parser.add_argument(
+        "folders", nargs="*", type=Path, default=[Path("outputs")], help="outputs/, or folders of studies"
+    )
+    parser.add_argument("--json", action="store_true", help="print the table as JSON (docs/agents.md)")
     asked = parser.parse_args(argv)
     found = list(_findings(asked.folders))
     if asked.json:
@@ -30,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         print("no study here states a claim")
         return ExitCode.DONE
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("study", "it is", "claim", "contrast", "mean [interval]"):
+    for column in ("study", "verdict", "claim", "contrast", "mean [interval]"):
         table.add_column(column, overflow="fold")
     for study, finding in found:
         first = [study.name, finding.says, finding.stated.claim]

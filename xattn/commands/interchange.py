@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write model.safetensors and config.json of a run into a new or empty folder."""
     parser = Parser(prog="xattn export", description=main.__doc__)
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument("folder", type=Path, help="the folder to write to")
     parser.add_argument("--format", choices=("xattn", "llama"), default="xattn")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     asked = parser.parse_args(argv)
@@ -58,7 +58,7 @@ def llama_config(config: Config, vocab_size: int) -> dict[str, Any]:
     model, backend = config.model, config.backend
     values = hashed_values(config)
     if other := [f"{key} = {values[key]}" for key, wanted in PLAIN.items() if values[key] != wanted]:
-        raise BadInput(f"no Llama computes this model: {', '.join(other)}; --format xattn takes any")
+        raise BadInput(f"a Llama cannot express this model: {', '.join(other)}; use --format xattn")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -104,7 +104,7 @@ def to_llama(arrays: Mapping[str, np.ndarray], config: Config) -> Arrays:
 
 def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: is not a new or empty folder")
+        raise BadInput(f"{folder}: must be a new or empty folder")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / WEIGHTS

@@ -29,17 +29,17 @@ def main(argv: Sequence[str]) -> int:
     """Return the exit code of the first process that failed, else 0. Raises :class:`BadInput`."""
     parser = Parser(
         prog="xattn launch",
-        description="Starts a Python program as several processes of one run on this machine. Process i gets GPU i.",
+        description="Start a Python program as several processes of one run on this machine. Process i gets GPU i.",
         epilog="xattn launch --processes 2 -- train.py parallel=data",
     )
     parser.add_argument("--processes", type=whole(1), required=True, metavar="N")
     parser.add_argument(
-        "--port", type=whole(1, 65536), help="of process 0, where the others find it; default: a free one"
+        "--port", type=whole(1, 65536), help="where process 0 listens for the others; default: a free one"
     )
     parser.add_argument("command", nargs="+", metavar="-- PROGRAM ARGUMENTS", help="a Python file and its arguments")
     arguments = parser.parse_args(argv)
     if not Path(arguments.command[0]).is_file():
-        raise BadInput(f"{arguments.command[0]}: no such file; a Python program is started")
+        raise BadInput(f"{arguments.command[0]}: no such file; give a Python program")
     return _Processes(arguments.command, arguments.processes, arguments.port or _free_port()).wait()
 
 

@@ -31,11 +31,11 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         elif found := value if has_value else next(words, ""):
             folders.append(Path(found))
         else:
-            raise BadInput(f"{_FLAG}: a run's folder is needed, {_FLAG} outputs/…")
+            raise BadInput(f"{_FLAG}: requires a run's folder, such as {_FLAG} outputs/…")
     if not folders:
         return rest
     if len(folders) > 1:
-        raise BadInput(f"{_FLAG}: {' and '.join(map(str, folders))}; start from one run")
+        raise BadInput(f"{_FLAG}: takes one run, got {' and '.join(map(str, folders))}")
     typed = {_key(word) for word in rest if not word.startswith("-")}
     own = [word for word in map(renamed, _overrides(folders[0])) if not _is_replaced(_key(word), typed)]
     sweeps = {"-m", "--multirun"} & set(rest)
@@ -55,13 +55,13 @@ def _is_replaced(key: str, typed: set[str]) -> bool:
 
 def _overrides(run: Path) -> list[str]:
     if not (run / run_folder.CONFIG).is_file():
-        raise BadInput(f"{_FLAG} {run}: not a run's folder, it holds no {run_folder.CONFIG}")
+        raise BadInput(f"{_FLAG} {run}: not a run folder: it has no {run_folder.CONFIG}")
     try:
         loaded = yaml.safe_load((run / run_folder.OVERRIDES).read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise BadInput(f"{_FLAG} {run}: its {run_folder.OVERRIDES} is not readable") from error
+        raise BadInput(f"{_FLAG} {run}: its {run_folder.OVERRIDES} cannot be read") from error
     if not isinstance(loaded, list) or not all(isinstance(word, str) for word in loaded):
-        raise BadInput(f"{_FLAG} {run}: its {run_folder.OVERRIDES} is no list of overrides")
+        raise BadInput(f"{_FLAG} {run}: its {run_folder.OVERRIDES} is not a list of overrides")
     return loaded
 
 

@@ -230,14 +230,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="xattn plan", description="What a run will cost, before it is started.")
-    parser.add_argument("overrides", nargs="*", help="of the config, as train.py takes them")
-    parser.add_argument("--config-dir", type=Path, metavar="FOLDER", help="with YAML files of your own, as conf/ is")
-    parser.add_argument("--device", choices=sorted(HARDWARE), help="default: what is here")
+    parser = Parser(prog="xattn plan", description="Estimate what a run will cost before it starts.")
+    parser.add_argument("overrides", nargs="*", help="overrides of the config, as for train.py")
     parser.add_argument(
-        "--devices", type=whole(1), metavar="N", help="how many; the group `parallel` says how they share"
+        "--config-dir", type=Path, metavar="FOLDER", help="a folder of your own YAML files, laid out like conf/"
     )
-    parser.add_argument("--vocab-size", type=whole(1), metavar="V", help="default: of the data's tokenizer")
+    devices = ", ".join(sorted(HARDWARE))
+    parser.add_argument("--device", choices=HARDWARE, metavar="D", help=f"{devices}; default: what is here")
+    parser.add_argument(
+        "--devices", type=whole(1), metavar="N", help="number of devices; the group `parallel` splits the work"
+    )
+    parser.add_argument("--vocab-size", type=whole(1), metavar="V", help="default: that of the data's tokenizer")
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -256,12 +259,12 @@ def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: i
     axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1)
     console.say(f"{devices} × {device}" + (f" ({axes})" if axes else ""))
     if idle:
-        console.say(f"{idle} more stay idle: parallel=data, fsdp, context or tensor takes all of them")
+        console.say(f"{idle} more stay idle: parallel=data, fsdp, context or tensor uses all of them")
     console.say(
         f"parameters    {found.parameters:,}\n"
-        f"an update     {found.flops_per_step:.3g} FLOPs, {found.tokens_per_step:,} tokens"
+        f"per update    {found.flops_per_step:.3g} FLOPs, {found.tokens_per_step:,} tokens"
     )
-    table = Table("a device's", "GB", box=None, pad_edge=False)
+    table = Table("on each device", "GB", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name, amount in found.memory.items():
         table.add_row(name, f"{amount / 1e9:.3f}")
@@ -274,7 +277,15 @@ def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: i
         + ("" if fits else f": does not fit; what helps: {what_helps(config, hardware.platform)}")
     )
     least, most = found.compute_seconds, found.compute_seconds + found.communication_seconds
-    seconds = f"{least * 1e3:.2f} ms" if least == most else f"{least * 1e3:.2f} to {most * 1e3:.2f} ms"
-    console.say(f"time          {seconds} an update, by how much of the communication hides behind the products")
-    rate, hours = found.tokens_per_step / most, config.trainer.steps * most / 3600
-    console.say(f"              {rate:,.0f} tokens/s, {hours:.2f} h for {config.trainer.steps:,} updates")
+    update = f"{least * 1e3:.2f} ms per update"
+    if least != most:
+        update = f"{least * 1e3:.2f} to {most * 1e3:.2f} ms per update, by how far communication overlaps computation"
+    console.say(f"time          {update}")
+    rate, in_all = found.tokens_per_step / most, _in_units(config.trainer.steps * most)
+    console.say(f"              {rate:,.0f} tokens/s, {in_all} for {config.trainer.steps:,} updates")
+
+
+def _in_units(seconds: float) -> str:
+    """Return the time with three digits, in the unit that suits it."""
+    unit, size = next(((unit, size) for unit, size in (("h", 3600), ("min", 60)) if seconds >= 2 * size), ("s", 1))
+    return f"{seconds / size:#.3g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"

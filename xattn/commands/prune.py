@@ -24,7 +24,7 @@ from xattn.training.kept import BAD, TRAINING, half_done, keep_only, superfluous
 
 _STATES, _OLDER = "optimizer states", "checkpoints that are neither the last nor the best"
 _ASIDE, _MOVED = "broken or half-deleted checkpoints", "runs moved aside by resume=never"
-_WANDB = "wandb's own files, which `xattn sync` makes again"
+_WANDB = "wandb's own files, which `xattn sync` can rebuild"
 KINDS = (_STATES, _OLDER, _ASIDE, _MOVED, _WANDB)
 FINISHED = ("done", "diverged")  # any other run resumes from what would be deleted
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     export read is kept. Runs that are in use or not finished are left alone."""
     parser = Parser(prog="xattn prune", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="STUDY_OR_RUN", help="a study's or a run's folder")
-    parser.add_argument("--wandb", action="store_true", help="also delete wandb's files; `xattn sync` makes them again")
+    parser.add_argument("--wandb", action="store_true", help="also delete wandb's files; `xattn sync` can rebuild them")
     parser.add_argument("--yes", action="store_true", help="delete without asking")
     asked = parser.parse_args(argv)
     plan = _plan(asked.folders, wandb=asked.wandb)
@@ -162,7 +162,7 @@ def _delete(plan: Plan) -> None:
         try:
             held = RunFolder(run)
         except FolderInUse:
-            print(f"{shown(run)}: in use since; left alone")
+            print(f"{shown(run)}: now in use; left alone")
             continue
         try:
             if (held.summary() or {}).get("status") in FINISHED:

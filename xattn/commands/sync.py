@@ -15,7 +15,7 @@ from xattn.tracking.wandb import resolve_mode
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="xattn sync", description="Rebuild runs of wandb from their metrics.jsonl.")
+    parser = Parser(prog="xattn sync", description="Rebuild wandb's runs from their metrics.jsonl.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     for path in parser.parse_args(argv).runs:
         sync(path)
@@ -29,13 +29,13 @@ def sync(path: Path) -> None:
     running, and :class:`XattnError` if wandb fails.
     """
     if not (path / run_folder.CONFIG).is_file():
-        raise BadInput(f"{path}: not a run folder, it holds no {run_folder.CONFIG}")
+        raise BadInput(f"{path}: not a run folder: it has no {run_folder.CONFIG}")
     config = xattn.config.load(path / run_folder.CONFIG)
     folder = RunFolder(path)
     try:
         origin, summary = folder.provenance(), folder.summary()
         if origin is None or summary is None:
-            raise BadInput(f"{path}: the run there has not begun")
+            raise BadInput(f"{path}: this run has not begun")
         if resolve_mode(config.tracking.wandb) == "disabled":
             raise BadInput(f"{path}: disabled by tracking.wandb.mode of this run, WANDB_MODE or wandb's settings file")
         mirror = mirror_of(config, folder.path, origin, say=print, from_the_start=True)

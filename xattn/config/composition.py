@@ -53,7 +53,7 @@ def sized(config: Config, vocab_size: int) -> Config:
         return config
     if model.init_from is not None:
         raise BadInput(
-            f"model.parameters = {model.parameters}: must be null with model.init_from; mlp_dim is that of the weights"
+            f"model.parameters = {model.parameters}: must be null with model.init_from; the weights fix mlp_dim"
         )
     chosen = mlp_dim_for(model.parameters, model, config.backend, vocab_size=vocab_size)
     return config.model_copy(update={"model": model.model_copy(update={"mlp_dim": chosen})})
@@ -94,10 +94,10 @@ def compose_in_folder(overrides: Sequence[str]) -> tuple[Config, Path]:
         key = override.lstrip("+~").partition("=")[0]
         if key.startswith(("hydra.", "hydra/")) and key not in _TAKEN_OF_HYDRA:
             raise BadInput(
-                f"{override}: is for the command line; from Python {' and '.join(_TAKEN_OF_HYDRA)} are taken"
+                f"{override}: works only on the command line; from Python, use {' or '.join(_TAKEN_OF_HYDRA)}"
             )
         if key.startswith("-"):
-            raise BadInput(f"{override}: is a flag of the command line; allowed are overrides, key=value")
+            raise BadInput(f"{override}: is a command-line flag; allowed here are overrides, key=value")
     register_resolvers()
     callers, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
@@ -121,12 +121,12 @@ def amend(
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for override, key in zip(overrides, keys, strict=True):
         if key.startswith("backend.then.") and config.backend.then is None:
-            raise BadInput(f"{override}: this run has layers of one kind")
+            raise BadInput(f"{override}: this run has only one kind of layer")
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_differ):
             known = key in type(config).model_fields or key in hashed_values(config)
             near = "" if known else nearest_key(key, flag(config_dir))
             reason = "cannot be changed here" if known else f"no such key{near}"
-            raise BadInput(f"{override}: {reason}; what can be changed here is {', '.join(may_differ)}")
+            raise BadInput(f"{override}: {reason}; allowed here: {', '.join(may_differ)}")
     own = [f"{group}={getattr(config, group).name}" for group in ("data", "optimizer") if group not in keys]
     if (then := config.backend.then) is not None:
         values_of = ", ".join(f"{key}: {'null' if value is None else value}" for key, value in then)
@@ -162,7 +162,7 @@ def load(path: Path) -> Config:
         own = list((run_folder.read_provenance(path.parent) or {}).get("registered", {}))
         hint = ""
         if own:
-            hint = f"\nit was registered by {own[0]}; run that in place of xattn: python {own[0]} sample RUN"
+            hint = f"\nit was registered by {own[0]}; run that script instead of xattn: python {own[0]} sample RUN"
         raise BadInput(f"{path}: {error}{hint}") from error
 
 
@@ -199,14 +199,13 @@ def _refuse_study(config: Config, composed: DictConfig) -> None:
         chosen = [override for override in typed if override.startswith("experiment=")]
         words = shlex.join([override for override in typed if override != "sweep.half_width=null"])
         raise BadInput(
-            f"{chosen[-1] if chosen else 'hydra.sweeper.params'}: is a study, not one run, and needs -m:\n"
+            f"{chosen[-1] if chosen else 'hydra.sweeper.params'}: is a study, not a single run, and needs -m:\n"
             f"`{entry.program()} -m {words}`\n"
-            f"one run of it takes a value of each: {', '.join(open_keys)}"
+            f"for a single run, give one value for each of {', '.join(open_keys)}"
         )
     if (half_width := config.sweep.half_width) is not None:
         raise BadInput(
-            f"sweep.half_width = {half_width:g}: adds seeds to a sweep, and needs -m; sweep.half_width=null makes one "
-            "run"
+            f"sweep.half_width = {half_width:g}: adds seeds to a sweep and needs -m; for a single run, set it to null"
         )
 
 
@@ -225,7 +224,7 @@ def _validated(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         raise BadInput(explain_validation(error, raw, overrides=overrides)) from error
     every, layers = config.backend.every, config.model.num_layers
     if every is not None and every > layers:
-        raise BadInput(f"backend.every = {every}: must be at most model.num_layers = {layers}, or no layer is the then")
+        raise BadInput(f"backend.every = {every}: must be at most model.num_layers = {layers}, else no layer uses then")
     if config.finding is not None:
         _check_keys(config.finding, config)
     return config

@@ -24,7 +24,7 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeEr
 
 
 _QUOTING = (
-    "A value with a space, a comma, brackets or other special characters goes in quotes:\n"
+    "Put a value with a space, a comma, brackets or other special characters in quotes:\n"
     """  'data.path="/some folder/a,b.txt"'"""
 )
 
@@ -36,11 +36,11 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
             return str(cause)
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not an override that Hydra's grammar takes; write key=value. {_QUOTING}"
+        return f"{error.override}: not a valid Hydra override; write key=value. {_QUOTING}"
     if "Ambiguous value" in text:
-        return f"{first_line(error)}: several values are a sweep, and need -m. {_QUOTING}"
+        return f"{first_line(error)}: several values make a sweep, which needs -m. {_QUOTING}"
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}: a value is needed, for example {error.full_key}=…"
+        return f"{error.full_key}: required, for example {error.full_key}=…"
     if isinstance(error, MissingConfigException) and error.options:
         return _no_such_choice(error, error.options, overrides)
     if (message := _no_choice_at_all(overrides)) is not None:
@@ -50,18 +50,18 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     if unknown := re.search(r"Could not override '([^']+)'|Interpolation key '([^']+)' not found", text):
         key = unknown[1] or unknown[2]
         if by := re.search(r"full_key: (hydra\.\S+)", text):
-            return f"{by[1]}: refers to {key}, which Hydra does not know where it reads this key"
+            return f"{by[1]}: refers to {key}, which is not defined where Hydra reads this key"
         group, _, leaf = key.rpartition(".")
         if group == "backend.then" and leaf in LayerConfig.model_fields:
             value = next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), "…")
-            return f"{key}: not there to be changed; write +{key}={value}, or 'backend.then={{{leaf}: {value}}}'"
+            return f"{key}: not set yet; add it with +{key}={value}, or 'backend.then={{{leaf}: {value}}}'"
         shown = "hydra" if key.startswith("hydra.") else "job"
         near = "" if shown == "hydra" else nearest_key(key, overrides)
         if key in RENAMED:
             near = f"; it is now {RENAMED[key]}"
         if key.startswith("hydra.sweeper.params."):
             near = f" yet; ++{key}=… adds it"
-        return f"{key}: no such key{near}; `{entry.program()} --cfg {shown}` shows them all"
+        return f"{key}: no such key{near}; `{entry.program()} --cfg {shown}` lists all keys"
     key_of_value = re.search(r"full_key: (\S+)", text)
     return f"{key_of_value[1]}: {first_line(error)}" if key_of_value else first_line(error)
 
@@ -108,9 +108,9 @@ def explain_validation(
         if kind == "extra_forbidden":
             message, nearest[key] = "no such key", nearest_key(key, ())
         elif kind == "missing":
-            message = f"a value is needed, for example {key}=…"
+            message = f"required, for example {key}=…"
         elif kind == "string_pattern_mismatch":
-            message = "letters, digits, '.', '_' and '-' are allowed, the first a letter or a digit"
+            message = "may contain letters, digits, '.', '_' and '-'; the first must be a letter or a digit"
         elif kind == "string_type":
             message = f"text{_quoting(key, overrides)}"
             given[key] = _short(detail["input"])
@@ -135,7 +135,7 @@ def explain_validation(
     for key, messages in expected.items():
         value = f" = {given[key]}" if key in given else ""
         rule = " or ".join(messages)
-        if not rule.startswith(("no such", "a value", "letters")) and key in given:
+        if not rule.startswith(("no such", "required", "may contain")) and key in given:
             rule = f"must be {rule}"
         lines.append(f"{key}{value}: {rule}{nearest.get(key, '')}")
     return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"and {len(lines) - 4} more"])
@@ -147,7 +147,7 @@ def _quoting(key: str, overrides: Sequence[str]) -> str:
         return ", in quotes"
     values = [override.partition("=")[2] for override in overrides if override.lstrip("+").partition("=")[0] == key]
     typed = values[-1] if values and re.fullmatch(r"[^'\",(]+", values[-1]) else "…"
-    return f""", which it is in quotes: '{key}="{typed}"'"""
+    return f"""; quote it: '{key}="{typed}"'"""
 
 
 def _dotted(loc: Sequence[int | str], raw: Mapping[str, Any]) -> str:

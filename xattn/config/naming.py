@@ -33,12 +33,12 @@ def folder_of(config: Config, folder: Path) -> Path:
     Raises :class:`BadInput` if the folder is that of a study's report.
     """
     if folder.name == run_folder.REPORT and not (folder / run_folder.CONFIG).is_file():
-        raise BadInput(f"{folder}: a run's folder cannot be called {folder.name}: `xattn report` writes there")
+        raise BadInput(f"{folder}: a run's folder cannot be called {folder.name}; `xattn report` writes there")
     older = older_folder(config, folder)
     if older is None or config.resume == "never":
         return folder
     if (folder / run_folder.CONFIG).is_file():
-        say(f"{older.name}: holds the same run, made by an older version; {folder.name} is taken", file=sys.stderr)
+        say(f"{older.name}: holds the same run, made by an older version; using {folder.name}", file=sys.stderr)
         return folder
     return older
 

@@ -81,7 +81,7 @@ def from_tiktoken(content: bytes, pattern: str) -> str:
     last = max(ranks.values())
     special = SPECIAL_TOKENS.get(last, {END_OF_TEXT: last + 1})
     if absent := set(range(last)) - set(ranks.values()) - set(special.values()):
-        raise ValueError(f"{_NO_TIKTOKEN}: no line has the rank {min(absent)}, and one has {last}")
+        raise ValueError(f"{_NO_TIKTOKEN}: no line has rank {min(absent)}, but one has rank {last}")
     characters = byte_characters()
 
     def written(token: bytes) -> str:
@@ -119,13 +119,13 @@ def _ranks(content: bytes) -> tuple[dict[bytes, int], dict[bytes, int]]:
         except (ValueError, binascii.Error) as error:
             raise ValueError(f"{_NO_TIKTOKEN}: line {number} is not base64 and a rank: {line[:40]!r}") from error
         if not 0 <= rank < 2**24 or rank in seen or token in ranks or not token:
-            raise ValueError(f"{_NO_TIKTOKEN}: line {number} has a token or a rank that is not its own: {line[:40]!r}")
+            raise ValueError(
+                f"{_NO_TIKTOKEN}: line {number} repeats a token or rank, or has an invalid one: {line[:40]!r}"
+            )
         ranks[token], lines[token] = rank, number
         seen.add(rank)
     if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(
-            f"{_NO_TIKTOKEN}: of the 256 bytes {len(absent)} have no line, the first of them {absent[0]:#04x}"
-        )
+        raise ValueError(f"{_NO_TIKTOKEN}: {len(absent)} of the 256 bytes have no line; the first is {absent[0]:#04x}")
     return ranks, lines
 
 

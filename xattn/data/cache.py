@@ -118,12 +118,12 @@ def stored_tokens(content: Content, *, say: Callable[[str], None], stop: Callabl
                 found = list(pool.map(lambda number: _whole(folder, number, dtype), shards))
             damaged = [number for number, state in enumerate(found) if state == "damaged"]
             if damaged:
-                say(f"warning: {len(damaged)} damaged shards of tokens in {folder} are made again")
+                say(f"warning: rebuilding damaged token shards in {folder}: {len(damaged)}")
             todo = [number for number, state in enumerate(found) if state != "whole"]
             with _bar(len(todo)) as advance:
                 for number in todo:
                     if stop():
-                        raise Preempted("stopped while the corpus was tokenised; the same command goes on from there")
+                        raise Preempted("stopped while the corpus was tokenised; the same command continues from there")
                     _write(folder, number, content)
                     advance()
             files = [folder / f"{number:05d}.bin" for number in shards]
@@ -171,7 +171,7 @@ def _record(file: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     if not isinstance(recorded, dict) or recorded.keys() != {"ids", "sha256", "sizes", "gives_back"}:
-        raise ValueError(f"{file}: not the record of a shard")
+        raise ValueError(f"{file}: not a shard's record")
     return recorded
 
 

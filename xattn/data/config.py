@@ -41,7 +41,9 @@ class Tokenised(Section):
         if self.tokenizer.endswith(".tiktoken") and self.tiktoken_pattern is None:
             raise ValueError("a .tiktoken file needs data.tiktoken_pattern: gpt2 (r50k, p50k), cl100k or o200k")
         if self.tokenizer in ("bytes", "bpe") and self.end_of_text is not None:
-            raise ValueError(f"data.end_of_text is a name in a tokenizer.json; {self.tokenizer} has an end of its own")
+            raise ValueError(
+                f"data.end_of_text names a token of a tokenizer.json; {self.tokenizer} has its own end of text"
+            )
         return self
 
 

@@ -103,8 +103,8 @@ def load_corpus(
         for split, ids in (("training", part.train), ("validation", part.validation)):
             if len(ids) < context_length + 1:
                 raise BadInput(
-                    f"{name}: its {split} part has {len(ids)} {unit}; at least backend.context_length + 1 = "
-                    f"{context_length + 1} are needed"
+                    f"{name}: its {split} part has {len(ids)} {unit}; it needs at least backend.context_length + 1 = "
+                    f"{context_length + 1}"
                 )
     return corpus
 
@@ -152,7 +152,7 @@ def _tokenised(
         to_learn = sources
     for source, name in zip((source for source, _ in sources), _names(config), strict=False):
         if isinstance(source, Files) and source.left_out:
-            say(f"left out    of {name}: {source.left_out}")
+            say(f"left out    from {name}: {source.left_out}")
     digests = [source.sha256() for source, _ in sources]
     if tokenizer is None:
         tokenizer = bpe(config, to_learn, digests) if config.tokenizer == "bpe" else tokenizer_on_disk(config)
@@ -169,7 +169,7 @@ def _tokenised(
     sha256 = hashlib.sha256(json.dumps([digests, tokenizer.sha256()]).encode()).hexdigest()
     gives_back = all(each.gives_back for each in ids if isinstance(each, Tokens))
     if not gives_back:
-        say(f"tokenizer   {tokenizer.name} does not give back all that it reads; bits per byte are of the text as read")
+        say(f"tokenizer   {tokenizer.name} does not reproduce the text exactly; bits per byte count the original text")
     if isinstance(config, PythonStdlibConfig):
         parts = [Part(ids[0], ids[1])]
     else:

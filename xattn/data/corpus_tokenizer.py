@@ -83,8 +83,8 @@ def _with_border(tokenizer: JsonTokenizer, config: Tokenised) -> JsonTokenizer:
         return tokenizer.without_border()
     if tokenizer.end_of_text is None:
         raise BadInput(
-            f"data.documents = {config.documents!r}: {tokenizer.name} has no token of a usual name to stand between "
-            "documents; name one by data.end_of_text, or use data.documents=joined"
+            f"data.documents = {config.documents!r}: {tokenizer.name} has no end-of-text token with a usual name; "
+            "name one with data.end_of_text, or use data.documents=joined"
         )
     return tokenizer
 

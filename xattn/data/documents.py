@@ -85,9 +85,9 @@ class Files:
                 refused[name] = f"{name} is {what}"
                 del found[name]
         if refused and not (self._is_folder and found):
-            raise BadInput(f"{self._key}: no text to read: {some([*refused.values()])}")
+            raise BadInput(f"{self._key}: no readable text: {some([*refused.values()])}")
         if refused:
-            self._left_out.append(f"without text to read: {len(refused)} ({some([*refused.values()])})")
+            self._left_out.append(f"files without readable text: {len(refused)} ({some([*refused.values()])})")
         return found
 
     @property
@@ -168,7 +168,7 @@ class Files:
             if not isinstance(loaded, dict):
                 reason = "not a JSON object"
             elif self._field not in loaded:
-                reason = f"no field {self._field!r}; there are {some_names(list(loaded))}; data.field names it"
+                reason = f"no field {self._field!r}; choose one of {some_names(list(loaded))} with data.field"
             elif not isinstance(loaded[self._field], str):
                 reason = f"{self._field!r} is not a string"
         if reason:
@@ -181,10 +181,11 @@ class Files:
         try:
             table = parquet.ParquetFile(file)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-            raise BadInput(f"{self._key}: {file} is not whole parquet: {first_line(error)}") from error
+            raise BadInput(f"{self._key}: {file} is not a complete parquet file: {first_line(error)}") from error
         names = table.schema_arrow.names
         if self._field not in names:
-            raise BadInput(f"{self._key}: {file}: no column {self._field!r}; there are {some_names(names)}; data.field")
+            choices = some_names(names)
+            raise BadInput(f"{self._key}: {file}: no column {self._field!r}; choose one of {choices} with data.field")
         return table
 
     def _rows(self, piece: Chunk) -> Iterator[Block]:
@@ -197,13 +198,13 @@ class Files:
                     if not isinstance(value, str):
                         what = "null" if value is None else type(value).__name__
                         raise BadInput(
-                            f"{self._key}: {file}: row {number} (the first is 0): column {self._field!r} holds what is "
-                            f"not a string: {what}"
+                            f"{self._key}: {file}: row {number} (the first is 0): column {self._field!r} holds {what} "
+                            "instead of a string"
                         )
                     yield from document_blocks(value)
                 row += batch.num_rows
         except (OSError, ValueError) as error:
-            raise BadInput(f"{self._key}: {file} is not whole parquet: {first_line(error)}") from error
+            raise BadInput(f"{self._key}: {file} is not a complete parquet file: {first_line(error)}") from error
 
 
 def _border(opened: IO[bytes], nominal: int, kind: str) -> int:

@@ -59,7 +59,7 @@ def find(path: str, subject: str) -> Found:
         seen.add((state.st_dev, state.st_ino))
         files.append(file)
     if again:
-        left_out.append(f"more names of the same files: {again}")
+        left_out.append(f"duplicate names of the same files: {again}")
     if not files:
         kind = "the folder has no files" if is_folder else "no such file or folder, and no file matches it"
         raise BadInput(f"{subject}: {kind}{_COMES_FROM.get(os.path.basename(where), '')}")
@@ -88,8 +88,8 @@ def _below(root: str, left_out: list[str]) -> list[str]:
                 found.append(entry.path)
     for names, what in (
         (hidden, "hidden"),
-        (links, "links to folders or to nothing"),
-        (closed, "folders not readable"),
+        (links, "links to folders or broken links"),
+        (closed, "unreadable folders"),
     ):
         if names:
             left_out.append(f"{what}: {len(names)} ({some(names)})")

@@ -42,13 +42,13 @@ _SIGNATURES = {
     rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
     rb"Rar!\x1a\x07": "a RAR archive",
     rb"[\0-\xff]{257}ustar[\0 ]": "a tar archive",
-    rb"\x04\x22\x4d\x18": "packed by lz4",
-    rb"\x1f\x9d": "packed by compress",
-    rb"LZIP\x01": "packed by lzip",
+    rb"\x04\x22\x4d\x18": "compressed with lz4",
+    rb"\x1f\x9d": "compressed with compress",
+    rb"LZIP\x01": "compressed with lzip",
     rb"PAR1[^ -~]": "Parquet; name it .parquet",
     rb"ARROW1\0": "an Arrow file",
     rb"Obj\x01": "an Avro file",
-    rb"\x93NUMPY": "a NumPy array (of token ids? data=memmap)",
+    rb"\x93NUMPY": "a NumPy array (if of token ids, use data=memmap)",
     rb"\x89HDF\r\n": "an HDF5 file",
     rb"SQLite format 3\0": "an SQLite database",
     rb"\x80[\x02-\x05]": "a pickle",
@@ -62,7 +62,7 @@ _SIGNATURES = {
     rb"%PDF-": "a PDF",
     rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "an old Office document",
     rb"\x7fELF": "a program",
-    rb"version https://git-lfs\.github\.com/": "a pointer of Git LFS, whose content was not fetched",
+    rb"version https://git-lfs\.github\.com/": "a Git LFS pointer whose content was not fetched",
     rb"(?:\xff\xfe\0\0|\0\0\xfe\xff)": "text in UTF-32; convert it to UTF-8",
 }
 _ANY_SIGNATURE = re.compile(b"|".join(_SIGNATURES))
@@ -103,7 +103,7 @@ def look(file: str) -> Format:
             head = unpacked.read(BLOCK)
     if kind == ".parquet":
         content = "parquet"
-        refusal = f"Parquet within {packing}; unpack it" if packing else ""
+        refusal = f"Parquet inside {packing}; unpack it" if packing else ""
     else:
         refusal = _refusal(head)
         if kind in _JSON_LINES or (kind == ".json" and head.lstrip()[:1] == b"{" and _has_lines(file, packing)):
@@ -142,7 +142,7 @@ def unreadable(error: BaseException, key: str, file: str) -> BadInput:
         return BadInput(f"{key}: {file} cannot be read: {error.strerror}")
     with open(file, "rb") as opened:
         packing = _packing(opened.read(16)) or _PACKED_BY_NAME.get(os.path.splitext(file)[1].lower(), "")
-    return BadInput(f"{key}: {file} is not whole {packing}: {error}")
+    return BadInput(f"{key}: {file} is not a complete {packing} file: {error}")
 
 
 def _packing(head: bytes) -> str:
@@ -156,7 +156,7 @@ def _refusal(head: bytes) -> str:
     if _ANY_SIGNATURE.match(head):
         return next(what for signature, what in _SIGNATURES.items() if re.match(signature, head))
     if packing := _packing(head):
-        return f"packed twice, by {packing} within"
+        return f"compressed twice, with {packing} inside"
     if wide := _wide(head):
         return wide
     controls = len(head) - len(head.translate(None, _CONTROLS))
@@ -185,7 +185,7 @@ def _wide(head: bytes) -> str:
         return "text in UTF-32, or an array of numbers"
     for high in (0, 1):
         if zeros[[high, high + 2]].min() > 0.4 and zeros[[1 - high, 3 - high]].max() < 0.05:
-            return f"{_UTF_16} (or it is an array of numbers: data=memmap)"
+            return f"{_UTF_16} (or an array of numbers, for data=memmap)"
     return ""
 
 

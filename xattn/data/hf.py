@@ -102,6 +102,6 @@ class HFDataset:
         names = opened.column_names or list(next(iter(opened), {}))
         if config.field not in names:
             raise BadInput(
-                f"{self._name}: no column {config.field!r}; there are {some_names(names)}; data.field names it"
+                f"{self._name}: no column {config.field!r}; choose one of {some_names(names)} with data.field"
             )
         return opened

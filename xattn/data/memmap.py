@@ -28,7 +28,7 @@ class MappedIds:
             else:
                 size, width = file.stat().st_size, np.dtype(dtype).itemsize
                 if size % width:
-                    raise ValueError(f"{size} bytes are no whole number of {dtype}")
+                    raise ValueError(f"{size} bytes are not a whole number of {dtype} values")
                 ids = np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r") if size else np.zeros(0, dtype)
         except (ValueError, EOFError) as error:
             raise BadInput(f"data.path: {file} is not an array of ids: {str(error).splitlines()[0]}") from error
@@ -74,7 +74,7 @@ def _something_else(ids: np.ndarray) -> str:
         wide = {1: "uint8", 2: "uint16", 4: "uint32", 8: "int64"}.get(factor * width)
         if wide and high.min() >= 0 and high.max() <= 3 and len(np.unique(low)) > 4 * len(np.unique(high)):
             part = "second id" if factor == 2 else "third and fourth id"
-            return f"every {part} is 0 to {high.max()}, as where ids are wider; data.dtype={wide}?"
+            return f"every {part} is 0 to {high.max()}, as if the ids were wider; try data.dtype={wide}"
     return ""
 
 
@@ -90,6 +90,6 @@ def open_memmaps(config: MemmapConfig) -> list[MappedIds]:
         files = [where / f"{split}.{kind}" for kind in ("bin", "npy") if (where / f"{split}.{kind}").is_file()]
         if len(files) != 1:
             there = "both" if files else "neither"
-            raise BadInput(f"data.path = {config.path!r}: one of {split}.bin and {split}.npy is needed; it has {there}")
+            raise BadInput(f"data.path = {config.path!r}: needs either {split}.bin or {split}.npy, but has {there}")
         found.append(MappedIds(files[0], config.dtype))
     return found

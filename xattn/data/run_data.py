@@ -116,7 +116,7 @@ def load_data(
     if isinstance(corpus.tokenizer, ByteTokenizer):
         description = f"{size:,} bytes of training text"
     else:
-        description = f"{size:,} tokens to train on, of {corpus.tokenizer.vocab_size:,} kinds"
+        description = f"{size:,} training tokens, vocabulary of {corpus.tokenizer.vocab_size:,}"
     held_out = HeldOutBatches(scored, **sizes)
     return RunData(
         batch=batches[0] if len(parts) == 1 else MixtureBatches(batches, weights, batch_size=batch_size, seed=seed),
@@ -184,7 +184,7 @@ def as_documents(tokenizer: TextTokenizer, config: Tokenised) -> TextTokenizer:
 
 def _task_data(config: Task, batching: Batching) -> RunData:
     if batching.sequences == "all":
-        raise BadInput(f"evaluation.sequences = all: data={config.name} has no end; give a number")
+        raise BadInput(f"evaluation.sequences = all: data={config.name} is endless; give a number")
     context_length, batch_size = batching.context_length, batching.batch_size
     config.check(context_length)
     batch = TaskBatches(config, context_length, batch_size, batching.seed)
@@ -198,5 +198,5 @@ def _task_data(config: Task, batching: Batching) -> RunData:
         held_out=in_batches(scored, batch_size),
         tokenizer=IdTokenizer(config.vocab_size),
         sha256=made.hexdigest(),
-        description=f"sequences of {config.name}, made as they are needed",
+        description=f"sequences of {config.name}, generated as needed",
     )

@@ -58,9 +58,10 @@ class MQAR(Task):
     def refusal(self, length: int) -> str | None:
         pairs, most = self.num_pairs, self.vocab_size // 2 - 1
         if 4 * pairs > length or length % 2:
-            return f"data.num_pairs = {pairs}: at most a quarter of backend.context_length = {length}, an even one"
+            rule = f"must be at most a quarter of backend.context_length = {length}, which must be even"
+            return f"data.num_pairs = {pairs}: {rule}"
         if pairs > most:
-            return f"data.num_pairs = {pairs}: at most data.vocab_size / 2 − 1 = {most}, each its own key"
+            return f"data.num_pairs = {pairs}: must be at most data.vocab_size / 2 − 1 = {most}, so that keys differ"
         return None
 
     @classmethod
@@ -149,7 +150,7 @@ class SelectiveCopying(Task):
 
     def refusal(self, length: int) -> str | None:
         if 2 * self.num_tokens > length:
-            return f"data.num_tokens = {self.num_tokens}: at most half of backend.context_length = {length}"
+            return f"data.num_tokens = {self.num_tokens}: must be at most half of backend.context_length = {length}"
         return None
 
     @classmethod
@@ -187,7 +188,8 @@ class Passkey(Task):
 
     def refusal(self, length: int) -> str | None:
         if 2 * (self.key_length + 1) > length:
-            return f"data.key_length = {self.key_length}: at most backend.context_length / 2 − 1 = {length // 2 - 1}"
+            most = f"backend.context_length / 2 − 1 = {length // 2 - 1}"
+            return f"data.key_length = {self.key_length}: must be at most {most}"
         return None
 
     @classmethod

@@ -142,7 +142,7 @@ class JsonTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         taken = max(ids.values(), default=0) + 1
         if taken > _MOST_IDS:
-            raise ValueError(f"has the id {taken - 1}; allowed are those below {_MOST_IDS}")
+            raise ValueError(f"has the id {taken - 1}; ids must be below {_MOST_IDS}")
         if vocab_size is not None and vocab_size < taken:
             raise ValueError(f"has {taken} ids, more than vocab_size = {vocab_size}")
         self.vocab_size = vocab_size or taken
@@ -210,7 +210,7 @@ class JsonTokenizer:
     def decode(self, ids: Ids) -> str:
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise ValueError(f"{wrong[0]}: not an id; they are 0 to {self.vocab_size - 1}")
+            raise ValueError(f"{wrong[0]}: not an id; ids are 0 to {self.vocab_size - 1}")
         if self._bytes is None:
             with self._refusing():
                 return str(self._tokenizer.decode(ids))
@@ -250,7 +250,7 @@ class IdTokenizer:
         """Return uint32 (N,). Raises ValueError for a word that is not an id below vocab_size."""
         ids = [int(word) for word in text.split()]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise ValueError(f"{wrong[0]}: not an id; they are 0 to {self.vocab_size - 1}")
+            raise ValueError(f"{wrong[0]}: not an id; ids are 0 to {self.vocab_size - 1}")
         return np.array(ids, np.uint32)
 
     def decode(self, ids: Ids) -> str:

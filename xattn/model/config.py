@@ -263,7 +263,7 @@ class BackendConfig(LayerConfig):
     def _normalised(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         made = handler(values)
         if (made.every is None) != (made.then is None):
-            raise ValueError("every and then go together: every=4 'then={activation: softmax}'; both are null without")
+            raise ValueError("every and then go together, as in every=4 'then={activation: softmax}', or are both null")
         if made.then is None or (made.every != 1 and made._what_differs(made.then)):
             return made
         return handler({**values, **dict(made.then), "every": None, "then": None})

@@ -81,7 +81,7 @@ def stream(
     """
     prompt = np.asarray(prompt, np.int32)
     if not len(prompt):
-        raise ValueError("prompt: at least one token is needed")
+        raise ValueError("prompt: must have at least one token")
     model, specs = trained.model, _specs(trained.model, trained.hyperparameters)
     capacity = model.backend.context_length
     while capacity < len(prompt) + min(-(-num_tokens // CHUNK) * CHUNK, room):

@@ -53,11 +53,11 @@ def shards(folder: Path) -> dict[Path, set[str] | None]:
     for tensor, name in listed.items():
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise BadInput(
-                f"{folder / INDEX}: {tensor} is in {name!r}; allowed is the name of a .safetensors beside it"
+                f"{folder / INDEX}: {tensor} is in {name!r}, which must be a .safetensors file beside the index"
             )
         found[folder / name] = (found.get(folder / name) or set()) | {tensor}
     if missing := [file.name for file in found if not file.is_file()]:
-        raise BadInput(f"{folder / INDEX}: names {missing[0]}, which is not there ({len(missing)} files are missing)")
+        raise BadInput(f"{folder / INDEX}: lists {missing[0]}, which does not exist (missing files: {len(missing)})")
     return found
 
 

@@ -25,7 +25,7 @@ def tensor_heads(folder: Path) -> dict[str, TensorHead]:
         with opened(path) as file:
             names = set(file.keys())
             if listed is not None and names != listed:
-                raise BadInput(f"{path}: it and the index beside it do not agree on {some_of(names ^ listed)}")
+                raise BadInput(f"{path}: this file and the index beside it disagree on {some_of(names ^ listed)}")
             slices = {name: file.get_slice(name) for name in names}
             found |= {
                 name: TensorHead(path, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()
@@ -45,7 +45,7 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="np") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file: {error}") from error
+        raise BadInput(f"{path}: not a complete safetensors file: {error}") from error
 
 
 def some_of(names: Iterable[str]) -> str:

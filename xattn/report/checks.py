@@ -47,7 +47,7 @@ def what_is_odd(study: Study, comparisons: Sequence[Comparison], selection: Sele
 def _folders(study: Study) -> list[str]:
     said = []
     if study.foreign:
-        said.append(f"Not runs, passed over: {_list(study.foreign)}.")
+        said.append(f"Skipped, since these are not runs: {_list(study.foreign)}.")
     states = {
         "running": "still running, and not judged",
         "killed": "killed or left without an end, and not judged",
@@ -57,7 +57,7 @@ def _folders(study: Study) -> list[str]:
         "not begun": "without a summary.json, and not judged",
     }
     others = {run.status for run in study.runs} - {*states, "done", "diverged"}
-    states |= {status: f"of the unknown status {status!r}, and not judged" for status in sorted(others)}
+    states |= {status: f"with the unknown status {status!r}, and not judged" for status in sorted(others)}
     for status, words in states.items():
         names = [run.name for run in study.runs if run.status == status]
         if names:
@@ -93,7 +93,7 @@ def _repeated(design: Design) -> list[str]:
     if not design.repeated:
         return []
     names = [run.name for run in design.repeated]
-    return [f"The same training as another run, which counts once; passed over: {_list(names)}."]
+    return [f"Skipped, since another run had the same training: {_list(names)}."]
 
 
 def _too_few(design: Design, selection: Selection) -> list[str]:
@@ -128,7 +128,7 @@ def _missing(each: Comparison) -> list[str]:
         names = [design.label(cell) for cell in absent]
         had = len(design.runs)
         said.append(
-            f"No full crossing of the factors: {had:,} of {wanted:,} combinations were run, not "
+            f"The factors are not fully crossed: {had:,} of {wanted:,} combinations were run; missing: "
             f"{_list(names, of=wanted - had)}."
         )
     return said
@@ -140,7 +140,7 @@ def _edges(design: Design, chosen: Mapping[Cell, Chosen]) -> list[str]:
         for key in each.at_edge:
             value = show(each.setting[design.tuned.index(key)])
             said.append(
-                f"Edge of the grid: the best {key} of {design.label(each.cell)} is {value}, the last that was tried on "
+                f"Edge of the grid: the best {key} of {design.label(each.cell)} is {value}, the last one tried on "
                 "that side; a better one may lie beyond."
             )
     return said
@@ -170,7 +170,7 @@ def _unequal(runs: Sequence[Run]) -> list[str]:
             said.append(f"Different versions of {package}: {', '.join(found)}.")
     dirty = [run.name for run in ended if run.provenance.get("git_dirty")]
     if dirty:
-        said.append(f"Source with changes that no commit holds (git_dirty): {counted(len(dirty), 'run')}.")
+        said.append(f"Source with uncommitted changes (git_dirty): {counted(len(dirty), 'run')}.")
     return said
 
 
@@ -199,8 +199,7 @@ def _budgets(comparison: Comparison) -> list[str]:
         if len({frozenset(values) for values in tried.values()}) > 1:
             parts = (f"{arm}: {' or '.join(f'{n:,}' for n in sorted(values))}" for arm, values in tried.items())
             said.append(
-                f"Different budgets between the arms of {factor.key}, in settings tried of what was tuned: "
-                f"{'; '.join(parts)}."
+                f"Different budgets between the arms of {factor.key}, in tuning settings tried: {'; '.join(parts)}."
             )
     return said
 
@@ -212,8 +211,8 @@ def _left_out(effects: Sequence[Effect]) -> list[str]:
             said.append(
                 f"Diverged: {effect.diverged} of {effect.ended} runs of {effect.factor} = {show(effect.arm)} and "
                 f"{effect.baseline_diverged} of {effect.baseline_ended} of {show(effect.baseline)} that ended, at the "
-                "chosen settings. A diverged run is worse than any loss; it has no difference, so the mean is of the "
-                "pairs that ended, and flatters the side that diverged more."
+                "chosen settings. A diverged run is worse than any loss; it has no difference, so the mean covers "
+                "only pairs that ended and flatters the side that diverged more."
             )
         if effect.cells_left_out:
             said.append(

@@ -80,10 +80,10 @@ def main(argv: Sequence[str], publish: Publish | None = None) -> int:
         action="append",
         default=[],
         metavar="KEY=ARM",
-        help="the arm that the factor's others are compared with (default: conf's default); may be given again",
+        help="the arm that the factor's others are compared with (default: conf's default); may be repeated",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: STUDY/report)")
-    parser.add_argument("--json", action="store_true", help="print verdict.json, and nothing else, on standard output")
+    parser.add_argument("--json", action="store_true", help="print only verdict.json, on standard output")
     if publish is not None:
         parser.add_argument("--wandb", action="store_true", help="log the report's folder to wandb as an artifact")
     asked = parser.parse_args(argv)
@@ -116,14 +116,14 @@ def _tell(found: Answer, target: Path, file: TextIO) -> None:
     if found.odd:
         are, them = ("is", "it") if len(found.odd) == 1 else ("are", "them")
         things = counted(len(found.odd), "thing")
-        say(f"{things} {are} missing or odd; the page names {them}", file=file)
+        say(f"{things} {are} missing or odd; the page lists {them}", file=file)
     say("report:", run_folder.shown(target.absolute() / _PAGE), file=file)
 
 
 def write(found: Answer, folder: Path) -> None:
     """Write the report's files, each whole or not at all. Raises :class:`BadInput` if the folder is a run's."""
     if (folder / run_folder.CONFIG).exists():
-        raise BadInput(f"{folder}: is a run's folder; say where the report is to be written with --out FOLDER")
+        raise BadInput(f"{folder}: is a run's folder; choose where to write the report with --out FOLDER")
     folder.mkdir(exist_ok=True, parents=True)
     if (folder / _PAGE).exists():  # an earlier report: the new page would not show its figures
         for old in (path for pattern in _FIGURES for path in folder.glob(pattern)):
@@ -169,7 +169,7 @@ def _figures_of(each: Comparison) -> Iterator[tuple[str, Figure, str]]:
     if (figure := figures.difference_curves(differences)) is not None:
         losses = dict.fromkeys(curve.key for arms in differences.values() for curve in arms.values())
         caption = f"Arm − baseline in {' or '.join(losses)}, seed by seed, against steps: mean and 95 % interval."
-        same = "Of train_loss both sides saw the same batches, so that their noise cancels."
+        same = "For train_loss, both sides saw the same batches, so their noise cancels."
         yield "differences", figure, f"{caption} {same}" if "train_loss" in losses else caption
     for i, key in enumerate(each.design.tuned):
         figure = figures.rates(each.design, each.chosen, i)
@@ -178,7 +178,7 @@ def _figures_of(each: Comparison) -> Iterator[tuple[str, Figure, str]]:
                 f"Validation loss against {key}: the line is the mean over seeds, small marks are seeds, the ring is "
                 "the value chosen, a cross at the top a value at which a seed diverged."
             )
-            others = " Each at the best of what else was tuned." if len(each.design.tuned) > 1 else ""
+            others = " Each is at the best of the other tuned keys." if len(each.design.tuned) > 1 else ""
             yield f"tuning-{short(key)}", figure, caption + others
     curves = loss_curves(each.chosen)
     comparable = why_speeds_differ(each.chosen.values()) is None

@@ -84,7 +84,7 @@ class Contrast(Section):
     @model_validator(mode="after")
     def _reduces_a_key(self) -> Contrast:
         if (self.over is None) != (self.reduced == "mean"):
-            raise ValueError("over and reduced belong together: a key, and the best or the range of its values")
+            raise ValueError("over and reduced go together: a key, and the best or the range of its values")
         return self
 
 

@@ -30,7 +30,7 @@ from xattn.system.screen import counted
 
 _ROWS = 40  # at most, of the settings that are not compared and of commands
 _FINDING_NOTE = (
-    "Means over seeds with t intervals that hold at once with probability 0.95 (Bonferroni). A contrast is shown, or "
+    "Means over seeds with t intervals that hold together with probability 0.95 (Bonferroni). A contrast is shown, or "
     "contradicted, where its whole interval lies beyond the threshold that the experiment stated before its first run."
 )
 
@@ -165,8 +165,8 @@ def _finding(found: Finding | None) -> Iterator[Block]:
         [each.contrast.name, each.words, str(each.seeds), each.contrast.shown, each.contrast.contradicted, each.says]
         for each in found.contrasts
     ]
-    columns = ["contrast", "mean [interval]", "seeds", "shown if", "contradicted if", "it is"]
-    yield Table(columns, rows, words=["contrast", "shown if", "contradicted if", "it is"], note=_FINDING_NOTE)
+    columns = ["contrast", "mean [interval]", "seeds", "shown if", "contradicted if", "verdict"]
+    yield Table(columns, rows, words=["contrast", "shown if", "contradicted if", "verdict"], note=_FINDING_NOTE)
     yield Paragraph(found.sentence)
 
 

@@ -98,7 +98,7 @@ def why_speeds_differ(cells: Iterable[Chosen]) -> str | None:
     speeds = [[s for run in runs if (s := run.number("tokens_per_second"))] for runs in by_cell]
     if all(max(of_cell) <= SAME_LOAD * min(of_cell) for of_cell in speeds if of_cell):
         return None
-    return f"runs of one arm differ in speed by more than {SAME_LOAD - 1:.0%}, so that the load was not equal"
+    return f"runs of one arm differ in speed by more than {SAME_LOAD - 1:.0%}, so the machine's load was not equal"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

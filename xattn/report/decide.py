@@ -32,7 +32,8 @@ _EPILOG = """exit codes:
 
 examples:
   xattn verdict outputs/gate --better model.output_gate=channel
-  xattn verdict outputs/first --better backend.activation=softmax --than sigmoid --where backend.theta=10000"""
+  xattn verdict outputs/first --better backend.activation=softmax \\
+    --than sigmoid --where backend.theta=10000"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=RawDescriptionHelpFormatter,
     )
     add_question(parser)
-    parser.add_argument("--better", required=True, metavar="KEY=ARM", help="the arm that is to be better")
+    parser.add_argument("--better", required=True, metavar="KEY=ARM", help="the arm that should be better")
     parser.add_argument("--than", metavar="ARM", help="the arm of KEY that it is compared with (default: the baseline)")
-    parser.add_argument("--json", action="store_true", help="print the effect as an object, as in verdict.json")
+    parser.add_argument("--json", action="store_true", help="print the effect as JSON, as in verdict.json")
     asked = parser.parse_args(argv)
     ((key, arm),) = pairs([asked.better], "--better")
     study = read_study(asked.study)
@@ -82,7 +83,7 @@ def _asked_for(found: Answer, key: str, arm: str, than: str | None) -> _Found:
         _refuse(found, key, arm, than)
     if len(effects) > 1:
         labels = "; ".join(each.comparison.group.label for each in effects[:4])
-        raise BadInput(f"--better {key}={arm}: is in {len(effects)} comparisons; choose one by --where: {labels}")
+        raise BadInput(f"--better {key}={arm}: is in {len(effects)} comparisons; choose one with --where: {labels}")
     return effects[0]
 
 
@@ -92,17 +93,14 @@ def _refuse(found: Answer, key: str, arm: str, than: str | None) -> NoReturn:
     own = [factor for factor in factors if factor.key == key]
     for factor in factors:
         if key in factor.also and not own:
-            raise BadInput(f"--better {key}: changes with {factor.key}; ask by that key: {_arms(factor)}")
+            raise BadInput(f"--better {key}: changes together with {factor.key}; use that key: {_arms(factor)}")
     if not own:
-        raise BadInput(f"--better {key}: is no factor here; {there_are(dict.fromkeys(f.key for f in factors))}")
+        raise BadInput(f"--better {key}: is not a factor here; {there_are(dict.fromkeys(f.key for f in factors))}")
     for factor in own:
         if is_typed(factor.baseline, arm):
-            raise BadInput(
-                f"--better {key}={arm}: is the arm that others are compared with; name another one with --than: "
-                f"{_arms(factor)}"
-            )
+            raise BadInput(f"--better {key}={arm}: is the baseline; name another arm with --than: {_arms(factor)}")
     against = "" if than is None else f" with {than}"
-    raise BadInput(f"--better {key}={arm}: in no comparison{against}; there are {'; '.join(map(_arms, own[:4]))}")
+    raise BadInput(f"--better {key}={arm}: in no comparison{against}; the arms are {'; '.join(map(_arms, own[:4]))}")
 
 
 def _arms(factor: Factor) -> str:
@@ -113,6 +111,4 @@ def _check_direction(metric: str, runs: Sequence[Run]) -> None:
     if words.better_is(metric):
         return
     names = sorted({key for run in runs for key in run.summary if words.better_is(key) and run.number(key) is not None})
-    raise BadInput(
-        f"--metric {metric}: neither more nor less of it is better; with a direction there are {', '.join(names[:12])}"
-    )
+    raise BadInput(f"--metric {metric}: neither more nor less of it is better; choose one of {', '.join(names[:12])}")

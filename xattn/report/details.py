@@ -27,16 +27,15 @@ from xattn.report.worth import Fitted, laws
 
 Pictures = Mapping[str, str]  # name → caption of each figure drawn
 _NOTE = (
-    "Means are of the pairs alone, the same seed on both sides, averaged over the combinations of the other factors "
+    "Means are over pairs alone (the same seed on both sides), averaged over the combinations of the other factors "
     "that both were run with; so their difference is the one beside them. Left out: runs with a value at the chosen "
-    "settings that are in no pair, the arm's + the baseline's. The interval is a t interval, of one arm alone. p: "
-    "paired t test; Holm: corrected over the factor's arms, or over all arms (lengths of training apart) where each is "
-    "one change to one baseline. "
-    "Detectable: the difference that is found after Holm with "
-    "probability 0.8, if seeds differ as much as these did. Diverged: of the runs that ended. Sign-flip: exact up to "
-    f"{EXACT_TO} seeds, from more of 9,999 random flips."
+    "settings that are in no pair, the arm's + the baseline's. The interval is a t interval for one arm alone. p: "
+    "paired t test. Holm p: corrected over the factor's arms, or over all arms (except lengths of training) where each "
+    "is one change to one baseline. Detectable: the difference that is detected after Holm with probability 0.8, if "
+    "seeds vary as much as these did. Diverged: of the runs that ended. Sign-flip p: exact up to "
+    f"{EXACT_TO} seeds, and from 9,999 random flips with more."
 )
-_NOTE_BCA = f" BCa: bootstrap, from {BOOTSTRAP_FROM} seeds on."
+_NOTE_BCA = f" BCa: bootstrap, with {BOOTSTRAP_FROM} seeds or more."
 
 
 def details(each: Comparison, selection: Selection, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
@@ -89,13 +88,17 @@ def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
         [show(e.arm), number(e.arm_mean, form), number(e.baseline_mean, form), *_numbers(e, boot), *e.counts]
         for e in effects
     ]
-    also = f" With it change {', '.join(factor.also)}: the runs cannot tell their effects apart." if factor.also else ""
+    also = (
+        f" It changes together with {', '.join(factor.also)}: the runs cannot tell their effects apart."
+        if factor.also
+        else ""
+    )
     columns = [factor.key, f"mean {each.metric.name}", "baseline's mean", *_columns(boot), *_COUNTED]
     yield Table(
         columns,
         rows,
         words=[factor.key],
-        note=f"Against {show(factor.baseline)}, each line in its own pairs.{also}",
+        note=f"Against {show(factor.baseline)}; each row uses its own pairs.{also}",
     )
     notes = [
         note for n in sorted({effect.paired.seeds for effect in effects}) if (note := signflip_note(n)) is not None
@@ -110,9 +113,9 @@ def _worth(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Ite
         return
     yield Heading(f"Worth in steps{where}")
     yield Paragraph(
-        "An arm's loss, set against the steps that the baseline would take to it by L(C) = E + a·C^(−b), C in steps, "
-        "through the baseline's mean losses. Intervals are of one arm alone, over seeds; an end of one may lie outside "
-        "of the lengths that were run. Net: the steps ÷ what a step costs."
+        "The steps in which the baseline would reach an arm's loss by L(C) = E + a·C^(−b), C in steps, fitted through "
+        "the baseline's mean losses. Intervals are for one arm alone, over seeds; their ends may lie outside the "
+        "lengths that were run. Net: the steps ÷ the cost of a step."
     )
     rows = [
         [law.label, *(number(float(part[0]), ".4g") for part in (law.law.e, law.law.a, law.law.b)), _lengths(law)]
@@ -132,7 +135,7 @@ def _interactions(each: Comparison, where: str) -> Iterator[Block]:
     boot, form = _has_bootstrap(each), f"+{precision(each.metric.name)}"
     yield Heading(f"Interactions{where}")
     yield Paragraph(
-        "How much more an arm of the one factor changes the metric under an arm of the other than under that one's "
+        "How much more an arm of one factor changes the metric under an arm of the other than under the other's "
         "baseline: (a, b) − (a₀, b) minus (a, b₀) − (a₀, b₀). Zero where the two effects add up."
     )
     rows = [
@@ -157,7 +160,7 @@ def _cells(each: Comparison) -> Table:
         mean = number(float(np.mean(values)), form) if values else "–"
         rows.append([each.design.label(cell), mean, spread, str(len(values)), str(len(at.diverged))])
     columns = ["combination", f"mean {each.metric.name}", "sd over seeds", "seeds", "diverged"]
-    note = "Each over all seeds that it is judged by; differences above are of the seeds that all corners have."
+    note = "Each is over all seeds it is judged by; the differences above use the seeds that all corners have."
     return Table(columns, rows, words=["combination"], note=note)
 
 
@@ -213,12 +216,14 @@ def _cost(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Iter
     ]
     speed = ["tokens/s"] if why_not is None else []
     note = (
-        "Speeds of training alone, on one kind and number of devices and one pack size. How busy the machine was is "
-        f"not on record; but the runs of one arm agree within {SAME_LOAD - 1:.0%}."
+        "Speeds are of training alone, with one kind and number of devices and one pack size. The machine's load was "
+        f"not recorded, but the runs of one arm agree within {SAME_LOAD - 1:.0%}."
         if why_not is None
-        else f"Speeds are not set side by side: {why_not}. They stand in results.csv."
+        else f"Speeds are not compared: {why_not}. They are in results.csv."
     )
-    yield Table(["arm", *speed, "compile s", "peak MiB", "parameters", "GFLOP a step"], rows, words=["arm"], note=note)
+    yield Table(
+        ["arm", *speed, "compile s", "peak MiB", "parameters", "GFLOP per step"], rows, words=["arm"], note=note
+    )
     yield Heading(f"Training stability{where}")
     rows = []
     for cell, cost in costs.items():
@@ -226,7 +231,7 @@ def _cost(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Iter
         norms = [number(cost.grad_norm, ".3g"), number(cost.max_grad_norm, ".3g")]
         rows.append([label(cell), diverged, number(cost.spikes, ".2g"), *norms])
     yield Table(
-        ["arm", "diverged", "loss spikes a run", "median grad norm", "largest grad norm"],
+        ["arm", "diverged", "loss spikes per run", "median grad norm", "largest grad norm"],
         rows,
         words=["arm"],
         note="A spike: a logged training loss more than 6 robust standard deviations above the median of 20 before.",

@@ -47,7 +47,7 @@ def judge(study: Study, question: Question, *, command: str = "") -> Answer:
         key: None for each in comparisons for factor in each.design.factors for key in (factor.key, *factor.also)
     }
     for key in baselines.keys() - factors.keys():
-        raise BadInput(f"{key}: is no factor here; {there_are(factors)}")
+        raise BadInput(f"{key}: is not a factor here; {there_are(factors)}")
     return Answer(
         study=study,
         comparisons=comparisons,
@@ -63,7 +63,7 @@ def _compared(group: Group, design: Design, asked: str | None, selection: Select
     metric = metric_for(group.runs, asked)
     chosen = choose(design, metric, selection)
     if design.factors and is_speed(metric.name) and (why_not := why_speeds_differ(chosen.values())) is not None:
-        raise BadInput(f"--metric {metric.name}: no verdict on speeds, because {why_not}; they stand in results.csv")
+        raise BadInput(f"--metric {metric.name}: no verdict on speeds, because {why_not}; they are in results.csv")
     of_probes = {name: metric_for(group.runs, name) for name in probes_of(group.runs) if name != metric.name}
     return Comparison(
         group=group,
@@ -83,15 +83,15 @@ def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:
         there = list(dict.fromkeys(show(run.config.get(key)) for run in runs))
         for value in values:
             if not any(is_typed(run.config.get(key), value) for run in runs):
-                raise BadInput(f"--where {key}={value}: no run has it; there are {', '.join(there[:12])}")
+                raise BadInput(f"--where {key}={value}: no run has it; the values are {', '.join(there[:12])}")
         runs = [run for run in runs if any(is_typed(run.config.get(key), value) for value in values)]
         if not runs:
-            raise BadInput(f"--where {key}={','.join(values)}: no run has this and what else was asked for")
+            raise BadInput(f"--where {key}={','.join(values)}: no run has this and the other values")
     if question.seeds is not None:
         there = list(dict.fromkeys(show(run.seed) for run in runs))
         for seed in question.seeds:
             if seed not in there:
-                raise BadInput(f"--seeds {seed}: no run has it; there are {', '.join(there[:12])}")
+                raise BadInput(f"--seeds {seed}: no run has it; the seeds are {', '.join(there[:12])}")
         runs = [run for run in runs if show(run.seed) in question.seeds]
     yield from runs
 
@@ -108,7 +108,7 @@ def value_typed(runs: Sequence[Run], key: str, typed: str) -> Any:
     for value in values:
         if is_typed(value, typed):
             return value
-    raise BadInput(f"{key}={typed}: no run has it; there are {', '.join(map(show, [*values][:12]))}")
+    raise BadInput(f"{key}={typed}: no run has it; the values are {', '.join(map(show, [*values][:12]))}")
 
 
 def is_typed(value: Any, typed: str) -> bool:
@@ -132,9 +132,9 @@ def _check_metric(runs: Sequence[Run], metric: str | None) -> None:
     if metric is None or not done or any(metric_for([run], metric).of(run) for run in done):
         return
     known = sorted({key for run in done for key in run.summary if run.number(key) is not None})
-    hint = did_you_mean(metric, known) or f"; there are {', '.join(known[:12])}"
+    hint = did_you_mean(metric, known) or f"; the numbers are {', '.join(known[:12])}"
     raise BadInput(f"--metric {metric}: no run's summary.json has such a number{hint}")
 
 
 def there_are(factors: Collection[str]) -> str:
-    return f"there are {', '.join(factors)}" if factors else "nothing differs between the runs that are compared"
+    return f"the factors are {', '.join(factors)}" if factors else "nothing differs between the runs that are compared"

@@ -127,9 +127,7 @@ def interval(logs: np.ndarray) -> Interval | str:
     if not np.isfinite(low):
         return f"no E + a·C^(−b) with a, b > 0 fits {failed.mean():.0%} of the resamples of its seeds"
     if high > _NO_END:
-        return (
-            "by some resamples of its seeds the baseline never reaches the arm's loss, or not in 1,000 times the steps"
-        )
+        return "in some resamples, the baseline never reaches the arm's loss, or needs over 1,000 times the steps"
     return Interval(*np.exp([logs[0], low, high]).tolist())
 
 

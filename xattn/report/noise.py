@@ -22,11 +22,11 @@ from xattn.report.words import number, precision
 from xattn.runs import run_folder
 
 _TEXT = (
-    "How far runs of one config differ by their seed alone (standard deviations), and what is left of that in the "
-    "differences of pairs: it is that spread, over the root of the number of seeds, that a verdict has to stand out "
-    "from. The interval of a standard deviation is that of normal differences (χ²). The sequences of text that are "
-    "scored are the same in all runs. Other sequences would give another difference, and no number of seeds shows "
-    "that: it is measured by drawing the sequences again with replacement (bootstrap, 95 %)."
+    "How far runs of one config differ by their seed alone (standard deviations), and what is left of that in paired "
+    "differences. A difference has to stand out from the latter, divided by the root of the number of seeds. The "
+    "interval of a standard deviation assumes normal differences (χ²). All runs score the same sequences of text. "
+    "Others would give another difference, and no number of seeds shows that; it is measured by drawing the sequences "
+    "again with replacement (bootstrap, 95 %)."
 )
 
 

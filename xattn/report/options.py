@@ -15,22 +15,22 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     """Add the study and the options of a question; :func:`question_of` reads them."""
     parser.add_argument("study", type=Path, help="outputs/<study>")
     parser.add_argument(
-        "--metric", help="a number of summary.json (default: val_loss, or val_bpb where the runs' tokens differ)"
+        "--metric", help="a number in summary.json (default: val_loss, or val_bpb where the runs' tokens differ)"
     )
     parser.add_argument(
         "--where",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="take only runs with this value, or one of several with commas between them; may be given again",
+        help="use only runs with this value, or one of several separated by commas; may be repeated",
     )
-    parser.add_argument("--seeds", metavar="0,1,2", help="take only runs with these seeds")
+    parser.add_argument("--seeds", metavar="0,1,2", help="use only runs with these seeds")
     parser.add_argument(
         "--tuned",
         action="append",
         default=[],
         metavar="KEY",
-        help=f"a key that was tuned for each arm, besides {', '.join(TUNED)}; may be given again",
+        help=f"a key that was tuned for each arm, besides {', '.join(TUNED)}; may be repeated",
     )
     parser.add_argument(
         "--selection",

@@ -239,7 +239,7 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path.name} is not readable")
         return {}
     odd = [key for key, kinds in _KINDS.items() if key in loaded and not isinstance(loaded[key], kinds)]
-    problems += [f"{path.name}: {key} is passed over, it is a {type(loaded[key]).__name__}" for key in odd]
+    problems += [f"{path.name}: {key} is ignored, since it is a {type(loaded[key]).__name__}" for key in odd]
     return {key: value for key, value in loaded.items() if key not in odd}
 
 
@@ -273,7 +273,7 @@ def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
             except (ValueError, RecursionError):
                 continue
         damaged = len(lines) - len(rows)
-        problems.append(f"{path.name} has {damaged} {'line that is' if damaged == 1 else 'lines that are'} no JSON")
+        problems.append(f"{path.name} has {damaged} {'line that is' if damaged == 1 else 'lines that are'} not JSON")
     return [row for row in rows if isinstance(row, dict)]
 
 

@@ -70,7 +70,7 @@ class Pair:
         if self.is_larger_or_smaller:
             parts.append(_against("parameters", self.ours.parameters, self.theirs.parameters))
         if self.missing_flops:
-            parts.append(_against("FLOPs a token", self.ours.flops or 0.0, self.theirs.flops or 0.0))
+            parts.append(_against("FLOPs per token", self.ours.flops or 0.0, self.theirs.flops or 0.0))
         return f"{self.arm}: {' and '.join(parts)}" if parts else ""
 
 
@@ -107,7 +107,7 @@ def _what_helps(factor: Factor, pairs: list[Pair]) -> str:
         return f"{' and '.join(settings)}: mlp_dim is then chosen for about as many FLOPs." if settings else ""
     sizes = [size for pair in pairs for size in (pair.ours, pair.theirs)]
     if unequal[0].theirs.asked is not None and len({size.asked for size in sizes}) == 1:
-        return f"All were asked for {PARAMETERS}={unequal[0].theirs.asked:.0f}."
+        return f"All were given {PARAMETERS}={unequal[0].theirs.asked:.0f}."
     parameters = unequal[0].theirs.asked or unequal[0].theirs.parameters
     if any(size.smallest > parameters for size in sizes):
         parameters = max(size.parameters for size in sizes)

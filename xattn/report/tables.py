@@ -89,7 +89,7 @@ def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
     named = _tex(metrics.pop()) if len(metrics) == 1 else "mean"
     lines = [
         f"% {made_by}",
-        "% needs \\usepackage{booktabs}; means are of the pairs that the difference is of",
+        "% needs \\usepackage{booktabs}; means are over the pairs of the difference",
         "\\begin{tabular}{llrrrrrrr}",
         "\\toprule",
         f"factor & arm & {named} & baseline's & difference [95\\,\\%] & $p$ (Holm) & seeds & left out & diverged \\\\",

@@ -118,7 +118,7 @@ def verdict(effect: Effect) -> str:
     if worth is None:
         return _of_loss(effect)
     if worth.steps is None:
-        return f"{_of_loss(effect)} What it is worth in the baseline's steps is not said: {worth.why_not}."
+        return f"{_of_loss(effect)} Its worth in the baseline's steps is not given: {worth.why_not}."
     return f"{_of_loss(effect)} It is {in_steps(worth)}."
 
 
@@ -129,7 +129,7 @@ def in_steps(worth: Worth) -> str:
     value, limits = _ratio(worth.steps)
     steps = f"equal to {value} × the baseline's steps {limits}"
     if worth.step_cost is None or worth.net is None:
-        return f"{steps}; what a step costs is not said: {worth.why_not}"
+        return f"{steps}; the cost of a step is not given: {worth.why_not}"
     cost, net = (" × ".join(_ratio(each)) for each in (worth.step_cost, worth.net))
     return f"{steps}; a step costs {cost}; net {net}"
 
@@ -147,13 +147,13 @@ def _of_loss(effect: Effect) -> str:
     found, arm, baseline = effect.paired, show(effect.arm), show(effect.baseline)
     tail = ""
     if effect.diverged or effect.baseline_diverged:
-        of_others = "" if found.difference is None else "; the difference is of the others"
+        of_others = "" if found.difference is None else "; the difference is over the others"
         tail = (
             f" Of the runs that ended, {effect.diverged} of {effect.ended} of {arm} diverged, and "
             f"{effect.baseline_diverged} of {effect.baseline_ended} of {baseline}{of_others}."
         )
     if found.difference is None:
-        return f"Nothing can be said of {arm} against {baseline}: {_why_nothing(effect)}.{tail}"
+        return f"{arm} cannot be compared with {baseline}: {_why_nothing(effect)}.{tail}"
     form = f"+{precision(effect.metric)}"
     size = f"{effect.metric} {number(found.difference, form)}"
     seeds = counted(found.seeds, "seed")
@@ -165,18 +165,18 @@ def _of_loss(effect: Effect) -> str:
         f"{size}, 95 % interval {number(low, form)} to {number(high, form)}, {seeds}, "
         f"p {p_value(effect.p_holm)} after Holm"
     )
+    if effect.comparisons > 1:
+        facts += f" over {effect.comparisons} arms, {p_value(found.p)} before"
     if is_shown(effect):
         return f"{arm} is {_direction(effect)} {baseline}: {facts}.{_reached(effect)}{tail}"
     if effect.stage is not None:
         return f"No difference between {arm} and {baseline} is shown: {facts}.{_reached(effect)}{tail}"
     alone = ""
     if low > 0 or high < 0:
-        alone = (
-            f" The interval is of this arm alone; p is corrected for the {effect.comparisons} arms that were looked at."
-        )
+        alone = f" The interval is for this arm alone; Holm corrects p for {effect.comparisons} arms."
     return (
-        f"No difference between {arm} and {baseline} is shown: {facts}.{alone} If seeds differ as much as these did, "
-        f"such a study finds a difference of {number(effect.detectable, '.2g')} four times in five.{tail}"
+        f"No difference between {arm} and {baseline} is shown: {facts}.{alone} If seeds vary as much as these did, "
+        f"such a study detects a difference of {number(effect.detectable, '.2g')} four times in five.{tail}"
     )
 
 
@@ -191,7 +191,7 @@ def _reached(effect: Effect) -> str:
     else:
         more = counted(stage.needed - stage.pairs, "more seed")
         sentence = f" Known to ±{number(stage.half_width, form)}; {asked} takes {more}"
-    at_once = f", for all {stage.comparisons} comparisons at once" if stage.comparisons > 1 else ""
+    at_once = f", for all {stage.comparisons} comparisons together" if stage.comparisons > 1 else ""
     return f"{sentence}{at_once}.{_extended(stage.half_widths)}"
 
 

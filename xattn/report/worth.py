@@ -99,7 +99,7 @@ def worth(comparison: Comparison, effect: Effect) -> Worth | None:
     if (metric := comparison.metric.name) not in LOSSES:
         return Worth(why_not=f"the law is of a loss ({' or '.join(LOSSES)}), which {metric} is not")
     if lengths < LENGTHS:
-        return Worth(why_not=f"the baseline has runs of {lengths} lengths, and the law takes {LENGTHS}")
+        return Worth(why_not=f"the baseline has runs of {lengths} lengths, but the law needs {LENGTHS}")
     tracks = [track for track in tracks if len(track.baseline) >= LENGTHS]
     columns = [_columns(track, comparison) for track in tracks]
     if why_not := _too_few(tracks, columns):
@@ -122,11 +122,11 @@ def _too_few(tracks: Sequence[Track], columns: Sequence[Columns]) -> str:
     for track, of_track in zip(tracks, columns, strict=True):
         for (whose, steps, at), values in zip(track.cells, of_track, strict=True):
             if at.diverged:
-                return f"runs of {whose} diverged at {steps:,} steps, so that its mean is of the others"
+                return f"runs of {whose} diverged at {steps:,} steps, so its mean covers only the others"
             is_anchor = at is track.baseline[track.anchor]
             if len(values) < SEEDS:
                 too = "" if is_anchor else f" that the baseline has at {track.anchor:,} too"
-                return f"{SEEDS} seeds are needed, and {whose} has {len(values)} at {steps:,} steps{too}"
+                return f"{SEEDS} seeds are needed, but {whose} has {len(values)} at {steps:,} steps{too}"
             differ |= not is_anchor and float(np.ptp([*values.values()])) > _ROUNDING
     return "" if differ else "all seeds have exactly the same differences"
 
@@ -154,7 +154,7 @@ def log_steps(lengths: Sequence[tuple[Sequence[int], Sequence[int]]], rows: np.n
                 other = "longer" if side == "below" else "shorter"
                 return (
                     f"the arm's loss at {steps:,} steps, {loss[0]:.4f}, lies {side} those of the baseline ({means} "
-                    f"steps); a {other} baseline would tell"
+                    f"steps); run a {other} baseline"
                 )
             ratios.append(law.log_steps(loss) - np.log(steps))
             first += 1

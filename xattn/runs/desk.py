@@ -100,7 +100,7 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     if differing:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in list(differing.items())[:3]]
         more = [f"  and {len(differing) - 3} more"] if len(differing) > 3 else []
-        raise BadInput("\n".join([f"{folder.path}: holds a run of another config", *lines, *more]))
+        raise BadInput("\n".join([f"{folder.path}: holds a run with another config", *lines, *more]))
     return folder.summary()
 
 
@@ -108,13 +108,13 @@ def _show(run: Run, *, quiet: bool) -> ExitCode:
     """Show the result of a run that is finished."""
     before = run.folder.provenance()
     changed = changes(before, provenance())
-    since = f" (since then changed: {', '.join(changed)})" if changed else ""
+    since = f" (changed since then: {', '.join(changed)})" if changed else ""
     if not quiet:
-        say(f"{run.before['status']} already, at step {run.before['step']}: {result_line(run.before)}{since}")
+        say(f"already {run.before['status']} at step {run.before['step']}: {result_line(run.before)}{since}")
         if (other := other_library(run.config.data.name, before)) is not None:
             say(other)
         say(f"run folder  {shown(run.folder.path)}")
-        say("resume=never trains it again, and moves this folder aside")
+        say("resume=never trains it again and moves this folder aside")
     with (run.folder / run_folder.LOG).open("a", encoding="utf-8") as log:
         log.write("started again: the stored result was shown\n")
     return run.code

@@ -19,7 +19,7 @@ from xattn.model.generation import Sampling, TrainedModel, generate
 from xattn.runs import run_folder
 from xattn.runs.record import Run
 from xattn.runs.run_folder import result_line
-from xattn.system.screen import printable
+from xattn.system.screen import UNPRINTABLE, printable
 from xattn.training.loop import Progress, evaluate
 from xattn.training.programs import Programs, TrainState
 from xattn.training.sharding import on_one_device
@@ -52,12 +52,12 @@ def conclude(run: Run, data: RunData, compiled: Programs, progress: Progress) ->
             show_sample(run, data.tokenizer, compiled, progress.state)
             show_result(run, data, results)
         case "preempted":
-            run.display.say(f"stopped at step {progress.step}, and saved; the same command goes on from there")
+            run.display.say(f"stopped at step {progress.step} and saved; the same command continues from there")
         case "pruned":
-            run.display.say(f"pruned at step {progress.step}, and saved")
+            run.display.say(f"pruned at step {progress.step} and saved")
         case _ if progress.halted_at is not None:
             run.display.warn(
-                f"diverged: the loss or gradient of update {progress.halted_at} is not finite, and not made"
+                f"diverged: the loss or gradient of update {progress.halted_at} is not finite; it was not applied"
             )
         case _:
             run.display.warn(f"diverged: the evaluation at step {progress.step} is not finite")
@@ -82,7 +82,7 @@ def show_sample(run: Run, tokenizer: Tokenizer, compiled: Programs, state: Train
     sample = _sample(compiled, state, tokenizer, run.config.seed)
     run_folder.write_atomically(_artifact(run, run_folder.SAMPLE), sample)
     shown = printable(sample)
-    hint = ", · for what is not printable" if shown.count("·") > sample.count("·") else ""
+    hint = f" ({UNPRINTABLE})" if shown.count("·") > sample.count("·") else ""
     run.display.say(f"\na sample at temperature {SAMPLE_TEMPERATURE}{hint}:")
     run.display.say_sample(f"{shown}\n")
 
@@ -107,7 +107,7 @@ def show_result(run: Run, data: RunData, results: dict[str, Any]) -> None:
     others = [f"unigrams {unigram_bits_per_byte(scored):.4f}"]
     if len(scored) >= MIN_GZIP_BYTES:
         others.append(f"gzip {gzip_bits_per_byte(scored):.4f}")
-    run.display.say(f"baselines   {', '.join(others)} bits/byte, of the same {len(scored):,} bytes")
+    run.display.say(f"baselines   {', '.join(others)} bits/byte on the same {len(scored):,} bytes")
 
 
 def _keep_sequence_losses(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:

@@ -51,7 +51,7 @@ def evaluate_once(
             return there, True
         opened = load(run, checkpoint=checkpoint)
         if step not in (None, opened.step):
-            raise IntegrityError(f"{run}: has no whole checkpoint of step {step}")
+            raise IntegrityError(f"{run}: has no intact checkpoint of step {step}")
         there = None if may_change else equal_row(rows, opened.step, overrides)
         if there is not None:
             return there, True

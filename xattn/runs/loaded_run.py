@@ -65,9 +65,9 @@ class LoadedRun:
         return "\n".join(
             [
                 f"LoadedRun {run_folder.shown(self.path)}",
-                f"  {summary.get('status', 'weights alone')}, checkpoint of step {self.step}{result}",
+                f"  {summary.get('status', 'weights only')}, checkpoint of step {self.step}{result}",
                 f"  {attention}; {size:,} parameters in {model.num_layers} layers of width {model.embedding_dim}",
-                f"  {self.config.data.name}, {self.model.vocab_size:,} kinds of token",
+                f"  {self.config.data.name}, vocabulary of {self.model.vocab_size:,}",
             ]
         )
 
@@ -101,7 +101,7 @@ class LoadedRun:
         knows_runs_only = linear or self.model.config.conv is not None
         rows: Any = segments if segments is not None and knows_runs_only else ()
         if any(len(np.unique(row)) <= np.count_nonzero(np.diff(row)) for row in rows):
-            raise BadInput("segment_ids: an id comes back after another; give each document an id of its own")
+            raise BadInput("segment_ids: an id recurs after another one; give each document its own id")
         found: Any = self.model.apply(
             {"params": self.params},
             *(jnp.asarray(np.atleast_2d(ids)), self.hyperparameters),
@@ -185,13 +185,15 @@ class LoadedRun:
         bias_keys = {kind: f"{group_of(kind)}.sigmoid_bias" for kind in own.kinds}
         for kind, key in bias_keys.items():
             if given.get(key) == "learned" != own.kinds[kind].sigmoid_bias:
-                raise BadInput(f"{key} = learned: this run has learned none")
+                raise BadInput(f"{key} = learned: this run has no learned value")
         choose_attention(config, context=1)
         batch_size, data_config = config.trainer.batch_size, config.data
         tokenizer = None
         if isinstance(data_config, Tokenised) and isinstance(self.tokenizer, TextTokenizer):
             if chosen := given.keys() & {"data.tokenizer", "data.vocab_size", "data.tiktoken_pattern"}:
-                raise BadInput(f"{', '.join(sorted(chosen))}: text is read in the model's own tokens; leave it out")
+                raise BadInput(
+                    f"{', '.join(sorted(chosen))}: text is read with the model's own tokenizer; leave it out"
+                )
             trained = self.config.data
             if isinstance(trained, Tokenised) and "data.documents" not in given:
                 data_config = data_config.model_copy(update={"documents": trained.documents})
@@ -203,7 +205,7 @@ class LoadedRun:
         too_many = data.tokenizer.vocab_size > self.model.vocab_size
         if too_many or (tokenizer is None and data.tokenizer.vocab_size < self.model.vocab_size):
             raise BadInput(
-                f"data = {config.data.name}: has a vocabulary of {data.tokenizer.vocab_size} tokens; the model's is of "
+                f"data = {config.data.name}: has a vocabulary of {data.tokenizer.vocab_size} tokens; the model's has "
                 f"{self.model.vocab_size}"
             )
         # Only the sequences take the new context_length; sigmoid's n stays that of training.
@@ -234,20 +236,20 @@ def _check_data(run: LoadedRun, data: RunData) -> None:
     before = run_folder.read_provenance(run.path) or {}
     if (began_with := before.get("data_sha256")) in (None, data.sha256):
         return
-    problem = f"{run.path}: the data are not those that this run began with"
+    problem = f"{run.path}: the data are not the ones that this run began with"
     belongs = belongs_to(own, before, size=data.corpus_size, sha256=data.sha256)
     if belongs is None:
-        hashes = f"(sha256 {data.sha256[:12]}…, then {began_with[:12]}…)"
-        raise IntegrityError(f"{problem} {hashes}; bring them back, or say by data.… what to evaluate on")
+        hashes = f"(sha256 {data.sha256[:12]}…, was {began_with[:12]}…)"
+        raise IntegrityError(f"{problem} {hashes}; restore them, or choose other data with data.…")
     why, with_them = belongs
-    raise IntegrityError(f"{problem}: {why}\nevaluate it with {with_them}, or say by data.… what to evaluate on")
+    raise IntegrityError(f"{problem}: {why}\nevaluate it with {with_them}, or choose other data with data.…")
 
 
 def read(path: Path) -> tuple[Config, dict[str, Any]]:
     """Return the config and summary of a run folder. Raises :class:`BadInput` if it is not one."""
     summary = run_folder.read_summary(path)
     if summary is None or not (path / run_folder.CONFIG).is_file():
-        raise BadInput(f"{path}: not a run folder, it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
+        raise BadInput(f"{path}: not a run folder: it lacks {run_folder.CONFIG} or {run_folder.SUMMARY}")
     return xattn.config.load(path / run_folder.CONFIG), summary
 
 

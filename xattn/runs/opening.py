@@ -59,8 +59,8 @@ def read_inputs(run: Run, layout: Layout, stop: Callable[[], bool]) -> Inputs:
     weights, tokens = initial_weights(config) if run.is_new else None, data.tokenizer.vocab_size
     if weights is not None and weights.vocab_size != tokens:
         raise BadInput(
-            f"model.init_from = {weights.folder}: its vocabulary has {weights.vocab_size} tokens, that of the data "
-            f"{tokens}; give data.tokenizer the tokenizer.json of those weights"
+            f"model.init_from = {weights.folder}: its vocabulary has {weights.vocab_size} tokens, but the data's has "
+            f"{tokens}; set data.tokenizer to the tokenizer.json of those weights"
         )
     return Inputs(data, probes)
 
@@ -90,7 +90,7 @@ def begin(
         for passed_over, reason in choice.passed_over.items():
             display.note(f"            {of}not by {passed_over}: {reason}")
     if pack is not None:
-        display.note(f"pack        of {len(pack)} runs: {', '.join(pack)}")
+        display.note(f"pack        {len(pack)} runs: {', '.join(pack)}")
     run.summary |= {
         "implementation": _by_kind({kind: choice.name for kind, choice in choices.items()}),
         "passed_over": _by_kind({kind: choice.passed_over for kind, choice in choices.items()}),

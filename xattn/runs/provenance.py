@@ -122,7 +122,7 @@ def belongs_to(data: DataConfig, before: Mapping[str, Any], *, size: int | None,
         return None
     began_with, runs_on = (", ".join(_named(each, of[each]) for each in others) for of in (then, here))
     there, here_is = _corpus_of(before), _in_words(size, sha256)
-    return f"the run belongs to {began_with} (corpus of {there}), and this is {runs_on} ({here_is})", began_with
+    return f"the run began with {began_with} (corpus of {there}), but this is {runs_on} ({here_is})", began_with
 
 
 def other_library(data_name: str, before: Mapping[str, Any] | None) -> str | None:
@@ -135,7 +135,7 @@ def other_library(data_name: str, before: Mapping[str, Any] | None) -> str | Non
     then, here = (before.get("versions") or {}).get("python"), versions()["python"]
     if then in (None, here):
         return None
-    return f"the corpus was the library of Python {then} ({_corpus_of(before)}), and not that of this Python {here}"
+    return f"the corpus was the library of Python {then} ({_corpus_of(before)}), not that of this Python {here}"
 
 
 def _named(package: str, version: str) -> str:

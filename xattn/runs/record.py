@@ -61,7 +61,7 @@ class Run:
         failures = self.before.get("failures")
         if failures and failures["count"] >= MAX_FAILURES_IN_A_ROW and not changes(failures, provenance()):
             raise XattnError(
-                f"{shown(self.folder.path)}: failed {failures['count']} times in a row at step {failures['step']}, "
+                f"{shown(self.folder.path)}: failed {failures['count']} times in a row at step {failures['step']} "
                 f"with this same source; see its {run_folder.LOG}. Change the source, or start over with resume=never"
             )
         refuse_without_key(self.config.tracking.wandb)
@@ -83,7 +83,7 @@ class Run:
         except BadInput as error:
             if self._supersedes or self.folder.provenance() is None:
                 raise
-            raise IntegrityError(f"the training data are not those that this run began with: {error}") from error
+            raise IntegrityError(f"the training data are not the ones that this run began with: {error}") from error
 
     # ---- from its beginning to its end
 
@@ -95,7 +95,7 @@ class Run:
         if self._supersedes:
             status = (self.folder.summary() or {"status": "not begun"})["status"]
             self.display.close()  # its log.txt moves too
-            self.display.warn(f"the earlier run here ({status}) is moved to {shown(self.folder.move_aside())}")
+            self.display.warn(f"moved the earlier run here ({status}) to {shown(self.folder.move_aside())}")
             self._supersedes = False
         if self.config.resume == "never" and hosts.team().is_first:
             move_older_aside(self.config, self.folder.path, self.display.warn)
@@ -195,19 +195,19 @@ class Run:
         try:
             keep_only(folder, keep, why=f"trainer.keep={keep}")
         except OSError as error:  # the run is done anyway
-            self.display.warn(f"warning: {folder}: not all deleted: {error.strerror}")
+            self.display.warn(f"warning: {folder}: could not delete everything: {error.strerror}")
 
 
 def _other_data(config: Config, before: Mapping[str, Any], data: RunData) -> str:
     """Explain that the data are not those that the run began with."""
     here, then = data.sha256, before["data_sha256"]
-    what = "the training data, or their tokenizer, are not those that this run began with"
+    what = "the training data or their tokenizer are not the ones that this run began with"
     belongs = belongs_to(config.data, before, size=data.corpus_size, sha256=here)
     if belongs is None:
-        hashes = f"(sha256 {here[:12]}…, then {then[:12]}…)"
-        return f"{what} {hashes}; bring them back, or start over with resume=never"
+        hashes = f"(sha256 {here[:12]}…, was {then[:12]}…)"
+        return f"{what} {hashes}; restore them, or start over with resume=never"
     why, with_them = belongs
-    hint = ", or give a text that is the same everywhere: data=text data.path=…" if "Python" in with_them else ""
+    hint = ", or use a text that is the same everywhere: data=text data.path=…" if "Python" in with_them else ""
     return f"{what}: {why}\nstart it with {with_them}, or start over with resume=never{hint}"
 
 
@@ -215,6 +215,6 @@ def move_older_aside(config: Config, folder: Path, say: Callable[[str], None]) -
     """For ``resume=never``: move aside the same run as an older version made and named it."""
     if (older := xattn.config.older_folder(config, folder)) is not None:
         held = RunFolder(older)
-        say(f"the earlier run of an older version is moved to {shown(held.move_aside())}")
+        say(f"moved the run made by an older version to {shown(held.move_aside())}")
         held.withdraw()
         held.release()

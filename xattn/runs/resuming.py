@@ -72,8 +72,8 @@ def restore(desk: Desk, shapes: TrainState, at_most: int | None) -> Start:
         committed = run.summary["committed_step"]
         if checkpoint is None and not bounds and committed is not None:
             raise IntegrityError(
-                f"{desk.checkpoints.folder}: a checkpoint of step {committed} was there and is gone; bring it "
-                "back, or start over with resume=never"
+                f"{desk.checkpoints.folder}: the checkpoint of step {committed} is missing; restore it, or start over "
+                "with resume=never"
             )
     return Start(checkpoint, lost)
 
@@ -90,8 +90,8 @@ def _refuse_to_lose(run: Run, lost: Sequence[int]) -> None:
     if lost:
         raise IntegrityError(
             f"{shown(run.folder / run_folder.METRICS)}: the rows of steps {brief(lost)} are lost or "
-            "damaged, and no checkpoint is old enough to make them again\nput them back, from a copy or a "
-            'tracker; or write {"step": N} for each to give it up; or start over with resume=never'
+            "damaged, and no checkpoint is old enough to compute them again\nrestore them from a copy or a "
+            'tracker, write {"step": N} for each to give it up, or start over with resume=never'
         )
 
 
@@ -109,7 +109,7 @@ def resumed(desk: Desk, start: Start, fresh: TrainState) -> Trainee:
         if lost:
             run.display.warn(
                 f"warning: {shown(run.folder / run_folder.METRICS)}: the rows of steps {brief(lost)} are "
-                f"lost or damaged; they are made again from there, and later checkpoints are in checkpoints/.bad"
+                f"lost or damaged; they are computed again, and later checkpoints are moved to checkpoints/.bad"
             )
     desk.checkpoints.set_back(progress.step)
     metrics = MetricsFile(run.folder / run_folder.METRICS, after=progress.step, say=run.display.warn)
@@ -128,7 +128,7 @@ def _with_initial_weights(run: Run, state: TrainState) -> TrainState:
     weights = initial_weights(run.config)
     if weights is None:
         return state
-    run.display.say(f"weights     of {weights.folder}")
+    run.display.say(f"weights     from {weights.folder}")
     return state._replace(params=like(weights.params(), state.params))
 
 
@@ -156,7 +156,7 @@ def rolls_back(trainee: Trainee, compiled: Programs) -> bool:
     trainee.metrics.rewind(progress.step)
     member.active = True
     desk.run.display.warn(
-        f"update {halted_at} is not finite: back to step {progress.step}, its batch is left out "
+        f"update {halted_at} is not finite: going back to step {progress.step} and leaving out its batch "
         f"({len(left_out)} of at most {MAX_ROLLBACKS} times)"
     )
     return True

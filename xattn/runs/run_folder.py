@@ -129,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path}: not readable: {error}") from error
     if not isinstance(loaded, dict):
-        raise BadInput(f"{path}: not readable: holds {json.dumps(loaded)[:40]}, and must hold a JSON object")
+        raise BadInput(f"{path}: not readable: must hold a JSON object, got {json.dumps(loaded)[:40]}")
     return loaded
 
 
@@ -203,14 +203,14 @@ def _acquire(path: Path) -> int:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / CONFIG).exists() and not all(map(_is_nothing_yet, path.iterdir())):
-                raise BadInput(f"{path}: is not empty and holds no {CONFIG} of a run; choose another folder")
+                raise BadInput(f"{path}: is not empty and has no run's {CONFIG}; choose another folder")
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
             for there in (path, *path.parents):
                 if there.exists() and not there.is_dir():
-                    raise BadInput(f"{there}: is a file, and a run needs a folder there") from error
+                    raise BadInput(f"{there}: is a file, but a run needs a folder there") from error
                 if there.is_symlink() and not there.exists():
-                    raise BadInput(f"{there}: is a link to what is not there") from error
+                    raise BadInput(f"{there}: is a broken link") from error
             continue  # another process moved it aside in between
         except OSError as error:
             raise storage_error(error, path) or BadInput(f"{path}: cannot be written: {error.strerror}") from error

@@ -109,17 +109,17 @@ def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:
         try:
             said = [_measured(each)] if each.overrides else []
         except (IntegrityError, NotKept) as error:
-            say(f"not taken from the same training: {error}")
+            say(f"a run of the same training cannot be used: {error}")
             continue
         changed = changes(_recorded(each.folder), _here())
-        since = f" (since then changed: {', '.join(changed)})" if changed else ""
-        say(f"trained already in {shown(each.folder)}: {result_line(each.summary)}{since}")
+        since = f" (changed since then: {', '.join(changed)})" if changed else ""
+        say(f"already trained in {shown(each.folder)}: {result_line(each.summary)}{since}")
         if (other := other_library(each.data_name, _recorded(each.folder))) is not None:
             say(other)
         if each.lacking:
             said.append(
-                f"rows before the last step need training ({', '.join(each.lacking)}): resume=never makes them, in a "
-                "folder of their own"
+                f"measuring before the last step needs training ({', '.join(each.lacking)}): resume=never trains, in a "
+                "folder of its own"
             )
         for line in said:
             say(line)
@@ -132,7 +132,7 @@ def _measured(found: Found) -> str:
         with interruption.breaking():
             row, was_there = evaluate_once(found.folder, found.overrides, step=found.summary["step"])
     except KeyboardInterrupt:
-        raise Preempted("stopped while it was measured; the same command measures it again") from None
+        raise Preempted("stopped while measuring; the same command measures it again") from None
     how = "measured before" if was_there else "measured now"
     return f"{how}, with {' '.join(found.overrides)}: {in_a_line(row['results'])}"
 

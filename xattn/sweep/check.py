@@ -17,6 +17,7 @@ from xattn.errors import BadInput
 from xattn.runs.job import Job
 from xattn.runs.run_folder import read_provenance
 from xattn.system.device import ask_for_determinism, first_look
+from xattn.system.screen import counted
 from xattn.tracking.wandb import refuse_without_key
 from xattn.training.attention_choice import choose_attention
 from xattn.training.llama import initial_weights
@@ -62,4 +63,4 @@ def _none_is_started(jobs: Sequence[Job]) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        raise BadInput(f"of {len(jobs)} runs none is started: {error}") from error
+        raise BadInput(f"nothing was started ({counted(len(jobs), 'run')}): {error}") from error

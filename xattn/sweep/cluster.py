@@ -40,7 +40,7 @@ def check_commands(choice: str, settings: Mapping[str, Any]) -> None:
     if _target(settings).endswith(_SLURM) and missing:
         raise BadInput(
             f"hydra/launcher={choice}: {' and '.join(missing)} not found on PATH, so this machine cannot submit to "
-            "SLURM; hydra/launcher=slurm_local makes the runs here, and so does the same command without a launcher"
+            "SLURM; to train the runs here, use hydra/launcher=slurm_local or no launcher"
         )
 
 
@@ -57,8 +57,8 @@ def check_group(runs_per_job: object, settings: Mapping[str, Any]) -> int:
     if runs_per_job > 1 and tasks:
         given = ", ".join(f"hydra.launcher.launcher.{key} = {value}" for key, value in tasks.items())
         raise BadInput(
-            f"hydra.launcher.runs_per_job = {runs_per_job}: needs a job of one task, which starts a process for each "
-            f"of its GPUs itself; got {given}; leave them at 1, or runs_per_job"
+            f"hydra.launcher.runs_per_job = {runs_per_job}: needs a job of one task, which itself starts one process "
+            f"per GPU; got {given}; set them or runs_per_job to 1"
         )
     return runs_per_job
 
@@ -84,8 +84,8 @@ def check_resources(settings: Mapping[str, Any]) -> None:
     most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
     of_each = ", ".join(f"{name} = {amount:g} (the most on a node: {most[name]:g})" for name, amount in asked.items())
     raise BadInput(
-        f"hydra/launcher=on_ray: a task asks for {of_each}, and no node of the cluster has all of that; start one, or "
-        "ask for less: hydra.launcher.launcher.ray.remote.num_gpus=0 computes on a CPU"
+        f"hydra/launcher=on_ray: a task asks for {of_each}, but no node of the cluster has all of that; start such a "
+        "node, or ask for less: hydra.launcher.launcher.ray.remote.num_gpus=0 computes on a CPU"
     )
 
 
@@ -110,7 +110,7 @@ def say_where(handed: Sequence[Sequence[Job]], settings: Mapping[str, Any]) -> N
     on_ray = _target(settings).endswith(_RAY)
     to = "Ray" if on_ray else "SLURM" if _target(settings).endswith(_SLURM) else "processes of this machine"
     kind = "task" if on_ray else "job"
-    say(f"handed over {counted(len(runs), 'run')} to {to}, as {counted(len(handed), kind)}")
+    say(f"submitted {counted(len(runs), 'run')} to {to} as {counted(len(handed), kind)}")
     for study in sorted({job.folder.absolute().parent for job in runs}):
         say(f"run folders {shown(study)}/, each with its log.txt")
     if folder := _inner(settings).get("submitit_folder"):
@@ -144,7 +144,7 @@ def queue_again() -> None:
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or (job := _job_id(os.environ)) is None:
         return
     if (state := _state(job)) in _ENDING:
-        say(f"SLURM is ending job {job} ({state}), which is not queued again; the same command resumes what it left")
+        say(f"SLURM is ending job {job} ({state}) and does not requeue it; the same command resumes its runs")
         return
     number = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
     if callable(signal.getsignal(number)):
@@ -170,7 +170,7 @@ def _state(job: str) -> str | None:
 
 def tell_not_queued(error: Exception) -> None:
     """Print that this job could not be requeued, and why."""
-    entry.tell(f"the job is not queued again: {first_line(error)}; the same command resumes what it left")
+    entry.tell(f"the job was not requeued: {first_line(error)}; the same command resumes its runs")
 
 
 def without_ids(folder: str) -> str:

@@ -36,7 +36,7 @@ class SweepConfig(Section):
     @model_validator(mode="after")
     def _is_of_seeds_on_demand(self) -> SweepConfig:
         if self.half_width is None and not (self.budget_minutes is None and self.pilot_seeds is None):
-            raise ValueError("sweep.budget_minutes and sweep.pilot_seeds are of sweep.half_width, which is null")
+            raise ValueError("sweep.budget_minutes and sweep.pilot_seeds need sweep.half_width, which is null")
         return self
 
     @field_validator("pack", mode="before")

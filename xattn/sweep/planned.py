@@ -112,8 +112,8 @@ class Sweep:
     @property
     def says(self) -> str:
         """The sweep's progress in words."""
-        words = [f"{self.done} of {self.planned} planned"]
-        words += ["more seeds follow from these"] if self.grows else []
+        words = [f"{self.done} of {self.planned} planned runs done"]
+        words += ["more seeds may follow"] if self.grows else []
         words += [f"{self.failed} failed"] if self.failed else []
         return ", ".join([*words, *(["running"] if self.is_running else [])])
 

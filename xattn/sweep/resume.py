@@ -18,8 +18,8 @@ def main(argv: Sequence[str]) -> int:
     """Replace this process by the sweep, which gives the exit code. If nothing is missing, print that instead."""
     parser = Parser(
         prog="xattn resume",
-        description="Continue a sweep that was interrupted, by the command that started it, in the folder where that "
-        "was typed. `xattn runs` shows what is missing.",
+        description="Continue an interrupted sweep: repeat the command that started it, in the folder where it was "
+        "typed. `xattn runs` shows what is missing.",
     )
     parser.add_argument("study", type=Path, help="outputs/<study>")
     study = parser.parse_args(argv).study
@@ -32,14 +32,14 @@ def main(argv: Sequence[str]) -> int:
     program = planned.program_of(sweep)
     if program is not None and not program.is_file():
         raise BadInput(
-            f"{program}: no such file; it started this sweep. From where it is now, in {sweep.cwd}, "
-            f"`{sweep.typed}` continues"
+            f"{program}: no such file, but it started this sweep; to continue, give its new path in `{sweep.typed}`, "
+            f"in {sweep.cwd}"
         )
     if not sweep.cwd.is_dir():
-        raise BadInput(f"{sweep.cwd}: no such folder; this sweep was started in it")
+        raise BadInput(f"{sweep.cwd}: no such folder; this sweep was started there")
     if len(left) > 1:
-        screen.say(f"{len(left)} sweeps are not complete; this continues the first, the same command then the next")
-    screen.say(f"{study}: {sweep.says}; continued by", sweep.typed)
+        screen.say(f"{len(left)} sweeps are incomplete; this continues the first; repeat the command for the next")
+    screen.say(f"{study}: {sweep.says}; continuing with", sweep.typed)
     sys.stdout.flush()
     os.chdir(sweep.cwd)
     return os.execv(sys.executable, [sys.executable, *sweep.command[1:]])
@@ -50,9 +50,9 @@ def _check(study: Path) -> None:
         raise BadInput(f"{study}: no such folder")
     if (study / run_folder.CONFIG).is_file():
         command = (run_folder.read_provenance(study) or {}).get("command", "its own command")
-        raise BadInput(f"{study}: is a run, and a study is continued here; a run is continued by\n`{command}`")
+        raise BadInput(f"{study}: is a run, but this command continues a study; continue the run with\n`{command}`")
     if not planned.sweeps_of(study):
         raise BadInput(
-            f"{study}: no sweep has left its plan here; the command that started it continues it, see "
+            f"{study}: holds no plan of a sweep; repeat the command that started it, which is "
             f"`command` in a run's {run_folder.PROVENANCE}"
         )

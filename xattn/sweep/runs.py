@@ -22,13 +22,9 @@ _NUMBERS = ("val_loss", "val_bpb", "step", "tokens_per_second")
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="xattn runs", description="List runs, a table for each study, and sweeps of which some are missing."
-    )
-    parser.add_argument(
-        "folders", nargs="*", type=Path, default=[Path("outputs")], help="outputs/, a study or a run in it"
-    )
-    parser.add_argument("--json", action="store_true", help="print the tables as one object (docs/agents.md)")
+    parser = Parser(prog="xattn runs", description="List runs in one table per study, and sweeps with missing runs.")
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs")], help="outputs/, a study or a run")
+    parser.add_argument("--json", action="store_true", help="print the tables as JSON (docs/agents.md)")
     asked = parser.parse_args(argv)
     studies, swept = _studies(asked.folders), _swept(asked.folders)
     if asked.json:
@@ -51,10 +47,10 @@ def _tell(study: Path, left: Sequence[planned.Sweep]) -> None:
     """Print what is missing of each sweep and how to continue it. A running sweep continues by itself."""
     for sweep in left:
         if sweep.is_running:
-            say(f"{sweep.says}; a second terminal shares the work, by", sweep.typed)
+            say(f"{sweep.says}; to share the work from a second terminal:", sweep.typed)
         else:
-            say(f"{sweep.says}; continued by", sweep.typed)
-    say("or by", shlex.join(["xattn", "resume", str(study)]))
+            say(f"{sweep.says}; continue with", sweep.typed)
+    say("or with", shlex.join(["xattn", "resume", str(study)]))
 
 
 def _studies(folders: Sequence[Path]) -> dict[Path, list[Path]]:

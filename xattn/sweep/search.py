@@ -48,7 +48,7 @@ class Tuning(Section):
         known = ("auto", *IN_ROWS)
         if self.pruner != "none" and self.objective not in known and not self.objective.startswith(MEASURED):
             raise ValueError(
-                f"hydra.sweeper.pruner = {self.pruner}: {self.objective} is not known before the end; allowed: none, "
+                f"hydra.sweeper.pruner = {self.pruner}: {self.objective} is not known before the end; use pruner none, "
                 f"or one of {', '.join(IN_ROWS)}, {'…, '.join(MEASURED)}… as objective"
             )
         return self

@@ -94,7 +94,7 @@ class _Seeds:
         needed = self._needed()
         if more := max(needed.values()) - self._pilot:
             minutes = self._seconds({arm: count - self._pilot for arm, count in needed.items()}) / 60
-            say(f"after {self._pilot} seeds: {counted(more, 'more seed')}, about {minutes:.0f} minutes")
+            say(f"after {self._pilot} seeds: up to {counted(more, 'more seed')} per arm, about {minutes:.0f} minutes")
         self._plan.grows = more > 0 and self._sweep.budget_minutes is not None  # else the next jobs are the last
         self._plan.grows = not self._grow(pilot, needed, first)
 
@@ -103,7 +103,7 @@ class _Seeds:
         while any(made[arm] < needed[arm] for arm in needed):
             least = min(made[arm] for arm in needed if made[arm] < needed[arm])
             if (more := self._seeds_in_time([arm for arm in needed if made[arm] < needed[arm]])) == 0:
-                say(f"sweep.budget_minutes = {self._sweep.budget_minutes:g}: stopped with the seeds that there are")
+                say(f"sweep.budget_minutes = {self._sweep.budget_minutes:g}: time is up; stopped with the seeds so far")
                 return False
             made = {arm: max(made[arm], min(needed[arm], least + more)) for arm in needed}
             self._add(made, first)
@@ -185,8 +185,8 @@ def _first_seed(arms: Sequence[Job]) -> int:
     seeds = sorted({job.config.seed for job in arms})
     if len(seeds) > 1:
         raise BadInput(
-            f"seed = {','.join(map(str, seeds))}: sweep.half_width adds seeds by itself; give the first of them alone, "
-            "or leave sweep.half_width out"
+            f"seed = {','.join(map(str, seeds))}: sweep.half_width adds seeds by itself; give only the first, or omit "
+            "sweep.half_width"
         )
     return seeds[0]
 
@@ -197,7 +197,7 @@ def _comparisons(arms: Sequence[Job]) -> tuple[int, bool]:
     designs = [find_design(group.runs, conf_defaults()) for group in groups_of(runs)]
     comparisons = comparisons_of([factor for design in designs for factor in design.factors])
     if not comparisons:
-        raise BadInput("sweep.half_width: nothing differs between the runs; name two values of a key, or more")
+        raise BadInput("sweep.half_width: nothing differs between the runs; give two or more values of a key")
     return comparisons, any(design.tuned for design in designs)
 
 

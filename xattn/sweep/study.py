@@ -96,9 +96,9 @@ def table_at_the_end(jobs: Sequence[Job], outcomes: Outcomes, plan: Plan | None 
     except SystemExit:
         resumes = sorted({f"xattn resume {shlex.quote(shown(job.folder.absolute().parent))}" for job in jobs})
         if plan is None or len(resumes) != 1:
-            say("stopped; the same command goes on with what is not done")
+            say("stopped; the same command continues with the unfinished runs")
         else:
-            say("stopped; the same command goes on with what is not done, and so does", resumes[0])
+            say("stopped; the same command continues with the unfinished runs, and so does", resumes[0])
         raise
     finally:
         asked = {job.folder: job.config for job in jobs}
@@ -115,7 +115,7 @@ def table_at_the_end(jobs: Sequence[Job], outcomes: Outcomes, plan: Plan | None 
             run = by_others[folder][0] if folder in by_others else folder
             studies.setdefault(run.absolute().parent, []).append(run)
         for study, runs in studies.items():
-            say("a report on them:", report_command(study, runs))
+            say("for a report on them:", report_command(study, runs))
 
 
 def train_each_once(jobs: Sequence[Job], outcomes: Outcomes, start: Start = start, *, start_at: float = 0.0) -> None:
@@ -125,20 +125,28 @@ def train_each_once(jobs: Sequence[Job], outcomes: Outcomes, start: Start = star
     (:mod:`xattn.runs.same_training`); what it wants measured is then measured from that run. If several jobs share a
     training, the first is made, and the next only if that one failed. For ``start_at`` see :func:`make`.
     """
-    label, left = labels(jobs), list(jobs)
-    with StudyView(len(jobs), sum(map(is_finished, jobs))) as view:
+    label, left, missing = labels(jobs), list(jobs), {job.folder for job in to_be_made(jobs)}
+    with StudyView(len(jobs), len(jobs) - len(missing)) as view:
         while left:
             trainings = Trainings(left)
             unanswered = []
             for job in left:
                 if is_answered(job, trainings, outcomes, label, view.say):
-                    view.found(failed=outcomes[job.folder] != ExitCode.DONE)
+                    if job.folder in missing:  # else it was counted from the start
+                        view.found(failed=outcomes[job.folder] != ExitCode.DONE)
                 else:
                     unanswered.append(job)
             now, left = in_turn(unanswered)
             make(now, outcomes, Shown(view, label, loss_of([job.config for job in now])), start, start_at=start_at)
             if interruption.requested and left:
                 raise SystemExit(ExitCode.PREEMPTED)
+
+
+def to_be_made(jobs: Sequence[Job]) -> list[Job]:
+    """Return the unfinished jobs that no finished run of the same training answers for completely."""
+    unfinished = [job for job in jobs if not is_finished(job)]
+    trainings = Trainings(unfinished)
+    return [job for job in unfinished if answered(trainings.find(job)) is None]
 
 
 def is_answered(
@@ -216,13 +224,13 @@ def make(jobs: Sequence[Job], outcomes: Outcomes, how: Shown, start: Start = sta
         for job in at_work:
             code = outcomes[job.folder]
             if code == ExitCode.PREEMPTED:
-                view.say(f"  {label(job)}: stopped at step {_saved_step(job)}, and saved")
+                view.say(f"  {label(job)}: stopped at step {_saved_step(job)} and saved")
                 continue
             if code != ExitCode.IN_USE:
                 view.ended(label(job), _outcome(job, code, metric), failed=code not in _ENDED_WELL)
                 continue
             if job.folder not in waiting_for:
-                view.say(f"  {label(job)}: another process is at it")
+                view.say(f"  {label(job)}: another process is training it")
             waiting_for.add(job.folder)
             queue.append(job)
         if interruption.requested and (queue or ExitCode.PREEMPTED in outcomes.values()):
@@ -246,7 +254,7 @@ def run_study_elsewhere(
     """
     outcomes: Outcomes = {}
     unfinished = [job for job in jobs if not is_finished(job)]
-    print(runs_to_go(len(jobs), len(jobs) - len(unfinished)))
+    print(runs_to_go(len(jobs), len(jobs) - len(to_be_made(jobs))))
     label, left = labels(jobs), unfinished
     if plan is not None:
         plan.add(jobs)
@@ -263,7 +271,7 @@ def run_study_elsewhere(
                     if now:
                         launch(now)
         except KeyboardInterrupt:
-            say("what was handed over goes on where it is, and has to be ended there")
+            say("the submitted runs continue; they have to be stopped where they run")
             raise SystemExit(ExitCode.PREEMPTED) from None
         except Exception as error:  # the launcher's own; the folders show the outcomes anyway
             entry.tell(traceback.format_exception_only(error)[-1].strip())

@@ -90,10 +90,10 @@ def _forms(
     notes = []
     if all(_HASHED.fullmatch(row.run.name) for row in rows):
         now["run"] = _Column("run", tuple(f"*{row.run.name[-10:]}" for row in rows))
-        notes = [f"a run's folder: {shown(rows[0].run.absolute().parent)}/{now['run'].cells[0]}"]
+        notes = [f"a run's folder is {shown(rows[0].run.absolute().parent)}/{now['run'].cells[0]}"]
         yield [*now.values()], notes
     if alike := [name for name in ("status", "step") if len({*now[name].cells}) == 1 < len(rows)]:
-        notes = [f"all: {', '.join(f'{name} {now.pop(name).cells[0]}' for name in alike)}", *notes]
+        notes = [f"all runs: {', '.join(f'{name} {now.pop(name).cells[0]}' for name in alike)}", *notes]
         yield [*now.values()], notes
     names = short_names(keys)
     if (baseline := baseline_of([row.values for row in rows], keys)) is not None:
@@ -104,7 +104,7 @@ def _forms(
     for name in ("tokens/s", second_loss):
         now.pop(name)
         left_out.append(name)
-        yield [*now.values()], [*notes, f"`xattn runs --json` and a wider terminal have {' and '.join(left_out)} too"]
+        yield [*now.values()], [*notes, f"`xattn runs --json` or a wider terminal also shows {' and '.join(left_out)}"]
 
 
 def _as_table(columns: Sequence[_Column]) -> Table:

@@ -69,7 +69,7 @@ def tune(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: P
     ``tuning.objective`` is a number of summary.json here, not ``auto``.
     """
     if base.resume == "never":
-        raise BadInput("resume = never: tuning goes on with its study; another study=<name> begins one")
+        raise BadInput("resume = never: tuning always continues its study; for a new one, give another study=<name>")
     space = {stored_name(key): dimension for key, dimension in space.items()}  # as in the journal
     search = _search(tuning, space, base, folder)
     tuner = _Tuner(search, tuning, space, folder)
@@ -77,7 +77,7 @@ def tune(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: P
         with present(folder) as me, StudyView(tuner.wanted, len(_over(search))) as view:
             _draw_and_make(tuner, plan, me, view)
     except SystemExit:
-        say("stopped; the same command goes on with what is not done")
+        say("stopped; the same command continues with the unfinished trials")
         raise
     finally:
         runs = [folder / t.user_attrs["run"] for t in search.get_trials(deepcopy=False) if "run" in t.user_attrs]
@@ -92,7 +92,7 @@ def tune(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: P
     if runs:
         from xattn.report.propose import report_command
 
-        say("a report on them:", report_command(folder, runs))
+        say("for a report on them:", report_command(folder, runs))
 
 
 def _draw_and_make(tuner: _Tuner, plan: Plan, me: str, view: StudyView) -> None:
@@ -271,7 +271,7 @@ def _tell(tuner: _Tuner, trial: optuna.Trial, run: Path) -> bool:
             if not isinstance(summary.get(tuning.objective), int | float):
                 numbers = [key for key, value in summary.items() if isinstance(value, int | float)]
                 raise BadInput(
-                    f"hydra.sweeper.objective = {tuning.objective!r}: no number in summary.json; there: "
+                    f"hydra.sweeper.objective = {tuning.objective!r}: not a number in summary.json; allowed: "
                     f"{', '.join(numbers)}"
                 )
             tell(summary[tuning.objective])

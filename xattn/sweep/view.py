@@ -123,4 +123,4 @@ def shortened(name: str, room: int) -> str:
 
 
 def runs_to_go(runs: int, done: int) -> str:
-    return f"{counted(runs, 'run')}, {done} done already"
+    return f"{counted(runs, 'run')}, {done} already done"

@@ -28,7 +28,6 @@ from xattn.registry import Addition
 from xattn.runs import run_folder
 from xattn.runs.job import Job
 from xattn.runs.record import move_older_aside
-from xattn.runs.same_training import Trainings, answered
 from xattn.sweep import study
 from xattn.sweep.check import check_data, check_devices
 from xattn.sweep.labels import labels
@@ -81,7 +80,7 @@ def train_all(
     """
     unfinished = [job for job in jobs if not is_finished(job)]
     check_data(unfinished)
-    unfinished = _to_be_made(unfinished)
+    unfinished = study.to_be_made(unfinished)
     seats_for = {threads: seats(group) for threads, group in _by_threads(unfinished).items()}
     if sum(map(len, seats_for.values())) <= 1:
         for threads in seats_for:
@@ -98,20 +97,13 @@ def train_all(
     with around:
         for threads, group in _by_threads(jobs).items():
             if threads in seats_for:
-                _train_in_processes(group, _to_be_made(group), seats_for[threads], additions, outcomes)
+                _train_in_processes(group, study.to_be_made(group), seats_for[threads], additions, outcomes)
 
 
 def _keep(plan: Plan | None, jobs: Sequence[Job]) -> None:
     if plan is not None:
         plan.add(jobs)
         plan.write()
-
-
-def _to_be_made(jobs: Sequence[Job]) -> list[Job]:
-    """Return the unfinished jobs that no finished run of the same training answers for completely."""
-    unfinished = [job for job in jobs if not is_finished(job)]
-    trainings = Trainings(unfinished)
-    return [job for job in unfinished if answered(trainings.find(job)) is None]
 
 
 def _by_threads(jobs: Sequence[Job]) -> dict[int | None, list[Job]]:
@@ -133,7 +125,7 @@ def seats(unfinished: Sequence[Job]) -> list[Seat]:
     if found and spread:
         sizes = ", ".join(f"parallel.{axis} = {size}" for axis, size in spread[0].parallel.axes().items() if size != 1)
         raise BadInput(
-            f"sweep.workers = {asked}: each has one GPU, and a run is over several: {sizes}; allowed: 1, auto"
+            f"sweep.workers = {asked}: each worker has one GPU, but a run needs several: {sizes}; allowed: 1, auto"
         )
     each = [Seat(gpu=gpu) for gpu in found]
     if not found and asked == "auto" and trainer.threads == 1:
@@ -177,7 +169,7 @@ def _begun_anew(job: Job) -> Job:
                 raise SystemExit(ExitCode.PREEMPTED) from None
             time.sleep(_POLL_SECONDS)
             continue
-        say(f"an earlier run is moved to {run_folder.shown(folder.move_aside())}")
+        say(f"moved an earlier run to {run_folder.shown(folder.move_aside())}")
         folder.release()
     move_older_aside(job.config, job.folder, print)
     return dataclasses.replace(job, config=job.config.model_copy(update={"resume": "auto"}), answerable=False)
@@ -222,7 +214,7 @@ def _train_in_processes(
         answers = study.answers(pending, outcomes)
         for job in pending:
             if job.folder in answers:
-                view.say(f"  {label(job)}: trained already in {run_folder.shown(answers[job.folder][0])}")
+                view.say(f"  {label(job)}: already trained in {run_folder.shown(answers[job.folder][0])}")
                 view.found()
     if interruption.requested:
         raise SystemExit(ExitCode.PREEMPTED)

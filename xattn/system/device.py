@@ -62,8 +62,8 @@ def compute_with(threads: int | None) -> None:
         if jax.default_backend() == "cpu":
             has = "one for each core" if _threads is None else str(_threads)
             raise BadInput(
-                f"trainer.threads = {'null' if threads is None else threads}: this process has its threads already "
-                f"({has}); start the run by itself"
+                f"trainer.threads = {'null' if threads is None else threads}: this process already has its threads "
+                f"({has}); start the run in a process of its own"
             )
         return
     _forget_threads()
@@ -102,7 +102,9 @@ def ask_for_determinism() -> None:
     import jax
 
     if too_late and jax.default_backend() != "cpu":
-        raise BadInput("trainer.deterministic = True: this process has used the GPU without it; start it by itself")
+        raise BadInput(
+            "trainer.deterministic = True: this process has used the GPU without it; start the run in a new process"
+        )
 
 
 def hush_libraries(note: Callable[[str], None]) -> None:

@@ -46,7 +46,7 @@ class Place:
     @property
     def if_alone(self) -> str:
         """Return what to do if the variable is left over, as in a shell opened by a SLURM job."""
-        return f"if this process is alone, {self.set_by} is left over from another job: unset it"
+        return f"if this is the only process, {self.set_by} is left over from another job: unset it"
 
 
 def place(environment: Mapping[str, str]) -> Place:
@@ -78,7 +78,7 @@ def place(environment: Mapping[str, str]) -> Place:
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name)
     if value is None or not value.isdigit():
-        raise BadInput(f"{name} = {value!r}: must be a number, of the environment of one process of several")
+        raise BadInput(f"{name} = {value!r}: must be a number in the environment of each process of several")
     return int(value)
 
 
@@ -131,7 +131,7 @@ class Team:
                     raise ToldByFirst(ExitCode.BAD_INPUT)
                 lines = [f"  {key}: {first[key]!r} in process 0, {there.get(key)!r} in process {index}" for key in keys]
                 more = [f"  and {len(lines) - 3} more"] if len(lines) > 3 else []
-                raise BadInput("\n".join(["the processes of this run do not have the same", *lines[:3], *more]))
+                raise BadInput("\n".join(["the processes of this run differ in:", *lines[:3], *more]))
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
@@ -233,8 +233,8 @@ def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = 
 
     if here.index == 0 and here.set_by != COUNT:
         say(
-            f"waiting for {here.count - 1} other processes ({here.set_by} = {here.count}), at most {connect_seconds} "
-            f"s; {here.if_alone}",
+            f"waiting up to {connect_seconds} s for {here.count - 1} other processes ({here.set_by} = {here.count}); "
+            f"{here.if_alone}",
             file=sys.stderr,
         )
     jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM instead of us
@@ -259,13 +259,13 @@ def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = 
 def _not_met(here: Place, connect_seconds: int, error: Exception) -> XattnError:
     if here.coordinator is None and isinstance(error, ValueError):  # some of the manager's variables are missing
         return BadInput(
-            f"{here.set_by} = {here.count}: this is one of {here.count} processes, and jax finds no address of the "
-            f"first in the environment; set {COORDINATOR}=host:port in all\n{here.if_alone}"
+            f"{here.set_by} = {here.count}: this is one of {here.count} processes, and jax finds no address for the "
+            f"first in the environment; set {COORDINATOR}=host:port in all of them\n{here.if_alone}"
         )
     where = here.coordinator or f"the address that jax takes from the environment of {here.set_by}"
     hint = "" if here.set_by == COUNT else f"\n{here.if_alone}"
     return XattnError(
-        f"process {here.index} of {here.count} has not met the others at {where} within {connect_seconds} s "
+        f"process {here.index} of {here.count} could not reach the others at {where} within {connect_seconds} s "
         f"(parallel.connect_seconds): {first_line(error)}{hint}"
     )
 
@@ -280,7 +280,7 @@ def _refuse_port_in_use(coordinator: str) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise BadInput(f"{COORDINATOR} = {coordinator}: the port cannot be had: {error.strerror}") from error
+            raise BadInput(f"{COORDINATOR} = {coordinator}: this port cannot be used: {error.strerror}") from error
 
 
 def leave(code: int) -> None:

@@ -17,6 +17,8 @@ _LABEL = re.compile(r" *\S+(?: \S+)? {2,}(?=\S)")  # "run folder  …": continua
 _WIDEST_LABEL = 16
 _COLUMNS = 80  # of a terminal that does not report it
 
+UNPRINTABLE = "· stands for a byte or character that is not printable"  # of :func:`printable`
+
 
 def columns(stream: IO[str]) -> int | None:
     """Return the width of the stream's terminal; None for a file or a pipe, which has none."""

@@ -14,22 +14,20 @@ from xattn.system.screen import say
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="xattn wandb", description="Print the commands to look at a run's wandb files, and to send them."
-    )
+    parser = Parser(prog="xattn wandb", description="Print the commands that show a run's wandb files and send them.")
     parser.add_argument("run", type=Path, help="a run's folder")
     run = parser.parse_args(argv).run
     if not (run / run_folder.CONFIG).is_file():
-        raise BadInput(f"{run}: not a run folder, it holds no {run_folder.CONFIG}")
+        raise BadInput(f"{run}: not a run folder: it has no {run_folder.CONFIG}")
     folder = (run / "wandb").absolute()
     again = shlex.join(["xattn", "sync", shown(run.absolute())])
     offline = sorted(path for path in folder.glob("offline-run-*") if path.is_dir())
     online = [path for path in folder.glob("run-*") if path.is_dir()]
     if not offline and not online:
-        say(f"wandb has no files of this run; they can be made from {run_folder.METRICS}:", again)
+        say(f"wandb has no files of this run; make them from {run_folder.METRICS} with", again)
         return ExitCode.DONE
     say("look at it here:", shlex.join(["wandb", "leet", shown(folder / "latest-run")]))
     for path in offline:
         say("send it to wandb's server:", shlex.join(["wandb", "sync", shown(path)]))
-    say(f"send it again from {run_folder.METRICS}, should wandb lack rows:", again)
+    say(f"if wandb lacks rows, send it again from {run_folder.METRICS}:", again)
     return ExitCode.DONE

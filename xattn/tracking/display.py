@@ -127,7 +127,7 @@ class Display:
             words.append(loss_text(row["val_loss"], row["val_bpb"]))
         for key, value in row.items():
             if key.startswith("probe/") and key.endswith("/accuracy") and value is not None:
-                words.append(f"{key.split('/')[1]} {value:.1%} right")
+                words.append(f"{key.split('/')[1]} {value:.1%} correct")
         if len(words) == 1:  # no loss and no probe: the row is for the files only
             return
         line = "  ".join(words)

@@ -94,7 +94,7 @@ class MetricsFile:
             kept = self._path.with_name(f"{self._path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
             shutil.copyfile(self._path, kept)
             what = f"damaged or repeated lines: {brief(rows.damaged)}" if rows.damaged else "rows out of order"
-            self._say(f"warning: {shown(self._path)}: {what}; repaired, and kept as it was in {kept.name}")
+            self._say(f"warning: {shown(self._path)}: {what}; repaired, with the original in {kept.name}")
         if self._path.exists():
             write_atomically(self._path, "".join(f"{line}\n" for step, line in rows.lines.items() if step <= after))
         return self._path.open("a", encoding="utf-8")

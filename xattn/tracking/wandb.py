@@ -87,7 +87,7 @@ def resolve_mode(config: WandbConfig) -> Literal["online", "offline", "disabled"
     if config.mode == "auto" and os.environ.get("WANDB_MODE") not in _ONLINE:
         return "offline"
     asked = "tracking.wandb.mode = 'online'" if config.mode == "online" else f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    raise BadInput(f"{asked}: no API key is configured; `wandb login` first, or use offline")
+    raise BadInput(f"{asked}: no API key is configured; run `wandb login` first, or use offline")
 
 
 def _own_mode() -> Literal["online", "offline", "disabled"]:
@@ -214,7 +214,7 @@ class WandbMirror:
         self._rows.put(None)
         self._thread.join(None if for_ever else _FINISH_SECONDS)
         if self._thread.is_alive():
-            self.say(f"wandb: not finished after {_FINISH_SECONDS} s; the run folder has everything without it")
+            self.say(f"wandb: not finished after {_FINISH_SECONDS} s; the run folder has everything anyway")
 
     def _work(self) -> None:
         try:
@@ -231,7 +231,7 @@ class WandbMirror:
             return
         if mode == "offline":
             command = shlex.join(["xattn", "wandb", shown(self.folder)])
-            self.say(f"wandb       offline; the commands to look at it and to send it: `{command}`")
+            self.say(f"wandb       offline; for the commands that show it and send it: `{command}`")
         wandb = import_wandb()
         run = self._begun(wandb, mode)
         mark, tokens = self._own / HIGH_WATER_MARK, 0

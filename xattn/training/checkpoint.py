@@ -181,11 +181,11 @@ class Checkpoints:
                 rest = {name: value for name, value in shapes._asdict().items() if name != "params"}
                 training, _ = self._read(step, TRAINING, rest)
             except IntegrityError as error:
-                self._say(f"checkpoint {step} is broken ({error}); it is moved to {self._move_aside(step)}")
+                self._say(f"checkpoint {step} is broken ({error}); moved to {self._move_aside(step)}")
                 continue
             return Restored(step, TrainState(params=params, **training), progress)
         if steps:
-            raise IntegrityError(f"{self.folder}: none of the checkpoints {steps} is whole")
+            raise IntegrityError(f"{self.folder}: none of the checkpoints {steps} is intact")
         return None
 
     def set_back(self, step: int) -> None:
@@ -206,10 +206,10 @@ class Checkpoints:
             try:
                 params, progress = self._read(step, PARAMS, shapes)
             except IntegrityError as error:
-                self._say(f"checkpoint {step} is broken ({error}); the next is taken")
+                self._say(f"checkpoint {step} is broken ({error}); trying the next one")
                 continue
             return Restored(step, jax.device_put(params), progress)
-        raise IntegrityError(f"{self.folder}: holds no whole checkpoint")
+        raise IntegrityError(f"{self.folder}: holds no intact checkpoint")
 
     def _read(self, step: int, part: str, shapes: Any) -> tuple[Any, dict[str, Any]]:
         folder = self.folder / str(step)
@@ -221,13 +221,13 @@ class Checkpoints:
         if odd := sorted(
             name for name in expected.keys() | there.keys() if name not in new and expected.get(name) != there.get(name)
         ):
-            raise IntegrityError(f"{part} do not fit this model, {odd[0]} for one")
+            raise IntegrityError(f"{part} do not fit this model, for example {odd[0]}")
         for name, digest in manifest["files"].items():
             if name.startswith(f"{part}/") and file_digest(folder / name) != digest:
-                raise IntegrityError(f"{name} is not as it was written")
+                raise IntegrityError(f"{name} was changed or damaged")
         tree = _restored(self._orbax, folder / part, shapes, new)
         if {name: leaf for name, leaf in _leaf_digests(tree).items() if name not in new} != manifest["leaves"][part]:
-            raise IntegrityError(f"{part} restored are not as they were saved")
+            raise IntegrityError(f"the restored {part} differ from what was saved")
         return tree, manifest["progress"]
 
     def _move_aside(self, step: int) -> Path:

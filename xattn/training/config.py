@@ -121,7 +121,7 @@ class ParallelConfig(Section):
     def _is_determined(self) -> ParallelConfig:
         free = [name for name, size in self.axes().items() if size is None]
         if len(free) > 1:
-            raise ValueError(f"{' and '.join(free)} are null: one axis at most takes what the others leave")
+            raise ValueError(f"{' and '.join(free)} are null; at most one axis may be")
         return self
 
     def axes(self) -> dict[str, int | None]:

@@ -53,10 +53,10 @@ def checked_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise IntegrityError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
     if sha256(text).hexdigest().encode() != seal:
-        raise IntegrityError(f"{MANIFEST} is not as it was written")
+        raise IntegrityError(f"{MANIFEST} was changed or damaged")
     manifest: dict[str, Any] = json.loads(text)
     if str(manifest["step"]) != folder.name:
-        raise IntegrityError(f"{MANIFEST} is of step {manifest['step']}")
+        raise IntegrityError(f"{MANIFEST} is for step {manifest['step']}")
     return manifest
 
 
@@ -145,9 +145,9 @@ def refuse_what_was_deleted(folder: Path, which: Which) -> None:
         return
     other = "last" if which == "best" else "best"
     hint = (
-        f"its {other} one is there (checkpoint={other})"
+        f"its {other} checkpoint still exists (checkpoint={other})"
         if record[other] in steps
-        else ("its losses are in summary.json; resume=never trains it again, with another trainer.keep")
+        else ("its losses are in summary.json; to train it again, give resume=never and another trainer.keep")
     )
     raise NotKept(
         f"{folder.parent}: the parameters of its {which} checkpoint, of step {record[which]}, were deleted "

@@ -124,22 +124,22 @@ class _LlamaConfig(Section, extra="ignore"):
         for name, rope in (("rope_parameters", self.rope_parameters), ("rope_scaling", self.rope_scaling)):
             if rope is not None and not rope.is_plain:
                 given = rope.model_dump(exclude_unset=True)
-                return f"{name} = {given}: a RoPE that is scaled or partial; ours is plain"
+                return f"{name} = {given}; scaled or partial RoPE is not supported"
         if self.partial_rotary_factor not in (None, 1):
-            return f"partial_rotary_factor = {self.partial_rotary_factor}; ours is 1"
+            return f"partial_rotary_factor = {self.partial_rotary_factor}; must be 1"
         if self.quantization_config is not None:
-            return "has a quantization_config; weights have to be plain numbers"
+            return "has a quantization_config; quantised weights are not supported"
         if self.sliding_window is not None:
             return f"sliding_window = {self.sliding_window}; a Llama has none"
         heads, width = self.num_attention_heads, self.hidden_size
         if width % heads or self.head_dim not in (None, width // heads):
-            return f"head_dim = {self.head_dim}; ours is hidden_size / num_attention_heads = {width} / {heads}"
+            return f"head_dim = {self.head_dim}; must be hidden_size / num_attention_heads = {width} / {heads}"
         if self.head_width % 2:
             return f"hidden_size / num_attention_heads = {self.head_width} is odd, and RoPE rotates pairs"
         if heads % self.kv_heads:
             return f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {self.kv_heads}"
         if len(self.thetas()) > 1:
-            return f"rope_theta is {' and '.join(map(str, sorted(self.thetas())))}; one is needed"
+            return f"rope_theta is {' and '.join(map(str, sorted(self.thetas())))}; must be one value"
         return None
 
     def shapes(self) -> Shapes:
@@ -244,10 +244,10 @@ class LlamaFolder:
             if head.dtype not in _DTYPES:
                 raise self._refusal(f"{name} is {head.dtype}; allowed: {', '.join(_DTYPES)}")
             if (wanted := expected.get(name, head.shape)) != head.shape:
-                raise self._refusal(f"{name} is of shape {head.shape}; its {CONFIG} says {wanted}")
+                raise self._refusal(f"{name} has shape {head.shape}; by {CONFIG} it must be {wanted}")
         others = heads.keys() - expected.keys()
         if unknown := [name for name in others if not self._says_nothing_new(name)]:
-            raise self._refusal(f"our model has no place for {some_of(unknown)}")
+            raise self._refusal(f"unknown tensors: {some_of(unknown)}")
 
     def _says_nothing_new(self, name: str) -> bool:
         """Return whether an extra tensor is redundant: the tied embedding, or RoPE's frequencies."""
@@ -273,7 +273,7 @@ class LlamaFolder:
         return found
 
     def _refusal(self, reason: str) -> BadInput:
-        return BadInput(f"{self.folder}: not a Llama that xattn computes: {reason}")
+        return BadInput(f"{self.folder}: not a Llama that xattn supports: {reason}")
 
 
 # ---- a run that starts from one --------------------------------------------------------------------------------------
@@ -291,9 +291,11 @@ def initial_weights(config: Config) -> LlamaFolder | None:
     llama = LlamaFolder(Path(initial.path))
     values = hashed_values(config) | {"model.num_kv_heads": config.model.kv_heads}
     if other := [f"{key}={_typed(value)}" for key, value in llama.keys.items() if values[key] != value]:
-        raise BadInput(f"model.init_from = {initial.path}: the config is of another model; give {' '.join(other)}")
+        raise BadInput(f"model.init_from = {initial.path}: the config describes another model; give {' '.join(other)}")
     if weights_sha256(llama.folder) != initial.weights_sha256:
-        raise IntegrityError(f"model.init_from = {initial.path}: the weights there are not those this run is named by")
+        raise IntegrityError(
+            f"model.init_from = {initial.path}: the weights there have changed since this run was named"
+        )
     return llama
 
 

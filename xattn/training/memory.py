@@ -33,7 +33,7 @@ def refuse_what_does_not_fit(needed: int, config: Config) -> None:
         return
     raise BadInput(
         f"trainer.batch_size = {config.trainer.batch_size}, backend.context_length = {config.backend.context_length}: "
-        f"a training step needs {needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are available\n"
+        f"a training step needs {needed / 1e9:.2f} GB, but only {available / 1e9:.2f} GB is available\n"
         f"what helps: {what_helps(config, jax.default_backend())}"
     )
 
@@ -44,7 +44,7 @@ def what_helps(config: Config, platform: str) -> str:
     if config.trainer.gradient_accumulation < config.trainer.batch_size:
         parts = [n for n in range(2, config.trainer.batch_size + 1) if config.trainer.batch_size % n == 0]
         finer = next(n for n in parts if n > config.trainer.gradient_accumulation)
-        but = " but for dropout's draws" if config.model.dropout else ""
+        but = " except for dropout's draws" if config.model.dropout else ""
         helps.append(f"trainer.gradient_accumulation={finer} (same result{but})")
     if config.model.remat != "full":
         helps.append("model.remat=full (same result, a third more work)")

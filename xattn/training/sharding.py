@@ -218,13 +218,13 @@ def mesh_sizes(config: ParallelConfig, devices: int, processes: int = 1) -> dict
     asked = ", ".join(f"parallel.{axis} = {size}" for axis, size in axes.items() if size is not None and size > 1)
     if free:
         raise BadInput(
-            f"{asked}: {known} does not divide the {devices} devices that parallel.{free[0]} = null shares out"
+            f"{asked}: {known} does not divide the {devices} devices that parallel.{free[0]} = null distributes"
         )
     there = "is 1 device" if devices == 1 else f"are {devices} devices"
     there += f" in {processes} processes" if processes > 1 else ""
     raise BadInput(
-        f"{asked or 'parallel=single'}: a mesh of {product} device{'s' * (product > 1)}, and there {there}; "
-        "parallel=data, fsdp, context or tensor takes all of them"
+        f"{asked or 'parallel=single'}: a mesh of {product} device{'s' * (product > 1)}, but there {there}; "
+        "parallel=data, fsdp, context or tensor uses all of them"
     )
 
 

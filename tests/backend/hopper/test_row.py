@@ -34,10 +34,10 @@ CALL = Call(
     ("change", "reason"),
     [
         ({"platform": "cpu"}, "the platform cpu"),
-        ({"activation": activation("softmax")}, "softmax: it serves sigmoid and none only"),
-        ({"activation": Activation(name="relu", formula="", weight=lambda logits, n: logits)}, "relu: it serves"),
+        ({"activation": activation("softmax")}, "softmax: it supports sigmoid and none only"),
+        ({"activation": Activation(name="relu", formula="", weight=lambda logits, n: logits)}, "relu: it supports"),
         ({"dtype": "float32"}, "float32"),
-        ({"head_dim_qk": 96, "head_dim_v": 96}, "96 and 96: equal, 64 or 128"),
+        ({"head_dim_qk": 96, "head_dim_v": 96}, "96 and 96: must be equal, and 64 or 128"),
         ({"head_dim_v": 128}, "64 and 128"),
         ({"has_mask": True}, "causal only"),
         ({"has_segment_ids": True}, "segment_ids"),

@@ -118,7 +118,7 @@ def test_the_overrides_of_every_run_are_valid() -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_says_why(settings: Settings) -> None:
-    with pytest.raises(XattnError, match=r"run left with 2: .*model\.num_layers = 0"):
+    with pytest.raises(XattnError, match=r"run exited with 2: .*model\.num_layers = 0"):
         runs.Run(settings.scratch / "run", ["model.num_layers=0"]).finish()
 
 

@@ -97,7 +97,7 @@ def test_each_stand_in_ends_as_it_should_and_the_next_is_run(
         "raises": ("failed", "RuntimeError: planted"),
         "hangs": ("hung", "still running after 3 s; killed"),
         "crashes": ("crashed", "killed by signal 4 (SIGILL)"),
-        "exits": ("crashed", "left with exit code 42 and no result"),
+        "exits": ("crashed", "exited with code 42 and no result"),
         "exhausts": ("out of memory", "MemoryError"),
     }
     for name in ("raises", "hangs", "crashes", "exhausts"):
@@ -107,7 +107,7 @@ def test_each_stand_in_ends_as_it_should_and_the_next_is_run(
     assert isinstance(child, int)
     assert not _runs(child), "what a check has started is killed with it"
     out = capsys.readouterr().out
-    assert "hung, as it should" in out
+    assert "hung, as expected" in out
     assert "FAILED" not in out
 
 
@@ -243,7 +243,7 @@ def test_only_takes_checks_and_beginnings_and_names_them() -> None:
     names = [check.name for check in chosen]
     assert names[:2] == ["environment", "run-pack"]
     assert all(name.startswith("times-sigmoid-") for name in names[2:])
-    with pytest.raises(BadInput, match=r"--only = rnu: no check's name begins so; they begin with accuracy, "):
+    with pytest.raises(BadInput, match=r"--only = rnu: no check's name begins with this; they begin with accuracy, "):
         command._chosen(["run", "rnu"], CHECKS)
 
 

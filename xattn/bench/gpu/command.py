@@ -61,17 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="xattn bench gpu", description="What only a GPU can show, each check in a process of its own.")
-    limits = f"in all; default {_MINUTES:g}, and {_MINUTES_TO_COMPILE:g} with --compile-only"
-    parser.add_argument("--minutes", type=number(0, above=True), metavar="M", help=limits)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="checks, or what their names begin with")
-    parser.add_argument("--keep", action="store_true", help="record the kernels that are proven, for auto to take")
-    parser.add_argument(
-        "--compile-only", choices=DEVICES, help="compile for such a device, which need not be here; runs nothing"
+    parser = Parser(
+        prog="xattn bench gpu", description="Check what only a GPU can show, each check in its own process."
     )
-    parser.add_argument("--json", action="store_true", help="print what gpu.json holds, and no table")
-    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT, to run beside")
-    parser.add_argument("--peer-python", metavar="PYTHON", help="an interpreter with torch")
+    limits = f"in total; default {_MINUTES:g}, and {_MINUTES_TO_COMPILE:g} with --compile-only"
+    parser.add_argument("--minutes", type=number(0, above=True), metavar="M", help=limits)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of checks, or their beginnings")
+    parser.add_argument("--keep", action="store_true", help="record the proven kernels, so that auto may choose them")
+    parser.add_argument(
+        "--compile-only", choices=DEVICES, help="only compile for such a device, which need not be present"
+    )
+    parser.add_argument("--json", action="store_true", help="print the content of gpu.json instead of a table")
+    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT, to compare with")
+    parser.add_argument("--peer-python", metavar="PYTHON", help="a Python interpreter with torch")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     return parser
 
@@ -83,7 +85,7 @@ def _chosen(only: Sequence[str] | None, checks: Sequence[Check]) -> list[Check]:
     for name in only:
         if not any(_is_named(check, name) for check in checks):
             groups = sorted({check.name.partition("-")[0] for check in checks})
-            raise BadInput(f"--only = {name}: no check's name begins so; they begin with {', '.join(groups)}")
+            raise BadInput(f"--only = {name}: no check's name begins with this; they begin with {', '.join(groups)}")
     return [check for check in checks if check is ENVIRONMENT or any(_is_named(check, name) for name in only)]
 
 
@@ -162,7 +164,7 @@ class Session:
     def _keep(self) -> None:
         evidence = [each.evidence for result in self.results.values() for each in result.findings if each.evidence]
         if self.device is None or not self.device.is_hopper or not evidence:
-            self._screen.say("--keep: nothing was measured that a record could hold; it needs an H100 or H200")
+            self._screen.say("--keep: nothing was measured for a record; that needs an H100 or H200")
             return
         self.kept = str(keep(self.device.kind, evidence, made_at=self.started_at))
 
@@ -210,7 +212,7 @@ def _not_yet(check: Check) -> CheckResult:
 def _ending(result: CheckResult) -> str:
     """Return how a check ended, in words."""
     as_it_should = result.has_run and result.outcome == result.expected != "passed"
-    words = f"{result.outcome}, as it should" if as_it_should else result.outcome
+    words = f"{result.outcome}, as expected" if as_it_should else result.outcome
     return f"{words}: {result.reason}" if result.reason and not as_it_should else words
 
 

@@ -46,7 +46,7 @@ class Run:
         """Wait for its end. Raises :class:`XattnError` where that is none of a run that is done."""
         code = self.process.wait()
         if code != 0:
-            raise XattnError(f"{self.folder.name}: the run left with {code}: {self.words()}")
+            raise XattnError(f"{self.folder.name}: the run exited with {code}: {self.words()}")
         return self
 
     def words(self) -> str:
@@ -113,7 +113,7 @@ def generation(settings: Settings) -> Iterator[Finding]:
     for _ in range(2):
         asked = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if asked.returncode != 0:
-            raise XattnError(f"xattn sample left with {asked.returncode}: {asked.stderr[-500:]}")
+            raise XattnError(f"xattn sample exited with {asked.returncode}: {asked.stderr[-500:]}")
         texts.append(asked.stdout)
     yield Finding(what="bytes of text", value=len(texts[0].encode()), bar="> 1", holds=len(texts[0].encode()) > 1)
     yield Finding(what="the same twice", value=texts[0] == texts[1], bar="True", holds=texts[0] == texts[1])

@@ -110,7 +110,7 @@ def _without_end(code: int | None, limit: float, *, cut: bool) -> tuple[Outcome,
         return "out of memory", "killed by signal 9, as the system does where memory runs out"
     if code < 0:
         return "crashed", f"killed by signal {-code} ({signal.Signals(-code).name})"
-    return "crashed", f"left with exit code {code} and no result"
+    return "crashed", f"exited with code {code} and no result"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -62,6 +62,6 @@ def _bench(settings: Settings, part: str, arguments: Sequence[str], file: str | 
     if done.returncode != 0:
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         telling = [line for line in lines if "RESOURCE_EXHAUSTED" in line]
-        raise XattnError(f"xattn bench {part} left with {done.returncode}: {' | '.join([*telling[:1], *lines[-2:]])}")
+        raise XattnError(f"xattn bench {part} exited with {done.returncode}: {' | '.join([*telling[:1], *lines[-2:]])}")
     loaded: dict[str, Any] = json.loads((settings.scratch / Path(f"{file or part}.json")).read_text("utf-8"))
     return loaded
