@@ -87,7 +87,7 @@ def _put(cache: Any, key: str, program: bytes) -> None:
 _FAST = {
     *("data", "tracking", "test_config.py", "test_explain.py", "test_forge.py", "test_image.py", "test_like.py"),
     *("test_metrics.py", "test_screen.py", "test_claim.py", "test_compare.py", "test_finding.py", "test_propose.py"),
-    *("test_read.py", "test_architecture.py"),
+    *("test_read.py", "test_architecture.py", "test_renamed.py"),
 }
 
 

@@ -154,7 +154,7 @@ class Outside:
         )
 
 
-# What is looked at → rows, of which the first that applies is used. tests/test_outside.py raises each.
+# What is looked at → rows, of which the first that applies is used. tests/system/test_outside.py raises each.
 OUTSIDE: dict[str, tuple[Outside, ...]] = {
     "device": (
         Outside(

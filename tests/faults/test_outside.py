@@ -226,7 +226,7 @@ def test_a_clock_that_is_set_back_changes_nothing(command: list[str], cwd: Path,
 def test_a_device_that_is_not_here_is_bad_input(
     variable: str, value: str, more: tuple[str, ...], command: list[str], cwd: Path
 ) -> None:
-    """One line that names the variable, and no run is begun. tests/test_outside.py has the other kinds."""
+    """One line that names the variable, and no run is begun. tests/system/test_outside.py has the other kinds."""
     code, out, err = real(*more, *command, cwd=cwd, env={variable: value})
     assert code == 2, out + err
     (line,) = [line for line in err.splitlines() if line.startswith("xattn: ")]

@@ -21,8 +21,8 @@ from xattn.data.vocabulary import vocab_size
 from xattn.errors import BadInput
 from xattn.model.size import num_params
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
-GOLDEN = Path(__file__).parent / "golden" / "default.yaml"
+CONF = Path(__file__).resolve().parent.parent.parent / "conf"
+GOLDEN = Path(__file__).parent.parent / "golden" / "default.yaml"
 TEXT = ["data=text", "data.path=x"]
 
 

@@ -33,7 +33,7 @@ from xattn.sweep.packing import is_finished
 from xattn.sweep.workers import Seat
 from xattn.system.signals import interruption
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 RUNS = sorted(path.parent for path in (GOLDEN / "runs").glob("*/config.yaml"))
 MEASURING = [

@@ -29,7 +29,7 @@ from xattn.sweep import tune
 from xattn.sweep.search import Dimension, Tuning
 
 OLD, NEW = "evaluation.windows", "evaluation.sequences"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 CONTRAST = {"name": "c", "of": {OLD: 8, "seed": [0, 1]}, "minus": {OLD: 9}, "shown": "> 0", "contradicted": "< 0"}
 
 

@@ -1,4 +1,4 @@
-"""Text on a terminal: what fits, what is wrapped and what never is. tests/test_terminal.py tests the screens."""
+"""Text on a terminal: what fits, what is wrapped and what never is. tests/system/test_terminal.py tests the screens."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from xattn.runs import run_folder
 from xattn.runs.run_folder import RunFolder, is_held
 from xattn.sweep.presence import drawing, is_present
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 # What is looked at, the environment, what jax or the kernel then raises, and what a person is told. Each row of the
 # table is here, in the words of the library that raises it.
