@@ -129,6 +129,7 @@ def _run(words: tuple[str, ...]) -> None:
         sys.modules.pop(words[1], None)  # the server may have imported it
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        program = Path(words[0]).absolute()
+        sys.path.insert(0, str(program.resolve().parent))
         sys.argv = list(words)
-        runpy.run_path(words[0], run_name="__main__")
+        runpy.run_path(str(program), run_name="__main__")

@@ -30,10 +30,10 @@ _MEANING = (
     "Means over heads, layers and seeds at the end of training, over the rows of one fixed set of sequences; the "
     "largest logit is a maximum instead. Shares are of magnitudes, |weight| ÷ the row's sum of |weights|, so that the "
     "three activations can be compared: under softmax they are the weights; under sigmoid a row's sum may be small, "
-    "and under none weights have signs and any size; the sum of |weights| shows how much. Entropy: of the shares, in nats. "
-    "Effective keys: its exponential, row by row. First token: the share of the sequence's first token. Largest logit: "
-    "before sigmoid's bias; under none it is the largest weight. Output norm: of each head's output, before the "
-    "projection."
+    "and under none weights have signs and any size; the sum of |weights| shows how much. Entropy: of the shares, in "
+    "nats. Effective keys: its exponential, row by row. First token: the share of the sequence's first token. Largest "
+    "logit: before sigmoid's bias; under none it is the largest weight. Output norm: of each head's output, before the"
+    " projection."
 )
 
 
