@@ -90,7 +90,7 @@ def attention_statistics(model: LanguageModel, out_shardings: Any = None) -> Att
 
 
 def statistics_batch(held_out: Sequence[Batch]) -> Batch:
-    """Return what every study of a run is of: the first four held-out sequences that score, or fewer."""
+    """Return the sequences that every study of a run looks at: the first four held-out ones that score, or fewer."""
     found: list[Batch] = []
     for batch in held_out:
         missing = SEQUENCES - sum(len(each.tokens) for each in found)
