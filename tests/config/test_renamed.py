@@ -183,5 +183,5 @@ def test_a_tuning_study_over_it_is_continued(tmp_path: Path) -> None:
 
     tune.tune(tuning, {NEW: Dimension(choices=["64"])}, compose(), tmp_path, plan)
     assert drawn == [[f"{NEW}=64"]]
-    (trial,) = tune._study(tuning, {OLD: Dimension(choices=["64"])}, compose(), tmp_path).get_trials()
+    (trial,) = tune._search(tuning, {OLD: Dimension(choices=["64"])}, compose(), tmp_path).get_trials()
     assert trial.params == {OLD: "64"}

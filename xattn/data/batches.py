@@ -14,7 +14,7 @@ ALL_ROWS = slice(None)
 
 @dataclass(frozen=True)
 class Batching:
-    """What batches a run takes of its data."""
+    """How a run's data are divided into batches."""
 
     context_length: int
     batch_size: int
@@ -208,8 +208,7 @@ class HeldOutBatches(Sequence[Batch]):
 def held_out_batches(
     tokens: Ids, *, context_length: int, batch_size: int, sequences: int | Literal["all"], packed_at: int | None = None
 ) -> HeldOutBatches:
-    """Return the sequences that every evaluation of every run scores, in batches of one shape: see
-    :func:`sequence_starts`."""
+    """Return the sequences that every evaluation of every run scores (:func:`sequence_starts`), in equal batches."""
     sources = [(tokens, sequence_starts(tokens, context_length, sequences))]
     return HeldOutBatches(sources, context_length=context_length, batch_size=batch_size, packed_at=packed_at)
 

@@ -94,8 +94,8 @@ def run_probes(
     found: dict[str, float] = {}
     for probe in probes:
         hyper = with_sigmoid_bias(hyperparameters, {k: jnp.float32(bias) for k, bias in probe.sigmoid_bias.items()})
-        found_by = [token_scores_of(params, hyper, batch) for batch in probe.batches]
-        losses, correct = (np.concatenate([_fetched(scores[i]) for scores in found_by]) for i in range(2))
+        scored = [token_scores_of(params, hyper, batch) for batch in probe.batches]
+        losses, correct = (np.concatenate([_fetched(scores[i]) for scores in scored]) for i in range(2))
         measured = probe.measure(TokenScores(losses.astype(np.float64), correct))
         found |= {f"probe/{probe.name}/{name}": value for name, value in measured.items()}
     return found
