@@ -264,7 +264,7 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500.0}
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling = .*; scaled or partial RoPE"),
         ({"rope_parameters": PLAIN_ROPE | {"partial_rotary_factor": 0.5}}, "scaled or partial"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5; must be 1"),
-        ({"rope_parameters": PLAIN_ROPE | {"rope_theta": 1e6}}, "rope_theta is 500.0 and 1000000.0; one"),
+        ({"rope_parameters": PLAIN_ROPE | {"rope_theta": 1e6}}, "rope_theta is 500.0 and 1000000.0; must be one"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': must be 'silu'"),
         ({"head_dim": 2}, "head_dim = 2; must be hidden_size"),
         ({"num_attention_heads": 5}, "must be hidden_size / num_attention_heads"),
@@ -331,7 +331,7 @@ def test_numbers_that_are_none_are_told_in_a_line(given: object, folder: Path) -
             continue
         with pytest.raises(BadInput) as error:
             from_llama(folder)
-        assert key in str(error.value) or "of shape" in str(error.value)
+        assert key in str(error.value) or "has shape" in str(error.value)
         assert len(str(error.value).splitlines()) == 1
 
 

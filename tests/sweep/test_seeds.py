@@ -102,7 +102,7 @@ def test_seeds_are_added_until_the_difference_is_known(tmp_path: Path, capsys: p
     assert needed > 8
     assert laboratory.seeds_of("backend.activation") == {"softmax": needed, "sigmoid": needed}
     told = capsys.readouterr().out
-    assert f"after 8 seeds: {needed - 8} more seeds, about " in told
+    assert f"after 8 seeds: up to {needed - 8} more seeds per arm, about " in told
     assert "backend.activation: sigmoid is worse than softmax: val_loss +0.0" in told
     assert "where ±0.01 was asked for" in told
     (effect,) = judge(read_study(laboratory.outputs), Question()).effects  # as xattn report finds it later
