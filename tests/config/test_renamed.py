@@ -118,7 +118,7 @@ def test_a_sweep_over_it_is_one_over_the_new_key(mine: Path) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True, cwd=mine)
     assert done.returncode == ExitCode.BAD_INPUT, done.stderr
     assert done.stderr.count(f"{OLD} is now {NEW}") == 1
-    assert f"of 4 runs none is started: {NEW} = 0" in done.stderr
+    assert f"nothing was started (4 runs): {NEW} = 0" in done.stderr
 
 
 def test_a_value_drawn_by_a_sweep_of_wandb_is_read() -> None:

@@ -63,7 +63,12 @@ BAD_FORMATS: dict[str, tuple[str, bytes, list[str], list[str]]] = {
     "no tokenizer": ("a.txt", TEXT, ["data.tokenizer=nowhere.json"], ["data.tokenizer = 'nowhere.json'", "bpe"]),
     "no such tokenizer": ("a.txt", TEXT, ["data.tokenizer=a.txt"], ["data.tokenizer = 'a.txt'"]),
     "ranks without a pattern": ("a.txt", TEXT, ["data.tokenizer=a.tiktoken"], ["data.tiktoken_pattern"]),
-    "too few tokens": ("a.txt", TEXT[:160], ["data.tokenizer=bpe", "data.vocab_size=300"], ["tokens; it needs at least"]),
+    "too few tokens": (
+        "a.txt",
+        TEXT[:160],
+        ["data.tokenizer=bpe", "data.vocab_size=300"],
+        ["tokens; it needs at least"],
+    ),
     "ids out of range": ("a.bin", IDS, ["data=memmap", "data.vocab_size=49"], ["id 49 at position 49", "0 to 48"]),
     "half an id": ("a.bin", IDS[:-1], ["data=memmap"], ["a.bin", "uint16"]),
     "no ids": ("a.bin", b"", ["data=memmap"], ["0 tokens"]),
