@@ -145,11 +145,12 @@ def test_extrapolation_with_n_fixed_and_with_n_as_long(text_file: Any) -> None:
         assert found.pop(key) == pytest.approx(mean - 1000 * math.log(16), rel=1e-6)
         if end > 16:
             assert found.pop(f"{key}_n_{end}") == pytest.approx(mean - 1000 * math.log(end), rel=1e-6)
+    assert found.pop("probe/extrapolation/rise_in_loss") == pytest.approx((64 + 127) / 2 - (8 + 15) / 2, rel=1e-6)
     assert not found
 
     config, data = setting(text_file, "evaluation.probes=[extrapolation]")
     found = run_probes(places, None, hyperparameters(config).model, probes_of(config, data))
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 def test_what_leaves_no_room_is_refused(text_file: Any, tmp_path: Any) -> None:

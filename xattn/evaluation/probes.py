@@ -179,8 +179,9 @@ def _extrapolation(scene: Scene) -> list[Probe]:
     """Measure the loss beyond the training length, up to 8 · context_length, on held-out sequences of that length.
 
     loss_to_<x> is the mean over positions x/2 to x, for x = 1, 2, 4, 8 times context_length, with sigmoid's n still
-    context_length. If a kind of layer has ``sigmoid_bias=auto``, the positions are scored again for x > context_length,
-    in sequences of x tokens with n = x, so bias −log x: loss_to_<x>_n_<x>.
+    context_length; rise_in_loss is the last of them minus the first. If a kind of layer has ``sigmoid_bias=auto``, the
+    positions are scored again for x > context_length, in sequences of x tokens with n = x, so bias −log x:
+    loss_to_<x>_n_<x>.
     """
     length, tokenizer = scene.length, scene.run_data.tokenizer
     longest = LONGEST * length
@@ -199,7 +200,11 @@ def _extrapolation(scene: Scene) -> list[Probe]:
 
         def measured(scores: TokenScores) -> dict[str, float]:
             ends = [end for end in (length, 2 * length, 4 * length, 8 * length) if first <= end <= size]
-            return {f"loss_to_{end}{suffix}": _mean(scores.losses, weights, end // 2, end) for end in ends}
+            losses = {end: _mean(scores.losses, weights, end // 2, end) for end in ends}
+            found = {f"loss_to_{end}{suffix}": loss for end, loss in losses.items()}
+            if length in losses:
+                found["rise_in_loss"] = losses[longest] - losses[length]
+            return found
 
         return measured
 
