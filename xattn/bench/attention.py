@@ -55,7 +55,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """The measurements of one implementation, activation and length."""
+    """The measurements of one :class:`Subject`; the seconds are those of one call."""
 
     name: str
     activation: str
@@ -64,6 +64,7 @@ class Result:
     lowest_seconds: float
     highest_seconds: float
     ratio_to_reference: float | None
+    """The reference's median over this one; above 1 is faster."""
     compile_seconds: float
     memory_bytes: int
 
