@@ -186,13 +186,9 @@ def _refusal(
 ) -> str | None:
     """Return why the named implementation cannot serve, or None."""
     if name == PEER:
-        return (
-            "it does not support decay"
-            if has_decay
-            else None
-            if activation == "softmax"
-            else "it supports softmax only"
-        )
+        if has_decay:
+            return "it does not support decay"
+        return None if activation == "softmax" else "it supports softmax only"
     if name == dispatch.AUTO:
         return None
     q, k, v, *_ = arrays
