@@ -1,7 +1,8 @@
 """Tables and sentences of README.md and findings.md, from the files of the studies in docs/findings/.
 
-``cog -rP -I docs README.md docs/findings.md`` writes them, and a test checks that what stands there is what the files
-say. A folder has results.csv, effects.csv and verdict.json of ``outputs/STUDY/report/``, as ``xattn report`` wrote it.
+``cog -rP -I docs README.md docs/findings.md`` writes them, and a test checks that the pages agree with the
+files. A folder has results.csv, effects.csv and verdict.json of ``outputs/STUDY/report/``, as ``xattn report`` wrote
+them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CLAIMS = {
 
 
 def results(name: str) -> pd.DataFrame:
-    """A row a run, all of it text."""
+    """Return one row per run, with all values as text."""
     return pd.read_csv(FOLDER / name / "results.csv", dtype=str, keep_default_na=False)
 
 
@@ -41,14 +42,14 @@ def verdict(name: str) -> dict[str, Any]:
 
 
 def command(name: str) -> str:
-    """``python train.py -m experiment=…``, from the head of the experiment's file."""
+    """Return ``python train.py -m experiment=…``, from the comment at the top of the experiment's file."""
     lines = (EXPERIMENTS / f"finding_{name}.yaml").read_text("utf-8").splitlines()
     line = next(line for line in lines if line.startswith("# Command:"))
     return line.removeprefix("# Command:").partition("&&")[0].strip()
 
 
 def setting(name: str) -> str:
-    """What the head of the experiment's file says below its command."""
+    """Return the comment below the command at the top of the experiment's file."""
     lines = (EXPERIMENTS / f"finding_{name}.yaml").read_text("utf-8").splitlines()
     head = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
     start = next(i for i, line in enumerate(head) if line.startswith("Command:"))
@@ -56,7 +57,7 @@ def setting(name: str) -> str:
 
 
 def minutes(name: str) -> float:
-    """From the start of the first run to the end of the last one."""
+    """Return the minutes from the start of the first run to the end of the last one."""
     runs = results(name)
     start = pd.to_datetime(runs["started_at"])
     end = start + pd.to_timedelta(pd.to_numeric(runs["wall_seconds"]), unit="s")
@@ -64,7 +65,7 @@ def minutes(name: str) -> float:
 
 
 def signed(value: float | None, digits: int) -> str:
-    """``−0.012``: with its sign, and a minus that is one."""
+    """Return the number with its sign, as in ``−0.012``, with a true minus sign."""
     return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
@@ -80,7 +81,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def overview() -> str:
-    """A row a claim: what became of it, and what that took."""
+    """Return a table with one row per claim: its verdict, and what it took."""
     rows = []
     for number, (name, title) in enumerate(CLAIMS.items(), 1):
         found, runs = verdict(name)["finding"], results(name)
@@ -93,7 +94,7 @@ def overview() -> str:
 
 
 def claim(name: str) -> str:
-    """The claim, its command, and each contrast with what would have shown or contradicted it."""
+    """Return the claim, its command, and each contrast with what would have shown or contradicted it."""
     found, number = verdict(name)["finding"], list(CLAIMS).index(name) + 1
     rows = [
         [
@@ -110,12 +111,12 @@ def claim(name: str) -> str:
 
 
 def _anchor(number: int, title: str) -> str:
-    """Of the heading, as GitHub has it."""
+    """Return the heading's anchor on GitHub."""
     return re.sub(r"[^\w -]", "", f"{number}. {title}".lower()).replace(" ", "-")
 
 
 def means(name: str, rows: Sequence[str], columns: str, metric: str = "val_loss") -> str:
-    """Means over seeds of the runs that are done, by the values of some keys."""
+    """Return a table of means over the seeds of finished runs, by the values of some keys."""
     runs = results(name).query("status == 'done'")
     runs = runs.assign(number=pd.to_numeric(runs[metric])).replace("", "null")
     found = runs.pivot_table(index=list(rows), columns=columns, values="number", sort=False)
@@ -129,7 +130,7 @@ def means(name: str, rows: Sequence[str], columns: str, metric: str = "val_loss"
 
 
 def _by_size(value: str) -> tuple[int, float, str]:
-    """Numbers first."""
+    """Return a sort key that puts numbers first."""
     try:
         return 0, float(value), ""
     except ValueError:
@@ -137,7 +138,7 @@ def _by_size(value: str) -> tuple[int, float, str]:
 
 
 def lengths(name: str) -> str:
-    """The loss at training's length and beyond it, by the kind of positions."""
+    """Return a table of the loss at the training length and beyond, by the kind of positions."""
     kinds = {
         ("none", "1.0"): "RoPE",
         ("none", "0.0"): "NoPE",
@@ -156,7 +157,7 @@ def lengths(name: str) -> str:
 
 
 def hybrids(name: str) -> str:
-    """Loss on text and accuracy of recall, by how many of the four layers have softmax."""
+    """Return a table of loss on text and accuracy of recall, by how many of the four layers have softmax."""
     runs = results(name)
     every = runs["backend.every"]
     rows = []
@@ -173,22 +174,22 @@ def hybrids(name: str) -> str:
 
 
 def plain_run(name: str) -> str:
-    """What one run comes to, and what its log says of simpler ways to code the same text."""
+    """Say what one run reaches, and what simpler ways to code the same text need, according to its log."""
     (run,) = results(name).to_dict("records")
     log = (FOLDER / name / "log.txt").read_text("utf-8")
     entropy, gzip = re.findall(r"(?:entropy|gzip) ([\d.]+)", log)
     took = f"{round(float(run['wall_seconds']), -1):.0f} seconds on two cores"
-    found = f"{float(run['val_bpb']):.2f} bits a byte of held-out source code"
+    found = f"{float(run['val_bpb']):.2f} bits per byte of held-out source code"
     others = f"where gzip needs {float(gzip):.2f} and the entropy of single bytes is {float(entropy):.2f}"
-    return f"`python train.py` trains for {took} and comes to {found}, {others}."
+    return f"`python train.py` trains for {took} and reaches {found}, {others}."
 
 
 def first_answer(name: str) -> str:
-    """The last line of a study of two arms, and how long it took."""
+    """Say how long a study of two arms took, and quote its last line."""
     (effect,) = verdict(name)["effects"]
     day, version = results(name)["started_at"].min()[:10], results(name)["git_commit"].iloc[0][:7]
-    took = f"{minutes(name):.1f} minutes after the first run began, on two quiet cores ({day}, commit {version}),"
-    return f"{took} the last line is\n\n> {effect['factor']}: {effect['sentence']}"
+    took = f"{minutes(name):.1f} minutes after its first run began, on two idle cores ({day}, commit {version}),"
+    return f"{took} this command ended with\n\n> {effect['factor']}: {effect['sentence']}"
 
 
 SWITCHES = {
@@ -206,9 +207,9 @@ SWITCHES = {
 
 
 def switches(name: str) -> str:
-    """An arm a row, the best first: its difference, what it is worth in steps, what a step costs, and both in one.
+    """Return one row per arm, the best first: difference, worth in steps, time per step, and the quotient of the two.
 
-    A step's time is of the study NAME_speed, which had the machine to itself: the median over its seeds, and the range.
+    The time is from the study NAME_speed, which had the machine to itself: the median over its seeds, and the range.
     """
     speed, rows = results(f"{name}_speed"), []
     for effect in sorted(_effects(name), key=lambda effect: effect["difference"]):
@@ -228,7 +229,7 @@ def switches(name: str) -> str:
             ]
         )
     columns = ["switch", "key", "val_loss, arm − baseline [95 %]", "seeds", "p (Holm)", "worth in steps"]
-    return table([*columns, "a step's time", "net"], rows)
+    return table([*columns, "time per step", "net"], rows)
 
 
 def _effects(name: str) -> list[dict[str, Any]]:
@@ -236,7 +237,7 @@ def _effects(name: str) -> list[dict[str, Any]]:
 
 
 def _speeds(runs: pd.DataFrame, key: str, value: str) -> pd.Series:
-    """Seed → tokens a second of the arm with that value of the key, and of the baseline's of all others."""
+    """Return seed → tokens per second of the arm with that value of the key and the baseline's values of all others."""
     keys = [other for other in SWITCHES if other != key]
     most = {other: runs[other].mode().iloc[0] for other in keys}
     typed = "" if value == "null" else value
@@ -247,7 +248,7 @@ def _speeds(runs: pd.DataFrame, key: str, value: str) -> pd.Series:
 
 
 def switches_in_words(name: str) -> str:
-    """Says which switches help, which hurt, and which show no difference."""
+    """Say which switches help, which hurt, and which show no difference."""
     sides: dict[str, list[str]] = {"Better": [], "Worse": [], "No difference shown": []}
     for effect in sorted(_effects(name), key=lambda effect: effect["difference"]):
         stage = effect["two_stage"]
@@ -259,7 +260,7 @@ def switches_in_words(name: str) -> str:
 
 
 def picture(name: str) -> str:
-    """The arms' differences with their intervals, drawn where the picture there is not of these effects."""
+    """Return the path of the picture of the arms' differences; draw it unless the file shows these effects already."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -288,5 +289,5 @@ def picture(name: str) -> str:
 
 
 def digest(name: str) -> str:
-    """SHA-256 of the verdict that the picture shows."""
+    """Return the SHA-256 of the verdict that the picture shows."""
     return hashlib.sha256((FOLDER / name / "verdict.json").read_bytes()).hexdigest()

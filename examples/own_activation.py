@@ -18,7 +18,7 @@ from xattn.backend import register_activation
 
 @register_activation("relu", formula="max(A, 0) / n")
 def relu(logits: jax.Array, n: int) -> jax.Array:
-    """The weights: A are float32 logits of any shape, n is the sequence length of training."""
+    """Return the weights. The float32 logits A have any shape; n is the sequence length of training."""
     return jnp.maximum(logits, 0) / n
 
 

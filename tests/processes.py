@@ -11,6 +11,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,7 @@ class Process:
         """Return the exit code, −n if signal n killed the process."""
         self._process.join(seconds)
         if self._process.exitcode is None:
-            self._process.kill()
+            os.killpg(self.pid, signal.SIGKILL)  # and the processes that it started
             self._process.join()
             raise AssertionError(f"not ended after {seconds} s; {self.out}{self.err}")
         return self._process.exitcode

@@ -39,11 +39,12 @@ def sulk(where):
     if MOOD == where + " hangs":
         time.sleep(3600)
 
-sulk("import")
-
 def write(**what):
     with RECORD.open("a") as file:
         file.write(json.dumps(what) + "\\n")
+
+write(imported=True)
+sulk("import")
 
 def Settings(**settings):
     return settings
@@ -107,6 +108,7 @@ def test_whatever_wandb_does_the_run_is_unharmed(
     wandb = Wandb(tmp_path / "fake", mood)
     training = train(*command, MIRRORED, cwd=cwd, points=wandb.points)
     assert training.wait() == 0, training.out + training.err
+    assert wandb.told("imported")
     assert "wandb" in training.out
     assert "Traceback" not in training.out + training.err
     assert differences(the_run(cwd), reference) == []

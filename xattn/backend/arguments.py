@@ -88,8 +88,8 @@ def checked_spec(
 ) -> AttentionSpec:
     """Return the spec of a call over ``length`` tokens; arguments and errors as in :func:`xattn.backend.api.attention`.
 
-    ``num_kv_heads`` is NKV; None means num_heads. ``segments_are_runs`` states whether the caller knows that no segment
-    id comes back after another.
+    ``num_kv_heads`` is NKV; None means num_heads. ``segments_are_runs`` promises that each segment is contiguous:
+    no id comes back after a different one.
     """
     chosen = activation(activation_function)
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads

@@ -45,7 +45,7 @@ def gradient(rows: Float32[Array, "B NKV S"], columns: Float32[Array, "B NKV S"]
 class Stretches(NamedTuple):
     """D between a stretch of queries and a stretch of keys, each of N tiles of T tokens.
 
-    Within a tile, sums start at its head. Between tiles, they are sums over whole tiles.
+    Within a tile, D is the difference of two sums from its head. Between two tiles it adds up the three sums below.
     """
 
     rows: Float32[Array, "B NKV N T"]

@@ -27,7 +27,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Target:
-    """A device that programs are compiled for and that is not here."""
+    """A device that programs are compiled for although this machine does not have it."""
 
     platform: str
     compute_capability: str
@@ -39,7 +39,7 @@ _target: ContextVar[Target | None] = ContextVar("target", default=None)
 
 @contextmanager
 def compiling_for(target: Target) -> Iterator[None]:
-    """What is traced within is for that device, and not for those that are here."""
+    """Compile whatever is traced inside this context for that device instead of a local one."""
     token = _target.set(target)
     try:
         yield
@@ -59,7 +59,7 @@ def platform() -> str:
 
 
 def compute_capability() -> str:
-    """Return the compute capability of the first CUDA device, such as 9.0."""
+    """Return the compute capability of the target, or else of the first local device, such as 9.0."""
     if (target := _target.get()) is not None:
         return target.compute_capability
     import jax
@@ -68,7 +68,7 @@ def compute_capability() -> str:
 
 
 def device_kind() -> str:
-    """The first device's, such as NVIDIA H100 80GB HBM3."""
+    """Return the kind of the target, or else of the first local device, such as NVIDIA H100 80GB HBM3."""
     if (target := _target.get()) is not None:
         return target.device_kind
     import jax

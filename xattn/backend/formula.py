@@ -126,8 +126,8 @@ def _of_heads(keep: Array, logits: Array) -> Array:
 # ---- in parts: the columns of a row arrive in several pieces
 
 Results = tuple[Float[Array, "B NKV G T DHV"], Float32[Array, "B NKV G T 1"] | None]
-"""The output over some columns. For a normalised activation also the log of each row's Σ e^logit, which is LOWEST if
-the row may attend to none of them."""
+"""The output over some columns; a normalised activation adds the log of each row's Σ e^logit, which is LOWEST if the
+row may attend to none of them."""
 
 
 class Sums(NamedTuple):
@@ -142,7 +142,7 @@ class Sums(NamedTuple):
 
 
 def no_sums(rows: tuple[int, ...], width: int) -> Sums:
-    """Return the sums over no columns; ``rows`` is (B, NKV, G, T) and ``width`` is DHV."""
+    """Return the sums before any column is added; ``rows`` is (B, NKV, G, T) and ``width`` is DHV."""
     zeros = jnp.zeros((*rows, 1), F32)
     return Sums(jnp.zeros((*rows, width), F32), zeros + LOWEST, zeros)
 

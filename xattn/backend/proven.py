@@ -1,9 +1,9 @@
-"""What was measured of the Hopper kernels on this kind of GPU, and what follows from it for a call.
+"""Measurements of the Hopper kernels on this kind of GPU, and what they allow for a call.
 
 ``xattn bench gpu --keep`` writes a record into the user's cache: errors against float64, and seconds beside the other
-implementations. ``auto`` takes the kernels only where such a record proves them, and a record holds no verdict: it is
-drawn here, from the figures, each time. A record is of one device kind, jax, jaxlib and source of the kernels, and
-says nothing of others. This module imports no jax.
+implementations. ``auto`` takes the kernels only where such a record proves them. A record holds figures and no verdict;
+this module judges them each time. A record is valid for one device kind, jax, jaxlib and source of the kernels. This
+module imports no jax.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from xattn.system.cache import cache_folder
 COMMAND = "xattn bench gpu --keep"
 RESULTS = ("out", "dq", "dk", "dv")
 ALLOWED = 1.2
-"""The largest error, over what the dtype alone would cost."""
+"""The largest error allowed, relative to what the dtype alone would cost."""
 LENGTHS = (128, 1000, 1024, 4096)
-"""At which the kernels have to be accurate before ``auto`` takes them at any length; one is no multiple of a block."""
+"""Lengths at which the kernels must be accurate before ``auto`` takes them; one is not a multiple of a block."""
 Passes = Literal["forward", "forward+backward"]
 PASSES: tuple[Passes, ...] = ("forward", "forward+backward")
 
@@ -44,7 +44,7 @@ class _OfKernel(_Strict):
     activation: str
     dtype: str
     width: int
-    """Of a head: DHQK = DHV."""
+    """Head width: DHQK = DHV."""
     length: int
     tiles: Tiles
 
@@ -58,7 +58,7 @@ class Accuracy(_OfKernel):
 
     @property
     def worst(self) -> float:
-        """The largest error over its floor; infinite where a figure is missing or is no number."""
+        """The largest ratio of an error to its floor; infinite if a figure is missing or not a number."""
         ratios = [self.errors.get(name, math.inf) / (self.floors.get(name) or math.nan) for name in RESULTS]
         return max(ratios) if all(map(math.isfinite, ratios)) else math.inf
 
@@ -68,7 +68,7 @@ class Accuracy(_OfKernel):
 
 
 class Times(_OfKernel):
-    """Median seconds of one call of the kernels, with RoPE before them, and of other implementations beside them."""
+    """Median seconds of one call of the kernels, including RoPE, and of other implementations."""
 
     kind: Literal["times"] = "times"
     passes: Passes
@@ -99,13 +99,13 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """Of the record, and of its file."""
+        """Name of the record and of its file."""
         kind = re.sub("[^a-z0-9]+", "-", self.device_kind.lower()).strip("-")
         return f"hopper-{kind}-jax-{self.jax}-jaxlib-{self.jaxlib}-{self.source_sha256[:12]}"
 
 
 class Record(_Strict):
-    """The content of a record's file, beside the digest of it."""
+    """The content of a record's file, without its digest."""
 
     schema_version: Literal[1] = 1
     device_kind: str
@@ -123,11 +123,11 @@ class Proof:
     record: str
     """The name of the record that shows it."""
     tiles: Tiles
-    """The quickest that was measured."""
+    """The fastest tiles that were measured."""
 
 
 def identity(device_kind: str) -> Identity:
-    """Return what a record has to be of, to count on that kind of device here."""
+    """Return the identity of records that are valid for that kind of device with the versions installed here."""
     return Identity(
         device_kind=device_kind, jax=version("jax"), jaxlib=version("jaxlib"), source_sha256=source_sha256()
     )
@@ -145,7 +145,7 @@ def source_sha256() -> str:
 
 
 def write(record: Record, of: Identity) -> Path:
-    """Replace the record of that identity, readable and writable by its owner alone."""
+    """Write the record in place of any older one of that identity; only its owner can read or write the file."""
     content = record.model_dump(mode="json")
     path = cache_folder("kernels") / f"{of.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

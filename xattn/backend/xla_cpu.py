@@ -1,4 +1,4 @@
-"""What XLA's compiler for CPUs needs, and no other. On a GPU, skip this module and every line that calls it."""
+"""Workarounds that only XLA's CPU compiler needs. To understand a GPU run, skip this module and all calls to it."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def product(subscripts: str, x: Array, y: Array) -> Array:
 
 
 def rounded(x: Array) -> Array:
-    """Return x rounded to bfloat16 but in its own dtype, so that it is multiplied in float32."""
+    """Return x rounded to bfloat16 but kept in its dtype, so that its products are computed in float32."""
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(x: Array, kernel: Array, precision: str) -> Array:
-    """Compute :func:`xattn.model.projection.projection`, with gradients that XLA:CPU is fast at. They merge batch and
-    sequence into one axis, which can't stay split by sequence: each device would gather it."""
+    """Compute :func:`xattn.model.projection.projection`, with gradients that XLA:CPU computes fast. They merge batch
+    and sequence into one axis, which can't stay split by sequence: each device would gather it."""
     return _project_forward(x, kernel, precision)[0]
 
 

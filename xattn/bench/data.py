@@ -1,9 +1,9 @@
-"""``xattn bench data``: ingests a corpus of synthetic text, as bytes and as BPE, and trains on it for a few steps.
+"""``xattn bench data``: tokenise a corpus of synthetic text, as bytes and as BPE, and train on it for a few steps.
 
     xattn bench data --megabytes 2000
 
-For each tokenizer it prints MB/s of the first start (for BPE with and without its training on the first 100 MB), and
-seconds of the second start, which finds the tokens in the cache. It also prints the peak of this process's anonymous
+For each tokenizer it prints the first start's MB/s (for BPE with and without its training on the first 100 MB), and
+the seconds of the second start, which finds the tokens in the cache. It also prints this process's peak anonymous
 memory (RssAnon in Linux's /proc, without mapped file pages) and the share of a training step spent waiting for its
 batch. Each tokenizer has a separate process and a temporary cache.
 """
@@ -138,6 +138,7 @@ def _train(config: Config, data: Any) -> tuple[float, float]:
 
 
 def in_words(found: dict[str, Any]) -> str:
+    """Return the measurements of one tokenizer as a line of text."""
     return (
         f"{found['tokenizer']:6} {found['megabytes']:,.0f} MB: {found['megabytes_per_second']:.1f} MB/s"
         f" (BPE's own training {found['bpe_seconds']:.0f} s, without it "

@@ -31,7 +31,7 @@ from xattn.training.llama import (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write model.safetensors and config.json of a run into a new or empty folder."""
+    """Write a run's model as model.safetensors and config.json into a new or empty folder."""
     parser = Parser(prog="xattn export", description=main.__doc__)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("folder", type=Path, help="the folder to write to")
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def llama_config(config: Config, vocab_size: int) -> dict[str, Any]:
-    """Return the config.json of a ``LlamaForCausalLM``. Raises :class:`BadInput` if the run's model is not one."""
+    """Return the config.json of a ``LlamaForCausalLM``. Raises :class:`BadInput` if the model is not a Llama."""
     model, backend = config.model, config.backend
     values = hashed_values(config)
     if other := [f"{key} = {values[key]}" for key, wanted in PLAIN.items() if values[key] != wanted]:
@@ -109,7 +109,7 @@ def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / WEIGHTS
         weights.touch()
-        mode = weights.stat().st_mode  # the umask's; safetensors replaces the file by one only the owner can read
+        mode = weights.stat().st_mode  # from the umask; safetensors replaces the file by one only the owner can read
         _numpy_safetensors().save_file(arrays, weights, metadata={"format": "pt"})
         weights.chmod(mode)
         run_folder.write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")

@@ -31,7 +31,7 @@ class Examples(NamedTuple):
     tokens: np.ndarray
     """int32 (n, S + 1)."""
     distance: np.ndarray
-    """int32 (n, S): distance from the next input back to the answer; 0 if nothing is asked for."""
+    """int32 (n, S): distance from the next token back to the answer; 0 if nothing is asked for."""
     most: int
     """Number of answers per sequence, or an upper bound; the same for all sequences of a run."""
     answers: np.ndarray | None = None

@@ -57,7 +57,7 @@ class Probe:
     batches: Sequence[Batch]
     """Batches of one shape."""
     measure: Measure
-    """The places of all rows, including padding rows → named numbers."""
+    """Maps the scores of all rows, including padding rows, to named numbers."""
     sigmoid_bias: Mapping[str, float] = field(default_factory=dict)
     """Kind of layer → a bias to use in place of the run's own."""
 
@@ -90,7 +90,7 @@ registry.caches.append(token_scores_of.cache_clear)
 def run_probes(
     token_scores_of: TokenScoresOf, params: Any, hyperparameters: ModelHyperparameters, probes: Sequence[Probe]
 ) -> dict[str, float]:
-    """Run all probes; return ``probe/<name>/<measure>`` → number."""
+    """Run all probes on the model; return ``probe/<name>/<measure>`` → number."""
     found: dict[str, float] = {}
     for probe in probes:
         hyper = with_sigmoid_bias(hyperparameters, {k: jnp.float32(bias) for k, bias in probe.sigmoid_bias.items()})
@@ -110,7 +110,7 @@ class Scene:
     backend: BackendConfig
     batch_size: int
     rows: int = 1
-    """How many of the longest sequences are scored at a time."""
+    """Number of the longest sequences that are scored at a time."""
 
     @property
     def length(self) -> int:

@@ -14,7 +14,7 @@ from xattn.model.config import BackendConfig, ModelConfig
 
 
 def num_params(model: ModelConfig, backend: BackendConfig, *, vocab_size: int) -> int:
-    """Count the parameters of :func:`xattn.model.transformer.init_params`."""
+    """Return the number of parameters that :func:`xattn.model.transformer.init_params` creates."""
     d = model.embedding_dim
     embeddings = (1 if model.embeddings == "tied" else 2) * vocab_size * d
     layers = sum(_weights(model, kind) + _others(model, kind) for kind in _layers(model, backend))

@@ -158,7 +158,7 @@ def find_design(
     tuned: Sequence[str] = TUNED,
     baselines: Mapping[str, Any] | None = None,
 ) -> Design:
-    """Find the keys that differ, and each one's role: pairing (seed), tuned key, factor, or companion of a factor.
+    """Find the keys that differ, and the role of each: pairing (seed), tuned key, factor, or companion of a factor.
 
     defaults, baselines: key → the arm that the others are compared with; ``baselines`` takes precedence.
     """

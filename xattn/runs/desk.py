@@ -33,16 +33,16 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     quiet: bool = False,
 ) -> ExitCode:
-    """Train the config's model in the folder ``path``: start, continue, or show the result that it has already.
+    """Train the config's model in the folder ``path``: start, continue, or show the result if there is one already.
 
     Args:
         overrides: what the user typed, for overrides.yaml.
         stop: called at each step; True saves and leaves.
         quiet: show only what went wrong.
 
-    If a run has several processes (:mod:`xattn.system.hosts`), all call this; they return the same, or fail. Errors
-    that a user can fix are raised as :class:`XattnError`. Any other leaves its traceback in log.txt and a line on the
-    screen, and returns ExitCode.ERROR.
+    If a run has several processes (:mod:`xattn.system.hosts`), all call this; they return the same code, or fail.
+    Errors that a user can fix are raised as :class:`XattnError`. Any other error leaves its traceback in log.txt and a
+    line on the screen, and returns ExitCode.ERROR.
     """
     together = hosts.join(
         heartbeat_seconds=config.parallel.heartbeat_seconds,
@@ -61,9 +61,9 @@ def run(
 
 
 def run_pack(jobs: Sequence[Job], *, stop: Callable[[], bool], quiet: bool) -> list[ExitCode]:
-    """Do :func:`run` for runs that train as one program; return the exit code of each.
+    """Do what :func:`run` does for runs that train as one program; return the exit code of each.
 
-    Their configs share program, data and pace. An error that is raised concerns at least one of them.
+    Their configs must share program, data and pace. An error that is raised concerns at least one of them.
     """
     folders: list[RunFolder] = []
     runs: list[Run] = []

@@ -46,9 +46,9 @@ class Desk:
 
 
 def read_inputs(run: Run, layout: Layout, stop: Callable[[], bool]) -> Inputs:
-    """Read the data, and make the probes from them.
+    """Read the run's data, and make its probes from them.
 
-    ``stop`` is called while the corpus is tokenised; True raises :class:`Preempted`.
+    ``stop`` is called while the corpus is tokenised; if it returns True, :class:`Preempted` is raised.
     """
     config = run.config
     with run.as_recorded():

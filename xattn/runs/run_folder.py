@@ -134,7 +134,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_or_empty(path: Path) -> dict[str, Any]:
-    """Return the JSON object in the file; an empty one if the file is missing or unreadable."""
+    """Return the JSON object in the file, or an empty one if the file is missing or unreadable."""
     try:
         return read_json(path) or {}
     except BadInput:

@@ -29,8 +29,8 @@ _WORTH_IT = 1.5  # auto packs only for at least this factor of throughput
 def take_pack(queue: deque[Job], jobs: Sequence[Job]) -> list[Job]:
     """Remove from the queue the next runs to start together, and return them. ``jobs`` are all jobs of the study.
 
-    If the first has trained in a pack that is still whole, they are that pack in its order. Finished members, which are
-    no longer queued, are included. Otherwise they are as many fresh runs as it pays to pack.
+    If the first run has trained in a pack that is still whole, return that pack in its order, including members that
+    have finished and are no longer queued. Otherwise return the run and as many fresh ones as are worth packing.
     """
     first = queue.popleft()
     pack = _begun_pack(first, jobs) or [first]

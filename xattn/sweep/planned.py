@@ -125,7 +125,7 @@ class Sweep:
 
 
 def sweeps_of(study: Path) -> list[Sweep]:
-    """Return the sweeps that were started in a study, the earliest first. Unreadable files are left out."""
+    """Return the sweeps that were started in a study, the earliest first, except those with unreadable plans."""
     found = []
     for path in study.glob(_FILE.format("*")):
         content = _read(path)

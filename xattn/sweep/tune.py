@@ -263,9 +263,8 @@ def _tell(tuner: _Tuner, trial: optuna.Trial, run: Path) -> bool:
     from optuna.trial import TrialState
 
     tuning, summary = tuner.tuning, run_folder.read_summary(run) or {}
-    tell = partial(
-        tuner.search.tell, trial, skip_if_finished=True
-    )  # without working locks, another process may have ended it
+    # Without working locks, another process may have ended it.
+    tell = partial(tuner.search.tell, trial, skip_if_finished=True)
     match summary.get("status"):
         case "done":
             if not isinstance(summary.get(tuning.objective), int | float):

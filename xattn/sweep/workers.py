@@ -93,7 +93,7 @@ def train_all(
     if all(seat.gpu is None for each in seats_for.values() for seat in each):
         check_devices(unfinished)  # looking at a GPU would take it
     _keep(plan, jobs)
-    jobs = [_begun_anew(job) for job in jobs]
+    jobs = [_started_over(job) for job in jobs]
     with around:
         for threads, group in _by_threads(jobs).items():
             if threads in seats_for:
@@ -157,7 +157,7 @@ def gpus() -> list[str]:
     return [str(i) for i in range(len(cards))] if not listed.returncode else []
 
 
-def _begun_anew(job: Job) -> Job:
+def _started_over(job: Job) -> Job:
     """For ``resume=never``: move the earlier run aside, and return a job with ``resume=auto`` for the processes."""
     if job.config.resume != "never":
         return job
