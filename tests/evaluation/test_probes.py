@@ -165,7 +165,7 @@ def test_what_leaves_no_room_is_refused(text_file: Any, tmp_path: Any) -> None:
         make_probes(("mqar",), Scene(config.data, data, backend, 4))
     with pytest.raises(BadInput, match=r"evaluation\.probes.*nothing"):
         compose(["evaluation.probes=[nothing]"])
-    with pytest.raises(BadInput, match=r"evaluation\.sequences = all: data=mqar has no end"):
+    with pytest.raises(BadInput, match=r"evaluation\.sequences = all: data=mqar is endless"):
         load_data(compose(["data=mqar"]).data, Batching(context_length=64, batch_size=4, sequences="all", seed=0))
 
 
