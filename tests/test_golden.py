@@ -84,7 +84,7 @@ def test_a_kind_of_layers_is_evaluated_under_other_numbers(outputs: Path) -> Non
     with pytest.raises(BadInput, match="cannot be changed here"):
         run.evaluate(["backend.then.activation=sigmoid"])
     (alone,) = (run.name for run in RUNS if run.name.startswith("sigmoid"))
-    with pytest.raises(BadInput, match="layers of one kind"):
+    with pytest.raises(BadInput, match="only one kind of layer"):
         xattn.load(outputs / alone).evaluate(["backend.then.theta=3"])
     single = xattn.load(outputs / alone)
     assert single.evaluate(["backend.logit_scale=3"])["val_loss"] != single.evaluate()["val_loss"]
@@ -168,7 +168,7 @@ def test_a_tuning_study_of_968f896_keeps_its_name(tmp_path: Path) -> None:
     space = {"backend.theta": Dimension(low=10.0, high=1e4, log=True)}
     options = yaml.safe_load((ROOT / "conf" / "hydra" / "sweeper" / "optuna.yaml").read_text())
     tuning = Tuning(**{key: value for key, value in options.items() if key in Tuning.model_fields})
-    assert tune._study(tuning, space, xconfig.compose(), tmp_path).study_name == "e74d4a22ef"
+    assert tune._search(tuning, space, xconfig.compose(), tmp_path).study_name == "e74d4a22ef"
 
 
 # ---- xattn/keys.py itself --------------------------------------------------------------------------------------------

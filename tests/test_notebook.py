@@ -82,7 +82,7 @@ def test_overrides_that_cannot_be_used_are_named(tiny: list[str], tmp_path: Path
         (["backend.activation=relu"], "'relu': must be 'softmax', 'sigmoid' or 'none'"),
         (["-m"], "is a command-line flag"),
         (["seed=0,1"], "several values make a sweep"),
-        (["hydra/launcher=xattn"], r"from Python hydra\.run\.dir and hydra\.searchpath are taken"),
+        (["hydra/launcher=xattn"], r"from Python, use hydra\.run\.dir or hydra\.searchpath"),
         (["sweep.half_width=0.1"], "adds seeds to a sweep"),
         (["data=text", "data.path=missing.txt"], "missing.txt"),
     ):

@@ -29,7 +29,7 @@ def test_packs_are_compared_with_one_run(tmp_path: Path, capsys: pytest.CaptureF
     assert packed["times_one"] == pytest.approx(3 * alone["median_seconds"] / packed["median_seconds"])
     assert packed["memory_bytes"] > 2 * alone["memory_bytes"]
     assert "× one run's" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="1 among them"):
+    with pytest.raises(BadInput, match="contain 1, the one"):
         main([*TINY, "--packs", "4"])
 
 

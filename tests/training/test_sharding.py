@@ -41,8 +41,8 @@ def test_one_device_need_not_be_all_there_are() -> None:
 @pytest.mark.parametrize(
     ("overrides", "devices", "processes", "told"),
     [
-        (["parallel.data=2"], 1, 1, "parallel.data = 2: a mesh of 2 devices, and there is 1 device"),
-        (["parallel.data=2"], 8, 1, "a mesh of 2 devices, and there are 8 devices"),
+        (["parallel.data=2"], 1, 1, "parallel.data = 2: a mesh of 2 devices, but there is 1 device"),
+        (["parallel.data=2"], 8, 1, "a mesh of 2 devices, but there are 8 devices"),
         (["parallel.data=3", "parallel.fsdp=null"], 8, 1, "3 does not divide the 8 devices"),
         (["parallel=tensor", "parallel.data=16"], 8, 1, "16 does not divide the 8 devices"),
         ([], 8, 2, "there are 8 devices in 2 processes"),
