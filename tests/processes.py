@@ -31,7 +31,15 @@ _PRELOADED = [
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload([__name__, *_PRELOADED])
 _streams = tempfile.TemporaryDirectory(prefix="xattn-tests-streams-")
-_of_jax = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+
+
+def _of_jax(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return jax's own variables. It reads those of a job of several processes when the job connects."""
+    of_job = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    return {name: value for name, value in environment.items() if name.startswith("JAX_") and name not in of_job}
+
+
+_at_start = _of_jax(os.environ)
 
 
 def _nothing() -> None:
@@ -48,7 +56,7 @@ class Process:
         self, *words: str, cwd: Path, env: Mapping[str, str] | None = None, before: Callable[[], None] = _nothing
     ):
         environment = dict(os.environ if env is None else env)
-        assert _of_jax == {name: value for name, value in environment.items() if name.startswith("JAX_")}
+        assert _of_jax(environment) == _at_start, "jax has been imported already: start a real process"
         self._streams = tempfile.mkdtemp(dir=_streams.name)
         self._process = _server.Process(target=_become, args=(words, str(cwd), environment, self._streams, before))
         self.launched = time.monotonic()

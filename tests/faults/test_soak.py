@@ -28,7 +28,7 @@ def test_twenty_random_kills_and_no_hard_failure(kinds: list[Kind], cwd: Path) -
     ("mutation", "noticed"),
     [
         ("mutate-rename", "checkpoint"),
-        ("mutate-step", "other bits|is gone"),  # or it sets the checkpoint aside from which it came
+        ("mutate-step", "other bits|is missing"),  # or it sets the checkpoint aside from which it came
         ("mutate-optimizer-state", "other bits"),
         ("mutate-batch", "other bits"),
         ("mutate-rng", "other bits"),
