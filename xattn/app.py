@@ -192,7 +192,7 @@ def _choices() -> str:
 
     Hydra resolves the template at every start, and listing the choices takes 0.4 s: other commands get nothing.
     """
-    if not {"--help", "-h"} & set(sys.argv):
+    if not any(word == "-h" or word.startswith("--he") for word in sys.argv[1:]):  # argparse takes --hel too
         return ""
     hydra_itself = GlobalHydra.instance().hydra
     assert hydra_itself is not None

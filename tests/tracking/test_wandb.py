@@ -535,7 +535,7 @@ SECRET = "the host, which is nobody's business"
 
 
 def run_in(folder: Path, *overrides: str) -> Config:
-    """A finished run's files, with one whole checkpoint that is evaluated."""
+    """A finished run's files, with one intact checkpoint that is evaluated."""
     config = compose(["trainer=debug", "study=a-study", "tracking.wandb.mode=offline", *overrides])
     provenance = {"wandb_id": "abcd1234", "git_commit": "c0ffee", "versions": {"jax": "1"}, "data_sha256": "d" * 64}
     (folder / run_folder.CONFIG).write_text(save(config))

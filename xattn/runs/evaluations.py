@@ -37,7 +37,7 @@ def evaluate_once(
 
     step: step of the parameters; None takes the checkpoint's. config_dir: see :meth:`LoadedRun.evaluate`.
 
-    Raises :class:`IntegrityError` if the run has no whole checkpoint of that step, and whatever :func:`xattn.load` and
+    Raises :class:`IntegrityError` if the run has no intact checkpoint of that step, and whatever :func:`xattn.load` and
     :meth:`LoadedRun.evaluate` raise.
     """
     run, overrides = run.absolute(), xattn.config.arguments_under_new_names(overrides)

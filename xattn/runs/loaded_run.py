@@ -257,7 +257,7 @@ def load(path: str | Path, *, checkpoint: Literal["last", "best"] = "last") -> L
     """Open a run's folder, or a Llama's (config.json and .safetensors), without changing anything in it.
 
     Raises :class:`BadInput` if it is neither, or if the checkpoint was deleted on purpose (:class:`NotKept`), and
-    :class:`IntegrityError` if a run's folder holds no whole checkpoint.
+    :class:`IntegrityError` if a run's folder holds no intact checkpoint.
     """
     path = Path(path).absolute()
     if run_folder.read_summary(path) is None and (path / llama.CONFIG).is_file():

@@ -172,7 +172,7 @@ class Checkpoints:
         return Restored(step, like(from_first(found and found.tree, shapes), shapes), progress)
 
     def _newest_whole(self, shapes: TrainState, at_most: int | None) -> Restored | None:
-        """Return the newest whole checkpoint, as a tree of host arrays."""
+        """Return the newest intact checkpoint, as a tree of host arrays."""
         kept.clear_half_done(self.folder)
         steps = [step for step in self.steps() if at_most is None or step <= at_most]
         for step in reversed(steps):
@@ -195,7 +195,7 @@ class Checkpoints:
                 self._move_aside(later)
 
     def restore_params(self, which: Which, shapes: Any) -> Restored:
-        """Return the parameters of the newest whole checkpoint, or of the whole one with the lowest val_loss.
+        """Return the parameters of the newest intact checkpoint, or of the intact one with the lowest val_loss.
 
         Nothing is moved: reading a run leaves it as it is. Raises :class:`IntegrityError` if there is none, and
         :class:`NotKept` if it was deleted on purpose.
