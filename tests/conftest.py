@@ -120,24 +120,12 @@ def _nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 _emitters = "quick"
 
 
-@pytest.fixture
-def emitters_of_runs() -> Iterator[None]:
-    """Compile with the emitters that runs use, for tests where two programs must agree bit for bit, or nearly."""
-    import jax
-
-    global _emitters
-    jax.clear_caches()
-    _emitters = "of runs"
-    yield
-    _emitters = "quick"
-    jax.clear_caches()
-
-
 @pytest.fixture(scope="session", autouse=True)
-def _quick_emitters() -> Iterator[None]:
-    """With most optimisations off, compile with XLA's older emitters, in a third of the time.
+def _quick_compiles() -> Iterator[None]:
+    """Compile with little optimisation, and with XLA's older emitters, in a third of the time.
 
-    jax has no global setting for this, only an option per program.
+    The tests' own programs take longer to compile than to run. Processes that tests start compile as users' runs do.
+    jax has no global setting for the emitters, only an option per program.
     """
     if "jax" not in sys.modules:
         yield
@@ -145,6 +133,7 @@ def _quick_emitters() -> Iterator[None]:
     import jax
     from jax._src import compiler
 
+    jax.config.update("jax_disable_most_optimizations", True)
     older, right = {"xla_cpu_use_fusion_emitters": False}, compiler.get_compile_options
     try:
         jax.jit(lambda: 0, compiler_options=older).lower().compile()
@@ -162,6 +151,29 @@ def _quick_emitters() -> Iterator[None]:
     compiler.get_compile_options = right
 
 
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Compile programs as runs do."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def emitters_of_runs() -> Iterator[None]:
+    """Compile with the emitters that runs use, for tests where two programs must agree bit for bit, or nearly."""
+    import jax
+
+    global _emitters
+    jax.clear_caches()
+    _emitters = "of runs"
+    yield
+    _emitters = "quick"
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs() -> Iterator[None]:
     """Drop old programs when a third of the process's memory mappings are in use.
@@ -175,16 +187,6 @@ def room_for_programs() -> Iterator[None]:
 
         jax.clear_caches()
         gc.collect()
-
-
-@pytest.fixture
-def optimised() -> Iterator[None]:
-    """Compile programs as runs do, in folders whose tests otherwise compile with little optimisation."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

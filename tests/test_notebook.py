@@ -7,12 +7,10 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
-import jax
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
@@ -21,13 +19,6 @@ from xattn import config as xconfig, notebook
 from xattn.errors import BadInput, Diverged, ExitCode, Preempted, XattnError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_to_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

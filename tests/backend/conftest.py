@@ -10,15 +10,6 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _quick_compiles() -> Iterator[None]:
-    """Hundreds of tiny programs: compiling them well takes longer than running them badly."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(autouse=True)
 def _strict_promotion() -> Iterator[None]:
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):

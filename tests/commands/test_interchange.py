@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,6 @@ LLAMA = [
     f"backend.context_length={S}",
 ]
 TOKENS = np.random.default_rng(0).integers(0, V, (2, S))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_to_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def exported(folder: Path, *overrides: str) -> tuple[Config, Any, np.ndarray]:

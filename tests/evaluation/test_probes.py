@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,14 +18,6 @@ from xattn.errors import BadInput
 from xattn.evaluation.probes import Probe, Scene, make_probes, run_probes, token_scores_of
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.training.programs import hyperparameters
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_to_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 
 TINY = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8", "trainer.batch_size=4"]
 S = 16

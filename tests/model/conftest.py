@@ -1,4 +1,4 @@
-"""Implicit promotion of dtypes is an error. Programs compile with little optimisation: they run for no time at all."""
+"""Implicit promotion of dtypes is an error."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ from collections.abc import Iterator
 
 import jax
 import pytest
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_to_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

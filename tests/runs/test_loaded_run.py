@@ -27,13 +27,6 @@ from xattn.system.screen import UNPRINTABLE
 from xattn.training.programs import hyperparameters
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast_to_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     overrides = [

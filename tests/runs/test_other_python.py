@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 import xattn
@@ -28,13 +27,6 @@ TINY = [
     *("model.mlp_dim=16", "tracking.wandb.mode=disabled"),
 ]
 Library = Callable[[str, int], None]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_to_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
