@@ -34,8 +34,8 @@ class Decided:
     contrast: Contrast
     seeds: int = 0
     mean: float | None = None
-    low: float | None = None
-    high: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
     why_not: str = ""
     """why there is no number"""
 
@@ -45,15 +45,16 @@ class Decided:
         if self.mean is None:
             return self.why_not
         form = f"+{precision(self.contrast.metric)}"
-        return f"{number(self.mean, form)} [{number(self.low, form)}, {number(self.high, form)}]"
+        return f"{number(self.mean, form)} [{number(self.ci_low, form)}, {number(self.ci_high, form)}]"
 
     @property
     def says(self) -> Says:
-        if self.low is None or self.high is None:
+        if self.ci_low is None or self.ci_high is None:
             return "undecided"
-        if threshold(self.contrast.shown).holds(self.low, self.high):
+        if threshold(self.contrast.shown).holds(self.ci_low, self.ci_high):
             return "shown"
-        return "contradicted" if threshold(self.contrast.contradicted).holds(self.low, self.high) else "undecided"
+        is_contradicted = threshold(self.contrast.contradicted).holds(self.ci_low, self.ci_high)
+        return "contradicted" if is_contradicted else "undecided"
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,11 @@ def _number(run: Run, contrast: Contrast, metric: Metric) -> float | None:
 
 
 def _has(run: Run, side: Mapping[str, Any]) -> bool:
-    return all(
-        any(_is(run.config.get(key), value) for value in (values if isinstance(values, list) else [values]))
-        for key, values in side.items()
-    )
-
-
-def _is(ours: Any, theirs: Any) -> bool:
-    return bool(ours == theirs) or show(ours) == show(theirs)
+    for key, wanted in side.items():
+        ours, values = run.config.get(key), wanted if isinstance(wanted, list) else [wanted]
+        if ours not in values and show(ours) not in map(show, values):
+            return False
+    return True
 
 
 def _shown(side: Mapping[str, Any]) -> str:
