@@ -190,7 +190,6 @@ def matched(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: 
     order = sorted((i for i, seeds in enumerate(shared) if seeds), key=lambda i: -len(shared[i]))
     best: tuple[list[int], set[Any]] = ([], set())
     common: set[Any] = set(design.seeds)
-    # Add cells with ever fewer seeds, and keep the selection with the most pairs.
     for size, i in enumerate(order, 1):
         common = common & shared[i]
         if size * len(common) >= len(best[0]) * len(best[1]) and common:
@@ -216,25 +215,21 @@ def interactions(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) 
     """
     base = tuple(factor.baseline for factor in design.factors)
     by_factors: dict[tuple[int, int], list[Effect]] = {pair: [] for pair in combinations(range(len(base)), 2)}
-    for cell, both in chosen.items():
+    for cell in chosen:
         moved = [i for i, (arm, baseline) in enumerate(zip(cell, base, strict=True)) if arm != baseline]
         if len(moved) != 2:
             continue
         i, j = moved
-        corners = [both, *(chosen.get(_with(base, at)) for at in ({j: cell[j]}, {i: cell[i]}, {}))]
-        if any(corner is None for corner in corners):
+        corners = [cell, (*cell[:i], base[i], *cell[i + 1 :]), (*cell[:j], base[j], *cell[j + 1 :]), base]
+        there = [chosen[corner] for corner in corners if corner in chosen]
+        if len(there) < len(corners):
             continue
-        there = [corner for corner in corners if corner is not None]
         seeds = [seed for seed in design.seeds if _comparable_seed(seed, there, metric)]
         values = [np.array([corner.values[seed] for seed in seeds]) for corner in there]
         a, b = design.factors[i], design.factors[j]
         names = (f"{a.key} × {b.key}", (cell[i], cell[j]), (a.baseline, b.baseline), metric.name)
         by_factors[i, j].append(_between(names, values[0] - values[1], values[2] - values[3]))
     return [effect for effects in by_factors.values() for effect in _adjusted(effects)]
-
-
-def _with(cell: Cell, arms: Mapping[int, Any]) -> Cell:
-    return tuple(arms.get(i, arm) for i, arm in enumerate(cell))
 
 
 def _comparable_seed(seed: Any, chosen: Sequence[Chosen], metric: Metric) -> bool:
