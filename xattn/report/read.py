@@ -217,11 +217,14 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
         return config
 
 
-def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
-    text = _text(path, problems)
+def _parsed(path: Path, parse: Callable[[str], Any], kind: type, problems: list[str]) -> Any:
+    """Return the file's content; empty if it is missing or, with a noted problem, if it cannot be read."""
     try:
-        loaded = yaml.load(text, _Loader) if text else kind()
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
+        text = path.read_text("utf-8")
+        loaded = parse(text) if text else kind()
+    except FileNotFoundError:
+        return kind()
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # ValueError: no UTF-8, no JSON, an invalid date
         loaded = None
     if not isinstance(loaded, kind):
         problems.append(f"{path.name} is not readable")
@@ -229,29 +232,15 @@ def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
     return loaded
 
 
+def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
+    return _parsed(path, lambda text: yaml.load(text, _Loader), kind, problems)
+
+
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
-    text = _text(path, problems)
-    try:
-        loaded = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        loaded = None
-    if not isinstance(loaded, dict):
-        problems.append(f"{path.name} is not readable")
-        return {}
+    loaded = _parsed(path, json.loads, dict, problems)
     odd = [key for key, kinds in _KINDS.items() if key in loaded and not isinstance(loaded[key], kinds)]
     problems += [f"{path.name}: {key} is ignored, since it is a {type(loaded[key]).__name__}" for key in odd]
     return {key: value for key, value in loaded.items() if key not in odd}
-
-
-def _text(path: Path, problems: list[str]) -> str:
-    """Return the file's text; empty if it is missing or, with a noted problem, if it cannot be read."""
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError):
-        problems.append(f"{path.name} is not readable")
-        return ""
 
 
 def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
