@@ -35,20 +35,18 @@ _MEANING = (
     "logit: before sigmoid's bias; under none it is the largest weight. Output norm: of each head's output, before the"
     " projection."
 )
+_BY_DISTANCE = (
+    "Share of a row by distance, in tokens, of the key from the query. Maps of single heads are in each run's "
+    "artifacts/attention_maps.png."
+)
 
 
 def probes_of(runs: Sequence[Run]) -> list[str]:
     """Return the in-context measures that some finished run has, in its summary or from a later evaluation."""
     done = [run for run in runs if run.status == "done"]
     found = {key for run in done for key in run.summary if run.number(key) is not None}
-    for run in done:
-        for row in run.evaluations:
-            results = row.get("results")
-            found |= (
-                {key for key, value in results.items() if finite(value) is not None}
-                if isinstance(results, dict)
-                else set()
-            )
+    later = [row["results"] for run in done for row in run.evaluations if isinstance(row.get("results"), dict)]
+    found |= {key for results in later for key, value in results.items() if finite(value) is not None}
     return sorted(key for key in found if key.startswith("probe/"))
 
 
@@ -60,10 +58,8 @@ def heads_of(chosen: Chosen) -> dict[str, np.ndarray]:
         for key, value in _attention(run).items():
             _, layer, head, statistic = [*key.split("/", 3), "", "", ""][:4]
             if layer.isdecimal() and head.isdecimal():
-                number_there = finite(value)
-                found.setdefault(statistic, {})[int(layer), int(head)] = (
-                    np.nan if number_there is None else number_there
-                )
+                of_heads = found.setdefault(statistic, {})
+                of_heads[int(layer), int(head)] = np.nan if finite(value) is None else value
         for statistic, values in found.items():
             layers, heads = (1 + max(place[i] for place in values) for i in (0, 1))
             grid = np.array([[values.get((i, j), np.nan) for j in range(heads)] for i in range(layers)])
@@ -102,18 +98,8 @@ def attention_blocks(design: Design, chosen: Mapping[Cell, Chosen]) -> list[Bloc
         return []
     ranges = [_range(d, after) for d, after in itertools.zip_longest(distances, distances[1:])]
     statistics = Table(["arm", *STATISTICS.values()], rows, words=["arm"], note=_MEANING)
-    if not distances:
-        return [statistics]
-    return [
-        statistics,
-        Table(
-            ["arm", *ranges],
-            masses,
-            words=["arm"],
-            note="Share of a row by distance, in tokens, of the key from the query. Maps of single heads are in "
-            "each run's artifacts/attention_maps.png.",
-        ),
-    ]
+    by_distance = Table(["arm", *ranges], masses, words=["arm"], note=_BY_DISTANCE)
+    return [statistics, by_distance] if distances else [statistics]
 
 
 def probe_blocks(design: Design, effects: Mapping[str, Sequence[Effect]]) -> list[Block]:
