@@ -14,7 +14,7 @@ from xattn.report.answer import Answer, Comparison
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Table
 from xattn.report.claim import Finding
 from xattn.report.design import Factor
-from xattn.report.details import Pictures, details, picture
+from xattn.report.details import Pictures, details, pictures_of
 from xattn.report.metric import Metric
 from xattn.report.read import Run
 from xattn.report.selection import CHOSEN_BY
@@ -43,7 +43,7 @@ def page_of(found: Answer, pictures: Pictures) -> Page:
         blocks += [
             Heading(f"Verdict{where(found, i)}"),
             *_verdicts(each),
-            *picture(f"{prefix(i)}effects", pictures),
+            *pictures_of(f"{prefix(i)}effects", pictures),
         ]
     blocks += _alone(found)
     for i, each in enumerate(found.comparisons):
@@ -51,7 +51,9 @@ def page_of(found: Answer, pictures: Pictures) -> Page:
             name.removeprefix(prefix(i)): caption for name, caption in pictures.items() if name.startswith(prefix(i))
         }
         blocks += details(each, found.selection, own, prefix(i), where(found, i))
-    blocks += [*_oddities(found), *_runs(found), *_finding(found.finding)]
+    blocks.append(Heading("What is missing or odd"))
+    blocks.append(Bullets(found.odd) if found.odd else Paragraph("Nothing was found."))
+    blocks += [*_runs(found), *_finding(found.finding)]
     return Page(f"Study {found.study.folder.resolve().name}", blocks)
 
 
@@ -114,11 +116,6 @@ def _alone(found: Answer) -> Iterator[Block]:
     more = len(found.alone) - len(rows)
     note = f"And {counted(more, 'more such setting')}; results.csv has every run." if more else ""
     yield Table(["setting", "runs", "mean", "seeds"], rows, words=["setting"], note=note)
-
-
-def _oddities(found: Answer) -> Iterator[Block]:
-    yield Heading("What is missing or odd")
-    yield Bullets(found.odd) if found.odd else Paragraph("Nothing was found.")
 
 
 def _runs(found: Answer) -> Iterator[Block]:
