@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from xattn.errors import BadInput, ExitCode, writing
@@ -129,9 +130,10 @@ def write(found: Answer, folder: Path) -> None:
         for old in (path for pattern in _FIGURES for path in folder.glob(pattern)):
             old.unlink(missing_ok=True)
     captions, svgs = {}, {}
-    for name, figure, caption in _figures(found):
-        svgs[name] = figures.save(figure, folder, name)
-        captions[name] = caption
+    with mpl.rc_context(figures.STYLE):
+        for name, figure, caption in _figures(found):
+            svgs[name] = figures.save(figure, folder, name)
+            captions[name] = caption
     for name, text in texts(found, captions, svgs, folder).items():
         content = text.encode("utf-8", "backslashreplace")  # a folder's name may not be text
         run_folder.write_atomically(folder / name, content, shared=True)
