@@ -13,7 +13,6 @@ import secrets
 import shlex
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -152,16 +151,6 @@ def _line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-@dataclass(frozen=True)
-class MirroredRun:
-    """A run of ours as wandb knows it. Its name there is that of its folder."""
-
-    folder: Path
-    id: str
-    group: str
-    values: Mapping[str, Any]
-
-
 class WandbMirror:
     """A wandb run with the same metrics, sent by a thread that takes rows from a queue.
 
@@ -169,24 +158,25 @@ class WandbMirror:
     step twice. It is written before the row is sent: a kill in between loses a row in wandb and never repeats one. The
     lines of log.txt have their own mark.
 
+    run: its id, group and config as ``wandb.init`` takes them; its name in wandb is that of its folder.
     from_the_start: forget these marks and send everything. say: called with where the run is, or how to view an offline
     one, and with what failed. failure: what failed, or None; after a failure, rows are dropped.
     """
 
     def __init__(
-        self, config: WandbConfig, run: MirroredRun, *, say: Callable[[str], None], from_the_start: bool = False
+        self,
+        config: WandbConfig,
+        folder: Path,
+        run: Mapping[str, Any],
+        *,
+        say: Callable[[str], None],
+        from_the_start: bool = False,
     ):
-        self._config, self.folder, self.say, self._from_the_start = config, run.folder, say, from_the_start
+        self._config, self.folder, self.say, self._from_the_start = config, folder, say, from_the_start
         self.failure: str | None = None
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._init: dict[str, Any] = {
-            "id": run.id,
-            "name": run.folder.name,
-            "group": run.group,
-            "config": dict(run.values),
-            "dir": str(run.folder),
-        }
-        self._own = run.folder / "wandb"
+        self._init: dict[str, Any] = {"name": folder.name, "dir": str(folder), **run}
+        self._own = folder / "wandb"
         if from_the_start:
             for mark in (HIGH_WATER_MARK, LOG_MARK):
                 (self._own / mark).unlink(missing_ok=True)
