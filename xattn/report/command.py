@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -39,21 +40,8 @@ from xattn.system.screen import counted, say
 _PAGE = "report.html"
 _VERDICT = "verdict.json"
 _DRAWN = 5  # comparisons with figures, at most
-# The files of every possible figure.
-_FIGURES = [
-    f"{begins}{name}.{suffix}"
-    for begins in ("", *(prefix(i) for i in range(1, _DRAWN)))
-    for name in (
-        "effects",
-        "worth",
-        "differences",
-        "tuning-*",
-        *(f"curves-{axis}" for axis in AXES),
-        "stability",
-        "attention-heads",
-    )
-    for suffix in ("svg", "pdf")
-]
+_NAMES = f"effects|worth|differences|tuning-.*|curves-({'|'.join(AXES)})|stability|attention-heads"
+_FIGURE = re.compile(rf"([2-{_DRAWN}]-)?({_NAMES})\.(svg|pdf)")  # the name of every possible figure's file
 _EPILOG = """examples:
   xattn report outputs/first
   xattn report outputs/default --where backend.context_length=128 --seeds 0,1,2
@@ -127,8 +115,9 @@ def write(found: Answer, folder: Path) -> None:
         raise BadInput(f"{folder}: is a run's folder; choose where to write the report with --out FOLDER")
     folder.mkdir(exist_ok=True, parents=True)
     if (folder / _PAGE).exists():  # an earlier report: the new page would not show its figures
-        for old in (path for pattern in _FIGURES for path in folder.glob(pattern)):
-            old.unlink(missing_ok=True)
+        for old in folder.iterdir():
+            if _FIGURE.fullmatch(old.name):
+                old.unlink(missing_ok=True)
     captions, svgs = {}, {}
     with mpl.rc_context(figures.STYLE):
         for name, figure, caption in _figures(found):
