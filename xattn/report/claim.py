@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import pandas as pd
@@ -84,18 +83,13 @@ class Finding:
 
 def finding_of(runs: Sequence[Run]) -> Finding | None:
     """Return the outcome of the claim that the first of the runs stated; None if no run states a readable one."""
-    claims = {run.folder: _stated(run) for run in runs}
-    first = min(
-        (run for run in runs if claims[run.folder] is not None),
-        key=lambda run: str(run.provenance.get("started_at", "~")),
-        default=None,
-    )
-    stated = None if first is None else claims[first.folder]
+    claims = [_stated(run) for run in sorted(runs, key=lambda run: str(run.provenance.get("started_at", "~")))]
+    stated = next((claim for claim in claims if claim is not None), None)
     if stated is None:
         return None
     level = 1 - (1 - LEVEL) / len(stated.contrasts)
     decided = tuple(_decided(contrast, runs, level) for contrast in stated.contrasts)
-    return Finding(stated, decided, sum(claim != stated for claim in claims.values()))
+    return Finding(stated, decided, sum(claim != stated for claim in claims))
 
 
 def _stated(run: Run) -> FindingConfig | None:
@@ -112,8 +106,9 @@ def _decided(contrast: Contrast, runs: Sequence[Run], level: float) -> Decided:
     for side, found in zip(sides, chosen, strict=True):
         if not any(run.status in ("done", "diverged") for run in found):
             return Decided(contrast, why_not=f"no run is done that has {_shown(side)}")
-    metric = metric_for([*chain.from_iterable(chosen)], contrast.metric)
-    if contrast.minus is not None and (why_not := _differ(metric, [*chain.from_iterable(chosen)])):
+    every = [run for found in chosen for run in found]
+    metric = metric_for(every, contrast.metric)
+    if contrast.minus is not None and (why_not := _differ(metric, every)):
         return Decided(contrast, why_not=why_not)
     first, *others = (_by_seed(found, contrast, metric) for found in chosen)
     values = (first - others[0] if others else first).dropna()
