@@ -74,10 +74,9 @@ def metrics_of(run: Path) -> pd.DataFrame:
 
 def _metrics(rows: Sequence[Mapping[str, Any]], leading: Collection[str]) -> pd.DataFrame:
     found = dict.fromkeys(key for row in rows for key in row)
-    columns = [*(key for key in leading if key in found), *(key for key in found if key not in leading)]
-    if not rows:
-        columns = [key for key in leading if key in ("run", "step")]
-    as_they_are = ("run", "step")
+    as_they_are = ("run", "step")  # every row has these
+    columns = [key for key in leading if key in found or key in as_they_are]
+    columns += [key for key in found if key not in leading]
     return pd.DataFrame(
         {key: [row[key] if key in as_they_are else finite(row.get(key)) for row in rows] for key in columns},
     ).astype({key: float for key in columns if key not in as_they_are})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,10 +65,7 @@ def heads_of(chosen: Chosen) -> dict[str, np.ndarray]:
             grid = np.array([[values.get((i, j), np.nan) for j in range(heads)] for i in range(layers)])
             if not np.isnan(grid).all() and grid.shape == maps.get(statistic, [grid])[0].shape:
                 maps.setdefault(statistic, []).append(grid)
-    return {
-        statistic: np.nanmax(grids, axis=0) if statistic.startswith("max") else np.nanmean(grids, axis=0)
-        for statistic, grids in maps.items()
-    }
+    return {statistic: _over(statistic)(grids, axis=0) for statistic, grids in maps.items()}
 
 
 def _attention(run: Run) -> dict[str, Any]:
@@ -92,8 +89,9 @@ def attention_blocks(design: Design, chosen: Mapping[Cell, Chosen]) -> list[Bloc
     )
     for cell, found in maps.items():
         if found:
-            rows.append([design.label(cell), *(number(_over_heads(name, found.get(name))) for name in STATISTICS)])
-            masses.append([design.label(cell), *(number(_over_heads(d, found.get(d)), ".3f") for d in distances)])
+            means = {name: float(_over(name)(of_heads)) for name, of_heads in found.items()}
+            rows.append([design.label(cell), *(number(means.get(name)) for name in STATISTICS)])
+            masses.append([design.label(cell), *(number(means.get(distance), ".3f") for distance in distances)])
     if not rows:
         return []
     ranges = [_range(d, after) for d, after in itertools.zip_longest(distances, distances[1:])]
@@ -121,10 +119,8 @@ def probe_blocks(design: Design, effects: Mapping[str, Sequence[Effect]]) -> lis
     ]
 
 
-def _over_heads(statistic: str, heads: np.ndarray | None) -> float | None:
-    if heads is None:
-        return None
-    return float(np.nanmax(heads) if statistic.startswith("max") else np.nanmean(heads))
+def _over(statistic: str) -> Callable[..., Any]:
+    return np.nanmax if statistic.startswith("max") else np.nanmean
 
 
 def _range(key: str, after: str | None) -> str:
