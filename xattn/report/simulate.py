@@ -42,12 +42,6 @@ class Promise:
         return (self.low is None or self.measured >= self.low) and (self.high is None or self.measured <= self.high)
 
 
-def intervals(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return t intervals of the means along the last axis."""
-    interval = stats.ttest_1samp(differences, 0.0, axis=-1).confidence_interval(LEVEL)
-    return interval.low, interval.high
-
-
 def fixed_coverage(repetitions: int, seeds: int, rng: np.random.Generator) -> float:
     """Return how often the interval contains the true effect if arm and learning rate are fixed beforehand."""
     losses = _losses(repetitions, seeds, np.zeros(1), rng)[..., 0, :]
@@ -204,8 +198,9 @@ def _losses(repetitions: int, seeds: int, rates: np.ndarray, rng: np.random.Gene
 
 
 def _coverage(differences: np.ndarray, truth: np.ndarray) -> float:
-    low, high = intervals(differences)
-    return float(np.mean((low <= truth) & (truth <= high)))
+    """Return how often the t interval of the mean along the last axis contains the truth."""
+    interval = stats.ttest_1samp(differences, 0.0, axis=-1).confidence_interval(LEVEL)
+    return float(np.mean((interval.low <= truth) & (truth <= interval.high)))
 
 
 if __name__ == "__main__":

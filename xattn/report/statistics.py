@@ -111,11 +111,6 @@ class Matched:
     why_not: str
 
 
-def smallest_signflip_p(seeds: int) -> float:
-    """Return 2^(1−n), the p if only the original signs and all signs flipped are as extreme."""
-    return 2.0 ** (1 - seeds)
-
-
 def paired(differences: Sequence[float] | np.ndarray) -> Paired:
     """Return the statistics of paired differences, one for each seed."""
     d = np.asarray(differences, dtype=float)
