@@ -44,7 +44,6 @@ def loss_curves(chosen: Mapping[Cell, Chosen]) -> dict[Cell, Curve]:
 
 
 def curves_of(chosen: Mapping[Cell, Chosen], key: str) -> dict[Cell, Curve]:
-    """Return the curves of the cells that have one."""
     return {cell: curve for cell, each in chosen.items() if (curve := curve_of(each, key)) is not None}
 
 

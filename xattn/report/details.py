@@ -47,7 +47,6 @@ _NOTE_BCA = f" BCa: bootstrap, with {BOOTSTRAP_FROM} seeds or more."
 
 
 def details(each: Comparison, selection: Selection, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
-    """Yield what a comparison's verdicts rest on."""
     if each.effects:
         yield Heading(f"Statistics{where}")
         for factor in each.design.factors:
@@ -86,7 +85,6 @@ def _selection(each: Comparison, selection: Selection) -> str:
 
 
 def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
-    """Yield a factor's arms against its baseline, in numbers and in words."""
     effects, boot = each.of(factor), _has_bootstrap(each)
     if not effects:
         return
@@ -114,7 +112,6 @@ def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
 
 
 def _worth(comparison: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
-    """Yield the laws that the arms' worth rests on."""
     found = laws(comparison)
     if not found:
         return
@@ -154,7 +151,6 @@ def _interactions(each: Comparison, where: str) -> Iterator[Block]:
 
 
 def _cells(each: Comparison) -> Table:
-    """Return a table of every combination's mean and spread."""
     rows = []
     for cell, at in each.chosen.items():
         values = list(at.values.values())
