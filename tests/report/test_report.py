@@ -16,9 +16,9 @@ import yaml
 from tests import processes
 from xattn.errors import BadInput, ExitCode
 from xattn.keys import show
-from xattn.report import figures, main
+from xattn.report import figures
 from xattn.report.answer import Answer, Comparison, Question
-from xattn.report.command import _figures_of, panels_of, texts, write as write_to
+from xattn.report.command import _figures_of, main, panels_of, texts, write as write_to
 from xattn.report.content import page_of
 from xattn.report.cost import loss_spikes, why_speeds_differ
 from xattn.report.curves import loss_curves
