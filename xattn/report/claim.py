@@ -105,7 +105,8 @@ def _decided(contrast: Contrast, runs: Sequence[Run], level: float) -> Decided:
     chosen = [[run for run in runs if _has(run, side)] for side in sides]
     for side, found in zip(sides, chosen, strict=True):
         if not any(run.status in ("done", "diverged") for run in found):
-            return Decided(contrast, why_not=f"no run is done that has {_shown(side)}")
+            wanted = ", ".join(f"{key}={show(value)}" for key, value in side.items())
+            return Decided(contrast, why_not=f"no run is done that has {wanted}")
     every = [run for found in chosen for run in found]
     metric = metric_for(every, contrast.metric)
     if contrast.minus is not None and (why_not := _differ(metric, every)):
@@ -164,7 +165,3 @@ def _has(run: Run, side: Mapping[str, Any]) -> bool:
         if ours not in values and show(ours) not in map(show, values):
             return False
     return True
-
-
-def _shown(side: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={show(value)}" for key, value in side.items())
