@@ -58,7 +58,7 @@ def load_study(path: str | Path) -> LoadedStudy:
         raise BadInput(f"{path}: is a run; xattn.load opens it, and its study is {run_folder.shown(folder.parent)}")
     study = read_study(folder)
     comparisons = judge(study, Question()).comparisons
-    rows = [{**row, "run": run.name} for run in study.runs for row in read_metrics(run.folder)]
+    rows = [{**row, "run": run.name} for run in study.runs for row in read_metrics(run.folder, [])]
     return LoadedStudy(
         path=folder,
         runs=_frame(*results_table(study.runs, comparisons)),
@@ -69,7 +69,7 @@ def load_study(path: str | Path) -> LoadedStudy:
 
 def metrics_of(run: Path) -> pd.DataFrame:
     """Return the run's metrics.jsonl: a row per step, a column per number that some row has; NaN if a row lacks it."""
-    return _metrics(read_metrics(run), _LEADING)
+    return _metrics(read_metrics(run, []), _LEADING)
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]], leading: Collection[str]) -> pd.DataFrame:

@@ -20,8 +20,8 @@ def report_command(study: Path, runs: Collection[Path]) -> str:
     """
     words = ["xattn", "report", run_folder.shown(study.absolute())]
     ours = {run.absolute() for run in runs}
-    others = [read_config(run) for run in run_folder.runs_in(study) if run.absolute() not in ours]
-    values = _values([config for run in ours if (config := read_config(run))]) if others else {}
+    others = [read_config(run, []) for run in run_folder.runs_in(study) if run.absolute() not in ours]
+    values = _values([config for run in ours if (config := read_config(run, []))]) if others else {}
     while others and values:
         alike = {key: [each for each in others if each.get(key) in own] for key, own in values.items()}
         key = min(alike, key=lambda key: len(alike[key]))
