@@ -44,20 +44,18 @@ def loss_curves(chosen: Mapping[Cell, Chosen]) -> dict[Cell, Curve]:
 
 
 def curves_of(chosen: Mapping[Cell, Chosen], key: str) -> dict[Cell, Curve]:
-    return {cell: curve for cell, each in chosen.items() if (curve := curve_of(each, key)) is not None}
+    """Return the curves of the cells' finished runs or, if there are none, of the diverged ones up to that point.
 
-
-def curve_of(chosen: Chosen, key: str) -> Curve | None:
-    """Return the curve of the finished runs or, if there are none, of the diverged ones up to that point.
-
-    None if fewer than two values were logged.
+    A cell with fewer than two logged values has none.
     """
-    done = [run for run in chosen.runs.values() if run.status == "done"]
-    runs = done or [run for run in chosen.runs.values() if run.status == "diverged"]
-    table = _shared([each for run in runs if (each := _logged(run, key)).size > 1])
-    if len(table) < 2:
-        return None
-    return Curve(key, _axes(runs, table.index.to_numpy()), *_interval(table.to_numpy().T))
+    curves = {}
+    for cell, each in chosen.items():
+        done = [run for run in each.runs.values() if run.status == "done"]
+        runs = done or [run for run in each.runs.values() if run.status == "diverged"]
+        table = _shared([values for run in runs if (values := _logged(run, key)).size > 1])
+        if len(table) > 1:
+            curves[cell] = Curve(key, _axes(runs, table.index.to_numpy()), *_interval(table.to_numpy().T))
+    return curves
 
 
 def difference_curve(pairs: Matched) -> Curve | None:

@@ -298,8 +298,7 @@ def _factor(
     given = [*asked, *([default] if defaults and default in arms else [])]
     counts = Counter(_value(run, key) for run in runs)
     baseline = arms[arms.index(given[0])] if given else max(arms, key=lambda arm: counts[arm])
-    arms.remove(baseline)
-    return Factor(key, (baseline, *arms), baseline, bool(given), also)
+    return Factor(key, _first(baseline, arms), baseline, bool(given), also)
 
 
 def _as_typed(key: str, arms: list[Any], runs: Sequence[Run]) -> list[Any]:
