@@ -158,18 +158,15 @@ def find_design(
 
     defaults, baselines: key → the arm that the others are compared with; ``baselines`` takes precedence.
     """
-    groups = _grouped(_varying(runs, tuned), runs)
     free = [key for key in tuned if len({_value(run, key) for run in runs}) > 1]
-    settled = {key for leader in groups for key in free if _settles(leader, key, runs)}
-    free = [key for key in free if key not in settled]
+    groups = {
+        leader: (*also, *sorted(key for key in free if _settles(leader, key, runs)))
+        for leader, also in _grouped(_varying(runs, tuned), runs).items()
+    }
+    free = [key for key in free if not any(key in also for also in groups.values())]
     if not groups:  # then the tuned key is itself the question
         groups, free = dict.fromkeys(free, ()), []
-    factors = tuple(
-        _factor(
-            leader, (*also, *sorted(k for k in settled if _settles(leader, k, runs))), runs, defaults, baselines or {}
-        )
-        for leader, also in groups.items()
-    )
+    factors = tuple(_factor(leader, also, runs, defaults, baselines or {}) for leader, also in groups.items())
     table: dict[Cell, dict[Setting, dict[Any, Run]]] = {}
     repeated = []
     for run in sorted(runs, key=lambda run: run.status != "done"):  # a finished run takes precedence

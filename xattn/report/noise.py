@@ -56,10 +56,7 @@ def noise_of(each: Comparison, factor: Factor, effect: Effect) -> Noise | None:
     if n < 3 or found.spread is None or found.ci_low is None or found.ci_high is None:
         return None
     pairs = matched(each.design, each.chosen, factor, effect.arm, each.metric)
-    ours, theirs = (
-        np.array([np.mean([pair[side].values[seed] for pair in pairs.cells]) for seed in pairs.seeds])
-        for side in (0, 1)
-    )
+    ours, theirs = pairs.means
     tail = (1 - LEVEL) / 2
     low, high = (found.spread * ((n - 1) / float(special.chdtri(n - 1, p))) ** 0.5 for p in (tail, 1 - tail))
     varies = ours.std() > 0 and theirs.std() > 0

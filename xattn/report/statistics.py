@@ -110,6 +110,15 @@ class Matched:
     """all cells that both arms have, before any was left out"""
     why_not: str
 
+    @property
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the arm's values and the baseline's, one for each seed: means over the cells."""
+        ours, theirs = (
+            np.array([np.mean([pair[side].values[seed] for pair in self.cells]) for seed in self.seeds])
+            for side in (0, 1)
+        )
+        return ours, theirs
+
 
 def paired(differences: Sequence[float] | np.ndarray) -> Paired:
     """Return the statistics of paired differences, one for each seed."""
@@ -247,10 +256,7 @@ def _by_arm(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor) -> di
 def _effect(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: Any, metric: Metric) -> Effect:
     """Return the effect. d_s is the mean of arm − baseline with seed s over the cells that both arms have."""
     found = matched(design, chosen, factor, arm, metric)
-    ours, theirs = (
-        np.array([np.mean([pair[side].values[seed] for pair in found.cells]) for seed in found.seeds])
-        for side in (0, 1)
-    )
+    ours, theirs = found.means
     pairs = len(found.cells) * len(found.seeds)
     by_arm = _by_arm(design, chosen, factor)
     with_values = [sum(len(each.values) for each in by_arm[side].values()) for side in (arm, factor.baseline)]
