@@ -89,20 +89,24 @@ def resolve_mode(config: WandbConfig) -> Literal["online", "offline", "disabled"
     raise BadInput(f"{asked}: no API key is configured; run `wandb login` first, or use offline")
 
 
-def _own_mode() -> Literal["online", "offline", "disabled"]:
-    """Return the mode that wandb's environment and settings files ask for."""
+def _own_settings() -> Any:
+    """Return the settings from wandb's environment and files."""
     from wandb.sdk import wandb_setup
 
-    settings = wandb_setup.singleton().settings
+    return wandb_setup.singleton().settings
+
+
+def _own_mode() -> Literal["online", "offline", "disabled"]:
+    """Return the mode that wandb's environment and settings files ask for."""
+    settings = _own_settings()
     return "disabled" if settings._noop else "offline" if settings._offline else "online"
 
 
 def _has_key() -> bool:
     """Return whether wandb finds credentials for its server in the environment, settings, netrc or an earlier login."""
-    from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
-    settings = wandb_setup.singleton().settings
+    settings = _own_settings()
     host = settings.base_url
     if settings.api_key:
         wbauth.AuthApiKey(host=host, api_key=settings.api_key)  # raises as wandb.init would for a malformed key
@@ -131,9 +135,7 @@ def destination(config: WandbConfig, folder: Path) -> dict[str, Any]:
     A null key takes wandb's own setting, or else the value from when the run was last mirrored. So a run that is
     resumed or rebuilt from another shell goes to the same place.
     """
-    from wandb.sdk import wandb_setup
-
-    settings = wandb_setup.singleton().settings
+    settings = _own_settings()
     file = folder / "wandb" / DESTINATION
     before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     found = {}
