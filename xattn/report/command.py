@@ -220,5 +220,4 @@ def _differences(each: Comparison) -> dict[str, dict[str, Curve]]:
             pairs = matched(each.design, each.chosen, factor, arm, each.metric)
             if (curve := difference_curve(pairs)) is not None:
                 found.setdefault(f"{factor.key}: against {show(factor.baseline)}", {})[show(arm)] = curve
-    keys = {name: {curve.key for curve in arms.values()} for name, arms in found.items()}
-    return {name: arms for name, arms in found.items() if len(keys[name]) == 1}
+    return {name: arms for name, arms in found.items() if len({curve.key for curve in arms.values()}) == 1}

@@ -112,9 +112,8 @@ def _runs(found: Answer) -> Iterator[Block]:
     if begun:
         rows = [[str(count), command] for command, count in begun.most_common(_ROWS)]
         yield Table(["runs", "begun by"], rows, code=["begun by"])
-    programs = Counter(run.program for run in runs)
     shared = [word for word in runs[0].overrides if all(word in run.overrides for run in runs)]
-    (program, _) = programs.most_common(1)[0]
+    ((program, _),) = Counter(run.program for run in runs).most_common(1)
     yield Paragraph("The command of one run, to which each run adds its own words:")
     yield Table(["command"], [[f"{program} {shlex.join(shared)}".strip() + " …"]], code=["command"])
     metrics = {run.folder: each.metric for each in (*found.comparisons, *found.alone) for run in each.runs}

@@ -121,7 +121,9 @@ def groups_of(runs: Sequence[Run], tuned: Sequence[str] = TUNED) -> list[Group]:
         members.setdefault(number, []).append(run)
     groups = sorted(members.values(), key=len, reverse=True)
     keys = [key for choice in choices for key in choice]
-    return [Group(tuple(group), _where(group, groups, keys)) for group in groups]
+    if len(groups) == 1:
+        return [Group(tuple(known))]
+    return [Group(tuple(group), _where(group, keys)) for group in groups]
 
 
 def _connected(cells: Sequence[Cell]) -> Sequence[int]:
@@ -140,10 +142,8 @@ def _connected(cells: Sequence[Cell]) -> Sequence[int]:
     return numbers
 
 
-def _where(group: Sequence[Run], groups: Sequence[Sequence[Run]], keys: Sequence[str]) -> dict[str, Any]:
+def _where(group: Sequence[Run], keys: Sequence[str]) -> dict[str, Any]:
     """Return the keys that have a single value in this group and another value in some other run of the study."""
-    if len(groups) == 1:
-        return {}
     values = {key: {_value(run, key) for run in group} for key in keys}
     return {key: found.pop() for key, found in values.items() if len(found) == 1}
 

@@ -198,17 +198,13 @@ def matched(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: 
         common = common & shared[i]
         if size * len(common) >= len(best[0]) * len(best[1]) and common:
             best = (order[:size], common)
-    reasons = [
-        why
-        for ours, base in in_question
-        for seed in ours.values.keys() & base.values.keys()
-        if (why := metric.why_not(ours.units[seed], base.units[seed])) is not None
-    ]
+    both = [(ours, base, seed) for ours, base in in_question for seed in ours.values.keys() & base.values.keys()]
+    reasons = (metric.why_not(ours.units[seed], base.units[seed]) for ours, base, seed in both)
     return Matched(
         cells=tuple(in_question[i] for i in sorted(best[0])),
         seeds=tuple(seed for seed in design.seeds if seed in best[1]),
         in_question=in_question,
-        why_not=reasons[0] if reasons else "",
+        why_not=next((why for why in reasons if why is not None), ""),
     )
 
 

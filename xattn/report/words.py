@@ -143,7 +143,6 @@ def _ratio(found: Interval) -> tuple[str, str]:
 
 
 def _of_loss(effect: Effect) -> str:
-    """Return the difference, and whether it is shown."""
     found, arm, baseline = effect.paired, show(effect.arm), show(effect.baseline)
     tail = ""
     if effect.diverged or effect.baseline_diverged:
