@@ -7,9 +7,9 @@ import re
 import shlex
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -38,7 +38,6 @@ from xattn.system.arguments import Parser
 from xattn.system.screen import counted, say
 
 _PAGE = "report.html"
-_VERDICT = "verdict.json"
 _DRAWN = 5  # comparisons with figures, at most
 _NAMES = f"effects|worth|differences|tuning-.*|curves-({'|'.join(AXES)})|stability|attention-heads"
 _FIGURE = re.compile(rf"([2-{_DRAWN}]-)?({_NAMES})\.(svg|pdf)")  # the name of every possible figure's file
@@ -49,14 +48,12 @@ _EPILOG = """examples:
   xattn report outputs/first --json"""
 
 
-class Publish(Protocol):
-    """Publishes a written report if the command line or the study's runs ask for it; returns a message to print."""
+def main(argv: Sequence[str], publish: Callable[[Study, Path, bool], str | None] | None = None) -> int:
+    """Judge a study and write its report.
 
-    def __call__(self, study: Study, folder: Path, *, asked: bool) -> str | None: ...
-
-
-def main(argv: Sequence[str], publish: Publish | None = None) -> int:
-    """Judge a study and write its report. publish: carries out ``--wandb``; None means there is no such option."""
+    publish: (study, the report's folder, whether ``--wandb`` was typed) → a message to print, or None; without it there
+    is no such option.
+    """
     parser = Parser(
         prog="xattn report",
         description="Judge a study and write its report.",
@@ -85,7 +82,7 @@ def main(argv: Sequence[str], publish: Publish | None = None) -> int:
         print(run_folder.to_json(verdict_of(found).model_dump(), indent=2, ascii_only=True), flush=True)
     screen = sys.stderr if asked.json else sys.stdout
     _tell(found, target, screen)
-    if publish is not None and (uploaded := publish(found.study, target, asked=asked.wandb)) is not None:
+    if publish is not None and (uploaded := publish(found.study, target, asked.wandb)) is not None:
         print(uploaded, file=screen)
     return ExitCode.DONE
 
@@ -139,7 +136,7 @@ def texts(found: Answer, captions: Mapping[str, str], svgs: Mapping[str, str], f
         "table.tex": table_tex(found.comparisons, found.command),
         "results.csv": to_csv(*results_table(found.study.runs, found.comparisons)),
         "effects.csv": to_csv(*effects_table(found.comparisons)),
-        _VERDICT: run_folder.to_json(verdict_of(found).model_dump(), indent=2) + "\n",
+        "verdict.json": run_folder.to_json(verdict_of(found).model_dump(), indent=2) + "\n",
     }
 
 
