@@ -147,10 +147,9 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
     xs = {cell: curves[cell].x[against] for cell in shown if against in curves[cell].x}
     if not xs:
         return None
-    tops, bottoms = [], []
-    for cell in xs:
-        tops.append(curves[cell].mean[len(curves[cell].mean) // 10])  # the steep beginning would flatten all else
-        bottoms.append(curves[cell].mean.min())
+    top = max(curves[cell].mean[len(curves[cell].mean) // 10] for cell in xs)  # not of the steep beginning
+    bottom = min(curves[cell].mean.min() for cell in xs)
+    margin = 0.1 * (top - bottom) or 0.1
     figure, panels = _grid(len(xs))
     for axes, cell in zip(panels, xs, strict=False):
         for other in xs:
@@ -160,8 +159,7 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
         axes.fill_between(xs[cell], curves[cell].low, curves[cell].high, color=colour, alpha=0.25, linewidth=0)
         axes.plot(xs[cell], curves[cell].mean, color=colour)
         axes.set_title(_plain(design.label(cell)), loc="left")
-        margin = 0.1 * (max(tops) - min(bottoms)) or 0.1
-        axes.set_ylim(min(bottoms) - margin, max(tops) + margin)
+        axes.set_ylim(bottom - margin, top + margin)
     _label(panels[: len(xs)], AXES[against], curves[shown[0]].key)
     return figure
 

@@ -10,7 +10,6 @@ from xattn.section import EachOnce, Section
 
 ArtifactName = Literal["checkpoint", "report"]
 _Tag = Annotated[str, Field(min_length=1, max_length=64)]  # wandb's own limits
-_Tags = Annotated[tuple[_Tag, ...], Field(strict=False)]
 
 
 class WandbConfig(Section):
@@ -26,7 +25,7 @@ class WandbConfig(Section):
     """Project of the runs; null takes WANDB_PROJECT, or ``xattn``."""
     entity: str | None
     """Account or team of the runs; null takes WANDB_ENTITY, or the account's default."""
-    tags: _Tags | None
+    tags: Annotated[tuple[_Tag, ...], Field(strict=False)] | None
     """Tags of the runs, [a, b]; null takes WANDB_TAGS."""
     notes: str | None
     """Notes of the runs; null takes WANDB_NOTES."""
