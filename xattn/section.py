@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -48,6 +48,10 @@ class OneOf:
         raise PydanticCustomError(
             "literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"}
         )
+
+
+EachOnce = AfterValidator(lambda names: tuple(sorted(set(names))))
+"""For a field that is a set of names: each once, in alphabetical order."""
 
 
 def kind_name(kind: type[Section]) -> str:

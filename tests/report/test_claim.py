@@ -75,7 +75,7 @@ def test_the_whole_interval_decides(writer: Writer, shown: str, contradicted: st
     finding = found(writer)
     (decided,) = finding.contrasts
     expected = stats.ttest_1samp([0.049, 0.05, 0.051], 0).confidence_interval(0.95)
-    np.testing.assert_allclose([decided.low, decided.high], [expected.low, expected.high], rtol=1e-9)
+    np.testing.assert_allclose([decided.ci_low, decided.ci_high], [expected.low, expected.high], rtol=1e-9)
     assert (finding.says, decided.seeds) == (says, 3)
 
 
@@ -85,7 +85,7 @@ def test_several_contrasts_hold_at_once_and_the_claim_is_all_of_them(writer: Wri
     write(writer, losses, contrast(), level)
     finding = found(writer)
     expected = stats.ttest_1samp([0.049, 0.05, 0.051], 0).confidence_interval(0.975)
-    assert finding.contrasts[0].low == pytest.approx(expected.low)
+    assert finding.contrasts[0].ci_low == pytest.approx(expected.low)
     assert [each.says for each in finding.contrasts] == ["shown", "undecided"]
     assert finding.says == "undecided"
     assert "is undecided: d +0.0500 [" in finding.sentence

@@ -18,9 +18,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from xattn.errors import BadInput
 from xattn.keys import changes_training
-from xattn.report import main
 from xattn.report.answer import Answer, Comparison, Question
-from xattn.report.command import texts, write
+from xattn.report.command import main, texts, write
 from xattn.report.curves import difference_curve, loss_curves
 from xattn.report.figures import rates
 from xattn.report.judge import judge

@@ -16,9 +16,9 @@ import yaml
 from tests import processes
 from xattn.errors import BadInput, ExitCode
 from xattn.keys import show
-from xattn.report import figures, main
+from xattn.report import figures
 from xattn.report.answer import Answer, Comparison, Question
-from xattn.report.command import _figures_of, panels_of, texts, write as write_to
+from xattn.report.command import _figures_of, main, panels_of, texts, write as write_to
 from xattn.report.content import page_of
 from xattn.report.cost import loss_spikes, why_speeds_differ
 from xattn.report.curves import loss_curves
@@ -689,7 +689,7 @@ def test_a_run_called_report_is_judged_and_not_written_over(writer: Writer, tmp_
 def test_several_reports_at_once_are_all_written(writer: Writer) -> None:
     """Two start while a third writes. They unlink each other's figures, but share no temporary file."""
     small(writer)
-    code = "import sys; from xattn.report import main; raise SystemExit(main(sys.argv[1:]))"
+    code = "import sys; from xattn.report.command import main; raise SystemExit(main(sys.argv[1:]))"
     running = [processes.Process("-c", code, str(writer.folder), cwd=writer.folder) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0], [process.err for process in running]
     names = {path.name for path in (writer.folder / "report").iterdir()}

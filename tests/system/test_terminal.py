@@ -181,7 +181,7 @@ def test_a_run_fits(width: int, on_terminal: OnTerminal, tmp_path: Path) -> None
     display = Display(tmp_path / "log.txt", 20)
     path = f"outputs/default/{'softmax-' * 9}lr0.003-seed0-8259ee9491"
     row = {"step": 10, "train_loss": 3.2, "tokens_per_second": 2866.0, "val_loss": 3.048, "val_bpb": 4.3973}
-    with display:
+    with display.progress:
         display.log(row)
     display.say(f"wandb       offline; the commands to look at it and to send it: `xattn wandb {path}`")
     display.say_sample("x" * 300)

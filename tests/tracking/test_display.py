@@ -28,7 +28,7 @@ class Terminal(io.StringIO):
 
 def of_a_run(folder: Path) -> None:
     display = Display(folder / "log.txt", 2)
-    with display:
+    with display.progress:
         display.log(ROW)
     display.close()
 

@@ -31,7 +31,7 @@ from xattn.runs.mirror import end_mirror, mirror_of, send_rows
 from xattn.tracking import wandb as adapter
 from xattn.tracking.config import WandbConfig
 from xattn.tracking.own_runs import Place, log_table
-from xattn.tracking.wandb import MirroredRun, WandbMirror, destination, refuse_without_key, resolve_mode, run_id
+from xattn.tracking.wandb import WandbMirror, destination, refuse_without_key, resolve_mode, run_id
 
 
 def config_of(mode: Any = "offline", **more: Any) -> WandbConfig:
@@ -116,8 +116,8 @@ class FakeWandb(types.ModuleType):
 
 
 def mirror(folder: Path, said: list[str], *, config: WandbConfig = CONFIG, **more: Any) -> WandbMirror:
-    run = MirroredRun(folder, id="abcd1234", group="a study", values={"seed": 0, "hash": "0123456789"})
-    return WandbMirror(config, run, say=said.append, **more)
+    run = {"id": "abcd1234", "group": "a study", "config": {"seed": 0, "hash": "0123456789"}}
+    return WandbMirror(config, folder, run, say=said.append, **more)
 
 
 ROWS = [

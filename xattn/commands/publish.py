@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     return report(argv, publish=publish)
 
 
-def publish(study: Study, folder: Path, *, asked: bool) -> str | None:
+def publish(study: Study, folder: Path, asked: bool) -> str | None:
     """Upload the report in ``folder`` as an artifact and return a line about it; None if nothing asks for the upload.
 
     asked: whether the command line asks. Raises :class:`BadInput` if it does and wandb is disabled, and

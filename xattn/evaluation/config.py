@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 
 from xattn import registry
 from xattn.data.config import tasks
 from xattn.data.task import PROBES_OF_TEXT
-from xattn.section import OneOf, Section
+from xattn.section import EachOnce, OneOf, Section
 
 registered_probes: dict[str, Callable[..., Any]] = {}
 
@@ -49,13 +49,8 @@ class EvaluationConfig(Section):
     """Number of held-out sequences of context_length tokens to score. They are spread evenly over the text, and are the
     same in every evaluation of every run. ``all`` scores every token except the first.
     """
-    probes: tuple[Annotated[str, OneOf(probe_names)], ...] = Field(strict=False)
+    probes: Annotated[tuple[Annotated[str, OneOf(probe_names)], ...], EachOnce] = Field(strict=False)
     """What to measure besides the loss. ``in_context``: loss late in a sequence minus loss early in it.
     ``extrapolation``: loss up to 8 · context_length. The others are synthetic tasks of that name, in the run's own
     vocabulary. A run on a task (``data=mqar``) always measures that task.
     """
-
-    @field_validator("probes")
-    @classmethod
-    def _each_once(cls, probes: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(sorted(set(probes)))

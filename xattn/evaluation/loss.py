@@ -77,10 +77,5 @@ def held_out_loss(
     per_token = nats / weights
     of_sequences = np.stack([np.concatenate([each for _, each in scores]), np.concatenate(tokens)], axis=1)
     is_padding = of_sequences[:, 1] == 0
-    per_byte = None if bytes_per_token is None else bits_per_byte(per_token, bytes_per_token)
+    per_byte = None if bytes_per_token is None else per_token / math.log(2) / bytes_per_token
     return HeldOutLoss(per_token, per_byte, of_sequences[~is_padding])
-
-
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Return nats per token / ln 2 / bytes per token."""
-    return nats_per_token / math.log(2) / bytes_per_token

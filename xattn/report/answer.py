@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xattn.report.claim import Finding
 from xattn.report.design import Cell, Design, Factor, Group
@@ -64,11 +64,11 @@ class Question:
     """None for ``heldout`` with `two_stage` or where ``sweep.half_width`` chose the number of seeds, else ``same``"""
     tuned: Sequence[str] = ()
     """keys tuned for each arm, besides the learning rate"""
-    where: Mapping[str, Sequence[str]] | None = None
+    where: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """key → the values that select runs"""
     seeds: Sequence[str] | None = None
     """the seeds that select runs; None for all"""
-    baselines: Mapping[str, str] | None = None
+    baselines: Mapping[str, str] = field(default_factory=dict)
     """key → the arm that the others are compared with"""
     two_stage: tuple[float, int] | None = None
     """the requested half-width and the size of the pilot; None for what the runs say"""

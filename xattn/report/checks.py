@@ -179,28 +179,22 @@ def _budgets(comparison: Comparison) -> list[str]:
     said = []
     design = comparison.design
     for i, factor in enumerate(design.factors):
-        tokens: dict[str, set[tuple[int | None, ...]]] = {}
+        differ = f"Different budgets between the arms of {factor.key}, in"
+        unequal = []
         for arm in factor.arms[1:]:
             pairs = matched(design, comparison.chosen, factor, arm, comparison.metric)
-            both = [
-                (a.runs[seed].tokens_seen, b.runs[seed].tokens_seen) for a, b in pairs.cells for seed in pairs.seeds
-            ]
-            if unequal := {pair for pair in both if pair[0] != pair[1]}:
-                tokens[show(arm)] = set(unequal)
-        if tokens:
-            parts = (
-                f"{arm}: {' or '.join(f'{a or 0:,} against {b or 0:,}' for a, b in sorted(pairs, key=str))}"
-                for arm, pairs in tokens.items()
-            )
-            said.append(f"Different budgets between the arms of {factor.key}, in training tokens: {'; '.join(parts)}.")
+            sides = ((a.runs[seed], b.runs[seed]) for a, b in pairs.cells for seed in pairs.seeds)
+            tokens = {(ours.tokens_seen, theirs.tokens_seen) for ours, theirs in sides}
+            if both := sorted((pair for pair in tokens if pair[0] != pair[1]), key=str):
+                unequal.append(f"{show(arm)}: {' or '.join(f'{a or 0:,} against {b or 0:,}' for a, b in both)}")
+        if unequal:
+            said.append(f"{differ} training tokens: {'; '.join(unequal)}.")
         tried: dict[str, set[int]] = {}
         for cell, settings in design.runs.items():
             tried.setdefault(show(cell[i]), set()).add(len(settings))
         if len({frozenset(values) for values in tried.values()}) > 1:
             parts = (f"{arm}: {' or '.join(f'{n:,}' for n in sorted(values))}" for arm, values in tried.items())
-            said.append(
-                f"Different budgets between the arms of {factor.key}, in tuning settings tried: {'; '.join(parts)}."
-            )
+            said.append(f"{differ} tuning settings tried: {'; '.join(parts)}.")
     return said
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import pandas as pd
@@ -34,8 +33,8 @@ class Decided:
     contrast: Contrast
     seeds: int = 0
     mean: float | None = None
-    low: float | None = None
-    high: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
     why_not: str = ""
     """why there is no number"""
 
@@ -45,15 +44,16 @@ class Decided:
         if self.mean is None:
             return self.why_not
         form = f"+{precision(self.contrast.metric)}"
-        return f"{number(self.mean, form)} [{number(self.low, form)}, {number(self.high, form)}]"
+        return f"{number(self.mean, form)} [{number(self.ci_low, form)}, {number(self.ci_high, form)}]"
 
     @property
     def says(self) -> Says:
-        if self.low is None or self.high is None:
+        if self.ci_low is None or self.ci_high is None:
             return "undecided"
-        if threshold(self.contrast.shown).holds(self.low, self.high):
+        if threshold(self.contrast.shown).holds(self.ci_low, self.ci_high):
             return "shown"
-        return "contradicted" if threshold(self.contrast.contradicted).holds(self.low, self.high) else "undecided"
+        is_contradicted = threshold(self.contrast.contradicted).holds(self.ci_low, self.ci_high)
+        return "contradicted" if is_contradicted else "undecided"
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,13 @@ class Finding:
 
 def finding_of(runs: Sequence[Run]) -> Finding | None:
     """Return the outcome of the claim that the first of the runs stated; None if no run states a readable one."""
-    claims = {run.folder: _stated(run) for run in runs}
-    first = min(
-        (run for run in runs if claims[run.folder] is not None),
-        key=lambda run: str(run.provenance.get("started_at", "~")),
-        default=None,
-    )
-    stated = None if first is None else claims[first.folder]
+    claims = [_stated(run) for run in sorted(runs, key=lambda run: str(run.provenance.get("started_at", "~")))]
+    stated = next((claim for claim in claims if claim is not None), None)
     if stated is None:
         return None
     level = 1 - (1 - LEVEL) / len(stated.contrasts)
     decided = tuple(_decided(contrast, runs, level) for contrast in stated.contrasts)
-    return Finding(stated, decided, sum(claim != stated for claim in claims.values()))
+    return Finding(stated, decided, sum(claim != stated for claim in claims))
 
 
 def _stated(run: Run) -> FindingConfig | None:
@@ -110,9 +105,11 @@ def _decided(contrast: Contrast, runs: Sequence[Run], level: float) -> Decided:
     chosen = [[run for run in runs if _has(run, side)] for side in sides]
     for side, found in zip(sides, chosen, strict=True):
         if not any(run.status in ("done", "diverged") for run in found):
-            return Decided(contrast, why_not=f"no run is done that has {_shown(side)}")
-    metric = metric_for([*chain.from_iterable(chosen)], contrast.metric)
-    if contrast.minus is not None and (why_not := _differ(metric, [*chain.from_iterable(chosen)])):
+            wanted = ", ".join(f"{key}={show(value)}" for key, value in side.items())
+            return Decided(contrast, why_not=f"no run is done that has {wanted}")
+    every = [run for found in chosen for run in found]
+    metric = metric_for(every, contrast.metric)
+    if contrast.minus is not None and (why_not := _differ(metric, every)):
         return Decided(contrast, why_not=why_not)
     first, *others = (_by_seed(found, contrast, metric) for found in chosen)
     values = (first - others[0] if others else first).dropna()
@@ -163,15 +160,8 @@ def _number(run: Run, contrast: Contrast, metric: Metric) -> float | None:
 
 
 def _has(run: Run, side: Mapping[str, Any]) -> bool:
-    return all(
-        any(_is(run.config.get(key), value) for value in (values if isinstance(values, list) else [values]))
-        for key, values in side.items()
-    )
-
-
-def _is(ours: Any, theirs: Any) -> bool:
-    return bool(ours == theirs) or show(ours) == show(theirs)
-
-
-def _shown(side: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={show(value)}" for key, value in side.items())
+    for key, wanted in side.items():
+        ours, values = run.config.get(key), wanted if isinstance(wanted, list) else [wanted]
+        if ours not in values and show(ours) not in map(show, values):
+            return False
+    return True

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from xattn.errors import BadInput, ExitCode, writing
@@ -36,23 +38,9 @@ from xattn.system.arguments import Parser
 from xattn.system.screen import counted, say
 
 _PAGE = "report.html"
-_VERDICT = "verdict.json"
 _DRAWN = 5  # comparisons with figures, at most
-# The files of every possible figure.
-_FIGURES = [
-    f"{begins}{name}.{suffix}"
-    for begins in ("", *(prefix(i) for i in range(1, _DRAWN)))
-    for name in (
-        "effects",
-        "worth",
-        "differences",
-        "tuning-*",
-        *(f"curves-{axis}" for axis in AXES),
-        "stability",
-        "attention-heads",
-    )
-    for suffix in ("svg", "pdf")
-]
+_NAMES = f"effects|worth|differences|tuning-.*|curves-({'|'.join(AXES)})|stability|attention-heads"
+_FIGURE = re.compile(rf"([2-{_DRAWN}]-)?({_NAMES})\.(svg|pdf)")  # the name of every possible figure's file
 _EPILOG = """examples:
   xattn report outputs/first
   xattn report outputs/default --where backend.context_length=128 --seeds 0,1,2
@@ -60,14 +48,12 @@ _EPILOG = """examples:
   xattn report outputs/first --json"""
 
 
-class Publish(Protocol):
-    """Publishes a written report if the command line or the study's runs ask for it; returns a message to print."""
+def main(argv: Sequence[str], publish: Callable[[Study, Path, bool], str | None] | None = None) -> int:
+    """Judge a study and write its report.
 
-    def __call__(self, study: Study, folder: Path, *, asked: bool) -> str | None: ...
-
-
-def main(argv: Sequence[str], publish: Publish | None = None) -> int:
-    """Judge a study and write its report. publish: carries out ``--wandb``; None means there is no such option."""
+    publish: (study, the report's folder, whether ``--wandb`` was typed) → a message to print, or None; without it there
+    is no such option.
+    """
     parser = Parser(
         prog="xattn report",
         description="Judge a study and write its report.",
@@ -96,7 +82,7 @@ def main(argv: Sequence[str], publish: Publish | None = None) -> int:
         print(run_folder.to_json(verdict_of(found).model_dump(), indent=2, ascii_only=True), flush=True)
     screen = sys.stderr if asked.json else sys.stdout
     _tell(found, target, screen)
-    if publish is not None and (uploaded := publish(found.study, target, asked=asked.wandb)) is not None:
+    if publish is not None and (uploaded := publish(found.study, target, asked.wandb)) is not None:
         print(uploaded, file=screen)
     return ExitCode.DONE
 
@@ -126,12 +112,14 @@ def write(found: Answer, folder: Path) -> None:
         raise BadInput(f"{folder}: is a run's folder; choose where to write the report with --out FOLDER")
     folder.mkdir(exist_ok=True, parents=True)
     if (folder / _PAGE).exists():  # an earlier report: the new page would not show its figures
-        for old in (path for pattern in _FIGURES for path in folder.glob(pattern)):
-            old.unlink(missing_ok=True)
+        for old in folder.iterdir():
+            if _FIGURE.fullmatch(old.name):
+                old.unlink(missing_ok=True)
     captions, svgs = {}, {}
-    for name, figure, caption in _figures(found):
-        svgs[name] = figures.save(figure, folder, name)
-        captions[name] = caption
+    with mpl.rc_context(figures.STYLE):
+        for name, figure, caption in _figures(found):
+            svgs[name] = figures.save(figure, folder, name)
+            captions[name] = caption
     for name, text in texts(found, captions, svgs, folder).items():
         content = text.encode("utf-8", "backslashreplace")  # a folder's name may not be text
         run_folder.write_atomically(folder / name, content, shared=True)
@@ -148,7 +136,7 @@ def texts(found: Answer, captions: Mapping[str, str], svgs: Mapping[str, str], f
         "table.tex": table_tex(found.comparisons, found.command),
         "results.csv": to_csv(*results_table(found.study.runs, found.comparisons)),
         "effects.csv": to_csv(*effects_table(found.comparisons)),
-        _VERDICT: run_folder.to_json(verdict_of(found).model_dump(), indent=2) + "\n",
+        "verdict.json": run_folder.to_json(verdict_of(found).model_dump(), indent=2) + "\n",
     }
 
 
@@ -229,5 +217,4 @@ def _differences(each: Comparison) -> dict[str, dict[str, Curve]]:
             pairs = matched(each.design, each.chosen, factor, arm, each.metric)
             if (curve := difference_curve(pairs)) is not None:
                 found.setdefault(f"{factor.key}: against {show(factor.baseline)}", {})[show(arm)] = curve
-    keys = {name: {curve.key for curve in arms.values()} for name, arms in found.items()}
-    return {name: arms for name, arms in found.items() if len(keys[name]) == 1}
+    return {name: arms for name, arms in found.items() if len({curve.key for curve in arms.values()}) == 1}

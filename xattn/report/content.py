@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -13,12 +13,10 @@ from xattn.keys import short, show
 from xattn.report.answer import Answer, Comparison
 from xattn.report.blocks import Block, Bullets, Heading, Page, Paragraph, Table
 from xattn.report.claim import Finding
-from xattn.report.design import Factor
-from xattn.report.details import Pictures, details, picture
+from xattn.report.details import Pictures, details, pictures_of
 from xattn.report.metric import Metric
 from xattn.report.read import Run
 from xattn.report.selection import CHOSEN_BY
-from xattn.report.statistics import Effect
 from xattn.report.trained import trained
 from xattn.report.words import (
     in_steps,
@@ -43,7 +41,7 @@ def page_of(found: Answer, pictures: Pictures) -> Page:
         blocks += [
             Heading(f"Verdict{where(found, i)}"),
             *_verdicts(each),
-            *picture(f"{prefix(i)}effects", pictures),
+            *pictures_of(f"{prefix(i)}effects", pictures),
         ]
     blocks += _alone(found)
     for i, each in enumerate(found.comparisons):
@@ -51,7 +49,9 @@ def page_of(found: Answer, pictures: Pictures) -> Page:
             name.removeprefix(prefix(i)): caption for name, caption in pictures.items() if name.startswith(prefix(i))
         }
         blocks += details(each, found.selection, own, prefix(i), where(found, i))
-    blocks += [*_oddities(found), *_runs(found), *_finding(found.finding)]
+    blocks.append(Heading("What is missing or odd"))
+    blocks.append(Bullets(found.odd) if found.odd else Paragraph("Nothing was found."))
+    blocks += [*_runs(found), *_finding(found.finding)]
     return Page(f"Study {found.study.folder.resolve().name}", blocks)
 
 
@@ -72,29 +72,17 @@ def _verdicts(each: Comparison) -> Iterator[Block]:
     if not each.effects:
         yield Paragraph("Nothing differs between the runs but the seed. There is nothing to compare.")
         return
-    yield Bullets(
-        [
-            f"{factor.key}{_with(factor)}: {' '.join([sentence(each.of(factor)), *_worths(each.of(factor))])}"
-            for factor in each.design.factors
-            if each.of(factor)
-        ]
-    )
-
-
-def _worths(effects: Sequence[Effect]) -> Iterator[str]:
-    """Yield a sentence for each arm with a known worth."""
-    for effect in effects:
-        if effect.worth is not None and effect.worth.steps is not None:
-            yield f"{show(effect.arm)} is {in_steps(effect.worth)}."
-
-
-def _with(factor: Factor) -> str:
-    """Return a phrase naming the keys that change with the factor's."""
-    return f" (and with it {', '.join(map(short, factor.also))})" if factor.also else ""
+    verdicts = []
+    for factor in each.design.factors:
+        if effects := each.of(factor):
+            also = f" (and with it {', '.join(map(short, factor.also))})" if factor.also else ""
+            known = [(e.arm, e.worth) for e in effects if e.worth is not None and e.worth.steps is not None]
+            worths = [f"{show(arm)} is {in_steps(worth)}." for arm, worth in known]
+            verdicts.append(f"{factor.key}{also}: {' '.join([sentence(effects), *worths])}")
+    yield Bullets(verdicts)
 
 
 def _alone(found: Answer) -> Iterator[Block]:
-    """Yield the settings that differ from every other in more than one choice."""
     if not found.alone:
         return
     yield Heading("Not compared")
@@ -116,11 +104,6 @@ def _alone(found: Answer) -> Iterator[Block]:
     yield Table(["setting", "runs", "mean", "seeds"], rows, words=["setting"], note=note)
 
 
-def _oddities(found: Answer) -> Iterator[Block]:
-    yield Heading("What is missing or odd")
-    yield Bullets(found.odd) if found.odd else Paragraph("Nothing was found.")
-
-
 def _runs(found: Answer) -> Iterator[Block]:
     """Yield every run with the words of its command that the others do not share."""
     runs = found.study.runs
@@ -129,9 +112,8 @@ def _runs(found: Answer) -> Iterator[Block]:
     if begun:
         rows = [[str(count), command] for command, count in begun.most_common(_ROWS)]
         yield Table(["runs", "begun by"], rows, code=["begun by"])
-    programs = Counter(run.program for run in runs)
     shared = [word for word in runs[0].overrides if all(word in run.overrides for run in runs)]
-    (program, _) = programs.most_common(1)[0]
+    ((program, _),) = Counter(run.program for run in runs).most_common(1)
     yield Paragraph("The command of one run, to which each run adds its own words:")
     yield Table(["command"], [[f"{program} {shlex.join(shared)}".strip() + " …"]], code=["command"])
     metrics = {run.folder: each.metric for each in (*found.comparisons, *found.alone) for run in each.runs}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,39 +14,22 @@ SPIKE = 6.0  # robust standard deviations
 SAME_LOAD = 1.25  # highest ratio of the fastest to the slowest run of one program
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Means over a cell's ended runs at its chosen setting; None if no run has the number."""
-
-    tokens_per_second: float | None
-    compile_seconds: float | None
-    """over the cell's runs that compiled"""
-    peak_memory_bytes: float | None
-    num_params: float | None
-    flops_per_step: float | None
-    spikes: float | None
-    """loss spikes per run"""
-    grad_norm: float | None
-    """median over the logged steps"""
-    max_grad_norm: float | None
-    """the largest of all"""
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the known values; None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
-def cost_of(chosen: Chosen, compiled: Iterable[Run]) -> Cost:
-    """Return a cell's cost. compiled: all its runs, since settings share programs and any of them may have compiled."""
-    runs = [run for run in chosen.runs.values() if run.status in ("done", "diverged")]
+def stability_of(runs: Sequence[Run]) -> tuple[float | None, float | None, float | None]:
+    """Return loss spikes per run, the runs' mean of the median gradient norm over logged steps, and the largest norm.
+
+    None if no run has the number.
+    """
+    losses = [run.curves["train_loss"] for run in runs if run.curves["train_loss"].size]
     norms = [run.curves["grad_norm"][~np.isnan(run.curves["grad_norm"])] for run in runs]
     norms = [norm for norm in norms if norm.size]
-    return Cost(
-        tokens_per_second=_mean(run.number("tokens_per_second") for run in runs),
-        compile_seconds=_mean(run.number("compile_seconds") for run in compiled),
-        peak_memory_bytes=_mean(run.number("peak_memory_bytes") for run in runs),
-        num_params=_mean(run.number("num_params") for run in runs),
-        flops_per_step=_mean(run.number("flops_per_step") for run in runs),
-        spikes=_mean(float(loss_spikes(run.curves["train_loss"])) for run in runs if run.curves["train_loss"].size),
-        grad_norm=_mean(float(np.median(norm)) for norm in norms),
-        max_grad_norm=max((float(norm.max()) for norm in norms), default=None),
-    )
+    largest = max((float(norm.max()) for norm in norms), default=None)
+    return mean(map(loss_spikes, losses)), mean(float(np.median(norm)) for norm in norms), largest
 
 
 def loss_spikes(losses: np.ndarray) -> int:
@@ -99,8 +81,3 @@ def why_speeds_differ(cells: Iterable[Chosen]) -> str | None:
     if all(max(of_cell) <= SAME_LOAD * min(of_cell) for of_cell in speeds if of_cell):
         return None
     return f"runs of one arm differ in speed by more than {SAME_LOAD - 1:.0%}, so the machine's load was not equal"
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
+import pandas as pd
 from scipy import special
 
 from xattn.metrics import BITS, LOSS
@@ -44,23 +44,18 @@ def loss_curves(chosen: Mapping[Cell, Chosen]) -> dict[Cell, Curve]:
 
 
 def curves_of(chosen: Mapping[Cell, Chosen], key: str) -> dict[Cell, Curve]:
-    """Return the curves of the cells that have one."""
-    return {cell: curve for cell, each in chosen.items() if (curve := curve_of(each, key)) is not None}
+    """Return the curves of the cells' finished runs or, if there are none, of the diverged ones up to that point.
 
-
-def curve_of(chosen: Chosen, key: str) -> Curve | None:
-    """Return the curve of the finished runs or, if there are none, of the diverged ones up to that point.
-
-    None if fewer than two values were logged.
+    A cell with fewer than two logged values has none.
     """
-    done = [run for run in chosen.runs.values() if run.status == "done"]
-    runs = done or [run for run in chosen.runs.values() if run.status == "diverged"]
-    points = [each for run in runs if (each := _points(run, key))[0].size > 1]
-    steps = _shared_steps(points)
-    if steps.size < 2:
-        return None
-    values = np.stack([_at(each, steps) for each in points])
-    return Curve(key, _axes(runs, steps), *_interval(values))
+    curves = {}
+    for cell, each in chosen.items():
+        done = [run for run in each.runs.values() if run.status == "done"]
+        runs = done or [run for run in each.runs.values() if run.status == "diverged"]
+        table = _shared([values for run in runs if (values := _logged(run, key)).size > 1])
+        if len(table) > 1:
+            curves[cell] = Curve(key, _axes(runs, table.index.to_numpy()), *_interval(table.to_numpy().T))
+    return curves
 
 
 def difference_curve(pairs: Matched) -> Curve | None:
@@ -77,17 +72,12 @@ def difference_curve(pairs: Matched) -> Curve | None:
     if not all_pairs or not losses:
         return None
     key = losses[0]
-    points = {run.folder: _points(run, key) for pair in all_pairs for run in pair}
-    steps = _shared_steps(list(points.values()))
-    if steps.size < 2:
+    logged = {run.folder: _logged(run, key) for pair in all_pairs for run in pair}
+    table = _shared([*logged.values()]).set_axis([*logged], axis="columns")
+    if len(table) < 2:
         return None
-    values = np.stack(
-        [
-            np.mean([_at(points[a.folder], steps) - _at(points[b.folder], steps) for a, b in of_seed], axis=0)
-            for of_seed in both
-        ]
-    )
-    return Curve(key, {"steps": steps}, *_interval(values))
+    values = [np.mean([table[a.folder] - table[b.folder] for a, b in of_seed], axis=0) for of_seed in both]
+    return Curve(key, {"steps": table.index.to_numpy()}, *_interval(np.stack(values)))
 
 
 def _same_batches(ours: Run, theirs: Run) -> bool:
@@ -107,15 +97,11 @@ def training_seconds(run: Run, steps: np.ndarray) -> np.ndarray | None:
     return np.interp(steps, np.concatenate([[0.0], logged[there]]), np.concatenate([[0.0], seconds]))
 
 
-def _shared_steps(points: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Return the steps that all have, thinned out to at most :data:`POINTS`."""
-    steps = reduce(np.intersect1d, [steps for steps, _ in points]) if points else np.empty(0)
-    return steps[np.unique(np.linspace(0, steps.size - 1, POINTS).round().astype(int))] if steps.size > 1 else steps
-
-
-def _at(points: tuple[np.ndarray, np.ndarray], steps: np.ndarray) -> np.ndarray:
-    own, values = points
-    return values[np.searchsorted(own, steps)]
+def _shared(logged: Sequence[pd.Series]) -> pd.DataFrame:
+    """Return a column for each run, at the steps that all have, thinned out to at most :data:`POINTS`."""
+    table = pd.concat(logged, axis="columns", join="inner") if logged else pd.DataFrame()
+    shown = np.linspace(0, max(len(table) - 1, 0), min(POINTS, len(table)))
+    return table.iloc[shown.round().astype(int)]
 
 
 def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,9 +113,10 @@ def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, mean - half, mean + half
 
 
-def _points(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
+def _logged(run: Run, key: str) -> pd.Series:
+    """Return the values of a curve by their steps."""
     there = np.abs(run.curves[key]) < 1e100  # also drops NaN; larger values cannot be drawn
-    return run.curves["step"][there], run.curves[key][there]
+    return pd.Series(run.curves[key][there], index=run.curves["step"][there])
 
 
 def _axes(runs: list[Run], steps: np.ndarray) -> dict[str, np.ndarray]:

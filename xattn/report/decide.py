@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from xattn.errors import BadInput, ExitCode
 from xattn.keys import show
@@ -64,17 +64,10 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-class _Found(NamedTuple):
-    """An effect and its comparison, with the number that the report gives the comparison."""
-
-    number: int
-    comparison: Comparison
-    effect: Effect
-
-
-def _asked_for(found: Answer, key: str, arm: str, than: str | None) -> _Found:
+def _asked_for(found: Answer, key: str, arm: str, than: str | None) -> tuple[int, Comparison, Effect]:
+    """Return the effect and its comparison, after the number that the report gives the comparison."""
     effects = [
-        _Found(number, comparison, effect)
+        (number, comparison, effect)
         for number, comparison in enumerate(found.comparisons, 1)
         for effect in comparison.effects
         if effect.factor == key and is_typed(effect.arm, arm) and (than is None or is_typed(effect.baseline, than))
@@ -82,7 +75,7 @@ def _asked_for(found: Answer, key: str, arm: str, than: str | None) -> _Found:
     if not effects:
         _refuse(found, key, arm, than)
     if len(effects) > 1:
-        labels = "; ".join(each.comparison.group.label for each in effects[:4])
+        labels = "; ".join(comparison.group.label for _, comparison, _ in effects[:4])
         raise BadInput(f"--better {key}={arm}: is in {len(effects)} comparisons; choose one with --where: {labels}")
     return effects[0]
 

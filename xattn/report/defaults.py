@@ -33,10 +33,10 @@ def conf_defaults(conf: Path = CONF) -> dict[str, Any]:
 def choice_values(group: Path, name: str) -> dict[str, Any]:
     """Return key within the group → the value that the named choice gives it, from a folder of choices."""
     tree = yaml.safe_load((group / f"{name}.yaml").read_text("utf-8")) or {}
-    bases = [base for base in tree.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     values: dict[str, Any] = {}
-    for base in bases:
-        values |= choice_values(group, base)
+    for base in tree.pop("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            values |= choice_values(group, base)
     return values | _leaves(tree)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -114,22 +115,19 @@ def groups_of(runs: Sequence[Run], tuned: Sequence[str] = TUNED) -> list[Group]:
     """
     known = [run for run in runs if run.config]
     choices = [(leader, *also) for leader, also in _grouped(_varying(known, tuned), known).items()]
-    cells: dict[Cell, list[Run]] = {}
-    for run in known:
-        cells.setdefault(tuple(tuple(_value(run, key) for key in keys) for keys in choices), []).append(run)
-    numbers = _connected(list(cells))
+    cells = [tuple(tuple(_value(run, key) for key in keys) for keys in choices) for run in known]
     members: dict[int, list[Run]] = {}
-    for number, of_cell in zip(numbers, cells.values(), strict=True):
-        members.setdefault(number, []).extend(of_cell)
-    order = {run.folder: i for i, run in enumerate(known)}
-    groups = [sorted(group, key=lambda run: order[run.folder]) for group in members.values()]
-    groups.sort(key=lambda group: (-len(group), order[group[0].folder]))
+    for run, number in zip(known, _connected(cells), strict=True):
+        members.setdefault(number, []).append(run)
+    groups = sorted(members.values(), key=len, reverse=True)
     keys = [key for choice in choices for key in choice]
-    return [Group(tuple(group), _where(group, groups, keys)) for group in groups]
+    if len(groups) == 1:
+        return [Group(tuple(known))]
+    return [Group(tuple(group), _where(group, keys)) for group in groups]
 
 
 def _connected(cells: Sequence[Cell]) -> Sequence[int]:
-    """Return the number of each cell's component; cells that differ in one place are connected."""
+    """Return the number of each cell's component; cells that differ in at most one place are connected."""
     first: dict[tuple[int, Cell], int] = {}
     edges = [
         (number, first.setdefault((i, cell[:i] + cell[i + 1 :]), number))
@@ -144,10 +142,8 @@ def _connected(cells: Sequence[Cell]) -> Sequence[int]:
     return numbers
 
 
-def _where(group: Sequence[Run], groups: Sequence[Sequence[Run]], keys: Sequence[str]) -> dict[str, Any]:
+def _where(group: Sequence[Run], keys: Sequence[str]) -> dict[str, Any]:
     """Return the keys that have a single value in this group and another value in some other run of the study."""
-    if len(groups) == 1:
-        return {}
     values = {key: {_value(run, key) for run in group} for key in keys}
     return {key: found.pop() for key, found in values.items() if len(found) == 1}
 
@@ -162,18 +158,15 @@ def find_design(
 
     defaults, baselines: key → the arm that the others are compared with; ``baselines`` takes precedence.
     """
-    groups = _grouped(_varying(runs, tuned), runs)
     free = [key for key in tuned if len({_value(run, key) for run in runs}) > 1]
-    settled = {key for leader in groups for key in free if _settles(leader, key, runs)}
-    free = [key for key in free if key not in settled]
+    groups = {
+        leader: (*also, *sorted(key for key in free if _settles(leader, key, runs)))
+        for leader, also in _grouped(_varying(runs, tuned), runs).items()
+    }
+    free = [key for key in free if not any(key in also for also in groups.values())]
     if not groups:  # then the tuned key is itself the question
         groups, free = dict.fromkeys(free, ()), []
-    factors = tuple(
-        _factor(
-            leader, (*also, *sorted(k for k in settled if _settles(leader, k, runs))), runs, defaults, baselines or {}
-        )
-        for leader, also in groups.items()
-    )
+    factors = tuple(_factor(leader, also, runs, defaults, baselines or {}) for leader, also in groups.items())
     table: dict[Cell, dict[Setting, dict[Any, Run]]] = {}
     repeated = []
     for run in sorted(runs, key=lambda run: run.status != "done"):  # a finished run takes precedence
@@ -245,12 +238,10 @@ def _varying(runs: Sequence[Run], tuned: Sequence[str]) -> list[str]:
     return [
         key
         for key in keys
-        if key != SEED and key not in tuned and _counts(key, runs) and len({_value(run, key) for run in runs}) > 1
+        if key not in (SEED, *tuned)
+        and any(changes_training(key, run.config) for run in runs)
+        and len({_value(run, key) for run in runs}) > 1
     ]
-
-
-def _counts(key: str, runs: Sequence[Run]) -> bool:
-    return any(changes_training(key, run.config) for run in runs)
 
 
 def _settles(leader: str, key: str, runs: Sequence[Run]) -> bool:
@@ -300,14 +291,11 @@ def _factor(
         for run in runs
         if companion in baselines and _value(run, companion) == baselines[companion]
     ]
-    default = (
-        [defaults.get(key)] if defaults and defaults.get(key) in arms else []
-    )  # a key that conf lacks reads as None
-    given = [*asked, *default]
-    counts = {arm: sum(_value(run, key) == arm for run in runs) for arm in arms}
+    default = defaults.get(key)  # a key that conf lacks reads as None
+    given = [*asked, *([default] if defaults and default in arms else [])]
+    counts = Counter(_value(run, key) for run in runs)
     baseline = arms[arms.index(given[0])] if given else max(arms, key=lambda arm: counts[arm])
-    arms.remove(baseline)
-    return Factor(key, (baseline, *arms), baseline, bool(given), also)
+    return Factor(key, _first(baseline, arms), baseline, bool(given), also)
 
 
 def _as_typed(key: str, arms: list[Any], runs: Sequence[Run]) -> list[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from xattn.keys import show
 from xattn.report.answer import Comparison
 from xattn.report.blocks import Block, Bullets, Heading, Paragraph, Picture, Table
-from xattn.report.cost import SAME_LOAD, cost_of, why_speeds_differ
+from xattn.report.cost import SAME_LOAD, mean, stability_of, why_speeds_differ
 from xattn.report.design import Factor
 from xattn.report.measures import attention_blocks, probe_blocks
 from xattn.report.noise import noise_blocks
@@ -23,7 +23,7 @@ from xattn.report.words import (
     signflip_note,
     verdict,
 )
-from xattn.report.worth import Fitted, laws
+from xattn.report.worth import laws
 
 Pictures = Mapping[str, str]  # name → caption of each figure drawn
 _NOTE = (
@@ -35,11 +35,18 @@ _NOTE = (
     "seeds vary as much as these did. Diverged: of the runs that ended. Sign-flip p: exact up to "
     f"{EXACT_TO} seeds, and from 9,999 random flips with more."
 )
+# Column → the number in summary.json, its unit and its format.
+_COSTS = {
+    "tokens/s": ("tokens_per_second", 1, ",.0f"),
+    "compile s": ("compile_seconds", 1, ".1f"),
+    "peak MiB": ("peak_memory_bytes", 2**20, ",.1f"),
+    "parameters": ("num_params", 1, ",.0f"),
+    "GFLOP per step": ("flops_per_step", 1e9, ",.2f"),
+}
 _NOTE_BCA = f" BCa: bootstrap, with {BOOTSTRAP_FROM} seeds or more."
 
 
 def details(each: Comparison, selection: Selection, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
-    """Yield what a comparison's verdicts rest on."""
     if each.effects:
         yield Heading(f"Statistics{where}")
         for factor in each.design.factors:
@@ -51,10 +58,9 @@ def details(each: Comparison, selection: Selection, pictures: Pictures, prefix: 
     yield from noise_blocks(each, where)
     yield from _interactions(each, where)
     for title, begins in (("When arms part", "differences"), ("Learning curves", "curves")):
-        if names := [name for name in pictures if name.startswith(begins)]:
+        if drawn := [*pictures_of(begins, pictures, prefix)]:
             yield Heading(f"{title}{where}")
-            for name in names:
-                yield Picture(f"{prefix}{name}", pictures[name])
+            yield from drawn
     yield from _tuning(each, pictures, prefix, where)
     yield from _cost(each, pictures, prefix, where)
     yield from _measured(each, pictures, prefix, where)
@@ -79,7 +85,6 @@ def _selection(each: Comparison, selection: Selection) -> str:
 
 
 def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
-    """Yield a factor's arms against its baseline, in numbers and in words."""
     effects, boot = each.of(factor), _has_bootstrap(each)
     if not effects:
         return
@@ -93,7 +98,7 @@ def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
         if factor.also
         else ""
     )
-    columns = [factor.key, f"mean {each.metric.name}", "baseline's mean", *_columns(boot), *_COUNTED]
+    columns = [factor.key, f"mean {each.metric.name}", "baseline's mean", *_columns(boot), "left out", "diverged"]
     yield Table(
         columns,
         rows,
@@ -106,9 +111,8 @@ def _effects(each: Comparison, factor: Factor) -> Iterator[Block]:
     yield Bullets([*map(verdict, effects), *notes])
 
 
-def _worth(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
-    """Yield the laws that the arms' worth rests on."""
-    found = laws(each)
+def _worth(comparison: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
+    found = laws(comparison)
     if not found:
         return
     yield Heading(f"Worth in steps{where}")
@@ -117,16 +121,12 @@ def _worth(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Ite
         "the baseline's mean losses. Intervals are for one arm alone, over seeds; their ends may lie outside the "
         "lengths that were run. Net: the steps ÷ the cost of a step."
     )
-    rows = [
-        [law.label, *(number(float(part[0]), ".4g") for part in (law.law.e, law.law.a, law.law.b)), _lengths(law)]
-        for law in found
-    ]
+    rows = []
+    for each in found:
+        constants = [number(float(part[0])) for part in (each.law.e, each.law.a, each.law.b)]
+        rows.append([each.label, *constants, ", ".join(f"{steps:,}" for steps in each.steps)])
     yield Table(["baseline", "E", "a", "b", "lengths"], rows, words=["baseline", "lengths"])
-    yield from picture("worth", pictures, prefix)
-
-
-def _lengths(law: Fitted) -> str:
-    return ", ".join(f"{steps:,}" for steps in law.steps)
+    yield from pictures_of("worth", pictures, prefix)
 
 
 def _interactions(each: Comparison, where: str) -> Iterator[Block]:
@@ -151,7 +151,6 @@ def _interactions(each: Comparison, where: str) -> Iterator[Block]:
 
 
 def _cells(each: Comparison) -> Table:
-    """Return a table of every combination's mean and spread."""
     rows = []
     for cell, at in each.chosen.items():
         values = list(at.values.values())
@@ -188,55 +187,42 @@ def _tuning(comparison: Comparison, pictures: Pictures, prefix: str, where: str)
         note="Sensitivity: the mean over the grid of min(loss, first logged loss) − best loss (Wortsman et al. 2023); "
         "comparable between arms with the same grid.",
     )
-    for name in pictures:
-        if name.startswith("tuning"):
-            yield Picture(f"{prefix}{name}", pictures[name])
+    yield from pictures_of("tuning", pictures, prefix)
 
 
 def _cost(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
-    costs = {
-        cell: cost_of(at, [run for runs in each.design.runs[cell].values() for run in runs.values()])
-        for cell, at in each.chosen.items()
-    }
-    if not costs:
+    if not each.chosen:
         return
     yield Heading(f"Cost{where}")
     why_not = why_speeds_differ(each.chosen.values())
-    label = each.design.label
-    rows = [
-        [
-            label(cell),
-            *([number(cost.tokens_per_second, ",.0f")] if why_not is None else []),
-            number(cost.compile_seconds, ".1f"),
-            number(_scaled(cost.peak_memory_bytes, 2**20), ",.1f"),
-            number(cost.num_params, ",.0f"),
-            number(_scaled(cost.flops_per_step, 1e9), ",.2f"),
-        ]
-        for cell, cost in costs.items()
-    ]
-    speed = ["tokens/s"] if why_not is None else []
+    columns = {name: how for name, how in _COSTS.items() if why_not is None or name != "tokens/s"}
+    costs, steadiness = [], []
+    for cell, at in each.chosen.items():
+        every = [run for runs in each.design.runs[cell].values() for run in runs.values()]
+        ended = [run for run in at.runs.values() if run.status in ("done", "diverged")]
+        costs.append([each.design.label(cell)])
+        for key, unit, form in columns.values():
+            # Settings share programs, and any of the cell's runs may have compiled.
+            found = mean(run.number(key) for run in (every if key == "compile_seconds" else ended))
+            costs[-1].append(number(None if found is None else found / unit, form))
+        spikes, norm, largest = stability_of(ended)
+        numbers = [number(spikes, ".2g"), number(norm, ".3g"), number(largest, ".3g")]
+        steadiness.append([each.design.label(cell), f"{len(at.diverged)} of {at.ended}", *numbers])
     note = (
         "Speeds are of training alone, with one kind and number of devices and one pack size. The machine's load was "
         f"not recorded, but the runs of one arm agree within {SAME_LOAD - 1:.0%}."
         if why_not is None
         else f"Speeds are not compared: {why_not}. They are in results.csv."
     )
-    yield Table(
-        ["arm", *speed, "compile s", "peak MiB", "parameters", "GFLOP per step"], rows, words=["arm"], note=note
-    )
+    yield Table(["arm", *columns], costs, words=["arm"], note=note)
     yield Heading(f"Training stability{where}")
-    rows = []
-    for cell, cost in costs.items():
-        diverged = f"{len(each.chosen[cell].diverged)} of {each.chosen[cell].ended}"
-        norms = [number(cost.grad_norm, ".3g"), number(cost.max_grad_norm, ".3g")]
-        rows.append([label(cell), diverged, number(cost.spikes, ".2g"), *norms])
     yield Table(
         ["arm", "diverged", "loss spikes per run", "median grad norm", "largest grad norm"],
-        rows,
+        steadiness,
         words=["arm"],
         note="A spike: a logged training loss more than 6 robust standard deviations above the median of 20 before.",
     )
-    yield from picture("stability", pictures, prefix)
+    yield from pictures_of("stability", pictures, prefix)
 
 
 def _measured(each: Comparison, pictures: Pictures, prefix: str, where: str) -> Iterator[Block]:
@@ -244,7 +230,7 @@ def _measured(each: Comparison, pictures: Pictures, prefix: str, where: str) -> 
     if attention:
         yield Heading(f"Attention{where}")
         yield from attention
-        yield from picture("attention-heads", pictures, prefix)
+        yield from pictures_of("attention-heads", pictures, prefix)
     probes = probe_blocks(each.design, each.probes)
     if probes:
         yield Heading(f"In-context measures{where}")
@@ -267,17 +253,11 @@ def _numbers(effect: Effect, boot: bool) -> list[str]:
     return cells
 
 
-_COUNTED = ("left out", "diverged")
-
-
 def _has_bootstrap(each: Comparison) -> bool:
     return any(effect.paired.bootstrap for effect in each.effects)
 
 
-def _scaled(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit
-
-
-def picture(name: str, pictures: Pictures, prefix: str = "") -> Iterator[Block]:
-    if name in pictures:
-        yield Picture(f"{prefix}{name}", pictures[name])
+def pictures_of(begins: str, pictures: Pictures, prefix: str = "") -> Iterator[Block]:
+    for name, caption in pictures.items():
+        if name.startswith(begins):
+            yield Picture(f"{prefix}{name}", caption)

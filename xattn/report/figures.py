@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -35,7 +34,8 @@ _HEAT_MAPS = 6  # columns, at most
 _INK, _GRID, _FAINT = "#010203", "#dcdddd", "#c3c4c4"
 _ON_PAGE = {_INK: "currentColor", _GRID: "var(--grid)", _FAINT: "var(--faint)"}
 _ANYWHERE = {_INK: "#777b80", _GRID: "#80808040", _FAINT: "#80808070"}
-_RC: Any = {
+# The style of all figures: both drawing and :func:`save` are done under ``mpl.rc_context(STYLE)``.
+STYLE: Any = {
     "font.size": 9,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
@@ -58,25 +58,24 @@ _RC: Any = {
 def forest(panels: Mapping[str, Mapping[str, Effect]], metric: str) -> Figure:
     """Plot title → arm → its difference to its baseline, with the interval that its verdict rests on."""
     counts = [len(arms) for arms in panels.values()]
-    with mpl.rc_context(_RC):
-        figure = Figure(figsize=(7, 0.8 * len(counts) + 0.35 * sum(counts) + 0.5), layout="constrained")
-        rows = figure.subplots(len(counts), 1, squeeze=False, sharex=True, height_ratios=[n + 1 for n in counts])
-        for axes, (title, arms) in zip(rows[:, 0], panels.items(), strict=True):
-            axes.axvline(0, color=_INK, linewidth=0.8)
-            for y, effect in enumerate(arms.values()):
-                arm = y + 1  # 0 is the baseline
-                if effect.paired.difference is None:
-                    continue
-                axes.plot(effect.paired.difference, y, **_style(arm))
-                found = effect.stage or effect.paired
-                if found.ci_low is not None and found.ci_high is not None:
-                    axes.hlines(y, found.ci_low, found.ci_high, color=_style(arm)["color"], linewidth=2)
-            axes.set_yticks(range(len(arms)), [*map(_plain, arms)])
-            axes.set_ylim(len(arms) - 0.5, -0.5)
-            axes.set_title(_plain(title), loc="left")
-            axes.grid(axis="y", visible=False)
-        _sides(rows[-1, 0], metric)
-        return figure
+    figure = Figure(figsize=(7, 0.8 * len(counts) + 0.35 * sum(counts) + 0.5), layout="constrained")
+    rows = figure.subplots(len(counts), 1, squeeze=False, sharex=True, height_ratios=[n + 1 for n in counts])
+    for axes, (title, arms) in zip(rows[:, 0], panels.items(), strict=True):
+        axes.axvline(0, color=_INK, linewidth=0.8)
+        for y, effect in enumerate(arms.values()):
+            arm = y + 1  # 0 is the baseline
+            if effect.paired.difference is None:
+                continue
+            axes.plot(effect.paired.difference, y, **_style(arm))
+            found = effect.stage or effect.paired
+            if found.ci_low is not None and found.ci_high is not None:
+                axes.hlines(y, found.ci_low, found.ci_high, color=_style(arm)["color"], linewidth=2)
+        axes.set_yticks(range(len(arms)), [*map(_plain, arms)])
+        axes.set_ylim(len(arms) - 0.5, -0.5)
+        axes.set_title(_plain(title), loc="left")
+        axes.grid(axis="y", visible=False)
+    _sides(rows[-1, 0], metric)
+    return figure
 
 
 def _sides(axes: Axes, metric: str) -> None:
@@ -94,26 +93,25 @@ def difference_curves(factors: Mapping[str, Mapping[str, Curve]]) -> Figure | No
     factors = {name: arms for name, arms in list(factors.items())[:PANELS] if arms}
     if not factors:
         return None
-    with mpl.rc_context(_RC):
-        figure, panels = _grid(len(factors), columns=2, sharey=False)
-        for axes, (name, arms) in zip(panels, factors.items(), strict=False):
-            axes.axhline(0, color=_INK, linewidth=0.8)
-            settled = []
-            for i, (arm, curve) in enumerate([*arms.items()][:PANELS], 1):
-                steps, style = curve.x["steps"], _style(i)
-                axes.fill_between(steps, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
-                dash = DASHES[i % len(DASHES)]
-                axes.plot(steps, curve.mean, color=style["color"], linestyle=dash, label=_plain(arm))
-                settled.append(curve.mean[len(curve.mean) // 10 :])  # arms may be far apart in the steep beginning
-            values = np.concatenate([*settled, [0.0]])
-            margin = 0.5 * float(np.ptp(values)) or 0.1
-            axes.set_ylim(values.min() - margin, values.max() + margin)
-            axes.set_title(_plain(name), loc="left")
-            axes.legend()
-            (key,) = {curve.key for curve in arms.values()}
-            axes.set_ylabel(f"difference in {key}")
-        _label(panels[: len(factors)], "steps", None, columns=2)
-        return figure
+    figure, panels = _grid(len(factors), columns=2, sharey=False)
+    for axes, (name, arms) in zip(panels, factors.items(), strict=False):
+        axes.axhline(0, color=_INK, linewidth=0.8)
+        settled = []
+        for i, (arm, curve) in enumerate([*arms.items()][:PANELS], 1):
+            steps, style = curve.x["steps"], _style(i)
+            axes.fill_between(steps, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
+            dash = DASHES[i % len(DASHES)]
+            axes.plot(steps, curve.mean, color=style["color"], linestyle=dash, label=_plain(arm))
+            settled.append(curve.mean[len(curve.mean) // 10 :])  # arms may be far apart in the steep beginning
+        values = np.concatenate([*settled, [0.0]])
+        margin = 0.5 * float(np.ptp(values)) or 0.1
+        axes.set_ylim(values.min() - margin, values.max() + margin)
+        axes.set_title(_plain(name), loc="left")
+        axes.legend()
+        (key,) = {curve.key for curve in arms.values()}
+        axes.set_ylabel(f"difference in {key}")
+    _label(panels[: len(factors)], "steps", None, columns=2)
+    return figure
 
 
 def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | None:
@@ -127,21 +125,20 @@ def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | Non
     if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
         return None
     groups = list(dict.fromkeys(each.cell[1:] for each in cells))[:PANELS]
-    with mpl.rc_context(_RC):
-        figure, panels = _grid(len(groups))
-        for axes, group in zip(panels, groups, strict=False):
-            for each in (each for each in cells if each.cell[1:] == group):
-                colour = design.factors[0].arms.index(each.cell[0]) if design.factors else 0
-                _rate_curve(axes, each, i, colour, _plain(show(each.cell[0]) if each.cell else "all runs"))
-            if min(values) > 0:
-                axes.set_xscale("log")
-            axes.set_xticks(sorted(values), [_plain(show(value)) for value in sorted(values)])
-            axes.minorticks_off()
-            axes.set_title(_title(design, group), loc="left")
-        _label(panels[: len(groups)], design.tuned[i], "val_loss")
-        if panels[0].get_legend_handles_labels()[0]:
-            panels[0].legend()
-        return figure
+    figure, panels = _grid(len(groups))
+    for axes, group in zip(panels, groups, strict=False):
+        for each in (each for each in cells if each.cell[1:] == group):
+            colour = design.factors[0].arms.index(each.cell[0]) if design.factors else 0
+            _rate_curve(axes, each, i, colour, _plain(show(each.cell[0]) if each.cell else "all runs"))
+        if min(values) > 0:
+            axes.set_xscale("log")
+        axes.set_xticks(sorted(values), [_plain(show(value)) for value in sorted(values)])
+        axes.minorticks_off()
+        axes.set_title(_title(design, group), loc="left")
+    _label(panels[: len(groups)], design.tuned[i], "val_loss")
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend()
+    return figure
 
 
 def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) -> Figure | None:
@@ -150,24 +147,21 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
     xs = {cell: curves[cell].x[against] for cell in shown if against in curves[cell].x}
     if not xs:
         return None
-    tops, bottoms = [], []
-    for cell in xs:
-        tops.append(curves[cell].mean[len(curves[cell].mean) // 10])  # the steep beginning would flatten all else
-        bottoms.append(curves[cell].mean.min())
-    with mpl.rc_context(_RC):
-        figure, panels = _grid(len(xs))
-        for axes, cell in zip(panels, xs, strict=False):
-            for other in xs:
-                if other != cell:
-                    axes.plot(xs[other], curves[other].mean, color=_FAINT, linewidth=0.8)
-            colour = _style(design.factors[0].arms.index(cell[0]) if cell else 0)["color"]
-            axes.fill_between(xs[cell], curves[cell].low, curves[cell].high, color=colour, alpha=0.25, linewidth=0)
-            axes.plot(xs[cell], curves[cell].mean, color=colour)
-            axes.set_title(_plain(design.label(cell)), loc="left")
-            margin = 0.1 * (max(tops) - min(bottoms)) or 0.1
-            axes.set_ylim(min(bottoms) - margin, max(tops) + margin)
-        _label(panels[: len(xs)], AXES[against], curves[shown[0]].key)
-        return figure
+    top = max(curves[cell].mean[len(curves[cell].mean) // 10] for cell in xs)  # not of the steep beginning
+    bottom = min(curves[cell].mean.min() for cell in xs)
+    margin = 0.1 * (top - bottom) or 0.1
+    figure, panels = _grid(len(xs))
+    for axes, cell in zip(panels, xs, strict=False):
+        for other in xs:
+            if other != cell:
+                axes.plot(xs[other], curves[other].mean, color=_FAINT, linewidth=0.8)
+        colour = _style(design.factors[0].arms.index(cell[0]) if cell else 0)["color"]
+        axes.fill_between(xs[cell], curves[cell].low, curves[cell].high, color=colour, alpha=0.25, linewidth=0)
+        axes.plot(xs[cell], curves[cell].mean, color=colour)
+        axes.set_title(_plain(design.label(cell)), loc="left")
+        axes.set_ylim(bottom - margin, top + margin)
+    _label(panels[: len(xs)], AXES[against], curves[shown[0]].key)
+    return figure
 
 
 def worth(laws: Sequence[Fitted], metric: str) -> Figure | None:
@@ -178,24 +172,23 @@ def worth(laws: Sequence[Fitted], metric: str) -> Figure | None:
     laws = laws[:PANELS]
     if not laws:
         return None
-    with mpl.rc_context(_RC):
-        figure, panels = _grid(len(laws), sharey=False)
-        for axes, each in zip(panels, laws, strict=False):
-            steps = np.geomspace(each.steps.min(), each.steps.max(), 100)
-            axes.plot(steps, each.law.loss(steps), color=_style(0)["color"])
-            axes.plot(each.steps, each.losses, linestyle="none", label="baseline", **_style(0))
-            for i, (arm, points) in enumerate([*each.arms.items()][:PANELS], 1):
-                for own, loss in points:
-                    reached = float(np.exp(each.law.log_steps(np.array([loss]))[0]))
-                    axes.plot([own, reached], [loss, loss], color=_style(i)["color"], linewidth=0.8)
-                axes.plot(*zip(*points, strict=True), linestyle="none", label=_plain(arm), **_style(i))
-            axes.set_xscale("log")
-            axes.set_xticks(each.steps, [f"{own:,}" for own in each.steps])
-            axes.minorticks_off()
-            axes.set_title(_plain(each.label), loc="left")
-            axes.legend()
-        _label(panels[: len(laws)], "steps", metric)
-        return figure
+    figure, panels = _grid(len(laws), sharey=False)
+    for axes, each in zip(panels, laws, strict=False):
+        steps = np.geomspace(each.steps.min(), each.steps.max(), 100)
+        axes.plot(steps, each.law.loss(steps), color=_style(0)["color"])
+        axes.plot(each.steps, each.losses, linestyle="none", label="baseline", **_style(0))
+        for i, (arm, points) in enumerate([*each.arms.items()][:PANELS], 1):
+            for own, loss in points:
+                reached = float(np.exp(each.law.log_steps(np.array([loss]))[0]))
+                axes.plot([own, reached], [loss, loss], color=_style(i)["color"], linewidth=0.8)
+            axes.plot(*zip(*points, strict=True), linestyle="none", label=_plain(arm), **_style(i))
+        axes.set_xscale("log")
+        axes.set_xticks(each.steps, [f"{own:,}" for own in each.steps])
+        axes.minorticks_off()
+        axes.set_title(_plain(each.label), loc="left")
+        axes.legend()
+    _label(panels[: len(laws)], "steps", metric)
+    return figure
 
 
 def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Figure | None:
@@ -203,25 +196,24 @@ def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Fig
     curves = {name: of_cells for name, of_cells in curves.items() if of_cells}
     if not curves:
         return None
-    with mpl.rc_context(_RC):
-        figure, panels = _grid(len(curves), columns=2, sharey=False)
-        for axes, (name, of_cells) in zip(panels, curves.items(), strict=False):
-            for i, (cell, curve) in enumerate(list(of_cells.items())[:PANELS]):
-                arm, rest = (design.factors[0].arms.index(cell[0]), cell[1:]) if cell else (0, ())
-                groups = list(dict.fromkeys(other[1:] for other in of_cells))
-                dash = DASHES[(groups.index(rest) if len(groups) > 1 else i) % len(DASHES)]
-                colour = _style(arm)["color"]
-                axes.plot(curve.x["steps"], curve.mean, color=colour, linestyle=dash, label=_plain(design.label(cell)))
-            low, high = (over([over(curve.mean) for curve in of_cells.values()]) for over in (min, max))
-            if 0 < 10 * low < high:
-                axes.set_yscale("log")
-            axes.set_title(name.rpartition("/")[2].replace("_", " "), loc="left")
-        _label(panels[: len(curves)], "steps", "", columns=2)
-        entries = panels[0].get_legend_handles_labels()
-        columns = min(2, len(curves))
-        figure.legend(*entries, loc="outside lower center", ncols=columns)
-        figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(entries[1]) // columns))
-        return figure
+    figure, panels = _grid(len(curves), columns=2, sharey=False)
+    for axes, (name, of_cells) in zip(panels, curves.items(), strict=False):
+        for i, (cell, curve) in enumerate(list(of_cells.items())[:PANELS]):
+            arm, rest = (design.factors[0].arms.index(cell[0]), cell[1:]) if cell else (0, ())
+            groups = list(dict.fromkeys(other[1:] for other in of_cells))
+            dash = DASHES[(groups.index(rest) if len(groups) > 1 else i) % len(DASHES)]
+            colour = _style(arm)["color"]
+            axes.plot(curve.x["steps"], curve.mean, color=colour, linestyle=dash, label=_plain(design.label(cell)))
+        low, high = (over([over(curve.mean) for curve in of_cells.values()]) for over in (min, max))
+        if 0 < 10 * low < high:
+            axes.set_yscale("log")
+        axes.set_title(name.rpartition("/")[2].replace("_", " "), loc="left")
+    _label(panels[: len(curves)], "steps", "", columns=2)
+    entries = panels[0].get_legend_handles_labels()
+    columns = min(2, len(curves))
+    figure.legend(*entries, loc="outside lower center", ncols=columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(entries[1]) // columns))
+    return figure
 
 
 def heads(design: Design, maps: Mapping[str, Mapping[Cell, np.ndarray]]) -> Figure | None:
@@ -230,37 +222,36 @@ def heads(design: Design, maps: Mapping[str, Mapping[Cell, np.ndarray]]) -> Figu
     if not maps:
         return None
     cells = list(dict.fromkeys(cell for of_cells in maps.values() for cell in of_cells))[:_HEAT_MAPS]
-    with mpl.rc_context(_RC | {"axes.grid": False}):
-        figure = Figure(figsize=(1.4 + 1.3 * len(cells), 1.35 * len(maps) + 0.3), layout="constrained")
-        panels = figure.subplots(len(maps), len(cells), squeeze=False, sharex=True, sharey=True)
-        for axes, cell in zip(panels[0], cells, strict=True):
-            axes.set_title(_plain(design.label(cell)).replace(", ", "\n"), fontsize=6.5)
-        for axes in panels[-1]:
-            axes.set_xlabel("head")
-        for row, (name, of_cells) in zip(panels, maps.items(), strict=True):
-            values = np.concatenate([of_cells[cell].ravel() for cell in cells if cell in of_cells])
-            low, high = np.nanmin(values), np.nanmax(values)
-            scale = LogNorm(low, high) if 0 < 20 * low < high else Normalize(low, high)
-            for axes, cell in zip(row, cells, strict=True):
-                if cell in of_cells:
-                    mesh = axes.pcolormesh(of_cells[cell], cmap="cividis", norm=scale, edgecolor="none")
-                    layers, count = of_cells[cell].shape
-                    axes.set_xticks(*_numbered(count))
-                    axes.set_yticks(*_numbered(layers))
-                    axes.set_ylim(layers, 0)
-            row[0].set_ylabel("layer")
-            figure.colorbar(mesh, ax=list(row), label=name, shrink=0.9)
-        return figure
+    figure = Figure(figsize=(1.4 + 1.3 * len(cells), 1.35 * len(maps) + 0.3), layout="constrained")
+    panels = figure.subplots(len(maps), len(cells), squeeze=False, sharex=True, sharey=True)
+    for axes, cell in zip(panels[0], cells, strict=True):
+        axes.set_title(_plain(design.label(cell)).replace(", ", "\n"), fontsize=6.5)
+    for axes in panels[-1]:
+        axes.set_xlabel("head")
+    for row, (name, of_cells) in zip(panels, maps.items(), strict=True):
+        values = np.concatenate([of_cells[cell].ravel() for cell in cells if cell in of_cells])
+        low, high = np.nanmin(values), np.nanmax(values)
+        scale = LogNorm(low, high) if 0 < 20 * low < high else Normalize(low, high)
+        for axes, cell in zip(row, cells, strict=True):
+            axes.grid(visible=False)
+            if cell in of_cells:
+                mesh = axes.pcolormesh(of_cells[cell], cmap="cividis", norm=scale, edgecolor="none")
+                layers, count = of_cells[cell].shape
+                axes.set_xticks(*_numbered(count))
+                axes.set_yticks(*_numbered(layers))
+                axes.set_ylim(layers, 0)
+        row[0].set_ylabel("layer")
+        figure.colorbar(mesh, ax=list(row), label=name, shrink=0.9)
+    return figure
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Write name.svg and name.pdf; return the SVG for the page: its elements alone, in the page's colours."""
-    with mpl.rc_context(_RC):
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-        figure.set_layout_engine("none")  # the layout is done; do not repeat it
-        pdf = io.BytesIO()
-        figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.set_layout_engine("none")  # the layout is done; do not repeat it
+    pdf = io.BytesIO()
+    figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     run_folder.write_atomically(folder / f"{name}.svg", _coloured(text.getvalue(), _ANYWHERE), shared=True)
     run_folder.write_atomically(folder / f"{name}.pdf", pdf.getvalue(), shared=True)
     return _for_the_page(text.getvalue(), name)

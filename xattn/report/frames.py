@@ -58,7 +58,7 @@ def load_study(path: str | Path) -> LoadedStudy:
         raise BadInput(f"{path}: is a run; xattn.load opens it, and its study is {run_folder.shown(folder.parent)}")
     study = read_study(folder)
     comparisons = judge(study, Question()).comparisons
-    rows = [{**row, "run": run.name} for run in study.runs for row in read_metrics(run.folder)]
+    rows = [{**row, "run": run.name} for run in study.runs for row in read_metrics(run.folder, [])]
     return LoadedStudy(
         path=folder,
         runs=_frame(*results_table(study.runs, comparisons)),
@@ -69,15 +69,14 @@ def load_study(path: str | Path) -> LoadedStudy:
 
 def metrics_of(run: Path) -> pd.DataFrame:
     """Return the run's metrics.jsonl: a row per step, a column per number that some row has; NaN if a row lacks it."""
-    return _metrics(read_metrics(run), _LEADING)
+    return _metrics(read_metrics(run, []), _LEADING)
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]], leading: Collection[str]) -> pd.DataFrame:
     found = dict.fromkeys(key for row in rows for key in row)
-    columns = [*(key for key in leading if key in found), *(key for key in found if key not in leading)]
-    if not rows:
-        columns = [key for key in leading if key in ("run", "step")]
-    as_they_are = ("run", "step")
+    as_they_are = ("run", "step")  # every row has these
+    columns = [key for key in leading if key in found or key in as_they_are]
+    columns += [key for key in found if key not in leading]
     return pd.DataFrame(
         {key: [row[key] if key in as_they_are else finite(row.get(key)) for row in rows] for key in columns},
     ).astype({key: float for key in columns if key not in as_they_are})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,10 @@ def judge(study: Study, question: Question, *, command: str = "") -> Answer:
     for key in question.tuned:
         check_key(key, study.runs, "--tuned")
     tuned = (*TUNED, *question.tuned)
-    baselines = dict(_baselines(study.runs, question.baselines or {}))
+    baselines = {}
+    for key, arm in question.baselines.items():
+        check_key(key, study.runs, "--baseline")
+        baselines[key] = value_typed(study.runs, key, arm)
     defaults = conf_defaults()
     selection = question.selection or ("heldout" if question.two_stage or asked_half_widths(study.runs) else "same")
     judged = [
@@ -78,7 +81,7 @@ def _compared(group: Group, design: Design, asked: str | None, selection: Select
 
 def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:
     """Yield the runs that --where and --seeds select."""
-    for key, values in (question.where or {}).items():
+    for key, values in question.where.items():
         check_key(key, runs, "--where")
         there = list(dict.fromkeys(show(run.config.get(key)) for run in runs))
         for value in values:
@@ -94,12 +97,6 @@ def _asked_for(runs: Sequence[Run], question: Question) -> Iterator[Run]:
                 raise BadInput(f"--seeds {seed}: no run has it; the seeds are {', '.join(there[:12])}")
         runs = [run for run in runs if show(run.seed) in question.seeds]
     yield from runs
-
-
-def _baselines(runs: Sequence[Run], asked: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    for key, arm in asked.items():
-        check_key(key, runs, "--baseline")
-        yield key, value_typed(runs, key, arm)
 
 
 def value_typed(runs: Sequence[Run], key: str, typed: str) -> Any:

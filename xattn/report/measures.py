@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,20 +35,18 @@ _MEANING = (
     "logit: before sigmoid's bias; under none it is the largest weight. Output norm: of each head's output, before the"
     " projection."
 )
+_BY_DISTANCE = (
+    "Share of a row by distance, in tokens, of the key from the query. Maps of single heads are in each run's "
+    "artifacts/attention_maps.png."
+)
 
 
 def probes_of(runs: Sequence[Run]) -> list[str]:
     """Return the in-context measures that some finished run has, in its summary or from a later evaluation."""
     done = [run for run in runs if run.status == "done"]
     found = {key for run in done for key in run.summary if run.number(key) is not None}
-    for run in done:
-        for row in run.evaluations:
-            results = row.get("results")
-            found |= (
-                {key for key, value in results.items() if finite(value) is not None}
-                if isinstance(results, dict)
-                else set()
-            )
+    later = [row["results"] for run in done for row in run.evaluations if isinstance(row.get("results"), dict)]
+    found |= {key for results in later for key, value in results.items() if finite(value) is not None}
     return sorted(key for key in found if key.startswith("probe/"))
 
 
@@ -60,19 +58,14 @@ def heads_of(chosen: Chosen) -> dict[str, np.ndarray]:
         for key, value in _attention(run).items():
             _, layer, head, statistic = [*key.split("/", 3), "", "", ""][:4]
             if layer.isdecimal() and head.isdecimal():
-                number_there = finite(value)
-                found.setdefault(statistic, {})[int(layer), int(head)] = (
-                    np.nan if number_there is None else number_there
-                )
+                of_heads = found.setdefault(statistic, {})
+                of_heads[int(layer), int(head)] = np.nan if finite(value) is None else value
         for statistic, values in found.items():
             layers, heads = (1 + max(place[i] for place in values) for i in (0, 1))
             grid = np.array([[values.get((i, j), np.nan) for j in range(heads)] for i in range(layers)])
             if not np.isnan(grid).all() and grid.shape == maps.get(statistic, [grid])[0].shape:
                 maps.setdefault(statistic, []).append(grid)
-    return {
-        statistic: np.nanmax(grids, axis=0) if statistic.startswith("max") else np.nanmean(grids, axis=0)
-        for statistic, grids in maps.items()
-    }
+    return {statistic: _over(statistic)(grids, axis=0) for statistic, grids in maps.items()}
 
 
 def _attention(run: Run) -> dict[str, Any]:
@@ -96,24 +89,15 @@ def attention_blocks(design: Design, chosen: Mapping[Cell, Chosen]) -> list[Bloc
     )
     for cell, found in maps.items():
         if found:
-            rows.append([design.label(cell), *(number(_over_heads(name, found.get(name))) for name in STATISTICS)])
-            masses.append([design.label(cell), *(number(_over_heads(d, found.get(d)), ".3f") for d in distances)])
+            means = {name: float(_over(name)(of_heads)) for name, of_heads in found.items()}
+            rows.append([design.label(cell), *(number(means.get(name)) for name in STATISTICS)])
+            masses.append([design.label(cell), *(number(means.get(distance), ".3f") for distance in distances)])
     if not rows:
         return []
     ranges = [_range(d, after) for d, after in itertools.zip_longest(distances, distances[1:])]
     statistics = Table(["arm", *STATISTICS.values()], rows, words=["arm"], note=_MEANING)
-    if not distances:
-        return [statistics]
-    return [
-        statistics,
-        Table(
-            ["arm", *ranges],
-            masses,
-            words=["arm"],
-            note="Share of a row by distance, in tokens, of the key from the query. Maps of single heads are in "
-            "each run's artifacts/attention_maps.png.",
-        ),
-    ]
+    by_distance = Table(["arm", *ranges], masses, words=["arm"], note=_BY_DISTANCE)
+    return [statistics, by_distance] if distances else [statistics]
 
 
 def probe_blocks(design: Design, effects: Mapping[str, Sequence[Effect]]) -> list[Block]:
@@ -135,10 +119,8 @@ def probe_blocks(design: Design, effects: Mapping[str, Sequence[Effect]]) -> lis
     ]
 
 
-def _over_heads(statistic: str, heads: np.ndarray | None) -> float | None:
-    if heads is None:
-        return None
-    return float(np.nanmax(heads) if statistic.startswith("max") else np.nanmean(heads))
+def _over(statistic: str) -> Callable[..., Any]:
+    return np.nanmax if statistic.startswith("max") else np.nanmean
 
 
 def _range(key: str, after: str | None) -> str:

@@ -56,10 +56,7 @@ def noise_of(each: Comparison, factor: Factor, effect: Effect) -> Noise | None:
     if n < 3 or found.spread is None or found.ci_low is None or found.ci_high is None:
         return None
     pairs = matched(each.design, each.chosen, factor, effect.arm, each.metric)
-    ours, theirs = (
-        np.array([np.mean([pair[side].values[seed] for pair in pairs.cells]) for seed in pairs.seeds])
-        for side in (0, 1)
-    )
+    ours, theirs = pairs.means
     tail = (1 - LEVEL) / 2
     low, high = (found.spread * ((n - 1) / float(special.chdtri(n - 1, p))) ** 0.5 for p in (tail, 1 - tail))
     varies = ours.std() > 0 and theirs.std() > 0
@@ -79,21 +76,16 @@ def noise_of(each: Comparison, factor: Factor, effect: Effect) -> Noise | None:
 
 def _of_sequences(each: Comparison, pairs: Matched) -> tuple[int, float | None]:
     """Return how many sequences were scored, and how much the mean difference depends on which they are."""
-    differences, tokens = [], None
     if each.metric.name not in LOSSES or each.metric.given:
         return 0, None
-    for seed in pairs.seeds:
-        for sides in pairs.cells:
-            ours, theirs = (_sums(each, side, seed) for side in sides)
-            if ours is None or theirs is None or not np.array_equal(ours[:, 1], theirs[:, 1]):
-                return 0, None
-            if tokens is not None and not np.array_equal(tokens, ours[:, 1]):
-                return 0, None
-            tokens = ours[:, 1]
-            differences.append(ours[:, 0] - theirs[:, 0])
-    if tokens is None or len(tokens) < 2:
+    sums = [_sums(each, side, seed) for seed in pairs.seeds for sides in pairs.cells for side in sides]
+    known = [of_run for of_run in sums if of_run is not None]
+    if len(known) < len(sums) or any(not np.array_equal(of_run[:, 1], known[0][:, 1]) for of_run in known):
         return 0, None
-    count, mean = len(tokens), np.mean(differences, axis=0)
+    losses, tokens = np.stack(known)[..., 0], known[0][:, 1]
+    if len(tokens) < 2:
+        return 0, None
+    count, mean = len(tokens), np.mean(losses[::2] - losses[1::2], axis=0)
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     low, high = np.quantile((drawn @ mean) / (drawn @ tokens), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return count, float(high - low) / 2

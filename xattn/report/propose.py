@@ -20,14 +20,14 @@ def report_command(study: Path, runs: Collection[Path]) -> str:
     """
     words = ["xattn", "report", run_folder.shown(study.absolute())]
     ours = {run.absolute() for run in runs}
-    others = [read_config(run) for run in run_folder.runs_in(study) if run.absolute() not in ours]
-    values = _values([config for run in ours if (config := read_config(run))]) if others else {}
-    while others:
-        key = max(values, key=lambda key: sum(_is_other(each, key, values) for each in others), default=None)
-        left = others if key is None else [each for each in others if not _is_other(each, key, values)]
-        if key is None or len(left) == len(others):
+    others = [read_config(run, []) for run in run_folder.runs_in(study) if run.absolute() not in ours]
+    values = _values([config for run in ours if (config := read_config(run, []))]) if others else {}
+    while others and values:
+        alike = {key: [each for each in others if each.get(key) in own] for key, own in values.items()}
+        key = min(alike, key=lambda key: len(alike[key]))
+        if len(alike[key]) == len(others):
             break
-        others = left
+        others = alike[key]
         typed = ",".join(map(show, in_order(values.pop(key))))
         words += ["--seeds", typed] if key == SEED else ["--where", f"{key}={typed}"]
     return shlex.join(words)
@@ -38,7 +38,3 @@ def _values(configs: Collection[Mapping[str, Any]]) -> dict[str, set[Any]]:
     keys = dict.fromkeys(key for config in configs for key in config if changes_training(key, config))
     found = {key: {config.get(key) for config in configs} for key in keys}
     return {key: values for key, values in found.items() if not any("," in show(value) for value in values)}
-
-
-def _is_other(config: Mapping[str, Any], key: str, values: Mapping[str, Collection[Any]]) -> bool:
-    return config.get(key) not in values[key]

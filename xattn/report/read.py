@@ -141,17 +141,12 @@ def read_study(folder: Path) -> Study:
     return Study(folder, tuple(runs), tuple(foreign))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the dotted keys of a run's config.yaml with their values; empty if it is missing or unreadable."""
-    return _flat(_read_config(folder / run_folder.CONFIG, []), [])
-
-
 def read_run(folder: Path) -> Run:
     """Read one run folder. Raises :class:`BadInput` if it has no config.yaml."""
     if not (folder / run_folder.CONFIG).is_file():
         raise BadInput(f"{folder}: not a run folder: it has no {run_folder.CONFIG}")
     problems: list[str] = []
-    config = _read_config(folder / run_folder.CONFIG, problems)
+    config = read_config(folder, problems)
     overrides = _read_yaml(folder / run_folder.OVERRIDES, list, problems)
     summary = _read_json(folder / run_folder.SUMMARY, problems)
     provenance = _read_json(folder / run_folder.PROVENANCE, problems)
@@ -163,11 +158,11 @@ def read_run(folder: Path) -> Run:
         status = "killed"
     return Run(
         folder=folder,
-        config=_flat(config, problems),
+        config=config,
         overrides=tuple(str(override) for override in overrides),
         provenance=provenance,
         summary=summary,
-        curves=_curves(folder / run_folder.METRICS, problems),
+        curves=_curves(folder, problems),
         evaluations=tuple(_rows(folder / run_folder.EVALUATIONS, problems)),
         status=status,
         problems=tuple(problems),
@@ -177,14 +172,6 @@ def read_run(folder: Path) -> Run:
 def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """Return each leaf by its dotted key. A list is one leaf, as JSON, so that all values can be compared."""
     return {key: _leaf(value) for key, value in keys.flatten(tree) if key}
-
-
-def _flat(config: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
-    try:
-        return flatten(config)
-    except RecursionError:  # YAML can contain cycles
-        problems.append(f"{run_folder.CONFIG} is not readable")
-        return {}
 
 
 def _leaf(value: Any) -> Any:
@@ -208,20 +195,31 @@ def finite(value: Any) -> float | None:
         return None
 
 
-def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
-    config = _read_yaml(path, dict, problems)
+def read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """Return the dotted keys of a run's config.yaml with their values; empty if it is missing or unreadable.
+
+    problems: takes what could not be read.
+    """
+    config = _read_yaml(folder / run_folder.CONFIG, dict, problems)
     try:
-        return up_to_date(config) if config else config
+        config = up_to_date(config) if config else config
     except BadInput as error:
-        problems.append(f"{path.name}: {error}")
-        return config
-
-
-def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
-    text = _text(path, problems)
+        problems.append(f"{run_folder.CONFIG}: {error}")
     try:
-        loaded = yaml.load(text, _Loader) if text else kind()
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
+        return flatten(config)
+    except RecursionError:  # YAML can contain cycles
+        problems.append(f"{run_folder.CONFIG} is not readable")
+        return {}
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], kind: type, problems: list[str]) -> Any:
+    """Return the file's content; empty if it is missing or, with a noted problem, if it cannot be read."""
+    try:
+        text = path.read_text("utf-8")
+        loaded = parse(text) if text else kind()
+    except FileNotFoundError:
+        return kind()
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # ValueError: no UTF-8, no JSON, an invalid date
         loaded = None
     if not isinstance(loaded, kind):
         problems.append(f"{path.name} is not readable")
@@ -229,29 +227,15 @@ def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
     return loaded
 
 
+def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
+    return _parsed(path, lambda text: yaml.load(text, _Loader), kind, problems)
+
+
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
-    text = _text(path, problems)
-    try:
-        loaded = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        loaded = None
-    if not isinstance(loaded, dict):
-        problems.append(f"{path.name} is not readable")
-        return {}
+    loaded = _parsed(path, json.loads, dict, problems)
     odd = [key for key, kinds in _KINDS.items() if key in loaded and not isinstance(loaded[key], kinds)]
     problems += [f"{path.name}: {key} is ignored, since it is a {type(loaded[key]).__name__}" for key in odd]
     return {key: value for key, value in loaded.items() if key not in odd}
-
-
-def _text(path: Path, problems: list[str]) -> str:
-    """Return the file's text; empty if it is missing or, with a noted problem, if it cannot be read."""
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError):
-        problems.append(f"{path.name} is not readable")
-        return ""
 
 
 def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
@@ -277,18 +261,18 @@ def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics.jsonl in the order of their steps; the last row of a step counts."""
-    return _by_step(folder / run_folder.METRICS, [])
+def read_metrics(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl in the order of their steps; the last row of a step counts.
 
-
-def _by_step(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    found = {row["step"]: row for row in _rows(path, problems) if finite(row.get("step")) is not None}
+    problems: takes what could not be read.
+    """
+    rows = _rows(folder / run_folder.METRICS, problems)
+    found = {row["step"]: row for row in rows if finite(row.get("step")) is not None}
     return [found[step] for step in sorted(found)]
 
 
-def _curves(path: Path, problems: list[str]) -> dict[str, np.ndarray]:
-    rows = [_with_attention(row) for row in _by_step(path, problems)]
+def _curves(folder: Path, problems: list[str]) -> dict[str, np.ndarray]:
+    rows = [_with_attention(row) for row in read_metrics(folder, problems)]
     columns: dict[str, np.ndarray] = {}
     for key in CURVES:
         values = [row.get(key) for row in rows]

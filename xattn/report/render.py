@@ -97,11 +97,10 @@ def _markdown_table(table: Table) -> str:
     rules = [":--" if column in (*table.words, *table.code, table.folders) else "--:" for column in table.columns]
     rows = []
     for row in table.rows:
-        cells = [text.replace("|", "\\|") for text in row]
-        rows.append(line([_markdown_cell(table, name, cell) for name, cell in zip(table.columns, cells, strict=True)]))
+        cells = []
+        for column, text in zip(table.columns, row, strict=True):
+            cell = text.replace("|", "\\|")
+            cells.append(f"`{cell}`" if column in table.code and cell else cell)
+        rows.append(line(cells))
     text = "\n".join([line(list(table.columns)), line(rules), *rows])
     return f"{text}\n\n{table.note}" if table.note else text
-
-
-def _markdown_cell(table: Table, column: str, text: str) -> str:
-    return f"`{text}`" if column in table.code and text else text

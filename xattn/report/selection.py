@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -55,15 +55,15 @@ class Chosen:
     best: Candidate
     shared: frozenset[Any]
     """the seeds that the candidates were compared on"""
-    values: Mapping[Any, float]
-    """seed → metric, for the judging seeds with a finished run that has it"""
-    units: Mapping[Any, Unit | None]
-    """seed → what the value measures"""
     diverged: tuple[Any, ...]
     """judging seeds with a diverged run"""
     runs: Mapping[Any, Run]
     at_edge: tuple[str, ...]
     """tuned keys for which the smallest or largest of several tried values was chosen"""
+    values: Mapping[Any, float] = field(default_factory=dict)
+    """seed → metric, for the judging seeds with a finished run that has it"""
+    units: Mapping[Any, Unit | None] = field(default_factory=dict)
+    """seed → what the value measures"""
 
     @property
     def ended(self) -> int:
@@ -109,20 +109,17 @@ def choose(design: Design, metric: Metric, selection: Selection = "same") -> dic
             continue
         best = min(in_question, key=lambda candidate: candidate.rank(seeds))
         runs = {seed: run for seed, run in settings[best.setting].items() if seed in judging}
-        results = {seed: found for seed, run in runs.items() if (found := metric.of(run)) is not None}
         chosen[cell] = Chosen(
             cell=cell,
             setting=best.setting,
             candidates=candidates,
             best=best,
             shared=frozenset(seeds),
-            values={seed: value for seed, (value, _) in results.items()},
-            units={seed: unit for seed, (_, unit) in results.items()},
             diverged=tuple(in_order(seed for seed, run in runs.items() if run.status == "diverged")),
             runs=runs,
             at_edge=_at_edge(design.tuned, best.setting, [c.setting for c in in_question]),
         )
-    return chosen
+    return with_metric(chosen, metric)
 
 
 def with_metric(chosen: Mapping[Cell, Chosen], metric: Metric) -> dict[Cell, Chosen]:

@@ -110,10 +110,14 @@ class Matched:
     """all cells that both arms have, before any was left out"""
     why_not: str
 
-
-def smallest_signflip_p(seeds: int) -> float:
-    """Return 2^(1−n), the p if only the original signs and all signs flipped are as extreme."""
-    return 2.0 ** (1 - seeds)
+    @property
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the arm's values and the baseline's, one for each seed: means over the cells."""
+        ours, theirs = (
+            np.array([np.mean([pair[side].values[seed] for pair in self.cells]) for seed in self.seeds])
+            for side in (0, 1)
+        )
+        return ours, theirs
 
 
 def paired(differences: Sequence[float] | np.ndarray) -> Paired:
@@ -190,22 +194,17 @@ def matched(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: 
     order = sorted((i for i, seeds in enumerate(shared) if seeds), key=lambda i: -len(shared[i]))
     best: tuple[list[int], set[Any]] = ([], set())
     common: set[Any] = set(design.seeds)
-    # Add cells with ever fewer seeds, and keep the selection with the most pairs.
     for size, i in enumerate(order, 1):
         common = common & shared[i]
         if size * len(common) >= len(best[0]) * len(best[1]) and common:
             best = (order[:size], common)
-    reasons = [
-        why
-        for ours, base in in_question
-        for seed in ours.values.keys() & base.values.keys()
-        if (why := metric.why_not(ours.units[seed], base.units[seed])) is not None
-    ]
+    both = [(ours, base, seed) for ours, base in in_question for seed in ours.values.keys() & base.values.keys()]
+    reasons = (metric.why_not(ours.units[seed], base.units[seed]) for ours, base, seed in both)
     return Matched(
         cells=tuple(in_question[i] for i in sorted(best[0])),
         seeds=tuple(seed for seed in design.seeds if seed in best[1]),
         in_question=in_question,
-        why_not=reasons[0] if reasons else "",
+        why_not=next((why for why in reasons if why is not None), ""),
     )
 
 
@@ -216,25 +215,21 @@ def interactions(design: Design, chosen: Mapping[Cell, Chosen], metric: Metric) 
     """
     base = tuple(factor.baseline for factor in design.factors)
     by_factors: dict[tuple[int, int], list[Effect]] = {pair: [] for pair in combinations(range(len(base)), 2)}
-    for cell, both in chosen.items():
+    for cell in chosen:
         moved = [i for i, (arm, baseline) in enumerate(zip(cell, base, strict=True)) if arm != baseline]
         if len(moved) != 2:
             continue
         i, j = moved
-        corners = [both, *(chosen.get(_with(base, at)) for at in ({j: cell[j]}, {i: cell[i]}, {}))]
-        if any(corner is None for corner in corners):
+        corners = [cell, (*cell[:i], base[i], *cell[i + 1 :]), (*cell[:j], base[j], *cell[j + 1 :]), base]
+        there = [chosen[corner] for corner in corners if corner in chosen]
+        if len(there) < len(corners):
             continue
-        there = [corner for corner in corners if corner is not None]
         seeds = [seed for seed in design.seeds if _comparable_seed(seed, there, metric)]
         values = [np.array([corner.values[seed] for seed in seeds]) for corner in there]
         a, b = design.factors[i], design.factors[j]
         names = (f"{a.key} × {b.key}", (cell[i], cell[j]), (a.baseline, b.baseline), metric.name)
         by_factors[i, j].append(_between(names, values[0] - values[1], values[2] - values[3]))
     return [effect for effects in by_factors.values() for effect in _adjusted(effects)]
-
-
-def _with(cell: Cell, arms: Mapping[int, Any]) -> Cell:
-    return tuple(arms.get(i, arm) for i, arm in enumerate(cell))
 
 
 def _comparable_seed(seed: Any, chosen: Sequence[Chosen], metric: Metric) -> bool:
@@ -257,10 +252,7 @@ def _by_arm(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor) -> di
 def _effect(design: Design, chosen: Mapping[Cell, Chosen], factor: Factor, arm: Any, metric: Metric) -> Effect:
     """Return the effect. d_s is the mean of arm − baseline with seed s over the cells that both arms have."""
     found = matched(design, chosen, factor, arm, metric)
-    ours, theirs = (
-        np.array([np.mean([pair[side].values[seed] for pair in found.cells]) for seed in found.seeds])
-        for side in (0, 1)
-    )
+    ours, theirs = found.means
     pairs = len(found.cells) * len(found.seeds)
     by_arm = _by_arm(design, chosen, factor)
     with_values = [sum(len(each.values) for each in by_arm[side].values()) for side in (arm, factor.baseline)]

@@ -35,14 +35,9 @@ def effects_table(comparisons: Sequence[Comparison]) -> Table:
     for i, each in enumerate(comparisons, 1):
         where = " ".join(f"{key}={show(value)}" for key, value in each.group.where.items())
         for effect in (*each.effects, *chain.from_iterable(each.probes.values())):
-            found = effect.paired
-            rows.append(
-                [
-                    *(effect.factor, show(effect.arm), show(effect.baseline), effect.metric, found.seeds),
-                    *(found.difference, found.ci_low, found.ci_high, found.p, effect.p_holm, found.p_signflip),
-                    *(effect.arm_mean, effect.baseline_mean, effect.left_out, effect.baseline_left_out, where, i),
-                ]
-            )
+            known = vars(effect) | vars(effect.paired)
+            known |= {"arm": show(effect.arm), "baseline": show(effect.baseline), "where": where, "comparison": i}
+            rows.append([known[column] for column in EFFECT_COLUMNS])
     return EFFECT_COLUMNS, rows
 
 
@@ -56,29 +51,22 @@ def results_table(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Tab
     keys = dict.fromkeys(key for run in runs for key in run.config if has_effect(key))
     varying = [key for key in keys if key != SEED and len({run.config.get(key) for run in runs}) > 1]
     more = sorted({each.metric.name for each in comparisons} - {*_SUMMARY})
-    probes = sorted({*probes_of(runs)} - {*more})
-    measured = [metric_for(runs, name) for name in probes]
-    columns = [
-        "run",
-        "status",
-        "judged",
-        *varying,
-        SEED,
-        *_SUMMARY,
-        *more,
-        *probes,
-        *_PROVENANCE,
-        "command",
-        "comparison",
+    measured = [metric_for(runs, name) for name in probes_of(runs) if name not in more]
+    rows = [
+        {
+            "run": run.name,
+            "status": run.status,
+            "judged": run.folder in judged,
+            **{key: run.config.get(key) for key in (*varying, SEED)},
+            **{key: run.summary.get(key) for key in (*_SUMMARY, *more)},
+            **{metric.name: metric.value(run) for metric in measured},
+            **{key: run.provenance.get(key) for key in _PROVENANCE},
+            "command": run.command,
+            "comparison": number_of.get(run.folder),
+        }
+        for run in runs
     ]
-    rows = []
-    for run in runs:
-        summary = [run.summary.get(key) for key in (*_SUMMARY, *more)] + [metric.value(run) for metric in measured]
-        provenance = [run.provenance.get(key) for key in _PROVENANCE]
-        configured = [run.config.get(key) for key in (*varying, SEED)]
-        own = [run.name, run.status, run.folder in judged, *configured, *summary, *provenance, run.command]
-        rows.append([*own, number_of.get(run.folder)])
-    return columns, rows
+    return [*rows[0]], [[*row.values()] for row in rows]
 
 
 def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
@@ -115,17 +103,12 @@ def table_tex(comparisons: Sequence[Comparison], made_by: str) -> str:
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return the table as CSV, with empty cells for None."""
+    """Return the table as CSV, with empty cells for None and bools spelled as in YAML."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([_cell(value) for value in row] for row in rows)
+    writer.writerows([show(value) if isinstance(value, bool) else value for value in row] for row in rows)
     return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    """Return the value, with a bool spelled as in YAML; csv writes None as an empty cell."""
-    return str(value).lower() if isinstance(value, bool) else value
 
 
 _TEX = {

@@ -223,28 +223,18 @@ def verdict_of(found: Answer) -> Verdict:
 
 def finding_as(found: claim.Finding) -> Finding:
     """Return the outcome of a claim as an object for programs."""
-    contrasts = [
-        Contrast(
-            name=each.contrast.name,
-            metric=each.contrast.metric,
-            seeds=each.seeds,
-            mean=each.mean,
-            ci_low=each.low,
-            ci_high=each.high,
-            shown=each.contrast.shown,
-            contradicted=each.contrast.contradicted,
-            verdict=each.says,
-            why_not=each.why_not,
-        )
-        for each in found.contrasts
-    ]
     return Finding(
         claim=found.stated.claim,
         source=found.stated.source,
         verdict=found.says,
-        contrasts=contrasts,
+        contrasts=[_contrast(each) for each in found.contrasts],
         otherwise=found.otherwise,
     )
+
+
+def _contrast(found: claim.Decided) -> Contrast:
+    known = vars(found.contrast) | vars(found) | {"verdict": found.says}
+    return Contrast.model_validate({name: known[name] for name in Contrast.model_fields})
 
 
 def effect_of(number: int, comparison: Comparison, effect: statistics.Effect) -> Effect:

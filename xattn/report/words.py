@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from xattn.keys import show
-from xattn.report.statistics import LEVEL, Effect, smallest_signflip_p
+from xattn.report.statistics import LEVEL, Effect
 from xattn.system.screen import counted
 
 if TYPE_CHECKING:
@@ -143,7 +143,6 @@ def _ratio(found: Interval) -> tuple[str, str]:
 
 
 def _of_loss(effect: Effect) -> str:
-    """Return the difference, and whether it is shown."""
     found, arm, baseline = effect.paired, show(effect.arm), show(effect.baseline)
     tail = ""
     if effect.diverged or effect.baseline_diverged:
@@ -208,8 +207,8 @@ def _extended(half_widths: Sequence[float]) -> str:
 
 
 def signflip_note(seeds: int) -> str | None:
-    """Return a note if there are too few seeds for a sign-flip p below 0.05."""
-    smallest = smallest_signflip_p(seeds)
+    """Return a note if there are too few seeds for a sign-flip p below 0.05: it is at least 2^(1−n)."""
+    smallest = 2.0 ** (1 - seeds)  # if only the original signs and all signs flipped are as extreme
     if seeds < 2 or smallest <= 1 - LEVEL:
         return None
     return (

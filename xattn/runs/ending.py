@@ -31,7 +31,7 @@ SAMPLE_TEMPERATURE = 0.8
 
 def conclude(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:
     """Record the run's result, and show it."""
-    run.display.end_progress()
+    run.display.progress.stop()
     code, status = outcome(progress, steps=run.config.trainer.steps)
     results = {
         "status": status,

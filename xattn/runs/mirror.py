@@ -14,7 +14,7 @@ import xattn.config
 from xattn.config import Config
 from xattn.runs import run_folder
 from xattn.tracking.tracker import read_rows
-from xattn.tracking.wandb import MirroredRun, WandbMirror
+from xattn.tracking.wandb import WandbMirror
 from xattn.training.kept import MANIFEST, PARAMS, SEAL, best_evaluated
 
 # The keys of provenance.json that a result depends on; host, command and folders stay private.
@@ -32,8 +32,8 @@ def mirror_of(
     """Start the mirror of the run in ``folder``; origin is its provenance.json."""
     provenance = {key: origin[key] for key in _PROVENANCE if key in origin}
     values = xattn.config.tracked_values(config) | {"provenance": provenance}
-    run = MirroredRun(folder, id=origin["wandb_id"], group=config.study, values=values)
-    return WandbMirror(config.tracking.wandb, run, say=say, from_the_start=from_the_start)
+    run = {"id": origin["wandb_id"], "group": config.study, "config": values}
+    return WandbMirror(config.tracking.wandb, folder, run, say=say, from_the_start=from_the_start)
 
 
 def send_rows(mirror: WandbMirror, config: Config, folder: Path) -> None:

@@ -120,7 +120,7 @@ def open_desk(run: Run, inputs: Inputs, origin: Mapping[str, Any], layout: Layou
         say=run.display.warn,
     )
     rows = layout.rows_here(run.config.trainer.batch_size)
-    with run.display, checkpoints, Prefetch(inputs.data.batch) as batch:
+    with run.display.progress, checkpoints, Prefetch(inputs.data.batch) as batch:
         yield Desk(run, inputs, partial(batch, rows=rows), checkpoints)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from xattn.section import Section
+from xattn.section import EachOnce, Section
 
 ArtifactName = Literal["checkpoint", "report"]
 _Tag = Annotated[str, Field(min_length=1, max_length=64)]  # wandb's own limits
-_Tags = Annotated[tuple[_Tag, ...], Field(strict=False)]
 
 
 class WandbConfig(Section):
@@ -26,7 +25,7 @@ class WandbConfig(Section):
     """Project of the runs; null takes WANDB_PROJECT, or ``xattn``."""
     entity: str | None
     """Account or team of the runs; null takes WANDB_ENTITY, or the account's default."""
-    tags: _Tags | None
+    tags: Annotated[tuple[_Tag, ...], Field(strict=False)] | None
     """Tags of the runs, [a, b]; null takes WANDB_TAGS."""
     notes: str | None
     """Notes of the runs; null takes WANDB_NOTES."""
@@ -36,15 +35,10 @@ class WandbConfig(Section):
     """Whether wandb samples the machine's CPU, memory and GPUs."""
     console: bool
     """Whether the lines of the run's log.txt are sent as wandb's console log."""
-    artifacts: tuple[ArtifactName, ...] = Field(strict=False)
+    artifacts: Annotated[tuple[ArtifactName, ...], EachOnce] = Field(strict=False)
     """``checkpoint`` uploads the best checkpoint at the end of a run, as a folder that ``xattn.load`` opens. ``report``
     uploads the folder that ``xattn report`` writes for the run's study.
     """
-
-    @field_validator("artifacts")
-    @classmethod
-    def _each_once(cls, artifacts: tuple[ArtifactName, ...]) -> tuple[ArtifactName, ...]:
-        return tuple(sorted(set(artifacts)))
 
 
 class TrackingConfig(Section):

@@ -7,8 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -67,8 +66,9 @@ class Screen(Console):
 
 
 class Display:
-    """Prints to the screen and to log.txt. As a context it shows a run's progress; as a tracker it prints each row.
+    """Prints to the screen and to log.txt. As a tracker it prints each row.
 
+    progress: the bar, shown while it is entered as a context.
     quiet: show only warnings on the screen, without the bar; log.txt still has everything.
     """
 
@@ -78,7 +78,7 @@ class Display:
         self._log_path = log
         self._log: TextIO | None = None  # opened with the first line, so that a refused start leaves no file
         self._steps = steps
-        self._progress = Progress(
+        self.progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
             TaskProgressColumn(),
@@ -88,7 +88,7 @@ class Display:
             disable=quiet or not self._console.has_bars,
             transient=True,
         )
-        self._task = self._progress.add_task("compiling …", total=steps)
+        self._task = self.progress.add_task("compiling …", total=steps)
         self._first: tuple[int, float] | None = None  # step and time of the first row; time left is estimated from it
 
     def say(self, text: str) -> None:
@@ -122,7 +122,7 @@ class Display:
             loss = f"loss {row['train_loss']:.4f}"
             of_bar = [f"{row['tokens_per_second']:,.0f} tokens/s", *self._time_left(step)]
             words += [loss, *of_bar]
-            self._progress.update(self._task, completed=step, description=f"{loss}  {of_bar[0]}")
+            self.progress.update(self._task, completed=step, description=f"{loss}  {of_bar[0]}")
         if row.get("val_loss") is not None:
             words.append(loss_text(row["val_loss"], row["val_bpb"]))
         for key, value in row.items():
@@ -137,18 +137,6 @@ class Display:
         self.note(line)
         if "val_loss" in row and not self._quiet:  # the bar shows the rest
             self._console.say("  ".join(word for word in words if word not in of_bar))
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.end_progress()
-
-    def end_progress(self) -> None:
-        self._progress.stop()
 
     def _time_left(self, step: int) -> list[str]:
         now = time.perf_counter()

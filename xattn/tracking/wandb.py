@@ -13,7 +13,6 @@ import secrets
 import shlex
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -90,20 +89,24 @@ def resolve_mode(config: WandbConfig) -> Literal["online", "offline", "disabled"
     raise BadInput(f"{asked}: no API key is configured; run `wandb login` first, or use offline")
 
 
-def _own_mode() -> Literal["online", "offline", "disabled"]:
-    """Return the mode that wandb's environment and settings files ask for."""
+def _own_settings() -> Any:
+    """Return the settings from wandb's environment and files."""
     from wandb.sdk import wandb_setup
 
-    settings = wandb_setup.singleton().settings
+    return wandb_setup.singleton().settings
+
+
+def _own_mode() -> Literal["online", "offline", "disabled"]:
+    """Return the mode that wandb's environment and settings files ask for."""
+    settings = _own_settings()
     return "disabled" if settings._noop else "offline" if settings._offline else "online"
 
 
 def _has_key() -> bool:
     """Return whether wandb finds credentials for its server in the environment, settings, netrc or an earlier login."""
-    from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
-    settings = wandb_setup.singleton().settings
+    settings = _own_settings()
     host = settings.base_url
     if settings.api_key:
         wbauth.AuthApiKey(host=host, api_key=settings.api_key)  # raises as wandb.init would for a malformed key
@@ -132,9 +135,7 @@ def destination(config: WandbConfig, folder: Path) -> dict[str, Any]:
     A null key takes wandb's own setting, or else the value from when the run was last mirrored. So a run that is
     resumed or rebuilt from another shell goes to the same place.
     """
-    from wandb.sdk import wandb_setup
-
-    settings = wandb_setup.singleton().settings
+    settings = _own_settings()
     file = folder / "wandb" / DESTINATION
     before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     found = {}
@@ -152,16 +153,6 @@ def _line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-@dataclass(frozen=True)
-class MirroredRun:
-    """A run of ours as wandb knows it. Its name there is that of its folder."""
-
-    folder: Path
-    id: str
-    group: str
-    values: Mapping[str, Any]
-
-
 class WandbMirror:
     """A wandb run with the same metrics, sent by a thread that takes rows from a queue.
 
@@ -169,24 +160,25 @@ class WandbMirror:
     step twice. It is written before the row is sent: a kill in between loses a row in wandb and never repeats one. The
     lines of log.txt have their own mark.
 
+    run: its id, group and config as ``wandb.init`` takes them; its name in wandb is that of its folder.
     from_the_start: forget these marks and send everything. say: called with where the run is, or how to view an offline
     one, and with what failed. failure: what failed, or None; after a failure, rows are dropped.
     """
 
     def __init__(
-        self, config: WandbConfig, run: MirroredRun, *, say: Callable[[str], None], from_the_start: bool = False
+        self,
+        config: WandbConfig,
+        folder: Path,
+        run: Mapping[str, Any],
+        *,
+        say: Callable[[str], None],
+        from_the_start: bool = False,
     ):
-        self._config, self.folder, self.say, self._from_the_start = config, run.folder, say, from_the_start
+        self._config, self.folder, self.say, self._from_the_start = config, folder, say, from_the_start
         self.failure: str | None = None
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._init: dict[str, Any] = {
-            "id": run.id,
-            "name": run.folder.name,
-            "group": run.group,
-            "config": dict(run.values),
-            "dir": str(run.folder),
-        }
-        self._own = run.folder / "wandb"
+        self._init: dict[str, Any] = {"name": folder.name, "dir": str(folder), **run}
+        self._own = folder / "wandb"
         if from_the_start:
             for mark in (HIGH_WATER_MARK, LOG_MARK):
                 (self._own / mark).unlink(missing_ok=True)
