@@ -12,12 +12,8 @@ from pathlib import Path
 
 from xattn.data.bpe import from_tiktoken, train_bpe
 from xattn.data.cache import stored_text
-from xattn.data.config import (
-    MemmapConfig,
-    PythonStdlibConfig,
-    Tokenised,
-)
-from xattn.data.documents import Source
+from xattn.data.config import MemmapConfig, PythonStdlibConfig, Tokenised
+from xattn.data.hf import Source
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 

@@ -28,9 +28,9 @@ _ANY_DEPTH = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
 class Found(NamedTuple):
     """The files that a path means, sorted, each once, and for the user a list of what was left out."""
 
-    files: list[str]
-    is_folder: bool
-    left_out: list[str]
+    files: Sequence[str]
+    is_folder: bool = False
+    left_out: Sequence[str] = ()
 
 
 def find(path: str, subject: str) -> Found:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn.data.config import HFConfig
-from xattn.data.documents import PIECE_BYTES, PIECE_ROWS, Block, Chunk, document_blocks, optional, some_names
+from xattn.data.documents import PIECE_BYTES, PIECE_ROWS, Block, Chunk, Files, document_blocks, optional, some_names
 from xattn.data.finding import sha256_of_files
 from xattn.errors import BadInput, first_line
 
@@ -105,3 +105,7 @@ class HFDataset:
                 f"{self._name}: no column {config.field!r}; choose one of {some_names(names)} with data.field"
             )
         return opened
+
+
+Source = Files | HFDataset
+"""What a corpus is read from."""
