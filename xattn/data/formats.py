@@ -34,7 +34,6 @@ _PACKED = {
     "xz": rb"\xfd7zXZ\0",
     "zstd": rb"\x28\xb5\x2f\xfd",
 }
-_ANY_PACKED = re.compile(b"|".join(_PACKED.values()))
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 # The first bytes of a file → what it is, for files that are neither text nor compressed text.
 _SIGNATURES = {
@@ -65,7 +64,6 @@ _SIGNATURES = {
     rb"version https://git-lfs\.github\.com/": "a Git LFS pointer whose content was not fetched",
     rb"(?:\xff\xfe\0\0|\0\0\xfe\xff)": "text in UTF-32; convert it to UTF-8",
 }
-_ANY_SIGNATURE = re.compile(b"|".join(_SIGNATURES))
 _UTF_16 = "text in UTF-16; convert it to UTF-8"
 _ENOUGH = 512  # bytes needed to distinguish binary from text
 _SMALL = 2048  # fewer bytes than this count as noise only if they do not compress, too
@@ -146,15 +144,13 @@ def unreadable(error: BaseException, key: str, file: str) -> BadInput:
 
 
 def _packing(head: bytes) -> str:
-    if _ANY_PACKED.match(head) is None:
-        return ""
-    return next(kind for kind, magic in _PACKED.items() if re.match(magic, head))
+    return next((kind for kind, magic in _PACKED.items() if re.match(magic, head)), "")
 
 
 def _refusal(head: bytes) -> str:
     """Return what the file is if not text, by its first bytes. Any encoding with bytes for letters counts as text."""
-    if _ANY_SIGNATURE.match(head):
-        return next(what for signature, what in _SIGNATURES.items() if re.match(signature, head))
+    if known := [what for signature, what in _SIGNATURES.items() if re.match(signature, head)]:
+        return known[0]
     if packing := _packing(head):
         return f"compressed twice, with {packing} inside"
     if wide := _wide(head):

@@ -63,16 +63,6 @@ class LanguageModel(nn.Module):
         """Return the model with scanned layers. It compiles faster and runs slower, which suits one-off calls."""
         return self.clone(config=self.config.model_copy(update={"layers": "scanned"}))
 
-    def __call__(
-        self,
-        tokens: Int[Array, "B S"],
-        hyperparameters: ModelHyperparameters,
-        *,
-        segment_ids: Int[Array, "B S"] | None = None,
-    ) -> Float[Array, "B S V"]:
-        """Compute :meth:`logits`."""
-        return self.logits(tokens, hyperparameters, segment_ids=segment_ids)
-
     def logits(
         self,
         tokens: Int[Array, "B S"],
@@ -84,6 +74,8 @@ class LanguageModel(nn.Module):
         """Compute next-token logits in the config's dtype, at all inputs or only at ``places``."""
         x, embedding, _ = self._run(tokens, hyperparameters, segment_ids)
         return self._scores(x if places is None else x[at(places)], embedding)
+
+    __call__ = logits
 
     def losses(
         self,
@@ -151,7 +143,7 @@ class LanguageModel(nn.Module):
         stream = Stream(token_embedding(tokens), self._before_first(tokens))
         if self.backend.then is None:
             layers = nn.scan(
-                _rematerialised(config),
+                _remat(config, nn.remat)(Layer),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
@@ -251,11 +243,6 @@ def attention_inputs(
 
 def _is_unrolled(config: ModelConfig) -> bool:
     return config.layers == "unrolled" and config.remat == "none"
-
-
-def _rematerialised(config: ModelConfig) -> Any:
-    """Return the Layer class with the configured rematerialisation."""
-    return _remat(config, nn.remat)(Layer)
 
 
 def _remat(config: ModelConfig, remat: Any) -> Any:

@@ -142,12 +142,9 @@ class Checkpoints:
         except Exception as error:  # orbax wraps file system errors in errors of many kinds
             raise storage_error(error, final) or error from error
         self._on_commit(step)
-        for old in set(self.steps()) - self._kept():
+        steps, best = self.steps(), kept.by_loss(self.folder)[0]
+        for old in set(steps[:-KEPT]) - {best}:
             kept.delete(self.folder / str(old))
-
-    def _kept(self) -> set[int]:
-        steps = self.steps()
-        return {*steps[-KEPT:], *kept.by_loss(self.folder)[:1]}
 
     # ---- restoring
 
