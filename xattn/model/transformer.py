@@ -140,7 +140,10 @@ class LanguageModel(nn.Module):
             return nn.Embed(self.vocab_size, config.embedding_dim, dtype=dtype, embedding_init=init, name=name)
 
         token_embedding = embedding("token_embedding")
-        stream = Stream(token_embedding(tokens), self._before_first(tokens))
+        stream = Stream(token_embedding(tokens), None)
+        if config.value_residual == "first":
+            values = jnp.zeros((tokens.shape[0], config.kv_heads, tokens.shape[1], config.head_dim), config.dtype)
+            stream = stream._replace(first=FirstValues(values, jnp.array(False)))
         if self.backend.then is None:
             layers = nn.scan(
                 _remat(config, nn.remat)(Layer),
@@ -162,13 +165,6 @@ class LanguageModel(nn.Module):
         x = norm(config, "final_norm")(x)
         output = token_embedding if config.embeddings == "tied" else embedding("output_embedding")
         return x, output.embedding, new
-
-    def _before_first(self, tokens: jax.Array) -> FirstValues | None:
-        config = self.config
-        if config.value_residual == "none":
-            return None
-        shape = (tokens.shape[0], config.kv_heads, tokens.shape[1], config.head_dim)
-        return FirstValues(jnp.zeros(shape, config.dtype), jnp.array(False))
 
     def _mixed(
         self,

@@ -127,7 +127,11 @@ class Checkpoints:
                 "val_loss": val_loss,
                 "belongs_to": self._belongs_to,
                 "leaves": {name: _leaf_digests(tree) for name, tree in parts.items()},
-                "files": {str(file.relative_to(temporary)): file_digest(file) for file in _files(temporary)},
+                "files": {
+                    str(file.relative_to(temporary)): file_digest(file)
+                    for file in sorted(temporary.rglob("*"))
+                    if file.is_file()
+                },
             }
             text = json.dumps(manifest, indent=1, allow_nan=False).encode()
             (temporary / MANIFEST).write_bytes(text)
@@ -269,7 +273,3 @@ def _leaf_digests(tree: Any) -> dict[str, dict[str, Any]]:
         content = sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         digests[name] = {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": content}
     return digests
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
