@@ -25,11 +25,10 @@ from xattn.backend import dispatch
 from xattn.model import pattern
 from xattn.model.attention import Attention, FirstValues, Inputs, LayerCache, appended
 from xattn.model.config import BackendConfig, ModelConfig
-from xattn.model.functions import swiglu
+from xattn.model.functions import projection, swiglu
 from xattn.model.hyperparameters import LayerHyperparameters, ModelHyperparameters, layer_hyperparameters
 from xattn.model.loss import at, projected_losses, spread
 from xattn.model.modules import dense, norm
-from xattn.model.projection import projection
 
 Role = Literal["matrix", "embedding", "vector"]
 
