@@ -7,8 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from xattn.data.batches import ALL_ROWS, Batch, Batching, TrainingBatches
-from xattn.data.prefetch import Prefetch
+from xattn.data.batches import ALL_ROWS, Batch, Batching, Prefetch, TrainingBatches
 
 BATCHING = Batching(context_length=7, batch_size=3, sequences="all", seed=0)
 BATCHES = TrainingBatches([(np.arange(251), 1.0)], BATCHING)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol, overload
+from typing import Literal, NamedTuple, Protocol, Self, overload
 
 import numpy as np
 
@@ -150,6 +151,36 @@ def shares(weights: Sequence[float], total: int) -> np.ndarray:
 def segments_of(tokens: np.ndarray, packed_at: int | None) -> np.ndarray | None:
     """Return int32 (B, S): how many inputs up to each one begin a document; None if documents are not packed."""
     return None if packed_at is None else np.cumsum(tokens[:, :-1] == packed_at, axis=1, dtype=np.int32)
+
+
+class Prefetch:
+    """``batch(step)`` of the given batches, from a thread that is two steps ahead of the last call.
+
+    The batches made ahead are only a guess. A step out of order is made on request, so the function stays pure. An
+    exception in the batches is raised by the call for that step.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, batch: Batches):
+        self._batch = batch
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._ready: dict[tuple[int, int | None, int | None], Future[Batch]] = {}
+
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch:
+        keys = [(number, rows.start, rows.stop) for number in range(step, step + self.AHEAD + 1)]
+        before, self._ready = self._ready, {}
+        for key in keys:
+            self._ready[key] = before.pop(key) if key in before else self._pool.submit(self._batch, key[0], rows)
+        for unwanted in before.values():
+            unwanted.cancel()
+        return self._ready[keys[0]].result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 class HeldOutBatches(Sequence[Batch]):
