@@ -23,7 +23,7 @@ import yaml
 import xattn
 from tests import processes
 from xattn import config as xconfig
-from xattn.data.batches import held_out_batches
+from xattn.data.batches import Batching, HeldOutBatches
 from xattn.data.corpus import load_corpus
 
 pytestmark = pytest.mark.slow
@@ -584,7 +584,8 @@ def test_a_loaded_run_reproduces_the_loss_of_its_summary(finished: Finished, loa
     assert loaded.summary == finished.summary
     corpus = load_corpus(loaded.config.data, 16)
     nats = count = 0.0
-    for batch in held_out_batches(corpus.parts[0].validation, context_length=16, batch_size=8, sequences=8):
+    batching = Batching(context_length=16, batch_size=8, sequences=8, seed=0)
+    for batch in HeldOutBatches([(corpus.parts[0].validation, 1.0)], batching):
         logits = loaded.model.apply({"params": loaded.params}, batch.tokens[:, :-1], loaded.hyperparameters)
         assert logits.shape == (8, 16, 256)
         log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)

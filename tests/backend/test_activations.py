@@ -162,7 +162,7 @@ def test_decoding_wants_the_n_that_the_weights_depend_on() -> None:
 
 def test_the_pages_name_the_rows_of_the_table() -> None:
     root = EXAMPLE.parent.parent
-    rows = [row.name for row in activations.rows() if row.file is None]
+    rows = [name for name in activations.names() if activations.activation(name).file is None]
     assert {file.stem for file in (root / "conf" / "backend").glob("*.yaml")} >= set(rows)
     assert f"# {' | '.join(rows)}\n" in (root / "conf" / "backend" / "softmax.yaml").read_text("utf-8")
     assert f"| {', '.join(f'`{name}`' for name in rows)} |\n" in (root / "README.md").read_text("utf-8")

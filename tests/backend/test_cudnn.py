@@ -56,7 +56,7 @@ def test_hopper_takes_wide_heads_and_what_came_before_does_not() -> None:
 
 
 def test_a_cpu_names_the_reason() -> None:
-    if dispatch.platform() != "cpu":
+    if dispatch.target().platform != "cpu":
         pytest.skip("this is about a machine without a GPU")
     q = jnp.ones((1, 2, 8, 8), jnp.bfloat16)
     with pytest.raises(ValueError, match="'cudnn' does not support the platform cpu: it needs a CUDA device"):
@@ -65,7 +65,7 @@ def test_a_cpu_names_the_reason() -> None:
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_on_a_gpu_it_is_the_reference(window: int | None) -> None:
-    if dispatch.platform() != "cuda":
+    if dispatch.target().platform != "cuda":
         pytest.skip("needs a CUDA device")
     rng = np.random.default_rng(0)
     q, k, v, g = (jnp.asarray(rng.standard_normal((2, heads, 256, 64)), jnp.bfloat16) for heads in (4, 2, 2, 4))

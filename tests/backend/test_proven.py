@@ -40,8 +40,7 @@ OF: dict[str, Any] = {"activation": "sigmoid", "dtype": "bfloat16", "width": 64}
 @pytest.fixture(autouse=True)
 def _on_an_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
-    monkeypatch.setattr(dispatch, "device_kind", lambda: KIND)
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cpu", "9.0", KIND))
     proven.read.cache_clear()
     yield
     proven.read.cache_clear()
@@ -190,9 +189,9 @@ def test_a_record_of_another_user_chooses_nothing() -> None:
 
 def test_records_of_other_versions_and_devices_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     keep(KIND, whole(), made_at="")
-    monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cpu", "9.0", "NVIDIA H200"))
     assert "(no record)" in choose(CALL).passed_over["hopper"]
-    monkeypatch.setattr(dispatch, "device_kind", lambda: KIND)
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cpu", "9.0", KIND))
     monkeypatch.setattr(proven, "source_sha256", lambda: "1" * 64)
     assert "(no record)" in choose(CALL).passed_over["hopper"]
 
@@ -237,7 +236,7 @@ def test_the_quickest_tiles_that_are_as_accurate_are_taken(
         return v
 
     monkeypatch.setattr(hopper, "hopper", kernels)
-    monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cuda", "9.0", KIND))
     from xattn.backend import attention
 
     q = jnp.zeros((1, 1, 4096, 64), jnp.bfloat16)

@@ -46,7 +46,7 @@ def options(tmp_path: Path, *arguments: str) -> Any:
 
 
 def test_without_a_hopper_gpu_it_says_what_it_needs() -> None:
-    if dispatch.platform() == "cuda":
+    if dispatch.target().platform == "cuda":
         pytest.skip("this is about a machine without a GPU")
     with pytest.raises(BadInput, match=r"needs a CUDA device of compute capability 9\.0 \(H100, H200\)"):
         kernels.main([])

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from xattn import config as xconfig
 from xattn.backend import activations
 from xattn.config import Config, compose, differences, run_hash, run_name
-from xattn.data.vocabulary import vocab_size
+from xattn.data.corpus_tokenizer import vocab_size
 from xattn.errors import BadInput
 from xattn.model.size import num_params
 

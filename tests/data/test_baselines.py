@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xattn.data.baselines import gzip_bits_per_byte, unigram_bits_per_byte
-from xattn.data.batches import TrainingBatches, held_out_batches
+from xattn.data.batches import Batching, HeldOutBatches, TrainingBatches
 from xattn.data.run_data import RunData
 from xattn.data.tokenizer import ByteTokenizer
 
@@ -40,8 +40,9 @@ def test_the_baselines_see_the_very_bytes_that_are_scored() -> None:
     tokens = np.frombuffer(text, np.uint8)
 
     def scored(sequences: int | Literal["all"]) -> bytes | None:
-        chosen = held_out_batches(tokens, context_length=7, batch_size=4, sequences=sequences)
-        batch = TrainingBatches(tokens, context_length=7, batch_size=4, seed=0)
+        batching = Batching(context_length=7, batch_size=4, sequences=sequences, seed=0)
+        chosen = HeldOutBatches([(tokens, 1.0)], batching)
+        batch = TrainingBatches([(tokens, 1.0)], batching)
         return RunData(batch, chosen, ByteTokenizer(), "", "").scored_bytes()
 
     assert scored("all") == text[1:]

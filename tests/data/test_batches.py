@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from xattn.data.batches import TrainingBatches, held_out_batches
+from xattn.data.batches import Batching, HeldOutBatches, TrainingBatches
 
 # The token at position i says i, so that a sequence says where it stands.
 TOKENS = np.arange(251)
@@ -16,7 +17,13 @@ TOKENS = np.arange(251)
 def batches(
     tokens: np.ndarray = TOKENS, context_length: int = 7, batch_size: int = 3, seed: int = 0
 ) -> TrainingBatches:
-    return TrainingBatches(tokens, context_length=context_length, batch_size=batch_size, seed=seed)
+    batching = Batching(context_length=context_length, batch_size=batch_size, sequences="all", seed=seed)
+    return TrainingBatches([(tokens, 1.0)], batching)
+
+
+def held_out_batches(tokens: np.ndarray, batch_size: int, sequences: int | Literal["all"]) -> HeldOutBatches:
+    batching = Batching(context_length=7, batch_size=batch_size, sequences=sequences, seed=0)
+    return HeldOutBatches([(tokens, 1.0)], batching)
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone() -> None:
@@ -88,7 +95,7 @@ def test_tiny_texts_fill_batches(length: int) -> None:
 @pytest.mark.parametrize("length", [8, 9, 14, 15, 16, 22, 100, 251])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_all_scores_every_token_but_the_first_once(length: int, batch_size: int) -> None:
-    held_out = held_out_batches(np.arange(length), context_length=7, batch_size=batch_size, sequences="all")
+    held_out = held_out_batches(np.arange(length), batch_size, "all")
     scored: Counter[int] = Counter()
     for batch in held_out:
         tokens, weights = batch.tokens, batch.weights
@@ -106,7 +113,7 @@ def test_all_scores_every_token_but_the_first_once(length: int, batch_size: int)
 
 @pytest.mark.parametrize(("asked", "got"), [(1, 1), (2, 2), (10, 10), (34, 34), (35, 35), (36, 35), (10_000, 35)])
 def test_a_number_of_full_sequences_is_spread_over_the_text(asked: int, got: int) -> None:
-    held_out = held_out_batches(TOKENS, context_length=7, batch_size=4, sequences=asked)
+    held_out = held_out_batches(TOKENS, 4, asked)
     starts = np.concatenate([each.tokens[each.weights.all(axis=1), 0] for each in held_out])
     assert sum(int(each.weights.sum()) for each in held_out) == 7 * got
     assert len(set(starts.tolist())) == got
@@ -120,7 +127,7 @@ def test_a_number_of_full_sequences_is_spread_over_the_text(asked: int, got: int
 
 def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     def scored(batch_size: int) -> list[list[int]]:
-        held_out = held_out_batches(TOKENS, context_length=7, batch_size=batch_size, sequences=11)
+        held_out = held_out_batches(TOKENS, batch_size, 11)
         return [row.tolist() for each in held_out for row in each.tokens[each.weights.any(axis=1)]]
 
     assert scored(1) == scored(4) == scored(64)

@@ -11,7 +11,7 @@ import pytest
 
 from xattn.data import corpus as corpora
 from xattn.data.config import DataConfig
-from xattn.data.corpus import Corpus, Part, find_files, load_corpus
+from xattn.data.corpus import Corpus, Part, library_files, load_corpus
 from xattn.errors import BadInput
 
 from .configs import stdlib_config, text_config
@@ -64,7 +64,7 @@ def test_the_standard_library_is_split_ninety_to_ten(stdlib: Part) -> None:
 
 def test_the_standard_library_is_split_by_file(stdlib: Part) -> None:
     """No file is on both sides, none is lost, and no file is cut; its tests are not in it."""
-    files = find_files(stdlib_config(validation_fraction=0.1))
+    files = library_files()
     assert "argparse.py" in files
     assert not [name for name in files if {"test", "tests", "site-packages"} & set(name.split("/"))]
     train, validation = stdlib.train[:].tobytes(), stdlib.validation[:].tobytes()

@@ -13,6 +13,7 @@ import pytest
 from xattn.data import documents
 from xattn.data.corpus import load_corpus
 from xattn.data.documents import Files
+from xattn.data.finding import Found
 from xattn.errors import BadInput
 
 from .configs import text_config
@@ -30,7 +31,7 @@ JSONL = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumer
 
 def read(file: Path) -> list[str]:
     """The documents, by way of all pieces."""
-    source, found = Files([file], key="data.path"), list[bytes]()
+    source, found = Files(Found([str(file)]), key="data.path"), list[bytes]()
     for piece in source.pieces():
         for block in source.read(piece):
             found = [*found, block.text] if block.begins else [*found[:-1], found[-1] + block.text]
@@ -68,7 +69,7 @@ def test_rows_are_documents_however_they_are_cut(name: str, piece_bytes: int, tm
 def test_a_text_is_one_document_cut_between_characters(text: str, piece_bytes: int, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text)
     assert read(tmp_path / "a.txt") == [text]
-    source = Files([tmp_path / "a.txt"], key="data.path")
+    source = Files(Found([str(tmp_path / "a.txt")]), key="data.path")
     blocks = [block.text for piece in source.pieces() for block in source.read(piece)]
     assert all(block.decode() for block in blocks)  # none ends within a character
     if piece_bytes < 2**25:

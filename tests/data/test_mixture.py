@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.data.batches import Batching, MixtureBatches, TrainingBatches, shares
+from xattn.data.batches import Batching, TrainingBatches, shares
 from xattn.data.run_data import load_data
 from xattn.errors import BadInput
 
@@ -21,9 +21,10 @@ BATCHING = Batching(context_length=8, batch_size=4, sequences=12, seed=0)
 SOURCES = [np.arange(71), 1000 + np.arange(701), 2000 + np.arange(36)]
 
 
-def mixture(weights: list[float], batch_size: int = 8, seed: int = 0) -> MixtureBatches:
-    sources = [TrainingBatches(ids, context_length=7, batch_size=batch_size, seed=seed) for ids in SOURCES]
-    return MixtureBatches(sources, weights, batch_size=batch_size, seed=seed)
+def mixture(weights: list[float], batch_size: int = 8, seed: int = 0) -> TrainingBatches:
+    sources = list(zip(SOURCES, weights, strict=True))
+    batching = Batching(context_length=7, batch_size=batch_size, sequences="all", seed=seed)
+    return TrainingBatches(sources, batching)
 
 
 def test_shares_are_whole_and_nearest() -> None:

@@ -7,10 +7,10 @@ import threading
 import numpy as np
 import pytest
 
-from xattn.data.batches import ALL_ROWS, Batch, TrainingBatches
-from xattn.data.prefetch import Prefetch
+from xattn.data.batches import ALL_ROWS, Batch, Batching, Prefetch, TrainingBatches
 
-BATCHES = TrainingBatches(np.arange(251), context_length=7, batch_size=3, seed=0)
+BATCHING = Batching(context_length=7, batch_size=3, sequences="all", seed=0)
+BATCHES = TrainingBatches([(np.arange(251), 1.0)], BATCHING)
 
 
 @pytest.mark.parametrize("steps", [range(12), [5, 6, 7, 2, 3, 3, 4, 9, 8, 0, 100, 101]], ids=["in order", "any order"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.data.batches import Batch, held_out_batches
+from xattn.data.batches import Batch, Batching, HeldOutBatches
 from xattn.evaluation import attention as subject
 from xattn.evaluation.attention import attention_statistics, statistics_batch, statistics_row
 from xattn.evaluation.attention_maps import draw
@@ -129,7 +130,8 @@ def test_of_a_long_sequence_some_rows_are_looked_at(monkeypatch: pytest.MonkeyPa
 
 def test_rows_are_named_by_layer_and_head_and_sequences_that_only_pad_are_passed_over() -> None:
     model, params = model_of("none")
-    held_out = held_out_batches(TOKENS.ravel()[:10], context_length=LENGTH, batch_size=3, sequences="all")
+    batching = Batching(context_length=LENGTH, batch_size=3, sequences="all", seed=0)
+    held_out = HeldOutBatches([(TOKENS.ravel()[:10], 1.0)], batching)
     chosen = statistics_batch(held_out)
     assert chosen.tokens.shape == (2, LENGTH + 1)
     found = attention_statistics(model)(params, HYPER, chosen)
@@ -142,9 +144,9 @@ def test_rows_are_named_by_layer_and_head_and_sequences_that_only_pad_are_passed
 @pytest.mark.parametrize("packed_at", [None, 5])
 def test_the_same_sequences_are_looked_at_whatever_a_batch_holds(batch_size: int, packed_at: int | None) -> None:
     ids = np.random.default_rng(2).integers(0, 11, 6 * LENGTH + 1)
-    starts = {"context_length": LENGTH, "sequences": "all", "packed_at": packed_at}
-    (whole,) = held_out_batches(ids, batch_size=6, **starts)
-    chosen = statistics_batch(held_out_batches(ids, batch_size=batch_size, **starts))
+    batching = Batching(context_length=LENGTH, batch_size=6, sequences="all", seed=0)
+    (whole,) = HeldOutBatches([(ids, 1.0)], batching, packed_at)
+    chosen = statistics_batch(HeldOutBatches([(ids, 1.0)], replace(batching, batch_size=batch_size), packed_at))
     assert (chosen.segment_ids is None) == (packed_at is None)
     jax.tree.map(np.testing.assert_array_equal, chosen, whole.rows(slice(4)))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.data.batches import held_out_batches
+from xattn.data.batches import Batching, HeldOutBatches
 from xattn.evaluation.loss import held_out_loss, score_batch
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 
@@ -25,7 +25,7 @@ def test_every_token_but_the_first_counts_once() -> None:
     random = np.random.default_rng(1)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 7), jnp.int32), HYPER)["params"]
     params = jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape), jnp.float32), shapes)
-    held_out = held_out_batches(TEXT, context_length=7, batch_size=3, sequences="all")
+    held_out = HeldOutBatches([(TEXT, 1.0)], Batching(context_length=7, batch_size=3, sequences="all", seed=0))
     assert sum(each.weights.sum() for each in held_out) == 51
 
     forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens, HYPER))

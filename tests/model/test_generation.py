@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
+from xattn.model import generation
 from xattn.model.generation import CHUNK, Sampling, TrainedModel, draw, generate, stream
 from xattn.model.transformer import LanguageModel, LayerHyperparameters, init_params
 
@@ -54,12 +55,15 @@ def model_and_params(*overrides: str) -> tuple[LanguageModel, Any]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) else "",
 )
-def test_temperature_zero_is_the_likeliest_token_of_the_forward_pass(overrides: list[str], prompt: list[int]) -> None:
+def test_temperature_zero_is_the_likeliest_token_of_the_forward_pass(
+    overrides: list[str], prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At every step, far past context_length: the cache is doubled again and again, and nothing is forgotten but what a
     window leaves out."""
     model, params = model_and_params(*overrides)
     trained = TrainedModel(model, params, HYPER)
-    pieces = stream(trained, np.asarray(prompt), num_tokens=24, sampling=GREEDY, key=KEY, room=1)
+    monkeypatch.setattr(generation, "ROOM", 1)
+    pieces = stream(trained, np.asarray(prompt), num_tokens=24, sampling=GREEDY, key=KEY)
     tokens = np.concatenate(list(pieces))
     assert tokens.shape == (24,)
     assert tokens.dtype == np.int32

@@ -22,8 +22,7 @@ SMALL = [
 
 @pytest.mark.parametrize(("implementation", "kernels"), [("hopper", 3), ("auto", 0)])
 def test_a_training_step_holds_the_kernels(implementation: str, kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
-    monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cuda", "9.0", ""))
     config = compose(["backend=sigmoid", f"backend.implementation={implementation}", *SMALL])
     model = LanguageModel(config.model, config.backend, 256)
     tokens = jnp.zeros((2, 129), jnp.int32)

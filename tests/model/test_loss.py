@@ -11,8 +11,8 @@ import pytest
 
 from xattn.backend import xla_cpu
 from xattn.model import loss
+from xattn.model.functions import project, projection
 from xattn.model.loss import next_token_losses, projected_losses
-from xattn.model.projection import project, projection
 
 
 def bfloat16_on_xla_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:

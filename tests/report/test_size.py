@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from xattn.config import compose
-from xattn.data.vocabulary import vocab_size
+from xattn.data.corpus_tokenizer import vocab_size
 from xattn.model.size import matmul_flops_per_token, num_params
 from xattn.report.answer import Answer, Question
 from xattn.report.command import texts

@@ -41,7 +41,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
         for name, file in files.items():
             file.parent.mkdir(exist_ok=True)
             file.write_text(f"# {name}\n" + "".join(f"x{i} = {i * lines % 17}\n" for i in range(lines)))
-        monkeypatch.setattr(corpus, "find_files", lambda config: files)
+        monkeypatch.setattr(corpus, "library_files", lambda: files)
         monkeypatch.setattr(provenance, "versions", lambda: real | {"python": python} | packages)
 
     return be

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from xattn.config import CONF, Config, compose
-from xattn.data.batches import TrainingBatches, held_out_batches
+from xattn.data.batches import Batching, HeldOutBatches, TrainingBatches
 from xattn.model.loss import MOST_LOGITS
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.training.checkpoint import Checkpoints
@@ -33,8 +33,9 @@ TINY = [
     f"trainer.steps={STEPS}",
 ]
 TEXT = np.frombuffer(b"to be or not to be, that is the question: " * 40, np.uint8)
-BATCHES = TrainingBatches(TEXT, context_length=16, batch_size=8, seed=0)
-HELD_OUT = held_out_batches(TEXT[:200], context_length=16, batch_size=8, sequences="all")
+BATCHING = Batching(context_length=16, batch_size=8, sequences="all", seed=0)
+BATCHES = TrainingBatches([(TEXT, 1.0)], BATCHING)
+HELD_OUT = HeldOutBatches([(TEXT[:200], 1.0)], BATCHING)
 MIXED = ("parallel.data=2", "parallel.fsdp=2", "parallel.tensor=2")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from xattn.config import compose
-from xattn.data.batches import TrainingBatches, held_out_batches
+from xattn.data.batches import Batching, HeldOutBatches, TrainingBatches
 from xattn.data.run_data import RunData
 from xattn.data.tokenizer import ByteTokenizer
 from xattn.errors import StorageError
@@ -39,8 +39,9 @@ CONFIG = compose(
     ]
 )
 TEXT = np.frombuffer(b"to be or not to be, that is the question: " * 40, np.uint8)
-BATCHES = TrainingBatches(TEXT, context_length=8, batch_size=4, seed=0)
-HELD_OUT = held_out_batches(TEXT[:300], context_length=8, batch_size=4, sequences="all")
+BATCHING = Batching(context_length=8, batch_size=4, sequences="all", seed=0)
+BATCHES = TrainingBatches([(TEXT, 1.0)], BATCHING)
+HELD_OUT = HeldOutBatches([(TEXT[:300], 1.0)], BATCHING)
 
 
 class Rows(list[Mapping[str, Any]]):

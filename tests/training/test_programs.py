@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from xattn.config import Config, compose, pack_key, program_key
-from xattn.data.batches import Batch, held_out_batches
+from xattn.data.batches import Batch, Batching, HeldOutBatches
 from xattn.model.loss import next_token_losses
 from xattn.training.optimizer import learning_rate_factor
 from xattn.training.programs import Programs, TrainState, hyperparameters, programs
@@ -96,7 +96,7 @@ NUMBERS = [
 
 def test_numbers_do_not_compile_again(tiny: Programs, compilations: list[str]) -> None:
     """One program reads learning rate, decay, clip, theta, bias and seed, and each of them has an effect."""
-    batch = held_out_batches(TEXT, context_length=8, batch_size=4, sequences=4)[0]
+    batch = HeldOutBatches([(TEXT, 1.0)], Batching(context_length=8, batch_size=4, sequences=4, seed=0))[0]
 
     def after_two_updates(*overrides: str) -> tuple[list[float], float]:
         compiled, compiled_now = programs(config_of(*overrides), 256)

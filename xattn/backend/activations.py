@@ -87,11 +87,6 @@ def names() -> tuple[str, ...]:
     return tuple(_TABLE)
 
 
-def rows() -> tuple[Activation, ...]:
-    """Return all activations, in the order of :func:`names`."""
-    return tuple(_TABLE.values())
-
-
 def activation(name: str) -> Activation:
     """Return the activation of that name. Raise ValueError, listing the choices, if there is none."""
     if name not in _TABLE:

@@ -140,15 +140,12 @@ def _checked_log(name: str, array: Array | None, shape: tuple[int, int, int]) ->
         )
     if not isinstance(array, Tracer):
         with jax.ensure_compile_time_eval():  # concrete arrays occur under jit too
-            _check_values(name, array)
+            if name == "log_decay" and not jnp.all(array <= 0):
+                most = jnp.max(array)
+                raise ValueError(f"log_decay must be at most 0 and not NaN, since a decay cannot amplify; got {most}")
+            if name == "log_input_gate" and not jnp.all(jnp.isfinite(array)):
+                raise ValueError("log_input_gate must be finite; use a large negative number for a closed gate")
     return array.reshape(shape).astype(jnp.float32)
-
-
-def _check_values(name: str, array: Array) -> None:
-    if name == "log_decay" and not jnp.all(array <= 0):
-        raise ValueError(f"log_decay must be at most 0 and not NaN, since a decay cannot amplify; got {jnp.max(array)}")
-    if name == "log_input_gate" and not jnp.all(jnp.isfinite(array)):
-        raise ValueError("log_input_gate must be finite; use a large negative number for a closed gate")
 
 
 def _checked_sink(sink: Sink, num_heads: int, activation: Activation) -> Float32[Array, " NH"] | None:

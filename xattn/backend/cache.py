@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from xattn.backend.formula import F32
 from xattn.backend.spec import AttentionSpec
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("k", "v", "length", "terms", "segments"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
     """The keys and values of the last C tokens. The token at position p is in slot p mod C."""
@@ -30,7 +29,7 @@ class KVCache:
     """Segment id of each token; None without documents."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("state", "length", "segment"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StateCache:
     """The sum over all tokens. With several documents, it covers only the last."""

@@ -27,53 +27,39 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Target:
-    """A device that programs are compiled for although this machine does not have it."""
+    """A device that programs are compiled for, perhaps one that this machine does not have."""
 
     platform: str
+    """As in :class:`Call`."""
     compute_capability: str
+    """Such as 9.0; empty for other devices than CUDA's."""
     device_kind: str
+    """Such as NVIDIA H100 80GB HBM3."""
 
 
 _target: ContextVar[Target | None] = ContextVar("target", default=None)
 
 
 @contextmanager
-def compiling_for(target: Target) -> Iterator[None]:
+def compiling_for(device: Target) -> Iterator[None]:
     """Compile whatever is traced inside this context for that device instead of a local one."""
-    token = _target.set(target)
+    token = _target.set(device)
     try:
         yield
     finally:
         _target.reset(token)
 
 
-def platform() -> str:
-    """Return the platform of the default device, as :class:`Call` names it. This starts jax's backend."""
-    if (target := _target.get()) is not None:
-        return target.platform
+def target() -> Target:
+    """Return the device of :func:`compiling_for`, or else the first local one. This starts jax's backend."""
+    if (given := _target.get()) is not None:
+        return given
     import jax
 
-    if (name := jax.default_backend()) != "gpu":
-        return name
-    return "rocm" if "rocm" in jax.local_devices()[0].client.platform_version else "cuda"
-
-
-def compute_capability() -> str:
-    """Return the compute capability of the target, or else of the first local device, such as 9.0."""
-    if (target := _target.get()) is not None:
-        return target.compute_capability
-    import jax
-
-    return str(jax.local_devices()[0].compute_capability)
-
-
-def device_kind() -> str:
-    """Return the kind of the target, or else of the first local device, such as NVIDIA H100 80GB HBM3."""
-    if (target := _target.get()) is not None:
-        return target.device_kind
-    import jax
-
-    return str(jax.local_devices()[0].device_kind)
+    device, platform = jax.local_devices()[0], jax.default_backend()
+    if platform == "gpu":
+        platform = "rocm" if "rocm" in device.client.platform_version else "cuda"
+    return Target(platform, str(getattr(device, "compute_capability", "")), device.device_kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +80,7 @@ class Call:
     has_decay: bool = False
     has_input_gate: bool = False
     has_sink: bool = False
-    platform: str = field(default_factory=lambda: platform())
+    platform: str = field(default_factory=lambda: target().platform)
     """Where the call will run: cpu, cuda, rocm, tpu, …"""
     compute_capability: str | None = None
     """Compute capability of that CUDA device, such as 9.0; None asks the first local device, if it matters."""
@@ -125,7 +111,7 @@ class Call:
 
     @property
     def capability(self) -> str:
-        return self.compute_capability or compute_capability()
+        return self.compute_capability or target().compute_capability
 
 
 Reason = Callable[[Call], str | None]
@@ -235,7 +221,7 @@ def _proof_of_hopper(call: Call) -> Proof | str:
         return f"a mesh of {call.devices} devices: it was measured on one only"
     behind = TABLE[TABLE.index(row("hopper")) + 1 :]
     return proven.proof(
-        proven.identity(device_kind()),
+        proven.identity(target().device_kind),
         activation=call.activation.name,
         dtype=call.dtype,
         width=call.head_dim_qk,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +17,15 @@ Queries = Float[Array, "B NH S DHQK"]
 Keys = Float[Array, "B NKV S DHQK"]
 Values = Float[Array, "B NKV S DHV"]
 Output = Float[Array, "B NH S DHV"]
+_STATIC = {"static": True}
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("theta", "logit_scale", "bias", "sink", "mask", "segment_ids", "log_decay", "log_input_gate"),
-    meta_fields=("activation", "qk_pre_activation", "rotary_fraction", "window", "n", "segments_are_runs"),
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """The meaning of a call, checked and in canonical form (see :func:`xattn.backend.api.attention`).
 
-    It is a pytree. Fields that are arrays may be traced; the others are static.
+    It is a pytree. Fields that are arrays may be traced.
     """
 
     theta: Float32[Array, ""]
@@ -47,15 +43,15 @@ class AttentionSpec:
     """ℓ, from −100 to 0. Token t sees s through D_ts = Σ_{r=s+1..t} ℓ_r. A decay also makes the mask causal."""
     log_input_gate: Float32[Array, "B NKV S"] | None
     """log i: how much of a token is written."""
-    activation: Activation
-    qk_pre_activation: QKPreActivation
-    rotary_fraction: float
+    activation: Activation = field(metadata=_STATIC)
+    qk_pre_activation: QKPreActivation = field(metadata=_STATIC)
+    rotary_fraction: float = field(metadata=_STATIC)
     """Share of the channels that RoPE rotates."""
-    window: int | None
+    window: int | None = field(metadata=_STATIC)
     """Token t attends to t − window < s ≤ t; None means no limit."""
-    n: int
+    n: int = field(metadata=_STATIC)
     """The sequence length of training, which a pointwise activation may depend on."""
-    segments_are_runs: bool = False
+    segments_are_runs: bool = field(default=False, metadata=_STATIC)
     """Whether each segment is known to be one run of tokens, so that no id comes back after another."""
 
     @property

@@ -75,7 +75,7 @@ def rounded(x: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(x: Array, kernel: Array, precision: str) -> Array:
-    """Compute :func:`xattn.model.projection.projection`, with gradients that XLA:CPU computes fast. They merge batch
+    """Compute :func:`xattn.model.functions.projection`, with gradients that XLA:CPU computes fast. They merge batch
     and sequence into one axis, which can't stay split by sequence: each device would gather it."""
     return _project_forward(x, kernel, precision)[0]
 

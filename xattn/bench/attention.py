@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "skipped": [asdict(skip) for skip in skipped],
     }
     device = jax.local_devices()[0].device_kind
-    write_record(options, "attention", found, platform=dispatch.platform(), device=device)
+    write_record(options, "attention", found, platform=dispatch.target().platform, device=device)
     if results:
         _draw(results, options.output / "attention.png")
     return 0

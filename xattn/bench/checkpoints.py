@@ -26,8 +26,7 @@ import jax
 
 from xattn.bench.record import write_record
 from xattn.config import Config, compose
-from xattn.data.batches import Batch
-from xattn.data.prefetch import Prefetch
+from xattn.data.batches import Batch, Prefetch
 from xattn.data.run_data import load_data
 from xattn.system.arguments import Parser
 from xattn.training.checkpoint import Checkpoints

@@ -122,7 +122,7 @@ def _train(config: Config, data: Any) -> tuple[float, float]:
     """Return the median seconds of the wait for a batch, and of a step including it."""
     import jax
 
-    from xattn.data.prefetch import Prefetch
+    from xattn.data.batches import Prefetch
     from xattn.training.programs import hyperparameters, programs
 
     compiled, _ = programs(config, data.tokenizer.vocab_size, optional=data.optional)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return 0, or 1 if anything failed or missed its accuracy. A missed speed target is a result, not an error."""
     parser = options_parser()
     options = parser.parse_args(argv)
-    on_hopper = dispatch.platform() == "cuda" and dispatch.compute_capability() == "9.0"
+    on_hopper = dispatch.target().compute_capability == "9.0"
     if not on_hopper and options.stages != ["compile"]:
         parser.error("needs a CUDA device of compute capability 9.0 (H100, H200); --stages compile needs none")
     bench = Bench(options)

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from xattn.backend.dispatch import platform
+from xattn.backend.dispatch import target
 from xattn.config import Config, compose, sized
-from xattn.data.vocabulary import vocab_size as vocab_size_of
+from xattn.data.corpus_tokenizer import vocab_size as vocab_size_of
 from xattn.model.config import BackendConfig, ModelConfig
 from xattn.model.loss import MOST_LOGITS
 from xattn.model.pattern import layers_of
@@ -250,7 +250,8 @@ def _here() -> Hardware:
     if known is not None:
         return known
     # A CPU: the bandwidths of its memory and between its devices are guesses that matter little.
-    return Hardware(measured_peak("bfloat16"), measured_peak("float32"), available_bytes(), 20e9, 10e9, 64, platform())
+    platform = target().platform
+    return Hardware(measured_peak("bfloat16"), measured_peak("float32"), available_bytes(), 20e9, 10e9, 64, platform)
 
 
 def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: int) -> None:

@@ -36,7 +36,7 @@ def from_hydra(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     config = _read(composed, overrides)
     if config.model.parameters is None:
         return config
-    from xattn.data.vocabulary import vocab_size
+    from xattn.data.corpus_tokenizer import vocab_size
 
     return sized(config, vocab_size(config.data))
 

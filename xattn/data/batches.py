@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol, overload
+from typing import Literal, NamedTuple, Protocol, Self, overload
 
 import numpy as np
 
@@ -75,60 +76,28 @@ class Batches(Protocol):
 
 
 class TrainingBatches:
-    """``batch(step)`` for one text: a function of (seed, step, tokens) alone, with no memory between steps.
+    """``batch(step)`` of text: a function of (seed, step, tokens) alone, with no memory between steps.
 
-    Training runs through the text in epochs. Each epoch draws an offset and cuts the text from there into sequences of
-    context_length tokens. It uses every sequence once, in an order drawn for that epoch.
+    Each source runs through its tokens in epochs. Several sources share the positions of all sequences in periods of
+    1000. In each period every source has its rounded share of the sequences, in an order drawn for that period. A
+    source whose share rounds to zero gets one sequence, and the period is one longer.
 
-    packed_at: the id that begins a document, if documents don't attend to each other.
-    """
-
-    def __init__(self, tokens: Ids, *, context_length: int, batch_size: int, seed: int, packed_at: int | None = None):
-        self._tokens = tokens
-        self._context_length = context_length
-        self._batch_size = batch_size
-        self._seed = seed
-        self._packed_at = packed_at
-        # One fewer than fits, so that the number is the same for every offset below context_length; at least 1.
-        self._per_epoch = max(1, (len(tokens) - 1) // context_length - 1)
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
-
-    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch:
-        position = step * self._batch_size + np.arange(self._batch_size, dtype=np.int64)[rows]
-        tokens = np.stack([self.sequence(int(p)) for p in position]).astype(np.int32)
-        return Batch(tokens, np.ones(tokens[:, 1:].shape, np.float32), segments_of(tokens, self._packed_at))
-
-    def sequence(self, position: int) -> np.ndarray:
-        """Return the sequence at this position in the order of all epochs: (context_length + 1,)."""
-        start = self._epoch(position // self._per_epoch)[position % self._per_epoch]
-        return self._tokens[start : start + self._context_length + 1]
-
-    def _draw_epoch(self, epoch: int) -> np.ndarray:
-        generator = np.random.default_rng([self._seed, epoch])
-        slack = len(self._tokens) - 1 - self._per_epoch * self._context_length
-        offset = generator.integers(min(slack, self._context_length - 1) + 1)
-        return offset + self._context_length * generator.permutation(self._per_epoch)
-
-
-class MixtureBatches:
-    """Sequences of several sources, each with its own epochs. Also a function of (seed, step, tokens) alone.
-
-    Positions are divided into periods of 1000. In each period every source has its rounded share of the sequences, in
-    an order drawn for that period. A source whose share rounds to zero gets one sequence, and the period is one longer.
+    sources: (tokens, weight) of each. packed_at: the id that begins a document, if documents don't attend to each
+    other.
     """
 
     PERIOD = 1000
 
-    def __init__(self, sources: Sequence[TrainingBatches], weights: Sequence[float], *, batch_size: int, seed: int):
-        self._sources, self._batch_size, self._seed = sources, batch_size, seed
-        self._counts = np.maximum(shares(weights, self.PERIOD), 1)
+    def __init__(self, sources: Sequence[tuple[Ids, float]], batching: Batching, packed_at: int | None = None):
+        self._batch_size, self._seed, self._packed_at = batching.batch_size, batching.seed, packed_at
+        self._sources = [_Epochs(tokens, batching.context_length, batching.seed) for tokens, _ in sources]
+        self._counts = np.maximum(shares([weight for _, weight in sources], self.PERIOD), 1)
         self._turns = lru_cache(maxsize=2)(self._draw_turns)
 
     def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch:
         positions = step * self._batch_size + np.arange(self._batch_size, dtype=np.int64)[rows]
         tokens = np.stack([self._sequence(int(p)) for p in positions]).astype(np.int32)
-        segment_ids = segments_of(tokens, self._sources[0]._packed_at)
-        return Batch(tokens, np.ones(tokens[:, 1:].shape, np.float32), segment_ids)
+        return Batch(tokens, np.ones(tokens[:, 1:].shape, np.float32), segments_of(tokens, self._packed_at))
 
     def _sequence(self, position: int) -> np.ndarray:
         period, place = divmod(position, int(self._counts.sum()))
@@ -145,6 +114,31 @@ class MixtureBatches:
         return source, turn
 
 
+class _Epochs:
+    """The sequences of one text, epoch after epoch.
+
+    Each epoch draws an offset and cuts the text from there into sequences of context_length tokens. It uses every
+    sequence once, in an order drawn for that epoch.
+    """
+
+    def __init__(self, tokens: Ids, context_length: int, seed: int):
+        self._tokens, self._context_length, self._seed = tokens, context_length, seed
+        # One fewer than fits, so that the number is the same for every offset below context_length; at least 1.
+        self._per_epoch = max(1, (len(tokens) - 1) // context_length - 1)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def sequence(self, position: int) -> np.ndarray:
+        """Return the sequence at this position in the order of all epochs: (context_length + 1,)."""
+        start = self._epoch(position // self._per_epoch)[position % self._per_epoch]
+        return self._tokens[start : start + self._context_length + 1]
+
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self._seed, epoch])
+        slack = len(self._tokens) - 1 - self._per_epoch * self._context_length
+        offset = generator.integers(min(slack, self._context_length - 1) + 1)
+        return offset + self._context_length * generator.permutation(self._per_epoch)
+
+
 def shares(weights: Sequence[float], total: int) -> np.ndarray:
     """Return the whole numbers nearest to the weights that sum to ``total``; the largest remainders are rounded up."""
     exact = total * np.asarray(weights, np.float64) / np.sum(weights)
@@ -159,20 +153,53 @@ def segments_of(tokens: np.ndarray, packed_at: int | None) -> np.ndarray | None:
     return None if packed_at is None else np.cumsum(tokens[:, :-1] == packed_at, axis=1, dtype=np.int32)
 
 
-class HeldOutBatches(Sequence[Batch]):
-    """Batches of held-out sequences, created on request from ids and their starts, source after source."""
+class Prefetch:
+    """``batch(step)`` of the given batches, from a thread that is two steps ahead of the last call.
 
-    def __init__(
-        self,
-        sources: Sequence[tuple[Ids, np.ndarray]],
-        *,
-        context_length: int,
-        batch_size: int,
-        packed_at: int | None = None,
-    ):
-        self._sources, self._context_length, self._batch_size = sources, context_length, batch_size
+    The batches made ahead are only a guess. A step out of order is made on request, so the function stays pure. An
+    exception in the batches is raised by the call for that step.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, batch: Batches):
+        self._batch = batch
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._ready: dict[tuple[int, int | None, int | None], Future[Batch]] = {}
+
+    def __call__(self, step: int, rows: slice = ALL_ROWS) -> Batch:
+        keys = [(number, rows.start, rows.stop) for number in range(step, step + self.AHEAD + 1)]
+        before, self._ready = self._ready, {}
+        for key in keys:
+            self._ready[key] = before.pop(key) if key in before else self._pool.submit(self._batch, key[0], rows)
+        for unwanted in before.values():
+            unwanted.cancel()
+        return self._ready[keys[0]].result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class HeldOutBatches(Sequence[Batch]):
+    """The sequences that every evaluation of every run scores, in equal batches, source after source.
+
+    A number of sequences is divided by weight, with at least one for each source. The arguments are those of
+    :class:`TrainingBatches`.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Ids, float]], batching: Batching, packed_at: int | None = None):
+        self._context_length, self._batch_size = batching.context_length, batching.batch_size
+        number, weights = batching.sequences, [weight for _, weight in sources]
+        counts = ["all" for _ in sources] if number == "all" else np.maximum(shares(weights, number), 1).tolist()
+        self._sources = [
+            (tokens, sequence_starts(tokens, self._context_length, count))
+            for (tokens, _), count in zip(sources, counts, strict=True)
+        ]
         self._packed_at = packed_at
-        self._ends = np.cumsum([len(starts) for _, starts in sources])
+        self._ends = np.cumsum([len(starts) for _, starts in self._sources])
 
     def __len__(self) -> int:
         return -(-int(self._ends[-1]) // self._batch_size)
@@ -203,14 +230,6 @@ class HeldOutBatches(Sequence[Batch]):
             tokens[row, : len(sequence)] = sequence
             weights[row, : len(sequence) - 1] = 1
         return Batch(tokens, weights, segments_of(tokens, self._packed_at))
-
-
-def held_out_batches(
-    tokens: Ids, *, context_length: int, batch_size: int, sequences: int | Literal["all"], packed_at: int | None = None
-) -> HeldOutBatches:
-    """Return the sequences that every evaluation of every run scores (:func:`sequence_starts`), in equal batches."""
-    sources = [(tokens, sequence_starts(tokens, context_length, sequences))]
-    return HeldOutBatches(sources, context_length=context_length, batch_size=batch_size, packed_at=packed_at)
 
 
 def sequence_starts(tokens: Ids, context_length: int, sequences: int | Literal["all"]) -> np.ndarray:

@@ -7,6 +7,8 @@ import binascii
 import itertools
 from collections.abc import Iterator
 
+from xattn.data.tokenizer import byte_characters
+
 END_OF_TEXT = "<|endoftext|>"
 _NO_TIKTOKEN = "not a .tiktoken file"
 
@@ -74,8 +76,6 @@ def from_tiktoken(content: bytes, pattern: str) -> str:
     of text is the id after the last. Raises ValueError, with the line, if the content is not such a file.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    from xattn.data.tokenizer import byte_characters
 
     ranks, lines = _ranks(content)
     last = max(ranks.values())

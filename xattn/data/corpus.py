@@ -25,9 +25,9 @@ from xattn.data.config import (
     Tokenised,
 )
 from xattn.data.corpus_tokenizer import FORMAT, bpe, json_tokenizer, tokenizer_on_disk
-from xattn.data.documents import PIECE_BYTES, Block, Chunk, Files, Source
-from xattn.data.finding import find
-from xattn.data.hf import HFDataset
+from xattn.data.documents import PIECE_BYTES, Block, Chunk, Files
+from xattn.data.finding import Found, find
+from xattn.data.hf import HFDataset, Source
 from xattn.data.memmap import open_memmaps
 from xattn.data.task import Task
 from xattn.data.tokenizer import ByteTokenizer, Encoded, TextTokenizer, Tokenizer
@@ -109,10 +109,8 @@ def load_corpus(
     return corpus
 
 
-def find_files(config: PythonStdlibConfig | TextConfig) -> dict[str, Path]:
-    """Return the corpus's files by name, sorted, without reading them. Raises :class:`BadInput` if there are none."""
-    if isinstance(config, TextConfig):
-        return {file: Path(file) for file in find(config.path, f"data.path = {config.path!r}").files}
+def library_files() -> dict[str, Path]:
+    """Return the files of ``data=python_stdlib`` by name, sorted. Raises :class:`BadInput` if there are none."""
     root = Path(sysconfig.get_path("stdlib"))
     files: dict[str, Path] = {}
     for folder, below, names in os.walk(root):
@@ -144,8 +142,8 @@ def _tokenised(
     fraction = config.validation_fraction
     sources: list[tuple[Source, float]]
     if isinstance(config, PythonStdlibConfig):
-        train, held_out = _split_by_file(find_files(config), fraction)
-        sources = [(Files(files, key="data=python_stdlib"), 1.0) for files in (train, held_out)]
+        train, held_out = _split_by_file(library_files(), fraction)
+        sources = [(Files(Found(files), key="data=python_stdlib"), 1.0) for files in (train, held_out)]
         to_learn = sources[:1]
     else:
         sources = [(HFDataset(config), 1.0)] if isinstance(config, HFConfig) else [*_file_sources(config)]
@@ -182,12 +180,12 @@ def _file_sources(config: DataConfig | Tokenised) -> list[tuple[Files, float]]:
     names = _names(config)
     match config:
         case PythonStdlibConfig():
-            return [(Files([*find_files(config).values()], key=names[0]), 1.0)]
+            return [(Files(Found([*map(str, library_files().values())]), key=names[0]), 1.0)]
         case TextConfig():
-            return [(Files.of(find(config.path, names[0]), key="data.path", field=config.field), 1.0)]
+            return [(Files(find(config.path, names[0]), key="data.path", field=config.field), 1.0)]
     assert isinstance(config, MixtureConfig)
     return [
-        (Files.of(find(each.path, name), key=name, field=each.field), each.weight)
+        (Files(find(each.path, name), key=name, field=each.field), each.weight)
         for each, name in zip(config.sources, names, strict=True)
     ]
 
@@ -287,13 +285,10 @@ def _encode_batch(batch: Sequence[Block], tokenizer: TextTokenizer, left: int) -
     return whole, left
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------------------
-
-
 # ---- files and splits ------------------------------------------------------------------------------------------------
 
 
-def _split_by_file(files: dict[str, Path], validation_fraction: float) -> tuple[list[Path], list[Path]]:
+def _split_by_file(files: dict[str, Path], validation_fraction: float) -> tuple[list[str], list[str]]:
     """Hold out files, ordered by the hashes of their names, until they reach that fraction of the bytes."""
     sizes = {name: file.stat().st_size for name, file in files.items()}
     held_out, wanted = set[str](), validation_fraction * sum(sizes.values())
@@ -302,8 +297,8 @@ def _split_by_file(files: dict[str, Path], validation_fraction: float) -> tuple[
             break
         held_out.add(name)
         wanted -= sizes[name]
-    train = [file for name, file in files.items() if name not in held_out]
-    return train, [file for name, file in files.items() if name in held_out]
+    train = [str(file) for name, file in files.items() if name not in held_out]
+    return train, [str(file) for name, file in files.items() if name in held_out]
 
 
 def _split_at_end(ids: Ids, validation_fraction: float, weight: float = 1.0) -> Part:

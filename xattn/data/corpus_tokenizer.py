@@ -8,16 +8,13 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from xattn.data.bpe import from_tiktoken, train_bpe
 from xattn.data.cache import stored_text
-from xattn.data.config import (
-    MemmapConfig,
-    PythonStdlibConfig,
-    Tokenised,
-)
-from xattn.data.documents import Source
+from xattn.data.config import DataConfig, MemmapConfig, PythonStdlibConfig, Tokenised
+from xattn.data.hf import Source
 from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, TextTokenizer, Tokenizer
 from xattn.errors import BadInput
 
@@ -47,6 +44,26 @@ def tokenizer_on_disk(config: Tokenised) -> TextTokenizer:
         ) from error
     except ValueError as error:
         raise BadInput(f"{given}: {error}") from error
+
+
+def vocab_size(config: DataConfig) -> int:
+    """Return the vocabulary size of a model trained on this data, without reading the data.
+
+    It is exact if the config has it (bytes, memmap, tasks), and for a tokenizer's file, which is read. For ``bpe`` it
+    is the requested ``data.vocab_size``: the real one is smaller if the text has too few pairs to merge. Raises
+    :class:`BadInput` if the tokenizer's file cannot be used.
+    """
+    if not isinstance(config, Tokenised) or config.tokenizer == "bpe":
+        return config.vocab_size
+    file = Path(os.path.expanduser(config.tokenizer))
+    stat = file.stat() if file.is_file() else None
+    return _vocab_size_on_disk(config, *((stat.st_size, stat.st_mtime_ns) if stat else ()))
+
+
+@lru_cache(maxsize=32)
+def _vocab_size_on_disk(config: Tokenised, *changed: int) -> int:
+    """Return the size, cached while the tokenizer's file keeps its size and time: a sweep asks once for each run."""
+    return tokenizer_on_disk(config).vocab_size
 
 
 def bpe(config: Tokenised, sources: Sequence[tuple[Source, float]], digests: Sequence[str]) -> TextTokenizer:

@@ -8,8 +8,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import IO, Any, NamedTuple, cast
 
 from xattn.data.finding import Found, sha256_of_files, some
 from xattn.data.formats import UNREADABLE, Format, look, look_before, open_unpacked, unreadable
@@ -41,20 +40,6 @@ class Block(NamedTuple):
     """What the file holds, normally UTF-8."""
 
 
-class Source(Protocol):
-    """What a corpus is read from."""
-
-    def pieces(self) -> list[Chunk]: ...
-
-    def read(self, piece: Chunk) -> Iterator[Block]:
-        """Yield the piece's documents. Raises :class:`BadInput` naming the file and line if they cannot be read."""
-        ...
-
-    def sha256(self) -> str:
-        """Hash the content; names and time stamps don't count."""
-        ...
-
-
 class Files:
     """Text, JSON lines and Parquet files, one after the other. Text and JSON lines may be compressed.
 
@@ -62,15 +47,9 @@ class Files:
     refused; in a folder it is skipped, and :attr:`left_out` mentions it.
     """
 
-    def __init__(self, files: Sequence[str | Path], *, key: str, field: str = "text", is_folder: bool = False):
-        self._files, self._key, self._field, self._is_folder = [*map(str, files)], key, field, is_folder
-        self._left_out: list[str] = []
-
-    @classmethod
-    def of(cls, found: Found, *, key: str, field: str) -> Files:
-        files = cls(found.files, key=key, field=field, is_folder=found.is_folder)
-        files._left_out = [*found.left_out]
-        return files
+    def __init__(self, found: Found, *, key: str, field: str = "text"):
+        self._files, self._is_folder, self._left_out = found.files, found.is_folder, [*found.left_out]
+        self._key, self._field = key, field
 
     @cached_property
     def formats(self) -> dict[str, Format]:
@@ -104,6 +83,7 @@ class Files:
         return [piece for name, kind in self.formats.items() for piece in self._cut(name, kind)]
 
     def read(self, piece: Chunk) -> Iterator[Block]:
+        """Yield the piece's documents. Raises :class:`BadInput` naming the file and line if they cannot be read."""
         kind = self.formats[piece.file]
         try:
             match kind.content:
@@ -117,6 +97,7 @@ class Files:
             raise unreadable(error, self._key, piece.file) from error
 
     def sha256(self) -> str:
+        """Hash the content; names and time stamps don't count."""
         digests = sha256_of_files([*self.formats], self._key)
         for number, (name, kind) in enumerate(self.formats.items()):
             # Commit 968f896 read other documents from such a file, so its runs had other data.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from xattn.data.formats import unreadable
 from xattn.errors import BadInput
 
-_SMALL = 2**18  # a smaller file is hashed in one read
+_SMALL = 2**18  # hashing a smaller file takes less time than handing it to a thread
 # The origin of a text that experiments use.
 _COMES_FROM = {
     "tinyshakespeare.txt": "\nit is https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
@@ -28,9 +28,9 @@ _ANY_DEPTH = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
 class Found(NamedTuple):
     """The files that a path means, sorted, each once, and for the user a list of what was left out."""
 
-    files: list[str]
-    is_folder: bool
-    left_out: list[str]
+    files: Sequence[str]
+    is_folder: bool = False
+    left_out: Sequence[str] = ()
 
 
 def find(path: str, subject: str) -> Found:
@@ -136,23 +136,14 @@ def some(names: list[str]) -> str:
 def sha256_of_files(files: Sequence[str], key: str) -> list[str]:
     """Return the digest of each file's bytes, hashing several large files at a time."""
 
-    def digest(name: str) -> str | None:
-        """Return None if the file is large."""
-        try:
-            with open(name, "rb") as opened:
-                begun = opened.read(_SMALL)
-        except OSError as error:
-            raise unreadable(error, key, name) from error
-        return hashlib.sha256(begun).hexdigest() if len(begun) < _SMALL else None
-
-    def digest_large(name: str) -> str:
+    def digest(name: str) -> str:
         try:
             with open(name, "rb") as opened:
                 return hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError as error:
             raise unreadable(error, key, name) from error
 
-    found = [digest(name) for name in files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        large = pool.map(digest_large, [name for name, each in zip(files, found, strict=True) if each is None])
-        return [next(large) if each is None else each for each in found]
+        large = {name for name in files if os.path.isfile(name) and os.path.getsize(name) >= _SMALL}
+        begun = {name: pool.submit(digest, name) for name in large}
+        return [begun[name].result() if name in begun else digest(name) for name in files]

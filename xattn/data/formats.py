@@ -34,7 +34,6 @@ _PACKED = {
     "xz": rb"\xfd7zXZ\0",
     "zstd": rb"\x28\xb5\x2f\xfd",
 }
-_ANY_PACKED = re.compile(b"|".join(_PACKED.values()))
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 # The first bytes of a file → what it is, for files that are neither text nor compressed text.
 _SIGNATURES = {
@@ -65,7 +64,6 @@ _SIGNATURES = {
     rb"version https://git-lfs\.github\.com/": "a Git LFS pointer whose content was not fetched",
     rb"(?:\xff\xfe\0\0|\0\0\xfe\xff)": "text in UTF-32; convert it to UTF-8",
 }
-_ANY_SIGNATURE = re.compile(b"|".join(_SIGNATURES))
 _UTF_16 = "text in UTF-16; convert it to UTF-8"
 _ENOUGH = 512  # bytes needed to distinguish binary from text
 _SMALL = 2048  # fewer bytes than this count as noise only if they do not compress, too
@@ -146,22 +144,20 @@ def unreadable(error: BaseException, key: str, file: str) -> BadInput:
 
 
 def _packing(head: bytes) -> str:
-    if _ANY_PACKED.match(head) is None:
-        return ""
-    return next(kind for kind, magic in _PACKED.items() if re.match(magic, head))
+    return next((kind for kind, magic in _PACKED.items() if re.match(magic, head)), "")
 
 
 def _refusal(head: bytes) -> str:
     """Return what the file is if not text, by its first bytes. Any encoding with bytes for letters counts as text."""
-    if _ANY_SIGNATURE.match(head):
-        return next(what for signature, what in _SIGNATURES.items() if re.match(signature, head))
+    if known := [what for signature, what in _SIGNATURES.items() if re.match(signature, head)]:
+        return known[0]
     if packing := _packing(head):
         return f"compressed twice, with {packing} inside"
     if wide := _wide(head):
         return wide
     controls = len(head) - len(head.translate(None, _CONTROLS))
     # Noise, compressed or encrypted bytes have 8 % of control characters; text in Latin-1, KOI8 or Big5 has none.
-    is_odd = len(head) >= _ENOUGH and controls > 0.03 * len(head) and not _is_utf_8(head)
+    is_odd = len(head) >= _ENOUGH and controls > 0.03 * len(head) and not _is(head, "utf-8")
     if is_odd and (len(head) >= _SMALL or len(zlib.compress(head)) > 0.8 * len(head)):
         return f"binary: {controls} of its first {len(head)} bytes are control characters"
     return ""
@@ -171,12 +167,7 @@ def _wide(head: bytes) -> str:
     """Return what it is if a letter takes two or four bytes, judged by the byte order mark or the zeros' positions."""
     letters = sum(head.count(byte) for byte in range(32, 127)) if head[:2] in (b"\xff\xfe", b"\xfe\xff") else len(head)
     if letters < 0.75 * len(head):  # otherwise it is Latin-1 that begins with these letters
-        with_mark = codecs.getincrementaldecoder("utf-16")()
-        try:
-            with_mark.decode(head)
-        except UnicodeDecodeError:
-            return ""
-        return _UTF_16
+        return _UTF_16 if _is(head, "utf-16") else ""
     if len(head) < 16 or head.count(0) < len(head) / 8:
         return ""
     columns = np.frombuffer(head[: len(head) // 4 * 4], np.uint8).reshape(-1, 4)
@@ -189,10 +180,10 @@ def _wide(head: bytes) -> str:
     return ""
 
 
-def _is_utf_8(head: bytes) -> bool:
-    """Return whether it is UTF-8. A character that is cut off at the end counts as whole."""
+def _is(head: bytes, encoding: str) -> bool:
+    """Return whether it is in this encoding. A character that is cut off at the end counts as whole."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
+        codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeDecodeError:
         return False
     return True

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn.data.config import HFConfig
-from xattn.data.documents import PIECE_BYTES, PIECE_ROWS, Block, Chunk, document_blocks, optional, some_names
+from xattn.data.documents import PIECE_BYTES, PIECE_ROWS, Block, Chunk, Files, document_blocks, optional, some_names
 from xattn.data.finding import sha256_of_files
 from xattn.errors import BadInput, first_line
 
@@ -35,7 +35,8 @@ class HFDataset:
         if self._config.streaming:
             values = (row[field] for row in self._dataset)
         else:
-            values = (value for i in range(piece.start, piece.end, 1000) for value in self._some(i, piece.end))
+            starts = range(piece.start, piece.end, 1000)
+            values = (value for i in starts for value in self._dataset[i : min(i + 1000, piece.end)][field])
         for number, value in enumerate(values, piece.start):
             if number == piece.end:
                 return
@@ -64,9 +65,6 @@ class HFDataset:
     def _sha256_of(files: Sequence[Path]) -> str:
         digests = sha256_of_files([*map(str, files)], "data.dataset")
         return hashlib.sha256(json.dumps(["text", digests]).encode()).hexdigest()
-
-    def _some(self, start: int, end: int) -> list[Any]:
-        return list(self._dataset[start : min(start + 1000, end)][self._config.field])
 
     def _open(self) -> Any:
         datasets, config = optional("datasets", "data=hf"), self._config
@@ -105,3 +103,7 @@ class HFDataset:
                 f"{self._name}: no column {config.field!r}; choose one of {some_names(names)} with data.field"
             )
         return opened
+
+
+Source = Files | HFDataset
+"""What a corpus is read from."""

@@ -7,21 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
 
-import numpy as np
-
-from xattn.data.batches import (
-    Batch,
-    Batches,
-    Batching,
-    HeldOutBatches,
-    MixtureBatches,
-    TrainingBatches,
-    in_batches,
-    sequence_starts,
-    shares,
-)
+from xattn.data.batches import Batch, Batches, Batching, HeldOutBatches, TrainingBatches, in_batches
 from xattn.data.cache import Tokens
 from xattn.data.config import DataConfig, MemmapConfig, Tokenised, has_segments
 from xattn.data.corpus import Corpus, load_corpus
@@ -98,28 +85,16 @@ def load_data(
     """
     if isinstance(config, Task):
         return _task_data(config, batching)
-    context_length, batch_size, seed = batching.context_length, batching.batch_size, batching.seed
-    corpus = load_corpus(config, context_length, tokenizer=tokenizer, say=say, stop=stop)
-    parts, weights = corpus.parts, [part.weight for part in corpus.parts]
-    packed_at = None
-    if has_segments(config):
-        packed_at = corpus.end_of_text
-    sizes: _Sizes = {"context_length": context_length, "batch_size": batch_size, "packed_at": packed_at}
-    batches = [TrainingBatches(part.train, seed=seed, **sizes) for part in parts]
-    number = batching.sequences
-    counts = ["all" for _ in parts] if number == "all" else np.maximum(shares(weights, number), 1).tolist()
-    scored = [
-        (part.validation, sequence_starts(part.validation, context_length, count))
-        for part, count in zip(parts, counts, strict=True)
-    ]
-    size = sum(len(part.train) for part in parts)
+    corpus = load_corpus(config, batching.context_length, tokenizer=tokenizer, say=say, stop=stop)
+    packed_at = corpus.end_of_text if has_segments(config) else None
+    held_out = HeldOutBatches([(part.validation, part.weight) for part in corpus.parts], batching, packed_at)
+    size = sum(len(part.train) for part in corpus.parts)
     if isinstance(corpus.tokenizer, ByteTokenizer):
         description = f"{size:,} bytes of training text"
     else:
         description = f"{size:,} training tokens, vocabulary of {corpus.tokenizer.vocab_size:,}"
-    held_out = HeldOutBatches(scored, **sizes)
     return RunData(
-        batch=batches[0] if len(parts) == 1 else MixtureBatches(batches, weights, batch_size=batch_size, seed=seed),
+        batch=TrainingBatches([(part.train, part.weight) for part in corpus.parts], batching, packed_at),
         held_out=held_out,
         tokenizer=corpus.tokenizer,
         sha256=corpus.sha256,
@@ -138,12 +113,6 @@ def _scored_size(held_out: HeldOutBatches, corpus: Corpus) -> int:
         sizes = ids.sizes(part, tokenizer.sizes) if isinstance(ids, Tokens) else tokenizer.sizes(ids[part])
         size += int(sizes.sum())
     return size
-
-
-class _Sizes(TypedDict):
-    context_length: int
-    batch_size: int
-    packed_at: int | None
 
 
 def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:

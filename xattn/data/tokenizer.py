@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,56 +28,9 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     """Unsigned integers (N,)."""
     sizes: np.ndarray | None
-    """uint32 (N,): bytes of the text that each token covers, together all of them. None:
-    :meth:`TextTokenizer.sizes`.
-    """
+    """uint32 (N,): bytes of the text that each token covers, together all of them. None: the tokenizer's ``sizes``."""
     gives_back: bool
     """Whether the ids decode to the text."""
-
-
-class Tokenizer(Protocol):
-    """vocab_size: ids are below it. start: the first id of a sample without a prompt."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def start(self) -> int: ...
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return unsigned integers (N,)."""
-
-    def decode(self, ids: Ids) -> str: ...
-
-
-@runtime_checkable
-class TextTokenizer(Tokenizer, Protocol):
-    """A tokenizer whose ids stand for bytes of text.
-
-    end_of_text: the id before each document, or None. name: for display. is_byte_level: whether each id's bytes are
-    known.
-    """
-
-    @property
-    def end_of_text(self) -> int | None: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def is_byte_level(self) -> bool: ...
-
-    def to_bytes(self, ids: np.ndarray) -> bytes:
-        """Return what the ids stand for; an end of text stands for no bytes."""
-        ...
-
-    def sizes(self, ids: np.ndarray) -> np.ndarray:
-        """Return uint32 (N,): how many bytes each id stands for by itself. Byte-level tokenizers only."""
-        ...
-
-    def encode_blocks(self, texts: Sequence[bytes]) -> list[Encoded]: ...
-
-    def sha256(self) -> str: ...
 
 
 class ByteTokenizer:
@@ -85,7 +38,9 @@ class ByteTokenizer:
 
     name = "bytes"
     is_byte_level = True
+    """Whether each id's bytes are known."""
     start = ord("\n")
+    """The first id of a sample without a prompt."""
 
     def __init__(self, *, end_of_text: bool = False):
         self.end_of_text = 256 if end_of_text else None
@@ -103,9 +58,11 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids if i != self.end_of_text).decode("utf-8", errors="replace")
 
     def to_bytes(self, ids: np.ndarray) -> bytes:
+        """Return what the ids stand for; an end of text stands for no bytes."""
         return ids[ids < 256].astype(np.uint8).tobytes()
 
     def sizes(self, ids: np.ndarray) -> np.ndarray:
+        """Return uint32 (N,): how many bytes each id stands for by itself. Byte-level tokenizers only."""
         return (ids < 256).astype(np.uint32)
 
     def sha256(self) -> str:
@@ -255,6 +212,11 @@ class IdTokenizer:
 
     def decode(self, ids: Ids) -> str:
         return " ".join(str(int(i)) for i in ids)
+
+
+TextTokenizer = ByteTokenizer | JsonTokenizer
+"""A tokenizer whose ids stand for bytes of text."""
+Tokenizer = TextTokenizer | IdTokenizer
 
 
 @contextlib.contextmanager

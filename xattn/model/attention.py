@@ -21,7 +21,6 @@ output norm at 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +42,6 @@ F32 = jnp.float32
 INPUT_GATE_BIAS = 4.0
 # Bound on the relative rounding error of (q · k) v in float32: products that cancel a thousandfold are rare.
 ROUNDING = 1e-4
-Term = Callable[[Float32[Array, "B NH S DHV"]], Float32[Array, "B NH S DHV"]]
 
 
 class FirstValues(NamedTuple):
@@ -210,22 +208,19 @@ class Attention(nn.Module):
     # ---- after the heads
 
     def _after_heads(self, out: Output, v: Values, x: jax.Array) -> Output:
-        """Apply the terms on each head's output in float32, one after the other."""
+        """Apply the terms on each head's output in float32."""
         config = self.config
-        terms: list[Term] = []
-        if config.exclusive:
-            terms.append(lambda y: without_own_value(y, v))
-        if config.output_norm == "rmsnorm":
-            terms.append(Norm("rmsnorm", config.norm_eps, name="output_norm"))
-        elif config.output_norm != "none":
-            terms.append(registered_norms[config.output_norm])
-        if config.output_gate != "none":
-            terms.append(lambda y: y * self._output_gate(x))
-        if not terms:
+        if not config.exclusive and config.output_norm == config.output_gate == "none":
             return out
         y = out.astype(F32)
-        for term in terms:
-            y = term(y)
+        if config.exclusive:
+            y = without_own_value(y, v)
+        if config.output_norm == "rmsnorm":
+            y = Norm("rmsnorm", config.norm_eps, name="output_norm")(y)
+        elif config.output_norm != "none":
+            y = registered_norms[config.output_norm](y)
+        if config.output_gate != "none":
+            y = y * self._output_gate(x)
         return y.astype(out.dtype)
 
     def _output_gate(self, x: jax.Array) -> Float32[Array, "B NH S #DHV"]:

@@ -1,15 +1,20 @@
-"""Norms and SwiGLU's product, with custom gradients that keep fewer arrays than JAX would.
+"""Norms, SwiGLU's product and projections, with custom gradients.
 
 JAX keeps what each single operation needs in the backward pass: a norm's scale broadcast to the whole activation, or
-both σ(x) and x · σ(x). These functions keep little besides their arguments, so XLA makes fewer passes over memory.
+both σ(x) and x · σ(x). The norms and SwiGLU's product keep little besides their arguments, so XLA makes fewer passes
+over memory. Projections have the precision that the config names, in their gradients too.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from xattn.backend import xla_cpu
+from xattn.backend.mesh import context_devices
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -85,3 +90,40 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 def _over_tokens(array: jax.Array) -> jax.Array:
     """Sum over all axes but the last."""
     return jnp.sum(array, axis=tuple(range(array.ndim - 1)))
+
+
+def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, precision: Any = None) -> jax.Array:
+    """Return x (…, in) · kernel (in, out), in x's dtype.
+
+    ``precision="bfloat16"`` rounds all factors to bfloat16, including those of the gradients, and sums in float32.
+    ``default`` is the device's own for this dtype. nn.Dense passes ``dimension_numbers``, always the same ones here.
+    """
+    if xla_cpu.is_used() and context_devices() == 1:
+        return xla_cpu.project(x, kernel, precision)
+    return project(x, kernel) if precision == "bfloat16" and x.dtype != jnp.bfloat16 else x @ kernel
+
+
+@jax.custom_vjp
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Compute :func:`projection` with ``precision="bfloat16"``."""
+    return _project_forward(x, kernel)[0]
+
+
+def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    factors = _rounded(x), _rounded(kernel)
+    return jnp.tensordot(*factors, (-1, 0), preferred_element_type=jnp.float32).astype(x.dtype), factors
+
+
+def _project_backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), factor = factors, _rounded(gradient)
+    leading = list(range(x.ndim - 1))
+    of_x = jnp.tensordot(factor, kernel, (-1, 1), preferred_element_type=jnp.float32)
+    of_kernel = jnp.tensordot(x, factor, (leading, leading), preferred_element_type=jnp.float32)
+    return of_x.astype(gradient.dtype), of_kernel.astype(gradient.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def _rounded(array: jax.Array) -> jax.Array:
+    return xla_cpu.rounded(array) if xla_cpu.is_used() else array.astype(jnp.bfloat16)

@@ -72,7 +72,6 @@ def stream(
     num_tokens: int,
     sampling: Sampling,
     key: jax.Array,
-    room: int = ROOM,
 ) -> Iterator[np.ndarray]:
     """Yield the continuation of a prompt, int (P,) with P ≥ 1, as int32 arrays of at most :data:`CHUNK` tokens.
 
@@ -84,7 +83,7 @@ def stream(
         raise ValueError("prompt: must have at least one token")
     model, specs = trained.model, _specs(trained.model, trained.hyperparameters)
     capacity = model.backend.context_length
-    while capacity < len(prompt) + min(-(-num_tokens // CHUNK) * CHUNK, room):
+    while capacity < len(prompt) + min(-(-num_tokens // CHUNK) * CHUNK, ROOM):
         capacity *= 2
     # Pad the prompt to a power of two, at most the capacity: few lengths mean few compiled programs.
     padded = np.zeros(min(capacity, 1 << (len(prompt) - 1).bit_length()), np.int32)
@@ -199,7 +198,10 @@ def _specs(model: LanguageModel, hyperparameters: ModelHyperparameters) -> dict[
     """Return kind of layer → its attention spec, without learned biases, which differ between layers."""
     return {
         kind: layer_spec(
-            backend, num_heads=model.config.num_heads, **layer_hyperparameters(hyperparameters, kind)._asdict()
+            backend,
+            num_heads=model.config.num_heads,
+            length=1,
+            **layer_hyperparameters(hyperparameters, kind)._asdict(),
         )
         for kind, backend in model.backend.kinds.items()
     }

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Int
 
 from xattn.backend import activations
 from xattn.backend.arguments import checked_spec
@@ -45,39 +44,22 @@ def with_sigmoid_bias(hyperparameters: ModelHyperparameters, biases: Mapping[str
     return {kind: changed(kind, each) for kind, each in hyperparameters.items()}
 
 
-def layer_spec(
-    layers: BackendConfig,
-    *,
-    num_heads: int,
-    theta: Any,
-    sigmoid_bias: Any,
-    logit_scale: Any,
-    length: int = 1,
-    batch: int = 1,
-    segment_ids: Int[Array, "B S"] | None = None,
-    **of_tokens: Any,
-) -> AttentionSpec:
+def layer_spec(layers: BackendConfig, *, sigmoid_bias: Any, **call: Any) -> AttentionSpec:
     """Return the attention spec of layers of one kind.
 
-    theta, sigmoid_bias and logit_scale come from the train state, not the config. The bias is ignored if the activation
-    takes none. length and batch are S and B of segment_ids. No id may come back after another: ids of a batch count up,
-    and callers check those of users. of_tokens are num_kv_heads, log_decay, log_input_gate and sink, as for
-    :func:`xattn.backend.arguments.checked_spec`.
+    ``call`` has the arguments of :func:`xattn.backend.arguments.checked_spec` that the config does not determine: theta
+    and logit_scale, which come from the train state like sigmoid_bias, and those of the heads and tokens. The bias is
+    ignored if the activation takes none. No segment id may come back after another: ids of a batch count up, and
+    callers check those of users.
     """
     takes_bias = activations.activation(layers.activation).takes_bias
     return checked_spec(
-        num_heads=num_heads,
-        length=length,
-        batch=batch,
         activation_function=layers.activation,
         qk_pre_activation_function=layers.qk_pre_activation,
-        theta=theta,
         context_length=layers.context_length,
         sigmoid_bias=sigmoid_bias if takes_bias else None,
-        segment_ids=segment_ids,
         segments_are_runs=True,
         window=layers.window,
         rotary_fraction=layers.rotary_fraction,
-        logit_scale=logit_scale,
-        **of_tokens,
+        **call,
     )

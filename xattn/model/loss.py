@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xattn.backend.mesh import context_devices
-from xattn.model.projection import projection
+from xattn.model.functions import projection
 
 # Most bytes of logits in memory at a time. A dtype narrower than float32 may take many: the log-sum-exp converts them
 # to float32 on the fly, and one product with a large vocabulary is faster than several (on an H100 with 124M
@@ -32,7 +32,7 @@ def projected_losses(
 
     If the logits would exceed ``MOST_LOGITS``, they are computed for some positions at a time, and recomputed for the
     gradient. That costs a third more work in this product, and memory no longer grows with S. ``precision`` is as in
-    :func:`~xattn.model.projection.projection`.
+    :func:`~xattn.model.functions.projection`.
     """
     batch, length, _ = x.shape
     vocab_size = embedding.shape[0]

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xattn.model.config import ModelConfig
-from xattn.model.functions import layer_norm, rms_norm
-from xattn.model.projection import projection
+from xattn.model.functions import layer_norm, projection, rms_norm
 
 
 class Norm(nn.Module):

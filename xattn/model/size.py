@@ -5,9 +5,6 @@ Shape letters: NH query heads, NKV key/value heads, DH head width, S sequence, D
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-
 from xattn.backend import activations
 from xattn.errors import BadInput
 from xattn.model.config import BackendConfig, ModelConfig
@@ -51,12 +48,9 @@ def matmul_flops_per_token(model: ModelConfig, backend: BackendConfig, *, vocab_
     return layers + 2 * d * vocab_size
 
 
-def _layers(model: ModelConfig, backend: BackendConfig) -> Iterator[BackendConfig]:
-    """Yield the config of each layer, grouped by kind."""
+def _layers(model: ModelConfig, backend: BackendConfig) -> list[BackendConfig]:
     kinds = backend.kinds
-    counts = Counter(backend.kind_of(layer) for layer in range(model.num_layers))
-    for kind, count in counts.items():
-        yield from [kinds[kind]] * count
+    return [kinds[backend.kind_of(layer)] for layer in range(model.num_layers)]
 
 
 def _mlp_matrices(model: ModelConfig) -> int:

@@ -25,11 +25,10 @@ from xattn.backend import dispatch
 from xattn.model import pattern
 from xattn.model.attention import Attention, FirstValues, Inputs, LayerCache, appended
 from xattn.model.config import BackendConfig, ModelConfig
-from xattn.model.functions import swiglu
+from xattn.model.functions import projection, swiglu
 from xattn.model.hyperparameters import LayerHyperparameters, ModelHyperparameters, layer_hyperparameters
 from xattn.model.loss import at, projected_losses, spread
 from xattn.model.modules import dense, norm
-from xattn.model.projection import projection
 
 Role = Literal["matrix", "embedding", "vector"]
 
@@ -63,16 +62,6 @@ class LanguageModel(nn.Module):
         """Return the model with scanned layers. It compiles faster and runs slower, which suits one-off calls."""
         return self.clone(config=self.config.model_copy(update={"layers": "scanned"}))
 
-    def __call__(
-        self,
-        tokens: Int[Array, "B S"],
-        hyperparameters: ModelHyperparameters,
-        *,
-        segment_ids: Int[Array, "B S"] | None = None,
-    ) -> Float[Array, "B S V"]:
-        """Compute :meth:`logits`."""
-        return self.logits(tokens, hyperparameters, segment_ids=segment_ids)
-
     def logits(
         self,
         tokens: Int[Array, "B S"],
@@ -84,6 +73,8 @@ class LanguageModel(nn.Module):
         """Compute next-token logits in the config's dtype, at all inputs or only at ``places``."""
         x, embedding, _ = self._run(tokens, hyperparameters, segment_ids)
         return self._scores(x if places is None else x[at(places)], embedding)
+
+    __call__ = logits
 
     def losses(
         self,
@@ -148,10 +139,13 @@ class LanguageModel(nn.Module):
             return nn.Embed(self.vocab_size, config.embedding_dim, dtype=dtype, embedding_init=init, name=name)
 
         token_embedding = embedding("token_embedding")
-        stream = Stream(token_embedding(tokens), self._before_first(tokens))
+        stream = Stream(token_embedding(tokens), None)
+        if config.value_residual == "first":
+            values = jnp.zeros((tokens.shape[0], config.kv_heads, tokens.shape[1], config.head_dim), config.dtype)
+            stream = stream._replace(first=FirstValues(values, jnp.array(False)))
         if self.backend.then is None:
             layers = nn.scan(
-                _rematerialised(config),
+                _remat(config, nn.remat)(Layer),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
@@ -170,13 +164,6 @@ class LanguageModel(nn.Module):
         x = norm(config, "final_norm")(x)
         output = token_embedding if config.embeddings == "tied" else embedding("output_embedding")
         return x, output.embedding, new
-
-    def _before_first(self, tokens: jax.Array) -> FirstValues | None:
-        config = self.config
-        if config.value_residual == "none":
-            return None
-        shape = (tokens.shape[0], config.kv_heads, tokens.shape[1], config.head_dim)
-        return FirstValues(jnp.zeros(shape, config.dtype), jnp.array(False))
 
     def _mixed(
         self,
@@ -251,11 +238,6 @@ def attention_inputs(
 
 def _is_unrolled(config: ModelConfig) -> bool:
     return config.layers == "unrolled" and config.remat == "none"
-
-
-def _rematerialised(config: ModelConfig) -> Any:
-    """Return the Layer class with the configured rematerialisation."""
-    return _remat(config, nn.remat)(Layer)
 
 
 def _remat(config: ModelConfig, remat: Any) -> Any:

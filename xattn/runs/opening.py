@@ -12,8 +12,7 @@ import jax
 
 import xattn.config
 from xattn.backend.dispatch import Choice
-from xattn.data.batches import Batches
-from xattn.data.prefetch import Prefetch
+from xattn.data.batches import Batches, Prefetch
 from xattn.data.run_data import RunData, load_data
 from xattn.errors import BadInput
 from xattn.evaluation.probes import Probe, Scene, make_probes

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from xattn.backend.activations import activation
+from xattn.backend.dispatch import Call, Choice, choose
 from xattn.config import Config
 from xattn.data.config import has_segments
 from xattn.errors import BadInput
 from xattn.model.config import group_of
 
 if TYPE_CHECKING:
-    from xattn.backend.dispatch import Choice
     from xattn.system.hardware import Hardware
 
 
@@ -22,16 +23,13 @@ def choose_attention(
     The call is one training batch. devices: all of the mesh. hardware: what they are; None takes those of this machine.
     Raises :class:`BadInput`.
     """
-    from xattn.backend import dispatch
-    from xattn.backend.activations import activation
-
     model = config.model
     where: dict[str, Any] = {}
     if hardware is not None:
         where = {"platform": hardware.platform, "compute_capability": hardware.compute_capability}
     found = {}
     for kind, backend in config.backend.kinds.items():
-        call = dispatch.Call(
+        call = Call(
             activation=activation(backend.activation),
             dtype=model.dtype,
             batch=config.trainer.batch_size,
@@ -50,7 +48,7 @@ def choose_attention(
             **where,
         )
         try:
-            found[kind] = dispatch.choose(call, backend.implementation)
+            found[kind] = choose(call, backend.implementation)
         except ValueError as error:
             raise BadInput(f"{group_of(kind)}.implementation: {error}") from error
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from xattn.errors import IntegrityError, storage_error
 from xattn.runs.run_folder import fsync
@@ -127,7 +128,11 @@ class Checkpoints:
                 "val_loss": val_loss,
                 "belongs_to": self._belongs_to,
                 "leaves": {name: _leaf_digests(tree) for name, tree in parts.items()},
-                "files": {str(file.relative_to(temporary)): file_digest(file) for file in _files(temporary)},
+                "files": {
+                    str(file.relative_to(temporary)): file_digest(file)
+                    for file in sorted(temporary.rglob("*"))
+                    if file.is_file()
+                },
             }
             text = json.dumps(manifest, indent=1, allow_nan=False).encode()
             (temporary / MANIFEST).write_bytes(text)
@@ -142,12 +147,9 @@ class Checkpoints:
         except Exception as error:  # orbax wraps file system errors in errors of many kinds
             raise storage_error(error, final) or error from error
         self._on_commit(step)
-        for old in set(self.steps()) - self._kept():
+        steps, best = self.steps(), kept.by_loss(self.folder)[0]
+        for old in set(steps[:-KEPT]) - {best}:
             kept.delete(self.folder / str(old))
-
-    def _kept(self) -> set[int]:
-        steps = self.steps()
-        return {*steps[-KEPT:], *kept.by_loss(self.folder)[:1]}
 
     # ---- restoring
 
@@ -215,7 +217,7 @@ class Checkpoints:
         folder = self.folder / str(step)
         manifest = checked_manifest(folder)
         # Check shapes and dtypes first, then the files, and last the leaves that orbax restores from them.
-        expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _leaves(shapes)}
+        expected = {keystr(path): (str(leaf.dtype), list(leaf.shape)) for path, leaf in tree_leaves_with_path(shapes)}
         there = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in manifest["leaves"][part].items()}
         new = {name for name in expected.keys() - there.keys() if name.startswith(f"['{_NUMBERS}']")}
         if odd := sorted(
@@ -248,8 +250,8 @@ def _restored(orbax: ocp.Checkpointer, folder: Path, shapes: Any, new: set[str])
     numbers = {_NUMBERS: shapes[_NUMBERS]}
     known = [
         (keys(path), np.empty(leaf.shape, leaf.dtype))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(numbers)
-        if jax.tree_util.keystr(path) not in new
+        for path, leaf in tree_leaves_with_path(numbers)
+        if keystr(path) not in new
     ]
     targets |= unflatten_dict(dict(known))  # orbax saves a NamedTuple under the names of its fields
     tree = orbax.restore(folder, args=ocp.args.StandardRestore(targets))
@@ -260,19 +262,10 @@ def _restored(orbax: ocp.Checkpointer, folder: Path, shapes: Any, new: set[str])
     return tree | whole
 
 
-def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield jax.tree_util.keystr(path), leaf
-
-
 def _leaf_digests(tree: Any) -> dict[str, dict[str, Any]]:
     digests = {}
-    for name, leaf in _leaves(tree):
+    for path, leaf in tree_leaves_with_path(tree):
         array = np.asarray(leaf)
         content = sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-        digests[name] = {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": content}
+        digests[keystr(path)] = {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": content}
     return digests
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())

@@ -41,9 +41,7 @@ def by_loss(folder: Path) -> list[int]:
 
 def best_evaluated(folder: Path) -> int | None:
     """Return the step in ``checkpoints/`` with the lowest val_loss; None if no checkpoint has one."""
-    for step in by_loss(folder)[:1]:
-        return step if math.isfinite(_val_loss(folder / str(step))) else None
-    return None
+    return next((step for step in by_loss(folder) if math.isfinite(_val_loss(folder / str(step)))), None)
 
 
 def checked_manifest(folder: Path) -> dict[str, Any]:
@@ -125,7 +123,7 @@ def keep_only(folder: Path, keep: Keep, *, why: str) -> list[Path]:
     clear_half_done(folder)
     doomed = superfluous(folder, keep)
     if doomed:
-        before = _record(folder)
+        before = read_json(folder / DELETED)
         if before is None:
             newest, best = steps_in(folder)[::-1], by_loss(folder)
             whole = {"last": _first_whole(folder, newest, (PARAMS,)), "best": _first_whole(folder, best, (PARAMS,))}
@@ -140,7 +138,7 @@ def keep_only(folder: Path, keep: Keep, *, why: str) -> list[Path]:
 
 def refuse_what_was_deleted(folder: Path, which: Which) -> None:
     """Raise :class:`NotKept` if the last or the best checkpoint was deleted on purpose: no other may replace it."""
-    record = _record(folder)
+    record = read_json(folder / DELETED)
     if record is None or record[which] in (steps := steps_in(folder)):
         return
     other = "last" if which == "best" else "best"
@@ -153,10 +151,6 @@ def refuse_what_was_deleted(folder: Path, which: Which) -> None:
         f"{folder.parent}: the parameters of its {which} checkpoint, of step {record[which]}, were deleted "
         f"({', then '.join(record['why'])}); {hint}"
     )
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    return read_json(folder / DELETED)
 
 
 def _first_whole(folder: Path, steps: Iterable[int], parts: Sequence[str]) -> int | None:

@@ -19,8 +19,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 import xattn.config
 from xattn.config import Config, hashed_values
 from xattn.errors import BadInput, IntegrityError
-from xattn.model.initial import read_json, weights_sha256
-from xattn.model.weight_files import TensorHead, opened, some_of, tensor_heads
+from xattn.model.initial import TensorHead, opened, read_json, some_of, tensor_heads, weights_sha256
 from xattn.section import Section
 
 Arrays = dict[str, np.ndarray]

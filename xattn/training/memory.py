@@ -42,8 +42,8 @@ def what_helps(config: Config, platform: str) -> str:
     """Return the keys that save memory on the platform and can still be changed, with their cost."""
     helps = []
     if config.trainer.gradient_accumulation < config.trainer.batch_size:
-        parts = [n for n in range(2, config.trainer.batch_size + 1) if config.trainer.batch_size % n == 0]
-        finer = next(n for n in parts if n > config.trainer.gradient_accumulation)
+        more = range(config.trainer.gradient_accumulation + 1, config.trainer.batch_size + 1)
+        finer = next(n for n in more if config.trainer.batch_size % n == 0)
         but = " except for dropout's draws" if config.model.dropout else ""
         helps.append(f"trainer.gradient_accumulation={finer} (same result{but})")
     if config.model.remat != "full":

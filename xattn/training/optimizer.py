@@ -60,7 +60,9 @@ def optimizer(config: Optimizer, hyperparameters: OptimizerHyperparameters) -> o
     return optax.chain(
         _clip(hyperparameters.clip_norm),
         config.direction(),
-        optax.add_decayed_weights(hyperparameters.weight_decay, mask=_decayed),
+        optax.add_decayed_weights(
+            hyperparameters.weight_decay, mask=lambda params: by_role(params, lambda role: role != "vector")
+        ),
         optax.scale_by_learning_rate(hyperparameters.learning_rate),
     )
 
@@ -78,7 +80,3 @@ def _clip(clip_norm: jax.Array | float) -> optax.GradientTransformation:
         return jax.tree.map(lambda leaf: leaf * factor, updates)
 
     return optax.stateless(lambda updates, _: scaled(updates))
-
-
-def _decayed(params: Any) -> Any:
-    return by_role(params, lambda role: role != "vector")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
@@ -83,7 +84,7 @@ class Muon(Optimizer):
     """``optimizer=muon``: orthogonalised momentum on the layers' matrices, AdamW on everything else.
 
     learning_rate belongs to the matrices. Their update has root-mean-square entry ~0.2 like AdamW's (Liu et al., arXiv
-    2502.16982), so one rate serves both.
+    2502.16982, section 2.2), so one rate serves both.
 
     This is optax's ``scale_by_muon``, which differs from Keller Jordan's (github.com/KellerJordan/Muon, muon.py):
 
@@ -107,11 +108,27 @@ class Muon(Optimizer):
     """AdamW's, for all other parameters."""
 
     def direction(self) -> optax.GradientTransformation:
+        import jax
         import optax
+        from optax import contrib
 
-        from xattn.training.muon import muon
+        from xattn.model.transformer import by_role
 
-        return muon(self.momentum, adam=optax.scale_by_adam(self.beta1, self.beta2, self.eps))
+        def scaled(update: Any, _: Any) -> Any:
+            return update * 0.2 * math.sqrt(max(update.shape[-2:]))
+
+        # Layers are stacked: a matrix is (layer, in, out), and each layer is orthogonalised separately.
+        axes = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        of_matrices = optax.chain(
+            contrib.scale_by_muon(
+                beta=self.momentum, weight_dimension_numbers=lambda params: jax.tree.map(lambda _: axes, params)
+            ),
+            optax.stateless_with_tree_map(scaled),
+        )
+        return optax.partition(
+            {"muon": of_matrices, "adam": optax.scale_by_adam(self.beta1, self.beta2, self.eps)},
+            lambda params: by_role(params, lambda role: "muon" if role == "matrix" else "adam"),
+        )
 
 
 optimizers = Kinds("optimizer", (AdamW, SGD, Lion, Muon))

@@ -72,6 +72,9 @@ class StepMetrics(NamedTuple):
     halted_at: jax.Array
 
 
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
 def hyperparameters(config: Config) -> Hyperparameters:
     """Return the config's swept numbers as the arrays that the programs read."""
     chosen = config.optimizer
@@ -138,27 +141,7 @@ def programs(
     return compiled, _compile.cache_info().misses > before
 
 
-class Uncompiled(NamedTuple):
-    """What programs are made from, for a compiler that is asked directly. step, state, batch: of the whole pack."""
-
-    model: LanguageModel
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    score: ScoreBatch
-    state: TrainState
-    batch: Batch
-
-
-def uncompiled(
-    config: Config, vocab_size: int, *, optional: tuple[tuple[str, int], ...] = (), size: int = 1
-) -> Uncompiled:
-    """The functions of a config and the shapes of what they take; nothing is compiled."""
-    config = shaping(config)
-    one = _one_run(config, vocab_size, layout_of(config))
-    step, state, batch = _packed(one, config, optional, size)
-    return Uncompiled(one.model, step, one.score, state, batch)
-
-
-class _OneRun(NamedTuple):
+class OneRun(NamedTuple):
     """What packs of every size share: functions of one run."""
 
     model: LanguageModel
@@ -166,14 +149,14 @@ class _OneRun(NamedTuple):
     score: ScoreBatch
     attention_statistics: AttentionStatisticsOf
     token_scores: TokenScoresOf
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    step: Step
     """It is not compiled."""
     shapes: TrainState
     """Shapes of the state."""
 
 
 @lru_cache(maxsize=8)
-def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
+def _one_run(config: Config, vocab_size: int, layout: Layout) -> OneRun:
     model = LanguageModel(config.model, config.backend, vocab_size)
     schedule = learning_rate_factor(config.schedule, config.trainer.steps)
 
@@ -221,7 +204,7 @@ def _one_run(config: Config, vocab_size: int, layout: Layout) -> _OneRun:
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: hyperparameters(config)))
     score, scores = layout.score(score_batch(model, layout.results())), layout.score(token_scores_of(model))
     statistics = attention_statistics(model, layout.results())
-    return _OneRun(model, layout.init(init, shapes), score, statistics, scores, step, shapes)
+    return OneRun(model, layout.init(init, shapes), score, statistics, scores, step, shapes)
 
 
 @lru_cache(maxsize=8)
@@ -262,9 +245,16 @@ def _compile(
     )
 
 
+def uncompiled(config: Config, vocab_size: int, *, size: int) -> tuple[OneRun, Step, TrainState, Batch]:
+    """Return one run's functions, the step of a pack, and the shapes of its state and batch; nothing is compiled."""
+    config = shaping(config)
+    one = _one_run(config, vocab_size, layout_of(config))
+    return one, *_packed(one, config, (), size)
+
+
 def _packed(
-    one: _OneRun, config: Config, optional: tuple[tuple[str, int], ...], size: int
-) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]], TrainState, Batch]:
+    one: OneRun, config: Config, optional: tuple[tuple[str, int], ...], size: int
+) -> tuple[Step, TrainState, Batch]:
     """The step of a pack, and the shapes of its state and batch."""
     batch_size, context_length = config.trainer.batch_size, config.backend.context_length
     tokens: Any = jax.ShapeDtypeStruct((batch_size, context_length + 1), jnp.int32)

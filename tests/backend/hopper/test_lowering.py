@@ -19,8 +19,7 @@ CALL = "stablehlo.custom_call @mosaic_gpu"
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table believes that there is a Hopper GPU."""
-    monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
-    monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cuda", "9.0", ""))
 
 
 def kernels(function: Any, *arrays: Any) -> int:

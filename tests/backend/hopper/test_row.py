@@ -45,21 +45,21 @@ CALL = Call(
     ],
 )
 def test_what_it_does_not_support_it_says(change: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cpu", "9.0", ""))
     assert row("hopper").refusal(CALL) is None
     assert reason in (row("hopper").refusal(replace(CALL, **change)) or "")
 
 
 @pytest.mark.parametrize("capability", ["8.9", "10.0"])
 def test_another_generation_is_refused(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "compute_capability", lambda: capability)
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cpu", capability, ""))
     with pytest.raises(ValueError, match=f"'hopper' does not support compute capability {capability}"):
         choose(CALL, "hopper")
 
 
 @pytest.mark.parametrize(("name", "other"), [("sigmoid", "blockwise"), ("none", "linear")])
 def test_auto_passes_it_over_until_it_is_measured_here(name: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("cpu", "9.0", ""))
     choice = choose(replace(CALL, activation=activation(name)))
     assert choice.name == other
     assert "xattn bench gpu --keep" in choice.passed_over["hopper"]
@@ -75,7 +75,7 @@ def test_nobody_loads_pallas_who_does_not_take_it() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("width", "length", "kv_heads"), [(64, 200, 4), (128, 512, 2)])
 def test_on_a_hopper_gpu_it_is_the_reference(name: str, dtype: str, width: int, length: int, kv_heads: int) -> None:
-    if dispatch.platform() != "cuda" or dispatch.compute_capability() != "9.0":
+    if dispatch.target().platform != "cuda" or dispatch.target().compute_capability != "9.0":
         pytest.skip("needs a CUDA device of compute capability 9.0")
     rng = np.random.default_rng(0)
     q, k, v, g = (

@@ -52,17 +52,17 @@ def test_the_rows_are_whole_and_their_configs_are_valid() -> None:
 
 def test_within_a_target_the_table_is_asked_for_it() -> None:
     """And nothing of it is left behind."""
-    before = dispatch.platform()
+    before = dispatch.target().platform
     with dispatch.compiling_for(compile_only.H100):
-        assert (dispatch.platform(), dispatch.compute_capability()) == ("cuda", "9.0")
+        assert (dispatch.target().platform, dispatch.target().compute_capability) == ("cuda", "9.0")
         choice = choose_attention(compose(["model.dtype=bfloat16"]), context=1)["backend"]
         assert choice.name == "cudnn"
         passed_over = choose_attention(compose(["backend=sigmoid", "model.dtype=bfloat16"]), context=1)["backend"]
         assert "does not support the head widths" in passed_over.passed_over["hopper"]
         with pytest.raises(RuntimeError), dispatch.compiling_for(dispatch.Target("tpu", "", "TPU v5")):
             raise RuntimeError
-        assert dispatch.platform() == "cuda"
-    assert dispatch.platform() == before
+        assert dispatch.target().platform == "cuda"
+    assert dispatch.target().platform == before
 
 
 @pytest.mark.parametrize("kind", ["step", "evaluation", "decode"])

@@ -59,21 +59,21 @@ def program(
 
 def _lowered(kind: str, overrides: Sequence[str], vocab_size: int, size: int, there: Any) -> Any:
     config = sized(compose([*overrides, "data=python_stdlib"]), vocab_size)  # the data are not read
-    parts = uncompiled(config, vocab_size, size=size)
-    params, numbers = there(parts.state.params), there(parts.state.hyperparameters.model)
+    one, step, state, batch = uncompiled(config, vocab_size, size=size)
+    params, numbers = there(state.params), there(state.hyperparameters.model)
     match kind:
         case "step":
-            return jax.jit(parts.step, donate_argnums=0).lower(there(parts.state), there(parts.batch))
+            return jax.jit(step, donate_argnums=0).lower(there(state), there(batch))
         case "evaluation":
-            score: Any = parts.score
-            return score.lower(params, numbers, there(parts.batch))
+            score: Any = one.score
+            return score.lower(params, numbers, there(batch))
         case "decode":
             room = config.backend.context_length
-            caches = jax.eval_shape(lambda: empty_caches(parts.model, _zeros(numbers), batch=1, capacity=room))
+            caches = jax.eval_shape(lambda: empty_caches(one.model, _zeros(numbers), batch=1, capacity=room))
             token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
             def decode(params: Any, token: Any, numbers: Any, caches: Any) -> Any:
-                return parts.model.scanned().apply({"params": params}, token, numbers, caches, method="decode")
+                return one.model.scanned().apply({"params": params}, token, numbers, caches, method="decode")
 
             return jax.jit(decode).lower(params, there(token), numbers, there(caches))
     raise AssertionError(kind)

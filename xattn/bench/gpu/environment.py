@@ -20,12 +20,12 @@ def look(settings: Settings) -> Iterator[Finding]:
 
     from xattn.backend import dispatch
 
-    first, platform = jax.local_devices()[0], dispatch.platform()
+    first, target = jax.local_devices()[0], dispatch.target()
     device = Device(
-        platform=platform,
+        platform=target.platform,
         kind=first.device_kind,
         count=jax.device_count(),
-        compute_capability=dispatch.compute_capability() if platform == "cuda" else None,
+        compute_capability=target.compute_capability if target.platform == "cuda" else None,
     )
     yield Finding(what="device", value=device.kind, details=device.model_dump())
     for library in _LIBRARIES:
