@@ -276,7 +276,7 @@ class OptunaSweeper(Sweeper):
                 if isinstance(self._launcher, XattnLauncher):
                     with self._launcher.as_hydra_does(asked, outcomes):
                         metric = known or loss_of([job.config for job in jobs])
-                        study.make(jobs, outcomes, study.Shown(view, labels(jobs, list(space)), metric))
+                        study.make(jobs, outcomes, view, labels(jobs, list(space)), metric)
                 else:
                     distinct = {job.folder: typed for (job, _), typed in zip(asked, overrides, strict=True)}
                     returned = self._launcher.launch(list(distinct.values()), initial_job_idx=0)
