@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xattn.errors import BadInput, ExitCode, XattnError, first_line, looking_at
-from xattn.system.device import compute_with, first_look
+from xattn.errors import BadInput, ExitCode, XattnError, first_line
+from xattn.system.device import compute_with, first_look, looking_for_devices
 from xattn.system.screen import say
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -228,7 +228,7 @@ def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = 
         return _team
     if here.index == 0 and here.coordinator is not None:
         _refuse_port_in_use(here.coordinator)
-    with looking_at("device"):
+    with looking_for_devices():
         import jax
 
     if here.index == 0 and here.set_by != COUNT:
