@@ -246,11 +246,12 @@ def _parser() -> Parser:
 
 
 def _here() -> Hardware:
-    known = hardware_of(jax.local_devices()[0].device_kind)
-    if known is not None:
+    kind = jax.local_devices()[0].device_kind
+    if (known := hardware_of(kind)) is not None:
         return known
+    peaks = measured_peak("bfloat16"), measured_peak("float32")
     # A CPU: the bandwidths of its memory and between its devices are guesses that matter little.
-    return Hardware(measured_peak("bfloat16"), measured_peak("float32"), available_bytes(), 20e9, 10e9, 64, platform())
+    return Hardware(kind, *peaks, available_bytes(), 20e9, 10e9, 64, platform())
 
 
 def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: int) -> None:
