@@ -117,7 +117,7 @@ class Run:
     def _first_origin(self, here: dict[str, Any], data: RunData) -> dict[str, Any]:
         """Write the run's first files. config.yaml comes first: it makes the folder a run's."""
         run_folder.write_atomically(self.folder / run_folder.CONFIG, xattn.config.save(self.config))
-        run_folder.write_atomically(self.folder / run_folder.OVERRIDES, xattn.config.save_overrides(self.job.overrides))
+        run_folder.write_atomically(self.folder / run_folder.OVERRIDES, xattn.config.to_yaml([*self.job.overrides]))
         if data.tokenizer_json is not None:
             run_folder.write_atomically(self.folder / run_folder.TOKENIZER, data.tokenizer_json)
         return here
