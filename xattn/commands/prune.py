@@ -165,7 +165,7 @@ def _delete(plan: Plan) -> None:
             print(f"{shown(run)}: now in use; left alone")
             continue
         try:
-            if (held.summary() or {}).get("status") in FINISHED:
+            if (run_folder.read_summary(run) or {}).get("status") in FINISHED:
                 for path in others:
                     shutil.rmtree(path)
                 keep_only(run / run_folder.CHECKPOINTS, "parameters", why="xattn prune")

@@ -81,7 +81,7 @@ class Run:
         try:
             yield
         except BadInput as error:
-            if self._supersedes or self.folder.provenance() is None:
+            if self._supersedes or run_folder.read_provenance(self.folder.path) is None:
                 raise
             raise IntegrityError(f"the training data are not the ones that this run began with: {error}") from error
 
@@ -93,7 +93,7 @@ class Run:
         ``devices`` is recorded there. ``pack`` names the runs of the pack; it is None if the run trains alone.
         """
         if self._supersedes:
-            status = (self.folder.summary() or {"status": "not begun"})["status"]
+            status = (run_folder.read_summary(self.folder.path) or {"status": "not begun"})["status"]
             self.display.close()  # its log.txt moves too
             self.display.warn(f"moved the earlier run here ({status}) to {shown(self.folder.move_aside())}")
             self._supersedes = False
@@ -106,7 +106,7 @@ class Run:
             "training_identity": keys.training_identity(xattn.config.hashed_values(self.config)),
             "pack": pack,
         }
-        before = self.folder.provenance()
+        before = run_folder.read_provenance(self.folder.path)
         origin = self._first_origin(here, data) if before is None else self._next_origin(before, here, data)
         if origin != before:
             run_folder.write_json(self.folder / run_folder.PROVENANCE, origin)

@@ -67,14 +67,6 @@ class RunFolder:
                 self.path.parent.rmdir()
                 self.path.parent.parent.rmdir()
 
-    def summary(self) -> dict[str, Any] | None:
-        """Return summary.json, or None if no run has written one yet."""
-        return read_summary(self.path)
-
-    def provenance(self) -> dict[str, Any] | None:
-        """Return provenance.json, or None if no run has written one yet."""
-        return read_provenance(self.path)
-
     def is_ours(self) -> bool:
         return (self / CONFIG).is_file()
 
