@@ -41,7 +41,6 @@ from xattn.sweep.check import check_data
 from xattn.sweep.labels import labels
 from xattn.sweep.search import Dimension, Tuning
 from xattn.sweep.table import loss_of
-from xattn.sweep.tune import tune
 from xattn.sweep.view import StudyView
 
 
@@ -283,6 +282,8 @@ class OptunaSweeper(Sweeper):
                     outcomes.update(zip(distinct, (each.return_value for each in returned), strict=False))
 
             return [job.folder for job, _ in asked], make
+
+        from xattn.sweep.tune import tune  # imports optuna
 
         folder = Path(OmegaConf.select(self._config, "hydra.sweep.dir"))
         tune(tuning, space, base.config, folder, plan)

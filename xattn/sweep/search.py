@@ -1,17 +1,13 @@
-"""What a tuner searches, and how: its settings, the dimensions of its space, and optuna's objects for them."""
+"""What a tuner searches, and how: its settings, and the dimensions of its space."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from xattn.config import Config
-from xattn.errors import BadInput, did_you_mean
+from xattn.errors import did_you_mean
 from xattn.section import Section
-
-if TYPE_CHECKING:
-    import optuna
 
 # The result's numbers in summary.json, and the prefixes of those that exist only under some configs.
 OBJECTIVES = (
@@ -61,42 +57,3 @@ class Dimension(Section):
     low: int | float = 0
     high: int | float = 0
     log: bool = False
-
-
-def sampler(tuning: Tuning, *, drawn: int) -> optuna.samplers.BaseSampler:
-    import optuna
-
-    seed = tuning.seed + drawn  # so that a resumed search does not draw its first points again
-    match tuning.sampler:
-        case "tpe":
-            return optuna.samplers.TPESampler(seed=seed, constant_liar=tuning.at_once > 1)
-        case "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
-        case _:
-            return optuna.samplers.RandomSampler(seed=seed)
-
-
-def pruner(tuning: Tuning, base: Config) -> optuna.pruners.BasePruner:
-    import optuna
-
-    match tuning.pruner:
-        case "median":
-            return optuna.pruners.MedianPruner()
-        case "hyperband":
-            trainer = base.trainer
-            return optuna.pruners.HyperbandPruner(min_resource=trainer.eval_every, max_resource=trainer.steps)
-        case _:
-            return optuna.pruners.NopPruner()
-
-
-def distribution(key: str, dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if dimension.choices is not None:
-        return CategoricalDistribution(dimension.choices)
-    try:
-        if isinstance(dimension.low, int) and isinstance(dimension.high, int):
-            return IntDistribution(dimension.low, dimension.high, log=dimension.log)
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    except ValueError as error:
-        raise BadInput(f"{key}: from {dimension.low} to {dimension.high}: {error}") from error
