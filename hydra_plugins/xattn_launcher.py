@@ -77,7 +77,7 @@ class XattnLauncher(Launcher):
             with self.as_hydra_does([(job, composed[job.folder]) for job in jobs], outcomes):
                 workers.train_all(jobs, outcomes, plan)
 
-        codes = seeds.run_study(arms, compose, train_all, plan).values()
+        codes = seeds.SeedStudy(arms, compose, train_all, plan).run().values()
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=code) for code in codes]
 
     @contextlib.contextmanager
