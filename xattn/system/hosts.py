@@ -136,15 +136,14 @@ class Team:
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
         """Wrap a part: an error in one process ends all of them, with one message and one exit code."""
+        if self.count == 1:
+            yield
+            return
         mine: Exception | None = None
         try:
             yield
         except Exception as error:
-            if self.count == 1:
-                raise
             mine = error
-        if self.count == 1:
-            return
         code = mine.exit_code if isinstance(mine, XattnError) else ExitCode.ERROR
         replies = self.all_say(None if mine is None else [int(code), str(mine) or type(mine).__name__])
         wrong = {index: said for index, said in enumerate(replies) if said is not None}
