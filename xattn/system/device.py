@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from xattn.errors import BadInput, first_line
@@ -22,7 +22,7 @@ from xattn.system.cache import cache_folder
 THREADS = "NPROC"  # the variable that sets the number of threads of XLA's CPU device
 _LOCKS = 16  # shared by compilations, so that the cache does not fill with one lock for each
 _threads: int | None = None  # what compute_with() was given
-_before: list[str | None] = []  # the variable's earlier value, while ours is set
+_environment = contextlib.ExitStack()  # holds the variable until jax has read it
 
 # Loads the part of jax that reads XLA_FLAGS, and makes it read them.
 _READ_XLA_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
@@ -106,7 +106,7 @@ def first_look() -> None:
         import jax
 
         jax.devices()
-    _forget_threads()
+    _environment.close()  # a process started later may compute with other threads
 
 
 def _check_xla_flags() -> None:
@@ -136,20 +136,25 @@ def compute_with(threads: int | None) -> None:
                 f"({has}); start the run in a process of its own"
             )
         return
-    _forget_threads()
+    _environment.close()
     _threads = threads
     if threads is not None:
-        _before.append(os.environ.get(THREADS))
-        os.environ[THREADS] = str(threads)
+        _environment.enter_context(environment({THREADS: str(threads)}))
 
 
-def _forget_threads() -> None:
-    """Restore the environment: a process started later may compute with other threads."""
-    while _before:
-        if (before := _before.pop()) is None:
-            del os.environ[THREADS]
-        else:
-            os.environ[THREADS] = before
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes started in the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _has_devices() -> bool:
