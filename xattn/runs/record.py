@@ -20,7 +20,7 @@ from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError
 from xattn.runs import run_folder
 from xattn.runs.job import Job
 from xattn.runs.mirror import end_mirror, mirror_of
-from xattn.runs.provenance import belongs_to, changes, corpus, provenance
+from xattn.runs.provenance import changes, corpus, other_data, provenance
 from xattn.runs.run_folder import RunFolder, shown
 from xattn.system import hosts
 from xattn.tracking.display import Display
@@ -124,7 +124,11 @@ class Run:
 
     def _next_origin(self, before: dict[str, Any], here: dict[str, Any], data: RunData) -> dict[str, Any]:
         if before["data_sha256"] != data.sha256:
-            raise IntegrityError(_other_data(self.config, before, data))
+            what = "the training data or their tokenizer are not the ones that this run began with"
+            own, size = self.config.data, data.corpus_size
+            problem = other_data(what, own, before, size=size, sha256=data.sha256, to="start")
+            hint = ", or use a text that is the same everywhere: data=text data.path=…" if "Python" in problem else ""
+            raise IntegrityError(f"{problem}, or start over with resume=never{hint}")
         data.check_tokenizer(self.folder.path)
         if self.before.get("committed_step") is None:  # that pack has saved nothing yet
             before = before | {"pack": here["pack"]}
@@ -196,19 +200,6 @@ class Run:
             keep_only(folder, keep, why=f"trainer.keep={keep}")
         except OSError as error:  # the run is done anyway
             self.display.warn(f"warning: {folder}: could not delete everything: {error.strerror}")
-
-
-def _other_data(config: Config, before: Mapping[str, Any], data: RunData) -> str:
-    """Explain that the data are not those that the run began with."""
-    here, then = data.sha256, before["data_sha256"]
-    what = "the training data or their tokenizer are not the ones that this run began with"
-    belongs = belongs_to(config.data, before, size=data.corpus_size, sha256=here)
-    if belongs is None:
-        hashes = f"(sha256 {here[:12]}…, was {then[:12]}…)"
-        return f"{what} {hashes}; restore them, or start over with resume=never"
-    why, with_them = belongs
-    hint = ", or use a text that is the same everywhere: data=text data.path=…" if "Python" in with_them else ""
-    return f"{what}: {why}\nstart it with {with_them}, or start over with resume=never{hint}"
 
 
 def move_older_aside(config: Config, folder: Path, say: Callable[[str], None]) -> None:
