@@ -84,16 +84,21 @@ def storage_error(error: BaseException, path: Path) -> StorageError | None:
 
     Libraries wrap the file system's errors, so its words are searched for in the message and in the chain of causes.
     """
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, StorageError):
             return cause
         if isinstance(cause, OSError) and cause.errno in _STORAGE:
             return StorageError(_full(Path(cause.filename or path), cause.strerror))
         if found := _STORAGE_WORDS.search(str(cause)):
             return StorageError(_full(path, found[0]))
-        cause = cause.__cause__ or cause.__context__
     return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error, and in turn what caused each."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager
