@@ -38,8 +38,8 @@ from xattn.keys import SEED, TUNED
 from xattn.metrics import loss_metric
 from xattn.sweep import cluster, study
 from xattn.sweep.check import check_data
+from xattn.sweep.config import Dimension, Tuning
 from xattn.sweep.labels import labels
-from xattn.sweep.search import Dimension, Tuning
 from xattn.sweep.table import loss_of
 from xattn.sweep.view import StudyView
 

@@ -23,7 +23,7 @@ from xattn.cli import main
 from xattn.errors import BadInput, ExitCode
 from xattn.report.read import flatten, read_run
 from xattn.runs import run_folder
-from xattn.sweep.search import Dimension, Tuning
+from xattn.sweep.config import Dimension, Tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"

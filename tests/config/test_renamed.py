@@ -25,7 +25,7 @@ from xattn.report.options import pairs
 from xattn.report.read import read_run
 from xattn.runs import run_folder
 from xattn.runs.evaluations import equal_row
-from xattn.sweep.search import Dimension, Tuning
+from xattn.sweep.config import Dimension, Tuning
 
 OLD, NEW = "evaluation.windows", "evaluation.sequences"
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -14,7 +14,7 @@ import xattn.config
 from tests import processes
 from xattn.errors import BadInput
 from xattn.runs import run_folder
-from xattn.sweep.search import OBJECTIVES, Dimension, Tuning
+from xattn.sweep.config import OBJECTIVES, Dimension, Tuning
 from xattn.sweep.view import StudyView
 
 optuna = pytest.importorskip("optuna", reason="the extra tune is not installed")

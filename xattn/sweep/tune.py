@@ -23,9 +23,9 @@ from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, needs_extra
 from xattn.keys import naming, naming_before_matmul_precision, renamed, stored_name
 from xattn.runs import run_folder
+from xattn.sweep.config import IN_ROWS, Dimension, Tuning
 from xattn.sweep.planned import write_trials
 from xattn.sweep.presence import drawing, is_present, present
-from xattn.sweep.search import IN_ROWS, Dimension, Tuning
 from xattn.sweep.table import print_table
 from xattn.sweep.view import StudyView
 from xattn.system import entry
