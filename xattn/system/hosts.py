@@ -271,11 +271,8 @@ def _not_met(here: Place, connect_seconds: int, error: Exception) -> XattnError:
 
 def _refuse_port_in_use(coordinator: str) -> None:
     port = int(coordinator.rpartition(":")[2])
-    try:
-        probe = socket.socket(socket.AF_INET6)
-    except OSError:  # the kernel has IPv6 off
-        probe = socket.socket(socket.AF_INET)
-    with probe:
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET  # the kernel may have IPv6 off
+    with socket.socket(family) as probe:
         try:
             probe.bind(("", port))
         except OSError as error:
