@@ -65,9 +65,9 @@ def _run_together(command: Sequence[str], count: int, port: int) -> int:
     first_failure, deadline = 0, float("inf")
     while running:
         while received:
-            number = received.popleft()
+            passed_on = received.popleft()
             for process in running:
-                process.send_signal(number)
+                process.send_signal(passed_on)
         for process in list(running):
             if (code := process.poll()) is None:
                 continue
