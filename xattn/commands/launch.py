@@ -52,11 +52,12 @@ def _run_together(command: Sequence[str], count: int, port: int) -> int:
     for number in (*DEMANDS, *WARNINGS):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: received.append(number))
+    shared = {COORDINATOR: f"localhost:{port}", COUNT: str(count)}
     # Each has its own session: a terminal's Ctrl-C reaches only this process, which passes it on once.
     running = [
         subprocess.Popen(
             [sys.executable, *command],
-            env=os.environ | _place(index, count, port),
+            env={"JAX_LOCAL_DEVICE_IDS": str(index)} | os.environ | shared | {INDEX: str(index)},
             stdout=None if index == 0 else subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -84,13 +85,6 @@ def _run_together(command: Sequence[str], count: int, port: int) -> int:
     return first_failure
 
 
-def _place(index: int, count: int, port: int) -> dict[str, str]:
-    here = {COORDINATOR: f"localhost:{port}", COUNT: str(count), INDEX: str(index)}
-    return here if "JAX_LOCAL_DEVICE_IDS" in os.environ else here | {"JAX_LOCAL_DEVICE_IDS": str(index)}
-
-
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    with socket.create_server(("", 0)) as probe:
+        return int(probe.getsockname()[1])
