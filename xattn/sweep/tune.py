@@ -22,6 +22,7 @@ import xattn.config
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, needs_extra
 from xattn.keys import naming, naming_before_matmul_precision, renamed, stored_name
+from xattn.report.propose import report_command
 from xattn.runs import run_folder
 from xattn.sweep.config import IN_ROWS, Dimension, Tuning
 from xattn.sweep.planned import write_trials
@@ -96,8 +97,6 @@ def tune(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: P
         values = " ".join(f"{renamed(key)}={value}" for key, value in best.params.items())
         say(f"best of {len(over)} trials: {tuning.objective} {best.value:.4f} with {values}")
     if runs:
-        from xattn.report.propose import report_command
-
         say("for a report on them:", report_command(folder, runs))
 
 
