@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import xattn.config
 from xattn.errors import BadInput, ExitCode
-from xattn.runs.job import Job, prunes_nothing
+from xattn.runs.job import Job
 from xattn.sweep import workers
 from xattn.sweep.planned import Plan
 from xattn.sweep.study import Outcomes
@@ -77,7 +77,7 @@ class XattnLauncher(Launcher):
             with self.as_hydra_does([(job, composed[job.folder]) for job in jobs], outcomes):
                 workers.train_all(jobs, outcomes, plan)
 
-        codes = seeds.run_study(arms, compose, train_all, plan).values()
+        codes = seeds.SeedStudy(arms, compose, train_all, plan).run().values()
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=code) for code in codes]
 
     @contextlib.contextmanager
@@ -198,7 +198,7 @@ def composed_jobs(
             reason = xattn.config.explain(error, overrides)
             none_is = f"nothing was started ({len(job_overrides)} runs): " if len(job_overrides) > 1 else ""
             raise BadInput(f"{none_is}{reason}") from error
-        prune = prunes[number - first] if prunes else prunes_nothing
+        prune = prunes[number - first] if prunes else None
         asked.append((Job(validated, folder, tuple(filter_overrides(overrides)), prune=prune), composed))
     return asked
 

@@ -32,7 +32,7 @@ from hydra_plugins.xattn_launcher import (
     plan_of,
 )
 from xattn import registry
-from xattn.errors import BadInput, ExitCode, XattnError
+from xattn.errors import BadInput, ExitCode, XattnError, first_line
 from xattn.runs.job import Job
 from xattn.sweep import cluster, study, workers
 from xattn.sweep.packing import is_finished
@@ -69,7 +69,7 @@ class Handed:
             if code == ExitCode.PREEMPTED:
                 cluster.queue_again()
         except (subprocess.SubprocessError, OSError) as error:  # from scontrol, which submitit's handler calls
-            cluster.tell_not_queued(error)
+            entry.tell(f"the job was not requeued: {first_line(error)}; the same command resumes its runs")
             return ExitCode.PREEMPTED
         return code
 

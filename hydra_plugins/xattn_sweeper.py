@@ -38,10 +38,9 @@ from xattn.keys import SEED, TUNED
 from xattn.metrics import loss_metric
 from xattn.sweep import cluster, study
 from xattn.sweep.check import check_data
+from xattn.sweep.config import Dimension, Tuning
 from xattn.sweep.labels import labels
-from xattn.sweep.search import Dimension, Tuning
 from xattn.sweep.table import loss_of
-from xattn.sweep.tune import tune
 from xattn.sweep.view import StudyView
 
 
@@ -276,13 +275,15 @@ class OptunaSweeper(Sweeper):
                 if isinstance(self._launcher, XattnLauncher):
                     with self._launcher.as_hydra_does(asked, outcomes):
                         metric = known or loss_of([job.config for job in jobs])
-                        study.make(jobs, outcomes, study.Shown(view, labels(jobs, list(space)), metric))
+                        study.make(jobs, outcomes, view, labels(jobs, list(space)), metric)
                 else:
                     distinct = {job.folder: typed for (job, _), typed in zip(asked, overrides, strict=True)}
                     returned = self._launcher.launch(list(distinct.values()), initial_job_idx=0)
                     outcomes.update(zip(distinct, (each.return_value for each in returned), strict=False))
 
             return [job.folder for job, _ in asked], make
+
+        from xattn.sweep.tune import tune  # imports optuna
 
         folder = Path(OmegaConf.select(self._config, "hydra.sweep.dir"))
         tune(tuning, space, base.config, folder, plan)

@@ -23,8 +23,7 @@ from xattn.cli import main
 from xattn.errors import BadInput, ExitCode
 from xattn.report.read import flatten, read_run
 from xattn.runs import run_folder
-from xattn.sweep import tune
-from xattn.sweep.search import Dimension, Tuning
+from xattn.sweep.config import Dimension, Tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -165,6 +164,8 @@ def test_starting_over_moves_the_old_folder_aside_and_takes_the_name_of_today(ou
 def test_a_tuning_study_of_968f896_keeps_its_name(tmp_path: Path) -> None:
     """The name is a hash of the config, and 968f896 had two keys fewer."""
     pytest.importorskip("optuna", reason="the extra tune is not installed")
+    from xattn.sweep import tune
+
     space = {"backend.theta": Dimension(low=10.0, high=1e4, log=True)}
     options = yaml.safe_load((ROOT / "conf" / "hydra" / "sweeper" / "optuna.yaml").read_text())
     tuning = Tuning(**{key: value for key, value in options.items() if key in Tuning.model_fields})

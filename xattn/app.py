@@ -72,13 +72,9 @@ def hydra_app(codes: list[ExitCode]) -> Callable[[], None]:
     return train
 
 
+@interruption.listening()
 def train_one(composed: DictConfig) -> ExitCode:
     """Train the run of a composed config; return its exit code. Handle signals, unless they are handled already."""
-    with interruption.listening():
-        return _run(composed)
-
-
-def _run(composed: DictConfig) -> ExitCode:
     hydra_config = HydraConfig.get()
     made, typed = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
     try:

@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -94,23 +94,19 @@ def _run(words: Sequence[str]) -> int:
                     first_look()
                 loaded = import_module(module)
             return int(loaded.main(words[length:]))
-    group = (
-        {command: what for command, what in _COMMANDS.items() if command.startswith(f"{words[0]} ")} if words else {}
-    )
-    asks = words[1:] in ([], ["-h"], ["--help"]) if group else words in ([], ["-h"], ["--help"])
-    if asks:
+    group = words[0] if words and words[0] in _GROUPS else None
+    asked = words[1:] if group else words
+    if asked in ([], ["-h"], ["--help"]):
         print("\n".join(["usage: xattn COMMAND …; each takes --help", *_listed(group)]))
-        return ExitCode.DONE if words[-1:] in (["-h"], ["--help"]) else ExitCode.BAD_INPUT
+        return ExitCode.DONE if asked else ExitCode.BAD_INPUT
     near = did_you_mean(" ".join(words[:2]), _COMMANDS) or did_you_mean(words[0], _COMMANDS)
     raise BadInput(f"{' '.join(words[:2])}: no such command{near}; `xattn --help` lists them all")
 
 
-def _listed(group: Mapping[str, tuple[str, str]]) -> list[str]:
+def _listed(group: str | None) -> list[str]:
     """Return a line for each command of the group; without a group, for each command and each group."""
-    purposes = {command: purpose for command, (_, purpose) in group.items()}
-    if not group:
-        purposes = {command: purpose for command, (_, purpose) in _COMMANDS.items() if " " not in command}
-        purposes |= _GROUPS
+    purposes = {command: purpose for command, (_, purpose) in _COMMANDS.items()} | _GROUPS
+    purposes = {name: purpose for name, purpose in purposes.items() if name.rpartition(" ")[0] == (group or "")}
     width = max(map(len, purposes))
     columns = screen.columns(sys.stdout)
     return [screen.fitted(f"  xattn {name:{width}}  {purpose}", columns) for name, purpose in purposes.items()]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
@@ -86,16 +84,21 @@ def storage_error(error: BaseException, path: Path) -> StorageError | None:
 
     Libraries wrap the file system's errors, so its words are searched for in the message and in the chain of causes.
     """
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, StorageError):
             return cause
         if isinstance(cause, OSError) and cause.errno in _STORAGE:
             return StorageError(_full(Path(cause.filename or path), cause.strerror))
         if found := _STORAGE_WORDS.search(str(cause)):
             return StorageError(_full(path, found[0]))
-        cause = cause.__cause__ or cause.__context__
     return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error, and in turn what caused each."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager
@@ -128,122 +131,3 @@ def did_you_mean(word: str, options: Iterable[str], *, cutoff: float = 0.6) -> s
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-
-
-@dataclass(frozen=True)
-class Outside:
-    """An error that something outside xattn may raise when first used, and its message. All conditions must hold."""
-
-    kinds: tuple[type[Exception], ...]
-    becomes: type[XattnError]
-    message: str
-    """The message, with {error} (its first line), {value} (the variable's), {path}, {system} (its file system)."""
-    says: str = ""
-    """A regular expression that the error's message must contain."""
-    errnos: tuple[int, ...] = ()
-    """If any are given, the error's errno must be one of them."""
-    variable: str | None = None
-    """If given, the environment must have this variable."""
-
-    def applies(self, error: Exception) -> bool:
-        return (
-            isinstance(error, self.kinds)
-            and re.search(self.says, str(error)) is not None
-            and (not self.errnos or (isinstance(error, OSError) and error.errno in self.errnos))
-            and (self.variable is None or self.variable in os.environ)
-        )
-
-
-# What is looked at → rows, of which the first that applies is used. tests/system/test_outside.py raises each.
-OUTSIDE: dict[str, tuple[Outside, ...]] = {
-    "device": (
-        Outside(
-            (RuntimeError,),
-            BadInput,
-            "XLA_FLAGS = {value!r}: {error}",
-            says="[Ff]lag",
-            variable="XLA_FLAGS",
-        ),
-        Outside(
-            (RuntimeError,),
-            BadInput,
-            "JAX_NUM_CPU_DEVICES = {value!r}: must be a number of at least 1, or unset",
-            says="process_index",
-            variable="JAX_NUM_CPU_DEVICES",
-        ),
-        Outside(
-            (RuntimeError,),
-            BadInput,
-            "XLA_FLAGS = {value!r}: leaves jax without a device; xla_force_host_platform_device_count must be ≥ 1",
-            says="process_index",
-            variable="XLA_FLAGS",
-        ),
-        Outside(  # jax asserts that it has a plugin for CUDA, and its assertion has no message
-            (AssertionError, RuntimeError),
-            BadInput,
-            "JAX_PLATFORMS = {value!r}: jax finds no such device here, or has no plugin for it ({error}); unset it, or "
-            "set JAX_PLATFORMS=cpu",
-            says="^$|nable to initialize backend|nknown backend",
-            variable="JAX_PLATFORMS",
-        ),
-        Outside(
-            (RuntimeError,),
-            BadInput,
-            "JAX_PLATFORM_NAME = {value!r}: {error}; unset it, or set JAX_PLATFORM_NAME=cpu",
-            says="nknown backend",
-            variable="JAX_PLATFORM_NAME",
-        ),
-        Outside(  # a driver that does not answer, or a plugin of another version
-            (RuntimeError,), BadInput, "jax finds no device: {error}", says="nable to initialize backend"
-        ),
-        Outside(
-            (ValueError,),
-            BadInput,
-            "jax rejects an environment variable: {error}",
-            says="for JAX flag jax_|for environment '|^jax\\.default_device",
-        ),
-    ),
-    "lock": (
-        Outside(  # Lustre without -o flock, NFS without its lock service, some FUSE
-            (OSError,),
-            StorageError,
-            "{path}: the file system there ({system}) has no locks ({error}), so two processes could write to one "
-            "folder\nmount it with locks (Lustre: -o flock), or put runs on another file system: hydra.run.dir=…, "
-            "hydra.sweep.dir=…",
-            errnos=(errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK),
-        ),
-    ),
-    "working directory": (
-        Outside(  # it was deleted, or a folder above it cannot be read
-            (OSError,), BadInput, "the working directory cannot be read ({error}); start from a folder that exists"
-        ),
-    ),
-}
-
-
-@contextlib.contextmanager
-def looking_at(what: str, path: Path | None = None) -> Iterator[None]:
-    """Convert errors raised here into those that :data:`OUTSIDE` has for them. Other errors pass unchanged."""
-    rows = OUTSIDE[what]
-    try:
-        yield
-    except tuple({kind for row in rows for kind in row.kinds}) as error:
-        for row in rows:
-            if row.applies(error):
-                value = os.environ[row.variable] if row.variable else None
-                system = _file_system(path) if path else None
-                raise row.becomes(
-                    row.message.format(error=first_line(error), value=value, path=path, system=system)
-                ) from error
-        raise
-
-
-def _file_system(path: Path) -> str:
-    """Return type and mount point of a path's file system, from Linux's /proc; elsewhere only the mount point."""
-    mount = next((folder for folder in (path, *path.parents) if os.path.ismount(folder)), Path("/"))
-    with contextlib.suppress(OSError):
-        for line in reversed(Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()):
-            _, where, kind, *_ = line.split(" ")
-            if where.replace("\\040", " ") == str(mount):
-                return f"{kind} at {mount}"
-    return str(mount)

@@ -173,17 +173,12 @@ def naming_before_matmul_precision(values: Mapping[str, Any]) -> dict[str, Any] 
     return named
 
 
-def training_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Select, from hashed dotted keys and values, those that the bits of the training depend on."""
-    return {key: value for key, value in values.items() if changes_training(key, values)}
-
-
 def training_identity(values: Mapping[str, Any]) -> str:
     """Return ten hex digits, equal for configs that train the same.
 
-    They are a run name's hash, restricted to :func:`training_values`. values: the hashed dotted keys of a config.
+    They are a run name's hash, restricted to what :func:`changes_training`. values: the hashed dotted keys of a config.
     """
-    return digest(naming(training_values(values)))
+    return digest(naming({key: value for key, value in values.items() if changes_training(key, values)}))
 
 
 def training_identity_of(config: Mapping[str, Any]) -> str:

@@ -18,13 +18,14 @@ from safetensors.numpy import load_file, save_file
 
 import xattn
 from xattn.cli import main
-from xattn.commands.interchange import _flat, _write, from_llama, llama_config, to_llama
+from xattn.commands.interchange import _write, from_llama, llama_config, to_llama
 from xattn.config import Config, compose, hashed_values, load, run_name, save
 from xattn.data.batches import Batching
 from xattn.data.bpe import train_bpe
 from xattn.data.run_data import load_data
 from xattn.data.tokenizer import IdTokenizer
 from xattn.errors import BadInput, ExitCode, IntegrityError
+from xattn.keys import flatten
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
 from xattn.runs import run_folder
 from xattn.runs.desk import run
@@ -50,7 +51,7 @@ def exported(folder: Path, *overrides: str) -> tuple[Config, Any, np.ndarray]:
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS, hyper)["params"]
     params = jax.tree.map(lambda leaf: (0.5 * random.standard_normal(leaf.shape) + 0.1).astype(np.float32), shapes)
     logits = jax.jit(lambda params: model.apply({"params": params}, TOKENS, hyper))(params)
-    _write(folder, llama_config(config, V), to_llama(dict(_flat(params)), config))
+    _write(folder, llama_config(config, V), to_llama(dict(flatten(params)), config))
     return config, params, np.asarray(logits)
 
 

@@ -15,7 +15,7 @@ from xattn.runs import run_folder
 def run_of(folder: Path, *overrides: str) -> str:
     folder.mkdir(exist_ok=True)
     (folder / run_folder.CONFIG).write_text(xattn.config.save(xattn.config.compose(overrides)))
-    (folder / run_folder.OVERRIDES).write_text(xattn.config.save_overrides(overrides))
+    (folder / run_folder.OVERRIDES).write_text(xattn.config.to_yaml(list(overrides)))
     return str(folder)
 
 

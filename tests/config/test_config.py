@@ -491,7 +491,7 @@ def test_no_file_is_bad_input(tmp_path: Path) -> None:
 
 def test_overrides_are_kept_as_typed() -> None:
     typed = ["seed=1", 'data.path="a, b"', "x={a: 1}", "1e4", "null", "${seed}", "ü"]
-    assert yaml.safe_load(xconfig.save_overrides(typed)) == typed
+    assert yaml.safe_load(xconfig.to_yaml(typed)) == typed
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------

@@ -25,8 +25,7 @@ from xattn.report.options import pairs
 from xattn.report.read import read_run
 from xattn.runs import run_folder
 from xattn.runs.evaluations import equal_row
-from xattn.sweep import tune
-from xattn.sweep.search import Dimension, Tuning
+from xattn.sweep.config import Dimension, Tuning
 
 OLD, NEW = "evaluation.windows", "evaluation.sequences"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -170,6 +169,8 @@ def test_stored_evaluations_under_either_name_are_the_same(outputs: Path) -> Non
 def test_a_tuning_study_over_it_is_continued(tmp_path: Path) -> None:
     """Its name, and the names of its parameters in the journal, are those that it began with."""
     pytest.importorskip("optuna", reason="the extra tune is not installed")
+    from xattn.sweep import tune
+
     options = yaml.safe_load((ROOT / "conf" / "hydra" / "sweeper" / "optuna.yaml").read_text())
     tuning = Tuning(**{key: value for key, value in options.items() if key in Tuning.model_fields})
     tuning = tuning.model_copy(update={"objective": "val_loss", "n_trials": 1})

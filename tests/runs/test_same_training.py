@@ -91,7 +91,7 @@ def test_only_keys_that_measure_are_left_out_of_the_identity() -> None:
         assert identity(other) == identity(config)
         assert xattn.config.run_hash(other) != xattn.config.run_hash(config)
     values = xattn.config.hashed_values(config)
-    measuring = values.keys() - keys.training_values(values).keys()
+    measuring = {key for key in values if not keys.changes_training(key, values)}
     assert measuring == {override.partition("=")[0] for override in MEASURING}
     for key in values.keys() - measuring:
         assert keys.training_identity(values | {key: "other"}) != keys.training_identity(values), key
@@ -359,7 +359,8 @@ def jobs_of(folder: Path, *overrides: Sequence[str]) -> list[Job]:
     return made
 
 
-def trainer(folder: Path, fails: Sequence[str] = ()) -> tuple[list[str], study.Start]:
+def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, fails: Sequence[str] = ()) -> list[str]:
+    """Replace the training of a pack; return the list that then names what it was to train."""
     trained: list[str] = []
 
     def start(jobs: Sequence[Job]) -> list[ExitCode]:
@@ -371,14 +372,17 @@ def trainer(folder: Path, fails: Sequence[str] = ()) -> tuple[list[str], study.S
             codes.append(ExitCode.ERROR if failed else ExitCode.DONE)
         return codes
 
-    return trained, start
+    monkeypatch.setattr(study, "start", start)
+    return trained
 
 
-def test_jobs_of_one_training_are_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_of_one_training_are_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The table has the others too, beside the run that answers for them; no folder is made for them."""
     jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10"], ["trainer.log_every=5", "seed=1"])
-    trained, start = trainer(tmp_path)
-    outcomes = study.run_study(jobs, start)
+    trained = trainer(tmp_path, monkeypatch)
+    outcomes = workers.run_study(jobs)
     assert sorted(trained) == ["trainer.log_every=5", "trainer.log_every=5"]
     assert names(tmp_path) == sorted(job.folder.name for job in (jobs[0], jobs[2]))
     assert outcomes == {job.folder: ExitCode.DONE for job in jobs}
@@ -389,10 +393,10 @@ def test_jobs_of_one_training_are_trained_once(tmp_path: Path, capsys: pytest.Ca
     assert (row[2], row[3], row[-1]) == ("done", "1.5000", jobs[0].folder.name)
 
 
-def test_the_next_is_trained_where_the_first_fails(tmp_path: Path) -> None:
+def test_the_next_is_trained_where_the_first_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = jobs_of(tmp_path, ["trainer.log_every=5"], ["trainer.log_every=10"], ["trainer.log_every=20"])
-    trained, start = trainer(tmp_path, fails=["trainer.log_every=5"])
-    outcomes = study.run_study(jobs, start)
+    trained = trainer(tmp_path, monkeypatch, fails=["trainer.log_every=5"])
+    outcomes = workers.run_study(jobs)
     assert trained == ["trainer.log_every=5", "trainer.log_every=10"]
     assert [outcomes[job.folder] for job in jobs] == [ExitCode.ERROR, ExitCode.DONE, ExitCode.DONE]
     assert study.exit_code(outcomes.values()) == ExitCode.ERROR
@@ -408,8 +412,8 @@ def test_what_cannot_be_measured_ends_its_job_alone(
 
     monkeypatch.setattr(same_training, "evaluate_once", refused)
     jobs = jobs_of(tmp_path, ["seed=0"], ["evaluation.sequences=7"], ["evaluation.probes=[copying]"])
-    trained, start = trainer(tmp_path)
-    outcomes = study.run_study(jobs, start)
+    trained = trainer(tmp_path, monkeypatch)
+    outcomes = workers.run_study(jobs)
     assert trained == ["seed=0", "evaluation.sequences=7"]
     assert [outcomes[job.folder] for job in jobs] == [ExitCode.DONE, ExitCode.DONE, ExitCode.BAD_INPUT]
     printed = capsys.readouterr()

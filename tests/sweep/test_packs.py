@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 
 import xattn.config
-from xattn.backend import dispatch
 from xattn.errors import ExitCode
 from xattn.runs import run_folder
 from xattn.runs.desk import run_pack
@@ -152,13 +152,17 @@ def test_a_pack_that_was_begun_goes_on_with_the_same_members_in_their_places(tin
     assert take_pack(deque([jobs[1], jobs[2]]), jobs) == [jobs[1]]
 
 
+def chosen(*names: str) -> Callable[..., dict[str, Any]]:
+    return lambda config, context: {name: SimpleNamespace(name=name) for name in names}
+
+
 def test_auto_never_packs_on_a_cpu_and_on_a_gpu_small_models(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = ["model.num_layers=4", "model.embedding_dim=128", "backend.context_length=64", "trainer.batch_size=12"]
     assert pack_size(xattn.config.compose([])) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(packing, "_attention", lambda config: [dispatch.row("reference")])
+    monkeypatch.setattr(packing, "choose_attention", chosen("reference"))
     assert pack_size(xattn.config.compose(small)) in (16, 32)  # the measured throughput levels off here
     assert pack_size(xattn.config.compose([*small, "backend.context_length=256", "trainer.batch_size=32"])) == 1
     assert pack_size(xattn.config.compose(["model=gpt2"])) == 1
@@ -166,10 +170,8 @@ def test_auto_never_packs_on_a_cpu_and_on_a_gpu_small_models(
     unavailable = ["model.num_layers=4", "backend.implementation=hopper", "sweep.pack=2"]
     assert pack_size(xattn.config.compose(unavailable)) == 1  # its start reports why
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(packing, "_attention", lambda config: [dispatch.row("reference")])
+    monkeypatch.setattr(packing, "choose_attention", chosen("reference"))
     assert pack_size(xattn.config.compose([*small, "sweep.pack=off"])) == 1
     for name, packs in (("hopper", True), ("cudnn", False)):  # the vmap of cudnn is broken in releases of JAX
-        monkeypatch.setattr(
-            packing, "_attention", lambda config, name=name: [dispatch.row("reference"), dispatch.row(name)]
-        )
+        monkeypatch.setattr(packing, "choose_attention", chosen("reference", name))
         assert (pack_size(xattn.config.compose(small)) > 1) is packs

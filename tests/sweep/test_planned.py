@@ -17,7 +17,7 @@ from tests import processes
 from xattn.errors import BadInput, ExitCode
 from xattn.runs import run_folder
 from xattn.runs.job import Job
-from xattn.sweep import planned, resume, runs, study
+from xattn.sweep import planned, resume, runs, study, workers
 from xattn.sweep.planned import Plan, sweeps_of, unfinished
 
 ROOT = Path(xattn.__file__).resolve().parent.parent
@@ -93,7 +93,9 @@ def test_a_run_that_another_one_answers_for_is_not_missing(here: Path) -> None:
     assert unfinished(STUDY) == []
 
 
-def test_a_sweep_says_at_its_end_which_runs_are_answered_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_says_at_its_end_which_runs_are_answered_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobs = [*jobs_of([0]), *jobs_of([0], "trainer.log_every=20")]
     plan = Plan()
     plan.add(jobs)
@@ -105,7 +107,8 @@ def test_a_sweep_says_at_its_end_which_runs_are_answered_for(capsys: pytest.Capt
             finish(job)
         return [ExitCode.DONE] * len(pack)
 
-    study.run_study(jobs, start, plan)
+    monkeypatch.setattr(study, "start", start)
+    workers.run_study(jobs, plan)
     assert "already trained in" in capsys.readouterr().out
     assert unfinished(STUDY) == []
 

@@ -20,7 +20,9 @@ from xattn.report.read import read_study
 from xattn.report.two_stage import pairs_needed, pilot_size, quantile, two_stage
 from xattn.runs import run_folder
 from xattn.runs.job import Job
-from xattn.sweep import seeds, study
+from xattn.sweep import study
+from xattn.sweep.planned import Plan
+from xattn.sweep.seeds import SeedStudy
 
 Loss = Callable[[Config], float | None]
 
@@ -60,7 +62,7 @@ class Laboratory:
     def run_study(self, *options: str) -> None:
         arms = [[*arm, *options] for arm in self.arms]
         before, self.arms = self.arms, arms
-        seeds.run_study(self.jobs([(i, 0) for i in range(len(arms))]), self.jobs, self.train_all)
+        SeedStudy(self.jobs([(i, 0) for i in range(len(arms))]), self.jobs, self.train_all, Plan()).run()
         self.arms = before
 
     def seeds_of(self, key: str) -> dict[object, int]:
@@ -214,7 +216,7 @@ def test_what_cannot_be_compared_is_refused(arms: list[list[str]], message: str,
     configs = [xattn.config.compose(["trainer=debug", "sweep.half_width=0.01", *arm]) for arm in arms]
     jobs = [Job(config, tmp_path / xattn.config.run_name(config)) for config in configs]
     with pytest.raises(BadInput, match=message):
-        seeds.run_study(jobs, lambda wanted: [], lambda jobs, outcomes: None)
+        SeedStudy(jobs, lambda wanted: [], lambda jobs, outcomes: None, Plan())
 
 
 def test_the_formula_of_two_stages() -> None:

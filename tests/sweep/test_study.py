@@ -10,17 +10,25 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import xattn.config
 from xattn.errors import ExitCode
 from xattn.runs import run_folder
-from xattn.sweep import runs, study, view
+from xattn.runs.job import Job
+from xattn.sweep import runs, study, view, workers
 from xattn.sweep.packing import is_finished
-from xattn.sweep.study import Job, Start, run_study
 from xattn.sweep.view import StudyView
 from xattn.system.signals import interruption
+
+Start = Callable[[Sequence[Job]], Sequence[ExitCode]]
+
+
+def run_study(jobs: Sequence[Job], start: Start) -> study.Outcomes:
+    with mock.patch.object(study, "start", start):
+        return workers.run_study(jobs)
 
 
 def jobs_of(outputs: Path, *overrides: Sequence[str]) -> list[Job]:

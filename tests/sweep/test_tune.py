@@ -14,11 +14,12 @@ import xattn.config
 from tests import processes
 from xattn.errors import BadInput
 from xattn.runs import run_folder
-from xattn.sweep.search import OBJECTIVES, Dimension, Tuning
-from xattn.sweep.tune import STORAGE, tune
+from xattn.sweep.config import OBJECTIVES, Dimension, Tuning
 from xattn.sweep.view import StudyView
 
 optuna = pytest.importorskip("optuna", reason="the extra tune is not installed")
+from xattn.sweep.tune import STORAGE, tune  # noqa: E402  # needs optuna
+
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 BASE = xattn.config.compose([])

@@ -81,10 +81,10 @@ def test_a_port_in_use_is_noticed_also_where_the_kernel_has_no_ipv6(
     has_ipv6: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Socket(socket.socket):
-        def __init__(self, family: int = socket.AF_INET):
+        def __init__(self, family: int = socket.AF_INET, *kind: int):
             if family == socket.AF_INET6 and not has_ipv6:
                 raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
-            super().__init__(family)
+            super().__init__(family, *kind)
 
     with socket.socket() as other:
         other.bind(("", 0))

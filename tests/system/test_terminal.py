@@ -215,7 +215,7 @@ def test_help_compare_verdict_and_plan_fit(width: int, on_terminal: OnTerminal, 
     study = sorted(path for path in outputs.iterdir() if path.is_dir())
     assert compare.main([str(path) for path in study * 2]) == 0
     assert decide([str(outputs), "--better", "backend.activation=sigmoid", "--than", "softmax"]) == 10
-    hardware = Hardware(1e12, 1e12, 10**8, 20e9, 10e9, 64, "cpu")
+    hardware = Hardware("cpu", 1e12, 1e12, 10**8, 20e9, 10e9, 64, "cpu")
     costs = plan.Plan({"data": 4}, 10821504, 135 * 10**9, 2048, {"activations": 10**9}, {"data": 10**8}, 1.2345, 0.1)
     plan._print(costs, xattn.config.compose(), hardware, "cpu", 3)
     check(screen(), width, *(["sigmoid", "undecided"]))

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from xattn.errors import BadInput, ExitCode, XattnError
 from xattn.runs import run_folder
@@ -41,9 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [word for word in asked.words if "=" in word and not Path(word).is_dir()]
     folders = [asked.run, *(Path(word) for word in asked.words if word not in overrides)]
     runs = list(dict.fromkeys(run for folder in folders for run in _runs_in(folder)))
-    evaluation = partial(
-        _evaluate, overrides=overrides, checkpoint=asked.checkpoint, save=asked.save, config_dir=asked.config_dir
-    )
+
+    def evaluation(run: Path) -> tuple[Row, bool]:
+        if asked.save:
+            return evaluate_once(run, overrides, checkpoint=asked.checkpoint, config_dir=asked.config_dir)
+        if (run / run_folder.CONFIG).is_file():  # not a Llama folder; its config exists only once loaded
+            check(run, overrides, asked.config_dir)
+        return measured(load(run, checkpoint=asked.checkpoint), overrides, asked.config_dir), False
+
     if runs != [asked.run]:
         return _evaluate_all(runs, evaluation, as_json=asked.json)
     row, was_there = evaluation(asked.run)
@@ -97,17 +100,6 @@ def _evaluate_all(runs: Sequence[Path], evaluate: Callable[[Path], tuple[Row, bo
         if others:
             entry.tell(f"the same as {first}: {len(others)} more")
     return ExitCode(codes.pop()) if len(codes) == 1 else ExitCode.ERROR if codes else ExitCode.DONE
-
-
-def _evaluate(
-    run: Path, *, overrides: Sequence[str], checkpoint: Literal["last", "best"], save: bool, config_dir: Path | None
-) -> tuple[Row, bool]:
-    if save:
-        return evaluate_once(run, overrides, checkpoint=checkpoint, config_dir=config_dir)
-    if (run / run_folder.CONFIG).is_file():  # not a Llama folder; its config exists only once loaded
-        check(run, overrides, config_dir)
-    opened = load(run, checkpoint=checkpoint)
-    return measured(opened, overrides, config_dir), False
 
 
 def _json_line(run: Path, row: Row) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from xattn.config import Config, hashed_values
 from xattn.errors import BadInput, ExitCode, needs_extra, writing
+from xattn.keys import flatten
 from xattn.model.initial import WEIGHTS
 from xattn.runs import run_folder
 from xattn.runs.loaded_run import load
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     _numpy_safetensors()
     run = load(asked.run, checkpoint=asked.checkpoint)
-    arrays = {name: np.asarray(leaf) for name, leaf in _flat(run.params)}
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(run.params)}
     vocab_size = run.model.vocab_size
     if asked.format == "llama":
         config, arrays = llama_config(run.config, vocab_size), to_llama(arrays, run.config)
@@ -113,14 +114,6 @@ def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
         _numpy_safetensors().save_file(arrays, weights, metadata={"format": "pt"})
         weights.chmod(mode)
         run_folder.write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return dotted name and leaf of each parameter."""
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return found
 
 
 def _numpy_safetensors() -> Any:

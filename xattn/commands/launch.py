@@ -11,9 +11,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from xattn.errors import BadInput
 from xattn.system.arguments import Parser, whole
@@ -26,7 +26,6 @@ _SECONDS_TO_LEAVE = 30.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return the exit code of the first process that failed, else 0. Raises :class:`BadInput`."""
     parser = Parser(
         prog="xattn launch",
         description="Start a Python program as several processes of one run on this machine. Process i gets GPU i.",
@@ -40,69 +39,52 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if not Path(arguments.command[0]).is_file():
         raise BadInput(f"{arguments.command[0]}: no such file; give a Python program")
-    return _Processes(arguments.command, arguments.processes, arguments.port or _free_port()).wait()
+    return _run_together(arguments.command, arguments.processes, arguments.port or _free_port())
 
 
-class _Processes:
-    def __init__(self, command: Sequence[str], count: int, port: int):
-        self._signals: list[int] = []
-        for number in (*DEMANDS, *WARNINGS):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
-        # Each has its own session: a terminal's Ctrl-C reaches only this process, which passes it on once.
-        self._running = [
-            subprocess.Popen(
-                [sys.executable, *command],
-                env=os.environ | _place(index, count, port),
-                stdout=None if index == 0 else subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            for index in range(count)
-        ]
+def _run_together(command: Sequence[str], count: int, port: int) -> int:
+    """Start the processes, wait for all, passing signals on, and return the exit code of the first failure, else 0.
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signals.append(number)
-
-    def wait(self) -> int:
-        """Wait for all processes, passing signals on, and return the exit code of the first failure.
-
-        If one has died, the rest are killed; if one has failed, they are killed unless they leave in time. Code 0 sets
-        no deadline for the rest: process 0 may still be flushing wandb.
-        """
-        first_failure, deadline = 0, float("inf")
-        while self._running:
-            for number in self._take_signals():
-                self._send(number)
-            for process in list(self._running):
-                if (code := process.poll()) is None:
-                    continue
-                self._running.remove(process)
-                code = code if code >= 0 else 128 - code
-                first_failure = first_failure or code
-                patience = _SECONDS_TO_LEAVE if code in _TOGETHER else 0.0
-                if code:
-                    deadline = min(deadline, time.monotonic() + patience)
-            if time.monotonic() >= deadline:
-                self._send(signal.SIGKILL)
-            time.sleep(0.05)
-        return first_failure
-
-    def _take_signals(self) -> list[int]:
-        taken, self._signals = self._signals, []
-        return taken
-
-    def _send(self, number: int) -> None:
-        for process in self._running:
-            process.send_signal(number)
-
-
-def _place(index: int, count: int, port: int) -> dict[str, str]:
-    here = {COORDINATOR: f"localhost:{port}", COUNT: str(count), INDEX: str(index)}
-    return here if "JAX_LOCAL_DEVICE_IDS" in os.environ else here | {"JAX_LOCAL_DEVICE_IDS": str(index)}
+    If one has died, the rest are killed; if one has failed, they are killed unless they leave in time. Code 0 sets no
+    deadline for the rest: process 0 may still be flushing wandb.
+    """
+    received: deque[int] = deque()
+    for number in (*DEMANDS, *WARNINGS):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: received.append(number))
+    shared = {COORDINATOR: f"localhost:{port}", COUNT: str(count)}
+    # Each has its own session: a terminal's Ctrl-C reaches only this process, which passes it on once.
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={"JAX_LOCAL_DEVICE_IDS": str(index)} | os.environ | shared | {INDEX: str(index)},
+            stdout=None if index == 0 else subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for index in range(count)
+    ]
+    first_failure, deadline = 0, float("inf")
+    while running:
+        while received:
+            passed_on = received.popleft()
+            for process in running:
+                process.send_signal(passed_on)
+        for process in list(running):
+            if (code := process.poll()) is None:
+                continue
+            running.remove(process)
+            code = code if code >= 0 else 128 - code
+            first_failure = first_failure or code
+            patience = _SECONDS_TO_LEAVE if code in _TOGETHER else 0.0
+            if code:
+                deadline = min(deadline, time.monotonic() + patience)
+        if time.monotonic() >= deadline:
+            for process in running:
+                process.kill()
+        time.sleep(0.05)
+    return first_failure
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    with socket.create_server(("", 0)) as probe:
+        return int(probe.getsockname()[1])

@@ -154,20 +154,15 @@ def _kept_by_a_layer(model: ModelConfig, layer: BackendConfig, attention: str) -
         kept += d
     if attention == "reference":
         kept += 2 * model.num_heads * layer.context_length
-    kept += _kept_by_terms(model, layer)
-    return kept + 2 * d + (4 if model.mlp == "swiglu" else 3) * model.mlp_dim
-
-
-def _kept_by_terms(model: ModelConfig, layer: BackendConfig) -> int:
-    """Return what :func:`_kept_by_a_layer` adds for the terms around attention, its decay and its gate."""
-    d, kv = model.embedding_dim, model.kv_heads * model.head_dim
+    kept += 2 * d + (4 if model.mlp == "swiglu" else 3) * model.mlp_dim
+    # The terms around attention, its decay and its gate.
     in_float32 = 2 if model.dtype == "bfloat16" else 1
     taps = (model.conv or 0) * (d + 2 * kv)  # what each tap multiplies
     gates = {"none": 0, "head": d + model.num_heads, "channel": 2 * d}[model.output_gate]  # both factors
     outputs = d * (model.exclusive + (model.output_norm != "none")) + gates
     of_heads = 2 * model.kv_heads * ((layer.decay in ("learned", "input")) + (layer.input_gate == "sigmoid"))
     values = 2 * kv if model.value_residual == "first" else 0
-    return in_float32 * (taps + outputs + of_heads) + values
+    return kept + in_float32 * (taps + outputs + of_heads) + values
 
 
 def _communication(config: Config, parameters: int, mesh: dict[str, int], attention: Sequence[str]) -> dict[str, int]:
@@ -212,7 +207,19 @@ def _speed(axis: str, mesh: dict[str, int], hardware: Hardware) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_intermixed_args(argv)
+    parser = Parser(prog="xattn plan", description="Estimate what a run will cost before it starts.")
+    parser.add_argument("overrides", nargs="*", help="overrides of the config, as for train.py")
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="FOLDER", help="a folder of your own YAML files, laid out like conf/"
+    )
+    known = ", ".join(sorted(HARDWARE))
+    parser.add_argument("--device", choices=HARDWARE, metavar="D", help=f"{known}; default: what is here")
+    parser.add_argument(
+        "--devices", type=whole(1), metavar="N", help="number of devices; the group `parallel` splits the work"
+    )
+    parser.add_argument("--vocab-size", type=whole(1), metavar="V", help="default: that of the data's tokenizer")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_intermixed_args(argv)
     config = compose(options.overrides, config_dir=options.config_dir)
     vocab_size = options.vocab_size or vocab_size_of(config.data)
     config = sized(config, vocab_size)
@@ -229,29 +236,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="xattn plan", description="Estimate what a run will cost before it starts.")
-    parser.add_argument("overrides", nargs="*", help="overrides of the config, as for train.py")
-    parser.add_argument(
-        "--config-dir", type=Path, metavar="FOLDER", help="a folder of your own YAML files, laid out like conf/"
-    )
-    devices = ", ".join(sorted(HARDWARE))
-    parser.add_argument("--device", choices=HARDWARE, metavar="D", help=f"{devices}; default: what is here")
-    parser.add_argument(
-        "--devices", type=whole(1), metavar="N", help="number of devices; the group `parallel` splits the work"
-    )
-    parser.add_argument("--vocab-size", type=whole(1), metavar="V", help="default: that of the data's tokenizer")
-    parser.add_argument("--json", action="store_true")
-    return parser
-
-
 def _here() -> Hardware:
-    known = hardware_of(jax.local_devices()[0].device_kind)
-    if known is not None:
+    kind = jax.local_devices()[0].device_kind
+    if (known := hardware_of(kind)) is not None:
         return known
+    peaks = measured_peak("bfloat16"), measured_peak("float32")
     # A CPU: the bandwidths of its memory and between its devices are guesses that matter little.
-    platform = target().platform
-    return Hardware(measured_peak("bfloat16"), measured_peak("float32"), available_bytes(), 20e9, 10e9, 64, platform)
+    return Hardware(kind, *peaks, available_bytes(), 20e9, 10e9, 64, target().platform)
 
 
 def _print(found: Plan, config: Config, hardware: Hardware, device: str, idle: int) -> None:

@@ -114,10 +114,7 @@ def _why_left_alone(run: Path) -> str | None:
 def _doomed_of(run: Path, *, wandb: bool) -> Iterator[tuple[str, Path]]:
     checkpoints = run / run_folder.CHECKPOINTS
     for path in superfluous(checkpoints, "parameters"):
-        if path.name == TRAINING:
-            yield _STATES, path
-        else:
-            yield _OLDER, path
+        yield (_STATES if path.name == TRAINING else _OLDER), path
     for path in [checkpoints / BAD, *half_done(checkpoints)]:
         if path.is_dir():
             yield _ASIDE, path
@@ -165,7 +162,7 @@ def _delete(plan: Plan) -> None:
             print(f"{shown(run)}: now in use; left alone")
             continue
         try:
-            if (held.summary() or {}).get("status") in FINISHED:
+            if (run_folder.read_summary(run) or {}).get("status") in FINISHED:
                 for path in others:
                     shutil.rmtree(path)
                 keep_only(run / run_folder.CHECKPOINTS, "parameters", why="xattn prune")

@@ -33,7 +33,7 @@ def sync(path: Path) -> None:
     config = xattn.config.load(path / run_folder.CONFIG)
     folder = RunFolder(path)
     try:
-        origin, summary = folder.provenance(), folder.summary()
+        origin, summary = run_folder.read_provenance(path), run_folder.read_summary(path)
         if origin is None or summary is None:
             raise BadInput(f"{path}: this run has not begun")
         if resolve_mode(config.tracking.wandb) == "disabled":

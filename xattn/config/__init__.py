@@ -11,9 +11,9 @@ from xattn.config.composition import (
     load as load,
     register_resolvers as register_resolvers,
     save as save,
-    save_overrides as save_overrides,
     section as section,
     sized as sized,
+    to_yaml as to_yaml,
 )
 from xattn.config.groups import check_folders as check_folders, choices_in as choices_in
 from xattn.config.messages import COMPOSITION_ERRORS as COMPOSITION_ERRORS, explain as explain, nearest_of as nearest_of
@@ -27,7 +27,6 @@ from xattn.config.naming import (
     run_hash as run_hash,
     run_name as run_name,
     shaping as shaping,
-    tracked_values as tracked_values,
     untracked as untracked,
     varying_keys as varying_keys,
 )

@@ -145,7 +145,12 @@ def amend(
 
 def save(config: Config) -> str:
     """Return the YAML text of config.yaml."""
-    return _to_yaml(config.model_dump(mode="json"))
+    return to_yaml(config.model_dump(mode="json"))
+
+
+def to_yaml(values: Any) -> str:
+    """Return the YAML text of plain values, in their order."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def load(path: Path) -> Config:
@@ -164,11 +169,6 @@ def load(path: Path) -> Config:
         if own:
             hint = f"\nit was registered by {own[0]}; run that script instead of xattn: python {own[0]} sample RUN"
         raise BadInput(f"{path}: {error}{hint}") from error
-
-
-def save_overrides(overrides: Sequence[str]) -> str:
-    """Return the YAML text of overrides.yaml: what the user typed."""
-    return _to_yaml(list(overrides))
 
 
 def register_resolvers() -> None:
@@ -238,7 +238,3 @@ def _check_keys(finding: FindingConfig, config: Config) -> None:
             group, _, name = key.rpartition(".")
             if not key.startswith("backend.then.") and not having(group, name):
                 raise BadInput(f"finding.contrasts[{i}]: {key}: no such key{nearest_key(key, ())}")
-
-
-def _to_yaml(values: Any) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

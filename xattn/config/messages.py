@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from xattn.config.groups import choices_in, having, search_path
 from xattn.config.schema import composed
-from xattn.errors import BadInput, did_you_mean, first_line
+from xattn.errors import BadInput, causes, did_you_mean, first_line
 from xattn.keys import RENAMED, flatten, renamed
 from xattn.model.config import LayerConfig
 from xattn.system import entry
@@ -31,7 +31,7 @@ _QUOTING = (
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     """Return a message of at most five lines for an error that Hydra, omegaconf or we raise for these overrides."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, BadInput):
             return str(cause)
     text = str(error)
@@ -193,12 +193,6 @@ def nearest_of(key: str, keys: Sequence[str]) -> str:
 
 def _similar(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _short(value: Any) -> str:

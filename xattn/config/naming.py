@@ -137,11 +137,6 @@ def varying_keys(configs: Sequence[Config]) -> list[str]:
     return [key for key in hashed if any(each.get(key) != values[0].get(key) for each in values)]
 
 
-def tracked_values(config: Config) -> dict[str, Any]:
-    """Return what wandb gets of the config: all of it, and the hash."""
-    return config.model_dump(mode="json") | {"hash": run_hash(config)}
-
-
 def untracked(config: Config) -> Config:
     """Return the config with wandb disabled."""
     wandb = config.tracking.wandb.model_copy(update={"mode": "disabled"})
@@ -151,5 +146,4 @@ def untracked(config: Config) -> Config:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Return the hashed keys that differ, each with both values; a key that one side lacks is None there."""
     before, after = hashed_values(old), hashed_values(new)
-    hashed = [*before, *(key for key in after if key not in before)]
-    return {key: (before.get(key), after.get(key)) for key in hashed if before.get(key) != after.get(key)}
+    return {key: (before.get(key), after.get(key)) for key in varying_keys([old, new])}

@@ -101,12 +101,12 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any] | None:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in list(differing.items())[:3]]
         more = [f"  and {len(differing) - 3} more"] if len(differing) > 3 else []
         raise BadInput("\n".join([f"{folder.path}: holds a run with another config", *lines, *more]))
-    return folder.summary()
+    return run_folder.read_summary(folder.path)
 
 
 def _show(run: Run, *, quiet: bool) -> ExitCode:
     """Show the result of a run that is finished."""
-    before = run.folder.provenance()
+    before = run_folder.read_provenance(run.folder.path)
     changed = changes(before, provenance())
     since = f" (changed since then: {', '.join(changed)})" if changed else ""
     if not quiet:

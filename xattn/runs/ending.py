@@ -45,7 +45,9 @@ def conclude(run: Run, data: RunData, compiled: Programs, progress: Progress) ->
         "state_sha256": state_sha256(progress.state.params, progress.state.opt_state),
     }
     if status != "preempted" and run.config.trainer.attention_stats_every is not None:
-        _draw_attention(run, data, compiled, progress)
+        state, batch = progress.state, statistics_batch(data.held_out)
+        found = compiled.attention_statistics(state.params, state.hyperparameters.model, batch)
+        draw(found, _artifact(run, run_folder.ATTENTION_MAPS), step=progress.step)
     match status:
         case "done":
             _keep_sequence_losses(run, data, compiled, progress)
@@ -118,12 +120,6 @@ def _keep_sequence_losses(run: Run, data: RunData, compiled: Programs, progress:
     file = io.BytesIO()
     np.save(file, progress.of_sequences)
     run_folder.write_atomically(_artifact(run, run_folder.SEQUENCE_LOSSES), file.getvalue())
-
-
-def _draw_attention(run: Run, data: RunData, compiled: Programs, progress: Progress) -> None:
-    state = progress.state
-    found = compiled.attention_statistics(state.params, state.hyperparameters.model, statistics_batch(data.held_out))
-    draw(found, _artifact(run, run_folder.ATTENTION_MAPS), step=progress.step)
 
 
 def _artifact(run: Run, name: str) -> Path:

@@ -10,10 +10,6 @@ from xattn.config import Config
 from xattn.tracking.tracker import Row, Tracker
 
 
-def prunes_nothing(row: Row) -> bool:
-    return False
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run to make."""
@@ -24,7 +20,7 @@ class Job:
     """What the user typed."""
     watch: tuple[Tracker, ...] = ()
     """Trackers besides the run's own."""
-    prune: Callable[[Row], bool] = prunes_nothing
+    prune: Callable[[Row], bool] | None = None
     """Called with each evaluation's row except the last; True ends the run."""
     answerable: bool = True
     """Whether a finished run of the same training may stand in for it."""

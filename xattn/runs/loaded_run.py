@@ -16,7 +16,7 @@ from xattn.data.tokenizer import ByteTokenizer, IdTokenizer, JsonTokenizer, Text
 from xattn.errors import BadInput, IntegrityError
 from xattn.model.config import group_of
 from xattn.runs import run_folder
-from xattn.runs.provenance import belongs_to
+from xattn.runs.provenance import other_data
 from xattn.runs.run_folder import finite_or_none
 from xattn.runs.streaming import Piece, pieces
 from xattn.system.device import first_look, keep_compiled_programs
@@ -234,15 +234,10 @@ def _check_data(run: LoadedRun, data: RunData) -> None:
     if isinstance(own := run.config.data, Task):  # its hash is over the sequences that the run itself scores
         data = load_data(own, run.config.batching)
     before = run_folder.read_provenance(run.path) or {}
-    if (began_with := before.get("data_sha256")) in (None, data.sha256):
-        return
-    problem = f"{run.path}: the data are not the ones that this run began with"
-    belongs = belongs_to(own, before, size=data.corpus_size, sha256=data.sha256)
-    if belongs is None:
-        hashes = f"(sha256 {data.sha256[:12]}…, was {began_with[:12]}…)"
-        raise IntegrityError(f"{problem} {hashes}; restore them, or choose other data with data.…")
-    why, with_them = belongs
-    raise IntegrityError(f"{problem}: {why}\nevaluate it with {with_them}, or choose other data with data.…")
+    if before.get("data_sha256") not in (None, data.sha256):
+        what = f"{run.path}: the data are not the ones that this run began with"
+        problem = other_data(what, own, before, size=data.corpus_size, sha256=data.sha256, to="evaluate")
+        raise IntegrityError(f"{problem}, or choose other data with data.…")
 
 
 def read(path: Path) -> tuple[Config, dict[str, Any]]:

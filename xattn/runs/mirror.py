@@ -31,7 +31,7 @@ def mirror_of(
 ) -> WandbMirror:
     """Start the mirror of the run in ``folder``; origin is its provenance.json."""
     provenance = {key: origin[key] for key in _PROVENANCE if key in origin}
-    values = xattn.config.tracked_values(config) | {"provenance": provenance}
+    values = config.model_dump(mode="json") | {"hash": xattn.config.run_hash(config), "provenance": provenance}
     run = {"id": origin["wandb_id"], "group": config.study, "config": values}
     return WandbMirror(config.tracking.wandb, folder, run, say=say, from_the_start=from_the_start)
 

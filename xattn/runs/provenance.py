@@ -111,18 +111,22 @@ def corpus(data: DataConfig, size: int | None) -> dict[str, Any]:
     return {"name": data.name, "bytes": size, **{package: here[package] for package in made_by(data)}}
 
 
-def belongs_to(data: DataConfig, before: Mapping[str, Any], *, size: int | None, sha256: str) -> tuple[str, str] | None:
-    """Return why these data may not be those of the run with this provenance, and what to start it with.
+def other_data(
+    what: str, data: DataConfig, before: Mapping[str, Any], *, size: int | None, sha256: str, to: str
+) -> str:
+    """Say that ``what`` differs from the run with this provenance, whether versions explain it, and what helps.
 
-    None if everything that makes such data has the same version here.
+    to: what a user does with the run, in a word.
     """
     then, here = before.get("versions") or {}, versions()
     others = [each for each in made_by(data) if then.get(each) not in (None, here[each])]
     if not others:
-        return None
+        return f"{what} (sha256 {sha256[:12]}…, was {before['data_sha256'][:12]}…); restore them"
     began_with, runs_on = (", ".join(_named(each, of[each]) for each in others) for of in (then, here))
-    there, here_is = _corpus_of(before), _in_words(size, sha256)
-    return f"the run began with {began_with} (corpus of {there}), but this is {runs_on} ({here_is})", began_with
+    return (
+        f"{what}: the run began with {began_with} (corpus of {_corpus_of(before)}), but this is {runs_on} "
+        f"({_in_words(size, sha256)})\n{to} it with {began_with}"
+    )
 
 
 def other_library(data_name: str, before: Mapping[str, Any] | None) -> str | None:

@@ -20,7 +20,7 @@ from xattn.errors import BadInput, ExitCode, IntegrityError, XattnError
 from xattn.runs import run_folder
 from xattn.runs.job import Job
 from xattn.runs.mirror import end_mirror, mirror_of
-from xattn.runs.provenance import belongs_to, changes, corpus, provenance
+from xattn.runs.provenance import changes, corpus, other_data, provenance
 from xattn.runs.run_folder import RunFolder, shown
 from xattn.system import hosts
 from xattn.tracking.display import Display
@@ -81,7 +81,7 @@ class Run:
         try:
             yield
         except BadInput as error:
-            if self._supersedes or self.folder.provenance() is None:
+            if self._supersedes or run_folder.read_provenance(self.folder.path) is None:
                 raise
             raise IntegrityError(f"the training data are not the ones that this run began with: {error}") from error
 
@@ -93,7 +93,7 @@ class Run:
         ``devices`` is recorded there. ``pack`` names the runs of the pack; it is None if the run trains alone.
         """
         if self._supersedes:
-            status = (self.folder.summary() or {"status": "not begun"})["status"]
+            status = (run_folder.read_summary(self.folder.path) or {"status": "not begun"})["status"]
             self.display.close()  # its log.txt moves too
             self.display.warn(f"moved the earlier run here ({status}) to {shown(self.folder.move_aside())}")
             self._supersedes = False
@@ -106,7 +106,7 @@ class Run:
             "training_identity": keys.training_identity(xattn.config.hashed_values(self.config)),
             "pack": pack,
         }
-        before = self.folder.provenance()
+        before = run_folder.read_provenance(self.folder.path)
         origin = self._first_origin(here, data) if before is None else self._next_origin(before, here, data)
         if origin != before:
             run_folder.write_json(self.folder / run_folder.PROVENANCE, origin)
@@ -117,14 +117,18 @@ class Run:
     def _first_origin(self, here: dict[str, Any], data: RunData) -> dict[str, Any]:
         """Write the run's first files. config.yaml comes first: it makes the folder a run's."""
         run_folder.write_atomically(self.folder / run_folder.CONFIG, xattn.config.save(self.config))
-        run_folder.write_atomically(self.folder / run_folder.OVERRIDES, xattn.config.save_overrides(self.job.overrides))
+        run_folder.write_atomically(self.folder / run_folder.OVERRIDES, xattn.config.to_yaml([*self.job.overrides]))
         if data.tokenizer_json is not None:
             run_folder.write_atomically(self.folder / run_folder.TOKENIZER, data.tokenizer_json)
         return here
 
     def _next_origin(self, before: dict[str, Any], here: dict[str, Any], data: RunData) -> dict[str, Any]:
         if before["data_sha256"] != data.sha256:
-            raise IntegrityError(_other_data(self.config, before, data))
+            what = "the training data or their tokenizer are not the ones that this run began with"
+            own, size = self.config.data, data.corpus_size
+            problem = other_data(what, own, before, size=size, sha256=data.sha256, to="start")
+            hint = ", or use a text that is the same everywhere: data=text data.path=…" if "Python" in problem else ""
+            raise IntegrityError(f"{problem}, or start over with resume=never{hint}")
         data.check_tokenizer(self.folder.path)
         if self.before.get("committed_step") is None:  # that pack has saved nothing yet
             before = before | {"pack": here["pack"]}
@@ -196,19 +200,6 @@ class Run:
             keep_only(folder, keep, why=f"trainer.keep={keep}")
         except OSError as error:  # the run is done anyway
             self.display.warn(f"warning: {folder}: could not delete everything: {error.strerror}")
-
-
-def _other_data(config: Config, before: Mapping[str, Any], data: RunData) -> str:
-    """Explain that the data are not those that the run began with."""
-    here, then = data.sha256, before["data_sha256"]
-    what = "the training data or their tokenizer are not the ones that this run began with"
-    belongs = belongs_to(config.data, before, size=data.corpus_size, sha256=here)
-    if belongs is None:
-        hashes = f"(sha256 {here[:12]}…, was {then[:12]}…)"
-        return f"{what} {hashes}; restore them, or start over with resume=never"
-    why, with_them = belongs
-    hint = ", or use a text that is the same everywhere: data=text data.path=…" if "Python" in with_them else ""
-    return f"{what}: {why}\nstart it with {with_them}, or start over with resume=never{hint}"
 
 
 def move_older_aside(config: Config, folder: Path, say: Callable[[str], None]) -> None:

@@ -6,6 +6,7 @@ Standard library only, so that any module may import it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from xattn.errors import BadInput, FolderInUse, StorageError, looking_at, storage_error
+from xattn.errors import BadInput, FolderInUse, StorageError, storage_error
 
 CONFIG, OVERRIDES, PROVENANCE = "config.yaml", "overrides.yaml", "provenance.json"
 METRICS, SUMMARY, LOG = "metrics.jsonl", "summary.json", "log.txt"
@@ -31,6 +32,8 @@ SUPERSEDED = ".superseded"
 _TEMPORARY = ".tmp"
 # is_held() itself holds the lock for a moment, so a busy lock is tried again.
 _TRIES, _TRY_SECONDS = 5, 0.01
+# What flock raises on Lustre without -o flock, NFS without its lock service, and some FUSE.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 # A start that died before writing its config.yaml may leave these; a folder with nothing else counts as empty.
 _NOTHING_YET = {LOCK, LOG, CONFIG + _TEMPORARY}
 _HYDRA = "hydra.yaml"
@@ -63,14 +66,6 @@ class RunFolder:
             if self.path.parent.parent.name == "outputs":
                 self.path.parent.rmdir()
                 self.path.parent.parent.rmdir()
-
-    def summary(self) -> dict[str, Any] | None:
-        """Return summary.json, or None if no run has written one yet."""
-        return read_summary(self.path)
-
-    def provenance(self) -> dict[str, Any] | None:
-        """Return provenance.json, or None if no run has written one yet."""
-        return read_provenance(self.path)
 
     def is_ours(self) -> bool:
         return (self / CONFIG).is_file()
@@ -106,8 +101,27 @@ def flock(descriptor: int, operation: int, path: Path) -> None:
     """
     # Not by the filelock package: it has no shared flock, which is_held() needs and which takes no right to write. On a
     # file system without locks it falls back to a marker file, which a killed process leaves behind.
-    with looking_at("lock", path):
+    try:
         fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise StorageError(
+            f"{path}: the file system there ({_file_system(path)}) has no locks ({error}), so two processes could "
+            "write to one folder\nmount it with locks (Lustre: -o flock), or put runs on another file system: "
+            "hydra.run.dir=…, hydra.sweep.dir=…"
+        ) from error
+
+
+def _file_system(path: Path) -> str:
+    """Return type and mount point of a path's file system, from Linux's /proc; elsewhere only the mount point."""
+    mount = next((folder for folder in (path, *path.parents) if os.path.ismount(folder)), Path("/"))
+    with contextlib.suppress(OSError):
+        for line in reversed(Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()):
+            _, where, kind, *_ = line.split(" ")
+            if where.replace("\\040", " ") == str(mount):
+                return f"{kind} at {mount}"
+    return str(mount)
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:

@@ -111,10 +111,11 @@ def answer(found: Sequence[Found], say: Callable[[str], None]) -> Found | None:
         except (IntegrityError, NotKept) as error:
             say(f"a run of the same training cannot be used: {error}")
             continue
-        changed = changes(_recorded(each.folder), _here())
+        before = run_folder.read_or_empty(each.folder / run_folder.PROVENANCE)
+        changed = changes(before, _here())
         since = f" (changed since then: {', '.join(changed)})" if changed else ""
         say(f"already trained in {shown(each.folder)}: {result_line(each.summary)}{since}")
-        if (other := other_library(each.data_name, _recorded(each.folder))) is not None:
+        if (other := other_library(each.data_name, before)) is not None:
             say(other)
         if each.lacking:
             said.append(
@@ -177,7 +178,7 @@ def _identity_of(folder: Path) -> str | None:
     """Return the folder's training identity; None if its files are unreadable or ask for removed behaviour."""
     if folder in _identities:
         return _identities[folder]
-    found = _recorded(folder).get("training_identity")
+    found = run_folder.read_or_empty(folder / run_folder.PROVENANCE).get("training_identity")
     try:
         if not isinstance(found, str):
             text = (folder / run_folder.CONFIG).read_text("utf-8")
@@ -188,11 +189,6 @@ def _identity_of(folder: Path) -> str | None:
     if found is not None:
         _identities[folder] = found
     return found
-
-
-def _recorded(folder: Path) -> dict[str, Any]:
-    """Return provenance.json, or an empty mapping if it is missing or unreadable: config.yaml can make up for it."""
-    return run_folder.read_or_empty(folder / run_folder.PROVENANCE)
 
 
 def _found(folder: Path, asked: Config) -> Found | None:

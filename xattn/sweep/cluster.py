@@ -21,7 +21,6 @@ from xattn.runs import run_folder
 from xattn.runs.job import Job
 from xattn.runs.run_folder import shown
 from xattn.sweep.study import by_program
-from xattn.system import entry
 from xattn.system.screen import counted, say
 
 _SLURM, _LOCAL, _RAY = ".SlurmLauncher", ".LocalLauncher", ".RayLauncher"
@@ -166,11 +165,6 @@ def _state(job: str) -> str | None:
         return None
     found = re.search(r"JobState=(\w+)", done.stdout)
     return found[1] if found else None
-
-
-def tell_not_queued(error: Exception) -> None:
-    """Print that this job could not be requeued, and why."""
-    entry.tell(f"the job was not requeued: {first_line(error)}; the same command resumes its runs")
 
 
 def without_ids(folder: str) -> str:

@@ -13,7 +13,6 @@ from xattn.runs.job import Job
 
 Label = Callable[[Job], str]
 _OF_EVERY_ARM = (SEED, *TUNED)  # combined with each arm of a sweep that varies one key at a time
-BASELINE = "baseline"
 
 
 def labels(jobs: Sequence[Job], keys: Sequence[str] | None = None) -> Label:
@@ -70,7 +69,7 @@ def arm(values: Mapping[str, Any], names: Mapping[str, str], baseline: Mapping[s
         for key, name in names.items()
         if key in values and (key in differs or key in _OF_EVERY_ARM)
     ]
-    return " ".join([*([] if differs - {*_OF_EVERY_ARM} or baseline is None else [BASELINE]), *words])
+    return " ".join([*([] if differs - {*_OF_EVERY_ARM} or baseline is None else ["baseline"]), *words])
 
 
 def _values(config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xattn.config
 from xattn.config import Config
@@ -14,9 +14,7 @@ from xattn.model.size import matmul_flops_per_token
 from xattn.runs import run_folder
 from xattn.runs.job import Job
 from xattn.system.device import compute_with, first_look
-
-if TYPE_CHECKING:
-    from xattn.backend.dispatch import Implementation
+from xattn.training.attention_choice import choose_attention
 
 # The launch cost of one layer's kernels in a training step, and the arithmetic rate of a packed step of a small model.
 # Fitted to 4 layers of width 128 on an H100 (S 64, B 12: 0.59 ms a step alone, 1.85 ms for 16 runs, 6.9 ms for 64).
@@ -36,8 +34,8 @@ def take_pack(queue: deque[Job], jobs: Sequence[Job]) -> list[Job]:
     pack = _begun_pack(first, jobs) or [first]
     if len(pack) == 1 and _is_fresh(first) and (size := pack_size(first.config)) > 1:
         key = xattn.config.pack_key(first.config)
-        like = [job for job in queue if xattn.config.pack_key(job.config) == key and _is_free(job)]
-        pack += like[: size - 1]
+        like = [job for job in queue if xattn.config.pack_key(job.config) == key and _is_fresh(job)]
+        pack += [job for job in like if not run_folder.is_held(job.folder)][: size - 1]
     for job in pack[:]:
         if job in queue:
             queue.remove(job)
@@ -60,11 +58,6 @@ def _names(job: Job) -> list[str]:
     origin = run_folder.read_provenance(job.folder) or {}
     alone_since = any("pack" in change for change in origin.get("resumed_with", []))
     return [] if alone_since or _is_fresh(job) else origin.get("pack") or []
-
-
-def _is_free(job: Job) -> bool:
-    """Return whether the run may train with others: it has no checkpoint, and no process is working on it."""
-    return _is_fresh(job) and not run_folder.is_held(job.folder)
 
 
 def _is_fresh(job: Job) -> bool:
@@ -102,19 +95,13 @@ def pack_size(config: Config) -> int:
 
         if config.sweep.pack == "auto" and jax.default_backend() != "gpu":
             return 1
-        if not all(row.vmaps for row in _attention(config)):
+        from xattn.backend import dispatch
+
+        if not all(dispatch.row(choice.name).vmaps for choice in choose_attention(config, context=1).values()):
             return 1
     except BadInput:
         return 1  # reported when the run starts; the others continue
     return _paying(config) if config.sweep.pack == "auto" else config.sweep.pack
-
-
-def _attention(config: Config) -> list[Implementation]:
-    """Return the implementation that computes the attention of each kind of layer."""
-    from xattn.backend import dispatch
-    from xattn.training.attention_choice import choose_attention
-
-    return [dispatch.row(choice.name) for choice in choose_attention(config, context=1).values()]
 
 
 def _paying(config: Config) -> int:

@@ -45,36 +45,28 @@ TrainAll = Callable[[Sequence[Job], Outcomes], None]
 Compose = Callable[[Sequence[tuple[int, int]]], Sequence[Job]]  # (arm's number, seed) → its job, for each pair
 
 
-def run_study(arms: Sequence[Job], compose: Compose, train_all: TrainAll, plan: Plan | None = None) -> Outcomes:
-    """Train a study with as many seeds as it needs, and print a sentence for each comparison.
+class SeedStudy:
+    """A study with as many seeds as it needs.
 
-    Args:
-        arms: one job for each arm, all with the first seed.
-        train_all: trains the runs that have no result yet, and records their outcomes.
-        plan: the command's plan; it grows until the last seeds are known.
+    arms: one job for each arm, all with the first seed. train_all: trains the runs that have no result yet, and records
+    their outcomes. plan: the command's plan; it grows until the last seeds are known.
 
-    Raise :class:`BadInput` if the arms cannot be compared.
+    Raises :class:`BadInput` if the arms cannot be compared.
     """
-    seeds = _Seeds(arms, compose, train_all, Plan() if plan is None else plan)
-    seeds.run()
-    return seeds.outcomes
-
-
-class _Seeds:
-    """A study in progress. ``_jobs`` holds the jobs asked for so far, by arm number and seed."""
 
     def __init__(self, arms: Sequence[Job], compose: Compose, train_all: TrainAll, plan: Plan):
         self._compose, self._train_all, self._plan, self._began = compose, train_all, plan, time.monotonic()
-        self.outcomes: Outcomes = {}
+        self._outcomes: Outcomes = {}
         self._first, self._sweep = _first_seed(arms), arms[0].config.sweep
         comparisons, self._is_tuned = _comparisons(arms)
         self._pilot = self._sweep.pilot_seeds or pilot_size(comparisons)
         self._judged: Collection[int] = range(len(arms))
-        self._jobs: dict[tuple[int, int], Job] = {}
+        self._jobs: dict[tuple[int, int], Job] = {}  # those asked for so far, by arm number and seed
 
-    def run(self) -> None:
+    def run(self) -> Outcomes:
+        """Train the study, print a sentence for each comparison, and return the outcomes."""
         jobs: list[Job] = []
-        with study.table_at_the_end(jobs, self.outcomes, self._plan):
+        with study.table_at_the_end(jobs, self._outcomes, self._plan):
             try:
                 self._run()
             finally:
@@ -82,6 +74,7 @@ class _Seeds:
         if self._arm_of():
             for effect in self._found().effects:
                 say(f"{effect.factor}: {verdict(effect)}")
+        return self._outcomes
 
     def _run(self) -> None:
         first = self._first
@@ -116,7 +109,7 @@ class _Seeds:
         for key, job in zip(new, self._compose(new), strict=True):
             sweep = job.config.sweep.model_copy(update={"pilot_seeds": self._pilot})
             self._jobs[key] = dataclasses.replace(job, config=job.config.model_copy(update={"sweep": sweep}))
-        self._train_all([self._jobs[key] for key in new], self.outcomes)
+        self._train_all([self._jobs[key] for key in new], self._outcomes)
 
     def _found(self, selection: Selection | None = None) -> Answer:
         """Return the report's answer on the runs asked for so far."""
@@ -128,7 +121,7 @@ class _Seeds:
 
     def _arm_of(self) -> dict[Path, int]:
         """Return the arm's number for each run folder that exists: the job's own, or that of the same training."""
-        answers = study.answers([*self._jobs.values()], self.outcomes)
+        answers = study.answers([*self._jobs.values()], self._outcomes)
         found = {}
         for (arm, _), job in self._jobs.items():
             folder = answers[job.folder][0] if job.folder in answers else job.folder

@@ -11,7 +11,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xattn.config
 from xattn.errors import ExitCode, FolderInUse, Preempted, StorageError, XattnError
@@ -31,19 +31,9 @@ from xattn.system.signals import interruption
 
 _POLL_SECONDS = 1.0
 
-Start = Callable[[Sequence[Job]], Sequence[ExitCode]]
 Outcomes = dict[Path, ExitCode]
 """Run folder → the outcome of its last attempt. A study fills it in as runs end."""
 _ENDED_WELL = {ExitCode.DONE, ExitCode.DIVERGED, ExitCode.IN_USE}  # IN_USE: another process trained the run
-
-
-class Shown(NamedTuple):
-    """How runs are shown while they train."""
-
-    view: StudyView
-    label: Label
-    metric: str
-    """The loss shown for each run that ends."""
 
 
 def exit_code(codes: Iterable[ExitCode]) -> ExitCode:
@@ -72,17 +62,6 @@ def start(jobs: Sequence[Job]) -> list[ExitCode]:
     except Exception:  # anything that run_pack() does not catch is our own fault
         traceback.print_exc()
         return [ExitCode.ERROR] * len(jobs)
-
-
-def run_study(jobs: Sequence[Job], start: Start = start, plan: Plan | None = None) -> Outcomes:
-    """Train every run that has no result yet, in this process, and print the table of all at the end.
-
-    ``start`` trains a pack and returns the exit codes of its runs. SystemExit ends the study on a request to stop.
-    """
-    outcomes: Outcomes = {}
-    with table_at_the_end(jobs, outcomes, plan):
-        train_each_once(jobs, outcomes, start)
-    return outcomes
 
 
 @contextlib.contextmanager
@@ -118,7 +97,7 @@ def table_at_the_end(jobs: Sequence[Job], outcomes: Outcomes, plan: Plan | None 
             say("for a report on them:", report_command(study, runs))
 
 
-def train_each_once(jobs: Sequence[Job], outcomes: Outcomes, start: Start = start, *, start_at: float = 0.0) -> None:
+def train_each_once(jobs: Sequence[Job], outcomes: Outcomes, *, start_at: float = 0.0) -> None:
     """:func:`make` the runs, without jobs that need no training.
 
     A job needs none if a finished run, older or of this study, was trained bit for bit as the job asks
@@ -137,7 +116,7 @@ def train_each_once(jobs: Sequence[Job], outcomes: Outcomes, start: Start = star
                 else:
                     unanswered.append(job)
             now, left = in_turn(unanswered)
-            make(now, outcomes, Shown(view, label, loss_of([job.config for job in now])), start, start_at=start_at)
+            make(now, outcomes, view, label, loss_of([job.config for job in now]), start_at=start_at)
             if interruption.requested and left:
                 raise SystemExit(ExitCode.PREEMPTED)
 
@@ -191,14 +170,15 @@ def answers(jobs: Sequence[Job], outcomes: Outcomes) -> dict[Path, tuple[Path, d
     return {folder: answer for folder, answer in found.items() if answer is not None}
 
 
-def make(jobs: Sequence[Job], outcomes: Outcomes, how: Shown, start: Start = start, *, start_at: float = 0.0) -> None:
+def make(
+    jobs: Sequence[Job], outcomes: Outcomes, view: StudyView, label: Label, metric: str, *, start_at: float = 0.0
+) -> None:
     """Train the jobs. Runs of one program follow each other in the order given, or train as a pack.
 
     If another process is training a run, wait for it, and take the run over if that process dies. If a run fails, here
-    or there, report it and continue with the others. ``start_at`` is where to start, from 0 to 1, so that processes
-    that share a study compile different programs.
+    or there, report it and continue with the others. ``metric`` is the loss shown for each run that ends. ``start_at``
+    is where to start, from 0 to 1, so that processes that share a study compile different programs.
     """
-    view, label, metric = how
     waiting_for: set[Path] = set()
     jobs = [dataclasses.replace(job, watch=(*job.watch, view)) for job in jobs]
     unfinished = [job for job in jobs if not is_finished(job)]

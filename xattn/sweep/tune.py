@@ -2,7 +2,7 @@
 
 optuna calls a search a study. It is kept in the folder of the runs, but a trial's run folder is what counts. A trial
 whose process died is drawn again with the same values, and its run resumes where it stopped. Several processes may
-share one search (:mod:`xattn.sweep.presence`). Importing this module imports no optuna.
+share one search (:mod:`xattn.sweep.presence`). Importing this module raises :class:`BadInput` if optuna is missing.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xattn.config
 from xattn.config import Config
 from xattn.errors import BadInput, ExitCode, needs_extra
 from xattn.keys import naming, naming_before_matmul_precision, renamed, stored_name
+from xattn.report.propose import report_command
 from xattn.runs import run_folder
+from xattn.sweep.config import IN_ROWS, Dimension, Tuning
 from xattn.sweep.planned import write_trials
 from xattn.sweep.presence import drawing, is_present, present
-from xattn.sweep.search import IN_ROWS, Dimension, Tuning, distribution, pruner, sampler
 from xattn.sweep.table import print_table
 from xattn.sweep.view import StudyView
 from xattn.system import entry
@@ -33,8 +34,14 @@ from xattn.system.screen import say
 from xattn.system.signals import interruption
 from xattn.tracking.tracker import Row
 
-if TYPE_CHECKING:
+try:
     import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState
+except ImportError as error:
+    raise needs_extra("hydra/sweeper=optuna", "tune", error) from error
 
 STORAGE = "tuning.journal"
 _POLL_SECONDS = 1.0
@@ -90,21 +97,17 @@ def tune(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder: P
         values = " ".join(f"{renamed(key)}={value}" for key, value in best.params.items())
         say(f"best of {len(over)} trials: {tuning.objective} {best.value:.4f} with {values}")
     if runs:
-        from xattn.report.propose import report_command
-
         say("for a report on them:", report_command(folder, runs))
 
 
 def _draw_and_make(tuner: _Tuner, plan: Plan, me: str, view: StudyView) -> None:
     """Draw and train trials until enough have ended. Wait for those of other processes; if one dies, take its over."""
-    from optuna.trial import TrialState
-
     search, tuning, folder = tuner.search, tuner.tuning, tuner.folder
-    distributions = {key: distribution(key, dimension) for key, dimension in tuner.space.items()}
+    distributions = {key: _distribution(key, dimension) for key, dimension in tuner.space.items()}
     failed = 0  # in this process: they do not count as ended, but they limit how many are drawn
     refused: list[str] = []  # reasons; others are drawn in their place, at most as many as there are trials
     with drawing(folder):
-        search.sampler = sampler(tuning, drawn=len(search.get_trials(deepcopy=False)))
+        search.sampler = _sampler(tuning, drawn=len(search.get_trials(deepcopy=False)))
         _draw_again(search, folder)
         if tuning.sampler == "grid":
             _enqueue_grid(search, tuner.space)
@@ -145,8 +148,6 @@ def _make(
     refused: list[str],
 ) -> int:
     """Train the trials; return how many failed. Trials with an invalid config do not count: ``refused`` gets why."""
-    from optuna.trial import TrialState
-
     overrides = [[f"{renamed(key)}={value}" for key, value in trial.params.items()] for trial in trials]
     try:
         folders, make = plan(overrides, [_pruner_of(trial, tuner.tuning) for trial in trials])
@@ -163,8 +164,6 @@ def _make(
 
 
 def _over(search: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    from optuna.trial import TrialState
-
     return search.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
@@ -173,12 +172,6 @@ def _search(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder
 
     If any of these differ, it is another search in the same folder.
     """
-    try:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError as error:
-        raise needs_extra("hydra/sweeper=optuna", "tune", error) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     dimensions = {key: dimension.model_dump() for key, dimension in space.items()}
@@ -201,8 +194,41 @@ def _search(tuning: Tuning, space: Mapping[str, Dimension], base: Config, folder
     if name not in known and of_before is not None and name_of(of_before) in known:
         name = name_of(of_before)  # an older version began it, under its own name
     return optuna.create_study(
-        storage=storage, study_name=name, direction=tuning.direction, load_if_exists=True, pruner=pruner(tuning, base)
+        storage=storage, study_name=name, direction=tuning.direction, load_if_exists=True, pruner=_pruner(tuning, base)
     )
+
+
+def _sampler(tuning: Tuning, *, drawn: int) -> optuna.samplers.BaseSampler:
+    seed = tuning.seed + drawn  # so that a resumed search does not draw its first points again
+    match tuning.sampler:
+        case "tpe":
+            return optuna.samplers.TPESampler(seed=seed, constant_liar=tuning.at_once > 1)
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        case _:
+            return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _pruner(tuning: Tuning, base: Config) -> optuna.pruners.BasePruner:
+    match tuning.pruner:
+        case "median":
+            return optuna.pruners.MedianPruner()
+        case "hyperband":
+            trainer = base.trainer
+            return optuna.pruners.HyperbandPruner(min_resource=trainer.eval_every, max_resource=trainer.steps)
+        case _:
+            return optuna.pruners.NopPruner()
+
+
+def _distribution(key: str, dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    if dimension.choices is not None:
+        return CategoricalDistribution(dimension.choices)
+    try:
+        if isinstance(dimension.low, int) and isinstance(dimension.high, int):
+            return IntDistribution(dimension.low, dimension.high, log=dimension.log)
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    except ValueError as error:
+        raise BadInput(f"{key}: from {dimension.low} to {dimension.high}: {error}") from error
 
 
 def _mend(folder: Path) -> None:
@@ -218,8 +244,6 @@ def _mend(folder: Path) -> None:
 
 def _enqueue_grid(search: optuna.Study, space: Mapping[str, Dimension]) -> None:
     """Enqueue every point of the grid that has not been drawn, or has failed."""
-    from optuna.trial import TrialState
-
     for key, dimension in space.items():
         if dimension.choices is None:
             raise BadInput(f"{key}: hydra.sweeper.sampler=grid takes choice(…) and range(…), not an interval")
@@ -231,8 +255,6 @@ def _enqueue_grid(search: optuna.Study, space: Mapping[str, Dimension]) -> None:
 
 def _draw_again(search: optuna.Study, folder: Path) -> None:
     """Enqueue again the running trials whose process has died. Leave alone those of living processes."""
-    from optuna.trial import TrialState
-
     for trial in search.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if (by := trial.user_attrs.get("by")) is None or not is_present(folder, by):
             search.tell(trial.number, state=TrialState.FAIL)
@@ -260,8 +282,6 @@ def _pruner_of(trial: optuna.Trial, tuning: Tuning) -> Callable[[Row], bool]:
 
 def _tell(tuner: _Tuner, trial: optuna.Trial, run: Path) -> bool:
     """Report the run's outcome to optuna; return whether the run has ended."""
-    from optuna.trial import TrialState
-
     tuning, summary = tuner.tuning, run_folder.read_summary(run) or {}
     # Without working locks, another process may have ended it.
     tell = partial(tuner.search.tell, trial, skip_if_finished=True)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from xattn.sweep.packing import is_finished, summary_of
 from xattn.sweep.planned import Plan
 from xattn.sweep.study import Outcomes
 from xattn.sweep.view import StudyView
-from xattn.system.device import compute_with
+from xattn.system.device import compute_with, environment
 from xattn.system.screen import say
 from xattn.system.signals import interruption
 
@@ -186,7 +186,7 @@ def _train_in_processes(
     results, pickled = context.SimpleQueue(), _pickled(jobs, additions)
     processes = []
     for i, seat in enumerate(seats):
-        with _environment({} if seat.gpu is None else {"CUDA_VISIBLE_DEVICES": seat.gpu}):
+        with environment({} if seat.gpu is None else {"CUDA_VISIBLE_DEVICES": seat.gpu}):
             processes.append(context.Process(target=_work, args=(*pickled, results, seat.core, i / len(seats))))
             processes[-1].start()
     label, pending, is_asked = labels(jobs), list(unfinished), False
@@ -265,18 +265,3 @@ def _leave_with_the_parent() -> None:
     os.kill(os.getpid(), _REQUEST)
     time.sleep(60)
     os._exit(128 + signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started in the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

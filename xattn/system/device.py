@@ -13,30 +13,100 @@ import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
-from xattn.errors import BadInput, looking_at
+from xattn.errors import BadInput, first_line
 from xattn.system.cache import cache_folder
 
 THREADS = "NPROC"  # the variable that sets the number of threads of XLA's CPU device
 _LOCKS = 16  # shared by compilations, so that the cache does not fill with one lock for each
 _threads: int | None = None  # what compute_with() was given
-_before: list[str | None] = []  # the variable's earlier value, while ours is set
+_environment = contextlib.ExitStack()  # holds the variable until jax has read it
 
 # Loads the part of jax that reads XLA_FLAGS, and makes it read them.
 _READ_XLA_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
 
 
+@dataclass(frozen=True)
+class Outside:
+    """An error that jax may raise when it first looks for devices, and its message. All conditions must hold."""
+
+    kinds: tuple[type[Exception], ...]
+    message: str
+    """The message, with {error} (its first line) and {value} (the variable's)."""
+    says: str
+    """A regular expression that the error's message must contain."""
+    variable: str = ""
+    """If given, the environment must have this variable."""
+
+    def applies(self, error: Exception) -> bool:
+        says_so = isinstance(error, self.kinds) and re.search(self.says, str(error)) is not None
+        return says_so and (not self.variable or self.variable in os.environ)
+
+
+# The first that applies is used. tests/system/test_outside.py raises each.
+OUTSIDE = (
+    Outside((RuntimeError,), "XLA_FLAGS = {value!r}: {error}", says="[Ff]lag", variable="XLA_FLAGS"),
+    Outside(
+        (RuntimeError,),
+        "JAX_NUM_CPU_DEVICES = {value!r}: must be a number of at least 1, or unset",
+        says="process_index",
+        variable="JAX_NUM_CPU_DEVICES",
+    ),
+    Outside(
+        (RuntimeError,),
+        "XLA_FLAGS = {value!r}: leaves jax without a device; xla_force_host_platform_device_count must be ≥ 1",
+        says="process_index",
+        variable="XLA_FLAGS",
+    ),
+    Outside(  # jax asserts that it has a plugin for CUDA, and its assertion has no message
+        (AssertionError, RuntimeError),
+        "JAX_PLATFORMS = {value!r}: jax finds no such device here, or has no plugin for it ({error}); unset it, or set "
+        "JAX_PLATFORMS=cpu",
+        says="^$|nable to initialize backend|nknown backend",
+        variable="JAX_PLATFORMS",
+    ),
+    Outside(
+        (RuntimeError,),
+        "JAX_PLATFORM_NAME = {value!r}: {error}; unset it, or set JAX_PLATFORM_NAME=cpu",
+        says="nknown backend",
+        variable="JAX_PLATFORM_NAME",
+    ),
+    Outside(  # a driver that does not answer, or a plugin of another version
+        (RuntimeError,), "jax finds no device: {error}", says="nable to initialize backend"
+    ),
+    Outside(
+        (ValueError,),
+        "jax rejects an environment variable: {error}",
+        says="for JAX flag jax_|for environment '|^jax\\.default_device",
+    ),
+)
+
+
+@contextlib.contextmanager
+def looking_for_devices() -> Iterator[None]:
+    """Convert errors raised here into :class:`BadInput` if :data:`OUTSIDE` has them. Other errors pass unchanged."""
+    try:
+        yield
+    except Exception as error:
+        for row in OUTSIDE:
+            if row.applies(error):
+                message = row.message.format(error=first_line(error), value=os.environ.get(row.variable))
+                raise BadInput(message) from error
+        raise
+
+
 @functools.cache
 def first_look() -> None:
     """Make jax find its devices. Raises :class:`BadInput` if the environment asks for something unavailable."""
-    with looking_at("device"):
+    with looking_for_devices():
         if os.environ.get("XLA_FLAGS"):
             _check_xla_flags()
         import jax
 
         jax.devices()
-    _forget_threads()
+    _environment.close()  # a process started later may compute with other threads
 
 
 def _check_xla_flags() -> None:
@@ -66,20 +136,25 @@ def compute_with(threads: int | None) -> None:
                 f"({has}); start the run in a process of its own"
             )
         return
-    _forget_threads()
+    _environment.close()
     _threads = threads
     if threads is not None:
-        _before.append(os.environ.get(THREADS))
-        os.environ[THREADS] = str(threads)
+        _environment.enter_context(environment({THREADS: str(threads)}))
 
 
-def _forget_threads() -> None:
-    """Restore the environment: a process started later may compute with other threads."""
-    while _before:
-        if (before := _before.pop()) is None:
-            del os.environ[THREADS]
-        else:
-            os.environ[THREADS] = before
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes started in the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _has_devices() -> bool:

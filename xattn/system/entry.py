@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from xattn.errors import looking_at
+from xattn.errors import BadInput
 from xattn.system import screen
 
 _OF_A_SWEEP = {"-m", "--multirun"}
@@ -37,8 +37,10 @@ def program() -> str:
 
 def check_working_directory() -> None:
     """Raise :class:`BadInput` if the working directory was deleted, or cannot be looked up."""
-    with looking_at("working directory"):
+    try:
         Path.cwd()
+    except OSError as error:
+        raise BadInput(f"the working directory cannot be read ({error}); start from a folder that exists") from error
 
 
 def announce(arguments: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 class Hardware:
     """One device."""
 
+    kind: str
+    """jax's name for it: the beginning of device_kind"""
     bfloat16: float
     float32: float
     """most operations per second of a matrix product, as for bfloat16"""
@@ -38,36 +40,22 @@ class Hardware:
 # Between machines, which data sheets do not cover: 400 Gbit/s per device, the usual network of a cluster.
 NETWORK = 50e9
 
+# Of two kinds with one beginning, the longer comes first.
 HARDWARE = {
-    "a100": Hardware(312e12, 156e12, 80e9, 2.0e12, 300e9, 8, "cuda", "8.0"),
-    "h100": Hardware(989e12, 494e12, 80e9, 3.35e12, 450e9, 8, "cuda", "9.0"),
-    "h200": Hardware(989e12, 494e12, 141e9, 4.8e12, 450e9, 8, "cuda", "9.0"),
-    "b200": Hardware(2250e12, 1125e12, 180e9, 8.0e12, 900e9, 8, "cuda", "10.0"),
-    "rtx4090": Hardware(165e12, 83e12, 24e9, 1.0e12, 32e9, 8, "cuda", "8.9"),
-    "tpu-v4": Hardware(275e12, 275e12, 32e9, 1.2e12, 300e9, 4, "tpu"),
-    "tpu-v5e": Hardware(197e12, 197e12, 16e9, 0.82e12, 200e9, 8, "tpu"),
-    "tpu-v5p": Hardware(459e12, 459e12, 95e9, 2.77e12, 600e9, 4, "tpu"),
-}
-
-# jax's names for them: the beginning of device_kind.
-_KINDS = {
-    "NVIDIA A100": "a100",
-    "NVIDIA H100": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-    "TPU v4": "tpu-v4",
-    "TPU v5 lite": "tpu-v5e",
-    "TPU v5": "tpu-v5p",
+    "a100": Hardware("NVIDIA A100", 312e12, 156e12, 80e9, 2.0e12, 300e9, 8, "cuda", "8.0"),
+    "h100": Hardware("NVIDIA H100", 989e12, 494e12, 80e9, 3.35e12, 450e9, 8, "cuda", "9.0"),
+    "h200": Hardware("NVIDIA H200", 989e12, 494e12, 141e9, 4.8e12, 450e9, 8, "cuda", "9.0"),
+    "b200": Hardware("NVIDIA B200", 2250e12, 1125e12, 180e9, 8.0e12, 900e9, 8, "cuda", "10.0"),
+    "rtx4090": Hardware("NVIDIA GeForce RTX 4090", 165e12, 83e12, 24e9, 1.0e12, 32e9, 8, "cuda", "8.9"),
+    "tpu-v4": Hardware("TPU v4", 275e12, 275e12, 32e9, 1.2e12, 300e9, 4, "tpu"),
+    "tpu-v5e": Hardware("TPU v5 lite", 197e12, 197e12, 16e9, 0.82e12, 200e9, 8, "tpu"),
+    "tpu-v5p": Hardware("TPU v5", 459e12, 459e12, 95e9, 2.77e12, 600e9, 4, "tpu"),
 }
 
 
 def hardware_of(device_kind: str) -> Hardware | None:
     """Return the device that jax gives this name, or None if the table does not have it."""
-    for beginning, name in _KINDS.items():
-        if device_kind.startswith(beginning):
-            return HARDWARE[name]
-    return None
+    return next((each for each in HARDWARE.values() if device_kind.startswith(each.kind)), None)
 
 
 def measured_peak(dtype: str) -> float:

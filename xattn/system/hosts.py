@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xattn.errors import BadInput, ExitCode, XattnError, first_line, looking_at
-from xattn.system.device import compute_with, first_look
+from xattn.errors import BadInput, ExitCode, XattnError, first_line
+from xattn.system.device import compute_with, first_look, looking_for_devices
 from xattn.system.screen import say
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -136,15 +136,14 @@ class Team:
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
         """Wrap a part: an error in one process ends all of them, with one message and one exit code."""
+        if self.count == 1:
+            yield
+            return
         mine: Exception | None = None
         try:
             yield
         except Exception as error:
-            if self.count == 1:
-                raise
             mine = error
-        if self.count == 1:
-            return
         code = mine.exit_code if isinstance(mine, XattnError) else ExitCode.ERROR
         replies = self.all_say(None if mine is None else [int(code), str(mine) or type(mine).__name__])
         wrong = {index: said for index, said in enumerate(replies) if said is not None}
@@ -228,7 +227,7 @@ def join(*, heartbeat_seconds: int, connect_seconds: int, threads: int | None = 
         return _team
     if here.index == 0 and here.coordinator is not None:
         _refuse_port_in_use(here.coordinator)
-    with looking_at("device"):
+    with looking_for_devices():
         import jax
 
     if here.index == 0 and here.set_by != COUNT:
@@ -272,11 +271,8 @@ def _not_met(here: Place, connect_seconds: int, error: Exception) -> XattnError:
 
 def _refuse_port_in_use(coordinator: str) -> None:
     port = int(coordinator.rpartition(":")[2])
-    try:
-        probe = socket.socket(socket.AF_INET6)
-    except OSError:  # the kernel has IPv6 off
-        probe = socket.socket(socket.AF_INET)
-    with probe:
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET  # the kernel may have IPv6 off
+    with socket.socket(family) as probe:
         try:
             probe.bind(("", port))
         except OSError as error:

@@ -104,7 +104,7 @@ class Member:
     batch: Batches
     checkpoints: Checkpoints | None = None
     trackers: Sequence[Tracker] = ()
-    prune: Callable[[Row], bool] = lambda row: False
+    prune: Callable[[Row], bool] | None = None
     """Called with the row of each evaluation but the last; True ends the run."""
     probes: Sequence[Probe] = ()
     active: bool = True
@@ -244,7 +244,7 @@ def _log(
             tracker.log(row)
     if not due.evaluates:
         return False
-    progress.pruned = not last and member.prune(row)
+    progress.pruned = not last and member.prune is not None and member.prune(row)
     return progress.pruned or (progress.val_loss is not None and progress.val_loss == progress.best_val_loss)
 
 
