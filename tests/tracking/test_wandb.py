@@ -30,7 +30,7 @@ from xattn.runs import run_folder
 from xattn.runs.mirror import end_mirror, mirror_of, send_rows
 from xattn.tracking import wandb as adapter
 from xattn.tracking.config import WandbConfig
-from xattn.tracking.own_runs import Place, log_table
+from xattn.tracking.own_runs import OwnRun, log_table
 from xattn.tracking.wandb import WandbMirror, destination, refuse_without_key, resolve_mode, run_id
 
 
@@ -525,7 +525,7 @@ def test_a_real_offline_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_table_is_a_run_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one more of the run whose id a shell still exports."""
     monkeypatch.setenv("WANDB_RUN_ID", "exported")
-    log_table(Place(CONFIG, "offline", group="a study", beside=home), columns=["a"], rows=[["1"]], folder=home)
+    log_table(OwnRun(CONFIG, "offline", group="a study", beside=home), columns=["a"], rows=[["1"]], folder=home)
     (log,) = (home / "wandb").glob("offline-run-*/run-*.wandb")
     assert "exported" not in log.name
 

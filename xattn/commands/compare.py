@@ -88,7 +88,7 @@ def _on_screen(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 def _to_wandb(first: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Log the table in the mode of the first run's config and WANDB_MODE; offline, it goes to its study's report/."""
     import xattn.config
-    from xattn.tracking.own_runs import Place, log_table
+    from xattn.tracking.own_runs import OwnRun, log_table
     from xattn.tracking.wandb import resolve_mode
 
     config = xattn.config.load(first / run_folder.CONFIG)
@@ -97,6 +97,6 @@ def _to_wandb(first: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]
         raise BadInput(f"--wandb: disabled by tracking.wandb.mode of {first}, WANDB_MODE or wandb's settings file")
     folder = first.absolute().parent / REPORT
     folder.mkdir(exist_ok=True)
-    place = Place(config.tracking.wandb, mode, group=config.study, beside=first.absolute())
-    url = log_table(place, columns, rows, folder)
+    own = OwnRun(config.tracking.wandb, mode, group=config.study, beside=first.absolute())
+    url = log_table(own, columns, rows, folder)
     print(f"wandb: logged as a table ({url or mode})")

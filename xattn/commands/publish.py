@@ -31,7 +31,7 @@ def publish(study: Study, folder: Path, asked: bool) -> str | None:
     if not (asked or wanting):
         return None
     import xattn.config
-    from xattn.tracking.own_runs import Place, log_report
+    from xattn.tracking.own_runs import OwnRun, log_report
     from xattn.tracking.wandb import resolve_mode
 
     run = (wanting or study.runs)[0].folder.absolute()
@@ -41,6 +41,6 @@ def publish(study: Study, folder: Path, asked: bool) -> str | None:
         if not asked:
             return None
         raise BadInput(f"--wandb: disabled by tracking.wandb.mode of {run}, WANDB_MODE or wandb's settings file")
-    place = Place(config.tracking.wandb, mode, group=config.study, beside=run)
-    url = log_report(place, folder.absolute())
+    own = OwnRun(config.tracking.wandb, mode, group=config.study, beside=run)
+    url = log_report(own, folder.absolute())
     return f"wandb: logged as an artifact ({url or mode})"

@@ -94,7 +94,7 @@ def difference_curves(factors: Mapping[str, Mapping[str, Curve]]) -> Figure | No
     if not factors:
         return None
     figure, panels = _grid(len(factors), columns=2, sharey=False)
-    for axes, (name, arms) in zip(panels, factors.items(), strict=False):
+    for axes, (name, arms) in zip(panels, factors.items(), strict=True):
         axes.axhline(0, color=_INK, linewidth=0.8)
         settled = []
         for i, (arm, curve) in enumerate([*arms.items()][:PANELS], 1):
@@ -110,7 +110,7 @@ def difference_curves(factors: Mapping[str, Mapping[str, Curve]]) -> Figure | No
         axes.legend()
         (key,) = {curve.key for curve in arms.values()}
         axes.set_ylabel(f"difference in {key}")
-    _label(panels[: len(factors)], "steps", None, columns=2)
+    _label(panels, "steps", None, columns=2)
     return figure
 
 
@@ -126,7 +126,7 @@ def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | Non
         return None
     groups = list(dict.fromkeys(each.cell[1:] for each in cells))[:PANELS]
     figure, panels = _grid(len(groups))
-    for axes, group in zip(panels, groups, strict=False):
+    for axes, group in zip(panels, groups, strict=True):
         for each in (each for each in cells if each.cell[1:] == group):
             colour = design.factors[0].arms.index(each.cell[0]) if design.factors else 0
             _rate_curve(axes, each, i, colour, _plain(show(each.cell[0]) if each.cell else "all runs"))
@@ -135,7 +135,7 @@ def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | Non
         axes.set_xticks(sorted(values), [_plain(show(value)) for value in sorted(values)])
         axes.minorticks_off()
         axes.set_title(_title(design, group), loc="left")
-    _label(panels[: len(groups)], design.tuned[i], "val_loss")
+    _label(panels, design.tuned[i], "val_loss")
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend()
     return figure
@@ -151,7 +151,7 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
     bottom = min(curves[cell].mean.min() for cell in xs)
     margin = 0.1 * (top - bottom) or 0.1
     figure, panels = _grid(len(xs))
-    for axes, cell in zip(panels, xs, strict=False):
+    for axes, cell in zip(panels, xs, strict=True):
         for other in xs:
             if other != cell:
                 axes.plot(xs[other], curves[other].mean, color=_FAINT, linewidth=0.8)
@@ -160,7 +160,7 @@ def learning_curves(design: Design, curves: Mapping[Cell, Curve], against: str) 
         axes.plot(xs[cell], curves[cell].mean, color=colour)
         axes.set_title(_plain(design.label(cell)), loc="left")
         axes.set_ylim(bottom - margin, top + margin)
-    _label(panels[: len(xs)], AXES[against], curves[shown[0]].key)
+    _label(panels, AXES[against], curves[shown[0]].key)
     return figure
 
 
@@ -173,7 +173,7 @@ def worth(laws: Sequence[Fitted], metric: str) -> Figure | None:
     if not laws:
         return None
     figure, panels = _grid(len(laws), sharey=False)
-    for axes, each in zip(panels, laws, strict=False):
+    for axes, each in zip(panels, laws, strict=True):
         steps = np.geomspace(each.steps.min(), each.steps.max(), 100)
         axes.plot(steps, each.law.loss(steps), color=_style(0)["color"])
         axes.plot(each.steps, each.losses, linestyle="none", label="baseline", **_style(0))
@@ -187,7 +187,7 @@ def worth(laws: Sequence[Fitted], metric: str) -> Figure | None:
         axes.minorticks_off()
         axes.set_title(_plain(each.label), loc="left")
         axes.legend()
-    _label(panels[: len(laws)], "steps", metric)
+    _label(panels, "steps", metric)
     return figure
 
 
@@ -197,7 +197,7 @@ def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Fig
     if not curves:
         return None
     figure, panels = _grid(len(curves), columns=2, sharey=False)
-    for axes, (name, of_cells) in zip(panels, curves.items(), strict=False):
+    for axes, (name, of_cells) in zip(panels, curves.items(), strict=True):
         for i, (cell, curve) in enumerate(list(of_cells.items())[:PANELS]):
             arm, rest = (design.factors[0].arms.index(cell[0]), cell[1:]) if cell else (0, ())
             groups = list(dict.fromkeys(other[1:] for other in of_cells))
@@ -208,7 +208,7 @@ def stability(design: Design, curves: Mapping[str, Mapping[Cell, Curve]]) -> Fig
         if 0 < 10 * low < high:
             axes.set_yscale("log")
         axes.set_title(name.rpartition("/")[2].replace("_", " "), loc="left")
-    _label(panels[: len(curves)], "steps", "", columns=2)
+    _label(panels, "steps", "", columns=2)
     entries = panels[0].get_legend_handles_labels()
     columns = min(2, len(curves))
     figure.legend(*entries, loc="outside lower center", ncols=columns)
@@ -313,7 +313,7 @@ def _grid(count: int, columns: int = _COLUMNS, *, sharey: bool = True) -> tuple[
     panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey).flat)
     for axes in panels[count:]:
         axes.set_visible(False)
-    return figure, panels
+    return figure, panels[:count]
 
 
 def _label(panels: Sequence[Axes], x: str, y: str | None, columns: int = _COLUMNS) -> None:

@@ -16,8 +16,8 @@ from xattn.tracking.wandb import destination, import_wandb, settings_of
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a separate wandb run goes: to the same place as the mirror of one of the user's runs."""
+class OwnRun:
+    """A separate wandb run, which goes where the mirror of one of the user's runs goes."""
 
     config: WandbConfig
     mode: Literal["online", "offline"]
@@ -26,42 +26,42 @@ class Place:
     """The user's run."""
 
 
-def log_table(place: Place, columns: Sequence[str], rows: Sequence[Sequence[str]], folder: Path) -> str | None:
+def log_table(own: OwnRun, columns: Sequence[str], rows: Sequence[Sequence[str]], folder: Path) -> str | None:
     """Log one table, ``comparison``, as a separate wandb run with its files below ``folder``. Return its URL if online.
 
     Raises :class:`XattnError` if wandb fails, because here wandb is what the user asked for and not a mirror.
     """
-    with _run_of_its_own(place, "compare", folder) as (wandb, run):
+    with _logging(own, "compare", folder) as (wandb, run):
         run.log({"comparison": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
-    return run.url if place.mode == "online" else None
+    return run.url if own.mode == "online" else None
 
 
-def log_report(place: Place, folder: Path) -> str | None:
+def log_report(own: OwnRun, folder: Path) -> str | None:
     """Log the files of a report's folder as an artifact of a separate wandb run; otherwise like :func:`log_table`."""
-    with _run_of_its_own(place, "report", folder) as (wandb, run):
-        artifact = wandb.Artifact(f"report-{place.group}", type="report")
+    with _logging(own, "report", folder) as (wandb, run):
+        artifact = wandb.Artifact(f"report-{own.group}", type="report")
         for file in sorted(folder.iterdir()):
             if file.is_file():
                 artifact.add_file(str(file), name=file.name)
         run.log_artifact(artifact)
-    return run.url if place.mode == "online" else None
+    return run.url if own.mode == "online" else None
 
 
 @contextlib.contextmanager
-def _run_of_its_own(place: Place, name: str, folder: Path) -> Iterator[tuple[ModuleType, Any]]:
+def _logging(own: OwnRun, name: str, folder: Path) -> Iterator[tuple[ModuleType, Any]]:
     wandb = import_wandb()
     try:
-        where = destination(place.config, place.beside)
+        where = destination(own.config, own.beside)
         run = wandb.init(
             settings=settings_of(wandb),
             reinit="create_new",
             id=secrets.token_hex(4),
             project=where["project"],
             entity=where["entity"],
-            mode=place.mode,
+            mode=own.mode,
             name=name,
             job_type=name,
-            group=place.group,
+            group=own.group,
             dir=str(folder),
         )
         yield wandb, run
