@@ -35,7 +35,6 @@ from xattn.config import Config
 from xattn.data.config import MemmapConfig, Tokenised
 from xattn.errors import BadInput, ExitCode, needs_extra
 from xattn.keys import SEED, TUNED
-from xattn.metrics import loss_metric
 from xattn.sweep import cluster, study
 from xattn.sweep.check import check_data
 from xattn.sweep.config import Dimension, Tuning
@@ -311,7 +310,7 @@ class OptunaSweeper(Sweeper):
             with contextlib.suppress(BadInput):  # points with values that clash are left out when drawn
                 typed = [self._as_typed(f"{key}={value}") for key, value in point.items()]
                 configs.append(jobs_of(self._context, self._config, [[*fixed, *typed]])[0].config)
-        metric = loss_metric(map(xattn.config.hashed_values, configs))
+        metric = loss_of(configs)
         of_text = Tokenised | MemmapConfig
         without = [each.data.name for each in configs if not isinstance(each.data, of_text) or not each.data.tokenizer]
         if metric == "val_bpb" and without:

@@ -35,7 +35,7 @@ from xattn.runs.run_folder import FOLDERS
 from xattn.runs.same_training import answered_by
 from xattn.system import entry, hosts
 from xattn.system.hosts import ToldByFirst
-from xattn.system.screen import say
+from xattn.system.screen import abandon, say
 from xattn.system.signals import interruption
 
 
@@ -215,7 +215,7 @@ def _leave(code: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
+        abandon(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             code = code or ExitCode.STORAGE
     hosts.leave(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry.tell(error)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has read enough: `xattn runs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails again
+        screen.abandon(sys.stdout)
         return ExitCode.DONE
     except KeyboardInterrupt:
         entry.tell("interrupted")

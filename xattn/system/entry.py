@@ -79,7 +79,7 @@ def tell(message: object) -> None:
         screen.say(f"xattn: {message}", file=sys.stderr)
         sys.stderr.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # else the interpreter's own flush also fails
+        screen.abandon(sys.stderr)
 
 
 def answer(text: str) -> None:
@@ -87,4 +87,4 @@ def answer(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush also fails
+        screen.abandon(sys.stdout)

@@ -134,3 +134,8 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def abandon(stream: IO[str]) -> None:
+    """Send the rest of a stream that failed to the null device: else the interpreter's last flush fails too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from xattn.runs.run_folder import loss_text
-from xattn.system.screen import clock, columns, fitted, folded
+from xattn.system.screen import abandon, clock, columns, fitted, folded
 from xattn.tracking.tracker import Row
 
 _UNBOUNDED = 1_000_000_000  # columns
@@ -62,7 +61,7 @@ class Screen(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # else the interpreter's last flush fails too
+        abandon(self.file)
 
 
 class Display:
