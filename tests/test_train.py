@@ -608,6 +608,7 @@ def test_a_loaded_run_writes_text(loaded: xattn.LoadedRun) -> None:
     assert loaded.generate(max_tokens=5, temperature=0.0) == loaded.generate(start, max_tokens=5, temperature=0.0)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_run_of_a_notebook_is_the_commands(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -764,7 +764,7 @@ _overrides = st.lists(
 )
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@settings(max_examples=150)
 @given(_overrides)
 def test_any_overrides_are_a_config_or_a_short_message(overrides: list[str]) -> None:
     try:

@@ -95,7 +95,7 @@ def scored_tokens(data: RunData) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(blocks=st.lists(st.binary(max_size=40) | st.text(max_size=40).map(str.encode), max_size=4))
 def test_sizes_are_all_of_the_text_whatever_it_is(kind: str, blocks: list[bytes]) -> None:
     """Each token has a size, none is negative, and together they are the bytes that were read."""

@@ -141,7 +141,7 @@ def test_an_arm_with_one_seed_contradicts_nothing(writer: Writer) -> None:
     assert (none.paired.seeds, none.left_out, none.baseline_left_out) == (1, 0, 2)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_what_is_printed_of_any_design_agrees(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Designs are random crossings of up to three factors and a tuned rate, with holes, diverged runs and killed
