@@ -233,10 +233,9 @@ class BackendConfig(LayerConfig):
     def kinds(self) -> dict[str, BackendConfig]:
         """Kind of layer → a backend with only that kind: ``backend`` and, with a pattern, ``then``."""
         alone = self.model_copy(update={"every": None, "then": None})
-        return {"backend": alone} if self.then is None else {"backend": alone, "then": alone._with(self.then)}
-
-    def _with(self, keys: LayerConfig) -> BackendConfig:
-        return self.model_copy(update={key: getattr(keys, key) for key in _KEYS})
+        if self.then is None:
+            return {"backend": alone}
+        return {"backend": alone, "then": alone.model_copy(update={key: getattr(self.then, key) for key in _KEYS})}
 
     def kind_of(self, layer: int) -> str:
         """Return the kind of a layer, counted from 0."""

@@ -76,7 +76,8 @@ def run(
             kind = backend.kind_of(i)
             shared, key = _row(arrays["shared"], i)
             own, cache = _row(arrays[kind], len(given.setdefault(kind, [])))
-            stream, gives = layer(kind, _both(shared, own), stream, cache, key)
+            both = unflatten_dict(flatten_dict(shared) | flatten_dict(own)) if own else shared
+            stream, gives = layer(kind, both, stream, cache, key)
             given[kind].append(gives)
         return stream, {kind: jax.tree.map(lambda *rows: jnp.stack(rows), *rows) for kind, rows in given.items()}
 
@@ -98,7 +99,3 @@ def run(
 
 def _row(arrays: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], arrays)
-
-
-def _both(shared: Any, own: Any) -> Any:
-    return unflatten_dict(flatten_dict(shared) | flatten_dict(own)) if own else shared

@@ -134,7 +134,8 @@ def rates(design: Design, chosen: Mapping[Cell, Chosen], i: int) -> Figure | Non
             axes.set_xscale("log")
         axes.set_xticks(sorted(values), [_plain(show(value)) for value in sorted(values)])
         axes.minorticks_off()
-        axes.set_title(_title(design, group), loc="left")
+        others = ", ".join(f"{f.name} {show(v)}" for f, v in zip(design.factors[1:], group, strict=True))
+        axes.set_title(_plain(others), loc="left")
     _label(panels, design.tuned[i], "val_loss")
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend()
@@ -330,7 +331,3 @@ def _label(panels: Sequence[Axes], x: str, y: str | None, columns: int = _COLUMN
 def _plain(text: str) -> str:
     """Escape dollar signs: matplotlib would read the text between two as mathematics."""
     return text.replace("$", r"\$")
-
-
-def _title(design: Design, rest: tuple[Any, ...]) -> str:
-    return _plain(", ".join(f"{f.name} {show(v)}" for f, v in zip(design.factors[1:], rest, strict=True)))
