@@ -15,6 +15,10 @@ def cudnn(q: Queries, k: Keys, v: Values, spec: AttentionSpec) -> Output:
     XLA applies pre-activation and RoPE before the kernels. In released JAX, vmap of its gradient fails (jax issue
     38495).
     """
+    assert spec.activation.name == "softmax"
+    assert spec.mask is None
+    assert spec.segment_ids is None
+    assert spec.log_decay is spec.log_input_gate is spec.sink is None
     q, k = prepare(q, k, spec)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # to (B, S, NH, ·)
     window = None if spec.window is None else (spec.window - 1, 0)

@@ -84,6 +84,7 @@ def linear(q: Queries, k: Keys, v: Values, spec: AttentionSpec, chunks: Chunks |
     segment. Unless the spec rules that out, the ids are checked at run time, and
     :func:`xattn.backend.blockwise.blockwise` takes over if one comes back. ``chunks`` None suits the platform.
     """
+    _check(spec)
     chunks = chunks or Chunks.of_platform()
     known = documents(spec)
     if spec.segment_ids is None or known is None or spec.segments_are_runs:
@@ -159,12 +160,19 @@ def linear_with_state(
     gives the same result. With several documents, the state holds only the last. The backward pass keeps only the
     arguments and recomputes everything else.
     """
+    _check(spec)
     if initial is None:
         initial = jnp.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), F32)
     stretch = Stretch(documents(spec), initial.astype(F32))
     out, state = chunked(q, k, v, spec, stretch, chunks or Chunks.of_platform())
     sin, cos = spec_tables(jnp.array([-q.shape[2]]), q.shape[-1], spec)
     return out, rotate(state.swapaxes(-1, -2), sin, cos).swapaxes(-1, -2)
+
+
+def _check(spec: AttentionSpec) -> None:
+    assert spec.activation.is_linear
+    assert spec.mask is None
+    assert spec.window is None
 
 
 class _PerToken(NamedTuple):

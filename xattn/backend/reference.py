@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from xattn.backend import formula
-from xattn.backend.spec import AttentionSpec, Keys, Output, Queries, Values, prepare, product
+from xattn.backend.spec import AttentionSpec, prepare, product
 
 
-def reference(q: Queries, k: Keys, v: Values, spec: AttentionSpec) -> Output:
+def reference(
+    q: Float[Array, "B NH S DHQK"], k: Float[Array, "B NKV S DHQK"], v: Float[Array, "B NKV S DHV"], spec: AttentionSpec
+) -> Float[Array, "B NH S DHV"]:
     """Return weights · v, with the weights defined by :func:`xattn.backend.api.attention`.
 
     A weight is 0 where a token may not attend, so a row that may attend to nothing is 0. Query head h reads key/value
@@ -31,7 +33,12 @@ class Attended(NamedTuple):
     weights: Float[Array, "B NH T S"]
 
 
-def attended(q: Queries, k: Keys, spec: AttentionSpec, rows: Int[Array, " T"] | None = None) -> Attended:
+def attended(
+    q: Float[Array, "B NH S DHQK"],
+    k: Float[Array, "B NKV S DHQK"],
+    spec: AttentionSpec,
+    rows: Int[Array, " T"] | None = None,
+) -> Attended:
     """Return what each query attends to, or only those at positions ``rows``."""
     q, k = prepare(q, k, spec)
     k = jnp.repeat(k, q.shape[1] // k.shape[1], axis=1)

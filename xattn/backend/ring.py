@@ -55,8 +55,10 @@ def ring(q: Queries, k: Keys, v: Values, spec: AttentionSpec, tile: int = TILE) 
     :func:`xattn.backend.blockwise.blockwise`. A device sends (n − 1)/n of all K and V in the forward pass, and again in
     the backward pass with their gradients in float32. With a window, it sends them only as far as the window reaches.
     """
+    assert spec.mask is None
     if context_devices() == 1:
         return blockwise(q, k, v, spec, tile)
+    assert q.shape[2] % context_devices() == 0
     return prepared(q, k, v, spec, Passes(_forward, _backward, tile))
 
 
