@@ -176,7 +176,8 @@ def naming_before_matmul_precision(values: Mapping[str, Any]) -> dict[str, Any] 
 def training_identity(values: Mapping[str, Any]) -> str:
     """Return ten hex digits, equal for configs that train the same.
 
-    They are a run name's hash, restricted to what :func:`changes_training`. values: the hashed dotted keys of a config.
+    They are a run name's hash over the keys that :func:`changes_training` selects. values: the hashed dotted keys of a
+    config.
     """
     return digest(naming({key: value for key, value in values.items() if changes_training(key, values)}))
 

@@ -21,7 +21,7 @@ from xattn.system.device import OUTSIDE, Outside, looking_for_devices
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# The environment, what jax then raises, and what a person is told. Each row of the table is here, in jax's own words.
+# The environment, what jax then raises, and what the user reads. Each row of the table is here, in jax's own words.
 RAISED = [
     ({"XLA_FLAGS": "--odd=1"}, RuntimeError("Unknown flag in XLA_FLAGS: --odd=1"), "XLA_FLAGS = '--odd=1'"),
     (
@@ -70,17 +70,17 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 def raised(environment: dict[str, str], error: Exception, monkeypatch: pytest.MonkeyPatch) -> BadInput:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(BadInput) as told, looking_for_devices():
+    with pytest.raises(BadInput) as caught, looking_for_devices():
         raise error
-    return told.value
+    return caught.value
 
 
-@pytest.mark.parametrize(("environment", "error", "told"), RAISED)
+@pytest.mark.parametrize(("environment", "error", "message"), RAISED)
 def test_each_row_is_a_line_and_a_code(
-    environment: dict[str, str], error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = raised(environment, error, monkeypatch)
-    assert told in str(said)
+    assert message in str(said)
     assert len(str(said).splitlines()) <= 2
 
 
@@ -134,10 +134,10 @@ def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_run_is_refused_where_there_are_no_locks(tmp_path: Path) -> None:
     """Two processes in one folder would destroy checkpoints. What is left there counts as an empty folder."""
     before = len(os.listdir("/dev/fd"))
-    with pytest.raises(StorageError, match="has no locks") as told:
+    with pytest.raises(StorageError, match="has no locks") as caught:
         RunFolder(tmp_path / "run")
-    assert run_folder._file_system(tmp_path) in str(told.value)
-    assert "hydra.run.dir" in str(told.value)
+    assert run_folder._file_system(tmp_path) in str(caught.value)
+    assert "hydra.run.dir" in str(caught.value)
     assert len(os.listdir("/dev/fd")) == before
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == [run_folder.LOCK]
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _asked_for(found: Answer, key: str, arm: str, than: str | None) -> tuple[int, Comparison, Effect]:
-    """Return the effect and its comparison, after the number that the report gives the comparison."""
+    """Return the comparison's number in the report, the comparison, and the effect."""
     effects = [
         (number, comparison, effect)
         for number, comparison in enumerate(found.comparisons, 1)

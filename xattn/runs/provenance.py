@@ -114,9 +114,9 @@ def corpus(data: DataConfig, size: int | None) -> dict[str, Any]:
 def other_data(
     what: str, data: DataConfig, before: Mapping[str, Any], *, size: int | None, sha256: str, to: str
 ) -> str:
-    """Say that ``what`` differs from the run with this provenance, whether versions explain it, and what helps.
+    """Return a message for data that are not those of the run with this provenance, naming versions that explain it.
 
-    to: what a user does with the run, in a word.
+    what: the sentence that the message begins with. to: the verb for what the user does with the run.
     """
     then, here = before.get("versions") or {}, versions()
     others = [each for each in made_by(data) if then.get(each) not in (None, here[each])]

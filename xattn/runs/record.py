@@ -127,7 +127,8 @@ class Run:
             what = "the training data or their tokenizer are not the ones that this run began with"
             own, size = self.config.data, data.corpus_size
             problem = other_data(what, own, before, size=size, sha256=data.sha256, to="start")
-            hint = ", or use a text that is the same everywhere: data=text data.path=…" if "Python" in problem else ""
+            same = ", or use a text that is the same everywhere: data=text data.path=…"
+            hint = same if "the run began with Python" in problem else ""
             raise IntegrityError(f"{problem}, or start over with resume=never{hint}")
         data.check_tokenizer(self.folder.path)
         if self.before.get("committed_step") is None:  # that pack has saved nothing yet

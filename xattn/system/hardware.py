@@ -40,7 +40,7 @@ class Hardware:
 # Between machines, which data sheets do not cover: 400 Gbit/s per device, the usual network of a cluster.
 NETWORK = 50e9
 
-# Of two kinds with one beginning, the longer comes first.
+# A kind that begins with another one comes before it: the first that matches is taken.
 HARDWARE = {
     "a100": Hardware("NVIDIA A100", 312e12, 156e12, 80e9, 2.0e12, 300e9, 8, "cuda", "8.0"),
     "h100": Hardware("NVIDIA H100", 989e12, 494e12, 80e9, 3.35e12, 450e9, 8, "cuda", "9.0"),

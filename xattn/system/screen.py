@@ -137,5 +137,5 @@ def clock(seconds: float) -> str:
 
 
 def abandon(stream: IO[str]) -> None:
-    """Send the rest of a stream that failed to the null device: else the interpreter's last flush fails too."""
+    """Send the rest of a stream that failed to the null device, so that the interpreter's last flush succeeds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

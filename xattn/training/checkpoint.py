@@ -147,8 +147,7 @@ class Checkpoints:
         except Exception as error:  # orbax wraps file system errors in errors of many kinds
             raise storage_error(error, final) or error from error
         self._on_commit(step)
-        steps, best = self.steps(), kept.by_loss(self.folder)[0]
-        for old in set(steps[:-KEPT]) - {best}:
+        for old in set(self.steps()[:-KEPT]) - {*kept.by_loss(self.folder)[:1]}:
             kept.delete(self.folder / str(old))
 
     # ---- restoring
