@@ -40,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help="of each test's cases only every N-th")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the processes that tests start compile quickly too; those of ``-m faults`` compile as users' runs do."""
+    if config.option.markexpr != "faults":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Use two processes for the whole suite, and none if files are named.
 
@@ -61,7 +67,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     of_runs = Path(os.environ["XDG_CACHE_HOME"], "xattn", "programs")  # for processes started by tests
     of_runs.parent.mkdir(parents=True, exist_ok=True)
-    of_runs.symlink_to(cache.mkdir(f"programs-of-runs-{os.environ.get('PYTEST_XDIST_WORKER', 'gw0')}"))
+    of_runs.symlink_to(cache.mkdir("programs-of-runs"))
     if "jax" not in sys.modules:
         return
     import jax

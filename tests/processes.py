@@ -46,6 +46,13 @@ def _nothing() -> None:
     pass
 
 
+def as_without_jax() -> None:
+    """Forget jax, what builds on it, and xattn, which is then imported again as in a process of its own."""
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in {"jax", "jaxlib", "flax", "optax", "orbax", "wandb", "xattn", "hydra_plugins"}:
+            del sys.modules[name]
+
+
 class Process:
     """``python WORDS…``: a script, ``-m module`` or ``-c code``, and its arguments.
 
@@ -95,9 +102,11 @@ class Process:
         return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
 
-def run(*words: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str, cwd: Path, env: Mapping[str, str] | None = None, before: Callable[[], None] = _nothing
+) -> subprocess.CompletedProcess[str]:
     """Run ``python WORDS…`` to its end, as ``subprocess.run(…, capture_output=True, text=True)`` does."""
-    process = Process(*words, cwd=cwd, env=env)
+    process = Process(*words, cwd=cwd, env=env, before=before)
     code = process.wait()
     return subprocess.CompletedProcess([sys.executable, *words], code, process.out, process.err)
 

@@ -67,7 +67,7 @@ def test_every_cell_is_executed_in_less_than_a_minute(tmp_path: Path) -> None:
         [sys.executable, "-W", "error", "-c", KERNEL],
         input=json.dumps(cells("code")),
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
         capture_output=True,
         text=True,
         timeout=600,

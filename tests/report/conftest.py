@@ -8,7 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from xattn.report import figures
+
 from .folders import Writer
+
+_FONTS = figures.STYLE["pdf.fonttype"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw letters as shapes: a font's subset for a PDF takes longer than all the rest of a figure."""
+    monkeypatch.setitem(figures.STYLE, "pdf.fonttype", 3)
+
+
+@pytest.fixture
+def fonts_of_reports(_quick_fonts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embed fonts as users' reports do."""
+    monkeypatch.setitem(figures.STYLE, "pdf.fonttype", _FONTS)
 
 
 @pytest.fixture

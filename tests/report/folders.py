@@ -46,6 +46,9 @@ def metrics(loss: float, rows: int, seed: int, steps: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+_Dumper = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
+
+
 class Writer:
     """Writes run folders below one study's folder."""
 
@@ -72,8 +75,9 @@ class Writer:
             (config.setdefault(group, {}) if group else config)[leaf] = value
         path = self.folder / (name or "-".join(f"{k.rpartition('.')[2]}{v}" for k, v in overrides.items()))
         path.mkdir()
-        (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        (path / "overrides.yaml").write_text(yaml.safe_dump([f"{key}={value}" for key, value in overrides.items()]))
+        typed = [f"{key}={value}" for key, value in overrides.items()]
+        (path / "config.yaml").write_text(yaml.dump(config, Dumper=_Dumper, sort_keys=False))
+        (path / "overrides.yaml").write_text(yaml.dump(typed, Dumper=_Dumper))
         (path / "provenance.json").write_text(json.dumps(PROVENANCE | dict(provenance or {})))
         found = {"status": status, "step": 200, "val_loss": loss, "val_bpb": None if loss is None else loss * 1.44}
         found |= {"tokens_per_second": 40000.0, "num_params": 900_000, "flops_per_step": 4_000_000_000}

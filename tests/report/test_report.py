@@ -149,11 +149,15 @@ def test_names_are_escaped(writer: Writer) -> None:
     assert "b\\_\\%" in files["table.tex"]
 
 
-def test_the_same_study_makes_the_same_files(write_study: Callable[..., Writer]) -> None:
-    writer = write_study()
+@pytest.mark.usefixtures("fonts_of_reports")
+def test_the_same_study_makes_the_same_files(writer: Writer) -> None:
+    """In a PDF, fonts are embedded as TrueType: conferences reject Type 3."""
+    small(writer)
     first = {path.name: path.read_bytes() for path in write(judged(writer)).iterdir()}
     again = {path.name: path.read_bytes() for path in write(judged(writer)).iterdir()}
     assert again == first
+    assert b"/CIDFontType2" in first["effects.pdf"]
+    assert b"/Type3" not in first["effects.pdf"]
 
 
 def test_another_metric(writer: Writer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from xattn.report.read import flatten
+from xattn.report.read import YAML_LOADER, flatten
 from xattn.section import CONF
 
 
@@ -19,7 +19,7 @@ def conf_defaults(conf: Path = CONF) -> dict[str, Any]:
     Supports what conf/ uses of Hydra's defaults lists: ``- group: choice`` in config.yaml, ``[file, _self_]`` in a
     choice.
     """
-    tree = yaml.safe_load((conf / "config.yaml").read_text("utf-8"))
+    tree = yaml.load((conf / "config.yaml").read_text("utf-8"), YAML_LOADER)
     values: dict[str, Any] = {}
     for entry in tree.pop("defaults"):
         if isinstance(entry, Mapping):
@@ -32,7 +32,7 @@ def conf_defaults(conf: Path = CONF) -> dict[str, Any]:
 
 def choice_values(group: Path, name: str) -> dict[str, Any]:
     """Return key within the group → the value that the named choice gives it, from a folder of choices."""
-    tree = yaml.safe_load((group / f"{name}.yaml").read_text("utf-8")) or {}
+    tree = yaml.load((group / f"{name}.yaml").read_text("utf-8"), YAML_LOADER) or {}
     values: dict[str, Any] = {}
     for base in tree.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":

@@ -46,7 +46,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "host": (str, type(None)),
     "started_at": (str,),
 }
-_Loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+YAML_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 Values = Mapping[str, Any]
 
@@ -228,7 +228,7 @@ def _parsed(path: Path, parse: Callable[[str], Any], kind: type, problems: list[
 
 
 def _read_yaml(path: Path, kind: type, problems: list[str]) -> Any:
-    return _parsed(path, lambda text: yaml.load(text, _Loader), kind, problems)
+    return _parsed(path, lambda text: yaml.load(text, YAML_LOADER), kind, problems)
 
 
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
