@@ -58,11 +58,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Keep compiled programs in .pytest_cache between sessions: compiling is most of the time of a first session.
+    """Let garbage collections pass over all that is imported, and keep compiled programs in .pytest_cache.
+
+    Compiling is most of the time of a first session.
 
     jax finds a program by its text, its compile options and jax's version. It can limit a folder's size, but then
     reads every entry whenever it adds one, which took longer than compiling. So a month removes an entry here.
     """
+    gc.freeze()
     if (cache := getattr(session.config, "cache", None)) is None:  # -p no:cacheprovider
         return
     of_runs = Path(os.environ["XDG_CACHE_HOME"], "xattn", "programs")  # for processes started by tests
