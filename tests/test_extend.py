@@ -66,9 +66,12 @@ def test_a_task_is_a_probe_of_a_model_that_never_saw_it(mine: Path) -> None:
 
 
 def test_worker_processes_of_a_sweep_know_them(mine: Path) -> None:
-    words = ["data=echo", "optimizer=signum", "model.output_norm=l2", "seed=0,1", "sweep.workers=2", "study=two"]
+    words = ["data=echo", "optimizer=signum", "model.output_norm=l2", "sweep.workers=2", "study=two"]
+    words.append("backend.activation=softmax,relu")
     start(mine, "mine.py", "-m", *TINY, *words)
-    for run in (mine / "outputs" / "two").glob("softmax*"):
+    runs = [path for path in (mine / "outputs" / "two").iterdir() if path.name.startswith(("softmax", "relu"))]
+    assert len(runs) == 2
+    for run in runs:
         assert (run_folder.read_summary(run) or {})["status"] == "done"
         assert "momentum: 0.9" in (run / "config.yaml").read_text("utf-8")
     assert "2 already done" in start(mine, "mine.py", "-m", *TINY, *words)

@@ -101,12 +101,6 @@ def test_an_edited_file_is_a_recorded_change_on_resume(run: Path, tiny: list[str
     assert "changed since then: registered" in start(own, *typed, cwd=tmp_path)
 
 
-def test_worker_processes_of_a_sweep_know_it(tiny: list[str], tmp_path: Path) -> None:
-    start(EXAMPLE, "-m", "backend.activation=softmax,relu", "sweep.workers=2", *tiny, cwd=tmp_path)
-    summaries = [json.loads(file.read_text()) for file in tmp_path.glob("outputs/default/*/summary.json")]
-    assert [summary["status"] for summary in summaries] == ["done", "done"]
-
-
 def test_jobs_that_a_launcher_carries_elsewhere_know_it(tiny: list[str], tmp_path: Path) -> None:
     """A job of one run, and the worker processes of a job of two, which start with submitit's script and not this."""
     pytest.importorskip("submitit", reason="the extra slurm is not installed")

@@ -53,25 +53,18 @@ def test_ray(tiny: list[str], tmp_path: Path) -> None:
     assert sorted(statuses(tmp_path)) == ["diverged", "done"]
 
 
-def test_several_processes_share_a_sweep(tiny: list[str], tmp_path: Path) -> None:
+def test_several_processes_share_a_sweep_and_train_each_training_once(tiny: list[str], tmp_path: Path) -> None:
     """They share it as on a machine with several GPUs. Each has the environment that Hydra is asked to set, before it
-    imports jax."""
-    command = ["sweep.workers=2", *tiny, "trainer.steps=4", "seed=0,1,2", "+hydra.job.env_set.JAX_NUM_CPU_DEVICES=2"]
+    imports jax. Of runs with the same training, one trains while the others wait, and one measures what is left."""
+    command = ["sweep.workers=2", *tiny, "trainer.steps=4", "seed=0,1", "trainer.log_every=2,4"]
+    command += ["evaluation.sequences=8,4", "+hydra.job.env_set.JAX_NUM_CPU_DEVICES=2"]
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
-    assert statuses(tmp_path) == ["done", "done", "done"]
-    for run in (tmp_path / "outputs" / "default").glob("*/log.txt"):
-        assert run.read_text("utf-8").count("computed by") == 1
-        assert (read_provenance(run.parent) or {})["device_count"] == 2
-
-
-def test_several_processes_train_each_training_once(tiny: list[str], tmp_path: Path) -> None:
-    """One trains while the others wait, and only one of them measures what is left to measure."""
-    command = ["sweep.workers=2", *tiny, "trainer.steps=4", "trainer.log_every=2,4", "evaluation.sequences=8,4"]
-    code, out = sweep(tmp_path, *command)
-    assert code == 0, out
-    assert statuses(tmp_path) == ["done"]
-    (rows,) = (tmp_path / "outputs" / "default").glob("*/evaluations.jsonl")
-    assert len(rows.read_text("utf-8").splitlines()) == 1
-    assert out.count("already trained in") == 3
-    assert out.count(rows.parent.name) >= 7  # in the table as well
+    assert statuses(tmp_path) == ["done", "done"]
+    for rows in (tmp_path / "outputs" / "default").glob("*/evaluations.jsonl"):
+        run = rows.parent
+        assert len(rows.read_text("utf-8").splitlines()) == 1
+        assert (run / "log.txt").read_text("utf-8").count("computed by") == 1
+        assert (read_provenance(run) or {})["device_count"] == 2
+        assert out.count(run.name) >= 7  # in the table as well
+    assert out.count("already trained in") == 6
