@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ SMALL = [
 ]
 
 
+# What the terms are compared with; the sequence is long enough that blocks save memory.
+BLOCKWISE = ("backend.context_length=256", "backend.implementation=blockwise")
+
+
+@cache
+def config_of(*overrides: str) -> Config:
+    return compose([*SMALL, *overrides])
+
+
 def planned(config: Config, mesh: dict[str, int] = ONE, vocab_size: int = 256) -> Plan:
     return plan(config, vocab_size, HARDWARE["h100"], mesh)
 
@@ -30,14 +41,14 @@ def planned(config: Config, mesh: dict[str, int] = ONE, vocab_size: int = 256) -
 @pytest.mark.parametrize(
     "overrides",
     [
-        [],
+        BLOCKWISE,
         ["model.remat=full"],
         ["trainer.gradient_accumulation=4", "optimizer=muon"],
         ["model.mlp=gelu", "model.norm_placement=pre", "model.qk_norm=none", "backend.implementation=reference"],
     ],
 )
-def test_it_is_what_the_compiled_step_needs(overrides: list[str]) -> None:
-    config = compose([*SMALL, *overrides])
+def test_it_is_what_the_compiled_step_needs(overrides: Sequence[str]) -> None:
+    config = config_of(*overrides)
     compiled, _ = programs(config, 256)
     found = planned(config)
     assert found.parameters == num_params(jax.eval_shape(compiled.init, hyperparameters(config)))
@@ -50,14 +61,14 @@ PATTERN = ("backend=sigmoid", "backend.sigmoid_bias=learned", "backend.every=2")
 
 def test_of_two_kinds_of_layers_it_is_what_the_compiled_step_needs() -> None:
     """Parameters that one kind alone has included: of three layers two have a bias."""
-    config = compose([*SMALL, *PATTERN, "backend.then={activation: none}"])
+    config = config_of(*PATTERN, "backend.then={activation: none}")
     compiled, _ = programs(config, 256)
     found = planned(config)
     params = jax.eval_shape(compiled.init, hyperparameters(config)).params
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert found.parameters == planned(compose([*SMALL, "backend=none"])).parameters + 2 * 2
+    assert found.parameters == planned(config_of("backend=none")).parameters + 2 * 2
     assert found.flops_per_step == compiled.flops_per_step
-    assert found.flops_per_step == planned(compose([*SMALL, "backend=none"])).flops_per_step
+    assert found.flops_per_step == planned(config_of("backend=none")).flops_per_step
     assert compiled.peak_memory_bytes / 2 < found.memory_bytes < compiled.peak_memory_bytes * 2
 
 
@@ -69,7 +80,7 @@ TERMS = [
 
 def test_what_the_terms_around_attention_need_is_what_the_compiled_step_needs_more() -> None:
     def needed(*overrides: str) -> tuple[int, int]:
-        config = compose([*SMALL, "backend.context_length=256", "backend.implementation=blockwise", *overrides])
+        config = config_of(*BLOCKWISE, *overrides)
         compiled, _ = programs(config, 256)
         found = planned(config)
         assert found.flops_per_step == compiled.flops_per_step
@@ -89,7 +100,7 @@ def test_what_the_terms_around_attention_need_is_what_the_compiled_step_needs_mo
 )
 def test_a_term_costs_in_the_layers_that_have_it(keys: list[str], then: str, more: int) -> None:
     """Of three layers of width 64 and two heads the second is ``then``. more: FLOPs of a token's forward pass."""
-    plain, mixed = planned(compose(SMALL)), planned(compose([*SMALL, *keys, "backend.every=2", f"backend.then={then}"]))
+    plain, mixed = planned(config_of()), planned(config_of(*keys, "backend.every=2", f"backend.then={then}"))
     assert mixed.flops_per_step - plain.flops_per_step == 3 * (8 * 128) * more
     assert mixed.memory["activations"] > plain.memory["activations"]
 
@@ -98,21 +109,21 @@ def test_one_kinds_terms_are_not_counted_for_the_others_layers() -> None:
     """What each layer keeps, and while a layer's gradient is computed twice that of the greatest."""
 
     def activations(*overrides: str) -> int:
-        config = [*SMALL, "model.num_layers=8", "backend.implementation=reference", *overrides]
-        return planned(compose(config)).memory["activations"]
+        config = config_of("model.num_layers=8", "backend.implementation=reference", *overrides)
+        return planned(config).memory["activations"]
 
     none, every = activations(), activations("backend.decay=input")
     one_of_four = activations("backend.every=4", "backend.then={decay: input}")
     assert one_of_four - none == pytest.approx((every - none) * (2 + 2) / (8 + 2), rel=1e-6)
 
 
-@pytest.mark.parametrize(("layers", "every", "of_reference"), [(4, 2, 2), (5, 2, 2), (6, 3, 2), (5, 5, 1)])
+@pytest.mark.parametrize(("layers", "every", "of_reference"), [(5, 2, 2), (6, 3, 2)])
 def test_each_layer_keeps_what_its_kinds_attention_keeps(layers: int, every: int, of_reference: int) -> None:
     """S×S weights in the layers alone that are computed by the reference."""
 
     def activations(*overrides: str) -> dict[str, int]:
-        config = [*SMALL, "backend.context_length=2048", f"model.num_layers={layers}", *overrides]
-        return planned(compose(config)).memory
+        config = config_of("backend.context_length=2048", f"model.num_layers={layers}", *overrides)
+        return planned(config).memory
 
     blockwise = activations("backend.implementation=blockwise")
     reference = activations("backend.implementation=reference")
@@ -127,7 +138,7 @@ def test_each_layer_keeps_what_its_kinds_attention_keeps(layers: int, every: int
 
 def test_each_layer_sends_what_its_kinds_attention_exchanges() -> None:
     def sent(*overrides: str) -> int:
-        config = compose([*SMALL, "backend.context_length=1024", *overrides])
+        config = config_of("backend.context_length=1024", *overrides)
         return planned(config, ONE | {"context": 4}).communication["context"]
 
     states, ring = sent("backend=none"), sent("backend=softmax")
@@ -136,14 +147,14 @@ def test_each_layer_sends_what_its_kinds_attention_exchanges() -> None:
 
 
 def test_the_kind_that_cannot_be_computed_is_named() -> None:
-    config = compose([*SMALL, "backend.every=2", "backend.then={activation: sigmoid, implementation: cudnn}"])
+    config = config_of("backend.every=2", "backend.then={activation: sigmoid, implementation: cudnn}")
     with pytest.raises(BadInput, match=r"^backend\.then\.implementation: .*'cudnn' does not support"):
         planned(config)
 
 
 def test_the_flops_are_those_that_xla_counts() -> None:
     """In the program as it is before XLA optimises it, attention over all of S×S: within a quarter."""
-    config = compose([*SMALL, "backend.implementation=reference", "model.layers=unrolled"])
+    config = config_of("backend.implementation=reference", "model.layers=unrolled")
     import jax.numpy as jnp
 
     from xattn.model.transformer import LanguageModel, LayerHyperparameters
@@ -162,7 +173,7 @@ def test_the_flops_are_those_that_xla_counts() -> None:
 
 
 def test_a_mesh_shares_out_what_it_should() -> None:
-    config = compose([*SMALL, "trainer.batch_size=32"])
+    config = config_of("trainer.batch_size=32")
     one = planned(config)
     assert one.communication == {}
     fsdp = planned(config, ONE | {"fsdp": 4})
@@ -174,23 +185,23 @@ def test_a_mesh_shares_out_what_it_should() -> None:
     # A sum over n devices sends 2 (n − 1)/n of the gradient; fsdp gathers the parameters twice and scatters the sum.
     assert data.communication == {"data": 2 * 3 * 4 * one.parameters // 4}
     assert fsdp.communication == {"fsdp": 3 * 3 * 4 * one.parameters // 4}
-    in_parts = compose([*SMALL, "trainer.batch_size=32", "trainer.gradient_accumulation=2"])
+    in_parts = config_of("trainer.batch_size=32", "trainer.gradient_accumulation=2")
     for mesh, at_once in (({"data": 4}, data), ({"fsdp": 4}, fsdp)):
         sent = planned(in_parts, ONE | mesh).communication
         assert sent == {axis: 2 * amount for axis, amount in at_once.communication.items()}
     split = [planned(some, ONE | {"context": 4}).communication["context"] for some in (config, in_parts)]
     assert split[1] - split[0] == data.communication["data"]  # attention's is of the rows
-    rounded = planned(compose([*SMALL, "trainer.batch_size=32", "model.matmul_precision=bfloat16"]))
+    rounded = planned(config_of("trainer.batch_size=32", "model.matmul_precision=bfloat16"))
     assert rounded.compute_seconds < one.compute_seconds
     assert data.compute_seconds < one.compute_seconds
     assert data.communication_seconds == pytest.approx(data.communication["data"] / HARDWARE["h100"].link)
-    far = planned(compose([*SMALL, "trainer.batch_size=32"]), ONE | {"data": 16})
+    far = planned(config_of("trainer.batch_size=32"), ONE | {"data": 16})
     assert far.communication_seconds > data.communication_seconds * 8  # between machines
 
 
 def test_a_split_sequence_sends_what_its_implementation_exchanges() -> None:
     def sent(*overrides: str, length: int) -> float:
-        config = compose([*SMALL, f"backend.context_length={length}", *overrides])
+        config = config_of(f"backend.context_length={length}", *overrides)
         found = planned(config, ONE | {"context": 4})
         return found.communication["context"] - 2 * 3 * 4 * found.parameters // 4  # less the sum of the gradients
 

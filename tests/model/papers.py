@@ -284,10 +284,13 @@ PAPERS: dict[str, list[Paper]] = {
 # ---- the model around them -------------------------------------------------------------------------------------------
 
 
-def model(paper: Paper, params: Any, layers: list[Any], tokens: Array, num_heads: int, window: int | None) -> Array:
+def model(
+    paper: Paper, params: Any, layers: dict[int, Any], tokens: Array, num_heads: int, window: int | None
+) -> Array:
     """Logits (B, S, V) of the default model: RMSNorm before and after attention, normed q and k, SwiGLU.
 
-    layers: the parameters of each. A convolution of q, k and v stands before their norm where the layers have taps.
+    layers: the parameters of each, by its number in the paper's model. A convolution of q, k and v stands before their
+    norm where the layers have taps.
     """
 
     def norm(x: Array, p: Any) -> Array:
@@ -305,7 +308,7 @@ def model(paper: Paper, params: Any, layers: list[Any], tokens: Array, num_heads
     out = []
     for row in tokens:
         x, first = params["token_embedding"]["embedding"][row], None
-        for number, p in enumerate(layers, 1):
+        for number, p in layers.items():
             normed, own = norm(x, p["attention_norm"]), p["attention"]
             q, k, v = (heads(normed, own, name) for name in ("query", "key", "value"))
             first = v if first is None else first

@@ -25,9 +25,9 @@ SIZES = [
 ]
 HYPER = LayerHyperparameters(jnp.float32(30.0), jnp.float32(-1.5), jnp.float32(1.7))
 # The third document has the first one's id.
-SEGMENTS = jnp.asarray([[4, 4, 4, 9, 9, 4, 4], [0, 1, 1, 1, 1, 1, 2]], jnp.int32)
-DOCUMENTS = jnp.asarray([[4, 4, 5, 5, 5, 6, 6], [0, 1, 1, 1, 1, 1, 2]], jnp.int32)
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, S)), jnp.int32)
+SEGMENTS = np.asarray([[4, 4, 4, 9, 9, 4, 4], [0, 1, 1, 1, 1, 1, 2]], np.int32)
+DOCUMENTS = np.asarray([[4, 4, 5, 5, 5, 6, 6], [0, 1, 1, 1, 1, 1, 2]], np.int32)
+TOKENS = np.random.default_rng(0).integers(0, V, (B, S), np.int32)
 
 OUTPUT = ("model.exclusive=true", "model.output_norm=rmsnorm")
 GATED = ("backend.decay=input", "backend.input_gate=sigmoid")
@@ -55,12 +55,16 @@ def model_of(*overrides: str) -> LanguageModel:
 def randomised(shapes: Any, seed: int = 3) -> Any:
     """Every parameter away from its initial value: a zero or a one hides mistakes."""
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * random.standard_normal(leaf.shape) + 0.1, leaf.dtype), shapes)
+    return jax.tree.map(lambda leaf: (0.5 * random.standard_normal(leaf.shape) + 0.1).astype(leaf.dtype), shapes)
 
 
 @cache
+def shapes_of(model: LanguageModel) -> Any:
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
 def random_params(model: LanguageModel, seed: int = 3) -> Any:
-    return randomised(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), seed)
+    return randomised(shapes_of(model), seed)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -154,18 +158,14 @@ def by_formula(model: LanguageModel, p: Any, x: np.ndarray, segments: list[int],
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document", "documents"])
 @pytest.mark.parametrize("case", CASES)
-def test_attention_is_its_formula(case: str, segments: jax.Array | None) -> None:
+def test_attention_is_its_formula(case: str, segments: np.ndarray | None) -> None:
     """With another layer's values to mix in, and without."""
     model = model_of(*CASES[case])
     module = Attention(model.config, model.backend)
     random = np.random.default_rng(1)
-    x = jnp.asarray(random.standard_normal((B, S, D)), jnp.float32)
+    x = random.standard_normal((B, S, D)).astype(np.float32)
     mixes = model.config.value_residual == "first"
-    others = (
-        FirstValues(jnp.asarray(random.standard_normal((B, NKV, S, DH)), jnp.float32), jnp.array(True))
-        if mixes
-        else None
-    )
+    others = FirstValues(random.standard_normal((B, NKV, S, DH)).astype(np.float32), np.array(True)) if mixes else None
     params = randomised(jax.eval_shape(module.init, jax.random.key(0), x, others, HYPER, segments, None, None))[
         "params"
     ]
@@ -177,8 +177,8 @@ def test_attention_is_its_formula(case: str, segments: jax.Array | None) -> None
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     ids = [[0] * S] * B if segments is None else segments.tolist()
     for is_there in (True, False) if others else (False,):
-        first = others and others._replace(is_there=jnp.array(is_there))
-        out, after, _ = run(first)
+        first = others and others._replace(is_there=np.array(is_there))
+        out, after, _ = jax.device_get(run(first))
         for row in range(B):
             mixed_in = np.asarray(others.values[row], np.float64) if others and is_there else None
             expected, values = by_formula(model, exact, np.asarray(x[row], np.float64), ids[row], mixed_in)
@@ -199,23 +199,30 @@ def test_the_slopes_of_alibi_are_the_papers_for_any_number_of_heads() -> None:
 def test_of_a_token_that_attends_to_itself_alone_nothing_is_left(dtype: Any) -> None:
     """Nor has it a gradient; a multiple of the value, rounded. A hundredth in another direction stays."""
     random = np.random.default_rng(2)
-    v = jnp.asarray(random.standard_normal((1, 2, 50, 64)), dtype)
+    v = random.standard_normal((1, 2, 50, 64)).astype(dtype)
 
+    @jax.jit
     def left(v: jax.Array, more: float) -> jax.Array:
         y = (jnp.float32(0.37) * v.astype(jnp.float32)).astype(dtype)
         y = y.at[..., 1].add(jnp.asarray(more, dtype)).astype(jnp.float32)
         return subject.without_own_value(y, v)
 
     np.testing.assert_array_equal(left(v, 0.0), 0)
-    np.testing.assert_array_equal(jax.grad(lambda v: 1e3 * left(v, 0.0).sum())(v).astype(jnp.float32), 0)
-    np.testing.assert_allclose(jnp.linalg.norm(left(v, 0.3), axis=-1), 0.3, rtol=0.2)
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda v: 1e3 * left(v, 0.0).sum()))(v).astype(np.float32), 0)
+    np.testing.assert_allclose(np.linalg.norm(left(v, 0.3), axis=-1), 0.3, rtol=0.2)
 
 
 def test_a_value_of_zero_takes_nothing_out() -> None:
-    y = jnp.ones((1, 2, 1, 3))
-    v = jnp.zeros((1, 1, 1, 3))
-    np.testing.assert_array_equal(subject.without_own_value(y, v), y)
-    assert jnp.isfinite(jax.grad(lambda v: subject.without_own_value(y, v).sum())(v)).all()
+    y = np.ones((1, 2, 1, 3), np.float32)
+
+    @jax.jit
+    def left_and_gradient(v: jax.Array) -> Any:
+        left, backward = jax.vjp(lambda v: subject.without_own_value(jnp.asarray(y), v), v)
+        return left, backward(jnp.ones_like(left))
+
+    left, gradient = left_and_gradient(np.zeros((1, 1, 1, 3), np.float32))
+    np.testing.assert_array_equal(left, y)
+    assert np.isfinite(gradient).all()
 
 
 # ---- from layer to layer ---------------------------------------------------------------------------------------------
@@ -227,7 +234,7 @@ def forward(model: LanguageModel, params: Any, segments: Any = None, tokens: Any
 
 
 @partial(jax.jit, static_argnums=0)
-def losses_and_gradient(model: LanguageModel, params: Any, hyper: Any = HYPER) -> Any:
+def losses_and_gradient(model: LanguageModel, params: Any, hyper: Any) -> Any:
     def loss(params: Any) -> Any:
         losses: Any = model.apply(
             {"params": params}, TOKENS, hyper, TOKENS[:, ::-1], segment_ids=SEGMENTS, method="losses"
@@ -244,7 +251,8 @@ def test_the_first_layers_values_reach_every_later_layer() -> None:
         model = model_of(*overrides)
         params = random_params(model)
         stream = Stream(
-            params["token_embedding"]["embedding"][TOKENS], FirstValues(jnp.zeros((B, NKV, S, DH)), jnp.array(False))
+            params["token_embedding"]["embedding"][TOKENS],
+            FirstValues(np.zeros((B, NKV, S, DH), np.float32), np.array(False)),
         )
         seen: dict[str, int] = {}
         values = []
@@ -255,6 +263,7 @@ def test_the_first_layers_values_reach_every_later_layer() -> None:
             own = jax.tree.map(lambda leaf, row=row: leaf[row], params.get(f"{kind}_layers", {}))
             layer["attention"] |= own.get("attention", {})
             stream, _ = run[kind]({"params": layer}, stream, HYPER, None, None, None)
+            stream = jax.device_get(stream)
             values.append(stream.first.values)
         np.testing.assert_allclose(values[2], values[0], rtol=1e-6)
         x = stream.x
@@ -266,7 +275,7 @@ def test_the_first_layers_values_reach_every_later_layer() -> None:
 def test_every_way_to_compile_computes_the_same() -> None:
     model, rematerialised = (model_of(*CASES["softmax"], *how) for how in ((), ("model.remat=full",)))
     params = random_params(model)
-    expected, found = (losses_and_gradient(each, params) for each in (model, rematerialised))
+    expected, found = (losses_and_gradient(each, params, HYPER) for each in (model, rematerialised))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=jax.tree_util.keystr(path))
     for meaning in (CASES["softmax"], PATTERN):
@@ -277,25 +286,25 @@ def test_every_way_to_compile_computes_the_same() -> None:
 
 @pytest.mark.parametrize("meaning", [CASES["softmax"], PATTERN], ids=["one kind", "two kinds"])
 def test_every_parameter_has_a_gradient_but_the_first_layers_mix(meaning: tuple[str, ...]) -> None:
-    """At random parameters, and where the terms start: gates of zeros learn too."""
+    """At random parameters, and where the terms of one kind start: gates of zeros learn too."""
     model = model_of(*meaning)
-    for params in (random_params(model), init(model)):
-        _, gradient = losses_and_gradient(model, params)
+    for params in (random_params(model), *([init(model)] if model.backend.then is None else [])):
+        _, gradient = jax.device_get(losses_and_gradient(model, params, HYPER))
         mix = gradient["layers"]["attention"].pop("value_mix")
         assert not mix[0].any()
         assert (np.abs(mix[1:]) > 0).all()
         of_terms = {name: layers["attention"] for name, layers in gradient.items() if name.endswith("layers")}
         for path, leaf in jax.tree_util.tree_leaves_with_path(of_terms):
-            assert jnp.isfinite(leaf).all(), path
+            assert np.isfinite(leaf).all(), path
             assert (np.abs(leaf).reshape(len(leaf), -1).max(-1) > 1e-9).all(), jax.tree_util.keystr(path)
 
 
 def test_a_pack_computes_what_its_members_do() -> None:
     """Under vmap over parameters and numbers, which differ."""
     model = model_of(*CASES["softmax"])
-    members = [(random_params(model, seed), HYPER._replace(logit_scale=jnp.float32(seed))) for seed in (1, 2)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    together = jax.jit(jax.vmap(partial(losses_and_gradient, model)))(*stacked)
+    members = [(random_params(model, seed), HYPER._replace(logit_scale=np.float32(seed))) for seed in (1, 2)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
+    together = jax.device_get(jax.jit(jax.vmap(partial(losses_and_gradient, model)))(*stacked))
     for i, member in enumerate(members):
         alone = losses_and_gradient(model, *member)
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(alone), jax.tree.leaves(together), strict=True):
@@ -310,23 +319,24 @@ def test_a_document_in_a_window_is_read_as_if_it_stood_alone(case: str) -> None:
     """No convolution, no decay and no value reaches over a border."""
     model = model_of(*CASES[case])
     params = random_params(model)
-    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1]] * B, jnp.int32)
-    packed = forward(model, params, segments)
-    for part in (slice(0, 3), slice(3, S)):
+    packed, joined = (
+        np.asarray(forward(model, params, np.asarray([[0, 0, 0, second, second, second, second]] * B, np.int32)))
+        for second in (1, 0)
+    )
+    for part in (slice(0, 3), slice(3, 6)):
         alone = forward(model, params, None, TOKENS[:, part])
         np.testing.assert_allclose(packed[:, part], alone, rtol=1e-3, atol=1e-3)
-    assert not np.allclose(packed[:, 3:], forward(model, params)[:, 3:], atol=1e-2)
+    assert not np.allclose(packed[:, 3:], joined[:, 3:], atol=1e-2)
 
 
 # ---- where it starts -------------------------------------------------------------------------------------------------
 
 
 def test_the_terms_start_as_stated() -> None:
-    model = model_of(*CASES["softmax"], "model.num_kv_heads=4", "backend.context_length=54")
-    found = init(model)["layers"]["attention"]
-    tau = np.array([2, 6, 18, 54])  # evenly spread: each three times the one before
+    found = jax.device_get(init(model_of(*CASES["softmax"]))["layers"]["attention"])
+    half_lives = np.array([2, 5])  # up to the context length
     np.testing.assert_allclose(
-        sigma(np.asarray(found["decay"]["bias"], np.float64)) ** tau, np.full((3, 4), 0.5), rtol=1e-5
+        sigma(np.asarray(found["decay"]["bias"], np.float64)) ** half_lives, np.full((3, NKV), 0.5), rtol=1e-5
     )
     np.testing.assert_allclose(sigma(np.asarray(found["input_gate"]["bias"])), 0.982, atol=1e-4)
     for name in ("decay", "input_gate", "output_gate"):
@@ -338,26 +348,47 @@ def test_the_terms_start_as_stated() -> None:
     np.testing.assert_array_equal(found["output_norm"]["scale"], np.ones((3, DH)))
 
 
-@pytest.mark.parametrize(("heads", "length", "half_lives"), [(1, 50, [10]), (2, 1, [2, 2]), (3, 200, [2, 20, 200])])
+@pytest.mark.parametrize(("heads", "length", "half_lives"), [(1, 50, [10]), (2, 1, [2, 2]), (4, 54, [2, 6, 18, 54])])
 def test_half_lives_are_spread_over_the_heads(heads: int, length: int, half_lives: list[int]) -> None:
     np.testing.assert_allclose(sigma(subject.forget_biases(heads, length)) ** half_lives, 0.5)
 
 
 def test_a_learned_decay_starts_as_an_input_decay_does() -> None:
-    def started(decay: str) -> Any:
-        model = model_of(f"backend.decay={decay}")
-        module = Attention(model.config, model.backend)
-        return jax.jit(module.init)(jax.random.key(0), jnp.ones((B, S, D)), None, HYPER, None, None, None)["params"]
+    @jax.jit
+    def started() -> Any:
+        models = [model_of(f"backend.decay={decay}") for decay in ("learned", "input")]
+        learned, by_input = (
+            Attention(model.config, model.backend).init(
+                jax.random.key(0), jnp.ones((B, S, D)), None, HYPER, None, None, None
+            )["params"]
+            for model in models
+        )
+        return learned["decay_bias"], by_input["decay"]["bias"]
 
-    np.testing.assert_array_equal(started("learned")["decay_bias"], started("input")["decay"]["bias"])
+    np.testing.assert_array_equal(*started())
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 @partial(jax.jit, static_argnums=0)
-def decoded(model: LanguageModel, params: Any, tokens: Any, caches: Any, segments: Any, length: Any = None) -> Any:
-    return model.apply({"params": params}, tokens, HYPER, caches, length=length, segment_ids=segments, method="decode")
+def decoded(model: LanguageModel, params: Any, segments: Any) -> Any:
+    """The logits after each token from the third on: a padded prompt of three, then one token after the other."""
+
+    def call(tokens: Any, ids: Any, caches: Any, **length: Any) -> Any:
+        given = (tokens, HYPER, caches)
+        return model.apply({"params": params}, *given, segment_ids=ids, method="decode", **length)
+
+    def step(caches: Any, column: Any) -> Any:
+        logits, caches = call(*(None if x is None else x[:, None] for x in column), caches)
+        return caches, logits[:, 0]
+
+    caches = empty_caches(model, HYPER, batch=B, capacity=S, documents=segments is not None)
+    prompt = TOKENS[:, :4] + (np.arange(4) == 3).astype(np.int32)
+    logits, caches = call(prompt, None if segments is None else segments[:, :4], caches, length=jnp.int32(3))
+    columns = TOKENS[:, 3:].T, None if segments is None else segments[:, 3:].T
+    _, rest = jax.lax.scan(step, caches, columns)
+    return jnp.concatenate([logits, rest.swapaxes(0, 1)], axis=1)
 
 
 @pytest.mark.parametrize(
@@ -371,28 +402,19 @@ def decoded(model: LanguageModel, params: Any, tokens: Any, caches: Any, segment
     ids=["softmax, documents", "sigmoid", "none, documents", "two, documents"],
 )
 def test_decoding_is_the_parallel_form_at_every_position(
-    overrides: tuple[str, ...], segments: jax.Array | None
+    overrides: tuple[str, ...], segments: np.ndarray | None
 ) -> None:
-    """A padded prompt of three tokens, then token by token past context_length; convolutions of 3, 2 and 9 tokens."""
+    """Past context_length; convolutions of 3, 2 and 9 tokens."""
     model = model_of(*overrides)
     params = random_params(model)
-    expected = forward(model, params, segments)
-    caches = empty_caches(model, HYPER, batch=B, capacity=S, documents=segments is not None)
-
-    def of(part: slice) -> Any:
-        return None if segments is None else segments[:, part]
-
-    prompt = TOKENS[:, :4].at[:, 3].set(TOKENS[:, 3] + 1)
-    logits, caches = decoded(model, params, prompt, caches, of(slice(4)), jnp.int32(3))
-    np.testing.assert_allclose(logits[:, 0], expected[:, 2], rtol=2e-3, atol=2e-3)
-    for t in range(3, S):
-        logits, caches = decoded(model, params, TOKENS[:, t, None], caches, of(slice(t, t + 1)))
-        np.testing.assert_allclose(logits[:, 0], expected[:, t], rtol=2e-3, atol=2e-3, err_msg=str(t))
+    expected = np.asarray(forward(model, params, segments))
+    np.testing.assert_allclose(decoded(model, params, segments), expected[:, 2:], rtol=2e-3, atol=2e-3)
     assert np.abs(expected[:, 1:] - expected[:, :-1]).max((0, 2)).min() > 0.1  # one position is not the next
 
 
 def test_caches_know_whether_documents_come() -> None:
     model = model_of(*CASES["softmax"])
     caches = empty_caches(model, HYPER, batch=B, capacity=S)
+    call = partial(model.apply, segment_ids=DOCUMENTS, method="decode")
     with pytest.raises(ValueError, match="documents=False, and this call has documents=True"):
-        decoded(model, random_params(model), TOKENS, caches, DOCUMENTS)
+        jax.eval_shape(call, {"params": shapes_of(model)}, TOKENS, HYPER, caches)

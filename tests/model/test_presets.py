@@ -13,24 +13,22 @@ import pytest
 
 import xattn.config
 from xattn.config import Config, compose
-from xattn.data.batches import Batch
 from xattn.model.generation import empty_caches
 from xattn.model.pattern import layers_of
 from xattn.model.transformer import LanguageModel, init_params
-from xattn.training.optimizer import optimizer
-from xattn.training.programs import TrainState, hyperparameters, programs
+from xattn.training.programs import hyperparameters
 
 from . import papers
 from .papers import PAPERS, Paper
 
 # Three heads, since ALiBi has a rule of its own for what is no power of two; of a head's 8 channels a quarter is one
-# pair. A step of plain SGD at rate 1 shows the gradient.
+# pair.
 SMALL = [
     *("backend.context_length=7", "model.num_heads=3", "model.embedding_dim=24", "model.mlp_dim=10"),
-    *("model.layers=scanned", "trainer.batch_size=2", "schedule=constant", "schedule.warmup_fraction=0"),
-    *("optimizer=sgd", "optimizer.momentum=0", "optimizer.clip_norm=null", "optimizer.learning_rate=1"),
+    *("model.layers=scanned", "model.num_layers=2"),
 ]
-LAYERS = {"gpt_oss": 3, "smollm3": 4, "hybrid": 4, "qwen3_next_like": 4, "gemma3": 6}  # the others have two
+# Every so many layers one is of the second kind. The small models have one layer of each kind.
+PERIODS = {"gpt_oss": 2, "smollm3": 4, "hybrid": 4, "qwen3_next_like": 4, "gemma3": 6}
 WINDOWS = {"gpt_oss": 3, "gemma3": 4}
 V = 17
 TOKENS = np.random.default_rng(0).integers(V, size=(2, 13))
@@ -41,6 +39,7 @@ FORMULAS = [pytest.param(name, each, id=each.__name__) for name, several in PAPE
 class Preset(NamedTuple):
     """A preset in a small model, and the parameters of a pack of two runs."""
 
+    name: str
     config: Config
     model: LanguageModel
     params: list[Any]
@@ -48,7 +47,8 @@ class Preset(NamedTuple):
     def oracle(self, paper: Paper, params: Any, tokens: np.ndarray) -> np.ndarray:
         """Logits by the paper's formula."""
         config, window = self.model.config, self.model.backend.window
-        return papers.model(paper, params, list(self.layers(params)), tokens, config.num_heads, window)
+        layers = dict(zip((1, PERIODS.get(self.name, 2)), self.layers(params), strict=True))
+        return papers.model(paper, params, layers, tokens, config.num_heads, window)
 
     def layers(self, params: Any) -> Iterator[Any]:
         """The parameters of each layer, in their order."""
@@ -63,46 +63,48 @@ class Preset(NamedTuple):
             yield layer
 
 
+def chosen(name: str) -> str:
+    return f"{next(xattn.config.CONF.glob(f'*/{name}.yaml')).parent.name}={name}"
+
+
 @cache
 def preset(name: str) -> Preset:
     """Parameters are away from their initial values, where scales of 1 would hide mistakes."""
-    group = next(xattn.config.CONF.glob(f"*/{name}.yaml")).parent.name
     window = [f"backend.window={WINDOWS[name]}"] if name in WINDOWS else []
-    config = compose([f"{group}={name}", *SMALL, f"model.num_layers={LAYERS.get(name, 2)}", *window])
+    config = compose([chosen(name), *SMALL, *(["backend.every=2"] if name in PERIODS else []), *window])
     model = LanguageModel(config.model, config.backend, V)
     random = np.random.default_rng(7)
     shapes: Any = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     params = [jax.tree.map(lambda leaf: random.normal(0.1, 0.5, leaf.shape), shapes) for _ in range(2)]
-    return Preset(config, model, params)
-
-
-def float32(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+    return Preset(name, config, model, params)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+@partial(jax.jit, static_argnums=0)
+def losses_and_gradients(model: LanguageModel, params: Any, hyper: Any) -> Any:
+    """(loss, gradient) of the runs of a pack."""
+    tokens = jnp.asarray(TRAINED, jnp.int32)
+
+    def loss(params: Any, hyper: Any) -> Any:
+        losses: Any = model.apply({"params": params}, tokens[:, :-1], hyper, tokens[:, 1:], train=True, method="losses")
+        return losses.mean()
+
+    return jax.vmap(jax.value_and_grad(loss))(params, hyper)
+
+
 @cache
 def trained(name: str) -> list[tuple[float, Any]]:
-    """(loss, gradient) of each run, from one step of the pack."""
+    """(loss, gradient) of each run."""
     one = preset(name)
-    compiled, _ = programs(one.config, V, size=2)
-    hyper = hyperparameters(one.config)
-    rule = optimizer(one.config.optimizer, hyper.optimizer)
-    states = [
-        TrainState(jnp.int32(0), params, rule.init(params), hyper, jnp.int32(0), jnp.int32(-1))
-        for params in float32(one.params)
+    runs = [(params, hyperparameters(one.config).model) for params in one.params]
+    pack = jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float32), *runs)
+    losses, gradients = jax.device_get(losses_and_gradients(one.model, *pack))
+    return [
+        (float(loss), jax.tree.map(lambda leaf, run=run: leaf[run].astype(np.float64), gradients))
+        for run, loss in enumerate(losses)
     ]
-    batch = Batch(TRAINED.astype(np.int32), np.ones((2, 7), np.float32))
-    pack = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *states)
-    pack, metrics = compiled.step(pack, compiled.stack_batches([batch, batch]))
-    after = jax.device_get(pack.params)
-    gradients = [
-        jax.tree.map(lambda old, new, run=run: old - new[run], before, after) for run, before in enumerate(one.params)
-    ]
-    losses = [float(each.train_loss) for each in compiled.split_metrics(metrics)]
-    return list(zip(losses, gradients, strict=True))
 
 
 def mean_loss(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -113,7 +115,7 @@ def mean_loss(logits: np.ndarray, targets: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("name", "paper"), FORMULAS)
 def test_a_preset_trains_by_its_papers_formula(name: str, paper: Paper) -> None:
-    """Loss and gradients of a step, against float64: of each parameter along its gradient and a random direction."""
+    """Loss and gradients, against float64: of each parameter along its gradient and a random direction."""
     one = preset(name)
     random = np.random.default_rng(3)
     for params, (found, gradient) in zip(one.params, trained(name), strict=True):
@@ -137,9 +139,10 @@ def test_a_preset_trains_by_its_papers_formula(name: str, paper: Paper) -> None:
 
 
 @partial(jax.jit, static_argnums=0)
-def decoded(model: LanguageModel, params: Any, hyper: Any, caches: Any) -> Any:
+def decoded(model: LanguageModel, params: Any, hyper: Any) -> Any:
     """The logits after each token from the third on: a padded prompt of three, then one token after the other."""
     tokens = jnp.asarray(TOKENS, jnp.int32)
+    caches = empty_caches(model, hyper, batch=2, capacity=TOKENS.shape[1])
 
     def step(caches: Any, token: Any) -> Any:
         logits, caches = model.apply({"params": params}, token[:, None], hyper, caches, method="decode")
@@ -156,11 +159,17 @@ def test_a_preset_decodes_by_its_papers_formula(name: str) -> None:
     """At every position, past context_length and past every window."""
     one = preset(name)
     hyper = hyperparameters(one.config).model
-    caches = empty_caches(one.model, hyper, batch=2, capacity=TOKENS.shape[1])
-    found = decoded(one.model, float32(one.params[0]), hyper, caches)
+    found = decoded(one.model, jax.tree.map(np.float32, one.params[0]), hyper)
     expected = one.oracle(PAPERS[name][0], one.params[0], TOKENS)
     np.testing.assert_allclose(found, expected[:, 2:], atol=1e-4 * np.abs(expected).max(), rtol=0)
     assert np.abs(expected[:, 1:] - expected[:, :-1]).max((0, 2)).min() > 0.1  # one position is not the next
+
+
+def test_layers_of_two_kinds_follow_in_the_papers_order() -> None:
+    assert {name for name in PAPERS if preset(name).config.backend.then is not None} == set(PERIODS)
+    for name, period in PERIODS.items():
+        layers = layers_of(compose([chosen(name)]).backend, 12)
+        assert layers["then"] == [*range(period - 1, 12, period)], name
 
 
 def test_every_preset_has_an_oracle() -> None:

@@ -51,6 +51,12 @@ def loaded(trained: Path) -> xattn.LoadedRun:
     return xattn.load(trained)
 
 
+def random_params(model: LanguageModel) -> Any:
+    shapes: Any = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
+
+
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     code = main(words)
     out, err = capsys.readouterr()
@@ -63,9 +69,8 @@ def test_logits_in_one_call(loaded: xattn.LoadedRun) -> None:
     whole = loaded.logits(tokens)
     assert whole.shape == (2, 10, loaded.model.vocab_size)
     np.testing.assert_allclose(loaded.logits(tokens[1]), whole[1], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        whole, loaded.model.apply({"params": loaded.params}, tokens, loaded.hyperparameters), rtol=1e-5, atol=1e-5
-    )
+    expected = jax.jit(loaded.model.apply)({"params": loaded.params}, tokens, loaded.hyperparameters)
+    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
     apart = loaded.logits(tokens[0], segment_ids=np.arange(10) // 5)
     np.testing.assert_allclose(apart[:5], whole[0, :5], rtol=1e-5, atol=1e-5)
     assert np.abs(apart[5:] - whole[0, 5:]).max() > 1e-3
@@ -159,7 +164,7 @@ def test_a_task_is_evaluated_with_other_sequences(tmp_path: Path) -> None:
     config = compose([*small, "data=copying", "data.vocab_size=16"])
     data = load_data(config.data, config.batching)
     model, hyper = LanguageModel(config.model, config.backend, 16), hyperparameters(config).model
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
+    params = random_params(model)
     opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, data.tokenizer, 0)
     (tmp_path / "provenance.json").write_text(json.dumps({"data_sha256": data.sha256}))
     for overrides in ([], ["evaluation.sequences=4"], ["backend.context_length=16"]):
@@ -218,7 +223,7 @@ def test_documents_are_the_runs_own_unless_they_are_given(tmp_path: Path) -> Non
     small = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
     config = compose([*small, "data.documents=separated", "backend.context_length=8", "evaluation.sequences=9"])
     model, hyper = LanguageModel(config.model, config.backend, 257), hyperparameters(config).model
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
+    params = random_params(model)
     opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, ByteTokenizer(end_of_text=True), 0)
     path = f"data.path={text}"
     separated = opened.evaluate(["data=text", path])
@@ -235,7 +240,7 @@ def test_a_kind_of_layers_inherits_a_bias_that_is_given_and_keeps_one_of_its_own
     def opened(then: str) -> xattn.LoadedRun:
         config = compose([*small, "backend.every=2", f"backend.then={{{then}}}"])
         model, hyper = LanguageModel(config.model, config.backend, 256), hyperparameters(config).model
-        params = jax.tree.map(lambda leaf: 8 * leaf, init_params(model, jax.random.key(0)))
+        params = random_params(model)
         return xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, ByteTokenizer(), 0)
 
     first, both = "backend.sigmoid_bias=2", "backend.then.sigmoid_bias=2"
@@ -256,7 +261,7 @@ def test_another_text_is_read_in_a_bpe_models_own_tokens(tmp_path: Path) -> None
     small = ["model.num_layers=1", "model.num_heads=2", "model.embedding_dim=8", "model.mlp_dim=8"]
     config = compose([*small, "data=text", "data.path=gone", "data.tokenizer=bpe", "backend.context_length=8"])
     model, hyper = LanguageModel(config.model, config.backend, 270), hyperparameters(config).model
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32), hyper)["params"]
+    params = random_params(model)
     opened = xattn.LoadedRun(tmp_path, config, {}, model, params, hyper, tokenizer, 0)
     found = opened.evaluate([f"data.path={text}", "data.validation_fraction=0.5", "evaluation.sequences=all"])
 

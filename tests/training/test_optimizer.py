@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from xattn.config import compose
+from xattn.config import Config, compose
 from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
 
 NAMES = ["adamw", "sgd", "lion", "muon"]
@@ -22,8 +22,8 @@ def tree(seed: int) -> dict[str, Any]:
     """Return parameters (or gradients) of every role, stacked over three layers like the model's."""
     random = np.random.default_rng(seed)
 
-    def array(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+    def array(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
 
     return {
         "token_embedding": {"embedding": array(11, 8)},
@@ -36,19 +36,29 @@ def tree(seed: int) -> dict[str, Any]:
     }
 
 
-def transformation(
-    name: str, rate: float = 0.5, decay: float = 0.0, clip: float = math.inf, *overrides: str
-) -> optax.GradientTransformation:
-    numbers = OptimizerHyperparameters(*(jnp.float32(x) for x in (rate, decay, clip)))
-    return optimizer(compose([f"optimizer={name}", *overrides]).optimizer, numbers)
+@cache
+def config_of(*overrides: str) -> Config:
+    return compose([*overrides])
 
 
-def updates_of(tx: optax.GradientTransformation, params: Any, gradients: list[Any]) -> list[Any]:
-    state, found = tx.init(params), []
-    update = jax.jit(tx.update)
+@partial(jax.jit, static_argnums=0)
+def initial_state(name: str, numbers: OptimizerHyperparameters, params: Any) -> Any:
+    return optimizer(config_of(f"optimizer={name}").optimizer, numbers).init(params)
+
+
+@partial(jax.jit, static_argnums=0)
+def update(name: str, numbers: OptimizerHyperparameters, gradient: Any, state: Any, params: Any) -> Any:
+    return optimizer(config_of(f"optimizer={name}").optimizer, numbers).update(gradient, state, params)
+
+
+def updates_of(
+    name: str, params: Any, gradients: list[Any], rate: float = 0.5, decay: float = 0.0, clip: float = math.inf
+) -> list[Any]:
+    numbers = OptimizerHyperparameters(*(np.float32(x) for x in (rate, decay, clip)))
+    state, found = initial_state(name, numbers, params), []
     for gradient in gradients:
-        updates, state = update(gradient, state, params)
-        found.append(updates)
+        updates, state = update(name, numbers, gradient, state, params)
+        found.append(jax.device_get(updates))
     return found
 
 
@@ -57,8 +67,8 @@ def updates_of(tx: optax.GradientTransformation, params: Any, gradients: list[An
 
 def factors(name: str, steps: int, warmup: float = 0.1, decay: float = 0.2, final: float = 0.1) -> list[float]:
     fractions = [f"schedule.warmup_fraction={warmup}", f"schedule.decay_fraction={decay}"]
-    config = compose([f"schedule={name}", *fractions, f"schedule.final_fraction={final}"]).schedule
-    return [float(factor) for factor in jax.vmap(learning_rate_factor(config, steps))(jnp.arange(steps + 1))]
+    config = config_of(f"schedule={name}", *fractions, f"schedule.final_fraction={final}").schedule
+    return [float(x) for x in np.asarray(jax.jit(jax.vmap(learning_rate_factor(config, steps)))(np.arange(steps + 1)))]
 
 
 @pytest.mark.parametrize(
@@ -84,11 +94,13 @@ def test_schedules_at_known_places(name: str, known: dict[int, float]) -> None:
 )
 def test_any_number_of_steps_has_a_schedule(name: str, fractions: tuple[float, float, float]) -> None:
     """Each update has a rate above 0 and at most the peak, even in a run of one update."""
-    config = compose([f"schedule={name}"]).schedule
+    config = config_of(f"schedule={name}").schedule
     fields = dict(zip(("warmup_fraction", "decay_fraction", "final_fraction"), fractions, strict=True))
-    for steps in (1, 2, 3, 5, 7, 20):
-        schedule = learning_rate_factor(config.model_copy(update=fields), steps)
-        found = np.asarray(jax.vmap(schedule)(jnp.arange(20)))[:steps]
+    lengths = (1, 2, 3, 5, 7, 20)
+    schedules = [learning_rate_factor(config.model_copy(update=fields), steps) for steps in lengths]
+    of_schedules = jax.jit(jax.vmap(lambda step: [schedule(step) for schedule in schedules]))(np.arange(20))
+    for steps, of_schedule in zip(lengths, of_schedules, strict=True):
+        found = np.asarray(of_schedule)[:steps]
         assert (found > 0).all(), (steps, found)
         assert (found <= 1 + 1e-6).all(), (steps, found)
 
@@ -100,8 +112,8 @@ def test_any_number_of_steps_has_a_schedule(name: str, fractions: tuple[float, f
 def test_only_matrices_and_embeddings_decay(name: str) -> None:
     """With a zero gradient, the update is −rate · decay · parameter, or zero."""
     params = tree(0)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    (updates,) = updates_of(transformation(name, rate=0.5, decay=0.25), params, [zeros])
+    zeros = jax.tree.map(np.zeros_like, params)
+    (updates,) = updates_of(name, params, [zeros], decay=0.25)
     decays = {"kernel": 0.125, "embedding": 0.125, "scale": 0.0, "sigmoid_bias": 0.0}
     for (path, update), param in zip(
         jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
@@ -113,13 +125,13 @@ def test_only_matrices_and_embeddings_decay(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_stacked_layers_take_the_update_of_each_layer_alone(name: str) -> None:
     params, gradients = tree(0), [tree(seed) for seed in (1, 2, 3)]
-    tx = transformation(name, decay=0.1)
-    stacked = updates_of(tx, params["layers"], [gradient["layers"] for gradient in gradients])
+    stacked = updates_of(name, params["layers"], [gradient["layers"] for gradient in gradients], decay=0.1)
     for number in range(LAYERS):
         alone = updates_of(
-            tx,
+            name,
             jax.tree.map(lambda leaf, number=number: leaf[number], params["layers"]),
             [jax.tree.map(lambda leaf, number=number: leaf[number], gradient["layers"]) for gradient in gradients],
+            decay=0.1,
         )
         for together, single in zip(stacked, alone, strict=True):
             for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(single), strict=True):
@@ -128,8 +140,8 @@ def test_stacked_layers_take_the_update_of_each_layer_alone(name: str) -> None:
 
 def test_muon_orthogonalises_matrices_and_nothing_else() -> None:
     params, gradient = tree(0), tree(1)
-    (muon,) = updates_of(transformation("muon", rate=1.0), params, [gradient])
-    (adam,) = updates_of(transformation("adamw", rate=1.0), params, [gradient])
+    (muon,) = updates_of("muon", params, [gradient], rate=1.0)
+    (adam,) = updates_of("adamw", params, [gradient], rate=1.0)
     for path, update in jax.tree_util.tree_leaves_with_path(muon):
         same = np.allclose(update, dict(jax.tree_util.tree_leaves_with_path(adam))[path])
         assert same == (path[-1].key != "kernel"), path
@@ -163,7 +175,7 @@ def keller_jordans(gradients: list[np.ndarray], *, corrected: bool) -> list[np.n
 def test_muon_differs_from_keller_jordans_as_its_docstring_says() -> None:
     """Only the scale, a correction of the first updates, bfloat16 and eps differ."""
     gradients = [tree(seed) for seed in (1, 2, 3)]
-    ours = updates_of(transformation("muon", rate=1.0), tree(0), gradients)
+    ours = updates_of("muon", tree(0), gradients, rate=1.0)
     for part, name in (("attention", "query"), ("mlp", "down")):
         each = [np.asarray(g["layers"][part][name]["kernel"][0], np.float64).T for g in gradients]
         out, inner = each[0].shape
@@ -183,7 +195,7 @@ def test_the_first_updates_are_the_formulas() -> None:
     g1, g2 = np.asarray(one["final_norm"]["scale"], np.float64), np.asarray(two["final_norm"]["scale"], np.float64)
 
     def found(name: str) -> list[Any]:
-        return [update["final_norm"]["scale"] for update in updates_of(transformation(name), params, [one, two])]
+        return [update["final_norm"]["scale"] for update in updates_of(name, params, [one, two])]
 
     np.testing.assert_allclose(found("sgd"), [-0.5 * g1, -0.5 * (g2 + 0.9 * g1)], rtol=1e-5)
     np.testing.assert_array_equal(
@@ -198,7 +210,7 @@ def test_the_first_updates_are_the_formulas() -> None:
 def test_the_gradient_is_clipped_to_its_global_norm(clip: float, expected: float | None) -> None:
     gradient = tree(1)
     norm = float(optax.tree.norm(gradient))
-    (updates,) = updates_of(transformation("sgd", 0.5, 0.0, clip), tree(0), [gradient])
+    (updates,) = updates_of("sgd", tree(0), [gradient], clip=clip)
     assert float(optax.tree.norm(updates)) == pytest.approx(0.5 * (expected or norm), rel=1e-5)
     for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, -0.5 * b * ((expected or norm) / norm), rtol=1e-4, atol=1e-7)
