@@ -101,19 +101,25 @@ def from_a_shell(before: str, arguments: list[str], closed: str, cwd: Path) -> s
     )
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+COMMANDS = {
+    "help": ([*XATTN, "--help"], 0),
+    "no command": ([*XATTN, "nonsense"], 2),
+    "config": ([*TRAIN, "--cfg", "job"], 0),
+    "no key": ([*TRAIN, "nonsense=1"], 2),
+    "no key of a sweep": ([*TRAIN, "-m", "nonsense=1,2"], 2),
+    "no folder": ([*TRAIN, "runs", "nowhere"], 2),
+}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("command", "closed"),
     [
-        ([*XATTN, "--help"], 0),
-        ([*XATTN, "nonsense"], 2),
-        ([*TRAIN, "--cfg", "job"], 0),
-        ([*TRAIN, "nonsense=1"], 2),
-        ([*TRAIN, "-m", "nonsense=1,2"], 2),
-        ([*TRAIN, "runs", "nowhere"], 2),
+        *((command, "<&- >&- 2>&-") for command in COMMANDS),
+        *((command, closed) for command in ("help", "no command", "config", "no key") for closed in (">&-", "2>&-")),
     ],
 )
-def test_a_closed_stream_changes_no_exit_code(arguments: list[str], code: int, closed: str, tmp_path: Path) -> None:
+def test_a_closed_stream_changes_no_exit_code(command: str, closed: str, tmp_path: Path) -> None:
+    arguments, code = COMMANDS[command]
     done = from_a_shell("true", arguments, closed, tmp_path)
     assert done.returncode == code
     assert "Traceback" not in done.stdout + done.stderr
