@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +14,26 @@ import pytest
 
 from xattn.backend import activations, dispatch, linear as linear_module
 from xattn.backend.dispatch import TABLE, Call, row
-from xattn.testing.cases import BATCH, DECAYS, HEADS, LENGTH, MASKS, SUBJECTS, Case, Subject, inputs
-from xattn.testing.contract import check_causal, check_theta_gradient, check_values
+from xattn.testing import oracle
+from xattn.testing.cases import BATCH, DECAYS, HEADS, LENGTH, MASKS, SUBJECTS, Case, Sink, Subject, f64, inputs
+from xattn.testing.contract import (
+    bound_of,
+    check_causal,
+    check_theta_gradient,
+    check_values,
+    close,
+    value_and_gradients,
+)
 
 from .pairwise import allowed_pairs, covering, pairs
 
 ACTIVATIONS = activations.names()
 
-# Beside the terms two by two: without a decay a mask need not be causal, whatever the activation.
+# Beside the terms two by two: without a decay a given mask need not be causal, whatever the activation.
+GIVEN_MASKS = ("causal", "arbitrary", "empty rows", "everything")
 CASES = [
-    *(Case(activation=a, mask=m) for a, m in itertools.product(ACTIVATIONS, MASKS)),
+    *(Case(activation=a, mask=m) for a, m in itertools.product(ACTIVATIONS, ("default", *GIVEN_MASKS))),
+    *(Case(activation="none", mask=mask) for mask in ("segments", "documents")),
     *(Case(activation=a, dtype="float16") for a in ACTIVATIONS),
     *(Case(activation=a, length=1) for a in ACTIVATIONS),
     # A context that is not the sequence; biases that differ from head to head, which may be grouped.
@@ -32,25 +43,26 @@ CASES = [
     Case(activation="none", heads=6, kv_heads=2),
 ]
 
-# All terms of the formula, two by two.
+# All terms of the formula, two by two. What differs in the arrays' numbers alone is in all_numbers. Masks are combined
+# in CASES, as they are whatever the terms, and only a state knows documents from other segments.
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "mask": tuple(mask for mask in MASKS if mask not in ("causal", "arbitrary")),  # "empty rows" is arbitrary too
-    "decay": DECAYS,
-    "rotary_fraction": (1.0, 0.0, 0.25, 0.5),
+    "mask": ("default", "empty rows", "window", "segments"),
+    "decay": ("none", "mild"),
+    "rotary_fraction": (1.0, 0.0, 0.25),
     "activation": ACTIVATIONS,
-    "sink": ("none", "zero", "learned"),
+    "sink": ("none", "learned"),
     "heads": ((3, 3), (6, 2), (5, 1)),
     "length": (LENGTH, 29, 1),
     "dtype": ("float32", "bfloat16"),
     "input_gate": (False, True),
-    "logit_scale": (1.0, 0.7),
     "pre_activation": ("none", "swish"),
     "context_length": (None, 5),
     "bias_step": (0.0, 0.3),
 }
-# Those of the only implementation that serves one activation. What it does about segments that return is in CASES.
+# Those of the only implementation that serves one activation: with one chunk a step, or several, of several tokens.
 LINEAR_FACTORS = FACTORS | {
-    "mask": ("default", "documents"),
+    "subject": tuple(subject for subject in SUBJECTS if subject.implementation == "linear"),
+    "mask": ("default", "segments", "documents"),
     "activation": ("none",),
     "sink": ("none",),
     "context_length": (None,),
@@ -83,7 +95,15 @@ FADING = [
     for a in ACTIVATIONS
 ]
 TERMS = [case_of(row) for row in ROWS]
-LINEAR_TERMS = [case_of(row) for row in LINEAR_ROWS]
+LINEAR_TERMS = [(row["subject"], case_of({k: v for k, v in row.items() if k != "subject"})) for row in LINEAR_ROWS]
+
+
+def all_numbers(case: Case) -> Iterator[Case]:
+    """Every kind of decay and of sink, if the case has one, and both scales: one program computes them all."""
+    decays = ("none",) if case.decay == "none" else DECAYS[1:]
+    sinks: tuple[Sink, ...] = ("none",) if case.sink == "none" else ("zero", "learned")
+    for decay, sink, scale in itertools.product(decays, sinks, (1.0, 0.7)):
+        yield replace(case, decay=decay, sink=sink, logit_scale=scale)
 
 
 def served(cases: list[Case]) -> pytest.MarkDecorator:
@@ -108,7 +128,7 @@ def test_every_row_is_here_and_what_it_leaves_out_it_says() -> None:
     assert refused["cudnn"] == refused["hopper"] == CASES
     assert {case.activation for case in CASES if case not in refused["linear"]} == {"none"}
     assert {case.mask for case in CASES if case not in refused["linear"]} == {"default", "segments", "documents"}
-    assert not any(row("linear").refusal(case.call()) for case in LINEAR_TERMS)
+    assert all(subject.serves(case) for subject, case in LINEAR_TERMS)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -132,9 +152,9 @@ def test_a_state_that_float16_cannot_hold_gives_an_output_that_it_can() -> None:
     q = jnp.asarray(0.002 * rng.standard_normal((1, 1, 700, 8)), jnp.float16)
     k, v = (jnp.asarray(20 + rng.standard_normal(q.shape), jnp.float16) for _ in range(2))
     spec = replace(inputs(Case(activation="none")).spec, theta=jnp.float32(1e6))
-    state = linear_module.linear_with_state(q, k, v, spec, None)[1]
+    state = jax.jit(linear_module.linear_with_state)(q, k, v, spec, None)[1]
     assert jnp.max(state) > 65504
-    arrays = [np.asarray(row(name).function(q, k, v, spec), np.float64) for name in ("linear", "reference")]
+    arrays = [np.asarray(jax.jit(row(name).function)(q, k, v, spec), np.float64) for name in ("linear", "reference")]
     np.testing.assert_allclose(*arrays, rtol=0, atol=4e-3 * np.max(np.abs(arrays[1])))
 
 
@@ -162,15 +182,17 @@ def test_the_rows_hold_every_pair_of_two_values(factors: dict[str, Any], rows: l
     assert len(held) > 10 * len(rows), "the rows are not much fewer than the pairs"
 
 
-@served(TERMS)
+@pytest.mark.parametrize(
+    ("subject", "case"),
+    [
+        *itertools.product((subject for subject in SUBJECTS if subject.name in ("reference", "blockwise")), TERMS),
+        *LINEAR_TERMS,
+    ],
+    ids=lambda x: x.name if isinstance(x, Subject) else str(x),
+)
 def test_terms_two_by_two_are_the_formulas(subject: Subject, case: Case) -> None:
-    check_values(subject.function, case)
-
-
-@pytest.mark.parametrize("case", LINEAR_TERMS, ids=str)
-def test_terms_of_a_state_two_by_two_are_the_formulas(case: Case) -> None:
-    """With several chunks a step, and several tokens a chunk."""
-    check_values(next(subject for subject in SUBJECTS if subject.name == "linear2x2").function, case)
+    for each in all_numbers(case):
+        check_values(subject.function, each)
 
 
 @served(CASES)
@@ -192,7 +214,7 @@ def test_causal_and_not_more(subject: Subject, case: Case) -> None:
 def test_vmap_over_batch_and_over_heads_is_the_batched_call(subject: Subject, case: Case) -> None:
     x = inputs(case)
     function = subject.function
-    whole = jax.jit(function)(x.q, x.k, x.v, x.spec)
+    whole, _ = value_and_gradients(function, (x.q, x.k, x.v, x.terms), x.spec, x.g)
 
     def one_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         bias = None if x.spec.bias is None else x.spec.bias[:1]
@@ -207,16 +229,16 @@ def test_vmap_over_batch_and_over_heads_is_the_batched_call(subject: Subject, ca
 def test_a_pack_of_thetas_is_as_many_single_calls(subject: Subject, case: Case) -> None:
     """Packed sweeps: theta (and with it the whole spec's numbers) has a leading axis under vmap, q, k, v too."""
     x = inputs(case)
-    function = subject.function
-    thetas = jnp.array([10.0, 1000.0])
+    thetas, queries = jnp.array([10.0, 1000.0]), jnp.stack([x.q, 2 * x.q])
 
-    def loss(theta: jax.Array, q: jax.Array) -> jax.Array:
-        return jnp.sum(function(q, x.k, x.v, replace(x.spec, theta=theta)) * x.g)
+    def run(theta: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        arrays = (q, x.k, x.v, x.terms | {"theta": theta})
+        _, (d_q, _, _, d_terms) = value_and_gradients(subject.function, arrays, x.spec, x.g)
+        return d_terms["theta"], d_q
 
-    run = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    packed = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1))))(thetas, jnp.stack([x.q, 2 * x.q]))
-    for i, q in enumerate((x.q, 2 * x.q)):
-        for one, many in zip(run(thetas[i], q), packed, strict=True):
+    packed = jax.vmap(run)(thetas, queries)
+    for i in range(2):
+        for one, many in zip(run(thetas[i], queries[i]), packed, strict=True):
             np.testing.assert_allclose(many[i], one, rtol=1e-4, atol=1e-5)
     assert not np.allclose(packed[1][0], packed[1][1]), "theta and q changed nothing"
 
@@ -243,25 +265,20 @@ def test_numbers_do_not_compile_again_and_runs_repeat_bit_for_bit(subject: Subje
     np.testing.assert_array_equal(other[:, :, 0], first[:, :, 0])
 
 
-@served(PLAIN + FADING[-1:])
-def test_sharded_is_unsharded(subject: Subject, case: Case) -> None:
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((2, 2), ("data", "tensor")), ((1, 1, 2), ("data", "tensor", "context"))], ids=str
+)
+@served([PLAIN[0], PLAIN[1], FADING[-1]])
+def test_sharded_is_the_formula(subject: Subject, case: Case, shape: tuple[int, ...], axes: tuple[str, ...]) -> None:
     """Batch and heads over four devices, or the sequence over two, under plain jit."""
     case = replace(case, heads=4, kv_heads=4, length=12)
     x = inputs(case)
-    auto = jax.sharding.AxisType.Auto
-
-    @jax.jit
-    def value_and_gradients(*arrays: jax.Array) -> tuple:
-        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.sum(subject.function(q, k, v, x.spec) * x.g)
-
-        return jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
-
-    alone = value_and_gradients(x.q, x.k, x.v)
-    for shape, axes in (((2, 2), ("data", "tensor")), ((1, 1, 2), ("data", "tensor", "context"))):
-        mesh = jax.make_mesh(shape, axes, axis_types=(auto,) * len(axes))
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-        shared = value_and_gradients(*jax.device_put((x.q, x.k, x.v), sharding))
-        assert len(shared[1][0].sharding.device_set) == mesh.size
-        for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
-            np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)
+    mesh = jax.make_mesh(shape, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    arrays = (*jax.device_put((x.q, x.k, x.v), sharding), x.terms)
+    out, (d_q, d_k, d_v, _) = value_and_gradients(subject.function, arrays, x.spec, x.g)
+    assert len(d_q.sharding.device_set) == mesh.size
+    close("out", out, oracle.forward(x.problem), case.dtype)
+    want = oracle.vjp(x.problem, f64(x.g))
+    for name, gradient in (("q", d_q), ("k", d_k), ("v", d_v)):
+        close(f"gradient of {name}", gradient, getattr(want, name), case.dtype, bound_of(case).gradients)

@@ -125,9 +125,10 @@ def test_a_cache_keeps_its_dtypes_whatever_integers_the_segments_are(activation:
     x = inputs(Case(activation=activation, mask="documents"))
     small = replace(x.spec, segment_ids=x.spec.segment_ids.astype(jnp.int16))
     spec, empty = decoding(Case(activation=activation, mask="documents"), LENGTH)
-    _, cache = prefill(x.q, x.k, x.v, empty, replace(spec, segment_ids=small.segment_ids), length=5)
-    token = replace(spec, segment_ids=small.segment_ids[:, 5:6])
-    _, after = decode_step(*(array[:, :, 5:6] for array in (x.q, x.k, x.v)), cache, token)
+    of_prompt = replace(spec, segment_ids=small.segment_ids)
+    _, cache = jax.eval_shape(partial(prefill, length=5), x.q, x.k, x.v, empty, of_prompt)
+    of_token = replace(spec, segment_ids=small.segment_ids[:, 5:6])
+    _, after = jax.eval_shape(decode_step, *(array[:, :, 5:6] for array in (x.q, x.k, x.v)), cache, of_token)
     kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), each) for each in (empty, cache, after)]
     assert kinds[0] == kinds[1] == kinds[2]
 

@@ -96,22 +96,28 @@ GIVEN: dict[str, list[dict[str, Any]]] = {
     ("implementation", "devices"), [("reference", 1), ("blockwise", 1), ("ring", 2), ("linear", 1), ("linear", 2)]
 )
 def test_attention(implementation: str, devices: int) -> None:
+    """Each activation with all that it may be given, for each kind of heads; less than all under one activation."""
     mesh = jax.make_mesh((devices,), ("context",), axis_types=(AxisType.Auto,))
-    for heads, kv_heads in HEADS:
-        for activation in ["none"] if implementation == "linear" else ACTIVATIONS:
-            for given in [*GIVEN[implementation], {**GIVEN[implementation][-1], **terms(kv_heads), **PARTIAL}]:
-                own = {"sigmoid_bias": zeros(*heads)} if activation == "sigmoid" else {}
-                own = {"sink": zeros(*heads)} if activation == "softmax" and "logit_scale" in given else own
-                attend = partial(
-                    api.attention,
-                    activation_function=activation,
-                    theta=jnp.float32(9.0),
-                    implementation=implementation,
-                    **given,
-                    **own,
-                )
-                with jax.set_mesh(mesh):
-                    trace(attend, *arrays(heads, kv_heads))
+    activations = ("none",) if implementation == "linear" else ACTIVATIONS
+    lesser = GIVEN[implementation]
+    calls = [
+        (heads, activation, {**lesser[-1], **terms(heads[1]), **PARTIAL})
+        for heads in HEADS
+        for activation in activations
+    ]
+    for (heads, kv_heads), activation, given in [*calls, *((HEADS[1], activations[-1], given) for given in lesser)]:
+        own = {"sigmoid_bias": zeros(*heads)} if activation == "sigmoid" else {}
+        own = {"sink": zeros(*heads)} if activation == "softmax" else own
+        attend = partial(
+            api.attention,
+            activation_function=activation,
+            theta=jnp.float32(9.0),
+            implementation=implementation,
+            **given,
+            **own,
+        )
+        with jax.set_mesh(mesh):
+            trace(attend, *arrays(heads, kv_heads))
 
 
 def test_the_records() -> None:

@@ -80,21 +80,18 @@ def keep_of(
     segments: F64 | None = None,
     causal: bool = False,
 ) -> Bool:
-    """Return (given mask, or causal) ∧ (t − window < s ≤ t) ∧ equal segments, element by element.
+    """Return (given mask, or causal) ∧ (t − window < s ≤ t) ∧ equal segments.
 
     ``causal`` excludes keys after the query, whatever the mask.
     """
-    keep = np.zeros((batch, length, length), bool)
-    for b in range(batch):
-        for t in range(length):
-            for s in range(length):
-                allowed = s <= t if mask is None else bool(mask[t, s])
-                if window is not None:
-                    allowed = allowed and t - window < s <= t
-                if segments is not None:
-                    allowed = allowed and segments[b, t] == segments[b, s]
-                keep[b, t, s] = allowed and (s <= t or not causal)
-    return keep
+    t, s = np.arange(length)[:, None], np.arange(length)
+    keep = s <= t if mask is None else mask
+    if window is not None:
+        keep = keep & (t - window < s) & (s <= t)
+    if causal:
+        keep = keep & (s <= t)
+    of_rows = np.broadcast_to(keep, (batch, length, length))
+    return of_rows if segments is None else of_rows & (segments[:, :, None] == segments[:, None, :])
 
 
 def _sigmoid(x: F64) -> F64:
