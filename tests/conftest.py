@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
 import shutil
@@ -16,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import omegaconf._utils
-import omegaconf.base
 import pytest
-import yaml
 
+from tests import quick  # noqa: F401
 from xattn import registry
 
 _SCRATCH = tempfile.TemporaryDirectory(prefix="xattn-tests-")
@@ -34,12 +31,6 @@ os.environ |= {
 }
 os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("WANDB_RUN_ID", None)
-
-# Composing configs takes a third less time if YAML is read in C and each interpolation is parsed once.
-if yaml.__with_libyaml__:
-    _Loader = type("_Loader", (yaml.CSafeLoader, omegaconf._utils.get_yaml_loader()), {})
-    omegaconf._utils.get_yaml_loader = lambda: _Loader
-omegaconf._utils.parse = omegaconf.base.parse = functools.cache(omegaconf._utils.parse)
 
 # Each session draws the same examples.
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)

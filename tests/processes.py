@@ -8,6 +8,7 @@ when it is imported. A test of these starts a real process.
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import os
 import runpy
@@ -25,8 +26,10 @@ PATIENCE = 300.0  # seconds after which a process that has not ended is a failur
 
 # Of xattn only what tests/faults/victim.py can still patch: a name that another module has imported keeps its function.
 _PRELOADED = [
+    "tests.quick",
     *("jax", "flax.linen", "optax", "orbax.checkpoint", "hydra", "wandb", "scipy.stats", "pandas", "xattn.runs.desk"),
     *("xattn.training.loop", "xattn.training.checkpoint", "xattn.training.programs", "xattn.model.generation"),
+    *("matplotlib.backends.backend_pdf", "statsmodels.stats.multitest"),
 ]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload([__name__, *_PRELOADED])
@@ -39,7 +42,10 @@ def _of_jax(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("JAX_") and name not in of_job}
 
 
-_at_start = _of_jax(os.environ)
+@functools.cache
+def _of_server() -> dict[str, str]:
+    """Return jax's own variables in the server, which starts with the first process."""
+    return _of_jax(os.environ)
 
 
 def _nothing() -> None:
@@ -63,7 +69,7 @@ class Process:
         self, *words: str, cwd: Path, env: Mapping[str, str] | None = None, before: Callable[[], None] = _nothing
     ):
         environment = dict(os.environ if env is None else env)
-        assert _of_jax(environment) == _at_start, "jax has been imported already: start a real process"
+        assert _of_jax(environment) == _of_server(), "jax has been imported already: start a real process"
         self._streams = tempfile.mkdtemp(dir=_streams.name)
         self._process = _server.Process(target=_become, args=(words, str(cwd), environment, self._streams, before))
         self.launched = time.monotonic()

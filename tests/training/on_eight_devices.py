@@ -161,8 +161,8 @@ def test_a_device_has_its_stretch_of_a_split_sequence_and_no_more(
 
 def test_layers_of_two_kinds_are_one_devices_and_go_on_another_mesh(tmp_path: Path) -> None:
     """The run moves from states and a ring over four devices, with split heads, to a mesh that also splits parameters,
-    where each device gathers the sequence. On both a batch is in parts. The layers of one kind have a window and learn a
-    bias, keys have fewer heads than queries, and one layer follows the last period."""
+    where each device gathers the sequence. On both a batch is in parts. The layers of one kind have a window and learn
+    a bias, keys have fewer heads than queries, and one layer follows the last period."""
     meaning = (
         *("backend=sigmoid", "backend.sigmoid_bias=learned", "backend.window=6", "model.num_kv_heads=2"),
         *("backend.every=2", "model.num_layers=3"),
