@@ -139,8 +139,8 @@ _emitters = "quick"
 def _quick_compiles() -> Iterator[None]:
     """Compile with little optimisation, and with XLA's older emitters, in a third of the time.
 
-    The tests' own programs take longer to compile than to run. Processes that tests start compile as users' runs do.
-    jax has no global setting for the emitters, only an option per program.
+    The tests' programs take longer to compile than to run. jax has no global setting for the emitters, only an option
+    per program, so processes that tests start compile with those of users' runs.
     """
     if "jax" not in sys.modules:
         yield
