@@ -19,7 +19,8 @@ def conf_defaults(conf: Path = CONF) -> dict[str, Any]:
     Supports what conf/ uses of Hydra's defaults lists: ``- group: choice`` in config.yaml, ``[file, _self_]`` in a
     choice.
     """
-    tree = yaml.load((conf / "config.yaml").read_text("utf-8"), YAML_LOADER)
+    text = (conf / "config.yaml").read_text("utf-8")
+    tree = yaml.load(text, YAML_LOADER)
     values: dict[str, Any] = {}
     for entry in tree.pop("defaults"):
         if isinstance(entry, Mapping):
@@ -32,7 +33,8 @@ def conf_defaults(conf: Path = CONF) -> dict[str, Any]:
 
 def choice_values(group: Path, name: str) -> dict[str, Any]:
     """Return key within the group → the value that the named choice gives it, from a folder of choices."""
-    tree = yaml.load((group / f"{name}.yaml").read_text("utf-8"), YAML_LOADER) or {}
+    text = (group / f"{name}.yaml").read_text("utf-8")
+    tree = yaml.load(text, YAML_LOADER) or {}
     values: dict[str, Any] = {}
     for base in tree.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
