@@ -59,9 +59,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let garbage collections pass over all that is imported, and keep compiled programs in .pytest_cache.
+    """Keep compiled programs in .pytest_cache between sessions: compiling is most of the time of a first session.
 
-    Compiling is most of the time of a first session.
+    Also exempt all that was imported from garbage collections.
 
     jax finds a program by its text, its compile options and jax's version. It can limit a folder's size, but then
     reads every entry whenever it adds one, which took longer than compiling. So a month removes an entry here.

@@ -18,8 +18,8 @@ from xattn.testing import cases
 from xattn.testing.cases import SUBJECTS, Subject
 from xattn.testing.contract import bound_of, check_decoding, check_values, close, truth
 
-# Three tiles and chunks, the last of which is not whole, are enough here.
-Case = partial(cases.Case, length=9)
+# Eleven tokens are three tiles of four, or four chunks of three; the last of each is not whole.
+Case = partial(cases.Case, length=11)
 SOFTMAX, SIGMOID, NONE = (Case(activation=a) for a in ("softmax", "sigmoid", "none"))
 EMPTY = Case(activation="softmax", mask="empty rows")
 WINDOW = Case(activation="none", mask="window")

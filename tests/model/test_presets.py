@@ -27,7 +27,7 @@ SMALL = [
     *("backend.context_length=7", "model.num_heads=3", "model.embedding_dim=24", "model.mlp_dim=10"),
     *("model.layers=scanned", "model.num_layers=2"),
 ]
-# Every so many layers one is of the second kind. The small models have one layer of each kind.
+# Of this many layers the last is of the second kind. The small models have one layer of each kind.
 PERIODS = {"gpt_oss": 2, "smollm3": 4, "hybrid": 4, "qwen3_next_like": 4, "gemma3": 6}
 WINDOWS = {"gpt_oss": 3, "gemma3": 4}
 V = 17

@@ -150,9 +150,9 @@ def test_names_are_escaped(writer: Writer) -> None:
 
 
 @pytest.mark.usefixtures("fonts_of_reports")
-def test_the_same_study_makes_the_same_files(writer: Writer) -> None:
+def test_the_same_study_makes_the_same_files(write_study: Callable[..., Writer]) -> None:
     """In a PDF, fonts are embedded as TrueType: conferences reject Type 3."""
-    small(writer)
+    writer = write_study()
     first = {path.name: path.read_bytes() for path in write(judged(writer)).iterdir()}
     again = {path.name: path.read_bytes() for path in write(judged(writer)).iterdir()}
     assert again == first

@@ -61,7 +61,9 @@ def test_several_processes_share_a_sweep_and_train_each_training_once(tiny: list
     code, out = sweep(tmp_path, *command)
     assert code == 0, out
     assert statuses(tmp_path) == ["done", "done"]
-    for rows in (tmp_path / "outputs" / "default").glob("*/evaluations.jsonl"):
+    measured = [*(tmp_path / "outputs" / "default").glob("*/evaluations.jsonl")]
+    assert len(measured) == 2
+    for rows in measured:
         run = rows.parent
         assert len(rows.read_text("utf-8").splitlines()) == 1
         assert (run / "log.txt").read_text("utf-8").count("computed by") == 1

@@ -17,15 +17,15 @@ from xattn.runs import run_folder
 from xattn.system.device import compiled_once, keep_compiled_programs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-GRID = ["backend.activation=softmax,sigmoid,none", "optimizer.learning_rate=1e-3,2e-3", "seed=0,1"]
+GRID = ["backend.activation=softmax,sigmoid,none", "optimizer.learning_rate=1e-3,2e-3,4e-3,8e-3", "seed=0,1"]
 CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 # Initialisation, the training step, evaluation, and for sampling a program for the prompt and one for each next token.
 PROGRAMS = {"init": 3, "step": 3, "score": 3, "_read": 3, "_decode": 3}
 
 
 @pytest.mark.slow
-def test_12_runs_in_one_command_compile_three_of_each_program(tiny: list[str], tmp_path: Path) -> None:
-    """There are three activations, two rates and two seeds. The programs that jax is asked for are counted, including
+def test_24_runs_in_one_command_compile_three_of_each_program(tiny: list[str], tmp_path: Path) -> None:
+    """There are three activations, four rates and two seeds. The programs that jax is asked for are counted, including
     those in its disk cache. The number of small operations outside of them must not grow with the runs."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "-m", *tiny, *GRID],
@@ -40,7 +40,7 @@ def test_12_runs_in_one_command_compile_three_of_each_program(tiny: list[str], t
     assert compiled.total() < 24, compiled
     summaries = [run_folder.read_summary(run) for run in (tmp_path / "outputs" / "default").iterdir() if run.is_dir()]
     found = [summary for summary in summaries if summary is not None]
-    assert [summary["status"] for summary in found] == ["done"] * 12
+    assert [summary["status"] for summary in found] == ["done"] * 24
     assert sum(summary["compile_seconds"] is not None for summary in found) == 3
 
 

@@ -60,7 +60,10 @@ def value_and_gradients(function: Function, arrays: tuple[Any, ...], spec: Atten
 
 @lru_cache(maxsize=32)
 def truth(case: Case, row: Activation) -> tuple[oracle.F64, oracle.Gradients]:
-    """Return the oracle's output and gradients, which all implementations of a case share."""
+    """Return the oracle's output and gradients, which all implementations of a case share.
+
+    row: the case's activation. The cache needs it: a name can be registered again with another function.
+    """
     x = inputs(case)
     return oracle.forward(x.problem), oracle.vjp(x.problem, f64(x.g))
 
