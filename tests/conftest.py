@@ -61,12 +61,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Keep compiled programs in .pytest_cache between sessions: compiling is most of the time of a first session.
 
-    Also exempt all that was imported from garbage collections.
+    Also exempt all that was imported from garbage collections, and collect less often: jax makes many objects.
 
     jax finds a program by its text, its compile options and jax's version. It can limit a folder's size, but then
     reads every entry whenever it adds one, which took longer than compiling. So a month removes an entry here.
     """
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     if (cache := getattr(session.config, "cache", None)) is None:  # -p no:cacheprovider
         return
     of_runs = Path(os.environ["XDG_CACHE_HOME"], "xattn", "programs")  # for processes started by tests
@@ -137,7 +138,7 @@ _emitters = "quick"
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_compiles() -> Iterator[None]:
-    """Compile with little optimisation, and with XLA's older emitters, in a third of the time.
+    """Compile with little optimisation, in one piece, and with XLA's older emitters, in a third of the time.
 
     The tests' programs take longer to compile than to run. jax has no global setting for the emitters, only an option
     per program, so processes that tests start compile with those of users' runs.
@@ -149,16 +150,22 @@ def _quick_compiles() -> Iterator[None]:
     from jax._src import compiler
 
     jax.config.update("jax_disable_most_optimizations", True)
-    older, right = {"xla_cpu_use_fusion_emitters": False}, compiler.get_compile_options
-    try:
-        jax.jit(lambda: 0, compiler_options=older).lower().compile()
-    except jax.errors.JaxRuntimeError:  # this version has only one kind
-        yield
-        return
+    right = compiler.get_compile_options
+
+    def knows(option: str, value: Any) -> bool:
+        """Return whether this version of XLA has the option."""
+        try:
+            jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    wanted = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    quicker = {option: value for option, value in wanted.items() if knows(option, value)}
 
     def options(*given: Any, env_options_overrides: dict[str, Any] | None = None, **named: Any) -> Any:
         if _emitters == "quick" and jax.config.read("jax_disable_most_optimizations"):
-            env_options_overrides = older | dict(env_options_overrides or {})
+            env_options_overrides = quicker | dict(env_options_overrides or {})
         return right(*given, env_options_overrides=env_options_overrides, **named)
 
     compiler.get_compile_options = options

@@ -29,7 +29,7 @@ _PRELOADED = [
     "tests.quick",
     *("jax", "flax.linen", "optax", "orbax.checkpoint", "hydra", "wandb", "scipy.stats", "pandas", "xattn.runs.desk"),
     *("xattn.training.loop", "xattn.training.checkpoint", "xattn.training.programs", "xattn.model.generation"),
-    *("matplotlib.backends.backend_pdf", "statsmodels.stats.multitest"),
+    "matplotlib.backends.backend_pdf",
 ]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload([__name__, *_PRELOADED])

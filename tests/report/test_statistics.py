@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 from scipy import stats
 
 from xattn.report.answer import Question
@@ -120,6 +122,16 @@ def test_holm_by_hand() -> None:
     """Sorted 0.01, 0.03, 0.04: 3 · 0.01, max(2 · 0.03, …), max(1 · 0.04, …)."""
     assert holm([0.03, None, 0.01, 0.04]) == [pytest.approx(0.06), None, pytest.approx(0.03), pytest.approx(0.06)]
     assert holm([None]) == [None]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_holm_is_bonferronis_test_of_each_subset(p_values: list[float]) -> None:
+    """A hypothesis is rejected if each set of hypotheses with it in is, by its least p times its size."""
+    each = range(len(p_values))
+    subsets = [subset for size in each for subset in combinations(each, size + 1)]
+    worst = [max(len(subset) * min(p_values[j] for j in subset) for subset in subsets if i in subset) for i in each]
+    assert holm(p_values) == pytest.approx([min(p, 1.0) for p in worst])
 
 
 def test_arms_of_one_baseline_are_one_family_and_factors_of_a_grid_are_not(writer: Writer) -> None:

@@ -83,10 +83,7 @@ def family_wise_error(repetitions: int, seeds: int, rng: np.random.Generator, *,
 
 
 def some_rejected(p_values: np.ndarray) -> np.ndarray:
-    """Return whether Holm rejects any of a row's hypotheses: its first step, the least p against α / m, decides that.
-
-    The report itself uses statsmodels' :func:`~xattn.report.statistics.holm`, which collects garbage at each call.
-    """
+    """Return whether Holm rejects any of a row's hypotheses. Its first step decides that: the least p against α / m."""
     return p_values.min(-1) <= (1 - LEVEL) / p_values.shape[-1]
 
 

@@ -1,4 +1,4 @@
-"""Differences between arms, paired by seed, with their uncertainty. The tests come from scipy and statsmodels."""
+"""Differences between arms, paired by seed, with their uncertainty. The tests come from scipy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import special, stats
-from statsmodels.stats.multitest import multipletests
 
 from xattn.report.design import Cell, Design, Factor
 from xattn.report.metric import Metric
@@ -150,9 +149,12 @@ def paired(differences: Sequence[float] | np.ndarray) -> Paired:
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Return Holm's step-down adjustment (1979) of the known p values; it controls the family-wise error."""
-    known = [p for p in p_values if p is not None]
-    adjusted = iter(multipletests(known, method="holm")[1]) if known else iter(())
-    return [None if p is None else float(next(adjusted)) for p in p_values]
+    known = np.array([p for p in p_values if p is not None])
+    order = known.argsort()
+    adjusted = np.empty_like(known)
+    adjusted[order] = np.minimum(np.maximum.accumulate(known[order] * np.arange(known.size, 0, -1)), 1)
+    found = iter(adjusted.tolist())
+    return [None if p is None else next(found) for p in p_values]
 
 
 def detectable(spread: float, seeds: int, comparisons: int) -> float:
