@@ -55,6 +55,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return 0
     config.option.dist = "worksteal" if config.option.markexpr == "fast" else "loadfile"
+    config.option.loadscopereorder = False
     return 2
 
 
@@ -116,7 +117,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--every N``, keep the first case of each test and every N-th case after it."""
+    """With ``--every N``, keep the first case of each test and every N-th case after it.
+
+    Files with slow tests come first and fast files last, so that no process waits for the other at the end.
+    """
     every, cases, left = config.getoption("--every"), Counter[str](), set()
     for item in items:
         test = item.nodeid.partition("[")[0]
@@ -125,6 +129,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         cases[test] += 1
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=sorted(left, key=lambda item: item.nodeid))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    fast = {item.path for item in items if item.get_closest_marker("fast")} - slow
+    items.sort(key=lambda item: (item.path not in slow) + (item.path in fast))
 
 
 @pytest.fixture(autouse=True)

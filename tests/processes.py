@@ -3,13 +3,17 @@
 A command is a process of its own, in its own session, with its own folder, environment and streams. It differs from a
 real start in what happens before its first line: the interpreter's options, and jax's own variables, which jax reads
 when it is imported. A test of these starts a real process.
+
+A command that must not import jax is a child of a second server, which has not.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -17,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -31,8 +35,10 @@ _PRELOADED = [
     *("xattn.training.loop", "xattn.training.checkpoint", "xattn.training.programs", "xattn.model.generation"),
     "matplotlib.backends.backend_pdf",
 ]
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([__name__, *_PRELOADED])
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([__name__, *_PRELOADED])
+_without_jax = multiprocessing.forkserver.ForkServer()
+_without_jax.set_forkserver_preload([__name__, "tests.quick", "xattn.app"])
 _streams = tempfile.TemporaryDirectory(prefix="xattn-tests-streams-")
 
 
@@ -52,28 +58,28 @@ def _nothing() -> None:
     pass
 
 
-def as_without_jax() -> None:
-    """Forget jax, what builds on it, and xattn, which is then imported again as in a process of its own."""
-    for name in [*sys.modules]:
-        if name.partition(".")[0] in {"jax", "jaxlib", "flax", "optax", "orbax", "wandb", "xattn", "hydra_plugins"}:
-            del sys.modules[name]
-
-
 class Process:
     """``python WORDS…``: a script, ``-m module`` or ``-c code``, and its arguments.
 
-    ``before`` runs in the process first. ``env`` is the whole environment; without it, this process's.
+    ``env`` is the whole environment; without it, this process's. ``before`` runs in the process first. Unless
+    ``has_jax``, nothing has imported jax there.
     """
 
     def __init__(
-        self, *words: str, cwd: Path, env: Mapping[str, str] | None = None, before: Callable[[], None] = _nothing
+        self,
+        *words: str,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        before: Callable[[], None] = _nothing,
+        has_jax: bool = True,
     ):
         environment = dict(os.environ if env is None else env)
         assert _of_jax(environment) == _of_server(), "jax has been imported already: start a real process"
         self._streams = tempfile.mkdtemp(dir=_streams.name)
-        self._process = _server.Process(target=_become, args=(words, str(cwd), environment, self._streams, before))
+        self._process = _context.Process(target=_become, args=(words, str(cwd), environment, self._streams, before))
         self.launched = time.monotonic()
-        self._process.start()
+        with contextlib.nullcontext() if has_jax else _second_server():
+            self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -108,11 +114,22 @@ class Process:
         return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
 
+@contextlib.contextmanager
+def _second_server() -> Iterator[None]:
+    """Let multiprocessing start processes from the server without jax; it knows only one server itself."""
+    first, module = multiprocessing.forkserver.connect_to_new_process, multiprocessing.forkserver
+    module.connect_to_new_process = _without_jax.connect_to_new_process
+    try:
+        yield
+    finally:
+        module.connect_to_new_process = first
+
+
 def run(
-    *words: str, cwd: Path, env: Mapping[str, str] | None = None, before: Callable[[], None] = _nothing
+    *words: str, cwd: Path, env: Mapping[str, str] | None = None, has_jax: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python WORDS…`` to its end, as ``subprocess.run(…, capture_output=True, text=True)`` does."""
-    process = Process(*words, cwd=cwd, env=env, before=before)
+    process = Process(*words, cwd=cwd, env=env, has_jax=has_jax)
     code = process.wait()
     return subprocess.CompletedProcess([sys.executable, *words], code, process.out, process.err)
 

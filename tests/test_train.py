@@ -65,7 +65,7 @@ def train(*overrides: str, cwd: Path, stubs: str = "") -> tuple[int, str, str]:
     """Return the exit code, standard output and standard error. The stubs are a folder of modules that replace jax."""
     if stubs:
         command = str(ROOT / "train.py"), *overrides
-        done = processes.run(*command, cwd=cwd, env=os.environ | path_with(stubs), before=processes.as_without_jax)
+        done = processes.run(*command, cwd=cwd, env=os.environ | path_with(stubs), has_jax=False)
     else:
         done = processes.train(*overrides, cwd=cwd)
     return done.returncode, done.stdout, done.stderr

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import pytest
 
+from tests.quick import composed
 from xattn.cli import main
 from xattn.commands.plan import Plan, _in_units, plan
 from xattn.config import Config, compose
@@ -31,7 +32,7 @@ BLOCKWISE = ("backend.context_length=256", "backend.implementation=blockwise")
 
 @cache
 def config_of(*overrides: str) -> Config:
-    return compose([*SMALL, *overrides])
+    return composed(*SMALL, *overrides)
 
 
 def planned(config: Config, mesh: dict[str, int] = ONE, vocab_size: int = 256) -> Plan:

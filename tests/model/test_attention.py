@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.config import compose
+from tests.quick import composed
 from xattn.model import attention as subject
 from xattn.model.attention import Attention, FirstValues
 from xattn.model.generation import empty_caches
@@ -48,7 +48,7 @@ PATTERN = (
 
 @cache
 def model_of(*overrides: str) -> LanguageModel:
-    config = compose([*SIZES, *overrides])
+    config = composed(*SIZES, *overrides)
     return LanguageModel(config.model, config.backend, V)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.config import compose
+from tests.quick import composed
 from xattn.data.batches import Batch
 from xattn.evaluation import attention as statistics
 from xattn.model.generation import empty_caches
@@ -35,7 +35,7 @@ LEARNED_SOFTMAX = (
 
 @cache
 def model_of(*overrides: str) -> LanguageModel:
-    config = compose([*SMALL, *overrides])
+    config = composed(*SMALL, *overrides)
     return LanguageModel(config.model, config.backend, V)
 
 

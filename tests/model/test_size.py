@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.quick import composed
 from xattn.config import compose
 from xattn.errors import BadInput
 from xattn.model.size import matmul_flops_per_token, mlp_dim_for, num_params
@@ -56,7 +57,7 @@ PATTERNS = [
 
 @pytest.mark.parametrize("overrides", [*ONE_KIND, *PATTERNS], ids=" ".join)
 def test_as_many_parameters_as_the_model_has(overrides: list[str]) -> None:
-    config = compose([*SMALL, *overrides])
+    config = composed(*SMALL, *overrides)
     model = LanguageModel(config.model, config.backend, V)
     tree = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     counted = num_params(config.model, config.backend, vocab_size=V)
@@ -73,7 +74,7 @@ def test_the_models_of_conf_are_as_large_as_they_say(model: str, vocab_size: int
 
 @pytest.mark.parametrize("overrides", [[], PLAIN, EVERY_TERM, PATTERNS[-1]], ids=" ".join)
 def test_no_other_mlp_dim_comes_nearer(overrides: list[str]) -> None:
-    config = compose([*SMALL, *overrides])
+    config = composed(*SMALL, *overrides)
 
     def size(mlp_dim: int) -> int:
         model = config.model.model_copy(update={"mlp_dim": mlp_dim})
@@ -118,7 +119,7 @@ def test_what_a_term_adds_to_the_operations(overrides: list[str], more: int) -> 
     that have them: here 5 layers, D 12, NH 6, NKV 2, DH 2."""
 
     def counted(*overrides: str) -> int:
-        config = compose([*SMALL, *overrides])
+        config = composed(*SMALL, *overrides)
         return matmul_flops_per_token(config.model, config.backend, vocab_size=V)
 
     assert counted(*overrides) - counted() == more

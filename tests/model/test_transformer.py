@@ -13,8 +13,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from tests.quick import composed
 from xattn.backend import xla_cpu
-from xattn.config import compose
 from xattn.model.generation import empty_caches
 from xattn.model.loss import next_token_losses
 from xattn.model.transformer import (
@@ -40,7 +40,7 @@ HYPER = LayerHyperparameters(jnp.float32(100.0), jnp.float32(-1.5))
 
 @cache
 def model_of(*overrides: str, vocab_size: int = V) -> LanguageModel:
-    config = compose([*SMALL, *overrides])
+    config = composed(*SMALL, *overrides)
     return LanguageModel(config.model, config.backend, vocab_size)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from xattn.config import compose
+from tests.quick import composed
 from xattn.data.corpus_tokenizer import vocab_size
 from xattn.model.size import matmul_flops_per_token, num_params
 from xattn.report.answer import Answer, Question
@@ -148,7 +148,7 @@ def test_a_summary_without_the_numbers_says_nothing(writer: Writer, missing: Map
 
 def of_config(writer: Writer, *typed: str, seed: int) -> None:
     """Write the numbers that a run of these overrides leaves for a report."""
-    config = compose([*typed, f"seed={seed}"])
+    config = composed(*typed, f"seed={seed}")
     values = {f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()}
     values |= {DECAY: config.backend.decay, "seed": seed}
     size = vocab_size(config.data)

@@ -20,6 +20,7 @@ import yaml
 
 import xattn.config
 from tests import processes
+from tests.quick import composed
 from xattn import keys
 from xattn.cli import main
 from xattn.config import Config, compose
@@ -354,7 +355,7 @@ def test_two_who_ask_the_same_measure_it_once(outputs: Path, monkeypatch: pytest
 def jobs_of(folder: Path, *overrides: Sequence[str]) -> list[Job]:
     made = []
     for each in overrides:
-        config = compose(["trainer=debug", *each])
+        config = composed("trainer=debug", *each)
         made.append(Job(config, place(folder, config), tuple(each)))
     return made
 

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import xattn.config
+from tests.quick import composed
 from xattn.errors import ExitCode
 from xattn.runs import run_folder
 from xattn.runs.desk import run_pack
@@ -24,7 +25,7 @@ STEPS = 200
 
 
 def job(outputs: Path, *overrides: str) -> Job:
-    config = xattn.config.compose(overrides)
+    config = composed(*overrides)
     return Job(config, outputs / xattn.config.run_name(config), overrides)
 
 

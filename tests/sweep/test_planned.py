@@ -14,6 +14,7 @@ import pytest
 
 import xattn.config
 from tests import processes
+from tests.quick import composed
 from xattn.errors import BadInput, ExitCode
 from xattn.runs import run_folder
 from xattn.runs.job import Job
@@ -37,7 +38,7 @@ def type_(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def jobs_of(seeds: Sequence[int], *overrides: str) -> list[Job]:
-    configs = [xattn.config.compose(["trainer=debug", f"seed={seed}", *overrides]) for seed in seeds]
+    configs = [composed("trainer=debug", f"seed={seed}", *overrides) for seed in seeds]
     return [Job(config, Path("outputs/s") / xattn.config.run_name(config)) for config in configs]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import xattn.config
+from tests.quick import composed
 from xattn.config import Config
 from xattn.errors import BadInput
 from xattn.report.answer import Question
@@ -29,7 +30,7 @@ Loss = Callable[[Config], float | None]
 
 @functools.cache
 def config_of(*overrides: str) -> Config:
-    return xattn.config.compose(["trainer=debug", *overrides])
+    return composed("trainer=debug", *overrides)
 
 
 class Laboratory:

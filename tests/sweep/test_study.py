@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 
 import xattn.config
+from tests.quick import composed
 from xattn.errors import ExitCode
 from xattn.runs import run_folder
 from xattn.runs.job import Job
@@ -34,7 +35,7 @@ def run_study(jobs: Sequence[Job], start: Start) -> study.Outcomes:
 def jobs_of(outputs: Path, *overrides: Sequence[str]) -> list[Job]:
     made = []
     for typed in overrides:
-        config = xattn.config.compose(["trainer=debug", *typed])
+        config = composed("trainer=debug", *typed)
         made.append(Job(config, outputs / "default" / xattn.config.run_name(config), tuple(typed)))
     return made
 

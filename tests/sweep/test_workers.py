@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import xattn.config
+from tests.quick import composed
 from xattn.errors import BadInput
 from xattn.runs import run_folder
 from xattn.runs.job import Job
@@ -21,7 +22,7 @@ from xattn.sweep.workers import Seat, gpus, run_study
 
 
 def jobs_of(outputs: Path, *overrides: str) -> list[Job]:
-    configs = [xattn.config.compose(["trainer=debug", f"seed={seed}", *overrides]) for seed in range(2)]
+    configs = [composed("trainer=debug", f"seed={seed}", *overrides) for seed in range(2)]
     return [Job(config, outputs / "default" / xattn.config.run_name(config)) for config in configs]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import xattn.config
+from tests.quick import composed
 from xattn import cli
 from xattn.commands import compare, plan
 from xattn.report.decide import main as decide
@@ -67,7 +68,7 @@ def check(lines: Sequence[str], width: int, *whole: str) -> None:
 
 
 def jobs_of(study: Path, *overrides: Sequence[str]) -> list[Job]:
-    configs = [xattn.config.compose(["trainer=debug", *typed]) for typed in overrides]
+    configs = [composed("trainer=debug", *typed) for typed in overrides]
     return [
         Job(each, study / xattn.config.run_name(each), tuple(o)) for each, o in zip(configs, overrides, strict=True)
     ]

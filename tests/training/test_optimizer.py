@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from xattn.config import Config, compose
+from tests.quick import composed
+from xattn.config import Config
 from xattn.training.optimizer import OptimizerHyperparameters, learning_rate_factor, optimizer
 
 NAMES = ["adamw", "sgd", "lion", "muon"]
@@ -38,7 +39,7 @@ def tree(seed: int) -> dict[str, Any]:
 
 @cache
 def config_of(*overrides: str) -> Config:
-    return compose([*overrides])
+    return composed(*overrides)
 
 
 @partial(jax.jit, static_argnums=0)

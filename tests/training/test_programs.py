@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xattn.config import Config, compose, pack_key, program_key
+from tests.quick import composed
+from xattn.config import Config, pack_key, program_key
 from xattn.data.batches import Batch, Batching, HeldOutBatches
 from xattn.model.loss import next_token_losses
 from xattn.training.optimizer import learning_rate_factor
@@ -38,7 +39,7 @@ BATCH = Batch(TOKENS, np.ones((4, 8), np.float32))
 
 @cache
 def config_of(*overrides: str) -> Config:
-    return compose([*TINY, *overrides])
+    return composed(*TINY, *overrides)
 
 
 @pytest.fixture(scope="module")
