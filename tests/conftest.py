@@ -205,13 +205,13 @@ def emitters_of_runs() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs() -> Iterator[None]:
-    """Drop old programs when a third of the process's memory mappings are in use.
+    """Drop old programs when a sixth of the process's memory mappings are in use.
 
     A compiled CPU program takes hundreds. Linux allows 65,530, and a process that needs more dies of SIGSEGV.
     """
     yield
     mappings = Path("/proc/self/maps")
-    if "jax" in sys.modules and mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+    if "jax" in sys.modules and mappings.exists() and mappings.read_bytes().count(b"\n") > 10_000:
         import jax
 
         jax.clear_caches()
