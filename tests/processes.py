@@ -76,7 +76,9 @@ class Process:
         environment = dict(os.environ if env is None else env)
         assert _of_jax(environment) == _of_server(), "jax has been imported already: start a real process"
         self._streams = tempfile.mkdtemp(dir=_streams.name)
-        self._process = _context.Process(target=_become, args=(words, str(cwd), environment, self._streams, before))
+        self._process = _context.Process(
+            target=_become, args=(words, str(cwd), environment, self._streams, before, has_jax)
+        )
         self.launched = time.monotonic()
         with contextlib.nullcontext() if has_jax else _second_server():
             self._process.start()
@@ -139,7 +141,9 @@ def train(*overrides: str, cwd: Path, env: Mapping[str, str] | None = None) -> s
     return run(str(ROOT / "train.py"), *overrides, cwd=cwd, env=env)
 
 
-def _become(words: tuple[str, ...], cwd: str, env: dict[str, str], streams: str, before: Callable[[], None]) -> None:
+def _become(
+    words: tuple[str, ...], cwd: str, env: dict[str, str], streams: str, before: Callable[[], None], has_jax: bool
+) -> None:
     """Turn this child of the server into the command."""
     os.setsid()
     for descriptor, file in ((0, os.devnull), (1, f"{streams}/out"), (2, f"{streams}/err")):
@@ -151,6 +155,7 @@ def _become(words: tuple[str, ...], cwd: str, env: dict[str, str], streams: str,
     os.environ.update(env)
     sys.path[:0] = [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.orig_argv = [sys.executable, *words]
+    assert has_jax or "jax" not in sys.modules, "the server without jax has imported it"
     before()
     try:
         _run(words)

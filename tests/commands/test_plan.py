@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ SMALL = [
 BLOCKWISE = ("backend.context_length=256", "backend.implementation=blockwise")
 
 
-@cache
 def config_of(*overrides: str) -> Config:
     return composed(*SMALL, *overrides)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,7 +27,6 @@ from xattn.sweep.seeds import SeedStudy
 Loss = Callable[[Config], float | None]
 
 
-@functools.cache
 def config_of(*overrides: str) -> Config:
     return composed("trainer=debug", *overrides)
 

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from xattn.config import CONF, Config, compose
+from tests.quick import composed
+from xattn.config import CONF, Config
 from xattn.data.batches import Batching, HeldOutBatches, TrainingBatches
 from xattn.model.loss import MOST_LOGITS
 from xattn.model.transformer import LanguageModel, LayerHyperparameters
@@ -39,9 +40,8 @@ HELD_OUT = HeldOutBatches([(TEXT[:200], 1.0)], BATCHING)
 MIXED = ("parallel.data=2", "parallel.fsdp=2", "parallel.tensor=2")
 
 
-@cache
 def config_of(*overrides: str) -> Config:
-    return compose([*TINY, *overrides])
+    return composed(*TINY, *overrides)
 
 
 def compiled(*overrides: str) -> Programs:

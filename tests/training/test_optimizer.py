@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,7 +37,6 @@ def tree(seed: int) -> dict[str, Any]:
     }
 
 
-@cache
 def config_of(*overrides: str) -> Config:
     return composed(*overrides)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import jax
@@ -37,7 +36,6 @@ TOKENS = np.stack([TEXT[i : i + 9] for i in (0, 5, 11, 17)]).astype(np.int32)
 BATCH = Batch(TOKENS, np.ones((4, 8), np.float32))
 
 
-@cache
 def config_of(*overrides: str) -> Config:
     return composed(*TINY, *overrides)
 

@@ -245,7 +245,7 @@ def without_own_value(y: Float32[Array, "B NH S DHV"], v: Values) -> Float32[Arr
     own = jnp.repeat(v.astype(F32), y.shape[1] // v.shape[1], axis=1)
     squared = jnp.sum(own * own, axis=-1, keepdims=True)
     left = y - jnp.sum(y * own, axis=-1, keepdims=True) / jnp.where(squared > 0, squared, 1) * own
-    rounding = np.float32(ROUNDING) + np.float32(jnp.finfo(v.dtype).eps)  # eps has v's dtype
+    rounding = np.float32(ROUNDING) + np.float32(jnp.finfo(v.dtype).eps)  # whatever type eps has
     is_rounding = jnp.sum(left * left, axis=-1, keepdims=True) <= rounding**2 * jnp.sum(y * y, axis=-1, keepdims=True)
     return jnp.where(is_rounding, 0, left)
 
